@@ -1,0 +1,36 @@
+"""Per-layer curvature of live PyTorch models: exact Fisher and Hessian diagonals, gathered by hooks."""
+
+from .core.per_layer_curvature import (
+    get_layer_curvature_stats,
+    per_layer_fisher_diagonal,
+    per_layer_hessian_diagonal,
+)
+from .diagonals import Diagonals, LayerInfo
+from .errors import (
+    AttributionError,
+    CouplingError,
+    DoubleBackwardError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NonFiniteError,
+    ProbeStateError,
+    SecorderError,
+)
+from .probe import CurvatureProbe
+
+__all__ = [
+    "AttributionError",
+    "CouplingError",
+    "CurvatureProbe",
+    "Diagonals",
+    "DoubleBackwardError",
+    "InvalidArgumentError",
+    "InvalidTypeError",
+    "LayerInfo",
+    "NonFiniteError",
+    "ProbeStateError",
+    "SecorderError",
+    "get_layer_curvature_stats",
+    "per_layer_fisher_diagonal",
+    "per_layer_hessian_diagonal",
+]

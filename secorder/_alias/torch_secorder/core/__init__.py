@@ -1,0 +1,1 @@
+"""secorder under the import name that its documentation uses."""

@@ -1,0 +1,136 @@
+"""The documented functions: one-shot diagonals per layer, thin facades over :class:`~secorder.CurvatureProbe`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..diagonals import Diagonals
+from ..fisher import FisherType
+from ..hessian import HessianMethod
+from ..layers import LayerTypes, select_layers
+from ..probe import CurvatureProbe
+from ..stats import get_layer_curvature_stats
+
+__all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
+
+
+def per_layer_hessian_diagonal(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    layer_types: LayerTypes = None,
+    create_graph: bool = False,
+    *,
+    method: HessianMethod = "exact",
+    num_samples: int = 100,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+    progress: bool = False,
+) -> Diagonals:
+    """The diagonal of the Hessian ``∂²L/∂θ²`` of ``L = loss_fn(model(inputs), targets)``, layer by layer.
+
+    Args:
+        model: any module; left as it was found.
+        loss_fn: a loss module or callable with a scalar result; its own reduction counts.
+        inputs: a tensor of N samples in dim 0, or a tuple or dict of them.
+        targets: what ``loss_fn`` takes second.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        create_graph: make the diagonals differentiable with respect to the model's parameters.
+        method: ``"exact"``, or ``"hutchinson"`` for an unbiased estimate.
+        num_samples: draws of ``"hutchinson"``.
+        generator: random numbers of the draws and checks.
+        chunk_size: Hessian-vector products batched at most.
+        progress: show a progress bar.
+
+    Returns:
+        layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
+        layer matches.
+
+    Raises:
+        SecorderError: as :meth:`secorder.CurvatureProbe.hessian_diagonal`, which does the work and names the sources.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from secorder import per_layer_hessian_diagonal
+        >>> model = nn.Sequential(nn.Linear(10, 20), nn.Tanh(), nn.Linear(20, 1))
+        >>> hessian = per_layer_hessian_diagonal(model, nn.MSELoss(), torch.randn(5, 10), torch.randn(5, 1))
+        >>> {name: tuple(diagonal.shape) for name, diagonal in hessian.items()}
+        {'0': (220,), '2': (21,)}
+    """
+    if not select_layers(model, layer_types):
+        return Diagonals([], {}, {})
+    with CurvatureProbe(model, layer_types) as probe:
+        return probe.hessian_diagonal(
+            loss_fn,
+            inputs,
+            targets,
+            method=method,
+            num_samples=num_samples,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+
+
+def per_layer_fisher_diagonal(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    layer_types: LayerTypes = None,
+    create_graph: bool = False,
+    *,
+    fisher_type: FisherType = "empirical",
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+) -> Diagonals:
+    """The diagonal of the Fisher matrix ``(1/N) Σ_n (∂ℓ_n/∂θ)²``, layer by layer: squared *per-sample* gradients.
+
+    Args:
+        model: any module; left as it was found.
+        loss_fn: a loss module or callable with a scalar result; ℓ_n is its value on a batch of one.
+        inputs: a tensor of N samples in dim 0, or a tuple or dict of them.
+        targets: what ``loss_fn`` takes second.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        create_graph: make the diagonals differentiable with respect to the model's parameters.
+        fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
+        num_samples: draws of ``"mc"``.
+        generator: random numbers of ``"mc"`` and of the checks.
+        chunk_size: vector-Jacobian products batched at most.
+
+    Returns:
+        layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
+        layer matches.
+
+    Raises:
+        SecorderError: as :meth:`secorder.CurvatureProbe.fisher_diagonal`, which does the work and names the sources.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from secorder import per_layer_fisher_diagonal
+        >>> model = nn.Sequential(nn.Linear(10, 5), nn.ReLU(), nn.Linear(5, 3))
+        >>> inputs, targets = torch.randn(8, 10), torch.randint(3, (8,))
+        >>> fisher = per_layer_fisher_diagonal(model, nn.functional.cross_entropy, inputs, targets)
+        >>> {name: tuple(diagonal.shape) for name, diagonal in fisher.items()}
+        {'0': (55,), '2': (18,)}
+    """
+    if not select_layers(model, layer_types):
+        return Diagonals([], {}, {})
+    with CurvatureProbe(model, layer_types) as probe:
+        return probe.fisher_diagonal(
+            loss_fn,
+            inputs,
+            targets,
+            fisher_type=fisher_type,
+            num_samples=num_samples,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+        )

@@ -1,0 +1,91 @@
+"""What every measurement returns: one diagonal per layer, and how it was come by."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Layer
+
+__all__ = ["Diagonals", "LayerInfo"]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """How a layer's diagonal was computed.
+
+    Attributes:
+        way: for the Hessian ``"columns"`` (square root of the output Hessian), ``"z-basis"``, ``"parameter-basis"``,
+            ``"z-draws"``, ``"parameter-draws"``, or ``"unused"`` (the loss does not depend on the layer); for the
+            Fisher ``"rule"``, ``"per-sample"`` or ``"loop"``.
+        num_hvps: Hessian-vector products spent on this layer.
+        checks: outcome of the run-time checks behind the choice, by name.
+    """
+
+    way: str
+    num_hvps: int = 0
+    checks: Mapping[str, bool] = field(default_factory=dict)
+
+
+class Diagonals(dict[str, Tensor]):
+    """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
+
+    It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it.
+
+    Attributes:
+        info: per layer, how its diagonal was computed (:class:`LayerInfo`).
+        standard_error: per layer, the standard error of every entry; None for exact results.
+
+    Example:
+        >>> import torch
+        >>> from secorder import CurvatureProbe
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+        >>> probe = CurvatureProbe(model)
+        >>> fisher = probe.fisher_diagonal(torch.nn.functional.mse_loss, torch.randn(4, 3), torch.randn(4, 2))
+        >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape
+        (torch.Size([8]), torch.Size([2, 3]))
+    """
+
+    info: dict[str, LayerInfo]
+    standard_error: dict[str, Tensor] | None
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        values: Mapping[str, Sequence[Tensor]],
+        info: Mapping[str, LayerInfo],
+        standard_error: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> None:
+        """Assemble from flat tensors per parameter, in each layer's parameter order."""
+        super().__init__((layer.name, torch.cat(list(values[layer.name]))) for layer in layers)
+        self.info = {layer.name: info[layer.name] for layer in layers}
+        self.standard_error = (
+            None
+            if standard_error is None
+            else {layer.name: torch.cat(list(standard_error[layer.name])) for layer in layers}
+        )
+        self._parameters = {
+            layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]
+            for layer in layers
+        }
+
+    def by_parameter(self) -> dict[str, Tensor]:
+        """The same values by parameter name, each in the shape of its parameter (``"fc1.weight"`` …)."""
+        result = {}
+        for name, diagonal in self.items():
+            parts = diagonal.split([shape.numel() for _, shape in self._parameters[name]])
+            for (parameter, shape), part in zip(self._parameters[name], parts, strict=True):
+                result[parameter] = part.view(shape)
+        return result
+
+    def __reduce__(self) -> Any:
+        return (_rebuild, (dict(self), self.info, self.standard_error, self._parameters))
+
+
+def _rebuild(values: dict[str, Tensor], info: Any, standard_error: Any, parameters: Any) -> Diagonals:
+    result = Diagonals.__new__(Diagonals)
+    dict.update(result, values)
+    result.info, result.standard_error, result._parameters = info, standard_error, parameters
+    return result

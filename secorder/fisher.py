@@ -1,0 +1,371 @@
+"""Fisher diagonals of a batch: which pairs (u, v) make them, and the checks that allow them.
+
+With ℓ_n the loss of a batch that holds sample n alone and f_n the model's output for it:
+
+- ``"empirical"``: (1/N) Σ_n (∂ℓ_n/∂θ)², u = v = ∂ℓ_n/∂z_n.
+- ``"type-2"``: the diagonal of the generalised Gauss-Newton matrix, (1/N) Σ_n diag(J_nᵀ H_n J_n), H_n = ∂²ℓ_n/∂f_n²:
+  u = Jᵀ s_c, v = sign_c u for each column of the signed square root H_n = Σ_c sign_c s_c s_cᵀ.
+- ``"mc"``: an unbiased estimate of it with u = Jᵀ Σ_c ξ_c s_c, v = Jᵀ Σ_c ξ_c sign_c s_c, random signs ξ for each
+  sample and draw.
+
+The names are those of the literature (Kunstner, Balles, Hennig 2019, "Limitations of the empirical Fisher
+approximation") and of curvlinops.
+
+A layer's cotangents belong to samples only if a row of z influences its own sample's output alone. That is checked
+with one more vjp: random cotangents on the outputs, weighted sample by sample with random factors, must come back
+weighted by the same factors, to rounding. A coupling is missed only if it is below rounding. Where a layer fails for
+its layout, each sample's gradient is taken on the parameters, one vjp a sample; where samples are coupled, per-sample
+gradients do not exist, and :class:`~secorder.CouplingError` says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .diagonals import Diagonals, LayerInfo
+from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
+from .layers import Layer, select_layers
+from .loan import Loan, borrow, check_loss, recorded, require_dependence
+from .products import chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
+from .trees import batch_size, map_tensors, tensors_in
+from .zspace import (
+    Pairs,
+    ZLayer,
+    compute_dtype,
+    contract_pairs,
+    detached_output,
+    layout_options,
+    loss_separates,
+    output_hessian,
+    sample_bits,
+    signed_roots,
+    zeros,
+)
+
+__all__ = ["FisherType", "fisher_diagonal"]
+
+FisherType = Literal["empirical", "type-2", "mc"]
+
+
+def fisher_diagonal(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    fisher_type: FisherType = "empirical",
+    num_samples: int = 1,
+    generator: torch.Generator | None = None,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+) -> Diagonals:
+    """The Fisher diagonal of one batch for every parameter of the layers.
+
+    See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
+    """
+    if fisher_type not in ("empirical", "type-2", "mc"):
+        raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
+    if num_samples < 1:
+        raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
+    default_chunk_size(1, 1, chunk_size)
+    count = batch_size(inputs, targets)
+    generator = generator or fresh_generator()
+    task = _Task(layers, loss_fn, inputs, targets, count, fisher_type, num_samples, generator, create_graph, chunk_size)
+    try:
+        found = _batched(task, model)
+    except DoubleBackwardError:  # reentrant checkpoints only go with .backward(); anything else is named again there
+        found = {}
+    rest = [layer for layer in layers if layer.name not in found]
+    if rest:
+        found |= _by_loop(task, model, rest)
+    if create_graph:
+        tether = zero_tether(model)
+        values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
+    else:
+        values = {name: [v.detach() / count for v in parts] for name, (parts, _) in found.items()}
+    return Diagonals(layers, values, {name: info for name, (_, info) in found.items()})
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One measurement, as asked for."""
+
+    layers: Sequence[Layer]
+    loss_fn: Callable[[Any, Any], Tensor]
+    inputs: Any
+    targets: Any
+    count: int
+    fisher_type: FisherType
+    num_samples: int
+    generator: torch.Generator
+    create_graph: bool
+    chunk_size: int | None
+
+    def by_sample(self, tensor: Tensor) -> bool:
+        """Whether a tensor has the batch's size in dim 0; what has not is shared by all samples."""
+        return tensor.dim() > 0 and tensor.shape[0] == self.count
+
+    def cut(self, tree: Any, index: int) -> Any:
+        """The batch that holds one sample alone."""
+        return map_tensors(lambda t: t[index : index + 1] if self.by_sample(t) else t, tree)
+
+
+_Found = dict[str, tuple[list[Tensor], LayerInfo]]
+
+
+def _batched(task: _Task, model: nn.Module) -> _Found:
+    """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
+    ruled = [layer for layer in task.layers if layer.rule is not None]
+    with borrow(model, task.loss_fn, task.layers, create_graph=task.create_graph) as loan:
+        with recorded(loan, ruled, own_parameters=task.create_graph) as recording:
+            output = loan.forward(task.inputs)
+            loss = check_loss(task.loss_fn(output, task.targets), loan, task.inputs)
+            if not loss.requires_grad:
+                require_dependence(model, task.loss_fn, task.inputs, task.targets)
+                return {layer.name: (zeros(layer), LayerInfo("unused")) for layer in task.layers}
+            heads = [t for t in tensors_in(output) if t.requires_grad]
+            if not heads or not all(task.by_sample(t) for t in heads):
+                return {}
+            overwritten = recording.overwritten()
+            layers = [
+                ZLayer(x, recording.inputs[x.name], recording.leaves[x.name])
+                for x in ruled
+                if x.name in recording.leaves and x.name not in overwritten
+            ]
+            pairs = _pairs(task, output, loan, layers)
+            if pairs is None:
+                return {}
+            found = _by_rules(task, heads, pairs, layers, loan)
+        rest = [layer for layer in task.layers if layer.name not in found]
+        return found | (_by_samples(task, loan, rest, pairs) if rest else {})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs of cotangents on the output
+
+
+def _pairs(task: _Task, output: Any, loan: Loan, layers: Sequence[ZLayer]) -> Pairs | None:
+    """The cotangents of every sample's loss on its output, or None where the loss does not go by the output alone."""
+    points: list[Tensor] = []
+    detached = detached_output(output, points)
+    whole = task.loss_fn(detached, task.targets)
+    if not whole.requires_grad:
+        return None
+    inside = [leaf for z in layers for leaf in z.leaves]
+    inside += [s for layer in task.layers for s in loan.stand_ins(layer)]
+    if any(g is not None for g in gradients(whole, inside)):
+        return None  # a weight penalty, or features taken from inside the model
+    if not loss_separates(gradients(whole, points, create_graph=True), points, task.generator):
+        raise CouplingError(
+            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
+            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
+        )
+    if task.create_graph:  # the cotangents must stay connected to the model
+        points, detached = [t for t in tensors_in(output) if t.requires_grad], output
+    losses = _per_sample_losses(task, detached)
+    if task.fisher_type == "empirical":
+        slopes = gradients(losses.sum(), points, create_graph=task.create_graph)
+        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(points, slopes, strict=True)]
+        return Pairs(torch.cat([g.reshape(task.count, -1) for g in filled], 1)[None])
+    return _second_order_pairs(task, gradients(losses.sum(), points, create_graph=True), points)
+
+
+def _second_order_pairs(task: _Task, slopes: Sequence[Tensor | None], points: Sequence[Tensor]) -> Pairs:
+    if task.create_graph:  # a square root is not differentiable where eigenvalues meet: u = e_c, v = H e_c
+        hessian = output_hessian(slopes, points, task.chunk_size, create_graph=True)
+        eye = torch.eye(hessian.shape[-1]).to(hessian)
+        pairs = Pairs(eye[:, None].expand(-1, len(hessian), -1), hessian.permute(1, 0, 2))
+    else:
+        pairs = signed_roots(slopes, points, task.chunk_size)
+    return pairs if task.fisher_type == "type-2" else _drawn(task, pairs)
+
+
+def _drawn(task: _Task, pairs: Pairs) -> Pairs:
+    """Monte Carlo: random signs mix all columns into one pair, drawn anew for each sample and draw."""
+    shape = (task.num_samples, *pairs.u.shape[:2])
+    signs = torch.randint(0, 2, shape, generator=task.generator, device=task.generator.device)
+    signs = (signs * 2 - 1).to(pairs.u) / task.num_samples**0.5
+    u = torch.einsum("mkn,kno->mno", signs, pairs.u)
+    other = pairs.v if pairs.sign is None else pairs.u * pairs.sign[..., None]
+    return Pairs(u, None if other is None else torch.einsum("mkn,kno->mno", signs, other))
+
+
+def _per_sample_losses(task: _Task, output: Any) -> Tensor:
+    """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target."""
+    per_sample = [t for t in tensors_in((output, task.targets)) if task.by_sample(t)]
+
+    def one(*samples: Tensor) -> Tensor:
+        rest = iter(samples)
+        alone = map_tensors(lambda t: next(rest)[None] if task.by_sample(t) else t, (output, task.targets))
+        return task.loss_fn(*alone).reshape(())
+
+    try:
+        return torch.vmap(one)(*per_sample)
+    except RuntimeError:  # control flow by value, or an operator without a batching rule
+        return torch.stack([one(*(t[n] for t in per_sample)) for n in range(task.count)])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Three ways to the per-sample gradients
+
+
+def _by_rules(task: _Task, heads: Sequence[Tensor], pairs: Pairs, layers: Sequence[ZLayer], loan: Loan) -> _Found:
+    """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
+    if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
+        with recorded(loan, [z.layer for z in layers], own_parameters=False):
+            ends = [t for t in tensors_in(loan.forward(task.inputs)) if t.requires_grad]
+    else:
+        ends = list(heads)
+    stand_ins = [s for z in layers for s in loan.stand_ins(z.layer)]
+    reached = gradients(ends, stand_ins, [torch.ones_like(f) for f in ends]) if ends else [None] * len(stand_ins)
+    used = {id(s) for s, r in zip(stand_ins, reached, strict=True) if r is not None}
+    alone = [z for z in layers if not any(id(s) in used for s in loan.stand_ins(z.layer))]
+    found = contract_pairs(
+        heads,
+        alone,
+        pairs,
+        [layout_options(z, task.count) for z in alone],
+        generator=task.generator,
+        chunk_size=task.chunk_size,
+        create_graph=task.create_graph,
+    )
+    info = LayerInfo("rule", checks={"own_use": True, "rows_are_samples": True})
+    return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
+
+
+def _by_samples(task: _Task, loan: Loan, layers: Sequence[Layer], pairs: Pairs) -> _Found:
+    """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
+    _require_independent_samples(task, loan)
+    heads = [t for t in tensors_in(loan.forward(task.inputs)) if t.requires_grad]
+    stand_ins = [s for layer in layers for s in loan.stand_ins(layer)]
+    totals = [torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in loan.stand_ins(layer)]
+    elements = sum(s.numel() for s in stand_ins) + 4 * sum(f.numel() for f in heads)
+    size = default_chunk_size(elements, totals[0].element_size(), task.chunk_size)
+    sizes = [f[0].numel() for f in heads]
+
+    def pull_back(cotangent: Tensor, ids: range) -> list[Tensor]:
+        alone = cotangent.new_zeros(len(ids), *cotangent.shape)
+        alone[range(len(ids)), list(ids)] = cotangent[ids.start : ids.stop]
+        split = zip(alone.split(sizes, 2), heads, strict=True)
+        found = stacked_vjp(
+            heads, stand_ins, [c.reshape(-1, *f.shape).to(f.dtype) for c, f in split], create_graph=task.create_graph
+        )
+        return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
+
+    for k in range(len(pairs.u)):
+        for ids in chunks(task.count, size):
+            left = pull_back(pairs.u[k], ids)
+            right = left if pairs.v is None else pull_back(pairs.v[k], ids)
+            sign = None if pairs.sign is None else pairs.sign[k, ids.start : ids.stop]
+            for index, (u, v) in enumerate(zip(left, right, strict=True)):
+                weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
+                totals[index] = totals[index] + (u * weighted).sum(0)
+    return _collect(layers, totals, "per-sample")
+
+
+def _collect(layers: Sequence[Layer], totals: Sequence[Tensor], way: str) -> _Found:
+    rest = iter(totals)
+    return {layer.name: ([next(rest).flatten() for _ in layer.parameters], LayerInfo(way)) for layer in layers}
+
+
+def _require_independent_samples(task: _Task, loan: Loan) -> None:
+    """Raise unless every sample's output stays as it is while others are replaced, for each bit of the sample index."""
+    with torch.no_grad():
+        base = list(tensors_in(loan.forward(task.inputs)))
+        bits = sample_bits(task.count, base[0].device)
+        for mask in torch.cat([bits, ~bits]) if task.count > 1 else []:
+            changed = tensors_in(loan.forward(map_tensors(lambda t, m=mask: _replaced(task, t, m), task.inputs)))
+            for before, after in zip(base, changed, strict=True):
+                if not (task.by_sample(before) and before.is_floating_point()):
+                    continue
+                bound = 1024 * torch.finfo(before.dtype).eps * before.abs().amax()
+                if not bool(((before - after)[~mask].abs() <= bound).all()):
+                    raise CouplingError(
+                        "the samples of the batch influence one another's outputs (batch normalisation in train "
+                        "mode?), so that per-sample gradients are not defined: call model.eval() or leave the "
+                        "layers before it out; hessian_diagonal stays exact."
+                    )
+
+
+def _replaced(task: _Task, tensor: Tensor, mask: Tensor) -> Tensor:
+    """The masked samples replaced by their neighbours."""
+    if not task.by_sample(tensor):
+        return tensor
+    return torch.where(mask.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1)), tensor.roll(1, 0), tensor)
+
+
+def _by_loop(task: _Task, model: nn.Module, layers: Sequence[Layer]) -> _Found:
+    """By definition: the model and the loss on batches of one, for outputs that cannot be cut into samples."""
+    totals = [
+        torch.zeros(p.shape, dtype=compute_dtype(x), device=p.device) for x in layers for p in x.parameters.values()
+    ]
+    losses = []
+    # Stand-ins for all parameters: reentrant checkpoints run under .backward() only, which accumulates into each.
+    with borrow(model, task.loss_fn, select_layers(model, "all"), create_graph=task.create_graph) as loan:
+        stand_ins = [loan.stand_in(p) for layer in layers for p in layer.parameters.values()]
+        whole = check_loss(task.loss_fn(loan.forward(task.inputs), task.targets), loan, task.inputs).detach()
+        for n in range(task.count):
+            output = loan.forward(task.cut(task.inputs, n))
+            loss = task.loss_fn(output, task.cut(task.targets, n)).reshape(())
+            losses.append(loss.detach())
+            for u, v in _one_sample(task, loan, output, loss, n, stand_ins):
+                for index, total in enumerate(totals):
+                    totals[index] = total + (u[index].to(total) * v[index].to(total)).flatten()
+    mean, total_loss = torch.stack(losses).mean(), torch.stack(losses).sum()
+    if not any(torch.allclose(whole, x, rtol=1024 * torch.finfo(whole.dtype).eps) for x in (mean, total_loss)):
+        raise CouplingError(
+            f"the loss of the batch ({whole.item():.6g}) is neither the mean nor the sum of the losses of its samples "
+            f"taken alone ({mean.item():.6g}, {total_loss.item():.6g}): samples are coupled, or the model is random; "
+            "call model.eval(), or pass a loss_fn that works on the model's output."
+        )
+    return _collect(layers, totals, "loop")
+
+
+def _one_sample(
+    task: _Task, loan: Loan, output: Any, loss: Tensor, index: int, stand_ins: list[Tensor]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """The pairs of gradients on the parameters that one sample contributes."""
+    if task.fisher_type == "empirical":
+        g = _parameter_gradients(task, loss, stand_ins)
+        return [(g, g)]
+    points: list[Tensor] = []
+    again = task.loss_fn(detached_output(output, points, flat=True), task.cut(task.targets, index))
+    heads = [t for t in tensors_in(output) if t.requires_grad]
+    slopes = gradients(again, points, create_graph=True) if again.requires_grad else [None] * len(points)
+    if any(f.dim() == 0 and g is not None for f, g in zip(heads, slopes, strict=True)) or (
+        again.requires_grad and any(g is not None for g in gradients(again, stand_ins))
+    ):
+        raise InvalidArgumentError(
+            f"fisher_type={task.fisher_type!r} needs a loss that is computed by loss_fn from the model's output: "
+            "here it comes from inside the model."
+        )
+    pairs = _second_order_pairs(task, slopes, points)
+    sizes = [f.numel() for f in heads]
+
+    def pull_back(stack: Tensor) -> list[Tensor]:
+        split = zip(stack[:, 0].split(sizes, 1), heads, strict=True)
+        return stacked_vjp(
+            heads, stand_ins, [c.reshape(-1, *f.shape) for c, f in split], create_graph=task.create_graph
+        )
+
+    u = pull_back(pairs.u)
+    v = u if pairs.v is None and pairs.sign is None else pull_back(pairs.v if pairs.v is not None else pairs.u)
+    factor = [1.0] * len(pairs.u) if pairs.sign is None else pairs.sign[:, 0].tolist()
+    return [([x[k] * factor[k] for x in u], [x[k] for x in v]) for k in range(len(pairs.u))]
+
+
+def _parameter_gradients(task: _Task, loss: Tensor, stand_ins: list[Tensor]) -> list[Tensor]:
+    try:
+        found = gradients(loss, stand_ins, create_graph=task.create_graph)
+    except DoubleBackwardError:
+        if task.create_graph:
+            raise
+        loss.backward()
+        found = [s.grad for s in stand_ins]
+        for s in stand_ins:
+            s.grad = None
+    return [torch.zeros_like(s) if g is None else g for s, g in zip(stand_ins, found, strict=True)]

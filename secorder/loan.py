@@ -1,0 +1,256 @@
+"""The user's model on loan for passes of our own: everything it owns is put back, also after an exception.
+
+Inside :func:`borrow`, the parameters that are looked at are stood in for by leaves of our own that share their memory
+(so that frozen layers work, no ``.grad`` is touched and no hook on a parameter fires), buffers by copies, the random
+state is forked, gradients are enabled, attention runs under the math kernel (the fused ones have no double backward),
+and no attached probe records anything. It stays so through all backward work, since checkpointed parts of a model run
+again there.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .capture import suspended
+from .errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from .layers import Layer, select_layers
+from .products import gradients
+from .trees import call_model, tensors_in
+
+__all__ = ["Loan", "Recording", "borrow", "check_loss", "recorded", "require_dependence"]
+
+
+class Loan:
+    """A borrowed model: runs it again and again from one and the same state."""
+
+    def __init__(self, model: nn.Module, stand_ins: dict[int, Tensor], restart: Callable[[], None]) -> None:
+        self.model = model
+        self._stand_ins = stand_ins
+        self._restart = restart
+
+    def stand_in(self, parameter: nn.Parameter) -> Tensor:
+        """The leaf that stands in for a parameter of a selected layer."""
+        return self._stand_ins[id(parameter)]
+
+    def stand_ins(self, layer: Layer) -> list[Tensor]:
+        """The stand-ins of a layer's parameters, in its order."""
+        return [self.stand_in(p) for p in layer.parameters.values()]
+
+    def forward(self, inputs: Any) -> Any:
+        """The model's output, from the same random state and buffers at every call."""
+        self._restart()
+        return call_model(self.model, inputs)
+
+
+@contextmanager
+def borrow(model: nn.Module, loss_fn: Any, layers: Sequence[Layer], *, create_graph: bool = False) -> Iterator[Loan]:
+    """Borrow a model and its loss for passes of our own.
+
+    Args:
+        model: the model.
+        loss_fn: the loss; where it is a module, its buffers are protected too.
+        layers: the layers whose parameters get stand-ins.
+        create_graph: stand-ins stay connected to the parameters, so that results can be differentiated.
+    """
+    owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
+    modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
+    with ExitStack() as stack:
+        stack.enter_context(suspended(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        devices = {t.device for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
+        cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+        stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))
+        stack.callback(random.setstate, random.getstate())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
+        stand_ins = {key: _stand_in(p, create_graph) for key, p in parameters.items()}
+        stack.enter_context(_parameters_swapped(modules, stand_ins))
+        buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        stack.callback(_restore_buffers, buffers)
+        rng = (torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda], random.getstate())
+
+        def restart() -> None:
+            torch.set_rng_state(rng[0])
+            for index, state in zip(cuda, rng[1], strict=True):
+                torch.cuda.set_rng_state(state, index)
+            random.setstate(rng[2])
+            copies: dict[int, Tensor] = {}
+            for module, name, buffer in buffers:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                module._buffers[name] = copies[id(buffer)]
+
+        yield Loan(model, stand_ins, restart)
+
+
+def _stand_in(parameter: nn.Parameter, create_graph: bool) -> Tensor:
+    if create_graph and parameter.requires_grad:
+        return parameter.view_as(parameter)
+    return parameter.detach().requires_grad_(True)
+
+
+@contextmanager
+def _parameters_swapped(modules: Iterable[nn.Module], stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
+    """In every module that holds one of the parameters, under whatever name, its stand-in takes the place."""
+    places = [
+        (m, name, p) for m in modules for name, p in m._parameters.items() if p is not None and id(p) in stand_ins
+    ]
+    flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = stand_ins[id(parameter)]  # type: ignore[assignment]
+        for module, weights in flat:  # recurrent layers keep a list of their own
+            module._flat_weights = [stand_ins.get(id(w), w) for w in weights]
+        yield
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
+        for module, weights in flat:
+            module._flat_weights = weights
+
+
+def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Recording the calls of layers
+
+
+class Recording:
+    """What :func:`recorded` collects: per layer its calls, as inputs and the zero leaves ε of its outputs."""
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}
+        self.leaves: dict[str, list[Tensor]] = {}
+        self.versions: list[tuple[str, Tensor, int]] = []
+
+    def overwritten(self) -> set[str]:
+        """Layers whose recorded input was changed in place after the call."""
+        return {name for name, tensor, version in self.versions if tensor._version != version}
+
+
+@contextmanager
+def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> Iterator[Recording]:
+    """Record the calls of ``layers`` in the forwards run inside.
+
+    A zero leaf ε is added to each output: differentiating with respect to it is differentiating with respect to the
+    output, whatever in-place operation overwrites it later.
+
+    Args:
+        loan: the borrowed model.
+        layers: layers with a rule.
+        own_parameters: whether a layer's forward uses its parameters' stand-ins. Where not, it uses detached ones,
+            and a stand-in has a gradient only by uses outside of its layer's forward: that is how these are found.
+    """
+    recording = Recording()
+    handles = []
+
+    def before(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, _: Any) -> None:
+            if not own_parameters:
+                for name, parameter in layer.parameters.items():
+                    module._parameters[name] = loan.stand_in(parameter).detach()  # type: ignore[assignment]
+
+        return hook
+
+    def after(layer: Layer) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            put_back(layer)
+            leaf = torch.zeros_like(output, requires_grad=True)
+            if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes a call that is recorded already
+                tensors = tuple(tensors_in((args, kwargs)))
+                recording.versions.extend((layer.name, x, x._version) for x in tensors)
+                recording.inputs.setdefault(layer.name, []).append(tensors)
+                recording.leaves.setdefault(layer.name, []).append(leaf)
+            return output + leaf
+
+        return hook
+
+    def put_back(layer: Layer) -> None:
+        for name, parameter in layer.parameters.items():
+            layer.module._parameters[name] = loan.stand_in(parameter)  # type: ignore[assignment]
+
+    try:
+        for layer in layers:
+            handles.append(layer.module.register_forward_pre_hook(before(layer)))
+            handles.append(layer.module.register_forward_hook(after(layer), prepend=True, with_kwargs=True))
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            put_back(layer)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def check_loss(loss: Any, loan: Loan, inputs: Any) -> Tensor:
+    """The loss, if curvature can be measured on it.
+
+    Raises:
+        InvalidTypeError: it is not a tensor.
+        InvalidArgumentError: it is not a scalar.
+        NonFiniteError: it is nan or infinite; names the layer whose output was the first to be so.
+    """
+    if not isinstance(loss, Tensor):
+        raise InvalidTypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise InvalidArgumentError(
+            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
+        )
+    if not bool(torch.isfinite(loss.detach())):
+        where = _first_non_finite(loan, inputs)
+        raise NonFiniteError(f"the loss is {loss.item()}{where}: there is no curvature to measure here.")
+    return loss.reshape(())
+
+
+def _first_non_finite(loan: Loan, inputs: Any) -> str:
+    """Where a non-finite value began, in words (one more forward, without gradients)."""
+    if not all(bool(torch.isfinite(t).all()) for t in tensors_in(inputs) if t.is_floating_point()):
+        return " and the inputs hold non-finite values already"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(
+                bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point()
+            ):
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in loan.model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            loan.forward(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in the output of layer {found[0]!r}" if found else ""
+
+
+def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any) -> None:
+    """Raise unless the loss depends on some parameter of the model, selected or not.
+
+    Raises:
+        InvalidArgumentError: it depends on none.
+    """
+    with borrow(model, loss_fn, select_layers(model, "all")) as loan:
+        loss = loss_fn(loan.forward(inputs), targets)
+        stand_ins = [loan.stand_in(p) for p in model.parameters()]
+        if loss.requires_grad and any(g is not None for g in gradients(loss.sum(), stand_ins)):
+            return
+    raise InvalidArgumentError(
+        "the loss does not depend on the model's parameters: loss_fn must be computed from the model's output "
+        "without .detach(), .item() or torch.no_grad()."
+    )

@@ -1,0 +1,414 @@
+"""CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Call, Capture
+from .diagonals import Diagonals, LayerInfo
+from .errors import AttributionError, InvalidArgumentError, InvalidTypeError, ProbeStateError
+from .fisher import FisherType, fisher_diagonal
+from .hessian import HessianMethod, hessian_diagonal
+from .layers import Layer, LayerTypes, select_layers
+from .rules import contract, per_sample_gradients
+from .zspace import cast, compute_dtype, zeros
+
+__all__ = ["CurvatureProbe"]
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class _Accumulator:
+    """Σ of squared per-sample gradients of one layer (or their moving average), by parameter."""
+
+    sums: list[Tensor] = field(default_factory=list)
+    samples: int = 0
+    batches: int = 0
+
+
+class CurvatureProbe:
+    """Hooks on a live model that tell, layer by layer, how curved its loss is.
+
+    While attached, every training step's own backward pass accumulates the empirical Fisher diagonal
+
+        F_i = (1/N) Σ_n (∂ℓ_n/∂θ_i)²,
+
+    the mean over all samples seen of the squared *per-sample* gradients (not the square of the mean gradient), at the
+    cost of one matrix product per layer. :meth:`hessian_diagonal` and one-shot calls of :meth:`fisher_diagonal` run
+    passes of their own when asked. The model is left as it is: outputs, gradients, random state, buffers and
+    ``state_dict`` are bit for bit what they are without the probe.
+
+    Args:
+        model: the module whose call is one batch, samples in dim 0.
+        layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
+            parameters; None means ``(nn.Linear, nn.Conv2d)``.
+        layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
+            None, of any type.
+        reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, or
+            ``"sum"``. Only the passive Fisher needs to be told.
+        every: record each ``every``-th forward only; the others cost nothing.
+        decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
+            ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
+
+    Raises:
+        InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or ``layer_types`` holds no types.
+        InvalidArgumentError: nothing matches, or another argument is out of its range.
+
+    Half precision is accumulated in float32; float32 and float64 in their own dtype.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from secorder import CurvatureProbe
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> inputs, targets = torch.randn(16, 4), torch.randint(3, (16,))
+        >>> with CurvatureProbe(model) as probe:
+        ...     nn.functional.cross_entropy(model(inputs), targets).backward()
+        ...     fisher = probe.fisher_diagonal()
+        >>> fisher["0"].shape, probe.num_samples
+        (torch.Size([40]), 16)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer_types: LayerTypes = None,
+        *,
+        layers: str | Iterable[str] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        every: int = 1,
+        decay: float | None = None,
+    ) -> None:
+        self._layers = select_layers(model, layer_types, layers)
+        if not self._layers:
+            raise InvalidArgumentError(
+                "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
+                "from model.named_modules()."
+            )
+        if reduction not in ("mean", "sum"):
+            raise InvalidArgumentError(f'reduction must be "mean" or "sum", got {reduction!r}.')
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
+        if decay is not None and not 0.0 < decay < 1.0:
+            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        self._model = model
+        self._reduction = reduction
+        self._every = every
+        self._decay = decay
+        self._capture: Capture | None = None
+        self._forwards_seen = 0
+        self.reset()
+        self.attach()
+
+    # ---- life
+
+    def attach(self) -> None:
+        """Register the hooks again after :meth:`detach`; what was accumulated is kept.
+
+        Raises:
+            ProbeStateError: the probe is attached.
+        """
+        if self._capture is not None:
+            raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
+        ruled = [layer for layer in self._layers if layer.rule is not None]
+        self._capture = Capture(self._model, ruled, self._every, self._receive, self._finish)
+        self._capture.attach()
+
+    def detach(self) -> None:
+        """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
+        if self._capture is not None:
+            self._capture.detach()
+            self._capture = None
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are on the model."""
+        return self._capture is not None
+
+    def __enter__(self) -> "CurvatureProbe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record nothing inside the ``with`` block.
+
+        Raises:
+            ProbeStateError: the probe is detached.
+        """
+        capture = self._attached_capture()
+        capture.suspensions += 1
+        try:
+            yield
+        finally:
+            capture.suspensions -= 1
+
+    def reset(self) -> None:
+        """Forget everything accumulated."""
+        self._accumulators = {layer.name: _Accumulator(zeros(layer)) for layer in self._layers}
+        self._num_samples = 0
+
+    @property
+    def layer_names(self) -> list[str]:
+        """Names of the layers looked at, in ``model.named_modules()`` order."""
+        return [layer.name for layer in self._layers]
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples the accumulated Fisher has seen."""
+        return self._num_samples
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "detached"
+        return f"CurvatureProbe({len(self._layers)} layers, {self._num_samples} samples, {state})"
+
+    # ---- the passive Fisher
+
+    def _receive(self, layer: Layer, calls: list[Call], count: int) -> None:
+        assert layer.rule is not None
+        kind = compute_dtype(layer)
+        converted = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
+        gradients = per_sample_gradients(layer.rule, layer.module, converted)
+        # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
+        scale = float(count**2) if self._reduction == "mean" else 1.0
+        beta, alpha = (1.0, scale) if self._decay is None else (self._decay, (1 - self._decay) * scale / count)
+        accumulator = self._accumulators[layer.name]
+        for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
+            contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
+        accumulator.samples += count
+        accumulator.batches += 1
+
+    def _finish(self, count: int, received: set[str]) -> None:
+        for name, accumulator in self._accumulators.items():
+            if name not in received:  # the loss of this batch does not depend on the layer: its gradients are zero
+                if self._decay is not None:
+                    for total in accumulator.sums:
+                        total.mul_(self._decay)
+                accumulator.samples += count
+                accumulator.batches += 1
+        self._num_samples += count
+
+    def _accumulated(self) -> Diagonals:
+        if self._num_samples == 0:
+            raise ProbeStateError(
+                "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), "
+                "or pass loss_fn, inputs and targets for a one-shot measurement."
+            )
+        unseen = [layer.name for layer in self._layers if layer.rule is None]
+        if self._capture is not None:
+            unseen += [name for name in self.layer_names if name in self._capture.without_gradient]
+        if unseen:
+            raise AttributionError(
+                f"the training backward does not show the per-sample gradients of {unseen} (frozen with nothing "
+                "trainable before them, or of a type without a rule): leave them out with layers=, or pass loss_fn, "
+                "inputs and targets for a one-shot measurement."
+            )
+        values = {}
+        for layer in self._layers:
+            accumulator = self._accumulators[layer.name]
+            weight = accumulator.samples if self._decay is None else 1 - self._decay**accumulator.batches
+            values[layer.name] = [total / weight for total in accumulator.sums]
+        return Diagonals(self._layers, values, {name: LayerInfo("passive") for name in self.layer_names})
+
+    # ---- measurements
+
+    @overload
+    def fisher_diagonal(self) -> Diagonals: ...
+
+    @overload
+    def fisher_diagonal(
+        self,
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        fisher_type: FisherType = "empirical",
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        create_graph: bool = False,
+        chunk_size: int | None = None,
+    ) -> Diagonals: ...
+
+    def fisher_diagonal(
+        self,
+        loss_fn: LossFunction | None = None,
+        inputs: Any = None,
+        targets: Any = None,
+        *,
+        fisher_type: FisherType = "empirical",
+        num_samples: int = 1,
+        generator: torch.Generator | None = None,
+        create_graph: bool = False,
+        chunk_size: int | None = None,
+    ) -> Diagonals:
+        """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
+
+        Without arguments: the empirical Fisher of all samples recorded, ``F = (1/N) Σ_n (∂ℓ_n/∂θ)²``.
+
+        With arguments: of this batch alone, nothing is accumulated. ℓ_n is the loss of a batch of one, so that no
+        reduction has to be known. With f_n the model's output for sample n:
+
+        - ``"empirical"``: ``(1/N) Σ_n (∂ℓ_n/∂θ)²``;
+        - ``"type-2"``: ``(1/N) Σ_n diag(J_nᵀ ∂²ℓ_n/∂f_n² J_n)``, the diagonal of the generalised Gauss-Newton matrix;
+        - ``"mc"``: an unbiased estimate of it from ``num_samples`` draws.
+
+        Args:
+            loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
+            inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
+            targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
+            fisher_type: which Fisher.
+            num_samples: draws of ``"mc"``.
+            generator: random numbers of ``"mc"``; the global random state is never advanced.
+            create_graph: make the result differentiable with respect to the model's parameters.
+            chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
+
+        Returns:
+            layer name → 1-D tensor (weight flattened, then bias), in the parameters' dtype, float32 for half precision.
+
+        Raises:
+            ProbeStateError: nothing is accumulated yet, or a one-shot measurement on a detached probe.
+            InvalidArgumentError, InvalidTypeError: an unusable argument, loss or batch.
+            NonFiniteError: the loss is nan or infinite.
+            CouplingError: the samples are coupled, so that per-sample gradients do not exist.
+            AttributionError: a layer's gradient could not be attributed to samples while training.
+
+        Sources: Kunstner, Balles, Hennig (2019), "Limitations of the empirical Fisher approximation", equations 2, 3
+        and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
+        """
+        if loss_fn is None:
+            return self._accumulated()
+        self._attached_capture()
+        return fisher_diagonal(
+            self._model,
+            self._layers,
+            _callable(loss_fn),
+            inputs,
+            targets,
+            fisher_type=fisher_type,
+            num_samples=num_samples,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+        )
+
+    def hessian_diagonal(
+        self,
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        method: HessianMethod = "exact",
+        num_samples: int = 100,
+        generator: torch.Generator | None = None,
+        create_graph: bool = False,
+        chunk_size: int | None = None,
+        progress: bool = False,
+    ) -> Diagonals:
+        """The Hessian diagonal ``∂²L/∂θ_i²`` per layer, ``L = loss_fn(model(inputs), targets)`` exactly as given.
+
+        ``"exact"`` takes, layer by layer, the cheapest way whose conditions hold (see :mod:`secorder.hessian`; the
+        result's ``info`` tells which). ``"hutchinson"`` estimates without bias from random signs v on the layer's
+        output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where samples are coupled.
+
+        Args:
+            loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
+            inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
+            targets: what ``loss_fn`` takes second.
+            method: ``"exact"`` or ``"hutchinson"``.
+            num_samples: draws of ``"hutchinson"``.
+            generator: random numbers, of the draws and of the checks; the global random state is never advanced.
+            create_graph: make the result differentiable with respect to the model's parameters (``"exact"`` only).
+            chunk_size: Hessian-vector products batched at most; by default as many as fit 256 MB.
+            progress: show a ``rich`` progress bar.
+
+        Returns:
+            layer name → 1-D tensor (weight flattened, then bias); after ``"hutchinson"`` its ``standard_error`` holds
+            the standard error of every entry.
+
+        Raises:
+            ProbeStateError: the probe is detached.
+            InvalidArgumentError, InvalidTypeError: an unusable argument, loss or batch.
+            NonFiniteError: the loss is nan or infinite.
+            DoubleBackwardError: an operator has no second derivative.
+
+        Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
+        "Estimating the Hessian by back-propagating curvature", for random signs on z.
+        """
+        self._attached_capture()
+        return hessian_diagonal(
+            self._model,
+            self._layers,
+            _callable(loss_fn),
+            inputs,
+            targets,
+            method=method,
+            num_samples=num_samples,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+
+    def _attached_capture(self) -> Capture:
+        if self._capture is None:
+            raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
+        return self._capture
+
+    # ---- checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was accumulated: tensors and numbers only, for ``torch.save``."""
+        return {
+            "version": 1,
+            "reduction": self._reduction,
+            "decay": self._decay,
+            "num_samples": self._num_samples,
+            "layers": {
+                layer.name: {
+                    "samples": self._accumulators[layer.name].samples,
+                    "batches": self._accumulators[layer.name].batches,
+                    "sums": {
+                        local: total.clone()
+                        for local, total in zip(layer.parameters, self._accumulators[layer.name].sums, strict=True)
+                    },
+                }
+                for layer in self._layers
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; replaces what is accumulated.
+
+        Raises:
+            InvalidArgumentError: the state is of other layers, shapes or settings; nothing is changed.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1:
+            raise InvalidArgumentError("the state is not one of CurvatureProbe.state_dict(), version 1.")
+        for key, mine in (("reduction", self._reduction), ("decay", self._decay)):
+            if state[key] != mine:
+                raise InvalidArgumentError(f"the state was accumulated with {key}={state[key]!r}, not {mine!r}.")
+        other = set(state["layers"]) ^ set(self._accumulators)
+        if other:
+            raise InvalidArgumentError(f"the state and the probe differ in the layers {sorted(other)}.")
+        loaded = {}
+        for layer in self._layers:
+            entry = state["layers"][layer.name]
+            shapes = {local: p.numel() for local, p in layer.parameters.items()}
+            if {local: s.numel() for local, s in entry["sums"].items()} != shapes:
+                raise InvalidArgumentError(f"the state has other parameters or shapes in layer {layer.name!r}.")
+            sums = [entry["sums"][local].to(like, copy=True) for local, like in zip(shapes, zeros(layer), strict=True)]
+            loaded[layer.name] = _Accumulator(sums, int(entry["samples"]), int(entry["batches"]))
+        self._accumulators, self._num_samples = loaded, int(state["num_samples"])
+
+
+def _callable(loss_fn: LossFunction) -> LossFunction:
+    if not callable(loss_fn):
+        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}.")
+    return loss_fn

@@ -1,0 +1,146 @@
+"""Vector-Jacobian and Hessian-vector products of many vectors at once, in chunks of bounded memory."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DoubleBackwardError, InvalidArgumentError
+
+__all__ = ["chunks", "default_chunk_size", "fresh_generator", "gradients", "stacked_vjp", "zero_tether"]
+
+#: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given.
+CHUNK_BYTES = 1 << 28
+
+
+def stacked_vjp(
+    outputs: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
+) -> list[Tensor]:
+    """K vector-Jacobian products ``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i[k]`` on a graph that is kept.
+
+    With gradients as outputs these are Hessian-vector products. Batched by vmap; where an operator has no batching
+    rule, one after the other.
+
+    Args:
+        outputs: tensors of the graph; None or one without a graph contributes nothing.
+        inputs: tensors to differentiate with respect to; one that is not reached gets zeros.
+        cotangents: for each output, shape ``(K, *output.shape)``.
+        create_graph: make the results differentiable.
+
+    Returns:
+        for each input, shape ``(K, *input.shape)``.
+
+    Raises:
+        DoubleBackwardError: an operator on the way cannot be differentiated.
+    """
+    count = cotangents[0].shape[0]
+    live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
+    if not live:
+        return [x.new_zeros((count, *x.shape)) for x in inputs]
+    heads = [o for o, _ in live]
+    if count > 1:
+        try:
+            with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
+                warnings.filterwarnings("ignore", message="There is a performance drop")
+                results = torch.autograd.grad(
+                    heads,
+                    list(inputs),
+                    [c for _, c in live],
+                    retain_graph=True,
+                    create_graph=create_graph,
+                    allow_unused=True,
+                    is_grads_batched=True,
+                )
+            return [x.new_zeros((count, *x.shape)) if r is None else r for x, r in zip(inputs, results, strict=True)]
+        except RuntimeError:
+            pass  # an operator that vmap cannot run: the loop below works, or names the operator
+    single = [_vjp(heads, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
+    return [torch.stack(column) for column in zip(*single, strict=True)]
+
+
+def _vjp(outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: list[Tensor], create_graph: bool) -> list[Tensor]:
+    results = gradients(outputs, inputs, cotangents, create_graph=create_graph)
+    return [torch.zeros_like(x) if r is None else r for x, r in zip(inputs, results, strict=True)]
+
+
+def gradients(
+    outputs: Tensor | Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` on a graph that is kept; None for an input that is not reached.
+
+    Raises:
+        DoubleBackwardError: an operator on the way cannot be differentiated.
+    """
+    if not inputs:
+        return []
+    try:
+        return list(
+            torch.autograd.grad(
+                outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+            )
+        )
+    except RuntimeError as error:
+        raise _double_backward_error(error) from error
+
+
+def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
+    """The library's error for one of autograd's, with the way out where there is one."""
+    reason = str(error).strip().splitlines()[0]
+    if "heckpoint" in reason:
+        return DoubleBackwardError(
+            "the model uses reentrant activation checkpointing, which autograd.grad cannot pass: call "
+            "torch.utils.checkpoint.checkpoint with use_reentrant=False."
+        )
+    return DoubleBackwardError(
+        f"an operator of the model or the loss cannot be differentiated as often as this needs ({reason}): replace "
+        "it by one with a double backward."
+    )
+
+
+def default_chunk_size(elements: int, itemsize: int, chunk_size: int | None) -> int:
+    """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES`.
+
+    Args:
+        elements: elements that one product touches (activations, parameters).
+        itemsize: bytes per element.
+        chunk_size: the user's bound, or None.
+    """
+    if chunk_size is None:
+        return max(1, CHUNK_BYTES // max(1, 4 * elements * itemsize))
+    if chunk_size < 1:
+        raise InvalidArgumentError(f"chunk_size must be at least 1, got {chunk_size}.")
+    return chunk_size
+
+
+def fresh_generator() -> torch.Generator:
+    """A generator seeded by the operating system: the global random state is not ours to advance."""
+    generator = torch.Generator()
+    generator.seed()
+    return generator
+
+
+def zero_tether(model: nn.Module) -> Tensor:
+    """A zero that depends on every trainable parameter.
+
+    Added to a diagonal that happens to be constant, it makes its derivative zero rather than an error.
+    """
+    total = torch.zeros(())
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            total = total.to(parameter.device) + parameter.flatten()[:1].sum() * 0
+    return total
+
+
+def chunks(total: int, size: int) -> Iterator[range]:
+    """``range(total)`` in consecutive ranges of at most ``size``."""
+    for start in range(0, total, size):
+        yield range(start, min(total, start + size))

@@ -1,0 +1,20 @@
+"""A progress bar for long work, shown only where the caller asked for it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["progress_bar"]
+
+
+@contextmanager
+def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that advances a ``rich`` progress bar (with a rate and an estimate), or does nothing."""
+    if not shown:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("HVPs"))
+    with Progress(*columns, TimeRemainingColumn()) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda count: bar.advance(task, count)

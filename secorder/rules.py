@@ -1,0 +1,371 @@
+"""Per-sample gradients of one layer, one rule a layer type, and the contraction that every curvature is made of.
+
+A layer that is linear in its parameters θ maps, for each sample n, a cotangent g_n on its output z_n to a gradient
+J_nᵀ g_n on θ. A *rule* is the function that does so for one layer type, for all samples at once::
+
+    rule(module, inputs, g) -> {parameter name: per-sample gradient}
+
+``inputs`` are the tensors that the module was called with and ``g`` has the shape of its output, both with samples in
+dim 0. A per-sample gradient is either dense, of shape ``(N, *parameter.shape)``, or an :class:`Outer`: two factors
+whose product it is, never formed where it needn't be. :func:`contract` turns two of them, fed with cotangents u and v,
+into the diagonal that belongs to the pair::
+
+    contract(u, v) = Σ_n (J_nᵀ u_n) ⊙ (J_nᵀ v_n)
+
+To teach the library a layer type, write its rule and enter it: ``RULES[MyLayer] = my_rule``.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import AttributionError
+
+__all__ = [
+    "DIM_ZERO",
+    "RULES",
+    "Layout",
+    "Outer",
+    "PerSample",
+    "Rule",
+    "candidate_layouts",
+    "contract",
+    "contract_basis",
+    "per_sample_gradients",
+    "rule_for",
+    "stacked_gradients",
+]
+
+#: Elements of per-sample gradients that one step of a contraction may form (16 MB in float32).
+CHUNK_ELEMENTS = 1 << 22
+
+
+class Outer(NamedTuple):
+    """A per-sample gradient in factors: ``Σ_p g[n, :, p, :]ᵀ a[n, :, p, :]``, reshaped to the parameter.
+
+    Attributes:
+        a: input factor, shape ``(N, groups, positions, in)``.
+        g: cotangent factor, shape ``(N, groups, positions, out)``; the parameter has ``groups · out · in`` elements.
+    """
+
+    a: Tensor
+    g: Tensor
+
+
+PerSample = Outer | Tensor
+Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Mapping[str, PerSample]]
+
+
+class Layout(NamedTuple):
+    """Where the samples of a layer's input and output are.
+
+    Attributes:
+        dim: the dimension that holds them.
+        rows: how many rows of that dimension belong to one sample (flattened tokens, dim 0 only).
+        sample_major: whether the rows of one sample follow each other (``n·T + t``) or are T apart (``t·N + n``).
+    """
+
+    dim: int = 0
+    rows: int = 1
+    sample_major: bool = True
+
+    def size(self, tensor: Tensor) -> int:
+        """The number of samples in a tensor of this layout."""
+        return tensor.shape[self.dim] // self.rows
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """The tensor as ``(N, ...)``, a view where it can be."""
+        if self.rows == 1:
+            return tensor.movedim(self.dim, 0)
+        if self.sample_major:
+            return tensor.unflatten(0, (-1, self.rows))
+        return tensor.unflatten(0, (self.rows, -1)).movedim(1, 0)
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`split`."""
+        if self.rows == 1:
+            return tensor.movedim(0, self.dim)
+        return (tensor if self.sample_major else tensor.movedim(0, 1)).flatten(0, 1)
+
+
+DIM_ZERO = Layout()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From the calls of a layer to its per-sample gradients
+
+
+def per_sample_gradients(
+    rule: Rule,
+    module: nn.Module,
+    calls: Sequence[tuple[tuple[Tensor, ...], Tensor]],
+    layouts: Sequence[Layout] | None = None,
+) -> dict[str, PerSample]:
+    """J_nᵀ g_n of a layer for every sample, summed over the layer's calls in one forward.
+
+    Args:
+        rule: the layer type's rule.
+        module: the layer.
+        calls: for each call the input tensors and a cotangent of the output's shape.
+        layouts: for each call where the samples are; dim 0 by default.
+
+    Returns:
+        per-sample gradients by the parameter's name in the module.
+    """
+    parts = []
+    for index, (inputs, g) in enumerate(calls):
+        layout = layouts[index] if layouts else DIM_ZERO
+        if layout.dim:
+            inputs, g = tuple(x.movedim(layout.dim, 0) for x in inputs), g.movedim(layout.dim, 0)
+        gradients = rule(module, inputs, g)
+        if layout.rows > 1:
+            gradients = {name: _regroup(gradient, layout) for name, gradient in gradients.items()}
+        parts.append(gradients)
+    if len(parts) == 1:
+        return dict(parts[0])
+    return {name: _merge([part[name] for part in parts]) for name in parts[0]}
+
+
+def stacked_gradients(
+    rule: Rule,
+    module: nn.Module,
+    inputs: Sequence[tuple[Tensor, ...]],
+    cotangents: Sequence[Tensor],
+    layouts: Sequence[Layout] | None = None,
+) -> dict[str, PerSample]:
+    """:func:`per_sample_gradients` for K cotangents at once: each call's has shape ``(K, *output.shape)``.
+
+    The input factor of an :class:`Outer` is shared by all K; its ``g``, or the dense gradient, is stacked in dim 0.
+    """
+
+    def gradients(gs: tuple[Tensor, ...]) -> dict[str, PerSample]:
+        return per_sample_gradients(rule, module, list(zip(inputs, gs, strict=True)), layouts)
+
+    def cotangent_factors(*gs: Tensor) -> dict[str, Tensor]:
+        return {name: part.g if isinstance(part, Outer) else part for name, part in gradients(gs).items()}
+
+    first = gradients(tuple(c[0] for c in cotangents))
+    stacked = torch.vmap(cotangent_factors)(*cotangents)
+    return {
+        name: Outer(part.a, stacked[name]) if isinstance(part, Outer) else stacked[name] for name, part in first.items()
+    }
+
+
+def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
+    if isinstance(gradient, Outer):  # (N·T, G, P, k) -> (N, G, T·P, k)
+        return Outer(*(layout.split(x).movedim(1, 2).flatten(2, 3) for x in gradient))
+    return layout.split(gradient).sum(1)
+
+
+def _merge(parts: Sequence[PerSample]) -> PerSample:
+    if isinstance(parts[0], Outer):
+        return Outer(torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2))
+    return torch.stack(list(parts)).sum(0)  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The contraction
+
+
+def contract(
+    u: PerSample,
+    v: PerSample | None = None,
+    *,
+    numel: int,
+    out: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Σ_n u_n ⊙ v_n of two per-sample gradients, the one contraction of the library.
+
+    Args:
+        u: per-sample gradient J_nᵀ u_n, single or stacked over K cotangents, which are summed over as well.
+        v: the same for the other cotangent and the same input factor; None means ``u`` itself (squares).
+        numel: number of the parameter's elements.
+        out: where given, ``out ← beta · out + alpha · result`` in place.
+        beta: factor of what ``out`` held.
+        alpha: factor of the result.
+
+    Returns:
+        1-D tensor of ``numel`` elements, in the order of the flattened parameter.
+    """
+    if not isinstance(u, Outer):
+        assert not isinstance(v, Outer)
+        return _add((u * (u if v is None else v)).reshape(-1, numel).sum(0), out, beta, alpha)
+    assert v is None or isinstance(v, Outer)
+    a, gu, gv = u.a, u.g, u.g if v is None else v.g
+    groups, positions = a.shape[1], a.shape[2]
+    if positions == 1:
+        # One position: the per-sample gradient is a rank-one product and its square factorises, so that
+        # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
+        pairs = gu.squeeze(-2) * gv.squeeze(-2)
+        if pairs.dim() == 4:
+            pairs = pairs.sum(0)
+        squares = (a * a).squeeze(2)
+        if out is None:
+            total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
+            return total if alpha == 1.0 else total * alpha
+        target = out.view(groups, -1, a.shape[-1])
+        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+        return out
+    stacked = gu.dim() == 5
+    total: Tensor | None = None
+    for gu_k, gv_k in zip(gu, gv, strict=True) if stacked else [(gu, gv)]:
+        for rows in _chunks(a.shape[0], numel):
+            left = _products(gu_k[rows], a[rows], numel)
+            right = left if gv is gu else _products(gv_k[rows], a[rows], numel)
+            part = (left * right).sum(0)
+            total = part if total is None else total + part
+    if total is None:
+        total = a.new_zeros(numel)
+    return _add(total, out, beta, alpha)
+
+
+def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
+    """:func:`contract` of K stacked pairs where every v is a basis vector of the layer's output.
+
+    Where the parameter's factor of a basis vector is one element again, at (group, position p, row o), only that row
+    of the parameter is touched: ``Σ_n (Σ_q u[n, q, o] a[n, q]) ⊙ a[n, p]``, ``out`` times less work.
+
+    Args:
+        u: per-sample gradients of K cotangents.
+        v: the basis vectors' per-sample gradients; of the sample dimension only one row is needed for an Outer.
+        numel: number of the parameter's elements.
+    """
+    if not (isinstance(u, Outer) and isinstance(v, Outer)):
+        return contract(u, v, numel=numel)
+    a, count, (groups, positions, width) = u.a, u.g.shape[0], v.g.shape[-3:]
+    factors = v.g[:, 0].reshape(count, -1)
+    if not bool(((factors != 0).sum(1) == 1).all()):
+        return contract(u, Outer(a, v.g.expand_as(u.g)), numel=numel)
+    index = factors.abs().argmax(1)
+    scale = factors.gather(1, index[:, None])
+    group, position, column = index // (positions * width), index // width % positions, index % width
+    picked = torch.arange(count, device=index.device)
+    total = a.new_zeros(groups * width, a.shape[-1])
+    for chunk in picked.split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+        g, p, o = group[chunk], position[chunk], column[chunk]
+        inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
+        weights = u.g[chunk, :, g, :, o]  # (k, N, P)
+        here = inputs.gather(2, p.view(-1, 1, 1, 1).expand(-1, *inputs.shape[1:2], 1, inputs.shape[-1])).squeeze(2)
+        rows = ((weights.unsqueeze(2) @ inputs).squeeze(2) * here).sum(1) * scale[chunk]
+        total = total.index_add(0, g * width + o, rows)
+    return total.reshape(numel)
+
+
+def _products(g: Tensor, a: Tensor, numel: int) -> Tensor:
+    """Per-sample gradients formed from their factors, shape ``(n, numel)``."""
+    return torch.matmul(g.transpose(-1, -2), a).reshape(-1, numel)
+
+
+def _add(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+    if out is None:
+        return total if alpha == 1.0 else total * alpha
+    if beta != 1.0:
+        out.mul_(beta)
+    return out.add_(total, alpha=alpha)
+
+
+def _chunks(count: int, numel: int) -> list[slice]:
+    size = max(1, CHUNK_ELEMENTS // max(1, numel))
+    return [slice(start, start + size) for start in range(0, count, size)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = a Wᵀ + b, over any number of positions between the sample and the feature dimension."""
+    a = inputs[0]
+    samples, width = a.shape[0], a.shape[-1]
+    a = a.reshape(samples, 1, -1, width)
+    g = g.reshape(samples, 1, -1, g.shape[-1])
+    return {"weight": Outer(a, g), "bias": g.sum((1, 2))}
+
+
+def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = W ⋆ a + b, any number of spatial dimensions and every setting of ``nn.ConvNd``."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    a = _padded(module, inputs[0])
+    samples, groups = a.shape[0], module.groups
+    spatial = len(module.kernel_size)
+    _expect_dims(module, a, spatial + 2)
+    for dim, (size, stride, dilation) in enumerate(
+        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
+    ):
+        a = a.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    # (N, C, *positions, *kernel) -> (N, groups, P, C/groups · kernel)
+    a = a.unflatten(1, (groups, -1))
+    order = [0, 1, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
+    a = a.permute(order).flatten(2, 1 + spatial).flatten(3)
+    factor = g.reshape(samples, groups, g.shape[1] // groups, -1).transpose(2, 3)
+    return {"weight": Outer(a, factor), "bias": g.flatten(2).sum(2)}
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> Tensor:
+    padding = module._reversed_padding_repeated_twice
+    if not any(padding):
+        return a
+    return F.pad(a, padding, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+def _expect_dims(module: nn.Module, a: Tensor, dims: int) -> None:
+    if a.dim() != dims:
+        raise AttributionError(
+            f"{type(module).__name__} was called without a batch dimension (input of {a.dim()} dimensions, "
+            f"expected {dims}): add one with unsqueeze(0)."
+        )
+
+
+#: The rules by layer type; subclasses that do not override ``forward`` use their base's. Yours can be added.
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Conv2d: convolution,
+}
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule that is exact for this module, or None.
+
+    A rule speaks for the module only where the module still computes what its type does: ``forward`` is the type's
+    own, and its parameters are the type's own too (no parametrization, no weight kept under another name).
+    """
+    for kind in type(module).__mro__:
+        rule = RULES.get(kind)
+        if rule is not None:
+            break
+    else:
+        return None
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(kind, method, None) or method in module.__dict__:
+            return None
+    own = {name for name, p in module._parameters.items() if p is not None}
+    if hasattr(module, "parametrizations") or len(own) != sum(1 for _ in module.parameters()):
+        return None
+    if kind in _BUILT_IN and not own <= {"weight", "bias"}:
+        return None
+    return rule
+
+
+_BUILT_IN = frozenset(RULES)
+
+#: Rules of layers that treat all leading dimensions alike, so that samples may be in dim 1 (time-major sequences).
+_ANY_LEADING_DIM: frozenset[Rule] = frozenset({linear})
+
+
+def candidate_layouts(rule: Rule, inputs: tuple[Tensor, ...], output: Tensor, num_samples: int) -> list[Layout]:
+    """Where the samples of a call may be, by shape alone, the usual place first; to be verified by the caller."""
+    candidates = []
+    if output.dim():
+        rows, rest = divmod(output.shape[0], num_samples)
+        if rest == 0 and rows == 1:
+            candidates.append(DIM_ZERO)
+        elif rest == 0 and rows > 1:
+            candidates += [Layout(0, rows, True), Layout(0, rows, False)]
+    if rule in _ANY_LEADING_DIM and output.dim() > 2 and output.shape[1] == num_samples:
+        candidates.append(Layout(1))
+    return [c for c in candidates if all(x.dim() and x.shape[c.dim] == output.shape[c.dim] for x in inputs)]

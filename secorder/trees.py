@@ -1,0 +1,77 @@
+"""Inputs, outputs and targets as users pass them: tensors, tuples, dicts, dataclasses, nested."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .errors import InvalidArgumentError, InvalidTypeError
+
+__all__ = ["batch_size", "call_model", "first_batch_size", "map_tensors", "tensors_in"]
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nested structure, depth first."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from tensors_in(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        for item in dataclasses.fields(tree):
+            yield from tensors_in(getattr(tree, item.name))
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """The same structure with every tensor replaced by ``function(tensor)``, in :func:`tensors_in` order."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        items = {key: map_tensors(function, value) for key, value in tree.items()}
+        return items if type(tree) is dict else type(tree)(**items)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        values = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
+        return dataclasses.replace(tree, **values)
+    return tree
+
+
+def first_batch_size(tree: Any) -> int:
+    """Size of dim 0 of the first tensor that has one (0 where there is none)."""
+    return next((tensor.shape[0] for tensor in tensors_in(tree) if tensor.dim()), 0)
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
+
+
+def batch_size(inputs: Any, targets: Any) -> int:
+    """The number of samples of a batch, which inputs and targets must agree on.
+
+    Raises:
+        InvalidTypeError: there is no tensor among the inputs.
+        InvalidArgumentError: the batch is empty, or inputs and targets have different sizes.
+    """
+    sized = [tensor for tensor in tensors_in(inputs) if tensor.dim()]
+    if not sized:
+        raise InvalidTypeError("inputs must be a tensor, or a tuple or dict of tensors, with samples in dim 0.")
+    count = sized[0].shape[0]
+    if count == 0:
+        raise InvalidArgumentError("the batch is empty: pass at least one sample.")
+    if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] != count:
+        raise InvalidArgumentError(
+            f"inputs hold {count} samples and targets {targets.shape[0]}: they must agree in dim 0."
+        )
+    return count

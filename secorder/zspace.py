@@ -1,0 +1,331 @@
+"""Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AttributionError
+from .layers import Layer
+from .products import chunks, default_chunk_size, stacked_vjp
+from .rules import DIM_ZERO, Layout, Outer, PerSample, candidate_layouts, contract, stacked_gradients
+from .trees import map_tensors
+
+__all__ = [
+    "Pairs",
+    "ZLayer",
+    "block_diagonal",
+    "cast",
+    "compute_dtype",
+    "contract_pairs",
+    "detached_output",
+    "layout_options",
+    "loss_separates",
+    "output_hessian",
+    "over_samples",
+    "sample_bits",
+    "signed_roots",
+    "zeros",
+]
+
+
+@dataclass
+class ZLayer:
+    """A layer with its recorded calls.
+
+    Attributes:
+        layer: the layer; it has a rule wherever its calls are used.
+        inputs: the input tensors of each call.
+        leaves: for each call the zero leaf ε that was added to its output z.
+        layouts: for each call where its samples are.
+    """
+
+    layer: Layer
+    inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of one sample's output, by call."""
+        return [leaf.numel() // layout.size(leaf) for leaf, layout in zip(self.leaves, self.layouts, strict=True)]
+
+    @property
+    def numel(self) -> int:
+        """Number of the layer's parameter elements."""
+        return sum(p.numel() for p in self.layer.parameters.values())
+
+    def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
+        """Per-sample gradients of K stacked cotangents on the layer's calls."""
+        assert self.layer.rule is not None
+        kind = compute_dtype(self.layer)
+        inputs = [tuple(cast(x, kind) for x in call) for call in self.inputs]
+        return stacked_gradients(
+            self.layer.rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts
+        )
+
+
+def compute_dtype(layer: Layer) -> torch.dtype:
+    """The dtype a layer's curvature is accumulated in: float32 for half precision, else the parameters' own."""
+    dtype = torch.float32
+    for parameter in layer.parameters.values():
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype`` if it holds real numbers, as it is if it holds indices."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def zeros(layer: Layer) -> list[Tensor]:
+    """A zero diagonal, by parameter."""
+    return [p.detach().new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def over_samples(values: Tensor, like: Tensor, layout: Layout) -> Tensor:
+    """Values (K, N) of samples, spread over tensors of a layout: shape ``(K, *like.shape)``."""
+    split = layout.split(like.detach())
+    stacked = values.view(*values.shape, *(1,) * (split.dim() - 1)).expand(-1, *split.shape)
+    return stacked if layout == DIM_ZERO else torch.stack([layout.join(v) for v in stacked])
+
+
+def sample_bits(count: int, device: torch.device | None = None) -> Tensor:
+    """Masks (B, N) of the samples whose index has bit b set: any two samples differ in at least one of them."""
+    index = torch.arange(count, device=device)
+    return torch.stack([(index >> b) & 1 for b in range((count - 1).bit_length())] or [index]).bool()
+
+
+def block_diagonal(
+    slopes: Sequence[Tensor | None],
+    points: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    generator: torch.Generator,
+) -> bool:
+    """Whether a Hessian is block diagonal over samples: exactly zero between any two of them.
+
+    For each bit of the sample index, a random v on the samples with that bit is multiplied by the Hessian; the other
+    samples' rows must be exactly zero. Two samples differ in a bit, so a coupled pair escapes only where the product
+    with a random v vanishes: with probability zero in exact arithmetic, or by underflow.
+
+    Args:
+        slopes: differentiable gradients of a scalar with respect to ``points``.
+        points: the tensors that the Hessian is taken in.
+        layouts: where each one's samples are.
+        generator: for the random v.
+    """
+    count = layouts[0].size(points[0])
+    if count == 1:
+        return True
+    bits = sample_bits(count, points[0].device)
+    masks = [over_samples(bits, x, layout) for x, layout in zip(points, layouts, strict=True)]
+    vectors = [
+        torch.randn(mask.shape[1:], generator=generator, dtype=torch.float64).to(x) * mask
+        for x, mask in zip(points, masks, strict=True)
+    ]
+    products = stacked_vjp(slopes, points, vectors)
+    return not any(bool((u.masked_fill(mask, 0) != 0).any()) for u, mask in zip(products, masks, strict=True))
+
+
+def loss_separates(gradients: Sequence[Tensor | None], points: Sequence[Tensor], generator: torch.Generator) -> bool:
+    """Whether a loss of outputs ``points`` (samples in dim 0) is a sum over samples, to second order."""
+    return block_diagonal(gradients, points, [DIM_ZERO] * len(points), generator)
+
+
+def layout_options(z: ZLayer, num_samples: int) -> list[list[Layout]]:
+    """Layouts of all of a layer's calls that its rule accepts, by shape; the usual one first."""
+    assert z.layer.rule is not None
+    by_call = [
+        candidate_layouts(z.layer.rule, inputs, leaf, num_samples)
+        for inputs, leaf in zip(z.inputs, z.leaves, strict=True)
+    ]
+    if not all(by_call):
+        return []
+    options = []
+    for index in range(max(map(len, by_call))):
+        layouts = [call[min(index, len(call) - 1)] for call in by_call]
+        trial = ZLayer(z.layer, z.inputs, z.leaves, layouts)
+        try:
+            trial.gradients([leaf.detach()[None] for leaf in z.leaves])
+        except AttributionError:  # not a shape that the rule is for, such as a convolution without a batch
+            continue
+        options.append(layouts)
+    return options
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pairs of cotangents on the output
+
+
+@dataclass
+class Pairs:
+    """K pairs of cotangents on the model's output, sample by sample.
+
+    Attributes:
+        u: shape ``(K, N, C)``, C the elements of one sample's output (all output tensors together).
+        v: the same; None means ``u`` times ``sign``.
+        sign: shape ``(K, N)``; None means one.
+    """
+
+    u: Tensor
+    v: Tensor | None = None
+    sign: Tensor | None = None
+
+
+def signed_roots(gradients: Sequence[Tensor | None], points: Sequence[Tensor], chunk_size: int | None = None) -> Pairs:
+    """Signed square root of a per-sample Hessian as pairs: H_n = Σ_c sign[c, n] u[c, n] u[c, n]ᵀ.
+
+    Args:
+        gradients: of a loss that does not couple samples, with respect to ``points``, differentiable.
+        points: tensors with samples in dim 0; C elements of one sample in all.
+        chunk_size: products batched at most.
+
+    Returns:
+        at most C pairs; columns that vanish for every sample are left out.
+    """
+    hessian = output_hessian(gradients, points, chunk_size).detach().double()
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    size = values.abs()
+    columns = (vectors * size.sqrt()[:, None]).permute(2, 0, 1)
+    keep = (size > torch.finfo(torch.float64).eps * size.amax()).any(0)
+    keep[-1] = True  # never none, so that a loss without curvature needs no case of its own
+    sign = values.sign().T[keep].to(points[0].dtype)
+    return Pairs(columns[keep].to(points[0].dtype), None, None if bool((sign >= 0).all()) else sign)
+
+
+def output_hessian(
+    gradients: Sequence[Tensor | None],
+    points: Sequence[Tensor],
+    chunk_size: int | None = None,
+    *,
+    create_graph: bool = False,
+) -> Tensor:
+    """The loss's Hessian in the outputs, sample by sample, shape ``(N, C, C)``."""
+    count = points[0].shape[0]
+    sizes = [x[0].numel() for x in points]
+    total = sum(sizes)
+    rows = []
+    for ids in chunks(total, default_chunk_size(count * total, points[0].element_size(), chunk_size)):
+        basis = points[0].new_zeros(len(ids), total)
+        basis[range(len(ids)), list(ids)] = 1
+        vectors = [
+            part[:, None].expand(-1, count, -1).reshape(-1, *x.shape)
+            for part, x in zip(basis.split(sizes, 1), points, strict=True)
+        ]
+        products = stacked_vjp(gradients, points, vectors, create_graph=create_graph)
+        rows.append(torch.cat([u.reshape(len(ids), count, -1) for u in products], 2))
+    return torch.cat(rows).permute(1, 0, 2)
+
+
+def contract_pairs(
+    heads: Sequence[Tensor],
+    layers: Sequence[ZLayer],
+    pairs: Pairs,
+    options: Sequence[list[list[Layout]]],
+    *,
+    generator: torch.Generator,
+    chunk_size: int | None,
+    create_graph: bool = False,
+) -> list[list[Tensor] | None]:
+    """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
+
+    That they do is verified: the vjp of a random mixture of the u_k, each sample weighted by a random factor, must be
+    the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is taken and entered into
+    the layer.
+
+    Args:
+        heads: output tensors, samples in dim 0.
+        layers: layers with recorded calls.
+        pairs: the cotangents.
+        options: for each layer its candidate layouts.
+        generator: for the random factors.
+        chunk_size: vjps batched at most.
+        create_graph: make the results differentiable.
+
+    Returns:
+        for each layer the diagonal by parameter, or None where no layout passed.
+    """
+    leaves = [leaf for z in layers for leaf in z.leaves]
+    count = heads[0].shape[0]
+    sizes = [f[0].numel() for f in heads]
+
+    def pull_back(stack: Tensor) -> dict[int, Tensor]:
+        cotangents = [
+            part.reshape(-1, *f.shape).to(f.dtype) for part, f in zip(stack.split(sizes, 2), heads, strict=True)
+        ]
+        found = stacked_vjp(heads, leaves, cotangents, create_graph=create_graph)
+        return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
+
+    def random(size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(pairs.u)
+
+    mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
+    weights = 0.5 + random(count).abs()
+    plain = pull_back(mixture)
+    weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
+    good = []
+    for z, choices in zip(layers, options, strict=True):
+        z.layouts = next((c for c in choices if _scales(z.leaves, c, plain, weighted, weights)), [])
+        if z.layouts or not z.leaves:
+            good.append(z)
+    totals: dict[tuple[int, str], Tensor] = {}
+    elements = sum(leaf.numel() for leaf in leaves)
+    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u.element_size(), chunk_size)):
+        here = slice(ids.start, ids.stop)
+        u = plain if len(pairs.u) == 1 else pull_back(pairs.u[here])
+        v = None if pairs.v is None else pull_back(pairs.v[here])
+        for z in good:
+            left = z.gradients([u[id(leaf)] for leaf in z.leaves])
+            right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
+            for name, p in z.layer.parameters.items():
+                other = right[name] if right is not None else _signed(left[name], pairs.sign, here)
+                part = contract(left[name], other, numel=p.numel())
+                key = (id(z), name)
+                totals[key] = totals[key] + part if key in totals else part
+    return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
+
+
+def _scales(
+    leaves: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    plain: dict[int, Tensor],
+    weighted: dict[int, Tensor],
+    weights: Tensor,
+) -> bool:
+    """Whether weighting the samples weighted their rows."""
+    for leaf, layout in zip(leaves, layouts, strict=True):
+        expected = plain[id(leaf)].detach() * over_samples(weights[None].to(leaf.dtype), leaf, layout)
+        bound = 1024 * torch.finfo(leaf.dtype).eps * expected.abs().amax()
+        if not bool(((weighted[id(leaf)] - expected).abs() <= bound).all()):
+            return False
+    return True
+
+
+def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample | None:
+    if sign is None:
+        return None
+    factor = gradient.g if isinstance(gradient, Outer) else gradient
+    factor = factor * sign[here].view(*sign[here].shape, *(1,) * (factor.dim() - 2))
+    return Outer(gradient.a, factor) if isinstance(gradient, Outer) else factor
+
+
+def detached_output(output: Any, points: list[Tensor], *, flat: bool = False) -> Any:
+    """The model's output with every differentiable tensor replaced by a leaf of equal value, entered in ``points``.
+
+    With ``flat`` the leaves have shape ``(1, numel)``: the whole output is one sample.
+    """
+
+    def replace(tensor: Tensor) -> Tensor:
+        if not tensor.requires_grad:
+            return tensor
+        value = tensor.detach().clone()
+        points.append((value.reshape(1, -1) if flat else value).requires_grad_(True))
+        return points[-1].view(tensor.shape) if flat else points[-1]
+
+    return map_tensors(replace, output)
