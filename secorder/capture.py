@@ -37,7 +37,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        return torch.empty(0)
+        return leaf.view_as(leaf)
 
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
@@ -87,13 +87,15 @@ class Capture:
         self._current: _Forward | None = None  # the forward that runs now, if it is recorded
         self._open: tuple[int, _Forward] | None = None  # the backward that runs now: its graph task, its forward
         self._handles: list[RemovableHandle] = []
+        self._leaf = torch.empty(0, requires_grad=True)
 
     def attach(self) -> None:
         """Register the hooks."""
         for layer in self.layers.values():
-            self._handles.append(layer.module.register_forward_hook(_Hook(self, layer), prepend=True, with_kwargs=True))
-        self._handles.append(self.model.register_forward_pre_hook(_Hook(self, "begin"), prepend=True, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(_Hook(self, "end"), always_call=True))
+            hook = _Called(self, layer)
+            self._handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(_Begin(self), prepend=True, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(_End(self), always_call=True))
 
     def detach(self) -> None:
         """Remove every hook; backward passes of graphs recorded before are ignored from now on."""
@@ -145,8 +147,7 @@ class Capture:
             if not any(p.requires_grad for p in layer.parameters.values()):
                 self.without_gradient.add(layer.name)
             return
-        leaf = torch.empty(0, requires_grad=True)
-        kept = [_Keep.apply(leaf, *(x.detach() for x in inputs)).grad_fn]
+        kept = [_Keep.apply(self._leaf, *(x.detach() for x in inputs)).grad_fn]
 
         def on_gradient(g: Tensor) -> None:
             if kept and not self.suspensions and not _inside_transform() and self._accumulates(layer):
@@ -158,14 +159,17 @@ class Capture:
 
     def _accumulates(self, layer: Layer) -> bool:
         """Whether this backward reaches ``.grad`` of the layer's parameters (of any of the model's, if frozen)."""
-        own = [p for p in layer.parameters.values() if p.requires_grad]
-        for parameter in own or (p for p in self.model.parameters() if p.requires_grad):
-            try:
-                if torch._C._will_engine_execute_node(get_gradient_edge(parameter).node):
-                    return True
-            except RuntimeError:  # autograd.grad captures this parameter's gradient
-                return False
-        return False
+        try:
+            for parameter in layer.parameters.values():
+                if parameter.requires_grad:
+                    return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+            return any(
+                torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+                for parameter in self.model.parameters()
+                if parameter.requires_grad
+            )
+        except RuntimeError:  # autograd.grad captures this parameter's gradient
+            return False
 
     def _enter(self, forward: _Forward) -> None:
         task = torch._C._current_graph_task_id()
@@ -206,14 +210,18 @@ class Capture:
     def _deliver(self, forward: _Forward, layer: Layer) -> None:
         calls = forward.captured.pop(layer.name)
         for inputs, g in calls:
-            for tensor in (*inputs, g):
+            for tensor in (*inputs, g):  # hot path: a comparison a tensor
                 if tensor.dim() == 0 or tensor.shape[0] != forward.num_samples:
                     raise AttributionError(
                         f"layer {layer.name!r} saw a tensor of shape {tuple(tensor.shape)} in a batch of "
                         f"{forward.num_samples} samples: its dimension 0 does not hold the samples. Leave the layer "
                         "out with layers=, or measure it with a one-shot call."
                     )
-        with torch.no_grad(), torch.autocast(calls[0][1].device.type, enabled=False):
+        device = calls[0][1].device.type
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):  # backward inside either context
+            with torch.no_grad(), torch.autocast(device, enabled=False):
+                self.receive(layer, calls, forward.num_samples)
+        else:
             self.receive(layer, calls, forward.num_samples)
         forward.received.add(layer.name)
 
@@ -232,22 +240,32 @@ class Capture:
 class _Hook:
     """A forward hook of a capture; copies and pickles of the model get one that does nothing."""
 
-    def __init__(self, capture: Capture, what: "Layer | str") -> None:
+    def __init__(self, capture: Capture) -> None:
         self.capture = capture
-        self.what = what
-
-    def __call__(self, module: nn.Module, args: Any, *rest: Any) -> None:
-        if self.what == "begin":
-            self.capture.begin(args, rest[0])
-        elif self.what == "end":
-            self.capture.end(rest[0])
-        else:
-            assert isinstance(self.what, Layer)
-            if not self.capture.suspensions:
-                self.capture.called(self.what, tuple(tensors_in((args, rest[0]))), rest[1])
 
     def __reduce__(self) -> Any:
         return (_no_hook, ())
+
+
+class _Begin(_Hook):
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.capture.begin(args, kwargs)
+
+
+class _End(_Hook):
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.capture.end(output)
+
+
+class _Called(_Hook):
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        super().__init__(capture)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if not self.capture.suspensions:
+            plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
+            self.capture.called(self.layer, args if plain else tuple(tensors_in((args, kwargs))), output)
 
 
 def _ignore(*_: Any) -> None:

@@ -29,7 +29,7 @@ from .diagonals import Diagonals, LayerInfo
 from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
 from .loan import Loan, borrow, check_loss, recorded, require_dependence
-from .products import chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
+from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .trees import batch_size, map_tensors, tensors_in
 from .zspace import (
     Pairs,
@@ -71,7 +71,7 @@ def fisher_diagonal(
         raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
     if num_samples < 1:
         raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
-    default_chunk_size(1, 1, chunk_size)
+    check_chunk_size(chunk_size)
     count = batch_size(inputs, targets)
     generator = generator or fresh_generator()
     task = _Task(layers, loss_fn, inputs, targets, count, fisher_type, num_samples, generator, create_graph, chunk_size)
@@ -244,7 +244,7 @@ def _by_samples(task: _Task, loan: Loan, layers: Sequence[Layer], pairs: Pairs) 
     stand_ins = [s for layer in layers for s in loan.stand_ins(layer)]
     totals = [torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in loan.stand_ins(layer)]
     elements = sum(s.numel() for s in stand_ins) + 4 * sum(f.numel() for f in heads)
-    size = default_chunk_size(elements, totals[0].element_size(), task.chunk_size)
+    size = default_chunk_size(elements, totals[0], task.chunk_size)
     sizes = [f[0].numel() for f in heads]
 
     def pull_back(cotangent: Tensor, ids: range) -> list[Tensor]:

@@ -34,7 +34,7 @@ from .diagonals import Diagonals, LayerInfo
 from .errors import InvalidArgumentError
 from .layers import Layer
 from .loan import Loan, Recording, borrow, check_loss, recorded, require_dependence
-from .products import chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
+from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
 from .rules import DIM_ZERO, Layout, Outer, PerSample, contract, contract_basis
 from .trees import batch_size, tensors_in
@@ -80,7 +80,7 @@ def hessian_diagonal(
         raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     if create_graph and method != "exact":
         raise InvalidArgumentError('create_graph=True needs method="exact".')
-    default_chunk_size(1, 1, chunk_size)
+    check_chunk_size(chunk_size)
     count = batch_size(inputs, targets)
     generator = generator or fresh_generator()
     with borrow(model, loss_fn, layers, create_graph=create_graph) as loan:
@@ -122,7 +122,8 @@ class _Problem:
         return output, check_loss(self.loss_fn(output, self.targets), self.loan, self.inputs)
 
     def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(tuple(shape), generator=self.generator, dtype=torch.float64).to(like)
+        device = self.generator.device
+        return torch.randn(tuple(shape), generator=self.generator, dtype=like.dtype, device=device).to(like.device)
 
     def signs(self, shape: Sequence[int], like: Tensor) -> Tensor:
         bits = torch.randint(0, 2, tuple(shape), generator=self.generator, device=self.generator.device)
@@ -321,7 +322,7 @@ def _z_basis(
     """The diagonal with v over the basis of one sample's outputs, all samples at once, call by call."""
     totals: list[Tensor] = zeros(plan.layer)
     elements = sum(leaf.numel() for leaf in plan.leaves)
-    size = default_chunk_size(2 * elements, plan.leaves[0].element_size(), problem.chunk_size)
+    size = default_chunk_size(2 * elements, plan.leaves[0], problem.chunk_size)
     for call, basis_size in enumerate(plan.sizes):
         for ids in chunks(basis_size, size):
             vectors = [leaf.new_zeros(()).expand(len(ids), *leaf.shape) for leaf in plan.leaves]
@@ -382,7 +383,7 @@ def _parameter_basis(
     sizes = [s.numel() for s in stand_ins]
     elements = 4 * (plan.numel + sum(t.numel() for t in tensors_in(problem.inputs)))
     diagonal = []
-    for ids in chunks(plan.numel, default_chunk_size(elements, stand_ins[0].element_size(), problem.chunk_size)):
+    for ids in chunks(plan.numel, default_chunk_size(elements, stand_ins[0], problem.chunk_size)):
         flat = stand_ins[0].new_zeros(len(ids), plan.numel)
         flat[range(len(ids)), list(ids)] = 1
         vectors = [part.reshape(-1, *s.shape).to(s) for part, s in zip(flat.split(sizes, 1), stand_ins, strict=True)]
@@ -480,7 +481,7 @@ def _z_draws(problem: _Problem, plan: _Plan) -> tuple[Callable[[int], list[Tenso
         ]
 
     elements = 2 * sum(leaf.numel() for leaf in plan.leaves) + plan.numel
-    return draw, default_chunk_size(elements, plan.leaves[0].element_size(), problem.chunk_size)
+    return draw, default_chunk_size(elements, plan.leaves[0], problem.chunk_size)
 
 
 def _pick(gradient: PerSample, index: int) -> PerSample:
@@ -499,4 +500,4 @@ def _parameter_draws(
         return [(u * v).reshape(count, -1).to(kind) for u, v in zip(products, vectors, strict=True)]
 
     elements = 4 * (plan.numel + sum(t.numel() for t in tensors_in(problem.inputs)))
-    return draw, default_chunk_size(elements, stand_ins[0].element_size(), problem.chunk_size)
+    return draw, default_chunk_size(elements, stand_ins[0], problem.chunk_size)

@@ -8,10 +8,20 @@ from torch import Tensor, nn
 
 from .errors import DoubleBackwardError, InvalidArgumentError
 
-__all__ = ["chunks", "default_chunk_size", "fresh_generator", "gradients", "stacked_vjp", "zero_tether"]
+__all__ = [
+    "check_chunk_size",
+    "chunks",
+    "default_chunk_size",
+    "fresh_generator",
+    "gradients",
+    "stacked_vjp",
+    "zero_tether",
+]
 
-#: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given.
-CHUNK_BYTES = 1 << 28
+#: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given: what fits
+#: a CPU's caches (measured: twice as fast as eight times as much), and enough to keep an accelerator busy.
+CHUNK_BYTES = {"cpu": 1 << 25}
+ACCELERATOR_CHUNK_BYTES = 1 << 28
 
 
 def stacked_vjp(
@@ -106,19 +116,24 @@ def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
     )
 
 
-def default_chunk_size(elements: int, itemsize: int, chunk_size: int | None) -> int:
+def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> int:
     """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES`.
 
     Args:
         elements: elements that one product touches (activations, parameters).
-        itemsize: bytes per element.
+        like: a tensor of the dtype and on the device of the work.
         chunk_size: the user's bound, or None.
     """
-    if chunk_size is None:
-        return max(1, CHUNK_BYTES // max(1, 4 * elements * itemsize))
-    if chunk_size < 1:
+    if chunk_size is not None:
+        return chunk_size
+    budget = CHUNK_BYTES.get(like.device.type, ACCELERATOR_CHUNK_BYTES)
+    return max(1, budget // max(1, 4 * elements * like.element_size()))
+
+
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise unless it is None or at least 1."""
+    if chunk_size is not None and chunk_size < 1:
         raise InvalidArgumentError(f"chunk_size must be at least 1, got {chunk_size}.")
-    return chunk_size
 
 
 def fresh_generator() -> torch.Generator:

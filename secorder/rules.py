@@ -47,11 +47,11 @@ class Outer(NamedTuple):
     """A per-sample gradient in factors: ``Σ_p g[n, :, p, :]ᵀ a[n, :, p, :]``, reshaped to the parameter.
 
     Attributes:
-        a: input factor, shape ``(N, groups, positions, in)``.
+        a: input factor, shape ``(N, groups, positions, in)``; None stands for a one at every position (a bias).
         g: cotangent factor, shape ``(N, groups, positions, out)``; the parameter has ``groups · out · in`` elements.
     """
 
-    a: Tensor
+    a: Tensor | None
     g: Tensor
 
 
@@ -156,13 +156,15 @@ def stacked_gradients(
 
 def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
     if isinstance(gradient, Outer):  # (N·T, G, P, k) -> (N, G, T·P, k)
-        return Outer(*(layout.split(x).movedim(1, 2).flatten(2, 3) for x in gradient))
+        return Outer(*(None if x is None else layout.split(x).movedim(1, 2).flatten(2, 3) for x in gradient))
     return layout.split(gradient).sum(1)
 
 
 def _merge(parts: Sequence[PerSample]) -> PerSample:
     if isinstance(parts[0], Outer):
-        return Outer(torch.cat([p[0] for p in parts], 2), torch.cat([p[1] for p in parts], 2))
+        inputs = [part.a for part in parts]  # type: ignore[union-attr]
+        a = None if inputs[0] is None else torch.cat(inputs, 2)  # type: ignore[arg-type]
+        return Outer(a, torch.cat([part.g for part in parts], 2))  # type: ignore[union-attr]
     return torch.stack(list(parts)).sum(0)  # type: ignore[arg-type]
 
 
@@ -197,30 +199,36 @@ def contract(
         return _add((u * (u if v is None else v)).reshape(-1, numel).sum(0), out, beta, alpha)
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
-    groups, positions = a.shape[1], a.shape[2]
+    groups, positions = gu.shape[-3], gu.shape[-2]
     if positions == 1:
         # One position: the per-sample gradient is a rank-one product and its square factorises, so that
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
-        pairs = gu.squeeze(-2) * gv.squeeze(-2)
+        pairs = (gu * gv).squeeze(-2)
         if pairs.dim() == 4:
             pairs = pairs.sum(0)
+        if a is None:
+            return _add(pairs.sum(0).reshape(numel), out, beta, alpha)
         squares = (a * a).squeeze(2)
         if out is None:
             total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
             return total if alpha == 1.0 else total * alpha
-        target = out.view(groups, -1, a.shape[-1])
-        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+        if groups == 1:
+            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
+        else:
+            target = out.view(groups, -1, a.shape[-1])
+            target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
         return out
     stacked = gu.dim() == 5
     total: Tensor | None = None
     for gu_k, gv_k in zip(gu, gv, strict=True) if stacked else [(gu, gv)]:
-        for rows in _chunks(a.shape[0], numel):
-            left = _products(gu_k[rows], a[rows], numel)
-            right = left if gv is gu else _products(gv_k[rows], a[rows], numel)
+        for rows in _chunks(gu_k.shape[0], numel):
+            inputs = None if a is None else a[rows]
+            left = _products(gu_k[rows], inputs, numel)
+            right = left if gv is gu else _products(gv_k[rows], inputs, numel)
             part = (left * right).sum(0)
             total = part if total is None else total + part
     if total is None:
-        total = a.new_zeros(numel)
+        total = gu.new_zeros(numel)
     return _add(total, out, beta, alpha)
 
 
@@ -237,27 +245,34 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
     """
     if not (isinstance(u, Outer) and isinstance(v, Outer)):
         return contract(u, v, numel=numel)
-    a, count, (groups, positions, width) = u.a, u.g.shape[0], v.g.shape[-3:]
+    count, (groups, positions, width) = u.g.shape[0], v.g.shape[-3:]
+    a = u.g.new_ones(()).expand(u.g.shape[1], groups, positions, 1) if u.a is None else u.a
     factors = v.g[:, 0].reshape(count, -1)
     if not bool(((factors != 0).sum(1) == 1).all()):
-        return contract(u, Outer(a, v.g.expand_as(u.g)), numel=numel)
+        return contract(u, Outer(u.a, v.g.expand_as(u.g)), numel=numel)
     index = factors.abs().argmax(1)
-    scale = factors.gather(1, index[:, None])
+    scale = factors.gather(1, index[:, None])  # (K, 1)
     group, position, column = index // (positions * width), index // width % positions, index % width
-    picked = torch.arange(count, device=index.device)
+    if positions == 1:  # only the diagonal of each sample's block is asked for, and squares of the input
+        rows = u.g[torch.arange(count, device=index.device), :, group, 0, column] * scale
+        diagonal = a.new_zeros(groups * width, a.shape[0]).index_add(0, group * width + column, rows)
+        squares = (a * a).squeeze(2).transpose(0, 1)
+        return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
     total = a.new_zeros(groups * width, a.shape[-1])
-    for chunk in picked.split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+    for chunk in torch.arange(count, device=index.device).split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
         g, p, o = group[chunk], position[chunk], column[chunk]
         inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
         weights = u.g[chunk, :, g, :, o]  # (k, N, P)
-        here = inputs.gather(2, p.view(-1, 1, 1, 1).expand(-1, *inputs.shape[1:2], 1, inputs.shape[-1])).squeeze(2)
+        here = inputs.gather(2, p.view(-1, 1, 1, 1).expand(-1, inputs.shape[1], 1, inputs.shape[-1])).squeeze(2)
         rows = ((weights.unsqueeze(2) @ inputs).squeeze(2) * here).sum(1) * scale[chunk]
         total = total.index_add(0, g * width + o, rows)
     return total.reshape(numel)
 
 
-def _products(g: Tensor, a: Tensor, numel: int) -> Tensor:
+def _products(g: Tensor, a: Tensor | None, numel: int) -> Tensor:
     """Per-sample gradients formed from their factors, shape ``(n, numel)``."""
+    if a is None:
+        return g.sum(2).reshape(-1, numel)
     return torch.matmul(g.transpose(-1, -2), a).reshape(-1, numel)
 
 
@@ -284,26 +299,31 @@ def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str
     samples, width = a.shape[0], a.shape[-1]
     a = a.reshape(samples, 1, -1, width)
     g = g.reshape(samples, 1, -1, g.shape[-1])
-    return {"weight": Outer(a, g), "bias": g.sum((1, 2))}
+    return {"weight": Outer(a, g), "bias": _bias(g)}
 
 
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = W ⋆ a + b, any number of spatial dimensions and every setting of ``nn.ConvNd``."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     a = _padded(module, inputs[0])
-    samples, groups = a.shape[0], module.groups
-    spatial = len(module.kernel_size)
+    groups, spatial = module.groups, len(module.kernel_size)
     _expect_dims(module, a, spatial + 2)
     for dim, (size, stride, dilation) in enumerate(
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         a = a.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (N, C, *positions, *kernel) -> (N, groups, P, C/groups · kernel)
-    a = a.unflatten(1, (groups, -1))
-    order = [0, 1, *range(3, 3 + spatial), 2, *range(3 + spatial, 3 + 2 * spatial)]
-    a = a.permute(order).flatten(2, 1 + spatial).flatten(3)
-    factor = g.reshape(samples, groups, g.shape[1] // groups, -1).transpose(2, 3)
-    return {"weight": Outer(a, factor), "bias": g.flatten(2).sum(2)}
+    # (N, C, *positions, *kernel) -> (N, groups, C/groups · kernel, P): the copy runs along rows of pixels, which makes
+    # it several times faster than F.unfold on the CPU.
+    order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
+    a = a.permute(order).flatten(-spatial).flatten(1, -2)
+    a = a.unflatten(1, (groups, -1)).transpose(2, 3)
+    factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+    return {"weight": Outer(a, factor), "bias": _bias(factor)}
+
+
+def _bias(g: Tensor) -> Outer:
+    """The gradient of a bias that is added at every position: its input is one."""
+    return Outer(None, g)
 
 
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> Tensor:

@@ -126,7 +126,7 @@ def block_diagonal(
     bits = sample_bits(count, points[0].device)
     masks = [over_samples(bits, x, layout) for x, layout in zip(points, layouts, strict=True)]
     vectors = [
-        torch.randn(mask.shape[1:], generator=generator, dtype=torch.float64).to(x) * mask
+        torch.randn(mask.shape[1:], generator=generator, dtype=x.dtype, device=generator.device).to(x.device) * mask
         for x, mask in zip(points, masks, strict=True)
     ]
     products = stacked_vjp(slopes, points, vectors)
@@ -192,10 +192,11 @@ def signed_roots(gradients: Sequence[Tensor | None], points: Sequence[Tensor], c
     hessian = output_hessian(gradients, points, chunk_size).detach().double()
     values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
     size = values.abs()
+    size[size <= torch.finfo(torch.float64).eps * size.amax()] = 0  # rounding of a singular matrix
     columns = (vectors * size.sqrt()[:, None]).permute(2, 0, 1)
-    keep = (size > torch.finfo(torch.float64).eps * size.amax()).any(0)
+    keep = (size > 0).any(0)
     keep[-1] = True  # never none, so that a loss without curvature needs no case of its own
-    sign = values.sign().T[keep].to(points[0].dtype)
+    sign = torch.where(size > 0, values.sign(), 1.0).T[keep].to(points[0].dtype)
     return Pairs(columns[keep].to(points[0].dtype), None, None if bool((sign >= 0).all()) else sign)
 
 
@@ -211,7 +212,7 @@ def output_hessian(
     sizes = [x[0].numel() for x in points]
     total = sum(sizes)
     rows = []
-    for ids in chunks(total, default_chunk_size(count * total, points[0].element_size(), chunk_size)):
+    for ids in chunks(total, default_chunk_size(count * total, points[0], chunk_size)):
         basis = points[0].new_zeros(len(ids), total)
         basis[range(len(ids)), list(ids)] = 1
         vectors = [
@@ -276,7 +277,7 @@ def contract_pairs(
             good.append(z)
     totals: dict[tuple[int, str], Tensor] = {}
     elements = sum(leaf.numel() for leaf in leaves)
-    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u.element_size(), chunk_size)):
+    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
         here = slice(ids.start, ids.stop)
         u = plain if len(pairs.u) == 1 else pull_back(pairs.u[here])
         v = None if pairs.v is None else pull_back(pairs.v[here])
