@@ -154,12 +154,16 @@ def _pairs(task: _Task, output: Any, loan: Loan, layers: Sequence[ZLayer]) -> Pa
     detached = detached_output(output, points)
     whole = task.loss_fn(detached, task.targets)
     if not whole.requires_grad:
+        require_dependence(loan.model, task.loss_fn, task.inputs, task.targets)
         return None
     inside = [leaf for z in layers for leaf in z.leaves]
     inside += [s for layer in task.layers for s in loan.stand_ins(layer)]
+    slopes = gradients(whole, points, create_graph=True)
     if any(g is not None for g in gradients(whole, inside)):
         return None  # a weight penalty, or features taken from inside the model
-    if not loss_separates(gradients(whole, points, create_graph=True), points, task.generator):
+    if all(g is None for g in slopes):
+        require_dependence(loan.model, task.loss_fn, task.inputs, task.targets)
+    if not loss_separates(slopes, points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."

@@ -245,9 +245,10 @@ def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any
     Raises:
         InvalidArgumentError: it depends on none.
     """
+    parameters = list(model.parameters())
     with borrow(model, loss_fn, select_layers(model, "all")) as loan:
         loss = loss_fn(loan.forward(inputs), targets)
-        stand_ins = [loan.stand_in(p) for p in model.parameters()]
+        stand_ins = [loan.stand_in(p) for p in parameters]
         if loss.requires_grad and any(g is not None for g in gradients(loss.sum(), stand_ins)):
             return
     raise InvalidArgumentError(

@@ -1,0 +1,118 @@
+"""Train a small convolutional network on scikit-learn's digits and watch the curvature of its layers.
+
+Run ``python examples/train_digits.py``; then ``tensorboard --logdir runs`` shows the same numbers over time.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.live import Live
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
+
+from secorder import CurvatureProbe
+from secorder.report import layer_table
+from secorder.stats import layer_statistics
+from secorder.tensorboard import log_diagonals
+
+
+class DigitsNet(nn.Module):
+    """Two convolutions and two linear layers for 8×8 images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc1 = nn.Linear(32 * 2 * 2, 64)
+        self.fc2 = nn.Linear(64, 10)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.pool(F.gelu(self.conv1(images)))
+        hidden = self.pool(F.gelu(self.conv2(hidden)))
+        return self.fc2(F.gelu(self.fc1(hidden.flatten(1))))
+
+
+def load_data() -> tuple[TensorDataset, TensorDataset]:
+    """1,797 real hand-written digits, shuffled, 80 % of them for training."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
+    labels = torch.tensor(digits.target)
+    order = torch.randperm(len(images))
+    cut = int(0.8 * len(images))
+    train, test = order[:cut], order[cut:]
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    """Share of right answers."""
+    images, labels = data.tensors
+    with torch.no_grad():
+        return (model(images).argmax(1) == labels).float().mean().item()
+
+
+def main() -> None:
+    """Train, log, show, and say what was found."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S"))
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    console = Console()
+    train, test = load_data()
+    model, loss_fn = DigitsNet(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    held_images, held_labels = (tensor[:64] for tensor in test.tensors)  # the Hessian is measured on these
+
+    step = 0
+    with (
+        CurvatureProbe(model, decay=0.9) as probe,  # the only line that training needs
+        SummaryWriter(str(arguments.logdir)) as writer,
+        Live(console=console, refresh_per_second=4) as live,
+    ):
+        first = None
+        for epoch in range(1, arguments.epochs + 1):
+            for images, labels in DataLoader(train, batch_size=64, shuffle=True):
+                optimizer.zero_grad()
+                loss = loss_fn(model(images), labels)
+                loss.backward()  # the Fisher diagonal accumulates here
+                optimizer.step()
+                step += 1
+                if step % 10 == 0:
+                    log_diagonals(writer, probe.fisher_diagonal(), step, "fisher")
+                    writer.add_scalar("loss/train", loss.item(), step)
+            fisher = probe.fisher_diagonal()
+            hessian = probe.hessian_diagonal(loss_fn, held_images, held_labels)
+            log_diagonals(writer, hessian, step, "hessian")
+            right = accuracy(model, test)
+            writer.add_scalar("accuracy/test", right, step)
+            live.update(layer_table(fisher, hessian, title=f"epoch {epoch}, test accuracy {right:.1%}"))
+            first = first or layer_statistics(fisher)
+
+    last = layer_statistics(fisher)
+    steepest = max(last, key=lambda name: last[name]["mean"])
+    calmest = min(last, key=lambda name: last[name]["mean"])
+    change = ", ".join(f"{name} ×{row['trace'] / first[name]['trace']:.2g}" for name, row in last.items())
+    negative = layer_statistics(hessian)
+    console.print(f"\nTest accuracy {right:.1%} after {step} steps.")
+    console.print(
+        f"Per parameter, {steepest} is the most sensitive layer: its mean Fisher is "
+        f"{last[steepest]['mean'] / last[calmest]['mean']:.0f} times that of {calmest}, so one learning rate for both "
+        "is a compromise."
+    )
+    console.print(f"Fisher trace since the first epoch: {change}.")
+    share = ", ".join(f"{name} {row['negative']:.0%}" for name, row in negative.items())
+    console.print(f"Share of negative entries in the Hessian diagonal on 64 held-out digits: {share}.")
+    ways = ", ".join(f"{name} by {info.way} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
+    console.print(f"Exact Hessian: {ways}.")
+    console.print(f"TensorBoard log: {arguments.logdir}  (tensorboard --logdir {arguments.logdir.parent})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Brute force in float64: what every number of the library is held against."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from secorder.trees import call_model, map_tensors
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any) -> dict[str, Tensor]:
+    """∂²L/∂θ_i² by double backward, one parameter element after the other, by parameter name."""
+    state = torch.get_rng_state()
+    result = {}
+    parameters = dict(model.named_parameters())
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    for name, p in parameters.items():
+        torch.set_rng_state(state)
+        loss = loss_fn(call_model(model, inputs), targets)
+        (gradient,) = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
+        diagonal = torch.zeros(p.numel(), dtype=p.dtype)
+        if gradient is not None and gradient.requires_grad:
+            for i, element in enumerate(gradient.flatten()):
+                (row,) = torch.autograd.grad(element, p, retain_graph=True, allow_unused=True)
+                diagonal[i] = 0 if row is None else row.flatten()[i]
+        result[name] = diagonal.view(p.shape)
+    for name, p in parameters.items():
+        p.requires_grad_(flags[name])
+    torch.set_rng_state(state)
+    return result
+
+
+def one(tree: Any, index: int, count: int, dim: int = 0) -> Any:
+    """The batch that holds sample ``index`` alone."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() > dim and tensor.shape[dim] == count:
+            return tensor.narrow(dim, index, 1)
+        return tensor
+
+    return map_tensors(cut, tree)
+
+
+def fisher_by_sample(
+    model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int, *, dim: int = 0
+) -> dict[str, Tensor]:
+    """(1/N) Σ_n (∂ℓ_n/∂θ)² by a loop over batches of one, by parameter name."""
+    parameters = dict(model.named_parameters())
+    flags = {name: p.requires_grad for name, p in parameters.items()}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for n in range(count):
+        loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count))
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, g in zip(parameters, gradients, strict=True):
+            if g is not None:
+                total[name] += g**2 / count
+    for name, p in parameters.items():
+        p.requires_grad_(flags[name])
+    return total
+
+
+def ggn_by_sample(model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """(1/N) Σ_n diag(J_nᵀ H_n J_n) with Jacobians and output Hessians formed whole, by parameter name."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    count = len(inputs)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for n in range(count):
+        x, t = inputs[n : n + 1], targets[n : n + 1]
+
+        def output(p: dict[str, Tensor], x: Tensor = x) -> Tensor:
+            return torch.func.functional_call(model, p, (x,))
+
+        f = output(parameters)
+        hessian = torch.func.hessian(lambda f, t=t: loss_fn(f, t))(f).reshape(f.numel(), f.numel())
+        jacobian = torch.func.jacrev(output)(parameters)
+        for name in parameters:
+            j = jacobian[name].reshape(f.numel(), -1)
+            total[name] += torch.einsum("ci,cd,di->i", j, hessian, j).view_as(total[name]) / count
+    return total
+
+
+def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Equal to a tolerance relative to the largest entry of the reference."""
+    assert found.shape == expected.shape
+    scale = max(expected.abs().max().item(), 1e-12) if expected.numel() else 1.0
+    error = (found.to(expected) - expected).abs().max().item() if expected.numel() else 0.0
+    assert error <= tolerance * scale, f"off by {error / scale:.2e} of the largest entry"
+
+
+def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
+    """:func:`assert_close` for every parameter that was measured, and that some were."""
+    assert found
+    for name, value in found.items():
+        assert_close(value, expected[name], tolerance)

@@ -1,0 +1,88 @@
+"""The documented functions: importable as written, their examples run from the document's own text."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import secorder
+from secorder import get_layer_curvature_stats, per_layer_fisher_diagonal, per_layer_hessian_diagonal
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "per_layer_curvature.rst"
+SHARED = Path(__file__).parents[2] / "shared" / "per_layer_curvature.rst"
+
+
+def code_blocks() -> list[str]:
+    text = DOCUMENT.read_text()
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", text)
+    return [re.sub(r"^   ", "", block, flags=re.MULTILINE) for block in blocks]
+
+
+def test_examples_of_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.set_default_dtype(torch.float32)
+    hessian, fisher, stats = code_blocks()
+    namespace: dict[str, object] = {}
+    exec(hessian, namespace)
+    assert re.findall(r"(linear\d) Hessian diagonal shape: torch.Size\(\[(\d+)\]\)", capsys.readouterr().out) == [
+        ("linear1", "220"),
+        ("linear2", "105"),
+        ("linear3", "6"),
+    ]
+    exec(stats, namespace)
+    printed = capsys.readouterr().out
+    numbers = [float(x) for x in re.findall(r"(?:Mean|Std|Max|Min): +(-?\d+\.\d{4})", printed)]
+    assert len(numbers) == 12
+    assert all(low <= mean <= high for mean, _, high, low in zip(*[iter(numbers)] * 4, strict=True))
+    exec(fisher, {})
+    printed = capsys.readouterr().out
+    assert "Layer: linear1, Shape: torch.Size([55])" in printed
+    assert "Layer: linear2, Shape: torch.Size([18])" in printed
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the original document is not beside the checkout")
+def test_the_document_is_the_original() -> None:
+    blocks = re.findall(r"\.\. code-block:: python\n\n((?:   .*\n|\n)+)", SHARED.read_text())
+    assert [re.sub(r"^   ", "", block, flags=re.MULTILINE) for block in blocks] == code_blocks()
+
+
+def test_the_alias_holds_the_same_objects() -> None:
+    from torch_secorder.core import per_layer_curvature as alias
+
+    from secorder.core import per_layer_curvature as own
+
+    for name in own.__all__:
+        assert getattr(alias, name) is getattr(own, name) is getattr(secorder, name)
+
+
+def test_positional_arguments_and_layer_types() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    batch = torch.randn(4, 3), torch.randn(4, 2)
+    for measure in (per_layer_hessian_diagonal, per_layer_fisher_diagonal):
+        assert list(measure(model, nn.MSELoss(), *batch)) == ["0"]
+        assert list(measure(model, nn.MSELoss(), *batch, [nn.LayerNorm])) == ["1"]
+        assert list(measure(model, nn.MSELoss(), *batch, (nn.Linear, nn.LayerNorm), False)) == ["0", "1"]
+        assert measure(model, nn.MSELoss(), *batch, nn.Linear, True)["0"].requires_grad
+
+
+def test_statistics() -> None:
+    stats = get_layer_curvature_stats({"a": torch.tensor([[1.0, 2.0], [3.0, 6.0]]), "b": torch.tensor([5.0])})
+    assert stats == {
+        "a": {"mean": 3.0, "std": pytest.approx(14**0.5 / 3**0.5), "max": 6.0, "min": 1.0},
+        "b": {"mean": 5.0, "std": 0.0, "max": 5.0, "min": 5.0},
+    }
+    assert all(type(value) is float for layer in stats.values() for value in layer.values())
+    assert get_layer_curvature_stats({}) == {}
+    assert get_layer_curvature_stats({"h": torch.tensor([1.0, 3.0], dtype=torch.float16)})["h"]["mean"] == 2.0
+
+
+def test_statistics_take_one_transfer_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfers = []
+    for name in ("tolist", "item", "cpu", "numpy"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, o=original, n=name: (transfers.append(n), o(self, *a))[1]
+        )
+    get_layer_curvature_stats({str(i): torch.randn(5) for i in range(20)})
+    assert transfers == ["tolist"]

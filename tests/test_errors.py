@@ -1,0 +1,199 @@
+"""Bad input: the library's own errors, each also the fitting built-in one, in words that say what to do."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secorder import (
+    CouplingError,
+    CurvatureProbe,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NonFiniteError,
+    ProbeStateError,
+    SecorderError,
+    per_layer_fisher_diagonal,
+    per_layer_hessian_diagonal,
+)
+
+BOTH = pytest.mark.parametrize("measure", [per_layer_hessian_diagonal, per_layer_fisher_diagonal])
+Measure = Callable[..., Any]
+
+
+def make() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def data(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(count, 4), torch.randint(3, (count,))
+
+
+@BOTH
+def test_not_a_module(measure: Measure) -> None:
+    with pytest.raises(InvalidTypeError, match=r"must be a torch\.nn\.Module, got function") as caught:
+        measure(lambda x: x, F.cross_entropy, *data())
+    assert isinstance(caught.value, TypeError)
+    assert isinstance(caught.value, SecorderError)
+
+
+@BOTH
+def test_no_layer_matches(measure: Measure) -> None:
+    assert measure(make(), F.cross_entropy, *data(), layer_types=nn.Conv3d) == {}
+    assert measure(nn.ReLU(), F.cross_entropy, *data()) == {}
+    with pytest.raises(InvalidArgumentError, match="no layer of the model matches") as caught:
+        CurvatureProbe(make(), nn.Conv3d)
+    assert isinstance(caught.value, ValueError)
+
+
+def test_a_name_that_matches_nothing() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"'fc1'.*the model has"):
+        CurvatureProbe(make(), layers=["0", "fc1"])
+
+
+@pytest.mark.parametrize("types", [[int], "conv", [3]])
+def test_layer_types_that_are_no_module_types(types: Any) -> None:
+    with pytest.raises(SecorderError, match="layer_types must"):
+        CurvatureProbe(make(), types)
+
+
+@BOTH
+def test_loss_is_no_scalar(measure: Measure) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"shape \(6,\).*mean"):
+        measure(make(), nn.CrossEntropyLoss(reduction="none"), *data())
+    with pytest.raises(InvalidTypeError, match="scalar tensor, got float"):
+        measure(make(), lambda f, t: F.cross_entropy(f, t).item(), *data())
+
+
+@BOTH
+def test_loss_does_not_depend_on_the_model(measure: Measure) -> None:
+    with pytest.raises(InvalidArgumentError, match="does not depend on the model"):
+        measure(make(), lambda f, t: F.cross_entropy(f.detach(), t), *data())
+    with pytest.raises(InvalidArgumentError, match="does not depend on the model"):
+        measure(make(), lambda f, t: torch.ones((), requires_grad=True) * 2, *data())
+
+
+@BOTH
+def test_layer_that_the_loss_does_not_reach_is_zero_when_another_is_reached(measure: Measure) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.used = nn.Conv2d(1, 1, 1), nn.LayerNorm(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)
+
+    found = measure(Two(), F.mse_loss, torch.randn(6, 4), torch.randn(6, 4))
+    assert found["conv"].tolist() == [0, 0]
+
+
+@BOTH
+def test_batch_sizes_differ(measure: Measure) -> None:
+    with pytest.raises(InvalidArgumentError, match="inputs hold 6 samples and targets 5"):
+        measure(make(), F.cross_entropy, data(6)[0], data(5)[1])
+
+
+@BOTH
+def test_empty_batch(measure: Measure) -> None:
+    with pytest.raises(InvalidArgumentError, match="batch is empty"):
+        measure(make(), F.cross_entropy, *data(0))
+
+
+@BOTH
+@pytest.mark.parametrize("inputs", [3, "x", None, []])
+def test_inputs_without_a_tensor(measure: Measure, inputs: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="inputs must be a tensor"):
+        measure(make(), F.cross_entropy, inputs, data()[1])
+
+
+@BOTH
+def test_non_finite_loss_names_the_layer_where_it_began(measure: Measure) -> None:
+    model = make()
+    with torch.no_grad():
+        model[2].weight[0, 0] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"first in the output of layer '2'") as caught:
+        measure(model, F.cross_entropy, *data())
+    assert isinstance(caught.value, RuntimeError)
+    inputs, targets = data()
+    with pytest.raises(NonFiniteError, match="inputs hold non-finite values"):
+        measure(make(), F.cross_entropy, inputs / 0, targets)
+
+
+@BOTH
+def test_loss_fn_is_not_callable(measure: Measure) -> None:
+    with pytest.raises(InvalidTypeError, match="loss_fn must be callable"):
+        measure(make(), "cross_entropy", *data())
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_counts_below_one(value: int) -> None:
+    inputs, targets = data()
+    with CurvatureProbe(make()) as probe:
+        for call in (
+            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
+            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
+            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
+            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
+        ):
+            with pytest.raises(InvalidArgumentError, match="must be at least 1"):
+                call()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"reduction": "none"}, {"every": 0}, {"every": 1.5}, {"every": True}, {"decay": 1.0}, {"decay": 0}],
+    ids=str,
+)
+def test_probe_arguments(arguments: dict[str, Any]) -> None:
+    model = make()
+    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+        CurvatureProbe(model, **arguments)
+    assert not model._forward_pre_hooks
+    assert not model[0]._forward_hooks
+
+
+def test_unknown_names_of_methods() -> None:
+    inputs, targets = data()
+    with pytest.raises(InvalidArgumentError, match='"hutchinson"'):
+        per_layer_hessian_diagonal(make(), F.cross_entropy, inputs, targets, method="lanczos")
+    with pytest.raises(InvalidArgumentError, match='"type-2"'):
+        per_layer_fisher_diagonal(make(), F.cross_entropy, inputs, targets, fisher_type="type2")
+    with pytest.raises(InvalidArgumentError, match="create_graph"):
+        per_layer_hessian_diagonal(make(), F.cross_entropy, inputs, targets, method="hutchinson", create_graph=True)
+
+
+def test_use_after_detach() -> None:
+    probe = CurvatureProbe(make())
+    probe.detach()
+    for call in (probe.hessian_diagonal, probe.fisher_diagonal):
+        with pytest.raises(ProbeStateError, match="detached"):
+            call(F.cross_entropy, *data())
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(InvalidTypeError, match="DataParallel"):
+        CurvatureProbe(nn.DataParallel(make()))
+
+
+def test_lazy_and_complex_layers_are_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="lazy"):
+        CurvatureProbe(nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(InvalidArgumentError, match="complex"):
+        CurvatureProbe(nn.Sequential(nn.Linear(3, 3, dtype=torch.complex64)))
+
+
+def test_coupled_loss_has_no_per_sample_gradient() -> None:
+    def contrastive(f: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(f @ f.T, torch.arange(len(f)))
+
+    with pytest.raises(CouplingError, match="couples the samples"):
+        per_layer_fisher_diagonal(make(), contrastive, *data())
+
+
+def test_batch_statistics_have_no_per_sample_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    with pytest.raises(CouplingError, match="eval"):
+        per_layer_fisher_diagonal(model, F.cross_entropy, *data())
