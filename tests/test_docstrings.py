@@ -1,0 +1,23 @@
+"""The examples in docstrings run."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import secorder
+
+MODULES = [m.name for m in pkgutil.walk_packages(secorder.__path__, "secorder.") if "_alias" not in m.name]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE).failed == 0
+
+
+def test_public_objects_are_documented_with_an_example() -> None:
+    for name in secorder.__all__:
+        assert getattr(secorder, name).__doc__, name
+    for name in ("CurvatureProbe", "Diagonals", "per_layer_hessian_diagonal", "per_layer_fisher_diagonal"):
+        assert ">>>" in getattr(secorder, name).__doc__, name
