@@ -15,7 +15,7 @@ from .fisher import FisherType, fisher_diagonal
 from .hessian import HessianMethod, hessian_diagonal
 from .layers import Layer, LayerTypes, select_layers
 from .rules import contract, per_sample_gradients
-from .zspace import cast, compute_dtype, zeros
+from .zspace import cast, zeros
 
 __all__ = ["CurvatureProbe"]
 
@@ -173,13 +173,14 @@ class CurvatureProbe:
 
     def _receive(self, layer: Layer, calls: list[Call], count: int) -> None:
         assert layer.rule is not None
-        kind = compute_dtype(layer)
-        converted = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
-        gradients = per_sample_gradients(layer.rule, layer.module, converted)
+        accumulator = self._accumulators[layer.name]
+        kind = accumulator.sums[0].dtype
+        if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
+            calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
+        gradients = per_sample_gradients(layer.rule, layer.module, calls)
         # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
         scale = float(count**2) if self._reduction == "mean" else 1.0
         beta, alpha = (1.0, scale) if self._decay is None else (self._decay, (1 - self._decay) * scale / count)
-        accumulator = self._accumulators[layer.name]
         for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
             contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
         accumulator.samples += count

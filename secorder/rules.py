@@ -208,15 +208,16 @@ def contract(
             pairs = pairs.sum(0)
         if a is None:
             return _add(pairs.sum(0).reshape(numel), out, beta, alpha)
+        if groups == 1 and out is not None:
+            squares = a[:, 0, 0] * a[:, 0, 0]
+            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
+            return out
         squares = (a * a).squeeze(2)
         if out is None:
             total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
             return total if alpha == 1.0 else total * alpha
-        if groups == 1:
-            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
-        else:
-            target = out.view(groups, -1, a.shape[-1])
-            target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+        target = out.view(groups, -1, a.shape[-1])
+        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
         return out
     stacked = gu.dim() == 5
     total: Tensor | None = None
