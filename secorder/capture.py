@@ -25,7 +25,7 @@ from .errors import AttributionError
 from .layers import Layer
 from .trees import first_batch_size, tensors_in
 
-__all__ = ["Call", "Capture", "suspended"]
+__all__ = ["Call", "Capture", "CaptureHook", "suspended"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -237,7 +237,7 @@ class Capture:
             self.finish(forward.num_samples, forward.received)
 
 
-class _Hook:
+class CaptureHook:
     """A forward hook of a capture; copies and pickles of the model get one that does nothing."""
 
     def __init__(self, capture: Capture) -> None:
@@ -247,17 +247,17 @@ class _Hook:
         return (_no_hook, ())
 
 
-class _Begin(_Hook):
+class _Begin(CaptureHook):
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.capture.begin(args, kwargs)
 
 
-class _End(_Hook):
+class _End(CaptureHook):
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         self.capture.end(output)
 
 
-class _Called(_Hook):
+class _Called(CaptureHook):
     def __init__(self, capture: Capture, layer: Layer) -> None:
         super().__init__(capture)
         self.layer = layer
@@ -287,7 +287,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
         id(hook.capture): hook.capture
         for module in model.modules()
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if isinstance(hook, _Hook)
+        if isinstance(hook, CaptureHook)
     }
     for capture in captures.values():
         capture.suspensions += 1

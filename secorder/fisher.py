@@ -30,17 +30,17 @@ from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
 from .loan import Loan, borrow, check_loss, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
-from .trees import batch_size, map_tensors, tensors_in
+from .samples import independent_by_structure, outputs_independent
+from .trees import batch_size, map_tensors, sample_dimension, tensors_in
 from .zspace import (
     Pairs,
     ZLayer,
     compute_dtype,
     contract_pairs,
-    detached_output,
+    expose_output,
     layout_options,
     loss_separates,
     output_hessian,
-    sample_bits,
     signed_roots,
     zeros,
 )
@@ -62,6 +62,7 @@ def fisher_diagonal(
     generator: torch.Generator | None = None,
     create_graph: bool = False,
     chunk_size: int | None = None,
+    sample_dim: int = 0,
 ) -> Diagonals:
     """The Fisher diagonal of one batch for every parameter of the layers.
 
@@ -72,9 +73,21 @@ def fisher_diagonal(
     if num_samples < 1:
         raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
     check_chunk_size(chunk_size)
-    count = batch_size(inputs, targets)
+    count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
-    task = _Task(layers, loss_fn, inputs, targets, count, fisher_type, num_samples, generator, create_graph, chunk_size)
+    task = _Task(
+        layers,
+        loss_fn,
+        inputs,
+        targets,
+        count,
+        sample_dim,
+        fisher_type,
+        num_samples,
+        generator,
+        create_graph,
+        chunk_size,
+    )
     try:
         found = _batched(task, model)
     except DoubleBackwardError:  # reentrant checkpoints only go with .backward(); anything else is named again there
@@ -99,19 +112,25 @@ class _Task:
     inputs: Any
     targets: Any
     count: int
+    sample_dim: int
     fisher_type: FisherType
     num_samples: int
     generator: torch.Generator
     create_graph: bool
     chunk_size: int | None
 
-    def by_sample(self, tensor: Tensor) -> bool:
-        """Whether a tensor has the batch's size in dim 0; what has not is shared by all samples."""
-        return tensor.dim() > 0 and tensor.shape[0] == self.count
+    def dimension(self, tensor: Tensor) -> int | None:
+        """Where a tensor's samples are; what has none is shared by all samples."""
+        return sample_dimension(tensor, self.count, self.sample_dim)
 
     def cut(self, tree: Any, index: int) -> Any:
         """The batch that holds one sample alone."""
-        return map_tensors(lambda t: t[index : index + 1] if self.by_sample(t) else t, tree)
+
+        def one(tensor: Tensor) -> Tensor:
+            dim = self.dimension(tensor)
+            return tensor if dim is None else tensor.narrow(dim, index, 1)
+
+        return map_tensors(one, tree)
 
 
 _Found = dict[str, tuple[list[Tensor], LayerInfo]]
@@ -120,6 +139,7 @@ _Found = dict[str, tuple[list[Tensor], LayerInfo]]
 def _batched(task: _Task, model: nn.Module) -> _Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     ruled = [layer for layer in task.layers if layer.rule is not None]
+    certain = independent_by_structure(model)
     with borrow(model, task.loss_fn, task.layers, create_graph=task.create_graph) as loan:
         with recorded(loan, ruled, own_parameters=task.create_graph) as recording:
             output = loan.forward(task.inputs)
@@ -127,8 +147,9 @@ def _batched(task: _Task, model: nn.Module) -> _Found:
             if not loss.requires_grad:
                 require_dependence(model, task.loss_fn, task.inputs, task.targets)
                 return {layer.name: (zeros(layer), LayerInfo("unused")) for layer in task.layers}
-            heads = [t for t in tensors_in(output) if t.requires_grad]
-            if not heads or not all(task.by_sample(t) for t in heads):
+            if not any(t.requires_grad for t in tensors_in(output)):
+                return {}
+            if any(t.requires_grad and task.dimension(t) is None for t in tensors_in(output)):
                 return {}
             overwritten = recording.overwritten()
             layers = [
@@ -136,11 +157,19 @@ def _batched(task: _Task, model: nn.Module) -> _Found:
                 for x in ruled
                 if x.name in recording.leaves and x.name not in overwritten
             ]
-            pairs = _pairs(task, output, loan, layers)
+            heads: list[Tensor] = []
+            output = expose_output(output, heads, task.dimension, detach=False)
+            pairs = _pairs(task, output, heads, loan, layers)
             if pairs is None:
                 return {}
             found = _by_rules(task, heads, pairs, layers, loan)
         rest = [layer for layer in task.layers if layer.name not in found]
+        if not certain and not outputs_independent(loan, task.inputs, task.count, task.sample_dim):
+            raise CouplingError(
+                "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
+                "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "
+                "leave the layers before it out; hessian_diagonal stays exact."
+            )
         return found | (_by_samples(task, loan, rest, pairs) if rest else {})
 
 
@@ -148,10 +177,10 @@ def _batched(task: _Task, model: nn.Module) -> _Found:
 # Pairs of cotangents on the output
 
 
-def _pairs(task: _Task, output: Any, loan: Loan, layers: Sequence[ZLayer]) -> Pairs | None:
+def _pairs(task: _Task, output: Any, heads: Sequence[Tensor], loan: Loan, layers: Sequence[ZLayer]) -> Pairs | None:
     """The cotangents of every sample's loss on its output, or None where the loss does not go by the output alone."""
     points: list[Tensor] = []
-    detached = detached_output(output, points)
+    detached = expose_output(output, points, task.dimension, detach=True)
     whole = task.loss_fn(detached, task.targets)
     if not whole.requires_grad:
         require_dependence(loan.model, task.loss_fn, task.inputs, task.targets)
@@ -169,7 +198,7 @@ def _pairs(task: _Task, output: Any, loan: Loan, layers: Sequence[ZLayer]) -> Pa
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
         )
     if task.create_graph:  # the cotangents must stay connected to the model
-        points, detached = [t for t in tensors_in(output) if t.requires_grad], output
+        points, detached = list(heads), output
     losses = _per_sample_losses(task, detached)
     if task.fisher_type == "empirical":
         slopes = gradients(losses.sum(), points, create_graph=task.create_graph)
@@ -200,17 +229,28 @@ def _drawn(task: _Task, pairs: Pairs) -> Pairs:
 
 def _per_sample_losses(task: _Task, output: Any) -> Tensor:
     """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target."""
-    per_sample = [t for t in tensors_in((output, task.targets)) if task.by_sample(t)]
+    tensors = list(tensors_in((output, task.targets)))
+    dims = [task.dimension(t) for t in tensors]
+    per_sample = [t for t, dim in zip(tensors, dims, strict=True) if dim is not None]
+    kept = [dim for dim in dims if dim is not None]
 
     def one(*samples: Tensor) -> Tensor:
-        rest = iter(samples)
-        alone = map_tensors(lambda t: next(rest)[None] if task.by_sample(t) else t, (output, task.targets))
-        return task.loss_fn(*alone).reshape(())
+        rest = iter(zip(samples, kept, strict=True))
+
+        def alone(tensor: Tensor) -> Tensor:
+            if task.dimension(tensor) is None:
+                return tensor
+            sample, dim = next(rest)
+            return sample.unsqueeze(dim)
+
+        return task.loss_fn(*map_tensors(alone, (output, task.targets))).reshape(())
 
     try:
-        return torch.vmap(one)(*per_sample)
+        return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
     except RuntimeError:  # control flow by value, or an operator without a batching rule
-        return torch.stack([one(*(t[n] for t in per_sample)) for n in range(task.count)])
+        return torch.stack(
+            [one(*(t.select(dim, n) for t, dim in zip(per_sample, kept, strict=True))) for n in range(task.count)]
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -243,8 +283,8 @@ def _by_rules(task: _Task, heads: Sequence[Tensor], pairs: Pairs, layers: Sequen
 
 def _by_samples(task: _Task, loan: Loan, layers: Sequence[Layer], pairs: Pairs) -> _Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
-    _require_independent_samples(task, loan)
-    heads = [t for t in tensors_in(loan.forward(task.inputs)) if t.requires_grad]
+    heads: list[Tensor] = []
+    expose_output(loan.forward(task.inputs), heads, task.dimension, detach=False)
     stand_ins = [s for layer in layers for s in loan.stand_ins(layer)]
     totals = [torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in loan.stand_ins(layer)]
     elements = sum(s.numel() for s in stand_ins) + 4 * sum(f.numel() for f in heads)
@@ -274,32 +314,6 @@ def _by_samples(task: _Task, loan: Loan, layers: Sequence[Layer], pairs: Pairs) 
 def _collect(layers: Sequence[Layer], totals: Sequence[Tensor], way: str) -> _Found:
     rest = iter(totals)
     return {layer.name: ([next(rest).flatten() for _ in layer.parameters], LayerInfo(way)) for layer in layers}
-
-
-def _require_independent_samples(task: _Task, loan: Loan) -> None:
-    """Raise unless every sample's output stays as it is while others are replaced, for each bit of the sample index."""
-    with torch.no_grad():
-        base = list(tensors_in(loan.forward(task.inputs)))
-        bits = sample_bits(task.count, base[0].device)
-        for mask in torch.cat([bits, ~bits]) if task.count > 1 else []:
-            changed = tensors_in(loan.forward(map_tensors(lambda t, m=mask: _replaced(task, t, m), task.inputs)))
-            for before, after in zip(base, changed, strict=True):
-                if not (task.by_sample(before) and before.is_floating_point()):
-                    continue
-                bound = 1024 * torch.finfo(before.dtype).eps * before.abs().amax()
-                if not bool(((before - after)[~mask].abs() <= bound).all()):
-                    raise CouplingError(
-                        "the samples of the batch influence one another's outputs (batch normalisation in train "
-                        "mode?), so that per-sample gradients are not defined: call model.eval() or leave the "
-                        "layers before it out; hessian_diagonal stays exact."
-                    )
-
-
-def _replaced(task: _Task, tensor: Tensor, mask: Tensor) -> Tensor:
-    """The masked samples replaced by their neighbours."""
-    if not task.by_sample(tensor):
-        return tensor
-    return torch.where(mask.to(tensor.device).view(-1, *(1,) * (tensor.dim() - 1)), tensor.roll(1, 0), tensor)
 
 
 def _by_loop(task: _Task, model: nn.Module, layers: Sequence[Layer]) -> _Found:
@@ -337,7 +351,7 @@ def _one_sample(
         g = _parameter_gradients(task, loss, stand_ins)
         return [(g, g)]
     points: list[Tensor] = []
-    again = task.loss_fn(detached_output(output, points, flat=True), task.cut(task.targets, index))
+    again = task.loss_fn(expose_output(output, points, None, detach=True), task.cut(task.targets, index))
     heads = [t for t in tensors_in(output) if t.requires_grad]
     slopes = gradients(again, points, create_graph=True) if again.requires_grad else [None] * len(points)
     if any(f.dim() == 0 and g is not None for f, g in zip(heads, slopes, strict=True)) or (

@@ -37,13 +37,13 @@ from .loan import Loan, Recording, borrow, check_loss, recorded, require_depende
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
 from .rules import DIM_ZERO, Layout, Outer, PerSample, contract, contract_basis
-from .trees import batch_size, tensors_in
+from .trees import batch_size, sample_dimension, tensors_in
 from .zspace import (
     ZLayer,
     block_diagonal,
     compute_dtype,
     contract_pairs,
-    detached_output,
+    expose_output,
     layout_options,
     loss_separates,
     sample_bits,
@@ -69,6 +69,7 @@ def hessian_diagonal(
     create_graph: bool = False,
     chunk_size: int | None = None,
     progress: bool = False,
+    sample_dim: int = 0,
 ) -> Diagonals:
     """∂²L/∂θ_i² of ``L = loss_fn(model(inputs), targets)`` for every parameter of the layers.
 
@@ -81,10 +82,10 @@ def hessian_diagonal(
     if create_graph and method != "exact":
         raise InvalidArgumentError('create_graph=True needs method="exact".')
     check_chunk_size(chunk_size)
-    count = batch_size(inputs, targets)
+    count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
     with borrow(model, loss_fn, layers, create_graph=create_graph) as loan:
-        problem = _Problem(loan, layers, loss_fn, inputs, targets, count, generator, chunk_size, progress)
+        problem = _Problem(loan, layers, loss_fn, inputs, targets, count, sample_dim, generator, chunk_size, progress)
         plans = [_Plan(layer) for layer in layers]
         ruled = [layer for layer in layers if layer.rule is not None]
         with recorded(loan, ruled, own_parameters=False) as recording:
@@ -112,6 +113,7 @@ class _Problem:
     inputs: Any
     targets: Any
     num_samples: int
+    sample_dim: int
     generator: torch.Generator
     chunk_size: int | None
     progress: bool
@@ -120,6 +122,10 @@ class _Problem:
         """The model's output and the loss, from the same random state each time."""
         output = self.loan.forward(self.inputs)
         return output, check_loss(self.loss_fn(output, self.targets), self.loan, self.inputs)
+
+    def dimension(self, tensor: Tensor) -> int | None:
+        """Where an output tensor's samples are."""
+        return sample_dimension(tensor, self.num_samples, self.sample_dim)
 
     def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
         device = self.generator.device
@@ -241,9 +247,12 @@ def _independent(problem: _Problem, plans: list[_Plan]) -> bool:
 
 def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -> None:
     """Finish the layers after which the model is piecewise linear."""
-    heads = [t for t in tensors_in(output) if t.requires_grad]
     count = problem.num_samples
-    if not heads or any(t.dim() == 0 or t.shape[0] != count for t in heads):
+    if any(t.requires_grad and problem.dimension(t) is None for t in tensors_in(output)):
+        return
+    heads: list[Tensor] = []
+    expose_output(output, heads, problem.dimension, detach=False)
+    if not heads:
         return
     outputs = sum(t[0].numel() for t in heads)
 
@@ -251,7 +260,7 @@ def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -
         return outputs <= sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
 
     points: list[Tensor] = []
-    again = problem.loss_fn(detached_output(output, points), problem.targets)
+    again = problem.loss_fn(expose_output(output, points, problem.dimension, detach=True), problem.targets)
     if not worth_it(plans) or not again.requires_grad or not torch.equal(again.detach().reshape(()), loss.detach()):
         return  # too many outputs; or a loss that does not go by the output, or is random
     if any(g is not None for g in gradients(again, [leaf for plan in plans for leaf in plan.leaves])):

@@ -28,12 +28,15 @@ class Layer:
         module: the module.
         parameters: its parameters by name relative to the module, in registration order (weight, then bias).
         rule: the layer type's per-sample gradient rule; None where only the generic way is exact.
+        unit: the module whose forward uses the parameters: the module itself, except for what another module reads
+            directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
     """
 
     name: str
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     rule: Rule | None
+    unit: nn.Module
 
     def parameter_name(self, local: str) -> str:
         """The name of a parameter in ``model.named_parameters()``."""
@@ -67,6 +70,8 @@ def select_layers(
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    # nn.MultiheadAttention reads the parameters of its out_proj without calling it.
+    units = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     selected = []
     for name, (module, parameters) in chosen.items():
         lazy = [
@@ -84,7 +89,9 @@ def select_layers(
             )
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
-        selected.append(Layer(name, module, parameters, None if shared else rule_for(module)))
+        unit = units.get(id(module), module)
+        rule = rule_for(module) if unit is module and not shared else None
+        selected.append(Layer(name, module, parameters, rule, unit))
     return selected
 
 

@@ -54,6 +54,10 @@ class CurvatureProbe:
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
+        sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
+            samples. Where they are in each layer is found and verified.
+        strict: raise :class:`~secorder.CouplingError` where samples are coupled while training (batch normalisation
+            in train mode), so that passive per-sample gradients are not defined; by default a warning says so once.
 
     Raises:
         InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or ``layer_types`` holds no types.
@@ -83,6 +87,8 @@ class CurvatureProbe:
         reduction: Literal["mean", "sum"] = "mean",
         every: int = 1,
         decay: float | None = None,
+        sample_dim: int = 0,
+        strict: bool = False,
     ) -> None:
         self._layers = select_layers(model, layer_types, layers)
         if not self._layers:
@@ -99,7 +105,11 @@ class CurvatureProbe:
         self._model = model
         self._reduction = reduction
         self._every = every
+        if isinstance(sample_dim, bool) or not isinstance(sample_dim, int) or sample_dim < 0:
+            raise InvalidArgumentError(f"sample_dim must be an integer of at least 0, got {sample_dim!r}.")
         self._decay = decay
+        self._sample_dim = sample_dim
+        self._strict = strict
         self._capture: Capture | None = None
         self._forwards_seen = 0
         self.reset()
@@ -297,6 +307,7 @@ class CurvatureProbe:
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
+            sample_dim=self._sample_dim,
         )
 
     def hessian_diagonal(
@@ -355,6 +366,7 @@ class CurvatureProbe:
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
+            sample_dim=self._sample_dim,
         )
 
     def _attached_capture(self) -> Capture:

@@ -309,14 +309,7 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dic
     a = _padded(module, inputs[0])
     groups, spatial = module.groups, len(module.kernel_size)
     _expect_dims(module, a, spatial + 2)
-    for dim, (size, stride, dilation) in enumerate(
-        zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
-    ):
-        a = a.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-    # (N, C, *positions, *kernel) -> (N, groups, C/groups · kernel, P): the copy runs along rows of pixels, which makes
-    # it several times faster than F.unfold on the CPU.
-    order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
-    a = a.permute(order).flatten(-spatial).flatten(1, -2)
+    a = _windows(a, module.kernel_size, module.stride, module.dilation, [None] * spatial)
     a = a.unflatten(1, (groups, -1)).transpose(2, 3)
     factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
     return {"weight": Outer(a, factor), "bias": _bias(factor)}
@@ -342,10 +335,145 @@ def _expect_dims(module: nn.Module, a: Tensor, dims: int) -> None:
         )
 
 
+def transposed_convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = Wᵀ-convolution of a: the adjoint of a convolution, so that a and g change places."""
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    a, groups, spatial = inputs[0], module.groups, len(module.kernel_size)
+    _expect_dims(module, a, spatial + 2)
+    # The convolution that this one is the adjoint of sees g, padded, at the positions of a; rows that
+    # ``output_padding`` added and that no position reaches are cut off.
+    windows = F.pad(g, [side for pad in reversed(module.padding) for side in (pad, pad)])
+    windows = _windows(windows, module.kernel_size, module.stride, module.dilation, a.shape[2:])
+    windows = windows.unflatten(1, (groups, -1))
+    products = a.flatten(2).unflatten(1, (groups, -1)) @ windows.transpose(2, 3)
+    return {"weight": products.reshape(-1, *module.weight.shape), "bias": g.flatten(2).sum(2)}
+
+
+def _windows(
+    a: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int | None]
+) -> Tensor:
+    """Patches of an image (N, C, …) as ``(N, C · kernel, P)``.
+
+    The copy runs along rows of pixels, which makes it several times faster than ``F.unfold`` on the CPU.
+    """
+    spatial = len(kernel)
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        a = a.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+        wanted = positions[dim - 2]
+        if wanted is not None:
+            a = a.narrow(dim, 0, wanted)
+    order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
+    return a.permute(order).flatten(-spatial).flatten(1, -2)
+
+
+def _affine(normalised: Tensor, g: Tensor, kept: Sequence[int]) -> dict[str, PerSample]:
+    """z = γ ⊙ x̂ + β: products with the normalised input, summed over all dimensions but the sample's and ``kept``."""
+    rest = [dim for dim in range(1, g.dim()) if dim not in kept]
+    weight, bias = normalised * g, g
+    return {"weight": weight.sum(rest), "bias": bias.sum(rest)} if rest else {"weight": weight, "bias": bias}
+
+
+def layer_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = γ ⊙ x̂ + β with x̂ normalised over the last dimensions."""
+    assert isinstance(module, nn.LayerNorm)
+    normalised = F.layer_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    return _affine(normalised, g, range(g.dim() - len(module.normalized_shape), g.dim()))
+
+
+def rms_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = γ ⊙ x / rms(x) over the last dimensions."""
+    assert isinstance(module, nn.RMSNorm)
+    normalised = F.rms_norm(inputs[0], module.normalized_shape, eps=module.eps)
+    return {"weight": _affine(normalised, g, range(g.dim() - len(module.normalized_shape), g.dim()))["weight"]}
+
+
+def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = γ ⊙ x̂ + β by channel, x̂ normalised over groups of channels of one sample."""
+    assert isinstance(module, nn.GroupNorm)
+    return _affine(F.group_norm(inputs[0], module.num_groups, eps=module.eps), g, [1])
+
+
+def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = γ ⊙ x̂ + β by channel, x̂ normalised by the sample's own or, in eval mode, by running statistics."""
+    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
+    _expect_dims(module, inputs[0], module._get_no_batch_dim() + 1)
+    if module.track_running_stats and not module.training:
+        return _affine(_by_running_statistics(module, inputs[0]), g, [1])
+    return _affine(F.instance_norm(inputs[0], eps=module.eps), g, [1])
+
+
+def batch_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = γ ⊙ x̂ + β by channel, x̂ normalised by running statistics or, in train mode, by the batch's."""
+    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    if module.training or module.running_mean is None:
+        return _affine(F.batch_norm(inputs[0], None, None, training=True, eps=module.eps), g, [1])
+    return _affine(_by_running_statistics(module, inputs[0]), g, [1])
+
+
+def _by_running_statistics(module: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.modules.batchnorm._NormBase)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    scale = torch.rsqrt(module.running_var.to(x.dtype) + module.eps)
+    return (x - module.running_mean.to(x.dtype).view(shape)) * scale.view(shape)
+
+
+def embedding(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = rows of the table: each row gets the sum of the cotangents where it was looked up."""
+    assert isinstance(module, nn.Embedding)
+    if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
+        raise AttributionError(
+            "nn.Embedding with sparse=True, max_norm or scale_grad_by_freq has no dense per-sample gradient: build it "
+            "without these, or leave the layer out with layers=."
+        )
+    index, rows = inputs[0].flatten(1), module.num_embeddings
+    if module.padding_idx is not None:
+        g = g * (inputs[0] != module.padding_idx).unsqueeze(-1)
+    offset = torch.arange(len(index), device=index.device)[:, None] * rows
+    flat = g.new_zeros(len(index) * rows, g.shape[-1])
+    flat = flat.index_add(0, (index + offset).flatten(), g.reshape(-1, g.shape[-1]))
+    return {"weight": flat.view(len(index), rows, -1)}
+
+
+def prelu(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = max(0, x) + w ⊙ min(0, x), w one number or one a channel."""
+    assert isinstance(module, nn.PReLU)
+    products = inputs[0].clamp(max=0) * g
+    if module.num_parameters == 1:
+        return {"weight": products.flatten(1).sum(1, keepdim=True)}
+    rest = list(range(2, products.dim()))
+    return {"weight": products.sum(rest) if rest else products}
+
+
+def bilinear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z_k = x₁ᵀ W_k x₂ + b_k: a linear layer on the products of its two inputs."""
+    first, second = inputs
+    products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+    return linear(module, (products,), g)
+
+
 #: The rules by layer type; subclasses that do not override ``forward`` use their base's. Yours can be added.
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: linear,
+    nn.Conv1d: convolution,
     nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+    nn.ConvTranspose1d: transposed_convolution,
+    nn.ConvTranspose2d: transposed_convolution,
+    nn.ConvTranspose3d: transposed_convolution,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.GroupNorm: group_norm,
+    nn.InstanceNorm1d: instance_norm,
+    nn.InstanceNorm2d: instance_norm,
+    nn.InstanceNorm3d: instance_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+    nn.Embedding: embedding,
+    nn.PReLU: prelu,
+    nn.Bilinear: bilinear,
 }
 
 
@@ -375,7 +503,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 _BUILT_IN = frozenset(RULES)
 
 #: Rules of layers that treat all leading dimensions alike, so that samples may be in dim 1 (time-major sequences).
-_ANY_LEADING_DIM: frozenset[Rule] = frozenset({linear})
+_ANY_LEADING_DIM: frozenset[Rule] = frozenset({linear, layer_norm, rms_norm, embedding, bilinear})
 
 
 def candidate_layouts(rule: Rule, inputs: tuple[Tensor, ...], output: Tensor, num_samples: int) -> list[Layout]:

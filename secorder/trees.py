@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["batch_size", "call_model", "first_batch_size", "map_tensors", "tensors_in"]
+__all__ = ["batch_size", "call_model", "first_batch_size", "map_tensors", "sample_dimension", "tensors_in"]
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
@@ -43,11 +43,6 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree
 
 
-def first_batch_size(tree: Any) -> int:
-    """Size of dim 0 of the first tensor that has one (0 where there is none)."""
-    return next((tensor.shape[0] for tensor in tensors_in(tree) if tensor.dim()), 0)
-
-
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping."""
     if isinstance(inputs, Mapping):
@@ -57,21 +52,37 @@ def call_model(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def batch_size(inputs: Any, targets: Any) -> int:
+def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
     """The number of samples of a batch, which inputs and targets must agree on.
 
     Raises:
         InvalidTypeError: there is no tensor among the inputs.
         InvalidArgumentError: the batch is empty, or inputs and targets have different sizes.
     """
-    sized = [tensor for tensor in tensors_in(inputs) if tensor.dim()]
+    sized = [tensor for tensor in tensors_in(inputs) if tensor.dim() > sample_dim]
     if not sized:
-        raise InvalidTypeError("inputs must be a tensor, or a tuple or dict of tensors, with samples in dim 0.")
-    count = sized[0].shape[0]
+        raise InvalidTypeError(
+            f"inputs must be a tensor, or a tuple or dict of tensors, with samples in dim {sample_dim}."
+        )
+    count = sized[0].shape[sample_dim]
     if count == 0:
         raise InvalidArgumentError("the batch is empty: pass at least one sample.")
-    if isinstance(targets, Tensor) and targets.dim() and targets.shape[0] != count:
+    if isinstance(targets, Tensor) and targets.dim() and sample_dimension(targets, count, sample_dim) is None:
         raise InvalidArgumentError(
-            f"inputs hold {count} samples and targets {targets.shape[0]}: they must agree in dim 0."
+            f"inputs hold {count} samples and targets {targets.shape[0]}: they must agree in dim {sample_dim} "
+            "(pass sample_dim= if samples are in another dimension)."
         )
     return count
+
+
+def sample_dimension(tensor: Tensor, count: int, sample_dim: int = 0) -> int | None:
+    """The dimension of a tensor that holds the batch's samples; None where it is shared by all of them."""
+    for dim in (sample_dim, 0):
+        if tensor.dim() > dim and tensor.shape[dim] == count:
+            return dim
+    return None
+
+
+def first_batch_size(tree: Any, sample_dim: int = 0) -> int:
+    """Size of the sample dimension of the first tensor that has one (0 where there is none)."""
+    return next((tensor.shape[sample_dim] for tensor in tensors_in(tree) if tensor.dim() > sample_dim), 0)

@@ -1,6 +1,6 @@
 """Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ __all__ = [
     "cast",
     "compute_dtype",
     "contract_pairs",
-    "detached_output",
+    "expose_output",
     "layout_options",
     "loss_separates",
     "output_hessian",
@@ -29,6 +29,9 @@ __all__ = [
     "signed_roots",
     "zeros",
 ]
+
+#: Tells which dimension of an output tensor holds the samples.
+Dimensions = Callable[[Tensor], int | None]
 
 
 @dataclass
@@ -316,17 +319,22 @@ def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample 
     return Outer(gradient.a, factor) if isinstance(gradient, Outer) else factor
 
 
-def detached_output(output: Any, points: list[Tensor], *, flat: bool = False) -> Any:
-    """The model's output with every differentiable tensor replaced by a leaf of equal value, entered in ``points``.
+def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *, detach: bool) -> Any:
+    """The model's output, made of new points with samples in dim 0, which are entered in ``points``.
 
-    With ``flat`` the leaves have shape ``(1, numel)``: the whole output is one sample.
+    Args:
+        output: tensors in any structure; those that are differentiable are replaced.
+        points: receives the points: with ``detach`` leaves of equal value, else views of the tensors.
+        dims: where a tensor's samples are; None makes the whole output one sample, points of shape ``(1, numel)``.
+        detach: cut the points off the model.
     """
 
     def replace(tensor: Tensor) -> Tensor:
         if not tensor.requires_grad:
             return tensor
-        value = tensor.detach().clone()
-        points.append((value.reshape(1, -1) if flat else value).requires_grad_(True))
-        return points[-1].view(tensor.shape) if flat else points[-1]
+        dim = None if dims is None else dims(tensor)
+        point = tensor.reshape(1, -1) if dim is None else tensor.movedim(dim, 0)
+        points.append(point.detach().clone().requires_grad_(True) if detach else point)
+        return points[-1].view(tensor.shape) if dim is None else points[-1].movedim(0, dim)
 
     return map_tensors(replace, output)

@@ -29,6 +29,7 @@ def per_layer_hessian_diagonal(
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
+    sample_dim: int = 0,
 ) -> Diagonals:
     """The diagonal of the Hessian ``∂²L/∂θ²`` of ``L = loss_fn(model(inputs), targets)``, layer by layer.
 
@@ -44,6 +45,7 @@ def per_layer_hessian_diagonal(
         generator: random numbers of the draws and checks.
         chunk_size: Hessian-vector products batched at most.
         progress: show a progress bar.
+        sample_dim: the dimension of the inputs that holds the samples.
 
     Returns:
         layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
@@ -63,7 +65,7 @@ def per_layer_hessian_diagonal(
     """
     if not select_layers(model, layer_types):
         return Diagonals([], {}, {})
-    with CurvatureProbe(model, layer_types) as probe:
+    with CurvatureProbe(model, layer_types, sample_dim=sample_dim) as probe:
         return probe.hessian_diagonal(
             loss_fn,
             inputs,
@@ -89,6 +91,7 @@ def per_layer_fisher_diagonal(
     num_samples: int = 1,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
+    sample_dim: int = 0,
 ) -> Diagonals:
     """The diagonal of the Fisher matrix ``(1/N) Σ_n (∂ℓ_n/∂θ)²``, layer by layer: squared *per-sample* gradients.
 
@@ -103,6 +106,7 @@ def per_layer_fisher_diagonal(
         num_samples: draws of ``"mc"``.
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
+        sample_dim: the dimension of the inputs that holds the samples.
 
     Returns:
         layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
@@ -123,7 +127,7 @@ def per_layer_fisher_diagonal(
     """
     if not select_layers(model, layer_types):
         return Diagonals([], {}, {})
-    with CurvatureProbe(model, layer_types) as probe:
+    with CurvatureProbe(model, layer_types, sample_dim=sample_dim) as probe:
         return probe.fisher_diagonal(
             loss_fn,
             inputs,
