@@ -16,12 +16,13 @@ from .errors import (
     ProbeStateError,
     SecorderError,
 )
-from .probe import CurvatureProbe
+from .probe import CurvatureProbe, CurvatureWarning
 
 __all__ = [
     "AttributionError",
     "CouplingError",
     "CurvatureProbe",
+    "CurvatureWarning",
     "Diagonals",
     "DoubleBackwardError",
     "InvalidArgumentError",

@@ -1,7 +1,8 @@
 """The hooks on a live model: they turn one forward and backward of a layer into its inputs ``a`` and gradient ``g``.
 
 Capture knows no curvature. It hands every layer's calls of one backward pass to a function given by its owner:
-``receive(layer, calls, num_samples)`` with ``calls`` a list of ``(inputs, g)``.
+``receive(layer, calls, layouts, num_samples)`` with ``calls`` a list of ``(inputs, g)``, or of
+:class:`~secorder.units.UnitCall` for a layer without a rule.
 
 What it relies on, and why:
 
@@ -14,7 +15,8 @@ What it relies on, and why:
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import AttributionError
 from .layers import Layer
-from .trees import first_batch_size, tensors_in
+from .random_state import RandomState, cuda_devices, get_random_state
+from .rules import Layout
+from .trees import first_batch_size, map_tensors, tensors_in
 
-__all__ = ["Call", "Capture", "CaptureHook", "suspended"]
+__all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "suspended"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -45,14 +49,56 @@ class _Keep(torch.autograd.Function):
 
 
 @dataclass(eq=False)
+class UnitCall:
+    """One use of a module: how it was called, and the gradients on its outputs.
+
+    Attributes:
+        arguments: positional and keyword arguments, tensors replaced by empty ones.
+        random_state: the random state at the call.
+        tensors: the tensors of the arguments.
+        gradients: dL/d(output tensor), None where the loss does not depend on it.
+        layouts: where each output tensor's samples are.
+    """
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    random_state: RandomState
+    tensors: tuple[Tensor, ...] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class _Forward:
     """One recorded forward of the model, and what its backward has brought so far."""
 
     num_samples: int
     calls: dict[str, int] = field(default_factory=dict)
-    captured: dict[str, list[Call]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[int, Call]]] = field(default_factory=dict)
+    captured_units: dict[str, list[tuple[int, UnitCall]]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     done: bool = False
+
+
+class Receiver(Protocol):
+    """The owner of a capture: what it is told, and asked."""
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> None:
+        """A forward is about to be recorded."""
+
+    def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor], num_samples: int) -> list[Layout]:
+        """Where the samples are in the output tensors of a layer's ``index``-th call."""
+
+    def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], num_samples: int) -> None:
+        """All calls of a layer with a rule, in one backward."""
+
+    def receive_unit(self, layer: Layer, calls: list[UnitCall], num_samples: int) -> None:
+        """All calls of a layer without a rule, in one backward."""
+
+    def wants_gradients(self) -> bool:
+        """Whether :meth:`finish` is to be given the parameters' whole gradients of this backward."""
+
+    def finish(self, num_samples: int, received: set[str], gradients: dict[int, Tensor]) -> None:
+        """A recorded backward ended: the layers it reached, and whole gradients by ``id(parameter)``."""
 
 
 class Capture:
@@ -60,40 +106,41 @@ class Capture:
 
     Args:
         model: the model whose forward is a batch.
-        layers: layers with a rule.
+        layers: the layers to capture.
         every: record each ``every``-th forward in training, counted apart for train and eval mode.
-        receive: called during backward with a layer, all its calls and the number of samples.
-        finish: called once at the end of a recorded backward with the number of samples and the names received.
+        sample_dim: where the samples are in the model's inputs.
+        receiver: who is told.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layers: Sequence[Layer],
-        every: int,
-        receive: Callable[[Layer, list[Call], int], None],
-        finish: Callable[[int, set[str]], None],
+        self, model: nn.Module, layers: Sequence[Layer], every: int, sample_dim: int, receiver: Receiver
     ) -> None:
         self.model = model
         self.layers = {layer.name: layer for layer in layers}
         self.every = every
-        self.receive = receive
-        self.finish = finish
+        self.sample_dim = sample_dim
+        self.receiver = receiver
         self.suspensions = 0
         #: Layers that ran in a recorded forward with nothing to differentiate: all frozen up to there.
         self.without_gradient: set[str] = set()
-        self.forwards_seen = 0
         self._counts = {True: 0, False: 0}
         self._current: _Forward | None = None  # the forward that runs now, if it is recorded
         self._open: tuple[int, _Forward] | None = None  # the backward that runs now: its graph task, its forward
+        self._whole: dict[int, Tensor] = {}  # whole gradients of the parameters in the backward that runs now
+        self._watches: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._leaf = torch.empty(0, requires_grad=True)
+        self._cuda = cuda_devices(model)
+        self.unit_states: dict[str, RandomState] = {}
 
     def attach(self) -> None:
         """Register the hooks."""
         for layer in self.layers.values():
-            hook = _Called(self, layer)
-            self._handles.append(layer.module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            hook = _Called(self, layer) if layer.rule is not None else _UnitCalled(self, layer)
+            self._handles.append(layer.unit.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            if layer.rule is None:
+                starts = _UnitStarts(self, layer)
+                self._handles.append(layer.unit.register_forward_pre_hook(starts, with_kwargs=True))
         self._handles.append(self.model.register_forward_pre_hook(_Begin(self), prepend=True, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(_End(self), always_call=True))
 
@@ -104,6 +151,7 @@ class Capture:
         self._handles.clear()
         self.suspensions += 1
         self._current = self._open = None
+        self._stop_watching()
 
     # ---- forward
 
@@ -111,18 +159,24 @@ class Capture:
         """The model's forward starts."""
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes the whole model
+        if self.suspensions:
+            return
         self._open = None
         self._current = None
-        if self.suspensions or _inside_transform() or not torch.is_grad_enabled():
+        self._stop_watching()
+        if _inside_transform() or not torch.is_grad_enabled():
             return
-        self.forwards_seen += 1
         count = self._counts[self.model.training]
         self._counts[self.model.training] = count + 1
         if count % self.every == 0:
-            self._current = _Forward(first_batch_size((args, kwargs)))
+            num_samples = first_batch_size((args, kwargs), self.sample_dim)
+            self.receiver.prepare(args, kwargs, num_samples)
+            self._current = _Forward(num_samples)
 
     def end(self, output: Any) -> None:
         """The model's forward ended, perhaps by an exception."""
+        if self.suspensions:
+            return
         forward, self._current = self._current, None
         if forward is None or torch._C._current_graph_task_id() != -1:
             return
@@ -131,34 +185,76 @@ class Capture:
                 # Opens the backward before any layer is reached: under reentrant checkpointing, layers run inside.
                 tensor.register_hook(lambda _: self._enter(forward))
 
-    def called(self, layer: Layer, inputs: tuple[Tensor, ...], output: Any) -> None:
-        """A layer ran."""
+    def _recording(self, layer: Layer, tensors: Sequence[Tensor]) -> tuple[_Forward, int] | None:
+        """The forward that a call with these outputs belongs to and the call's number in it, if it is recorded."""
         if _inside_transform():
-            return
-        recomputed = torch._C._current_graph_task_id() != -1
+            return None
+        recomputed = torch._C._current_graph_task_id() != -1  # by a checkpoint, inside backward
         forward = (self._open[1] if self._open else None) if recomputed else self._current
         if forward is None:
-            return
-        if not recomputed:
-            forward.calls[layer.name] = forward.calls.get(layer.name, 0) + 1
+            return None
+        index = forward.calls.get(layer.name, 0)
+        if recomputed:
+            index = max(0, index - 1)
+        else:
+            forward.calls[layer.name] = index + 1
         if not torch.is_grad_enabled():
-            return
-        if not output.requires_grad:
+            return None
+        if not any(t.requires_grad for t in tensors):
             if not any(p.requires_grad for p in layer.parameters.values()):
                 self.without_gradient.add(layer.name)
+            return None
+        return forward, index
+
+    def called(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """A layer with a rule ran."""
+        recording = self._recording(layer, (output,))
+        if recording is None:
             return
+        forward, index = recording
         kept = [_Keep.apply(self._leaf, *(x.detach() for x in inputs)).grad_fn]
 
         def on_gradient(g: Tensor) -> None:
-            if kept and not self.suspensions and not _inside_transform() and self._accumulates(layer):
-                self._record(forward, layer, kept.pop(), g)
+            if kept and self._counts_in(layer):
+                self._record(forward, layer, index, kept.pop(), g)
 
         output.register_hook(on_gradient)
 
+    def unit_called(self, layer: Layer, arguments: Any, state: RandomState, output: Any) -> None:
+        """A layer without a rule ran."""
+        tensors = [t for t in tensors_in(output) if t.is_floating_point()]
+        recording = self._recording(layer, tensors)
+        if recording is None:
+            return
+        forward, index = recording
+        kept = [_Keep.apply(self._leaf, *(x.detach() for x in tensors_in(arguments))).grad_fn]
+        call = UnitCall(map_tensors(lambda t: t.new_empty(0), arguments), state, gradients=[None] * len(tensors))
+
+        def on_gradient(position: int, g: Tensor) -> None:
+            if forward.done and not kept:
+                return
+            if not self._counts_in(layer):
+                return
+            if kept:
+                self._open_for(forward, layer)
+                call.tensors = self._unpack(layer, kept.pop())
+                forward.captured_units.setdefault(layer.name, []).append((index, call))
+            if call.gradients[position] is None:
+                call.gradients[position] = g.detach()
+
+        for position, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(on_gradient, position))
+
     # ---- backward
 
-    def _accumulates(self, layer: Layer) -> bool:
-        """Whether this backward reaches ``.grad`` of the layer's parameters (of any of the model's, if frozen)."""
+    def _counts_in(self, layer: Layer) -> bool:
+        """Whether this backward is a training step of the layer, reaching ``.grad`` of its parameters.
+
+        For a frozen layer: of any of the model's.
+        """
+        if self.suspensions or _inside_transform():
+            return False
         try:
             for parameter in layer.parameters.values():
                 if parameter.requires_grad:
@@ -182,59 +278,99 @@ class Capture:
             )
         if self._open is None or self._open[1] is not forward:
             self._open = (task, forward)
+            if self.receiver.wants_gradients():
+                self._watch()
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._leave(forward))  # type: ignore[attr-defined]
 
-    def _record(self, forward: _Forward, layer: Layer, kept: Any, g: Tensor) -> None:
+    def _watch(self) -> None:
+        """Keep the whole gradient of each layer's parameters, as it is about to be accumulated."""
+        self._stop_watching()
+        for layer in self.layers.values():
+            for parameter in layer.parameters.values():
+                if parameter.requires_grad:
+                    keep = partial(self._keep_whole, id(parameter))
+                    self._watches.append(get_gradient_edge(parameter).node.register_prehook(keep))
+
+    def _keep_whole(self, key: int, gradients: tuple[Tensor | None, ...]) -> None:
+        if gradients[0] is not None and not self.suspensions:
+            self._whole[key] = gradients[0].detach().clone()
+
+    def _stop_watching(self) -> None:
+        for handle in self._watches:
+            handle.remove()
+        self._watches.clear()
+        self._whole = {}
+
+    def _open_for(self, forward: _Forward, layer: Layer) -> None:
         if forward.done:
             raise AttributionError(
                 f"layer {layer.name!r} got its gradient in a second backward through one forward, after its samples "
                 "were counted without it: add the losses and call backward once."
             )
         self._enter(forward)
+
+    def _unpack(self, layer: Layer, kept: Any) -> tuple[Tensor, ...]:
         try:
-            inputs = kept.saved_tensors
+            return tuple(kept.saved_tensors)
         except RuntimeError as error:
             raise AttributionError(
                 f"the input of layer {layer.name!r} was overwritten in place before backward: use an out-of-place "
                 "operation after it, or leave the layer out with layers=."
             ) from error
+
+    def _record(self, forward: _Forward, layer: Layer, index: int, kept: Any, g: Tensor) -> None:
+        self._open_for(forward, layer)
+        inputs = self._unpack(layer, kept)
         if layer.name in forward.received:
             raise AttributionError(
                 f"layer {layer.name!r} was called again after its gradient was complete (a module used in several "
                 "reentrant checkpoints): use torch.utils.checkpoint with use_reentrant=False."
             )
-        forward.captured.setdefault(layer.name, []).append((inputs, g.detach()))
+        forward.captured.setdefault(layer.name, []).append((index, (inputs, g.detach())))
         if forward.calls.get(layer.name, 0) == 1:
             self._deliver(forward, layer)
 
     def _deliver(self, forward: _Forward, layer: Layer) -> None:
         calls = forward.captured.pop(layer.name)
-        for inputs, g in calls:
-            for tensor in (*inputs, g):  # hot path: a comparison a tensor
-                if tensor.dim() == 0 or tensor.shape[0] != forward.num_samples:
-                    raise AttributionError(
-                        f"layer {layer.name!r} saw a tensor of shape {tuple(tensor.shape)} in a batch of "
-                        f"{forward.num_samples} samples: its dimension 0 does not hold the samples. Leave the layer "
-                        "out with layers=, or measure it with a one-shot call."
-                    )
-        device = calls[0][1].device.type
+        layouts = [self.receiver.layouts(layer, index, [call[1]], forward.num_samples)[0] for index, call in calls]
+        self._hand_over(
+            calls[0][1][1], self.receiver.receive, layer, [call for _, call in calls], layouts, forward.num_samples
+        )
+        forward.received.add(layer.name)
+
+    def _deliver_unit(self, forward: _Forward, layer: Layer) -> None:
+        calls = forward.captured_units.pop(layer.name)
+        some = None
+        for index, call in calls:
+            known = [g for g in call.gradients if g is not None]
+            some = known[0]
+            call.layouts = self.receiver.layouts(layer, index, call.gradients, forward.num_samples)  # type: ignore[arg-type]
+        self._hand_over(some, self.receiver.receive_unit, layer, [call for _, call in calls], forward.num_samples)
+        forward.received.add(layer.name)
+
+    @staticmethod
+    def _hand_over(like: Any, receive: Callable[..., None], *arguments: Any) -> None:
+        device = like.device.type
         if torch.is_grad_enabled() or torch.is_autocast_enabled(device):  # backward inside either context
             with torch.no_grad(), torch.autocast(device, enabled=False):
-                self.receive(layer, calls, forward.num_samples)
+                receive(*arguments)
         else:
-            self.receive(layer, calls, forward.num_samples)
-        forward.received.add(layer.name)
+            receive(*arguments)
 
     def _leave(self, forward: _Forward) -> None:
         if self._open is not None and self._open[1] is forward:
             self._open = None
+        whole = self._whole
+        self._stop_watching()
         if self.suspensions or forward.done:
             return
         for name in list(forward.captured):
             self._deliver(forward, self.layers[name])
-        if forward.received:
+        for name in list(forward.captured_units):
+            self._deliver_unit(forward, self.layers[name])
+        if forward.received or whole:
             forward.done = True
-            self.finish(forward.num_samples, forward.received)
+            self.receiver.finish(forward.num_samples, forward.received, whole)
 
 
 class CaptureHook:
@@ -266,6 +402,29 @@ class _Called(CaptureHook):
         if not self.capture.suspensions:
             plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
             self.capture.called(self.layer, args if plain else tuple(tensors_in((args, kwargs))), output)
+
+
+class _UnitStarts(CaptureHook):
+    """Keeps the random state that a module without a rule starts from."""
+
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        super().__init__(capture)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not self.capture.suspensions and torch.is_grad_enabled():
+            self.capture.unit_states[self.layer.name] = get_random_state(self.capture._cuda)
+
+
+class _UnitCalled(CaptureHook):
+    def __init__(self, capture: Capture, layer: Layer) -> None:
+        super().__init__(capture)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        state = self.capture.unit_states.pop(self.layer.name, None)
+        if state is not None and not self.capture.suspensions:
+            self.capture.unit_called(self.layer, (args, kwargs), state, output)
 
 
 def _ignore(*_: Any) -> None:

@@ -20,9 +20,20 @@ from .capture import suspended
 from .errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from .layers import Layer, select_layers
 from .products import gradients
-from .trees import call_model, tensors_in
+from .random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .trees import call_model, map_tensors, tensors_in
 
-__all__ = ["Loan", "Recording", "borrow", "check_loss", "recorded", "require_dependence"]
+__all__ = [
+    "Loan",
+    "RandomState",
+    "Recording",
+    "borrow",
+    "check_loss",
+    "cuda_devices",
+    "get_random_state",
+    "recorded",
+    "require_dependence",
+]
 
 
 class Loan:
@@ -43,12 +54,23 @@ class Loan:
 
     def forward(self, inputs: Any) -> Any:
         """The model's output, from the same random state and buffers at every call."""
+        return self.run(lambda: call_model(self.model, inputs))
+
+    def run(self, forward: Callable[[], Any]) -> Any:
+        """The result of a forward that is called in another way, from the same state."""
         self._restart()
-        return call_model(self.model, inputs)
+        return forward()
 
 
 @contextmanager
-def borrow(model: nn.Module, loss_fn: Any, layers: Sequence[Layer], *, create_graph: bool = False) -> Iterator[Loan]:
+def borrow(
+    model: nn.Module,
+    loss_fn: Any,
+    layers: Sequence[Layer],
+    *,
+    create_graph: bool = False,
+    random_state: RandomState | None = None,
+) -> Iterator[Loan]:
     """Borrow a model and its loss for passes of our own.
 
     Args:
@@ -56,6 +78,7 @@ def borrow(model: nn.Module, loss_fn: Any, layers: Sequence[Layer], *, create_gr
         loss_fn: the loss; where it is a module, its buffers are protected too.
         layers: the layers whose parameters get stand-ins.
         create_graph: stand-ins stay connected to the parameters, so that results can be differentiated.
+        random_state: what every forward starts from; by default the state at hand.
     """
     owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
     modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
@@ -63,23 +86,21 @@ def borrow(model: nn.Module, loss_fn: Any, layers: Sequence[Layer], *, create_gr
         stack.enter_context(suspended(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        devices = {t.device for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-        cuda = sorted({d.index or 0 for d in devices if d.type == "cuda"})
+        cuda = cuda_devices(model)
         stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))
         stack.callback(random.setstate, random.getstate())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
         stand_ins = {key: _stand_in(p, create_graph) for key, p in parameters.items()}
+        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, shallowly.
+        stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
         stack.enter_context(_parameters_swapped(modules, stand_ins))
         buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
         stack.callback(_restore_buffers, buffers)
-        rng = (torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda], random.getstate())
+        start = random_state or get_random_state(cuda)
 
         def restart() -> None:
-            torch.set_rng_state(rng[0])
-            for index, state in zip(cuda, rng[1], strict=True):
-                torch.cuda.set_rng_state(state, index)
-            random.setstate(rng[2])
+            set_random_state(start, cuda)
             copies: dict[int, Tensor] = {}
             for module, name, buffer in buffers:
                 if id(buffer) not in copies:
@@ -115,6 +136,13 @@ def _parameters_swapped(modules: Iterable[nn.Module], stand_ins: Mapping[int, Te
             module._flat_weights = weights
 
 
+def _restore_attributes(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, saved in attributes:
+        for name in [name for name in vars(module) if name not in saved]:
+            del vars(module)[name]
+        vars(module).update(saved)
+
+
 def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
     for module, name, buffer in buffers:
         module._buffers[name] = buffer
@@ -146,7 +174,7 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
     Args:
         loan: the borrowed model.
-        layers: layers with a rule.
+        layers: layers with a rule; any, where ``own_parameters`` is true.
         own_parameters: whether a layer's forward uses its parameters' stand-ins. Where not, it uses detached ones,
             and a stand-in has a gradient only by uses outside of its layer's forward: that is how these are found.
     """
@@ -155,22 +183,29 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
     def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
-            if not own_parameters:
-                for name, parameter in layer.parameters.items():
-                    module._parameters[name] = loan.stand_in(parameter).detach()  # type: ignore[assignment]
+            for name, parameter in layer.parameters.items():
+                module._parameters[name] = loan.stand_in(parameter).detach()  # type: ignore[assignment]
 
         return hook
 
     def after(layer: Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            put_back(layer)
-            leaf = torch.zeros_like(output, requires_grad=True)
-            if torch._C._current_graph_task_id() == -1:  # else a checkpoint recomputes a call that is recorded already
+            if not own_parameters:
+                put_back(layer)
+            # A checkpoint recomputes during backward a call that is recorded already.
+            leaves = recording.leaves.setdefault(layer.name, []) if torch._C._current_graph_task_id() == -1 else []
+
+            def add_leaf(tensor: Tensor) -> Tensor:
+                if not tensor.is_floating_point():
+                    return tensor
+                leaves.append(torch.zeros_like(tensor, requires_grad=True))
+                return tensor + leaves[-1]
+
+            if torch._C._current_graph_task_id() == -1:
                 tensors = tuple(tensors_in((args, kwargs)))
                 recording.versions.extend((layer.name, x, x._version) for x in tensors)
                 recording.inputs.setdefault(layer.name, []).append(tensors)
-                recording.leaves.setdefault(layer.name, []).append(leaf)
-            return output + leaf
+            return map_tensors(add_leaf, output)
 
         return hook
 
@@ -180,14 +215,16 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
     try:
         for layer in layers:
-            handles.append(layer.module.register_forward_pre_hook(before(layer)))
-            handles.append(layer.module.register_forward_hook(after(layer), prepend=True, with_kwargs=True))
+            if not own_parameters:
+                handles.append(layer.unit.register_forward_pre_hook(before(layer)))
+            handles.append(layer.unit.register_forward_hook(after(layer), prepend=True, with_kwargs=True))
         yield recording
     finally:
         for handle in handles:
             handle.remove()
-        for layer in layers:
-            put_back(layer)
+        if not own_parameters:
+            for layer in layers:
+                put_back(layer)
 
 
 # --------------------------------------------------------------------------------------------------------------------

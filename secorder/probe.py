@@ -1,6 +1,7 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
@@ -8,16 +9,18 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .capture import Call, Capture
+from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
-from .errors import AttributionError, InvalidArgumentError, InvalidTypeError, ProbeStateError
+from .errors import AttributionError, CouplingError, InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .fisher import FisherType, fisher_diagonal
 from .hessian import HessianMethod, hessian_diagonal
 from .layers import Layer, LayerTypes, select_layers
-from .rules import contract, per_sample_gradients
-from .zspace import cast, zeros
+from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
+from .samples import Attribution, attribute
+from .units import unit_gradients
+from .zspace import cast, rounding, zeros
 
-__all__ = ["CurvatureProbe"]
+__all__ = ["CurvatureProbe", "CurvatureWarning"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -29,6 +32,10 @@ class _Accumulator:
     sums: list[Tensor] = field(default_factory=list)
     samples: int = 0
     batches: int = 0
+
+
+class CurvatureWarning(UserWarning):
+    """What is accumulated is not what it seems; the message says why and what to do."""
 
 
 class CurvatureProbe:
@@ -111,7 +118,8 @@ class CurvatureProbe:
         self._sample_dim = sample_dim
         self._strict = strict
         self._capture: Capture | None = None
-        self._forwards_seen = 0
+        self._attributions: dict[bool, Attribution] = {}
+        self._warned = False
         self.reset()
         self.attach()
 
@@ -125,8 +133,7 @@ class CurvatureProbe:
         """
         if self._capture is not None:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
-        ruled = [layer for layer in self._layers if layer.rule is not None]
-        self._capture = Capture(self._model, ruled, self._every, self._receive, self._finish)
+        self._capture = Capture(self._model, self._layers, self._every, self._sample_dim, _Accumulation(self))
         self._capture.attach()
 
     def detach(self) -> None:
@@ -164,6 +171,8 @@ class CurvatureProbe:
         """Forget everything accumulated."""
         self._accumulators = {layer.name: _Accumulator(zeros(layer)) for layer in self._layers}
         self._num_samples = 0
+        self._unattributed: dict[str, str] = {}
+        self._batches = 0
 
     @property
     def layer_names(self) -> list[str]:
@@ -181,45 +190,19 @@ class CurvatureProbe:
 
     # ---- the passive Fisher
 
-    def _receive(self, layer: Layer, calls: list[Call], count: int) -> None:
-        assert layer.rule is not None
-        accumulator = self._accumulators[layer.name]
-        kind = accumulator.sums[0].dtype
-        if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
-            calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
-        gradients = per_sample_gradients(layer.rule, layer.module, calls)
-        # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
-        scale = float(count**2) if self._reduction == "mean" else 1.0
-        beta, alpha = (1.0, scale) if self._decay is None else (self._decay, (1 - self._decay) * scale / count)
-        for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-            contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
-        accumulator.samples += count
-        accumulator.batches += 1
-
-    def _finish(self, count: int, received: set[str]) -> None:
-        for name, accumulator in self._accumulators.items():
-            if name not in received:  # the loss of this batch does not depend on the layer: its gradients are zero
-                if self._decay is not None:
-                    for total in accumulator.sums:
-                        total.mul_(self._decay)
-                accumulator.samples += count
-                accumulator.batches += 1
-        self._num_samples += count
-
     def _accumulated(self) -> Diagonals:
         if self._num_samples == 0:
             raise ProbeStateError(
                 "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), "
                 "or pass loss_fn, inputs and targets for a one-shot measurement."
             )
-        unseen = [layer.name for layer in self._layers if layer.rule is None]
-        if self._capture is not None:
-            unseen += [name for name in self.layer_names if name in self._capture.without_gradient]
+        for name, reason in self._unattributed.items():
+            raise AttributionError(f"layer {name!r}: {reason}")
+        unseen = [n for n in self.layer_names if self._capture is not None and n in self._capture.without_gradient]
         if unseen:
             raise AttributionError(
-                f"the training backward does not show the per-sample gradients of {unseen} (frozen with nothing "
-                "trainable before them, or of a type without a rule): leave them out with layers=, or pass loss_fn, "
-                "inputs and targets for a one-shot measurement."
+                f"no gradient reaches the layers {unseen} in training (they are frozen, with nothing trainable before "
+                "them): leave them out with layers=, or pass loss_fn, inputs and targets for a one-shot measurement."
             )
         values = {}
         for layer in self._layers:
@@ -419,6 +402,150 @@ class CurvatureProbe:
             sums = [entry["sums"][local].to(like, copy=True) for local, like in zip(shapes, zeros(layer), strict=True)]
             loaded[layer.name] = _Accumulator(sums, int(entry["samples"]), int(entry["batches"]))
         self._accumulators, self._num_samples = loaded, int(state["num_samples"])
+
+
+class _Accumulation:
+    """What the hooks of a probe tell goes into its accumulators here."""
+
+    def __init__(self, probe: CurvatureProbe) -> None:
+        self.probe = probe
+        self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> None:
+        """Find where samples are, once in train and once in eval mode."""
+        probe = self.probe
+        mode = probe._model.training
+        if mode in probe._attributions or num_samples == 0:
+            return
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            found = attribute(probe._model, probe._layers, args, kwargs, num_samples, probe._sample_dim)
+        if found.coupled:
+            names = sorted(found.unknown, key=probe.layer_names.index) or probe.layer_names
+            message = (
+                f"the samples of a batch influence one another in the model (batch normalisation in train mode?), so "
+                f"that the per-sample gradients of the layers {names} hold parts of other samples': train with "
+                "model.eval() statistics, or leave the layers out with layers=."
+            )
+            if probe._strict:
+                raise CouplingError(message)
+            if not probe._warned:
+                warnings.warn(message, CurvatureWarning, stacklevel=2)
+                probe._warned = True
+        probe._attributions[mode] = found
+
+    def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor | None], num_samples: int) -> list[Layout]:
+        """Where the samples are in a call's output tensors: as found, checked against this batch's size."""
+        found = self.probe._attributions.get(self.probe._model.training, Attribution())
+        known = found.layouts.get(layer.name, [])
+        chosen = known[index * len(tensors) : (index + 1) * len(tensors)] or known[: len(tensors)]
+        if layer.name in found.unknown and not found.coupled:
+            chosen = []
+        elif not chosen:
+            chosen = [DIM_ZERO] * len(tensors)
+        for position, (tensor, layout) in enumerate(zip(tensors, chosen, strict=False)):
+            if tensor is not None and layout.rows > 1:
+                chosen[position] = layout = layout._replace(rows=max(1, tensor.shape[0] // num_samples))
+            if tensor is not None and (tensor.dim() <= layout.dim or layout.size(tensor) != num_samples):
+                chosen = []
+        if not chosen:
+            shapes = [tuple(t.shape) for t in tensors if t is not None]
+            raise AttributionError(
+                f"layer {layer.name!r} returned {shapes} for a batch of {num_samples} samples, and no dimension of it "
+                "holds them (a row that all samples share, or samples in another dimension of the model's inputs: see "
+                "sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+            )
+        return list(chosen)
+
+    def _factors(self, count: int) -> tuple[float, float]:
+        # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
+        scale = float(count**2) if self.probe._reduction == "mean" else 1.0
+        decay = self.probe._decay
+        return (1.0, scale) if decay is None else (decay, (1 - decay) * scale / count)
+
+    def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
+        """Add the squares of a layer's per-sample gradients."""
+        assert layer.rule is not None
+        accumulator = self.probe._accumulators[layer.name]
+        kind = accumulator.sums[0].dtype
+        if self.wants_gradients():
+            rounded = max(rounding(x.dtype) for _, x in calls)
+        if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
+            calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
+        gradients = per_sample_gradients(layer.rule, layer.module, calls, layouts)
+        beta, alpha = self._factors(count)
+        for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
+            contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
+        if self.wants_gradients():
+            self.explained[layer.name] = [
+                (total_gradient(gradients[name], p.numel()), rounded * magnitude(gradients[name], p.numel()))
+                for name, p in layer.parameters.items()
+            ]
+        accumulator.samples += count
+        accumulator.batches += 1
+
+    def receive_unit(self, layer: Layer, calls: list[UnitCall], count: int) -> None:
+        """The same for a layer without a rule."""
+        accumulator = self.probe._accumulators[layer.name]
+        beta, alpha = self._factors(count)
+        shape = [(name, p.numel()) for name, p in layer.parameters.items()]
+        sums = [(torch.zeros_like(t), torch.zeros_like(t)) for t in accumulator.sums]
+        rounded = max(rounding(g.dtype) for call in calls for g in call.gradients if g is not None)
+        first = True
+        for gradients in unit_gradients(layer, calls, count):
+            for (name, numel), total, (whole, size) in zip(shape, accumulator.sums, sums, strict=True):
+                dense = gradients[name]
+                contract(dense, numel=numel, out=total, beta=beta if first else 1.0, alpha=alpha)
+                whole += dense.sum(0).flatten()
+                size += dense.abs().sum(0).flatten()
+            first = False
+        self.explained[layer.name] = [(whole, rounded * size.amax()) for whole, size in sums]
+        accumulator.samples += count
+        accumulator.batches += 1
+
+    def wants_gradients(self) -> bool:
+        """At the recorded batches 1, 2, 4, 8, …: whether the captured calls explain the whole gradient."""
+        batch = self.probe._batches + 1
+        return batch & (batch - 1) == 0
+
+    def finish(self, count: int, received: set[str], gradients: dict[int, Tensor]) -> None:
+        """Count the batch, with zeros for the layers that its loss does not depend on."""
+        probe = self.probe
+        explained, self.explained = self.explained, {}
+        if self.wants_gradients():
+            self._check(explained, gradients)
+        for name, accumulator in probe._accumulators.items():
+            if name not in received:
+                if probe._decay is not None:
+                    for total in accumulator.sums:
+                        total.mul_(probe._decay)
+                accumulator.samples += count
+                accumulator.batches += 1
+        probe._num_samples += count
+        probe._batches += 1
+        if probe._unattributed:
+            name, reason = next(iter(probe._unattributed.items()))
+            raise AttributionError(f"layer {name!r}: {reason}")
+
+    def _check(self, explained: dict[str, list[tuple[Tensor, Tensor]]], gradients: dict[int, Tensor]) -> None:
+        for layer in self.probe._layers:
+            for index, (name, parameter) in enumerate(layer.parameters.items()):
+                whole = gradients.get(id(parameter))
+                if whole is None:
+                    continue
+                if layer.name in explained:
+                    known, bound = explained[layer.name][index]
+                    strange = (whole.flatten() - known).abs().amax() > bound + rounding(
+                        whole.dtype
+                    ) * whole.abs().amax()
+                else:  # no call of the layer was seen
+                    strange = (whole != 0).any()
+                if bool(strange):
+                    self.probe._unattributed[layer.name] = (
+                        f"its parameter {name!r} gets gradient from outside of the layer's calls (a tied weight, a "
+                        "weight penalty in the loss, or a use such as F.linear(x, layer.weight)), which belongs to no "
+                        "sample that a hook can see: leave the layer out with layers=, or measure it with a one-shot "
+                        "call."
+                    )
 
 
 def _callable(loss_fn: LossFunction) -> LossFunction:

@@ -34,9 +34,11 @@ __all__ = [
     "candidate_layouts",
     "contract",
     "contract_basis",
+    "magnitude",
     "per_sample_gradients",
     "rule_for",
     "stacked_gradients",
+    "total_gradient",
 ]
 
 #: Elements of per-sample gradients that one step of a contraction may form (16 MB in float32).
@@ -231,6 +233,24 @@ def contract(
     if total is None:
         total = gu.new_zeros(numel)
     return _add(total, out, beta, alpha)
+
+
+def total_gradient(gradient: PerSample, numel: int) -> Tensor:
+    """Σ_n of per-sample gradients, flat: the layer's whole gradient, as far as it is explained by them."""
+    if not isinstance(gradient, Outer):
+        return gradient.reshape(-1, numel).sum(0)
+    g = gradient.g.transpose(0, 1).flatten(1, 2)  # (groups, N · positions, out)
+    if gradient.a is None:
+        return g.sum(1).reshape(numel)
+    return torch.bmm(g.transpose(1, 2), gradient.a.transpose(0, 1).flatten(1, 2)).reshape(numel)
+
+
+def magnitude(gradient: PerSample, numel: int) -> Tensor:
+    """The largest element of :func:`total_gradient` of absolute values: what rounding is relative to."""
+    if isinstance(gradient, Outer):
+        a = None if gradient.a is None else gradient.a.abs()
+        return total_gradient(Outer(a, gradient.g.abs()), numel).amax()
+    return total_gradient(gradient.abs(), numel).amax()
 
 
 def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:

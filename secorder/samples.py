@@ -5,7 +5,8 @@ The sets of replaced samples are chosen so that for every ordered pair of sample
 first: an influence of one sample on another shows unless it is below rounding for the very replacement.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import combinations, islice
 from math import comb
 from typing import Any
@@ -14,10 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .capture import CaptureHook
-from .loan import Loan
+from .errors import DoubleBackwardError
+from .layers import Layer
+from .loan import Loan, borrow, recorded
+from .products import fresh_generator, gradients
+from .rules import Layout
 from .trees import map_tensors, sample_dimension, tensors_in
+from .zspace import ZLayer, expose_output, layout_options, rounding, scales
 
-__all__ = ["independent_by_structure", "outputs_independent", "separating_masks"]
+__all__ = ["Attribution", "attribute", "independent_by_structure", "outputs_independent", "separating_masks"]
 
 _ROWWISE: tuple[type[nn.Module], ...] = (
     nn.Sequential, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -83,7 +89,7 @@ def outputs_independent(
                 if dim is None or not before.is_floating_point():
                     continue
                 kept = ~mask.to(before.device)
-                bound = 1024 * torch.finfo(before.dtype).eps * before.abs().amax()
+                bound = rounding(before.dtype) * before.abs().amax()
                 if not bool(((before - after).movedim(dim, 0)[kept].abs() <= bound).all()):
                     return False
     return True
@@ -95,3 +101,165 @@ def _replaced(tensor: Tensor, mask: Tensor, count: int, sample_dim: int) -> Tens
         return tensor
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
     return torch.where(here, tensor.roll(1, dim), tensor)
+
+
+@dataclass
+class Attribution:
+    """Where the samples are in the layers of a model that trains.
+
+    Attributes:
+        layouts: by layer, for each output tensor of each call.
+        unknown: layers of whose output no dimension was found to hold the samples.
+        coupled: whether samples influence one another in the model.
+    """
+
+    layouts: dict[str, list[Layout]] = field(default_factory=dict)
+    unknown: set[str] = field(default_factory=set)
+    coupled: bool = False
+
+
+def attribute(
+    model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], count: int, dim: int
+) -> Attribution:
+    """Find and verify where samples are in each layer, by passes of our own on one batch.
+
+    Random cotangents on the model's output, weighted sample by sample, must come back weighted by the same factors in
+    the rows of every layer's output. Where the model returns no tensor with samples (a loss alone), replacing samples
+    must change their rows in a layer's output and no others.
+
+    Args:
+        model: the model.
+        layers: the layers to find samples in.
+        args: positional arguments of one forward.
+        kwargs: keyword arguments of it.
+        count: number of samples.
+        dim: where they are in the arguments.
+    """
+    found = Attribution()
+    certain = independent_by_structure(model)
+    with borrow(model, None, layers) as loan:
+
+        def forward(arguments: Any) -> Any:
+            return loan.run(lambda: model(*arguments[0], **arguments[1]))
+
+        with recorded(loan, layers, own_parameters=True) as recording:
+            output = forward((args, kwargs))
+            by_layer = [
+                ZLayer(layer, recording.inputs[layer.name], recording.leaves[layer.name])
+                for layer in layers
+                if recording.leaves.get(layer.name)
+            ]
+            heads: list[Tensor] = []
+            expose_output(
+                [t for t in tensors_in(output) if t.requires_grad and sample_dimension(t, count, dim) is not None],
+                heads,
+                lambda t: sample_dimension(t, count, dim),
+                detach=False,
+            )
+            try:
+                if heads:
+                    _by_cotangents(found, by_layer, heads, count)
+            except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
+                heads = []
+        if not heads:
+            _by_replacement(found, layers, forward, (args, kwargs), count, dim)
+        else:
+            found.coupled = not certain and not outputs_independent(loan, (args, kwargs), count, dim, forward)
+    return found
+
+
+def _options(z: ZLayer, count: int) -> list[list[Layout]]:
+    """For each output tensor of the layer its candidate layouts."""
+    if z.layer.rule is None:
+        return [_any_dimension(leaf, count) for leaf in z.leaves]
+    joint = layout_options(z, count)
+    return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
+
+
+def _any_dimension(tensor: Tensor, count: int) -> list[Layout]:
+    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
+    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
+        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
+    return options
+
+
+def _by_cotangents(found: Attribution, layers: Sequence[ZLayer], heads: list[Tensor], count: int) -> None:
+    generator = fresh_generator()
+    leaves = [leaf for z in layers for leaf in z.leaves]
+
+    def random(shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(like)
+
+    weights = 0.5 + random((count,), heads[0]).abs()
+    cotangents = [random(f.shape, f) for f in heads]
+    weighted = [c * weights.to(c).view(-1, *(1,) * (c.dim() - 1)) for c in cotangents]
+
+    def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
+        pulled = gradients(heads, leaves, stack)
+        return {
+            id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
+        }
+
+    plain, scaled = pull_back(cotangents), pull_back(weighted)
+    for z in layers:
+        layouts = []
+        for leaf, options in zip(z.leaves, _options(z, count), strict=True):
+            layouts += [next((o for o in options if scales([leaf], [o], plain, scaled, weights)), None)]
+        if any(layout is None for layout in layouts):
+            found.unknown.add(z.layer.name)
+        else:
+            found.layouts[z.layer.name] = [layout for layout in layouts if layout is not None]
+
+
+def _by_replacement(
+    found: Attribution,
+    layers: Sequence[Layer],
+    forward: Callable[[Any], Any],
+    arguments: Any,
+    count: int,
+    dim: int,
+) -> None:
+    outputs: dict[str, list[Tensor]] = {}
+    handles = [
+        layer.unit.register_forward_hook(
+            lambda m, a, out, name=layer.name: outputs.setdefault(name, []).extend(
+                t.detach().clone() for t in tensors_in(out) if t.is_floating_point()
+            )
+        )
+        for layer in layers
+    ]
+
+    def run(mask: Tensor | None) -> dict[str, list[Tensor]]:
+        outputs.clear()
+        with torch.no_grad():
+            forward(arguments if mask is None else map_tensors(lambda t: _replaced(t, mask, count, dim), arguments))
+        return dict(outputs)
+
+    try:
+        base = run(None)
+        masks = list(separating_masks(count))
+        changed = [run(mask) for mask in masks]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def holds(layout: Layout, before: Tensor, after: list[Tensor]) -> bool:
+        bound = rounding(before.dtype) * before.abs().amax()
+        moved = False
+        for mask, tensor in zip(masks, after, strict=True):
+            difference = layout.split((tensor - before).abs())
+            mask = mask.to(before.device)
+            if not bool((difference[~mask] <= bound).all()):
+                return False
+            moved = moved or bool((difference[mask] > bound).any())
+        return moved or count == 1
+
+    for name, tensors in base.items():
+        layouts = [
+            next((o for o in _any_dimension(t, count) if holds(o, t, [c[name][i] for c in changed])), None)
+            for i, t in enumerate(tensors)
+        ]
+        if any(layout is None for layout in layouts):
+            found.unknown.add(name)
+        else:
+            found.layouts[name] = [layout for layout in layouts if layout is not None]

@@ -25,7 +25,9 @@ __all__ = [
     "loss_separates",
     "output_hessian",
     "over_samples",
+    "rounding",
     "sample_bits",
+    "scales",
     "signed_roots",
     "zeros",
 ]
@@ -81,6 +83,11 @@ def compute_dtype(layer: Layer) -> torch.dtype:
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype`` if it holds real numbers, as it is if it holds indices."""
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What passes for rounding, relative to the largest entry: a thousand units in the last place, or 1/16."""
+    return min(1024 * torch.finfo(dtype).eps, 1 / 16)
 
 
 def zeros(layer: Layer) -> list[Tensor]:
@@ -275,7 +282,7 @@ def contract_pairs(
     weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
     good = []
     for z, choices in zip(layers, options, strict=True):
-        z.layouts = next((c for c in choices if _scales(z.leaves, c, plain, weighted, weights)), [])
+        z.layouts = next((c for c in choices if scales(z.leaves, c, plain, weighted, weights)), [])
         if z.layouts or not z.leaves:
             good.append(z)
     totals: dict[tuple[int, str], Tensor] = {}
@@ -295,17 +302,25 @@ def contract_pairs(
     return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
 
 
-def _scales(
+def scales(
     leaves: Sequence[Tensor],
     layouts: Sequence[Layout],
     plain: dict[int, Tensor],
     weighted: dict[int, Tensor],
     weights: Tensor,
 ) -> bool:
-    """Whether weighting the samples weighted their rows."""
+    """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
+
+    Args:
+        leaves: the leaves.
+        layouts: for each where its samples are.
+        plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
+        weighted: the same for cotangents that are weighted sample by sample.
+        weights: the weights, shape (N,).
+    """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach() * over_samples(weights[None].to(leaf.dtype), leaf, layout)
-        bound = 1024 * torch.finfo(leaf.dtype).eps * expected.abs().amax()
+        bound = rounding(leaf.dtype) * expected.abs().amax()
         if not bool(((weighted[id(leaf)] - expected).abs() <= bound).all()):
             return False
     return True

@@ -1,0 +1,36 @@
+"""The global random state, taken and set as a whole."""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "cuda_devices", "get_random_state", "set_random_state"]
+
+
+class RandomState(NamedTuple):
+    """The global random state: torch's on the CPU and on CUDA devices, and Python's."""
+
+    cpu: Tensor
+    cuda: list[Tensor]
+    python: tuple[Any, ...]
+
+
+def cuda_devices(model: nn.Module) -> list[int]:
+    """Indices of the CUDA devices that the model is on."""
+    return sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
+
+
+def get_random_state(cuda: Sequence[int]) -> RandomState:
+    """The random state as it is now."""
+    return RandomState(torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda], random.getstate())
+
+
+def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:
+    """Go back to a random state."""
+    torch.set_rng_state(state.cpu)
+    for index, device_state in zip(cuda, state.cuda, strict=True):
+        torch.cuda.set_rng_state(device_state, index)
+    random.setstate(state.python)
