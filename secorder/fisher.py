@@ -318,9 +318,7 @@ def _collect(layers: Sequence[Layer], totals: Sequence[Tensor], way: str) -> _Fo
 
 def _by_loop(task: _Task, model: nn.Module, layers: Sequence[Layer]) -> _Found:
     """By definition: the model and the loss on batches of one, for outputs that cannot be cut into samples."""
-    totals = [
-        torch.zeros(p.shape, dtype=compute_dtype(x), device=p.device) for x in layers for p in x.parameters.values()
-    ]
+    totals = [total for layer in layers for total in zeros(layer)]
     losses = []
     # Stand-ins for all parameters: reentrant checkpoints run under .backward() only, which accumulates into each.
     with borrow(model, task.loss_fn, select_layers(model, "all"), create_graph=task.create_graph) as loan:
@@ -332,7 +330,7 @@ def _by_loop(task: _Task, model: nn.Module, layers: Sequence[Layer]) -> _Found:
             losses.append(loss.detach())
             for u, v in _one_sample(task, loan, output, loss, n, stand_ins):
                 for index, total in enumerate(totals):
-                    totals[index] = total + (u[index].to(total) * v[index].to(total)).flatten()
+                    totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
     mean, total_loss = torch.stack(losses).mean(), torch.stack(losses).sum()
     if not any(torch.allclose(whole, x, rtol=1024 * torch.finfo(whole.dtype).eps) for x in (mean, total_loss)):
         raise CouplingError(

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from .errors import InvalidArgumentError, InvalidTypeError
+from .errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from .rules import Rule, rule_for
 
 __all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "select_layers"]
@@ -57,6 +57,8 @@ def select_layers(
     Raises:
         InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
         InvalidArgumentError: a name or pattern matches no module, or a layer is lazy and not yet initialised.
+        AttributionError: a layer's gradients are not those of a fixed dense parameter (embeddings with
+            ``sparse``, ``max_norm`` or ``scale_grad_by_freq``).
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -81,6 +83,8 @@ def select_layers(
         ]
         if lazy:
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            _refuse_special_embedding(name, module)
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names:
             raise InvalidArgumentError(
@@ -93,6 +97,15 @@ def select_layers(
         rule = rule_for(module) if unit is module and not shared else None
         selected.append(Layer(name, module, parameters, rule, unit))
     return selected
+
+
+def _refuse_special_embedding(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
+    for option in ("sparse", "max_norm", "scale_grad_by_freq"):
+        if getattr(module, option):
+            raise AttributionError(
+                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
+                "table: build it without, or leave the layer out with layers=."
+            )
 
 
 def _choose(

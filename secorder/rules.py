@@ -442,12 +442,7 @@ def _by_running_statistics(module: nn.Module, x: Tensor) -> Tensor:
 def embedding(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = rows of the table: each row gets the sum of the cotangents where it was looked up."""
     assert isinstance(module, nn.Embedding)
-    if module.sparse or module.max_norm is not None or module.scale_grad_by_freq:
-        raise AttributionError(
-            "nn.Embedding with sparse=True, max_norm or scale_grad_by_freq has no dense per-sample gradient: build it "
-            "without these, or leave the layer out with layers=."
-        )
-    index, rows = inputs[0].flatten(1), module.num_embeddings
+    index, rows = inputs[0].reshape(len(inputs[0]), -1), module.num_embeddings
     if module.padding_idx is not None:
         g = g * (inputs[0] != module.padding_idx).unsqueeze(-1)
     offset = torch.arange(len(index), device=index.device)[:, None] * rows
@@ -537,4 +532,4 @@ def candidate_layouts(rule: Rule, inputs: tuple[Tensor, ...], output: Tensor, nu
             candidates += [Layout(0, rows, True), Layout(0, rows, False)]
     if rule in _ANY_LEADING_DIM and output.dim() > 2 and output.shape[1] == num_samples:
         candidates.append(Layout(1))
-    return [c for c in candidates if all(x.dim() and x.shape[c.dim] == output.shape[c.dim] for x in inputs)]
+    return [c for c in candidates if all(x.dim() > c.dim and x.shape[c.dim] == output.shape[c.dim] for x in inputs)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secorder.trees import call_model, map_tensors
 
@@ -15,13 +16,14 @@ def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: An
     """∂²L/∂θ_i² by double backward, one parameter element after the other, by parameter name."""
     state = torch.get_rng_state()
     result = {}
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
     for name, p in parameters.items():
         torch.set_rng_state(state)
-        loss = loss_fn(call_model(model, inputs), targets)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no double backward
+            loss = loss_fn(call_model(model, inputs), targets)
         (gradient,) = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
         diagonal = torch.zeros(p.numel(), dtype=p.dtype)
         if gradient is not None and gradient.requires_grad:
@@ -35,12 +37,18 @@ def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: An
     return result
 
 
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All parameters, a shared one under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False))
+
+
 def one(tree: Any, index: int, count: int, dim: int = 0) -> Any:
     """The batch that holds sample ``index`` alone."""
 
     def cut(tensor: Tensor) -> Tensor:
-        if tensor.dim() > dim and tensor.shape[dim] == count:
-            return tensor.narrow(dim, index, 1)
+        for d in (dim, 0):
+            if tensor.dim() > d and tensor.shape[d] == count:
+                return tensor.narrow(d, index, 1)
         return tensor
 
     return map_tensors(cut, tree)
@@ -50,19 +58,23 @@ def fisher_by_sample(
     model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int, *, dim: int = 0
 ) -> dict[str, Tensor]:
     """(1/N) Σ_n (∂ℓ_n/∂θ)² by a loop over batches of one, by parameter name."""
-    parameters = dict(model.named_parameters())
+    parameters = named_parameters(model)
     flags = {name: p.requires_grad for name, p in parameters.items()}
+    before = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for n in range(count):
-        loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count))
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        for name, g in zip(parameters, gradients, strict=True):
-            if g is not None:
-                total[name] += g**2 / count
+        loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim))
+        for p in parameters.values():
+            p.grad = None
+        loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+        for name, p in parameters.items():
+            if p.grad is not None:
+                total[name] += p.grad**2 / count
     for name, p in parameters.items():
         p.requires_grad_(flags[name])
+        p.grad = before[name]
     return total
 
 
@@ -99,3 +111,17 @@ def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], tole
     assert found
     for name, value in found.items():
         assert_close(value, expected[name], tolerance)
+
+
+def fisher_by_slices(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+    """(1/N) Σ_n (∂ℓ_n/∂θ)² with ℓ_n the loss of one row of the batch's output: for models that draw random numbers."""
+    parameters = named_parameters(model)
+    output = call_model(model, inputs)
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for n in range(count):
+        loss = loss_fn(one(output, n, count), one(targets, n, count))
+        gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+        for name, g in zip(parameters, gradients, strict=True):
+            if g is not None:
+                total[name] += g**2 / count
+    return total
