@@ -27,9 +27,9 @@ from .errors import AttributionError
 from .layers import Layer
 from .random_state import RandomState, cuda_devices, get_random_state
 from .rules import Layout
-from .trees import first_batch_size, map_tensors, tensors_in
+from .trees import map_tensors, tensors_in
 
-__all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "suspended"]
+__all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "inside_transform", "suspended"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -82,8 +82,8 @@ class _Forward:
 class Receiver(Protocol):
     """The owner of a capture: what it is told, and asked."""
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> None:
-        """A forward is about to be recorded."""
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """A forward is about to be recorded; returns the number of samples of its batch."""
 
     def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor], num_samples: int) -> list[Layout]:
         """Where the samples are in the output tensors of a layer's ``index``-th call."""
@@ -108,17 +108,13 @@ class Capture:
         model: the model whose forward is a batch.
         layers: the layers to capture.
         every: record each ``every``-th forward in training, counted apart for train and eval mode.
-        sample_dim: where the samples are in the model's inputs.
         receiver: who is told.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Sequence[Layer], every: int, sample_dim: int, receiver: Receiver
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], every: int, receiver: Receiver) -> None:
         self.model = model
         self.layers = {layer.name: layer for layer in layers}
         self.every = every
-        self.sample_dim = sample_dim
         self.receiver = receiver
         self.suspensions = 0
         #: Layers that ran in a recorded forward with nothing to differentiate: all frozen up to there.
@@ -164,14 +160,12 @@ class Capture:
         self._open = None
         self._current = None
         self._stop_watching()
-        if _inside_transform() or not torch.is_grad_enabled():
+        if inside_transform() or not torch.is_grad_enabled():
             return
         count = self._counts[self.model.training]
         self._counts[self.model.training] = count + 1
         if count % self.every == 0:
-            num_samples = first_batch_size((args, kwargs), self.sample_dim)
-            self.receiver.prepare(args, kwargs, num_samples)
-            self._current = _Forward(num_samples)
+            self._current = _Forward(self.receiver.prepare(args, kwargs))
 
     def end(self, output: Any) -> None:
         """The model's forward ended, perhaps by an exception."""
@@ -187,7 +181,7 @@ class Capture:
 
     def _recording(self, layer: Layer, tensors: Sequence[Tensor]) -> tuple[_Forward, int] | None:
         """The forward that a call with these outputs belongs to and the call's number in it, if it is recorded."""
-        if _inside_transform():
+        if inside_transform():
             return None
         recomputed = torch._C._current_graph_task_id() != -1  # by a checkpoint, inside backward
         forward = (self._open[1] if self._open else None) if recomputed else self._current
@@ -253,7 +247,7 @@ class Capture:
 
         For a frozen layer: of any of the model's.
         """
-        if self.suspensions or _inside_transform():
+        if self.suspensions or inside_transform():
             return False
         try:
             for parameter in layer.parameters.values():
@@ -269,7 +263,7 @@ class Capture:
 
     def _enter(self, forward: _Forward) -> None:
         task = torch._C._current_graph_task_id()
-        if self.suspensions or _inside_transform() or forward.done:
+        if self.suspensions or inside_transform() or forward.done:
             return
         if self._open is not None and self._open[1] is not forward and self._open[0] == task:
             raise AttributionError(
@@ -435,7 +429,8 @@ def _no_hook() -> Callable[..., None]:
     return _ignore
 
 
-def _inside_transform() -> bool:
+def inside_transform() -> bool:
+    """Whether a ``torch.func`` transform (vmap, grad, …) runs now."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from .diagonals import Diagonals, LayerInfo
 from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
-from .loan import Loan, borrow, check_loss, recorded, require_dependence
+from .loan import Loan, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .samples import independent_by_structure, outputs_independent
-from .trees import batch_size, map_tensors, sample_dimension, tensors_in
+from .trees import batch_size, map_tensors, require_agreement, sample_dimension, tensors_in
 from .zspace import (
     Pairs,
     ZLayer,
@@ -39,6 +39,7 @@ from .zspace import (
     contract_pairs,
     expose_output,
     layout_options,
+    loss_of_output,
     loss_separates,
     output_hessian,
     signed_roots,
@@ -76,6 +77,7 @@ def fisher_diagonal(
     count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
     task = _Task(
+        model,
         layers,
         loss_fn,
         inputs,
@@ -88,13 +90,7 @@ def fisher_diagonal(
         create_graph,
         chunk_size,
     )
-    try:
-        found = _batched(task, model)
-    except DoubleBackwardError:  # reentrant checkpoints only go with .backward(); anything else is named again there
-        found = {}
-    rest = [layer for layer in layers if layer.name not in found]
-    if rest:
-        found |= _by_loop(task, model, rest)
+    found = on_loan(lambda direct: _measure(task, direct))
     if create_graph:
         tether = zero_tether(model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
@@ -103,10 +99,20 @@ def fisher_diagonal(
     return Diagonals(layers, values, {name: info for name, (_, info) in found.items()})
 
 
+def _measure(task: "_Task", direct: bool) -> "_Found":
+    try:
+        found = _batched(task, direct)
+    except DoubleBackwardError:  # reentrant checkpoints only go with .backward(); anything else is named again there
+        found = {}
+    rest = [layer for layer in task.layers if layer.name not in found]
+    return found | (_by_loop(task, rest, direct) if rest else {})
+
+
 @dataclass(frozen=True)
 class _Task:
     """One measurement, as asked for."""
 
+    model: nn.Module
     layers: Sequence[Layer]
     loss_fn: Callable[[Any, Any], Tensor]
     inputs: Any
@@ -123,12 +129,20 @@ class _Task:
         """Where a tensor's samples are; what has none is shared by all samples."""
         return sample_dimension(tensor, self.count, self.sample_dim)
 
-    def cut(self, tree: Any, index: int) -> Any:
-        """The batch that holds one sample alone."""
+    def cut(self, tree: Any, index: int, *, rows: bool = False) -> Any:
+        """The batch that holds one sample alone.
+
+        With ``rows``, tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
+        """
 
         def one(tensor: Tensor) -> Tensor:
             dim = self.dimension(tensor)
-            return tensor if dim is None else tensor.narrow(dim, index, 1)
+            if dim is not None:
+                return tensor.narrow(dim, index, 1)
+            if rows and tensor.dim() and tensor.shape[0] % self.count == 0:
+                size = tensor.shape[0] // self.count
+                return tensor.narrow(0, index * size, size)
+            return tensor
 
         return map_tensors(one, tree)
 
@@ -136,30 +150,33 @@ class _Task:
 _Found = dict[str, tuple[list[Tensor], LayerInfo]]
 
 
-def _batched(task: _Task, model: nn.Module) -> _Found:
+def _batched(task: _Task, direct: bool) -> _Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     ruled = [layer for layer in task.layers if layer.rule is not None]
-    certain = independent_by_structure(model)
-    with borrow(model, task.loss_fn, task.layers, create_graph=task.create_graph) as loan:
+    certain = independent_by_structure(task.model)
+    with borrow(task.model, task.loss_fn, task.layers, create_graph=task.create_graph, direct=direct) as loan:
         with recorded(loan, ruled, own_parameters=task.create_graph) as recording:
             output = loan.forward(task.inputs)
+            require_agreement(output, task.targets, task.count, task.sample_dim)
             loss = check_loss(task.loss_fn(output, task.targets), loan, task.inputs)
+            recording.close()
+            loan.require_stand_ins((loss, output))
             if not loss.requires_grad:
-                require_dependence(model, task.loss_fn, task.inputs, task.targets)
+                require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
                 return {layer.name: (zeros(layer), LayerInfo("unused")) for layer in task.layers}
             if not any(t.requires_grad for t in tensors_in(output)):
                 return {}
             if any(t.requires_grad and task.dimension(t) is None for t in tensors_in(output)):
                 return {}
-            overwritten = recording.overwritten()
+            unusable = recording.unusable()
             layers = [
                 ZLayer(x, recording.inputs[x.name], recording.leaves[x.name])
                 for x in ruled
-                if x.name in recording.leaves and x.name not in overwritten
+                if x.name in recording.leaves and x.name not in unusable
             ]
             heads: list[Tensor] = []
             output = expose_output(output, heads, task.dimension, detach=False)
-            pairs = _pairs(task, output, heads, loan, layers)
+            pairs = _pairs(task, output, loss, heads, loan, layers)
             if pairs is None:
                 return {}
             found = _by_rules(task, heads, pairs, layers, loan)
@@ -177,14 +194,15 @@ def _batched(task: _Task, model: nn.Module) -> _Found:
 # Pairs of cotangents on the output
 
 
-def _pairs(task: _Task, output: Any, heads: Sequence[Tensor], loan: Loan, layers: Sequence[ZLayer]) -> Pairs | None:
+def _pairs(
+    task: _Task, output: Any, loss: Tensor, heads: Sequence[Tensor], loan: Loan, layers: Sequence[ZLayer]
+) -> Pairs | None:
     """The cotangents of every sample's loss on its output, or None where the loss does not go by the output alone."""
-    points: list[Tensor] = []
-    detached = expose_output(output, points, task.dimension, detach=True)
-    whole = task.loss_fn(detached, task.targets)
-    if not whole.requires_grad:
+    by_output = loss_of_output(task.loss_fn, output, task.targets, task.dimension, loss)
+    if by_output is None:
         require_dependence(loan.model, task.loss_fn, task.inputs, task.targets)
         return None
+    whole, points, exposed = by_output
     inside = [leaf for z in layers for leaf in z.leaves]
     inside += [s for layer in task.layers for s in loan.stand_ins(layer)]
     slopes = gradients(whole, points, create_graph=True)
@@ -198,8 +216,8 @@ def _pairs(task: _Task, output: Any, heads: Sequence[Tensor], loan: Loan, layers
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
         )
     if task.create_graph:  # the cotangents must stay connected to the model
-        points, detached = list(heads), output
-    losses = _per_sample_losses(task, detached)
+        points, exposed = list(heads), output
+    losses = _per_sample_losses(task, exposed)
     if task.fisher_type == "empirical":
         slopes = gradients(losses.sum(), points, create_graph=task.create_graph)
         filled = [torch.zeros_like(x) if g is None else g for x, g in zip(points, slopes, strict=True)]
@@ -316,21 +334,26 @@ def _collect(layers: Sequence[Layer], totals: Sequence[Tensor], way: str) -> _Fo
     return {layer.name: ([next(rest).flatten() for _ in layer.parameters], LayerInfo(way)) for layer in layers}
 
 
-def _by_loop(task: _Task, model: nn.Module, layers: Sequence[Layer]) -> _Found:
+def _by_loop(task: _Task, layers: Sequence[Layer], direct: bool) -> _Found:
     """By definition: the model and the loss on batches of one, for outputs that cannot be cut into samples."""
     totals = [total for layer in layers for total in zeros(layer)]
     losses = []
     # Stand-ins for all parameters: reentrant checkpoints run under .backward() only, which accumulates into each.
-    with borrow(model, task.loss_fn, select_layers(model, "all"), create_graph=task.create_graph) as loan:
+    everything = select_layers(task.model, "all", unchecked=True)
+    with borrow(task.model, task.loss_fn, everything, create_graph=task.create_graph, direct=direct) as loan:
         stand_ins = [loan.stand_in(p) for layer in layers for p in layer.parameters.values()]
-        whole = check_loss(task.loss_fn(loan.forward(task.inputs), task.targets), loan, task.inputs).detach()
+        output = loan.forward(task.inputs)
+        require_agreement(output, task.targets, task.count, task.sample_dim)
+        whole = check_loss(task.loss_fn(output, task.targets), loan, task.inputs)
+        loan.require_stand_ins(whole)
         for n in range(task.count):
             output = loan.forward(task.cut(task.inputs, n))
-            loss = task.loss_fn(output, task.cut(task.targets, n)).reshape(())
+            loss = task.loss_fn(output, task.cut(task.targets, n, rows=True)).reshape(())
             losses.append(loss.detach())
             for u, v in _one_sample(task, loan, output, loss, n, stand_ins):
                 for index, total in enumerate(totals):
                     totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
+    whole = whole.detach()
     mean, total_loss = torch.stack(losses).mean(), torch.stack(losses).sum()
     if not any(torch.allclose(whole, x, rtol=1024 * torch.finfo(whole.dtype).eps) for x in (mean, total_loss)):
         raise CouplingError(
@@ -349,7 +372,7 @@ def _one_sample(
         g = _parameter_gradients(task, loss, stand_ins)
         return [(g, g)]
     points: list[Tensor] = []
-    again = task.loss_fn(expose_output(output, points, None, detach=True), task.cut(task.targets, index))
+    again = task.loss_fn(expose_output(output, points, None, detach=True), task.cut(task.targets, index, rows=True))
     heads = [t for t in tensors_in(output) if t.requires_grad]
     slopes = gradients(again, points, create_graph=True) if again.requires_grad else [None] * len(points)
     if any(f.dim() == 0 and g is not None for f, g in zip(heads, slopes, strict=True)) or (
@@ -377,8 +400,8 @@ def _one_sample(
 def _parameter_gradients(task: _Task, loss: Tensor, stand_ins: list[Tensor]) -> list[Tensor]:
     try:
         found = gradients(loss, stand_ins, create_graph=task.create_graph)
-    except DoubleBackwardError:
-        if task.create_graph:
+    except DoubleBackwardError:  # reentrant checkpoints: .backward(), which reaches .grad, so on stand-ins only
+        if task.create_graph or any(isinstance(s, nn.Parameter) for s in stand_ins):
             raise
         loss.backward()
         found = [s.grad for s in stand_ins]

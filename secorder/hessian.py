@@ -33,11 +33,11 @@ from torch import Tensor, nn
 from .diagonals import Diagonals, LayerInfo
 from .errors import InvalidArgumentError
 from .layers import Layer
-from .loan import Loan, Recording, borrow, check_loss, recorded, require_dependence
+from .loan import Loan, Recording, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
 from .rules import DIM_ZERO, Layout, Outer, PerSample, contract, contract_basis
-from .trees import batch_size, sample_dimension, tensors_in
+from .trees import batch_size, require_agreement, sample_dimension, tensors_in
 from .zspace import (
     ZLayer,
     block_diagonal,
@@ -45,6 +45,7 @@ from .zspace import (
     contract_pairs,
     expose_output,
     layout_options,
+    loss_of_output,
     loss_separates,
     sample_bits,
     signed_roots,
@@ -84,23 +85,33 @@ def hessian_diagonal(
     check_chunk_size(chunk_size)
     count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
-    with borrow(model, loss_fn, layers, create_graph=create_graph) as loan:
-        problem = _Problem(loan, layers, loss_fn, inputs, targets, count, sample_dim, generator, chunk_size, progress)
-        plans = [_Plan(layer) for layer in layers]
-        ruled = [layer for layer in layers if layer.rule is not None]
-        with recorded(loan, ruled, own_parameters=False) as recording:
-            _choose_ways(problem, plans, recording, exact=method == "exact", columns=not create_graph)
-            if method == "hutchinson":
-                _draws_in_z(problem, plans, num_samples)
-            elif not create_graph:
-                _exact_in_z(problem, plans)
-        if create_graph:
-            return _differentiable(problem, plans)
+
+    def work(direct: bool) -> Diagonals:
+        with borrow(model, loss_fn, layers, create_graph=create_graph, direct=direct) as loan:
+            problem = _Problem(
+                loan, layers, loss_fn, inputs, targets, count, sample_dim, generator, chunk_size, progress
+            )
+            return _measure(problem, method, num_samples, create_graph=create_graph)
+
+    return on_loan(work)
+
+
+def _measure(problem: "_Problem", method: HessianMethod, num_samples: int, *, create_graph: bool) -> Diagonals:
+    plans = [_Plan(layer) for layer in problem.layers]
+    ruled = [layer for layer in problem.layers if layer.rule is not None]
+    with recorded(problem.loan, ruled, own_parameters=False) as recording:
+        _choose_ways(problem, plans, recording, exact=method == "exact", columns=not create_graph)
         if method == "hutchinson":
-            _draws_in_parameters(problem, plans, num_samples)
-        else:
-            _exact_in_parameters(problem, plans)
-        return _assemble(plans, errors=method == "hutchinson")
+            _draws_in_z(problem, plans, num_samples)
+        elif not create_graph:
+            _exact_in_z(problem, plans)
+    if create_graph:
+        return _differentiable(problem, plans)
+    if method == "hutchinson":
+        _draws_in_parameters(problem, plans, num_samples)
+    else:
+        _exact_in_parameters(problem, plans)
+    return _assemble(plans, errors=method == "hutchinson")
 
 
 @dataclass
@@ -121,7 +132,10 @@ class _Problem:
     def loss(self) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same random state each time."""
         output = self.loan.forward(self.inputs)
-        return output, check_loss(self.loss_fn(output, self.targets), self.loan, self.inputs)
+        require_agreement(output, self.targets, self.num_samples, self.sample_dim)
+        loss = check_loss(self.loss_fn(output, self.targets), self.loan, self.inputs)
+        self.loan.require_stand_ins(loss)
+        return output, loss
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Where an output tensor's samples are."""
@@ -155,6 +169,7 @@ class _Plan(ZLayer):
 def _choose_ways(problem: _Problem, plans: list[_Plan], recording: Recording, *, exact: bool, columns: bool) -> None:
     """Choose each layer's way; layers that the columns serve are finished here, on the graph that is there anyway."""
     output, loss = problem.loss()
+    recording.close()
     if not loss.requires_grad:
         require_dependence(problem.loan.model, problem.loss_fn, problem.inputs, problem.targets)
     candidates = _attach(problem, plans, recording, loss)
@@ -172,7 +187,7 @@ def _choose_ways(problem: _Problem, plans: list[_Plan], recording: Recording, *,
 
 def _attach(problem: _Problem, plans: list[_Plan], recording: Recording, loss: Tensor) -> list[_Plan]:
     """Give the plans their recorded calls and gradients; returns those that the own-use check allows in z-space."""
-    overwritten = recording.overwritten()
+    unusable = recording.unusable()
     names = [plan.layer.name for plan in plans if plan.layer.name in recording.leaves]
     leaves = [leaf for name in names for leaf in recording.leaves[name]]
     ruled = [plan for plan in plans if plan.layer.rule is not None]
@@ -190,8 +205,8 @@ def _attach(problem: _Problem, plans: list[_Plan], recording: Recording, loss: T
         plan.leaves = recording.leaves.get(name, [])
         plan.slopes = [by_leaf[id(leaf)] for leaf in plan.leaves]
         outside = any(by_leaf[id(s)] is not None for s in problem.loan.stand_ins(plan.layer))
-        plan.checks["own_use"] = not outside and name not in overwritten and not _feeds_itself(plan)
-        if outside or name in overwritten:
+        plan.checks["own_use"] = not outside and name not in unusable and not _feeds_itself(plan)
+        if outside or name in unusable:
             continue
         if all(g is None for g in plan.slopes):
             plan.way = "unused"
@@ -259,10 +274,12 @@ def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -
     def worth_it(candidates: list[_Plan]) -> bool:  # against the HVPs of the layers' own bases
         return outputs <= sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
 
-    points: list[Tensor] = []
-    again = problem.loss_fn(expose_output(output, points, problem.dimension, detach=True), problem.targets)
-    if not worth_it(plans) or not again.requires_grad or not torch.equal(again.detach().reshape(()), loss.detach()):
-        return  # too many outputs; or a loss that does not go by the output, or is random
+    if not worth_it(plans):
+        return
+    found = loss_of_output(problem.loss_fn, output, problem.targets, problem.dimension, loss)
+    if found is None:
+        return
+    again, points, _ = found
     if any(g is not None for g in gradients(again, [leaf for plan in plans for leaf in plan.leaves])):
         return  # the loss reaches into the model past its output
     slopes = gradients(again, points, create_graph=True)
@@ -271,8 +288,10 @@ def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -
         return
     pairs = signed_roots(slopes, points, problem.chunk_size)
     options = [layout_options(plan, count) for plan in certified]
-    found = contract_pairs(heads, certified, pairs, options, generator=problem.generator, chunk_size=problem.chunk_size)
-    for plan, values in zip(certified, found, strict=True):
+    diagonals = contract_pairs(
+        heads, certified, pairs, options, generator=problem.generator, chunk_size=problem.chunk_size
+    )
+    for plan, values in zip(certified, diagonals, strict=True):
         plan.checks["outputs_by_sample"] = values is not None
         plan.num_hvps += len(pairs.u) + 2
         if values is not None:

@@ -44,7 +44,11 @@ class Layer:
 
 
 def select_layers(
-    model: nn.Module, layer_types: LayerTypes = None, layers: str | Iterable[str] | None = None
+    model: nn.Module,
+    layer_types: LayerTypes = None,
+    layers: str | Iterable[str] | None = None,
+    *,
+    unchecked: bool = False,
 ) -> list[Layer]:
     """The layers of ``model`` that match, in ``model.named_modules()`` order.
 
@@ -53,6 +57,8 @@ def select_layers(
         layer_types: module types, subclasses included; None means ``(nn.Linear, nn.Conv2d)``, or any type where
             ``layers`` names modules; ``"all"`` means every module that owns parameters directly.
         layers: exact module names or shell-style patterns (``"encoder.*"``).
+        unchecked: admit layers whose curvature is not defined (special embeddings, complex parameters), where only
+            dependence is asked for.
 
     Raises:
         InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
@@ -83,10 +89,10 @@ def select_layers(
         ]
         if lazy:
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if not unchecked and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _refuse_special_embedding(name, module)
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
-        if complex_names:
+        if complex_names and not unchecked:
             raise InvalidArgumentError(
                 f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
                 "leave it out with layers=."

@@ -7,21 +7,22 @@ and no attached probe records anything. It stays so through all backward work, s
 again there.
 """
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .capture import suspended
+from .capture import inside_transform, suspended
 from .errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from .layers import Layer, select_layers
 from .products import gradients
 from .random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .trees import call_model, map_tensors, tensors_in
+
+Result = TypeVar("Result")
 
 __all__ = [
     "Loan",
@@ -31,17 +32,29 @@ __all__ = [
     "check_loss",
     "cuda_devices",
     "get_random_state",
+    "on_loan",
     "recorded",
     "require_dependence",
 ]
 
 
+class StandInsBypassed(Exception):
+    """The loss reaches a parameter past its stand-in."""
+
+
 class Loan:
     """A borrowed model: runs it again and again from one and the same state."""
 
-    def __init__(self, model: nn.Module, stand_ins: dict[int, Tensor], restart: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        stand_ins: dict[int, Tensor],
+        originals: Sequence[nn.Parameter],
+        restart: Callable[[], None],
+    ) -> None:
         self.model = model
         self._stand_ins = stand_ins
+        self._originals = originals
         self._restart = restart
 
     def stand_in(self, parameter: nn.Parameter) -> Tensor:
@@ -54,12 +67,35 @@ class Loan:
 
     def forward(self, inputs: Any) -> Any:
         """The model's output, from the same random state and buffers at every call."""
-        return self.run(lambda: call_model(self.model, inputs))
+        return self.run(lambda copied: call_model(self.model, copied), inputs)
 
-    def run(self, forward: Callable[[], Any]) -> Any:
-        """The result of a forward that is called in another way, from the same state."""
+    def run(self, forward: Callable[[Any], Any], arguments: Any) -> Any:
+        """``forward(arguments)`` from the same state, on copies of the tensors, which a model may overwrite."""
         self._restart()
-        return forward()
+        copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
+
+        def copied(tensor: Tensor) -> Tensor:
+            if id(tensor) not in copies:
+                copies[id(tensor)] = tensor.clone()
+            return copies[id(tensor)]
+
+        return forward(map_tensors(copied, arguments))
+
+    def require_stand_ins(self, result: Any) -> None:
+        """Raise :class:`StandInsBypassed` if tensors of the result depend on a parameter that has a stand-in."""
+        ends = [t for t in tensors_in(result) if t.requires_grad]
+        if ends and self._originals:
+            reached = gradients(ends, self._originals, [torch.ones_like(t) for t in ends])
+            if any(g is not None for g in reached):
+                raise StandInsBypassed
+
+
+def on_loan(work: Callable[[bool], Result]) -> Result:
+    """``work(direct)`` with stand-ins and, where they turn out to be bypassed, again on a direct loan."""
+    try:
+        return work(False)
+    except StandInsBypassed:
+        return work(True)
 
 
 @contextmanager
@@ -70,6 +106,7 @@ def borrow(
     *,
     create_graph: bool = False,
     random_state: RandomState | None = None,
+    direct: bool = False,
 ) -> Iterator[Loan]:
     """Borrow a model and its loss for passes of our own.
 
@@ -77,8 +114,9 @@ def borrow(
         model: the model.
         loss_fn: the loss; where it is a module, its buffers are protected too.
         layers: the layers whose parameters get stand-ins.
-        create_graph: stand-ins stay connected to the parameters, so that results can be differentiated.
+        create_graph: trainable parameters are their own stand-ins, so that results can be differentiated by them.
         random_state: what every forward starts from; by default the state at hand.
+        direct: let the parameters be their own stand-ins.
     """
     owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
     modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
@@ -87,15 +125,19 @@ def borrow(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         cuda = cuda_devices(model)
-        stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))
-        stack.callback(random.setstate, random.getstate())
+        stack.callback(set_random_state, get_random_state(cuda), cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
-        stand_ins = {key: _stand_in(p, create_graph) for key, p in parameters.items()}
+        themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
+        stack.enter_context(_differentiable(parameters.values()))
+        stand_ins: dict[int, Tensor] = {
+            key: p if key in themselves else p.detach().requires_grad_(True) for key, p in parameters.items()
+        }
         # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, shallowly.
         stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
         stack.enter_context(_parameters_swapped(modules, stand_ins))
         buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        stack.enter_context(_tables_copied(modules))
         stack.callback(_restore_buffers, buffers)
         start = random_state or get_random_state(cuda)
 
@@ -107,13 +149,42 @@ def borrow(
                     copies[id(buffer)] = buffer.detach().clone()
                 module._buffers[name] = copies[id(buffer)]
 
-        yield Loan(model, stand_ins, restart)
+        originals = [p for key, p in parameters.items() if key not in themselves]
+        yield Loan(model, stand_ins, originals, restart)
 
 
-def _stand_in(parameter: nn.Parameter, create_graph: bool) -> Tensor:
-    if create_graph and parameter.requires_grad:
-        return parameter.view_as(parameter)
-    return parameter.detach().requires_grad_(True)
+@contextmanager
+def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(h) for h in hooks]
+    for p in frozen:
+        p.requires_grad_(True)
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+        for h, content in zip(hooks, kept, strict=True):
+            h.update(content)
+
+
+@contextmanager
+def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Embeddings with ``max_norm`` overwrite their table in a forward: they get a copy to do it on."""
+    tables = [
+        (m, m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+    ]
+    try:
+        for module, table in tables:
+            module._parameters["weight"] = nn.Parameter(table.detach().clone(), requires_grad=False)
+        yield
+    finally:
+        for module, table in tables:
+            module._parameters["weight"] = table
 
 
 @contextmanager
@@ -153,16 +224,31 @@ def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
 
 
 class Recording:
-    """What :func:`recorded` collects: per layer its calls, as inputs and the zero leaves ε of its outputs."""
+    """What :func:`recorded` collects: per layer its calls, as inputs and the zero leaves ε of its outputs.
+
+    Attributes:
+        inputs: by layer, the input tensors of each call.
+        leaves: by layer, the leaf ε of each call.
+        versions: recorded inputs, to find those that are overwritten later.
+        differentiated: layers through which the model took a derivative itself (``torch.autograd.grad`` or a
+            ``torch.func`` transform inside of a forward or loss): their parameters then act not only through z.
+    """
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}
         self.leaves: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []
+        self.differentiated: set[str] = set()
+        self.open = True
 
-    def overwritten(self) -> set[str]:
-        """Layers whose recorded input was changed in place after the call."""
-        return {name for name, tensor, version in self.versions if tensor._version != version}
+    def close(self) -> None:
+        """The forward and the loss ran: derivatives taken from now on are ours."""
+        self.open = False
+
+    def unusable(self) -> set[str]:
+        """Layers whose recorded calls do not tell all: input overwritten after the call, or differentiated inside."""
+        overwritten = {name for name, tensor, version in self.versions if tensor._version != version}
+        return overwritten | self.differentiated
 
 
 @contextmanager
@@ -174,32 +260,47 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
     Args:
         loan: the borrowed model.
-        layers: layers with a rule; any, where ``own_parameters`` is true.
+        layers: the layers to record.
         own_parameters: whether a layer's forward uses its parameters' stand-ins. Where not, it uses detached ones,
             and a stand-in has a gradient only by uses outside of its layer's forward: that is how these are found.
     """
     recording = Recording()
     handles = []
+    places = {layer.name: _places(layer) for layer in layers} if not own_parameters else {}
+    displaced: dict[str, list[list[Any]]] = {layer.name: [] for layer in layers}  # a stack: calls may nest
 
     def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
-            for name, parameter in layer.parameters.items():
-                module._parameters[name] = loan.stand_in(parameter).detach()  # type: ignore[assignment]
+            displaced[layer.name].append([holder[key] for holder, key, _ in places[layer.name]])
+            for holder, key, parameter in places[layer.name]:
+                holder[key] = loan.stand_in(parameter).detach()
 
         return hook
 
     def after(layer: Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
             if not own_parameters:
-                put_back(layer)
+                for (holder, key, _), value in zip(places[layer.name], displaced[layer.name].pop(), strict=True):
+                    holder[key] = value
             # A checkpoint recomputes during backward a call that is recorded already.
             leaves = recording.leaves.setdefault(layer.name, []) if torch._C._current_graph_task_id() == -1 else []
+
+            if inside_transform():
+                recording.differentiated.add(layer.name)
+                return None
+
+            def watch(_: Tensor) -> None:
+                if recording.open:
+                    recording.differentiated.add(layer.name)
 
             def add_leaf(tensor: Tensor) -> Tensor:
                 if not tensor.is_floating_point():
                     return tensor
                 leaves.append(torch.zeros_like(tensor, requires_grad=True))
-                return tensor + leaves[-1]
+                result = tensor + leaves[-1]
+                if torch.is_grad_enabled():
+                    result.register_hook(watch)
+                return result
 
             if torch._C._current_graph_task_id() == -1:
                 tensors = tuple(tensors_in((args, kwargs)))
@@ -209,22 +310,32 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
         return hook
 
-    def put_back(layer: Layer) -> None:
-        for name, parameter in layer.parameters.items():
-            layer.module._parameters[name] = loan.stand_in(parameter)  # type: ignore[assignment]
-
     try:
         for layer in layers:
             if not own_parameters:
-                handles.append(layer.unit.register_forward_pre_hook(before(layer)))
+                handles.append(layer.unit.register_forward_pre_hook(before(layer), prepend=True))
             handles.append(layer.unit.register_forward_hook(after(layer), prepend=True, with_kwargs=True))
         yield recording
     finally:
         for handle in handles:
             handle.remove()
-        if not own_parameters:
-            for layer in layers:
-                put_back(layer)
+        for held in places.values():  # where a forward was broken off
+            for holder, key, parameter in held:
+                holder[key] = loan.stand_in(parameter)
+
+
+def _places(layer: Layer) -> list[tuple[Any, Any, nn.Parameter]]:
+    """Where a layer's modules keep its parameters, as ``(container, key, parameter)``."""
+    found: list[tuple[Any, Any, nn.Parameter]] = []
+    for local, parameter in layer.parameters.items():
+        path, _, name = local.rpartition(".")
+        found.append((layer.module.get_submodule(path)._parameters, name, parameter))
+    for path, module in layer.module.named_modules():
+        if isinstance(module, nn.RNNBase):  # recurrent layers keep a list of their own
+            names = [f"{path}.{name}" if path else name for name in module._flat_weights_names]
+            held = [(index, layer.parameters.get(name)) for index, name in enumerate(names)]
+            found += [(module._flat_weights, index, p) for index, p in held if p is not None]
+    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -283,7 +394,8 @@ def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any
         InvalidArgumentError: it depends on none.
     """
     parameters = list(model.parameters())
-    with borrow(model, loss_fn, select_layers(model, "all")) as loan:
+    everything = select_layers(model, "all", unchecked=True)
+    with borrow(model, loss_fn, everything, direct=True) as loan:
         loss = loss_fn(loan.forward(inputs), targets)
         stand_ins = [loan.stand_in(p) for p in parameters]
         if loss.requires_grad and any(g is not None for g in gradients(loss.sum(), stand_ins)):

@@ -15,8 +15,10 @@ from .errors import AttributionError, CouplingError, InvalidArgumentError, Inval
 from .fisher import FisherType, fisher_diagonal
 from .hessian import HessianMethod, hessian_diagonal
 from .layers import Layer, LayerTypes, select_layers
+from .loan import on_loan
 from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
 from .samples import Attribution, attribute
+from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, rounding, zeros
 
@@ -32,6 +34,14 @@ class _Accumulator:
     sums: list[Tensor] = field(default_factory=list)
     samples: int = 0
     batches: int = 0
+
+
+#: Why a layer has no passive Fisher.
+_OUTSIDE = (
+    "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
+    "such as F.linear(x, layer.weight), or a derivative that the model takes of itself), which belongs to no sample "
+    "that a hook can see: leave the layer out with layers=, or measure it with a one-shot call."
+)
 
 
 class CurvatureWarning(UserWarning):
@@ -133,7 +143,7 @@ class CurvatureProbe:
         """
         if self._capture is not None:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
-        self._capture = Capture(self._model, self._layers, self._every, self._sample_dim, _Accumulation(self))
+        self._capture = Capture(self._model, self._layers, self._every, _Accumulation(self))
         self._capture.attach()
 
     def detach(self) -> None:
@@ -411,14 +421,22 @@ class _Accumulation:
         self.probe = probe
         self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> None:
-        """Find where samples are, once in train and once in eval mode."""
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Find where samples are, once in train and once in eval mode; the number of samples of this batch."""
         probe = self.probe
         mode = probe._model.training
-        if mode in probe._attributions or num_samples == 0:
-            return
+        if mode not in probe._attributions:
+            if 0 in sample_sizes((args, kwargs), probe._sample_dim):
+                return 0
+            probe._attributions[mode] = self._attribution(args, kwargs)
+        return probe._attributions[mode].count((args, kwargs), probe._sample_dim)
+
+    def _attribution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
+        probe = self.probe
         with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            found = attribute(probe._model, probe._layers, args, kwargs, num_samples, probe._sample_dim)
+            found = on_loan(
+                lambda direct: attribute(probe._model, probe._layers, args, kwargs, probe._sample_dim, direct=direct)
+            )
         if found.coupled:
             names = sorted(found.unknown, key=probe.layer_names.index) or probe.layer_names
             message = (
@@ -431,11 +449,11 @@ class _Accumulation:
             if not probe._warned:
                 warnings.warn(message, CurvatureWarning, stacklevel=2)
                 probe._warned = True
-        probe._attributions[mode] = found
+        return found
 
     def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor | None], num_samples: int) -> list[Layout]:
         """Where the samples are in a call's output tensors: as found, checked against this batch's size."""
-        found = self.probe._attributions.get(self.probe._model.training, Attribution())
+        found = self.probe._attributions[self.probe._model.training]
         known = found.layouts.get(layer.name, [])
         chosen = known[index * len(tensors) : (index + 1) * len(tensors)] or known[: len(tensors)]
         if layer.name in found.unknown and not found.coupled:
@@ -443,10 +461,21 @@ class _Accumulation:
         elif not chosen:
             chosen = [DIM_ZERO] * len(tensors)
         for position, (tensor, layout) in enumerate(zip(tensors, chosen, strict=False)):
-            if tensor is not None and layout.rows > 1:
+            if tensor is None:
+                continue
+            if layout.rows > 1 and num_samples:
                 chosen[position] = layout = layout._replace(rows=max(1, tensor.shape[0] // num_samples))
-            if tensor is not None and (tensor.dim() <= layout.dim or layout.size(tensor) != num_samples):
+            if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != layout.rows * num_samples:
                 chosen = []
+                break
+        if layer.name in found.outside:
+            raise AttributionError(f"layer {layer.name!r}: {_OUTSIDE}")
+        if found.ambiguous:
+            raise AttributionError(
+                f"the model's arguments have sizes {found.ambiguous} in dim {self.probe._sample_dim}, and its output "
+                "does not tell which of them is the number of samples: let the model return a tensor of that size, or "
+                "measure with one-shot calls."
+            )
         if not chosen:
             shapes = [tuple(t.shape) for t in tensors if t is not None]
             raise AttributionError(
@@ -528,7 +557,7 @@ class _Accumulation:
 
     def _check(self, explained: dict[str, list[tuple[Tensor, Tensor]]], gradients: dict[int, Tensor]) -> None:
         for layer in self.probe._layers:
-            for index, (name, parameter) in enumerate(layer.parameters.items()):
+            for index, parameter in enumerate(layer.parameters.values()):
                 whole = gradients.get(id(parameter))
                 if whole is None:
                     continue
@@ -540,12 +569,7 @@ class _Accumulation:
                 else:  # no call of the layer was seen
                     strange = (whole != 0).any()
                 if bool(strange):
-                    self.probe._unattributed[layer.name] = (
-                        f"its parameter {name!r} gets gradient from outside of the layer's calls (a tied weight, a "
-                        "weight penalty in the loss, or a use such as F.linear(x, layer.weight)), which belongs to no "
-                        "sample that a hook can see: leave the layer out with layers=, or measure it with a one-shot "
-                        "call."
-                    )
+                    self.probe._unattributed[layer.name] = _OUTSIDE
 
 
 def _callable(loss_fn: LossFunction) -> LossFunction:

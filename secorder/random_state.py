@@ -1,6 +1,7 @@
 """The global random state, taken and set as a whole."""
 
 import random
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,11 +12,12 @@ __all__ = ["RandomState", "cuda_devices", "get_random_state", "set_random_state"
 
 
 class RandomState(NamedTuple):
-    """The global random state: torch's on the CPU and on CUDA devices, and Python's."""
+    """The global random state: torch's on the CPU and on CUDA devices, Python's and NumPy's (where it is loaded)."""
 
     cpu: Tensor
     cuda: list[Tensor]
     python: tuple[Any, ...]
+    numpy: Any
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -25,7 +27,11 @@ def cuda_devices(model: nn.Module) -> list[int]:
 
 def get_random_state(cuda: Sequence[int]) -> RandomState:
     """The random state as it is now."""
-    return RandomState(torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in cuda], random.getstate())
+    on_cuda = [torch.cuda.get_rng_state(index) for index in cuda]
+    numpy = sys.modules.get("numpy")
+    return RandomState(
+        torch.get_rng_state(), on_cuda, random.getstate(), None if numpy is None else numpy.random.get_state()
+    )
 
 
 def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:
@@ -34,3 +40,5 @@ def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:
     for index, device_state in zip(cuda, state.cuda, strict=True):
         torch.cuda.set_rng_state(device_state, index)
     random.setstate(state.python)
+    if state.numpy is not None:
+        sys.modules["numpy"].random.set_state(state.numpy)

@@ -20,7 +20,7 @@ from .layers import Layer
 from .loan import Loan, borrow, recorded
 from .products import fresh_generator, gradients
 from .rules import Layout
-from .trees import map_tensors, sample_dimension, tensors_in
+from .trees import map_tensors, preferred_size, sample_dimension, sample_sizes, tensors_in
 from .zspace import ZLayer, expose_output, layout_options, rounding, scales
 
 __all__ = ["Attribution", "attribute", "independent_by_structure", "outputs_independent", "separating_masks"]
@@ -81,7 +81,7 @@ def outputs_independent(
     """
     run = forward or loan.forward
     with torch.no_grad():
-        base = list(tensors_in(run(inputs)))
+        base = [t.clone() for t in tensors_in(run(inputs))]
         for mask in separating_masks(count):
             changed = tensors_in(run(map_tensors(lambda t, m=mask: _replaced(t, m, count, sample_dim), inputs)))
             for before, after in zip(base, changed, strict=True):
@@ -89,18 +89,26 @@ def outputs_independent(
                 if dim is None or not before.is_floating_point():
                     continue
                 kept = ~mask.to(before.device)
-                bound = rounding(before.dtype) * before.abs().amax()
-                if not bool(((before - after).movedim(dim, 0)[kept].abs() <= bound).all()):
+                if bool(_moved(before, after).movedim(dim, 0)[kept].any()):
                     return False
     return True
 
 
+def _moved(before: Tensor, after: Tensor) -> Tensor:
+    """Which entries differ by more than rounding; infinite ones (masked logits) may stay so."""
+    finite = before[before.isfinite()].abs()
+    bound = rounding(before.dtype) * (finite.amax() if finite.numel() else 0.0)
+    return ~((before == after) | ((before - after).abs() <= bound) | (before.isnan() & after.isnan()))
+
+
 def _replaced(tensor: Tensor, mask: Tensor, count: int, sample_dim: int) -> Tensor:
+    """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too."""
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:
         return tensor
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    return torch.where(here, tensor.roll(1, dim), tensor)
+    other = tensor.roll(1, dim)
+    return torch.where(here, other * 1.03125 if tensor.is_floating_point() else other, tensor)
 
 
 @dataclass
@@ -110,40 +118,66 @@ class Attribution:
     Attributes:
         layouts: by layer, for each output tensor of each call.
         unknown: layers of whose output no dimension was found to hold the samples.
+        outside: layers whose parameters the model also uses outside of the layers' calls.
         coupled: whether samples influence one another in the model.
+        argument: index, among the tensors of the model's arguments, of one whose size tells the number of samples.
+        ambiguous: sizes of arguments that may all be the number of samples, where nothing tells which is.
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
+    outside: set[str] = field(default_factory=set)
     coupled: bool = False
+    argument: int = 0
+    ambiguous: list[int] = field(default_factory=list)
+
+    def count(self, arguments: Any, dim: int) -> int:
+        """The number of samples of a batch."""
+        tensor = next(islice(tensors_in(arguments), self.argument, None))
+        return tensor.shape[dim] if tensor.dim() > dim else 0
 
 
 def attribute(
-    model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], count: int, dim: int
+    model: nn.Module,
+    layers: Sequence[Layer],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dim: int,
+    *,
+    direct: bool = False,
 ) -> Attribution:
     """Find and verify where samples are in each layer, by passes of our own on one batch.
 
     Random cotangents on the model's output, weighted sample by sample, must come back weighted by the same factors in
     the rows of every layer's output. Where the model returns no tensor with samples (a loss alone), replacing samples
-    must change their rows in a layer's output and no others.
+    must change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls
+    are found by the structure of the autograd graph.
 
     Args:
         model: the model.
         layers: the layers to find samples in.
         args: positional arguments of one forward.
         kwargs: keyword arguments of it.
-        count: number of samples.
-        dim: where they are in the arguments.
+        dim: where the samples are in the arguments.
+        direct: on a direct loan (see :func:`secorder.loan.on_loan`).
     """
     found = Attribution()
     certain = independent_by_structure(model)
-    with borrow(model, None, layers) as loan:
+    arguments = (args, kwargs)
+    with borrow(model, None, layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:
-            return loan.run(lambda: model(*arguments[0], **arguments[1]))
+            return loan.run(lambda copied: model(*copied[0], **copied[1]), arguments)
 
-        with recorded(loan, layers, own_parameters=True) as recording:
-            output = forward((args, kwargs))
+        with recorded(loan, layers, own_parameters=False) as recording:
+            output = forward(arguments)
+            recording.close()
+            loan.require_stand_ins(output)
+            count = _count(found, arguments, output, dim)
+            if count == 0:
+                return found
+            _uses_outside(found, loan, layers, output)
+            found.outside |= recording.differentiated
             by_layer = [
                 ZLayer(layer, recording.inputs[layer.name], recording.leaves[layer.name])
                 for layer in layers
@@ -162,10 +196,35 @@ def attribute(
             except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
                 heads = []
         if not heads:
-            _by_replacement(found, layers, forward, (args, kwargs), count, dim)
+            _by_replacement(found, layers, forward, arguments, count, dim)
         else:
-            found.coupled = not certain and not outputs_independent(loan, (args, kwargs), count, dim, forward)
+            found.coupled = not certain and not outputs_independent(loan, arguments, count, dim, forward)
     return found
+
+
+def _count(found: Attribution, arguments: Any, output: Any, dim: int) -> int:
+    """The number of samples: a size that the arguments agree on, or that the output has too."""
+    sizes = sample_sizes(arguments, dim)
+    known = {t.shape[d] for t in tensors_in(output) for d in (dim, 0) if t.dim() > d}
+    count = preferred_size([size for size in sizes if size in known] or sizes) if sizes else 0
+    if count not in known and len(set(sizes) - {1}) > 1:
+        found.ambiguous = sizes
+        return 0
+    tensors = list(tensors_in(arguments))
+    found.argument = next((i for i, t in enumerate(tensors) if t.dim() > dim and t.shape[dim] == count), 0)
+    return count
+
+
+def _uses_outside(found: Attribution, loan: Loan, layers: Sequence[Layer], output: Any) -> None:
+    ends = [t for t in tensors_in(output) if t.requires_grad]
+    if not ends:
+        return
+    stand_ins = [(layer.name, s) for layer in layers for s in loan.stand_ins(layer)]
+    try:
+        reached = gradients(ends, [s for _, s in stand_ins], [torch.ones_like(t) for t in ends])
+    except DoubleBackwardError:  # a reentrant checkpoint; the probe's own check of whole gradients remains
+        return
+    found.outside |= {name for (name, _), r in zip(stand_ins, reached, strict=True) if r is not None}
 
 
 def _options(z: ZLayer, count: int) -> list[list[Layout]]:
@@ -244,15 +303,14 @@ def _by_replacement(
             handle.remove()
 
     def holds(layout: Layout, before: Tensor, after: list[Tensor]) -> bool:
-        bound = rounding(before.dtype) * before.abs().amax()
-        moved = False
+        changed = False
         for mask, tensor in zip(masks, after, strict=True):
-            difference = layout.split((tensor - before).abs())
+            moved = layout.split(_moved(before, tensor))
             mask = mask.to(before.device)
-            if not bool((difference[~mask] <= bound).all()):
+            if bool(moved[~mask].any()):
                 return False
-            moved = moved or bool((difference[mask] > bound).any())
-        return moved or count == 1
+            changed = changed or bool(moved[mask].any())
+        return changed or count == 1
 
     for name, tensors in base.items():
         layouts = [

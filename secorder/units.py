@@ -33,8 +33,9 @@ def unit_gradients(layer: Layer, calls: Sequence[UnitCall], count: int) -> Itera
     for call in calls:
         with borrow(layer.unit, None, [layer], random_state=call.random_state) as loan:
             rest = iter(call.tensors)
-            args, kwargs = map_tensors(lambda _, rest=rest: next(rest), call.arguments)
-            outputs = loan.run(lambda a=args, k=kwargs: layer.unit(*a, **k))
+            arguments = map_tensors(lambda _, rest=rest: next(rest), call.arguments)
+            outputs = loan.run(lambda copied: layer.unit(*copied[0], **copied[1]), arguments)
+            loan.require_stand_ins(outputs)
             floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
             pairs = [
                 (f, g, layout)

@@ -22,6 +22,7 @@ __all__ = [
     "contract_pairs",
     "expose_output",
     "layout_options",
+    "loss_of_output",
     "loss_separates",
     "output_hessian",
     "over_samples",
@@ -167,6 +168,37 @@ def layout_options(z: ZLayer, num_samples: int) -> list[list[Layout]]:
             continue
         options.append(layouts)
     return options
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loss as a function of the model's output
+
+
+def loss_of_output(
+    loss_fn: Callable[[Any, Any], Tensor], output: Any, targets: Any, dims: Dimensions | None, loss: Tensor
+) -> tuple[Tensor, list[Tensor], Any] | None:
+    """The loss once more, on leaves that stand for the model's output; these leaves, and the output made of them.
+
+    Args:
+        loss_fn: the loss.
+        output: the model's output.
+        targets: what the loss takes second.
+        dims: where an output tensor's samples are (see :func:`expose_output`).
+        loss: its value on ``output``.
+
+    Returns:
+        None where the loss does not go by the output alone: it cannot be computed there (it differentiates the model,
+        say), has another value (it draws random numbers), or does not depend on the leaves at all.
+    """
+    points: list[Tensor] = []
+    exposed = expose_output(output, points, dims, detach=True)
+    try:
+        again = loss_fn(exposed, targets)
+    except RuntimeError:
+        return None
+    if not again.requires_grad or not torch.equal(again.detach().reshape(()), loss.detach()):
+        return None
+    return again.reshape(()), points, exposed
 
 
 # --------------------------------------------------------------------------------------------------------------------

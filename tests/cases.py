@@ -911,3 +911,329 @@ def _() -> Any:
 def _() -> Any:
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.MaxPool2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3))
     return model, nn.CrossEntropyLoss(), torch.randn(N, 1, 5, 5), classes()
+
+
+# ---- more of what users write
+
+
+@case("graph/penalty_by_a_list_of_parameters", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3))
+    kept = list(model.parameters())
+
+    def loss_fn(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t) + 0.1 * sum(p.pow(4).sum() for p in kept)
+
+    return model, loss_fn, torch.randn(N, 3), classes()
+
+
+@case("graph/parameters_kept_in_a_list", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = Net(lambda m, x: F.linear(torch.tanh(m.a(x)), m.kept[0]), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    model.kept = [model.b.weight]
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("graph/frozen_parameters_kept_in_a_list", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = Net(lambda m, x: F.linear(torch.tanh(m.a(x)), m.kept[0]), a=nn.Linear(3, 3), b=nn.Linear(3, 3))
+    model.b.requires_grad_(False)
+    model.kept = [model.b.weight]
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("graph/model_overwrites_its_input")
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x *= 1.5
+        return m.b(torch.tanh(m.a(x)))
+
+    class Copied(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.clone())
+
+    model = Copied(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("graph/input_of_a_layer_overwritten", skip={"passive": "autograd itself refuses this backward"})
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = torch.sin(x)
+        with torch.no_grad():
+            z = m.frozen(hidden)
+        hidden.add_(1.0)
+        return m.b(torch.tanh(m.a(hidden)) + z)
+
+    model = Net(forward, a=nn.Linear(3, 4), frozen=nn.Linear(3, 4), b=nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+def slope(m: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        energy = torch.tanh(m.b(torch.tanh(m.a(x)))).sum()
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+
+@case("graph/model_returns_its_own_derivative", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = Net(slope, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    return model, nn.MSELoss(), torch.randn(N, 3), torch.randn(N, 3)
+
+
+@case("graph/energy_and_forces", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            energy = m.b(torch.tanh(m.a(x))).squeeze(1)
+            return energy, torch.autograd.grad(energy.sum(), x, create_graph=True)[0]
+
+    model = Net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 1))
+    targets = (torch.randn(N), torch.randn(N, 3))
+    return model, lambda o, t: F.mse_loss(o[0], t[0]) + F.mse_loss(o[1], t[1]), torch.randn(N, 3), targets
+
+
+@case("graph/derivative_by_torch_func", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.func.vmap(torch.func.grad(lambda row: torch.tanh(m.a(row)).sum()))(x)
+
+    return Net(forward, a=nn.Linear(3, 4)), nn.MSELoss(), torch.randn(N, 3), torch.randn(N, 3)
+
+
+@case("graph/loss_differentiates_the_model", skip={"passive": "the loss is not a sum over samples seen by hooks"})
+def _() -> Any:
+    model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.randn(N, 2, requires_grad=True)
+
+    def loss_fn(f: Tensor, t: Tensor) -> Tensor:
+        (d,) = torch.autograd.grad(f.sum(), x, create_graph=True)
+        return (d.pow(2).sum() + F.mse_loss(f, t, reduction="sum")) / 1.0
+
+    return model, loss_fn, x, torch.randn(N, 1)
+
+
+class OnceOnly(torch.autograd.Function):
+    """A custom function without a double backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * ctx.saved_tensors[0].cos()
+
+
+@case("graph/operator_without_double_backward", refused={"hessian": DoubleBackwardError})
+def _() -> Any:
+    model = nn.Sequential(nn.Linear(3, 4), Fn(OnceOnly.apply), nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("generic/mixture_of_experts", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        choice = x[:, 0] > 0
+        out = x.new_zeros(len(x), 4)
+        out[choice] = torch.tanh(m.a(x[choice]))
+        out[~choice] = torch.tanh(m.b(x[~choice]))
+        return m.head(out)
+
+    model = Net(forward, a=nn.Linear(3, 4), b=nn.Linear(3, 4), head=nn.Linear(4, 3))
+    inputs = torch.randn(N, 3)
+    inputs[:, 0] = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    return model, nn.CrossEntropyLoss(), inputs, classes()
+
+
+def attention(name: str, call: Callable[[Any, Tensor], Tensor], **options: Any) -> None:
+    def make() -> Any:
+        mha = nn.MultiheadAttention(4, 2, batch_first=True, **options)
+        model = Net(lambda m, x: m.head(call(m.mha, x).mean(1)), mha=mha, head=nn.Linear(4, 3))
+        return model, nn.CrossEntropyLoss(), torch.randn(N, 3, 4), classes()
+
+    CASES.append(Case(f"generic/attention_{name}", make))
+
+
+attention("weights_needed", lambda m, x: m(x, x, x)[0])
+attention("no_bias", lambda m, x: m(x, x, x)[0], bias=False)
+attention("bias_kv_zero_attn", lambda m, x: m(x, x, x)[0], add_bias_kv=True, add_zero_attn=True)
+attention("key_and_value_of_other_width", lambda m, x: m(x, x[..., :3], x[..., :2])[0], kdim=3, vdim=2)
+attention("causal", lambda m, x: m(x, x, x, attn_mask=torch.triu(torch.full((3, 3), -torch.inf), 1))[0])
+
+
+@case("generic/attention_padding_mask")
+def _() -> Any:
+    model = Net(
+        lambda m, x, mask: m.head(m.mha(x, x, x, key_padding_mask=mask)[0].mean(1)),
+        mha=nn.MultiheadAttention(4, 2, batch_first=True),
+        head=nn.Linear(4, 3),
+    )
+    mask = torch.tensor([[False, False, True]] * N)
+    return model, nn.CrossEntropyLoss(), (torch.randn(N, 3, 4), mask), classes()
+
+
+@case("generic/encoder_stack_eval_frozen", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=5, batch_first=True)
+    model = Net(lambda m, x: m.head(m.block(x).mean(1)), block=nn.TransformerEncoder(layer, 2), head=nn.Linear(4, 3))
+    model.block.requires_grad_(False)
+    return model.eval(), nn.CrossEntropyLoss(), torch.randn(N, 3, 4), classes()
+
+
+@case("generic/decoder_layer")
+def _() -> Any:
+    layer = nn.TransformerDecoderLayer(4, 2, dim_feedforward=5, dropout=0.0, batch_first=True)
+    model = Net(lambda m, x, y: m.head(m.block(x, y).mean(1)), block=layer, head=nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), (torch.randn(N, 3, 4), torch.randn(N, 2, 4)), classes()
+
+
+@case("generic/transformer_time_major", options={"sample_dim": 1})
+def _() -> Any:
+    core = nn.Transformer(4, 2, 1, 1, dim_feedforward=5, dropout=0.0)
+    model = Net(lambda m, x, y: m.head(m.core(x, y).mean(0)), core=core, head=nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), (torch.randn(3, N, 4), torch.randn(2, N, 4)), classes()
+
+
+@case("generic/packed_sequence", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        lengths = (x[:, :, 0] > -9).sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return m.head(m.core(packed)[1][-1])
+
+    model = Net(forward, core=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 3))
+    inputs = torch.randn(N, 3, 2)
+    for n, length in enumerate((1, 3, 2, 2)):
+        inputs[n, length:] = -10.0
+    return model, nn.CrossEntropyLoss(), inputs, classes()
+
+
+@case("generic/embedding_bag")
+def _() -> Any:
+    model = nn.Sequential(nn.EmbeddingBag(6, 3, mode="mean"), nn.Tanh(), nn.Linear(3, 3))
+    return model, nn.CrossEntropyLoss(), torch.randint(6, (N, 3)), classes()
+
+
+@case("generic/nested_selection", options={"layers": ["0", "0.0", "2"]}, refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 4), nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("generic/parameter_list")
+def _() -> Any:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ws = nn.ParameterList([torch.randn(4, 3), torch.randn(3, 4)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(x @ self.ws[0].T) @ self.ws[1].T
+
+    return nn.Sequential(Listed()), nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
+
+
+@case("data/conditioning_row_first", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    model = Net(
+        lambda m, c, x: m.b(torch.tanh(m.a(x)) * m.shift(c)),
+        a=nn.Linear(3, 4),
+        shift=nn.Linear(2, 4),
+        b=nn.Linear(4, 3),
+    )
+    return model, nn.CrossEntropyLoss(), (torch.randn(1, 2), torch.randn(N, 3)), classes()
+
+
+@case("data/conditioning_row_first_not_selected", options={"layers": ["a", "b"]})
+def _() -> Any:
+    model = Net(
+        lambda m, c, x: m.b(torch.tanh(m.a(x)) * m.shift(c)),
+        a=nn.Linear(3, 4),
+        shift=nn.Linear(2, 4),
+        b=nn.Linear(4, 3),
+    )
+    return model, nn.CrossEntropyLoss(), (torch.randn(1, 2), torch.randn(N, 3)), classes()
+
+
+@case("data/positions_first")
+def _() -> Any:
+    model = Net(
+        lambda m, p, x: m.b(torch.tanh(m.a(x) + p[:, None]).prod(1)),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 3),
+    )
+    return model, nn.CrossEntropyLoss(), (torch.randn(5), torch.randn(N, 5, 3)), classes()
+
+
+@case("data/flattened_outputs_and_targets", skip={"passive": ""})
+def _() -> Any:
+    model = Net(lambda m, x: m.b(torch.tanh(m.a(x))).flatten(0, 1), a=nn.Linear(3, 4), b=nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 2, 3), torch.randint(3, (2 * N,))
+
+
+@case("data/ctc_loss")
+def _() -> Any:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.LogSoftmax(-1))
+
+    def loss_fn(f: Tensor, t: Tensor) -> Tensor:
+        lengths = torch.full((len(f),), 5), torch.full((len(f),), 2)
+        return F.ctc_loss(f.transpose(0, 1), t, *lengths)
+
+    return model, loss_fn, torch.randn(N, 5, 3), torch.randint(1, 4, (N, 2))
+
+
+@case("data/adaptive_softmax_inside")
+def _() -> Any:
+    model = Net(
+        lambda m, x, y: m.out(torch.tanh(m.a(x)), y).loss,
+        a=nn.Linear(3, 4),
+        out=nn.AdaptiveLogSoftmaxWithLoss(4, 6, [2, 4], div_value=2.0),
+    )
+    return model, lambda loss, _: loss, (torch.randn(N, 3), torch.tensor([0, 3, 5, 1])), None
+
+
+@case("data/masked_logits_infinite")
+def _() -> Any:
+    model = Net(
+        lambda m, x: m.b(torch.tanh(m.a(x))).masked_fill(torch.tensor([False, True, False]), -torch.inf),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 3),
+    )
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 3), torch.tensor([0, 2, 2, 0])
+
+
+@case("samples/all_alike", refused=COUPLED, options=STRICT)
+def _() -> Any:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(1, 3).repeat(N, 1), classes()
+
+
+@case("samples/windows_of_an_image")
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        windows = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, c)
+        return m.b(torch.tanh(m.a(windows)).mean(1)).view(n, -1, 3).tanh().prod(1)
+
+    model = Net(forward, a=nn.Linear(2, 3), b=nn.Linear(3, 3))
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 2, 4, 4), classes()
+
+
+@case("samples/experts_of_tokens", refused=PASSIVE_REFUSES)
+def _() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, 1)
+        choice = tokens[:, 0] > 0
+        out = torch.zeros(len(tokens), 4)
+        out[choice] = torch.tanh(m.a(tokens[choice]))
+        return m.head(out.unflatten(0, (len(x), -1)).sum(1))
+
+    model = Net(forward, a=nn.Linear(3, 4), head=nn.Linear(4, 3))
+    inputs = torch.randn(N, 3, 3)
+    inputs[..., 0] = torch.tensor([[1.0, 1, -1], [-1, -1, -1], [-1, -1, 1], [1, -1, -1]])
+    return model, nn.CrossEntropyLoss(), inputs, classes()

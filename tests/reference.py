@@ -60,22 +60,32 @@ def fisher_by_sample(
     """(1/N) Σ_n (∂ℓ_n/∂θ)² by a loop over batches of one, by parameter name."""
     parameters = named_parameters(model)
     flags = {name: p.requires_grad for name, p in parameters.items()}
-    before = {name: p.grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for n in range(count):
         loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim))
-        for p in parameters.values():
-            p.grad = None
-        loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
-        for name, p in parameters.items():
-            if p.grad is not None:
-                total[name] += p.grad**2 / count
+        for name, g in zip(parameters, _gradients(loss, list(parameters.values())), strict=True):
+            if g is not None:
+                total[name] += g**2 / count
     for name, p in parameters.items():
         p.requires_grad_(flags[name])
-        p.grad = before[name]
     return total
+
+
+def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True))
+    except RuntimeError as error:
+        if "reentrant" not in str(error):
+            raise
+    for p in parameters:  # reentrant checkpoints run under .backward() alone
+        p.grad = None
+    loss.backward()
+    found = [p.grad for p in parameters]
+    for p in parameters:
+        p.grad = None
+    return found
 
 
 def ggn_by_sample(model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
