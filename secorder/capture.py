@@ -1,8 +1,8 @@
 """The hooks on a live model: they turn one forward and backward of a layer into its inputs ``a`` and gradient ``g``.
 
 Capture knows no curvature. It hands every layer's calls of one backward pass to a function given by its owner:
-``receive(layer, calls, layouts, num_samples)`` with ``calls`` a list of ``(inputs, g)``, or of
-:class:`~secorder.units.UnitCall` for a layer without a rule.
+``receive(layer, calls, layouts, num_samples)`` with ``calls`` a list of ``(inputs, g)``, or, for layers whose own
+calls do not do, a list of :class:`UnitCall`, of a module that they are parts of.
 
 What it relies on, and why:
 
@@ -55,6 +55,7 @@ class UnitCall:
     Attributes:
         arguments: positional and keyword arguments, tensors replaced by empty ones.
         random_state: the random state at the call.
+        index: the call's number in the forward.
         tensors: the tensors of the arguments.
         gradients: dL/d(output tensor), None where the loss does not depend on it.
         layouts: where each output tensor's samples are.
@@ -62,6 +63,7 @@ class UnitCall:
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     random_state: RandomState
+    index: int
     tensors: tuple[Tensor, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
@@ -74,7 +76,7 @@ class _Forward:
     num_samples: int
     calls: dict[str, int] = field(default_factory=dict)
     captured: dict[str, list[tuple[int, Call]]] = field(default_factory=dict)
-    captured_units: dict[str, list[tuple[int, UnitCall]]] = field(default_factory=dict)
+    captured_units: dict[str, list[UnitCall]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     done: bool = False
 
@@ -82,23 +84,26 @@ class _Forward:
 class Receiver(Protocol):
     """The owner of a capture: what it is told, and asked."""
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """A forward is about to be recorded; returns the number of samples of its batch."""
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
+        """A forward is about to be recorded: the layers with the units to capture, and the number of samples."""
 
-    def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor], num_samples: int) -> list[Layout]:
+    def expected(self, calls: dict[str, int]) -> bool:
+        """A forward ended with so many calls of each layer: whether it is known where their samples are."""
+
+    def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor | None], num_samples: int) -> list[Layout]:
         """Where the samples are in the output tensors of a layer's ``index``-th call."""
 
     def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], num_samples: int) -> None:
         """All calls of a layer with a rule, in one backward."""
 
-    def receive_unit(self, layer: Layer, calls: list[UnitCall], num_samples: int) -> None:
-        """All calls of a layer without a rule, in one backward."""
+    def receive_unit(self, layers: list[Layer], calls: list[UnitCall], num_samples: int) -> None:
+        """All calls, in one backward, of a module whose parts the layers are."""
 
     def wants_gradients(self) -> bool:
         """Whether :meth:`finish` is to be given the parameters' whole gradients of this backward."""
 
-    def finish(self, num_samples: int, received: set[str], gradients: dict[int, Tensor]) -> None:
-        """A recorded backward ended: the layers it reached, and whole gradients by ``id(parameter)``."""
+    def finish(self, num_samples: int, received: set[str], calls: dict[str, int], gradients: dict[int, Tensor]) -> None:
+        """A recorded backward ended: the layers it reached, all calls, and whole gradients by ``id(parameter)``."""
 
 
 class Capture:
@@ -114,6 +119,7 @@ class Capture:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], every: int, receiver: Receiver) -> None:
         self.model = model
         self.layers = {layer.name: layer for layer in layers}
+        self.units: dict[str, list[Layer]] = {}  # layers without a rule, by the name of the first that has their unit
         self.every = every
         self.receiver = receiver
         self.suspensions = 0
@@ -125,26 +131,44 @@ class Capture:
         self._whole: dict[int, Tensor] = {}  # whole gradients of the parameters in the backward that runs now
         self._watches: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
+        self._layer_handles: list[RemovableHandle] = []
         self._leaf = torch.empty(0, requires_grad=True)
         self._cuda = cuda_devices(model)
-        self.unit_states: dict[str, RandomState] = {}
+        self.unit_starts: dict[str, _Start] = {}
 
     def attach(self) -> None:
         """Register the hooks."""
-        for layer in self.layers.values():
-            hook = _Called(self, layer) if layer.rule is not None else _UnitCalled(self, layer)
-            self._handles.append(layer.unit.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            if layer.rule is None:
-                starts = _UnitStarts(self, layer)
-                self._handles.append(layer.unit.register_forward_pre_hook(starts, with_kwargs=True))
+        self._target(list(self.layers.values()))
         self._handles.append(self.model.register_forward_pre_hook(_Begin(self), prepend=True, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(_End(self), always_call=True))
 
+    def _target(self, layers: Sequence[Layer]) -> None:
+        """Capture the layers' units from now on."""
+        for handle in self._layer_handles:
+            handle.remove()
+        self._layer_handles = handles = []
+        self.layers = {layer.name: layer for layer in layers}
+        self.units = {}
+        first_of: dict[int, str] = {}
+        for layer in layers:
+            if layer.rule is not None:
+                hook = _Called(self, layer)
+                handles.append(layer.unit.register_forward_hook(hook, prepend=True, with_kwargs=True))
+            else:
+                self.units.setdefault(first_of.setdefault(id(layer.unit), layer.name), []).append(layer)
+        for key, parts in self.units.items():
+            unit = parts[0].unit
+            handles.append(unit.register_forward_hook(_UnitCalled(self, key), prepend=True, with_kwargs=True))
+            if unit is not self.model:  # whose start begin() sees
+                starts = _UnitStarts(self, key)
+                handles.append(unit.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
+
     def detach(self) -> None:
         """Remove every hook; backward passes of graphs recorded before are ignored from now on."""
-        for handle in self._handles:
+        for handle in (*self._handles, *self._layer_handles):
             handle.remove()
         self._handles.clear()
+        self._layer_handles.clear()
         self.suspensions += 1
         self._current = self._open = None
         self._stop_watching()
@@ -165,7 +189,13 @@ class Capture:
         count = self._counts[self.model.training]
         self._counts[self.model.training] = count + 1
         if count % self.every == 0:
-            self._current = _Forward(self.receiver.prepare(args, kwargs))
+            layers, num_samples = self.receiver.prepare(args, kwargs)
+            if list(layers) != list(self.layers.values()):
+                self._target(layers)
+            self._current = _Forward(num_samples)
+            for key, parts in self.units.items():
+                if parts[0].unit is self.model:
+                    self.unit_starts[key] = _Start(self, args, kwargs)
 
     def end(self, output: Any) -> None:
         """The model's forward ended, perhaps by an exception."""
@@ -174,12 +204,15 @@ class Capture:
         forward, self._current = self._current, None
         if forward is None or torch._C._current_graph_task_id() != -1:
             return
+        if output is not None and not self.receiver.expected(forward.calls):
+            forward.done = True
+            return
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 # Opens the backward before any layer is reached: under reentrant checkpointing, layers run inside.
                 tensor.register_hook(lambda _: self._enter(forward))
 
-    def _recording(self, layer: Layer, tensors: Sequence[Tensor]) -> tuple[_Forward, int] | None:
+    def _recording(self, key: str, parts: Sequence[Layer], tensors: Sequence[Tensor]) -> tuple[_Forward, int] | None:
         """The forward that a call with these outputs belongs to and the call's number in it, if it is recorded."""
         if inside_transform():
             return None
@@ -187,52 +220,57 @@ class Capture:
         forward = (self._open[1] if self._open else None) if recomputed else self._current
         if forward is None:
             return None
-        index = forward.calls.get(layer.name, 0)
+        index = forward.calls.get(key, 0)
         if recomputed:
             index = max(0, index - 1)
         else:
-            forward.calls[layer.name] = index + 1
+            forward.calls[key] = index + 1
         if not torch.is_grad_enabled():
             return None
         if not any(t.requires_grad for t in tensors):
-            if not any(p.requires_grad for p in layer.parameters.values()):
-                self.without_gradient.add(layer.name)
+            if not any(p.requires_grad for layer in parts for p in layer.parameters.values()):
+                self.without_gradient.update(layer.name for layer in parts)
             return None
         return forward, index
 
     def called(self, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """A layer with a rule ran."""
-        recording = self._recording(layer, (output,))
+        recording = self._recording(layer.name, (layer,), (output,))
         if recording is None:
             return
         forward, index = recording
         kept = [_Keep.apply(self._leaf, *(x.detach() for x in inputs)).grad_fn]
 
         def on_gradient(g: Tensor) -> None:
-            if kept and self._counts_in(layer):
+            if kept and self._counts_in((layer,)):
                 self._record(forward, layer, index, kept.pop(), g)
 
         output.register_hook(on_gradient)
 
-    def unit_called(self, layer: Layer, arguments: Any, state: RandomState, output: Any) -> None:
-        """A layer without a rule ran."""
+    def unit_called(self, key: str, start: "_Start", output: Any) -> None:
+        """A module ran whose parts are layers without a rule."""
+        parts = self.units[key]
         tensors = [t for t in tensors_in(output) if t.is_floating_point()]
-        recording = self._recording(layer, tensors)
+        recording = self._recording(key, parts, tensors)
         if recording is None:
             return
         forward, index = recording
-        kept = [_Keep.apply(self._leaf, *(x.detach() for x in tensors_in(arguments))).grad_fn]
-        call = UnitCall(map_tensors(lambda t: t.new_empty(0), arguments), state, gradients=[None] * len(tensors))
+        for layer in parts[1:]:
+            forward.calls[layer.name] = forward.calls[key]
+        start.require_untouched(parts)
+        kept = [_Keep.apply(self._leaf, *(x.detach() for x in tensors_in(start.arguments))).grad_fn]
+        arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
+        call = UnitCall(arguments, start.random_state, index, gradients=[None] * len(tensors))
 
         def on_gradient(position: int, g: Tensor) -> None:
             if forward.done and not kept:
                 return
-            if not self._counts_in(layer):
+            if not self._counts_in(parts):
                 return
             if kept:
-                self._open_for(forward, layer)
-                call.tensors = self._unpack(layer, kept.pop())
-                forward.captured_units.setdefault(layer.name, []).append((index, call))
+                self._open_for(forward, parts[0])
+                call.tensors = self._unpack(parts[0], kept.pop())
+                forward.captured_units.setdefault(key, []).append(call)
             if call.gradients[position] is None:
                 call.gradients[position] = g.detach()
 
@@ -242,20 +280,18 @@ class Capture:
 
     # ---- backward
 
-    def _counts_in(self, layer: Layer) -> bool:
-        """Whether this backward is a training step of the layer, reaching ``.grad`` of its parameters.
+    def _counts_in(self, layers: Sequence[Layer]) -> bool:
+        """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
-        For a frozen layer: of any of the model's.
+        For frozen layers: of any of the model's.
         """
         if self.suspensions or inside_transform():
             return False
         try:
-            for parameter in layer.parameters.values():
-                if parameter.requires_grad:
-                    return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+            own = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
             return any(
                 torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
-                for parameter in self.model.parameters()
+                for parameter in own or self.model.parameters()
                 if parameter.requires_grad
             )
         except RuntimeError:  # autograd.grad captures this parameter's gradient
@@ -332,15 +368,13 @@ class Capture:
         )
         forward.received.add(layer.name)
 
-    def _deliver_unit(self, forward: _Forward, layer: Layer) -> None:
-        calls = forward.captured_units.pop(layer.name)
-        some = None
-        for index, call in calls:
-            known = [g for g in call.gradients if g is not None]
-            some = known[0]
-            call.layouts = self.receiver.layouts(layer, index, call.gradients, forward.num_samples)  # type: ignore[arg-type]
-        self._hand_over(some, self.receiver.receive_unit, layer, [call for _, call in calls], forward.num_samples)
-        forward.received.add(layer.name)
+    def _deliver_unit(self, forward: _Forward, key: str) -> None:
+        calls, parts = forward.captured_units.pop(key), self.units[key]
+        for call in calls:
+            call.layouts = self.receiver.layouts(parts[0], call.index, call.gradients, forward.num_samples)
+        some = next(g for g in calls[0].gradients if g is not None)
+        self._hand_over(some, self.receiver.receive_unit, parts, calls, forward.num_samples)
+        forward.received.update(layer.name for layer in parts)
 
     @staticmethod
     def _hand_over(like: Any, receive: Callable[..., None], *arguments: Any) -> None:
@@ -360,11 +394,11 @@ class Capture:
             return
         for name in list(forward.captured):
             self._deliver(forward, self.layers[name])
-        for name in list(forward.captured_units):
-            self._deliver_unit(forward, self.layers[name])
+        for key in list(forward.captured_units):
+            self._deliver_unit(forward, key)
         if forward.received or whole:
             forward.done = True
-            self.receiver.finish(forward.num_samples, forward.received, whole)
+            self.receiver.finish(forward.num_samples, forward.received, forward.calls, whole)
 
 
 class CaptureHook:
@@ -398,27 +432,43 @@ class _Called(CaptureHook):
             self.capture.called(self.layer, args if plain else tuple(tensors_in((args, kwargs))), output)
 
 
-class _UnitStarts(CaptureHook):
-    """Keeps the random state that a module without a rule starts from."""
+class _Start:
+    """How a unit was called: its arguments, before its other hooks see them, and the random state."""
 
-    def __init__(self, capture: Capture, layer: Layer) -> None:
+    def __init__(self, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.arguments = (args, kwargs)
+        self.random_state = get_random_state(capture._cuda)
+        self.versions = [t._version for t in tensors_in(self.arguments)]
+
+    def require_untouched(self, layers: Sequence[Layer]) -> None:
+        """Raise if the call overwrote its arguments, with which it is to run again."""
+        if self.versions != [t._version for t in tensors_in(self.arguments)]:
+            raise AttributionError(
+                f"the layers {[layer.name for layer in layers]} are measured by running a module of the model again, "
+                "which overwrites its input in place: use an out-of-place operation, leave the layers out with "
+                "layers=, or measure them with one-shot calls."
+            )
+
+
+class _UnitStarts(CaptureHook):
+    def __init__(self, capture: Capture, key: str) -> None:
         super().__init__(capture)
-        self.layer = layer
+        self.key = key
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if not self.capture.suspensions and torch.is_grad_enabled():
-            self.capture.unit_states[self.layer.name] = get_random_state(self.capture._cuda)
+        if not self.capture.suspensions and torch.is_grad_enabled() and not inside_transform():
+            self.capture.unit_starts[self.key] = _Start(self.capture, args, kwargs)
 
 
 class _UnitCalled(CaptureHook):
-    def __init__(self, capture: Capture, layer: Layer) -> None:
+    def __init__(self, capture: Capture, key: str) -> None:
         super().__init__(capture)
-        self.layer = layer
+        self.key = key
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        state = self.capture.unit_states.pop(self.layer.name, None)
-        if state is not None and not self.capture.suspensions:
-            self.capture.unit_called(self.layer, (args, kwargs), state, output)
+        start = self.capture.unit_starts.pop(self.key, None)
+        if start is not None and not self.capture.suspensions:
+            self.capture.unit_called(self.key, start, output)
 
 
 def _ignore(*_: Any) -> None:

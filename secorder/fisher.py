@@ -200,7 +200,6 @@ def _pairs(
     """The cotangents of every sample's loss on its output, or None where the loss does not go by the output alone."""
     by_output = loss_of_output(task.loss_fn, output, task.targets, task.dimension, loss)
     if by_output is None:
-        require_dependence(loan.model, task.loss_fn, task.inputs, task.targets)
         return None
     whole, points, exposed = by_output
     inside = [leaf for z in layers for leaf in z.leaves]
@@ -346,6 +345,8 @@ def _by_loop(task: _Task, layers: Sequence[Layer], direct: bool) -> _Found:
         require_agreement(output, task.targets, task.count, task.sample_dim)
         whole = check_loss(task.loss_fn(output, task.targets), loan, task.inputs)
         loan.require_stand_ins(whole)
+        if not whole.requires_grad:
+            require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
         for n in range(task.count):
             output = loan.forward(task.cut(task.inputs, n))
             loss = task.loss_fn(output, task.cut(task.targets, n, rows=True)).reshape(())

@@ -135,7 +135,9 @@ class _Problem:
         require_agreement(output, self.targets, self.num_samples, self.sample_dim)
         loss = check_loss(self.loss_fn(output, self.targets), self.loan, self.inputs)
         self.loan.require_stand_ins(loss)
-        return output, loss
+        # A factor that requires a gradient lets functions without a double backward see that there will be one: where
+        # the gradient is constant, they would pass for linear.
+        return output, loss * torch.ones_like(loss, requires_grad=True) if loss.requires_grad else loss
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Where an output tensor's samples are."""
@@ -302,7 +304,7 @@ def _piecewise_linear(
     problem: _Problem, heads: list[Tensor], slopes: list[Tensor | None], plans: list[_Plan]
 ) -> list[_Plan]:
     """The plans with ∂²⟨w, f⟩/∂z² = 0 exactly, w = ∂L/∂f fixed."""
-    weighted = [(f, w.detach()) for f, w in zip(heads, slopes, strict=True) if w is not None]
+    weighted = [(f, w.detach().requires_grad_(True)) for f, w in zip(heads, slopes, strict=True) if w is not None]
     leaves = [leaf for plan in plans for leaf in plan.leaves]
     first = gradients([f for f, _ in weighted], leaves, [w for _, w in weighted], create_graph=True)
     by_leaf = dict(zip((id(x) for x in leaves), first, strict=True))

@@ -50,7 +50,7 @@ class Loan:
         model: nn.Module,
         stand_ins: dict[int, Tensor],
         originals: Sequence[nn.Parameter],
-        restart: Callable[[], None],
+        restart: Callable[[RandomState | None], None],
     ) -> None:
         self.model = model
         self._stand_ins = stand_ins
@@ -69,9 +69,9 @@ class Loan:
         """The model's output, from the same random state and buffers at every call."""
         return self.run(lambda copied: call_model(self.model, copied), inputs)
 
-    def run(self, forward: Callable[[Any], Any], arguments: Any) -> Any:
-        """``forward(arguments)`` from the same state, on copies of the tensors, which a model may overwrite."""
-        self._restart()
+    def run(self, forward: Callable[[Any], Any], arguments: Any, random_state: RandomState | None = None) -> Any:
+        """``forward(arguments)`` from the same (or the given) state, on copies of the tensors, which may be changed."""
+        self._restart(random_state)
         copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
 
         def copied(tensor: Tensor) -> Tensor:
@@ -105,7 +105,6 @@ def borrow(
     layers: Sequence[Layer],
     *,
     create_graph: bool = False,
-    random_state: RandomState | None = None,
     direct: bool = False,
 ) -> Iterator[Loan]:
     """Borrow a model and its loss for passes of our own.
@@ -115,7 +114,6 @@ def borrow(
         loss_fn: the loss; where it is a module, its buffers are protected too.
         layers: the layers whose parameters get stand-ins.
         create_graph: trainable parameters are their own stand-ins, so that results can be differentiated by them.
-        random_state: what every forward starts from; by default the state at hand.
         direct: let the parameters be their own stand-ins.
     """
     owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
@@ -139,10 +137,10 @@ def borrow(
         buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
         stack.enter_context(_tables_copied(modules))
         stack.callback(_restore_buffers, buffers)
-        start = random_state or get_random_state(cuda)
+        start = get_random_state(cuda)
 
-        def restart() -> None:
-            set_random_state(start, cuda)
+        def restart(random_state: RandomState | None) -> None:
+            set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
             for module, name, buffer in buffers:
                 if id(buffer) not in copies:
@@ -266,14 +264,16 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
     """
     recording = Recording()
     handles = []
-    places = {layer.name: _places(layer) for layer in layers} if not own_parameters else {}
+    places = {layer.name: _places(loan, layer) for layer in layers} if not own_parameters else {}
     displaced: dict[str, list[list[Any]]] = {layer.name: [] for layer in layers}  # a stack: calls may nest
 
     def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
             displaced[layer.name].append([holder[key] for holder, key, _ in places[layer.name]])
-            for holder, key, parameter in places[layer.name]:
-                holder[key] = loan.stand_in(parameter).detach()
+            if inside_transform():
+                return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
+            for holder, key, stand_in in places[layer.name]:
+                holder[key] = stand_in.detach()
 
         return hook
 
@@ -320,21 +320,19 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
         for handle in handles:
             handle.remove()
         for held in places.values():  # where a forward was broken off
-            for holder, key, parameter in held:
-                holder[key] = loan.stand_in(parameter)
+            for holder, key, stand_in in held:
+                holder[key] = stand_in
 
 
-def _places(layer: Layer) -> list[tuple[Any, Any, nn.Parameter]]:
-    """Where a layer's modules keep its parameters, as ``(container, key, parameter)``."""
-    found: list[tuple[Any, Any, nn.Parameter]] = []
-    for local, parameter in layer.parameters.items():
-        path, _, name = local.rpartition(".")
-        found.append((layer.module.get_submodule(path)._parameters, name, parameter))
-    for path, module in layer.module.named_modules():
+def _places(loan: Loan, layer: Layer) -> list[tuple[Any, Any, Tensor]]:
+    """Where the modules of a layer's unit keep the stand-ins of its parameters, as ``(container, key, stand-in)``."""
+    wanted = {id(s) for s in loan.stand_ins(layer)}
+    found: list[tuple[Any, Any, Tensor]] = []
+    for module in layer.unit.modules():
+        found += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in wanted]
         if isinstance(module, nn.RNNBase):  # recurrent layers keep a list of their own
-            names = [f"{path}.{name}" if path else name for name in module._flat_weights_names]
-            held = [(index, layer.parameters.get(name)) for index, name in enumerate(names)]
-            found += [(module._flat_weights, index, p) for index, p in held if p is not None]
+            weights = module._flat_weights
+            found += [(weights, index, w) for index, w in enumerate(weights) if id(w) in wanted]
     return found
 
 

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from .hessian import HessianMethod, hessian_diagonal
 from .layers import Layer, LayerTypes, select_layers
 from .loan import on_loan
 from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
-from .samples import Attribution, attribute
+from .samples import Attribution, attribute, independent_by_structure
 from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, rounding, zeros
@@ -128,8 +128,8 @@ class CurvatureProbe:
         self._sample_dim = sample_dim
         self._strict = strict
         self._capture: Capture | None = None
-        self._attributions: dict[bool, Attribution] = {}
-        self._warned = False
+        self._attributions: dict[tuple[bool, ...], Attribution] = {}
+        self._warned = self._warned_slow = False
         self.reset()
         self.attach()
 
@@ -414,22 +414,50 @@ class CurvatureProbe:
         self._accumulators, self._num_samples = loaded, int(state["num_samples"])
 
 
+class _UnitSum(NamedTuple):
+    """Sums over samples of one parameter's per-sample gradients: squares, themselves, absolute values."""
+
+    squares: Tensor
+    whole: Tensor
+    size: Tensor
+
+
 class _Accumulation:
     """What the hooks of a probe tell goes into its accumulators here."""
 
     def __init__(self, probe: CurvatureProbe) -> None:
         self.probe = probe
         self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.modules = list(probe._model.modules())
+        self.certain = independent_by_structure(probe._model)
+        self.mode: tuple[bool, ...] = ()
+        self.arguments: Any = None
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Find where samples are, once in train and once in eval mode; the number of samples of this batch."""
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
+        """Where samples are: found once for each combination of train and eval modes, checked again now and then."""
         probe = self.probe
-        mode = probe._model.training
-        if mode not in probe._attributions:
-            if 0 in sample_sizes((args, kwargs), probe._sample_dim):
-                return 0
-            probe._attributions[mode] = self._attribution(args, kwargs)
-        return probe._attributions[mode].count((args, kwargs), probe._sample_dim)
+        self.mode = tuple(module.training for module in self.modules)
+        self.arguments = (args, kwargs)
+        if self.mode not in probe._attributions or (self.wants_gradients() and not self.certain):
+            if 0 in sample_sizes(self.arguments, probe._sample_dim):
+                return probe._layers, 0
+            probe._attributions[self.mode] = self._attribution(args, kwargs)
+        found = probe._attributions[self.mode]
+        return found.layers, found.count(self.arguments, probe._sample_dim)
+
+    def expected(self, calls: dict[str, int]) -> bool:
+        """Whether the calls of a forward are those that were seen when samples were looked for; else look again."""
+        probe, arguments = self.probe, self.arguments
+        self.arguments = None  # not to be kept alive
+        found = probe._attributions.get(self.mode)
+        if found is None or found.coupled or all(n <= found.calls.get(name, 0) for name, n in calls.items()):
+            return True
+        again = self._attribution(*arguments)
+        for name, layouts in found.layouts.items():
+            again.layouts.setdefault(name, layouts)
+        again.calls = {name: max(again.calls.get(name, 0), found.calls.get(name, 0)) for name in probe._accumulators}
+        probe._attributions[self.mode] = again
+        return again.layers == found.layers  # units changed: the next forward is recorded by them
 
     def _attribution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
         probe = self.probe
@@ -449,16 +477,26 @@ class _Accumulation:
             if not probe._warned:
                 warnings.warn(message, CurvatureWarning, stacklevel=2)
                 probe._warned = True
+        slow = [x.name for x, own in zip(found.layers, probe._layers, strict=True) if x.unit is not own.unit]
+        if slow and not probe._warned_slow:
+            warnings.warn(
+                f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
+                "a parameter used outside of them, nothing trainable before them): a module that contains them runs "
+                "once more a step. That is exact and slow; leave them out with layers= if it is too slow.",
+                CurvatureWarning,
+                stacklevel=2,
+            )
+            probe._warned_slow = True
         return found
 
     def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor | None], num_samples: int) -> list[Layout]:
         """Where the samples are in a call's output tensors: as found, checked against this batch's size."""
-        found = self.probe._attributions[self.probe._model.training]
+        found = self.probe._attributions[self.mode]
         known = found.layouts.get(layer.name, [])
         chosen = known[index * len(tensors) : (index + 1) * len(tensors)] or known[: len(tensors)]
         if layer.name in found.unknown and not found.coupled:
             chosen = []
-        elif not chosen:
+        elif found.coupled and not chosen:
             chosen = [DIM_ZERO] * len(tensors)
         for position, (tensor, layout) in enumerate(zip(tensors, chosen, strict=False)):
             if tensor is None:
@@ -512,33 +550,42 @@ class _Accumulation:
         accumulator.samples += count
         accumulator.batches += 1
 
-    def receive_unit(self, layer: Layer, calls: list[UnitCall], count: int) -> None:
-        """The same for a layer without a rule."""
-        accumulator = self.probe._accumulators[layer.name]
+    def receive_unit(self, layers: list[Layer], calls: list[UnitCall], count: int) -> None:
+        """The same for layers that are parts of a module without a rule."""
         beta, alpha = self._factors(count)
-        shape = [(name, p.numel()) for name, p in layer.parameters.items()]
-        sums = [(torch.zeros_like(t), torch.zeros_like(t)) for t in accumulator.sums]
-        rounded = max(rounding(g.dtype) for call in calls for g in call.gradients if g is not None)
-        first = True
-        for gradients in unit_gradients(layer, calls, count):
-            for (name, numel), total, (whole, size) in zip(shape, accumulator.sums, sums, strict=True):
-                dense = gradients[name]
-                contract(dense, numel=numel, out=total, beta=beta if first else 1.0, alpha=alpha)
-                whole += dense.sum(0).flatten()
-                size += dense.abs().sum(0).flatten()
-            first = False
-        self.explained[layer.name] = [(whole, rounded * size.amax()) for whole, size in sums]
-        accumulator.samples += count
-        accumulator.batches += 1
+        parts: list[list[_UnitSum]] = on_loan(lambda direct: self._unit_sums(layers, calls, count, direct))
+        for layer, sums in zip(layers, parts, strict=True):
+            accumulator = self.probe._accumulators[layer.name]
+            for part, total in zip(sums, accumulator.sums, strict=True):
+                total.mul_(beta).add_(part.squares, alpha=alpha)
+            rounded = max(rounding(g.dtype) for call in calls for g in call.gradients if g is not None)
+            self.explained[layer.name] = [(part.whole, rounded * part.size.amax()) for part in sums]
+            accumulator.samples += count
+            accumulator.batches += 1
+
+    @staticmethod
+    def _unit_sums(layers: list[Layer], calls: list[UnitCall], count: int, direct: bool) -> list[list["_UnitSum"]]:
+        sums = [[_UnitSum(*(torch.zeros_like(t) for _ in range(3))) for t in zeros(layer)] for layer in layers]
+        for chunk in unit_gradients(layers, calls, count, direct=direct):
+            for own, gradients in zip(sums, chunk, strict=True):
+                for part, dense in zip(own, gradients, strict=True):
+                    part.squares.add_(contract(dense, numel=part.squares.numel()))
+                    part.whole.add_(dense.sum(0).flatten())
+                    part.size.add_(dense.abs().sum(0).flatten())
+        return sums
 
     def wants_gradients(self) -> bool:
         """At the recorded batches 1, 2, 4, 8, …: whether the captured calls explain the whole gradient."""
         batch = self.probe._batches + 1
         return batch & (batch - 1) == 0
 
-    def finish(self, count: int, received: set[str], gradients: dict[int, Tensor]) -> None:
+    def finish(self, count: int, received: set[str], calls: dict[str, int], gradients: dict[int, Tensor]) -> None:
         """Count the batch, with zeros for the layers that its loss does not depend on."""
         probe = self.probe
+        found = probe._attributions.get(self.mode, Attribution())
+        for layer in found.layers:
+            if layer.name not in received and layer.name in found.outside:
+                probe._unattributed[layer.name] = _OUTSIDE
         explained, self.explained = self.explained, {}
         if self.wants_gradients():
             self._check(explained, gradients)

@@ -93,13 +93,36 @@ def gradients(
     if not inputs:
         return []
     try:
-        return list(
-            torch.autograd.grad(
-                outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
-            )
+        found = torch.autograd.grad(
+            outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     except RuntimeError as error:
         raise _double_backward_error(error) from error
+    if create_graph:
+        _require_no_dead_ends([g for g in found if g is not None])
+    return list(found)
+
+
+def _require_no_dead_ends(results: Sequence[Tensor]) -> None:
+    """Raise where a function marked ``once_differentiable`` cuts the graph of gradients: autograd itself would not."""
+    seen = {g.grad_fn for g in results if g.grad_fn is not None}
+    waiting, names, cut = list(seen), set(), False
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            cut = True
+        own = getattr(node, "_forward_cls", None)
+        if own is not None and hasattr(own.backward, "__wrapped__"):
+            names.add(own.__name__)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    if cut:
+        raise DoubleBackwardError(
+            f"{', '.join(sorted(names)) or 'an autograd.Function'} is marked once_differentiable, so that it has no "
+            "second derivative: give it a differentiable backward."
+        )
 
 
 def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:

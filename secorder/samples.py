@@ -6,7 +6,7 @@ first: an influence of one sample on another shows unless it is below rounding f
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
 from math import comb
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import CaptureHook
+from .capture import CaptureHook, inside_transform
 from .errors import DoubleBackwardError
 from .layers import Layer
 from .loan import Loan, borrow, recorded
@@ -118,7 +118,10 @@ class Attribution:
     Attributes:
         layouts: by layer, for each output tensor of each call.
         unknown: layers of whose output no dimension was found to hold the samples.
-        outside: layers whose parameters the model also uses outside of the layers' calls.
+        outside: layers whose parameters the model also uses outside of the calls of their units.
+        reached: layers whose calls the model's output depends on.
+        layers: the layers with the units whose calls tell all: the layer itself, or a module that it is a part of.
+        calls: by layer, how many calls were seen.
         coupled: whether samples influence one another in the model.
         argument: index, among the tensors of the model's arguments, of one whose size tells the number of samples.
         ambiguous: sizes of arguments that may all be the number of samples, where nothing tells which is.
@@ -127,6 +130,9 @@ class Attribution:
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
     unknown: set[str] = field(default_factory=set)
     outside: set[str] = field(default_factory=set)
+    reached: set[str] = field(default_factory=set)
+    layers: list[Layer] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
     coupled: bool = False
     argument: int = 0
     ambiguous: list[int] = field(default_factory=list)
@@ -153,6 +159,9 @@ def attribute(
     must change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls
     are found by the structure of the autograd graph.
 
+    A layer whose own calls do not do (a row that all samples share, a parameter that is used elsewhere, a frozen layer
+    with nothing trainable before it) is looked for in the calls of the module that contains it, up to the model.
+
     Args:
         model: the model.
         layers: the layers to find samples in.
@@ -161,9 +170,47 @@ def attribute(
         dim: where the samples are in the arguments.
         direct: on a direct loan (see :func:`secorder.loan.on_loan`).
     """
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    layers = list(layers)
+    while True:
+        found = _attribute(model, layers, (args, kwargs), dim, direct)
+        found.layers = layers
+        missing = found.unknown | found.outside
+        if not found.coupled:
+            missing |= found.reached & _without_gradient(model, layers, (args, kwargs))
+        movable = {x.name for x in layers if x.name in missing and x.unit is not model}
+        if found.coupled or not movable:
+            return found
+        layers = [replace(x, unit=parents[id(x.unit)], rule=None) if x.name in movable else x for x in layers]
+
+
+def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
+    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""
+    frozen = [x for x in layers if not any(p.requires_grad for p in x.parameters.values())]
+    if not frozen:
+        return set()
+    missing = {layer.name for layer in frozen}
+
+    def watch(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if any(t.requires_grad for t in tensors_in(output)):
+                missing.discard(layer.name)
+
+        return hook
+
+    with borrow(model, None, []) as loan:
+        handles = [layer.unit.register_forward_hook(watch(layer)) for layer in frozen]
+        try:
+            loan.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return missing
+
+
+def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, direct: bool) -> Attribution:
     found = Attribution()
     certain = independent_by_structure(model)
-    arguments = (args, kwargs)
     with borrow(model, None, layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:
@@ -173,11 +220,12 @@ def attribute(
             output = forward(arguments)
             recording.close()
             loan.require_stand_ins(output)
+            found.calls = {name: len(calls) for name, calls in recording.inputs.items()}
             count = _count(found, arguments, output, dim)
             if count == 0:
                 return found
-            _uses_outside(found, loan, layers, output)
-            found.outside |= recording.differentiated
+            _uses_outside(found, loan, [x for x in layers if x.unit is not model], output)
+            found.outside |= {x.name for x in layers if x.name in recording.differentiated and x.unit is not model}
             by_layer = [
                 ZLayer(layer, recording.inputs[layer.name], recording.leaves[layer.name])
                 for layer in layers
@@ -216,6 +264,9 @@ def _count(found: Attribution, arguments: Any, output: Any, dim: int) -> int:
 
 
 def _uses_outside(found: Attribution, loan: Loan, layers: Sequence[Layer], output: Any) -> None:
+    for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
+        if _apart(one.unit, other.unit) and _share(one, other):
+            found.outside |= {one.name, other.name}
     ends = [t for t in tensors_in(output) if t.requires_grad]
     if not ends:
         return
@@ -225,6 +276,14 @@ def _uses_outside(found: Attribution, loan: Loan, layers: Sequence[Layer], outpu
     except DoubleBackwardError:  # a reentrant checkpoint; the probe's own check of whole gradients remains
         return
     found.outside |= {name for (name, _), r in zip(stand_ins, reached, strict=True) if r is not None}
+
+
+def _share(one: Layer, other: Layer) -> bool:
+    return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
+
+
+def _apart(one: nn.Module, other: nn.Module) -> bool:
+    return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())
 
 
 def _options(z: ZLayer, count: int) -> list[list[Layout]]:
@@ -261,6 +320,8 @@ def _by_cotangents(found: Attribution, layers: Sequence[ZLayer], heads: list[Ten
 
     plain, scaled = pull_back(cotangents), pull_back(weighted)
     for z in layers:
+        if any(bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves):
+            found.reached.add(z.layer.name)
         layouts = []
         for leaf, options in zip(z.leaves, _options(z, count), strict=True):
             layouts += [next((o for o in options if scales([leaf], [o], plain, scaled, weights)), None)]
@@ -279,14 +340,19 @@ def _by_replacement(
     dim: int,
 ) -> None:
     outputs: dict[str, list[Tensor]] = {}
-    handles = [
-        layer.unit.register_forward_hook(
-            lambda m, a, out, name=layer.name: outputs.setdefault(name, []).extend(
-                t.detach().clone() for t in tensors_in(out) if t.is_floating_point()
-            )
-        )
-        for layer in layers
-    ]
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if inside_transform():
+                found.outside.add(name)
+                return
+            found.reached.add(name)
+            tensors = [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
+            outputs.setdefault(name, []).extend(tensors)
+
+        return hook
+
+    handles = [layer.unit.register_forward_hook(keep(layer.name)) for layer in layers]
 
     def run(mask: Tensor | None) -> dict[str, list[Tensor]]:
         outputs.clear()

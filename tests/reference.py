@@ -42,13 +42,15 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def one(tree: Any, index: int, count: int, dim: int = 0) -> Any:
-    """The batch that holds sample ``index`` alone."""
+def one(tree: Any, index: int, count: int, dim: int = 0, *, rows: bool = False) -> Any:
+    """The batch that holds sample ``index`` alone; with ``rows``, tensors may hold several rows a sample in dim 0."""
 
     def cut(tensor: Tensor) -> Tensor:
         for d in (dim, 0):
             if tensor.dim() > d and tensor.shape[d] == count:
                 return tensor.narrow(d, index, 1)
+        if rows and tensor.dim() and tensor.shape[0] % count == 0:
+            return tensor.unflatten(0, (count, -1))[index]
         return tensor
 
     return map_tensors(cut, tree)
@@ -64,7 +66,7 @@ def fisher_by_sample(
         p.requires_grad_(True)
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     for n in range(count):
-        loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim))
+        loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim, rows=True))
         for name, g in zip(parameters, _gradients(loss, list(parameters.values())), strict=True):
             if g is not None:
                 total[name] += g**2 / count

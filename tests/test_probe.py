@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, ProbeStateError
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning, InvalidArgumentError, ProbeStateError
 
 from .reference import assert_all_close, assert_close, fisher_by_sample
 
@@ -289,13 +289,14 @@ def test_frozen_layer_behind_a_trainable_one() -> None:
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
-def test_frozen_layer_without_gradient_is_named_not_zero() -> None:
-    model = make()
+def test_frozen_layer_without_gradient_is_measured_by_the_module_around_it() -> None:
+    model, batch = make(), data()
     model[0].requires_grad_(False)
     probe = CurvatureProbe(model)
-    step(model, data())
-    with pytest.raises(AttributionError, match="'0'"):
-        probe.fisher_diagonal()
+    with pytest.warns(CurvatureWarning, match=r"\['0'\].*exact and slow"):
+        step(model, batch)
+    step(model, batch)  # warns once
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_two_forwards_in_one_backward_are_refused() -> None:
@@ -325,20 +326,37 @@ def test_heads_in_separate_backwards_are_refused_not_zero() -> None:
         F.cross_entropy(b, targets).backward()
 
 
-def test_a_row_that_all_samples_share_is_refused() -> None:
-    class Shared(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc, self.shift = nn.Linear(4, 3), nn.Linear(2, 3)
-            self.condition = nn.Parameter(torch.randn(1, 2))
+class Shared(nn.Module):
+    """A layer sees one row for all samples."""
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return torch.tanh(self.fc(x)) * self.shift(self.condition)
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.shift = nn.Linear(4, 3), nn.Linear(2, 3)
+        self.condition = nn.Parameter(torch.randn(1, 2))
 
-    model = Shared()
-    CurvatureProbe(model)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(self.fc(x)) * self.shift(self.condition)
+
+
+def test_a_row_that_all_samples_share_is_measured_by_the_module_around_it() -> None:
+    model, batch = Shared(), data()
+    probe = CurvatureProbe(model)
+    with pytest.warns(CurvatureWarning, match="'shift'"):
+        step(model, batch)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_a_row_that_all_samples_share_is_refused_where_the_model_returns_no_samples() -> None:
+    class Loss(Shared):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(super().forward(x), t)
+
+    model = Loss()
+    CurvatureProbe(model, layers="shift")
+    with pytest.warns(CurvatureWarning):
+        loss = model(*data())
     with pytest.raises(AttributionError, match="'shift'"):
-        step(model, data())
+        loss.backward()
 
 
 def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:
