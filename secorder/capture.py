@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .autocast import AutocastState, autocast_state, no_autocast
 from .errors import AttributionError
 from .layers import Layer
 from .random_state import RandomState, cuda_devices, get_random_state
@@ -55,6 +56,7 @@ class UnitCall:
     Attributes:
         arguments: positional and keyword arguments, tensors replaced by empty ones.
         random_state: the random state at the call.
+        autocast: the autocast state at the call.
         index: the call's number in the forward.
         tensors: the tensors of the arguments.
         gradients: dL/d(output tensor), None where the loss does not depend on it.
@@ -63,6 +65,7 @@ class UnitCall:
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     random_state: RandomState
+    autocast: AutocastState
     index: int
     tensors: tuple[Tensor, ...] = ()
     gradients: list[Tensor | None] = field(default_factory=list)
@@ -134,6 +137,8 @@ class Capture:
         self._layer_handles: list[RemovableHandle] = []
         self._leaf = torch.empty(0, requires_grad=True)
         self._cuda = cuda_devices(model)
+        self._device_type = next((p.device.type for p in model.parameters()), "cpu")
+        self.autocast_dtype: torch.dtype | None = None  # of the latest recorded call
         self.unit_starts: dict[str, _Start] = {}
 
     def attach(self) -> None:
@@ -220,6 +225,8 @@ class Capture:
         forward = (self._open[1] if self._open else None) if recomputed else self._current
         if forward is None:
             return None
+        if torch.is_autocast_enabled(self._device_type):
+            self.autocast_dtype = torch.get_autocast_dtype(self._device_type)
         index = forward.calls.get(key, 0)
         if recomputed:
             index = max(0, index - 1)
@@ -260,7 +267,7 @@ class Capture:
         start.require_untouched(parts)
         kept = [_Keep.apply(self._leaf, *(x.detach() for x in tensors_in(start.arguments))).grad_fn]
         arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
-        call = UnitCall(arguments, start.random_state, index, gradients=[None] * len(tensors))
+        call = UnitCall(arguments, start.random_state, start.autocast, index, gradients=[None] * len(tensors))
 
         def on_gradient(position: int, g: Tensor) -> None:
             if forward.done and not kept:
@@ -378,9 +385,8 @@ class Capture:
 
     @staticmethod
     def _hand_over(like: Any, receive: Callable[..., None], *arguments: Any) -> None:
-        device = like.device.type
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(device):  # backward inside either context
-            with torch.no_grad(), torch.autocast(device, enabled=False):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(like.device.type):  # backward inside either context
+            with torch.no_grad(), no_autocast():
                 receive(*arguments)
         else:
             receive(*arguments)
@@ -438,6 +444,7 @@ class _Start:
     def __init__(self, capture: Capture, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.arguments = (args, kwargs)
         self.random_state = get_random_state(capture._cuda)
+        self.autocast = autocast_state()
         self.versions = [t._version for t in tensors_in(self.arguments)]
 
     def require_untouched(self, layers: Sequence[Layer]) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .autocast import autocast_state, under_autocast
 from .diagonals import Diagonals, LayerInfo
 from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
@@ -76,6 +77,7 @@ def fisher_diagonal(
     check_chunk_size(chunk_size)
     count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
+    loss_fn = under_autocast(loss_fn)
     task = _Task(
         model,
         layers,
@@ -89,6 +91,7 @@ def fisher_diagonal(
         generator,
         create_graph,
         chunk_size,
+        bool(autocast_state()),
     )
     found = on_loan(lambda direct: _measure(task, direct))
     if create_graph:
@@ -124,6 +127,7 @@ class _Task:
     generator: torch.Generator
     create_graph: bool
     chunk_size: int | None
+    autocast: bool
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Where a tensor's samples are; what has none is shared by all samples."""
@@ -262,12 +266,14 @@ def _per_sample_losses(task: _Task, output: Any) -> Tensor:
 
         return task.loss_fn(*map_tensors(alone, (output, task.targets))).reshape(())
 
-    try:
-        return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
-    except RuntimeError:  # control flow by value, or an operator without a batching rule
-        return torch.stack(
-            [one(*(t.select(dim, n) for t, dim in zip(per_sample, kept, strict=True))) for n in range(task.count)]
-        )
+    if not task.autocast:  # whose casts differ inside of vmap (cross entropy stays in half precision)
+        try:
+            return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
+        except RuntimeError:
+            pass  # control flow by value, or an operator without a batching rule
+    return torch.stack(
+        [one(*(t.select(dim, n) for t, dim in zip(per_sample, kept, strict=True))) for n in range(task.count)]
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

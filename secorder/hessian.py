@@ -30,6 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .autocast import under_autocast
 from .diagonals import Diagonals, LayerInfo
 from .errors import InvalidArgumentError
 from .layers import Layer
@@ -85,6 +86,7 @@ def hessian_diagonal(
     check_chunk_size(chunk_size)
     count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
+    loss_fn = under_autocast(loss_fn)
 
     def work(direct: bool) -> Diagonals:
         with borrow(model, loss_fn, layers, create_graph=create_graph, direct=direct) as loan:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .autocast import AutocastState, autocast, autocast_state, no_autocast
 from .capture import inside_transform, suspended
 from .errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from .layers import Layer, select_layers
@@ -51,11 +52,13 @@ class Loan:
         stand_ins: dict[int, Tensor],
         originals: Sequence[nn.Parameter],
         restart: Callable[[RandomState | None], None],
+        ambient: AutocastState,
     ) -> None:
         self.model = model
         self._stand_ins = stand_ins
         self._originals = originals
         self._restart = restart
+        self._ambient = ambient
 
     def stand_in(self, parameter: nn.Parameter) -> Tensor:
         """The leaf that stands in for a parameter of a selected layer."""
@@ -69,7 +72,13 @@ class Loan:
         """The model's output, from the same random state and buffers at every call."""
         return self.run(lambda copied: call_model(self.model, copied), inputs)
 
-    def run(self, forward: Callable[[Any], Any], arguments: Any, random_state: RandomState | None = None) -> Any:
+    def run(
+        self,
+        forward: Callable[[Any], Any],
+        arguments: Any,
+        random_state: RandomState | None = None,
+        ambient: AutocastState | None = None,
+    ) -> Any:
         """``forward(arguments)`` from the same (or the given) state, on copies of the tensors, which may be changed."""
         self._restart(random_state)
         copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
@@ -79,7 +88,8 @@ class Loan:
                 copies[id(tensor)] = tensor.clone()
             return copies[id(tensor)]
 
-        return forward(map_tensors(copied, arguments))
+        with autocast(self._ambient if ambient is None else ambient):
+            return forward(map_tensors(copied, arguments))
 
     def require_stand_ins(self, result: Any) -> None:
         """Raise :class:`StandInsBypassed` if tensors of the result depend on a parameter that has a stand-in."""
@@ -116,12 +126,15 @@ def borrow(
         create_graph: trainable parameters are their own stand-ins, so that results can be differentiated by them.
         direct: let the parameters be their own stand-ins.
     """
+    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
     modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        ambient = autocast_state()
+        stack.enter_context(no_autocast())
         cuda = cuda_devices(model)
         stack.callback(set_random_state, get_random_state(cuda), cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
@@ -148,7 +161,7 @@ def borrow(
                 module._buffers[name] = copies[id(buffer)]
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield Loan(model, stand_ins, originals, restart)
+        yield Loan(model, stand_ins, originals, restart, ambient)
 
 
 @contextmanager

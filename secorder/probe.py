@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
 
+from .autocast import no_autocast
 from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, InvalidTypeError, ProbeStateError
@@ -461,7 +462,7 @@ class _Accumulation:
 
     def _attribution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
         probe = self.probe
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        with no_autocast():  # what belongs to which sample shows best in full precision
             found = on_loan(
                 lambda direct: attribute(probe._model, probe._layers, args, kwargs, probe._sample_dim, direct=direct)
             )
@@ -529,13 +530,18 @@ class _Accumulation:
         decay = self.probe._decay
         return (1.0, scale) if decay is None else (decay, (1 - decay) * scale / count)
 
+    def _rounding(self, tensors: Iterable[Tensor]) -> float:
+        capture = self.probe._capture
+        low = None if capture is None else capture.autocast_dtype
+        return max(rounding(dtype) for dtype in [*(t.dtype for t in tensors), *([low] if low is not None else [])])
+
     def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
         """Add the squares of a layer's per-sample gradients."""
         assert layer.rule is not None
         accumulator = self.probe._accumulators[layer.name]
         kind = accumulator.sums[0].dtype
         if self.wants_gradients():
-            rounded = max(rounding(x.dtype) for _, x in calls)
+            rounded = self._rounding(g for _, g in calls)
         if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
             calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
         gradients = per_sample_gradients(layer.rule, layer.module, calls, layouts)
@@ -558,7 +564,7 @@ class _Accumulation:
             accumulator = self.probe._accumulators[layer.name]
             for part, total in zip(sums, accumulator.sums, strict=True):
                 total.mul_(beta).add_(part.squares, alpha=alpha)
-            rounded = max(rounding(g.dtype) for call in calls for g in call.gradients if g is not None)
+            rounded = self._rounding(g for call in calls for g in call.gradients if g is not None)
             self.explained[layer.name] = [(part.whole, rounded * part.size.amax()) for part in sums]
             accumulator.samples += count
             accumulator.batches += 1
@@ -610,9 +616,8 @@ class _Accumulation:
                     continue
                 if layer.name in explained:
                     known, bound = explained[layer.name][index]
-                    strange = (whole.flatten() - known).abs().amax() > bound + rounding(
-                        whole.dtype
-                    ) * whole.abs().amax()
+                    allowed = bound + self._rounding([whole]) * whole.abs().amax()
+                    strange = (whole.flatten() - known).abs().amax() > allowed
                 else:  # no call of the layer was seen
                     strange = (whole != 0).any()
                 if bool(strange):

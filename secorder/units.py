@@ -40,7 +40,9 @@ def unit_gradients(
         for call in calls:
             rest = iter(call.tensors)
             arguments = map_tensors(lambda _, rest=rest: next(rest), call.arguments)
-            outputs = loan.run(lambda copied: unit(*copied[0], **copied[1]), arguments, call.random_state)
+            outputs = loan.run(
+                lambda copied: unit(*copied[0], **copied[1]), arguments, call.random_state, call.autocast
+            )
             loan.require_stand_ins(outputs)
             floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
             pairs = [

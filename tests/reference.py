@@ -110,12 +110,18 @@ def ggn_by_sample(model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tens
     return total
 
 
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest entry of the reference."""
+    if not expected.numel():
+        return 0.0
+    return (found.to(expected) - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)
+
+
 def assert_close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
     """Equal to a tolerance relative to the largest entry of the reference."""
     assert found.shape == expected.shape
-    scale = max(expected.abs().max().item(), 1e-12) if expected.numel() else 1.0
-    error = (found.to(expected) - expected).abs().max().item() if expected.numel() else 0.0
-    assert error <= tolerance * scale, f"off by {error / scale:.2e} of the largest entry"
+    error = relative_error(found, expected)
+    assert error <= tolerance, f"off by {error:.2e} of the largest entry"
 
 
 def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-9) -> None:
