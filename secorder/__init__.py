@@ -14,6 +14,7 @@ from .errors import (
     InvalidTypeError,
     NonFiniteError,
     ProbeStateError,
+    RuleError,
     SecorderError,
 )
 from .probe import CurvatureProbe, CurvatureWarning
@@ -30,6 +31,7 @@ __all__ = [
     "LayerInfo",
     "NonFiniteError",
     "ProbeStateError",
+    "RuleError",
     "SecorderError",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",

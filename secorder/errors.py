@@ -8,6 +8,7 @@ __all__ = [
     "InvalidTypeError",
     "NonFiniteError",
     "ProbeStateError",
+    "RuleError",
     "SecorderError",
 ]
 
@@ -42,3 +43,7 @@ class NonFiniteError(SecorderError, RuntimeError):
 
 class DoubleBackwardError(SecorderError, RuntimeError):
     """An operator of the model or of the loss cannot be differentiated twice."""
+
+
+class RuleError(SecorderError, AssertionError):
+    """A layer's rule disagrees with brute force (:func:`secorder.testing.check_rule`)."""
