@@ -12,7 +12,7 @@ What it relies on, and why:
 - Only a backward that accumulates into the parameters counts: ``torch.autograd.grad`` on the same graph does not.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,6 +47,36 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
         raise AssertionError
+
+
+class _Held:
+    """The same for the common case, at a fraction of the cost: tensors and their versions."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+        self.versions = [t._version for t in tensors]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors, as a node of autograd has them."""
+        if [t._version for t in self.tensors] != self.versions:
+            raise RuntimeError("overwritten")
+        return self.tensors
+
+
+def _saved_tensor_hooks() -> Any:
+    """What is told to do with tensors that autograd saves; None where nothing is."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _accumulates_into(layer: Layer, output: Tensor) -> Any:
+    """The autograd node that accumulates a gradient of one of the layer's parameters, where the output names it."""
+    assert output.grad_fn is not None
+    for node, _ in output.grad_fn.next_functions:
+        variable = getattr(node, "variable", None)
+        if variable is not None and any(variable is p for p in layer.parameters.values()):
+            return node
+    return None
 
 
 @dataclass(eq=False)
@@ -246,13 +276,20 @@ class Capture:
         if recording is None:
             return
         forward, index = recording
-        kept = [_Keep.apply(self._leaf, *(x.detach() for x in inputs)).grad_fn]
+        kept = [self._keep(inputs)]
+        node = _accumulates_into(layer, output)
 
         def on_gradient(g: Tensor) -> None:
-            if kept and self._counts_in((layer,)):
+            if kept and self._counts_in((layer,), node):
                 self._record(forward, layer, index, kept.pop(), g)
 
         output.register_hook(on_gradient)
+
+    def _keep(self, tensors: Iterable[Tensor]) -> Any:
+        """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
+        if _saved_tensor_hooks() is None:
+            return _Held(tuple(x.detach() for x in tensors))
+        return _Keep.apply(self._leaf, *(x.detach() for x in tensors)).grad_fn
 
     def unit_called(self, key: str, start: "_Start", output: Any) -> None:
         """A module ran whose parts are layers without a rule."""
@@ -265,7 +302,7 @@ class Capture:
         for layer in parts[1:]:
             forward.calls[layer.name] = forward.calls[key]
         start.require_untouched(parts)
-        kept = [_Keep.apply(self._leaf, *(x.detach() for x in tensors_in(start.arguments))).grad_fn]
+        kept = [self._keep(tensors_in(start.arguments))]
         arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
         call = UnitCall(arguments, start.random_state, start.autocast, index, gradients=[None] * len(tensors))
 
@@ -287,14 +324,16 @@ class Capture:
 
     # ---- backward
 
-    def _counts_in(self, layers: Sequence[Layer]) -> bool:
+    def _counts_in(self, layers: Sequence[Layer], node: Any = None) -> bool:
         """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
-        For frozen layers: of any of the model's.
+        For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.
         """
         if self.suspensions or inside_transform():
             return False
         try:
+            if node is not None:
+                return torch._C._will_engine_execute_node(node)
             own = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
             return any(
                 torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
