@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from secorder import CurvatureProbe
-from secorder.report import layer_table
+from secorder import CurvatureProbe, report
 from secorder.stats import layer_statistics
-from secorder.tensorboard import log_diagonals
 
 
 class DigitsNet(nn.Module):
@@ -85,14 +83,14 @@ def main() -> None:
                 optimizer.step()
                 step += 1
                 if step % 10 == 0:
-                    log_diagonals(writer, probe.fisher_diagonal(), step, "fisher")
+                    probe.log(writer, step)
                     writer.add_scalar("loss/train", loss.item(), step)
             fisher = probe.fisher_diagonal()
             hessian = probe.hessian_diagonal(loss_fn, held_images, held_labels)
-            log_diagonals(writer, hessian, step, "hessian")
+            probe.log(writer, step, hessian=hessian)
             right = accuracy(model, test)
             writer.add_scalar("accuracy/test", right, step)
-            live.update(layer_table(fisher, hessian, title=f"epoch {epoch}, test accuracy {right:.1%}"))
+            live.update(report(fisher, hessian, title=f"epoch {epoch}, test accuracy {right:.1%}"))
             first = first or layer_statistics(fisher)
 
     last = layer_statistics(fisher)

@@ -5,6 +5,7 @@ from .core.per_layer_curvature import (
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
 )
+from .diagnosis import Diagnosis, Finding, diagnose
 from .diagonals import Diagonals, LayerInfo
 from .errors import (
     AttributionError,
@@ -18,22 +19,30 @@ from .errors import (
     SecorderError,
 )
 from .probe import CurvatureProbe, CurvatureWarning
+from .recorder import CurvatureRecorder
+from .report import Report, report
 
 __all__ = [
     "AttributionError",
     "CouplingError",
     "CurvatureProbe",
+    "CurvatureRecorder",
     "CurvatureWarning",
+    "Diagnosis",
     "Diagonals",
     "DoubleBackwardError",
+    "Finding",
     "InvalidArgumentError",
     "InvalidTypeError",
     "LayerInfo",
     "NonFiniteError",
     "ProbeStateError",
+    "Report",
     "RuleError",
     "SecorderError",
+    "diagnose",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
+    "report",
 ]

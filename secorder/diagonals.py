@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .layers import Layer
 
-__all__ = ["Diagonals", "LayerInfo"]
+__all__ = ["Diagonals", "LayerInfo", "weighted_sum"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Diagonals(dict[str, Tensor]):
     Attributes:
         info: per layer, how its diagonal was computed (:class:`LayerInfo`).
         standard_error: per layer, the standard error of every entry; None for exact results.
+        layer_types: per layer, the name of its type.
 
     Example:
         >>> import torch
@@ -50,6 +51,7 @@ class Diagonals(dict[str, Tensor]):
 
     info: dict[str, LayerInfo]
     standard_error: dict[str, Tensor] | None
+    layer_types: dict[str, str]
 
     def __init__(
         self,
@@ -66,10 +68,15 @@ class Diagonals(dict[str, Tensor]):
             if standard_error is None
             else {layer.name: torch.cat(list(standard_error[layer.name])) for layer in layers}
         )
+        self.layer_types = {layer.name: type(layer.module).__name__ for layer in layers}
         self._parameters = {
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]
             for layer in layers
         }
+
+    def parameter_shapes(self) -> dict[str, dict[str, torch.Size]]:
+        """Per layer, the shapes of its parameters by their names in the model."""
+        return {name: dict(parameters) for name, parameters in self._parameters.items()}
 
     def by_parameter(self) -> dict[str, Tensor]:
         """The same values by parameter name, each in the shape of its parameter (``"fc1.weight"`` …)."""
@@ -80,12 +87,49 @@ class Diagonals(dict[str, Tensor]):
                 result[parameter] = part.view(shape)
         return result
 
+    def replaced(self, values: Mapping[str, Tensor], standard_error: Mapping[str, Tensor] | None = None) -> "Diagonals":
+        """Other values for the same layers.
+
+        Args:
+            values: layer name → 1-D tensor.
+            standard_error: layer name → standard error of every entry.
+        """
+        errors = None if standard_error is None else dict(standard_error)
+        return _rebuild(dict(values), self.info, errors, self.layer_types, self._parameters)
+
     def __reduce__(self) -> Any:
-        return (_rebuild, (dict(self), self.info, self.standard_error, self._parameters))
+        return (_rebuild, (dict(self), self.info, self.standard_error, self.layer_types, self._parameters))
 
 
-def _rebuild(values: dict[str, Tensor], info: Any, standard_error: Any, parameters: Any) -> Diagonals:
+def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
+    """``total + weight · part``, entry by entry, for diagonals of the same layers.
+
+    Standard errors add up in squares, as those of independent estimates do; of ``info``, HVPs are summed.
+
+    Args:
+        total: what was summed up so far; None for nothing.
+        part: what is added.
+        weight: its weight.
+    """
+    if total is None:
+        total = part.replaced({name: torch.zeros_like(d) for name, d in part.items()})
+        total.info = {name: LayerInfo(info.way, 0, info.checks) for name, info in part.info.items()}
+    values = {name: total[name] + weight * d for name, d in part.items()}
+    errors = None
+    if part.standard_error is not None:
+        before = total.standard_error or {name: torch.zeros_like(d) for name, d in part.items()}
+        errors = {name: (before[name] ** 2 + (weight * e) ** 2).sqrt() for name, e in part.standard_error.items()}
+    result = total.replaced(values, errors)
+    result.info = {
+        name: LayerInfo(info.way, info.num_hvps + part.info[name].num_hvps, info.checks)
+        for name, info in total.info.items()
+    }
+    return result
+
+
+def _rebuild(values: dict[str, Tensor], info: Any, standard_error: Any, layer_types: Any, parameters: Any) -> Diagonals:
     result = Diagonals.__new__(Diagonals)
     dict.update(result, values)
-    result.info, result.standard_error, result._parameters = info, standard_error, parameters
+    result.info, result.standard_error = info, standard_error
+    result.layer_types, result._parameters = layer_types, parameters
     return result

@@ -33,6 +33,7 @@ __all__ = [
     "check_loss",
     "cuda_devices",
     "get_random_state",
+    "losses",
     "on_loan",
     "recorded",
     "require_dependence",
@@ -371,6 +372,12 @@ def check_loss(loss: Any, loan: Loan, inputs: Any) -> Tensor:
         where = _first_non_finite(loan, inputs)
         raise NonFiniteError(f"the loss is {loss.item()}{where}: there is no curvature to measure here.")
     return loss.reshape(())
+
+
+def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -> Tensor:
+    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``."""
+    with borrow(model, loss_fn, []) as loan, torch.no_grad():
+        return torch.stack([check_loss(loss_fn(loan.forward(x), t), loan, x) for x, t in batches])
 
 
 def _first_non_finite(loan: Loan, inputs: Any) -> str:

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,23 @@ from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, rounding, zeros
 
+if TYPE_CHECKING:  # what shows results is loaded when it is asked for
+    from .report import Report, SortKey
+    from .tensorboard import CurvatureLog, Writer
+
 __all__ = ["CurvatureProbe", "CurvatureWarning"]
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+
+class HasScale(Protocol):
+    """A loss scaler, such as ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float:
+        """The factor of now."""
+
+
+LossScale = float | HasScale | Callable[[], float] | None
 
 
 @dataclass
@@ -76,6 +90,9 @@ class CurvatureProbe:
             samples. Where they are in each layer is found and verified.
         strict: raise :class:`~secorder.CouplingError` where samples are coupled while training (batch normalisation
             in train mode), so that passive per-sample gradients are not defined; by default a warning says so once.
+        loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
+            four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
+            function that returns the number. It is divided out of every gradient.
 
     Raises:
         InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or ``layer_types`` holds no types.
@@ -107,6 +124,7 @@ class CurvatureProbe:
         decay: float | None = None,
         sample_dim: int = 0,
         strict: bool = False,
+        loss_scale: LossScale = None,
     ) -> None:
         self._layers = select_layers(model, layer_types, layers)
         if not self._layers:
@@ -128,9 +146,11 @@ class CurvatureProbe:
         self._decay = decay
         self._sample_dim = sample_dim
         self._strict = strict
+        self._loss_scale = _loss_scale(loss_scale)
         self._capture: Capture | None = None
         self._attributions: dict[tuple[bool, ...], Attribution] = {}
         self._warned = self._warned_slow = False
+        self._log: CurvatureLog | None = None
         self.reset()
         self.attach()
 
@@ -363,6 +383,49 @@ class CurvatureProbe:
             sample_dim=self._sample_dim,
         )
 
+    # ---- watching
+
+    def summary(self, hessian: Mapping[str, Tensor] | None = None, *, sort_by: "SortKey | None" = None) -> "Report":
+        """The table of layers: ``rich.print(probe.summary())``, or ``print``.
+
+        Args:
+            hessian: a Hessian diagonal to show beside the accumulated Fisher.
+            sort_by: see :func:`secorder.report`.
+
+        Returns:
+            a :class:`~secorder.Report` of the accumulated Fisher.
+
+        Raises:
+            ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+        """
+        from .report import report
+
+        return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
+
+    def __str__(self) -> str:
+        if self._num_samples == 0 or self._unattributed:
+            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._layers)])
+        return str(self.summary())
+
+    def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
+        """Write the accumulated Fisher (and a Hessian diagonal) to TensorBoard: see :mod:`secorder.tensorboard`.
+
+        Args:
+            writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
+            step: the training step.
+            hessian: what :meth:`hessian_diagonal` returned, if it is to be logged too.
+
+        Raises:
+            ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+        """
+        from .tensorboard import CurvatureLog
+
+        if self._log is None or self._log.writer is not writer:
+            self._log = CurvatureLog(writer)
+        self._log.log("fisher", self.fisher_diagonal(), step)
+        if hessian is not None:
+            self._log.log("hessian", hessian, step)
+
     def _attached_capture(self) -> Capture:
         if self._capture is None:
             raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
@@ -527,6 +590,7 @@ class _Accumulation:
     def _factors(self, count: int) -> tuple[float, float]:
         # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
         scale = float(count**2) if self.probe._reduction == "mean" else 1.0
+        scale /= self.probe._loss_scale() ** 2
         decay = self.probe._decay
         return (1.0, scale) if decay is None else (decay, (1 - decay) * scale / count)
 
@@ -622,6 +686,18 @@ class _Accumulation:
                     strange = (whole != 0).any()
                 if bool(strange):
                     self.probe._unattributed[layer.name] = _OUTSIDE
+
+
+def _loss_scale(given: LossScale) -> Callable[[], float]:
+    if given is None:
+        return lambda: 1.0
+    if hasattr(given, "get_scale"):
+        return given.get_scale
+    if callable(given):
+        return given
+    if not isinstance(given, (int, float)) or not given > 0:
+        raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {given!r}.")
+    return lambda: float(given)
 
 
 def _callable(loss_fn: LossFunction) -> LossFunction:

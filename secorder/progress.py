@@ -7,14 +7,28 @@ __all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar(shown: bool, description: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(shown: bool, description: str, total: int, unit: str = "HVPs") -> Iterator[Callable[[int], None]]:
     """A function that advances a ``rich`` progress bar (with a rate and an estimate), or does nothing."""
     if not shown:
         yield lambda _: None
         return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        Task,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("HVPs"))
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{speed:,.0f} {unit}/s")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), Rate())
     with Progress(*columns, TimeRemainingColumn()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda count: bar.advance(task, count)
