@@ -171,6 +171,9 @@ def diagnose(
                 first = (x, t, count)
             elif reduction is None:
                 reduction = _reduction(model, loss_fn, *first, sample_dim)
+                if reduction == "sum":  # the first batch was weighted as that of a mean
+                    assert hessian is not None
+                    hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
             loss = losses(model, loss_fn, [(x, t)]).item()
             if coupled is None:
                 try:

@@ -199,12 +199,12 @@ def heat_map(
     colours[~finite] = _MISSING
 
     named = len(names) <= NAMED_ROWS
-    row = 16 if named else max(2, 1024 // len(names))
-    wide = max(1, 640 // len(steps))
-    font = ImageFont.load_default(size=12)
+    row = 20 if named else max(2, 1024 // len(names))
+    wide = max(1, 360 // len(steps))
+    font = ImageFont.load_default(size=14)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = 8 + int(max(measure.textlength(name, font) for name in names)) if named else 8
-    top, bottom, right = 24, 22, 90
+    top, bottom, right = 26, 24, 96
     cells = np.repeat(np.repeat(colours.astype(np.uint8), row, 0), wide, 1)
     height, width = cells.shape[:2]
     image = Image.new("RGB", (left + width + right, top + height + bottom), "white")
@@ -213,7 +213,7 @@ def heat_map(
     draw.text((left, 4), title, "black", font)
     if named:
         for index, name in enumerate(names):
-            draw.text((4, top + index * row), name, "black", font)
+            draw.text((4, top + index * row + 1), name, "black", font)
     draw.text((left, top + height + 4), f"step {steps[0]}", "black", font)
     last = f"{steps[-1]}"
     draw.text((left + width - measure.textlength(last, font), top + height + 4), last, "black", font)
@@ -222,5 +222,5 @@ def heat_map(
     strip = np.stack([np.interp(bar, range(len(_COLOURS)), _COLOURS[:, c]) for c in range(3)], -1)
     image.paste(Image.fromarray(np.repeat(strip.astype(np.uint8)[:height, None], 12, 1)), (left + width + 10, top))
     draw.text((left + width + 26, top - 2), f"{10**high:.1e}", "black", font)
-    draw.text((left + width + 26, top + height - 14), f"{10**low:.1e}", "black", font)
+    draw.text((left + width + 26, top + height - 16), f"{10**low:.1e}", "black", font)
     return np.asarray(image, dtype=np.uint8)

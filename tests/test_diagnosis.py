@@ -1,0 +1,212 @@
+"""One-shot diagnostics: of a batch and of a whole data set, findings, and the command line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import secorder
+from secorder import InvalidArgumentError, InvalidTypeError, diagnose
+from secorder.__main__ import main
+
+from .reference import assert_all_close, fisher_by_sample, hessian_by_element
+
+
+def make() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def data(count: int = 10) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 4), torch.randint(3, (count,))
+
+
+def kinds(diagnosis: secorder.Diagnosis) -> set[tuple[str, str]]:
+    return {(finding.kind, finding.layer) for finding in diagnosis.findings}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("told", [True, False])
+def test_a_loader_gives_the_curvature_of_the_whole_data_set(reduction: Any, told: bool) -> None:
+    model, batch = make(), data()
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    loader = DataLoader(TensorDataset(*batch), batch_size=4)  # 4, 4 and 2 samples
+    found = diagnose(model, loss_fn, loader, reduction=reduction if told else None)
+    assert found.fisher is not None
+    assert_all_close(found.fisher.by_parameter(), fisher_by_sample(model, loss_fn, *batch, 10))
+    assert_all_close(found.hessian.by_parameter(), hessian_by_element(model, loss_fn, *batch))
+    assert found.num_samples == 10
+    assert found.loss == pytest.approx(loss_fn(model(batch[0]), batch[1]).item())
+
+
+def test_a_batch() -> None:
+    model, batch = make(), data()
+    found = diagnose(model, F.cross_entropy, *batch)
+    assert found.fisher is not None
+    assert_all_close(found.fisher.by_parameter(), fisher_by_sample(model, F.cross_entropy, *batch, 10))
+    assert found.statistics["hessian"]["2"]["mean"] == pytest.approx(found.hessian["2"].mean().item())
+    assert json.loads(found.to_json())["num_samples"] == 10
+    assert "tr F" in str(found)
+
+
+def test_a_reduction_that_cannot_be_told() -> None:
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.1, 1.0, 5.0]))
+    batch = torch.randn(8, 4), torch.tensor([0, 1, 2, 0, 0, 1, 2, 2])
+    loader = DataLoader(TensorDataset(*batch), batch_size=4)
+    with pytest.raises(InvalidArgumentError, match='reduction="mean" or "sum"'):
+        diagnose(make(), loss_fn, loader)
+
+
+def test_data_that_is_none() -> None:
+    with pytest.raises(InvalidArgumentError, match="holds no batch"):
+        diagnose(make(), F.cross_entropy, iter([]))
+    with pytest.raises(InvalidTypeError, match=r"must yield \(inputs, targets\)"):
+        diagnose(make(), F.cross_entropy, iter([torch.randn(3, 4)]))
+
+
+def test_dead_and_unreached_layers() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.unused = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(2, 2)
+            with torch.no_grad():
+                self.a.bias[:4] = -100.0  # dead units
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    found = diagnose(Model(), F.cross_entropy, *data())
+    assert {("dead", "a"), ("unreached", "unused")} <= kinds(found)
+    dead = next(f for f in found.findings if f.kind == "dead" and f.layer == "a")
+    assert dead.value == pytest.approx(4 / 6)
+    assert dead.threshold == 0.5
+    assert "pruned" in str(dead)
+
+
+def test_a_dominant_layer() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[4].weight.mul_(1e-3)
+        model[3].register_forward_hook(lambda m, a, out: out * 100)
+    assert ("dominant", "4") in kinds(diagnose(model, F.mse_loss, torch.randn(8, 4), torch.randn(8, 3)))
+
+
+def test_saddles_and_disagreement() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    loss_fn = lambda f, t: -(f**2).sum(1).mean() + 10 * f.sum(1).mean()  # noqa: E731
+    found = diagnose(model, loss_fn, torch.randn(8, 3), torch.zeros(8))
+    assert {("saddle", "0"), ("disagreement", "0")} <= kinds(found)
+    assert next(f for f in found.findings if f.kind == "saddle").value == 1.0
+
+
+def test_entries_that_are_not_finite() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    loss_fn = lambda f, t: (f * 0 + 1e-200).sqrt().sum() + (f**2).sqrt().sum() * 0  # noqa: E731
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.zero_()
+    found = diagnose(model, loss_fn, torch.randn(4, 2), torch.zeros(4))
+    assert ("non-finite", "0") in kinds(found)
+
+
+def test_coupled_samples_are_a_finding() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+    found = diagnose(model, F.cross_entropy, *data())
+    assert found.fisher is None
+    assert ("coupled", "") in kinds(found)
+    assert "tr H" in str(found)
+
+
+def test_nothing_stands_out() -> None:
+    model, (inputs, _) = make(), data(200)
+    with torch.no_grad():
+        labels = torch.distributions.Categorical(logits=model(inputs)).sample()
+    assert "Nothing stands out." in str(diagnose(nn.Sequential(model[0]), F.mse_loss, inputs, torch.randn(200, 5)))
+    assert diagnose(model, F.cross_entropy, inputs, labels, progress=True).num_samples == 200
+
+
+# ---- command line
+
+FACTORY = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+def factory():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return model, nn.CrossEntropyLoss(), (torch.randn(10, 4), torch.randint(3, (10,)))
+
+def loader():
+    model, loss_fn, data = factory()
+    return model, loss_fn, DataLoader(TensorDataset(*data), batch_size=5)
+
+def uneven():
+    model, loss_fn, data = factory()
+    return model, loss_fn, (data[0], data[1][:3])
+
+def wrong():
+    return 3
+
+def nan():
+    model, loss_fn, data = factory()
+    return model, loss_fn, (data[0] * float("nan"), data[1])
+"""
+
+
+@pytest.fixture
+def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "made_for_test.py").write_text(FACTORY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sys.modules.pop("made_for_test", None)
+    torch.set_default_dtype(torch.float32)
+    return "made_for_test:factory"
+
+
+def test_command_line(factory: str, tmp_path: Path) -> None:
+    files = ["--json", "out.json", "--logdir", "runs", "--html", "table.html", "--svg", "table.svg"]
+    command = [sys.executable, "-m", "secorder", "diagnose", factory, "--batch-size", "4", *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tr F" in done.stdout
+    assert "10 samples" in done.stdout
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert set(written["statistics"]) == {"fisher", "hessian"}
+    assert set(written["statistics"]["fisher"]) == {"0", "2"}
+    assert list((tmp_path / "runs").glob("events.*"))
+    assert (tmp_path / "table.svg").exists()
+    assert (tmp_path / "table.html").exists()
+
+
+def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", "made_for_test:loader", "--layers", "2", "--method", "hutchinson", "--json", "-"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["statistics"]["hessian"]) == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["made_for_test"], "package.module:function"),
+        (["made_for_test:missing"], "has no function 'missing'"),
+        (["no_such_module:factory"], "No module named 'no_such_module'"),
+        (["made_for_test:wrong"], "must return (model, loss_fn, data), got int"),
+        (["made_for_test:uneven"], "inputs hold 10 samples and targets 3"),
+        (["made_for_test:nan"], "the loss is nan"),
+        (["made_for_test:factory", "--batch-size", "0"], "at least 1"),
+        (["made_for_test:factory", "--layers", "fc9"], "'fc9'"),
+    ],
+)
+def test_bad_input_is_one_line_and_not_zero(
+    factory: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1

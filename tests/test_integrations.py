@@ -1,0 +1,117 @@
+"""The callbacks against the real libraries, with tiny models."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from secorder import InvalidArgumentError
+
+from .reference import assert_all_close, fisher_by_sample
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def scalars(folder: Path) -> set[str]:
+    (events,) = {path.parent for path in folder.rglob("events.*") if "curvature" in str(path) or "version" in str(path)}
+    log = EventAccumulator(str(events))
+    log.Reload()
+    return {tag for tag in log.Tags()["scalars"] if "/" in tag}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning(tmp_path: Path, accumulate: int) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from secorder.integrations.lightning import CurvatureCallback
+
+    torch.set_default_dtype(torch.float32)
+
+    class Model(pl.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            self.net(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)  # so that the reference is that of one model
+
+    data = TensorDataset(torch.randn(16, 4), torch.randint(3, (16,)))
+    loader = DataLoader(data, batch_size=4)
+    callback = CurvatureCallback("net", every=2, hessian_every=4, loss_fn=F.cross_entropy, batch=data[:4])
+    model = Model()
+    options: dict[str, Any] = {
+        "max_epochs": 1,
+        "default_root_dir": tmp_path,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accumulate_grad_batches": accumulate,
+    }
+    logger = pl.loggers.TensorBoardLogger(str(tmp_path))
+    trainer = pl.Trainer(logger=logger, callbacks=[callback], **options)
+    trainer.fit(model, loader, loader)
+    assert callback.probe is not None
+    assert not callback.probe.attached
+    assert callback.probe.num_samples == 16
+    expected = fisher_by_sample(model.net, F.cross_entropy, *data.tensors, 16)
+    assert_all_close(callback.probe.fisher_diagonal().by_parameter(), expected, 1e-5)
+    assert {"fisher/mean/0", "hessian/trace/2"} <= scalars(tmp_path)
+
+    with pytest.raises(InvalidArgumentError, match="TensorBoardLogger"):
+        pl.Trainer(logger=False, callbacks=[CurvatureCallback("net")], **options).fit(model, loader)
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    torch.set_default_dtype(torch.float32)
+    sizes: dict[str, Any] = {"initializer_range": 0.5}
+    sizes |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(
+        vocab_size=20, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
+    )
+    model = transformers.BertForSequenceClassification(config)
+    data = [
+        {
+            "input_ids": torch.randint(20, (5,)),
+            "attention_mask": torch.ones(5, dtype=int),
+            "labels": torch.tensor(i % 3),
+        }
+        for i in range(8)
+    ]
+    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
+    callback = CurvatureCallback(every=1, hessian_every=2, batch=batch)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        learning_rate=0.0,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    assert callback.probe is not None
+    assert not callback.probe.attached
+    assert callback.probe.num_samples == 8
+    model.cpu().eval()
+    expected = fisher_by_sample(model, lambda output, _: output.loss, batch, None, 8)
+    assert_all_close(callback.probe.fisher_diagonal().by_parameter(), expected, 1e-4)
+    assert {"fisher/mean/classifier", "hessian/trace/classifier"} <= scalars(tmp_path)
