@@ -93,7 +93,7 @@ def test_hugging_face(tmp_path: Path) -> None:
         for i in range(8)
     ]
     batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    callback = CurvatureCallback(every=1, hessian_every=2, batch=batch)
+    callback = CurvatureCallback(every=1, hessian_every=2, batch=batch, loss_scale=1.0)
     arguments = transformers.TrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=2,
@@ -108,6 +108,8 @@ def test_hugging_face(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        with pytest.raises(InvalidArgumentError, match="loss_scale=1 / 2"):
+            transformers.Trainer(model, arguments, train_dataset=data, callbacks=[CurvatureCallback()]).train()
     assert callback.probe is not None
     assert not callback.probe.attached
     assert callback.probe.num_samples == 8

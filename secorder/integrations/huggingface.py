@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from ..errors import InvalidArgumentError
 from ..layers import LayerTypes
 from ..probe import CurvatureProbe
 from ..recorder import CurvatureRecorder
@@ -35,7 +36,11 @@ class CurvatureCallback(TrainerCallback):
         hessian_every: measure and log the Hessian at each ``hessian_every``-th step; never by default.
         loss_fn: the loss of the Hessian; by default the model's own, ``lambda output, _: output.loss``.
         batch: the inputs (a dict with labels) that the Hessian is measured on.
-        probe_options: further arguments of :class:`secorder.CurvatureProbe`.
+        probe_options: further arguments of :class:`secorder.CurvatureProbe`; ``loss_scale`` is asked for where
+            gradients are accumulated.
+
+    Raises:
+        InvalidArgumentError: gradients are accumulated and ``loss_scale`` is not given, when training begins.
 
     Attributes:
         probe: the probe, from the start of training on; its numbers stay readable after it.
@@ -75,8 +80,13 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Attach the probe."""
         model: nn.Module = kwargs["model"]
-        scale = 1.0 / args.gradient_accumulation_steps  # the trainer divides the loss by it
-        self.probe = CurvatureProbe(model, **{"loss_scale": scale, **self._probe_arguments})
+        if args.gradient_accumulation_steps > 1 and "loss_scale" not in self._probe_arguments:
+            raise InvalidArgumentError(
+                "with gradient accumulation, the trainer divides the loss of some models and not of others: pass "
+                f"loss_scale=1 / {args.gradient_accumulation_steps} where it does (language models), loss_scale=1 "
+                "where it does not (models that ignore num_items_in_batch, such as BERT's classifiers)."
+            )
+        self.probe = CurvatureProbe(model, **self._probe_arguments)
         self._writer = SummaryWriter(self._logdir or f"{args.output_dir}/runs/curvature")
         self._recorder = CurvatureRecorder(self.probe, self._writer, **self._schedule)
 
