@@ -18,6 +18,7 @@ from .errors import (
     RuleError,
     SecorderError,
 )
+from .hessian import LayerCost
 from .probe import CurvatureProbe, CurvatureWarning
 from .recorder import CurvatureRecorder
 from .report import Report, report
@@ -34,6 +35,7 @@ __all__ = [
     "Finding",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "LayerCost",
     "LayerInfo",
     "NonFiniteError",
     "ProbeStateError",

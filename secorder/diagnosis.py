@@ -116,8 +116,8 @@ def diagnose(
     layer_types: LayerTypes = None,
     *,
     layers: str | Iterable[str] | None = None,
-    method: HessianMethod = "exact",
-    num_samples: int = 100,
+    method: HessianMethod = "auto",
+    num_samples: int | None = None,
     reduction: Literal["mean", "sum"] | None = None,
     sample_dim: int = 0,
     generator: torch.Generator | None = None,
@@ -133,8 +133,8 @@ def diagnose(
         targets: what ``loss_fn`` takes second; None with a ``DataLoader``.
         layer_types: as for :class:`secorder.CurvatureProbe`.
         layers: as for :class:`secorder.CurvatureProbe`.
-        method: how the Hessian is measured: ``"exact"`` or ``"hutchinson"``.
-        num_samples: draws of ``"hutchinson"``.
+        method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
+        num_samples: draws of an estimate.
         reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
             on; by default it is found out from the loss of a batch and of its halves.
         sample_dim: the dimension of the inputs that holds the samples.

@@ -1,7 +1,7 @@
 """What every measurement returns: one diagonal per layer, and how it was come by."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,22 @@ class LayerInfo:
 
     Attributes:
         way: for the Hessian ``"columns"`` (square root of the output Hessian), ``"z-basis"``, ``"parameter-basis"``,
-            ``"z-draws"``, ``"parameter-draws"``, or ``"unused"`` (the loss does not depend on the layer); for the
-            Fisher ``"rule"``, ``"per-sample"`` or ``"loop"``.
+            ``"z-draws"``, ``"columns+z-draws"`` (the Gauss-Newton part exact, the rest drawn), ``"parameter-draws"``,
+            or ``"unused"`` (the loss does not depend on the layer); for the Fisher ``"passive"``, ``"rule"``,
+            ``"per-sample"`` or ``"loop"``.
         num_hvps: Hessian-vector products spent on this layer.
         checks: outcome of the run-time checks behind the choice, by name.
+        num_samples: draws of an estimate; 0 where the result is exact.
+        relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact.
+        converged: whether an estimate met ``rtol`` before it ran out of draws.
     """
 
     way: str
     num_hvps: int = 0
     checks: Mapping[str, bool] = field(default_factory=dict)
+    num_samples: int = 0
+    relative_error: float = 0.0
+    converged: bool = True
 
 
 class Diagonals(dict[str, Tensor]):
@@ -113,7 +120,7 @@ def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Dia
     """
     if total is None:
         total = part.replaced({name: torch.zeros_like(d) for name, d in part.items()})
-        total.info = {name: LayerInfo(info.way, 0, info.checks) for name, info in part.info.items()}
+        total.info = {name: replace(info, num_hvps=0) for name, info in part.info.items()}
     values = {name: total[name] + weight * d for name, d in part.items()}
     errors = None
     if part.standard_error is not None:
@@ -121,8 +128,7 @@ def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Dia
         errors = {name: (before[name] ** 2 + (weight * e) ** 2).sqrt() for name, e in part.standard_error.items()}
     result = total.replaced(values, errors)
     result.info = {
-        name: LayerInfo(info.way, info.num_hvps + part.info[name].num_hvps, info.checks)
-        for name, info in total.info.items()
+        name: replace(info, num_hvps=info.num_hvps + part.info[name].num_hvps) for name, info in total.info.items()
     }
     return result
 

@@ -31,6 +31,7 @@ from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
 from .loan import Loan, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
+from .rules import DIM_ZERO
 from .samples import independent_by_structure, outputs_independent
 from .trees import batch_size, map_tensors, require_agreement, sample_dimension, tensors_in
 from .zspace import (
@@ -39,6 +40,7 @@ from .zspace import (
     compute_dtype,
     contract_pairs,
     expose_output,
+    known_roots,
     layout_options,
     loss_of_output,
     loss_separates,
@@ -92,6 +94,7 @@ def fisher_diagonal(
         create_graph,
         chunk_size,
         bool(autocast_state()),
+        independent_by_structure(model, sample_dim),
     )
     found = on_loan(lambda direct: _measure(task, direct))
     if create_graph:
@@ -128,6 +131,7 @@ class _Task:
     create_graph: bool
     chunk_size: int | None
     autocast: bool
+    certain: bool  # samples are independent by the model's structure
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Where a tensor's samples are; what has none is shared by all samples."""
@@ -157,7 +161,6 @@ _Found = dict[str, tuple[list[Tensor], LayerInfo]]
 def _batched(task: _Task, direct: bool) -> _Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     ruled = [layer for layer in task.layers if layer.rule is not None]
-    certain = independent_by_structure(task.model)
     with borrow(task.model, task.loss_fn, task.layers, create_graph=task.create_graph, direct=direct) as loan:
         with recorded(loan, ruled, own_parameters=task.create_graph) as recording:
             output = loan.forward(task.inputs)
@@ -174,7 +177,7 @@ def _batched(task: _Task, direct: bool) -> _Found:
                 return {}
             unusable = recording.unusable()
             layers = [
-                ZLayer(x, recording.inputs[x.name], recording.leaves[x.name])
+                ZLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
                 for x in ruled
                 if x.name in recording.leaves and x.name not in unusable
             ]
@@ -185,7 +188,7 @@ def _batched(task: _Task, direct: bool) -> _Found:
                 return {}
             found = _by_rules(task, heads, pairs, layers, loan)
         rest = [layer for layer in task.layers if layer.name not in found]
-        if not certain and not outputs_independent(loan, task.inputs, task.count, task.sample_dim):
+        if not task.certain and not outputs_independent(loan, task.inputs, task.count, task.sample_dim):
             raise CouplingError(
                 "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
                 "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "
@@ -234,7 +237,7 @@ def _second_order_pairs(task: _Task, slopes: Sequence[Tensor | None], points: Se
         eye = torch.eye(hessian.shape[-1]).to(hessian)
         pairs = Pairs(eye[:, None].expand(-1, len(hessian), -1), hessian.permute(1, 0, 2))
     else:
-        pairs = signed_roots(slopes, points, task.chunk_size)
+        pairs = known_roots(slopes, points) or signed_roots(slopes, points, task.chunk_size)
     return pairs if task.fisher_type == "type-2" else _drawn(task, pairs)
 
 
@@ -295,10 +298,11 @@ def _by_rules(task: _Task, heads: Sequence[Tensor], pairs: Pairs, layers: Sequen
         heads,
         alone,
         pairs,
-        [layout_options(z, task.count) for z in alone],
+        [[[DIM_ZERO] * len(z.leaves)] if task.certain else layout_options(z, task.count) for z in alone],
         generator=task.generator,
         chunk_size=task.chunk_size,
         create_graph=task.create_graph,
+        verified=task.certain,
     )
     info = LayerInfo("rule", checks={"own_use": True, "rows_are_samples": True})
     return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}

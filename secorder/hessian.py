@@ -23,6 +23,7 @@ What is checked, at run time, before a way is taken:
   combination of columns, each sample weighted by a random factor, must be the weighted vjp, to rounding.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -34,10 +35,11 @@ from .autocast import under_autocast
 from .diagonals import Diagonals, LayerInfo
 from .errors import InvalidArgumentError
 from .layers import Layer
-from .loan import Loan, Recording, borrow, check_loss, on_loan, recorded, require_dependence
+from .loan import Loan, Recording, Result, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
 from .rules import DIM_ZERO, Layout, Outer, PerSample, contract, contract_basis
+from .samples import independent_by_structure, linear_by_structure
 from .trees import batch_size, require_agreement, sample_dimension, tensors_in
 from .zspace import (
     ZLayer,
@@ -45,6 +47,7 @@ from .zspace import (
     compute_dtype,
     contract_pairs,
     expose_output,
+    known_roots,
     layout_options,
     loss_of_output,
     loss_separates,
@@ -53,9 +56,72 @@ from .zspace import (
     zeros,
 )
 
-__all__ = ["HessianMethod", "hessian_diagonal"]
+__all__ = ["HessianMethod", "LayerCost", "Plan", "Policy", "Problem", "estimate_cost", "hessian_diagonal"]
 
-HessianMethod = Literal["exact", "hutchinson"]
+HessianMethod = Literal["auto", "exact", "hutchinson"]
+
+#: Where ``method="auto"`` goes over from exact to estimated: Hessian-vector products of one layer.
+MAX_HVPS = 10_000
+#: The relative error that ``method="auto"`` asks of its estimates.
+AUTO_RTOL = 0.05
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How exact a measurement is to be, and what it may cost.
+
+    Attributes:
+        method: ``"exact"``, ``"hutchinson"``, or ``"auto"``: exact where a layer takes at most ``max_hvps``.
+        num_samples: draws of an estimate; the least number where ``rtol`` is given.
+        rtol: draw until a layer's relative error ``‖standard error‖ / ‖diagonal‖`` is at most this.
+        max_num_samples: draws at most.
+        max_hvps: Hessian-vector products that an exact way may take for one layer.
+    """
+
+    method: HessianMethod
+    num_samples: int
+    rtol: float | None
+    max_num_samples: int
+    max_hvps: int | None
+
+    @classmethod
+    def checked(
+        cls,
+        method: HessianMethod,
+        num_samples: int | None,
+        rtol: float | None,
+        max_num_samples: int,
+        max_hvps: int | None,
+    ) -> "Policy":
+        """The policy of arguments as users pass them.
+
+        Raises:
+            InvalidArgumentError: one is out of its range, or they contradict each other.
+        """
+        if method not in ("auto", "exact", "hutchinson"):
+            raise InvalidArgumentError(f'method must be "auto", "exact" or "hutchinson", got {method!r}.')
+        if num_samples is not None and num_samples < 1:
+            raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
+        if rtol is not None and not rtol > 0:
+            raise InvalidArgumentError(f"rtol must be positive, got {rtol!r}.")
+        if max_hvps is not None and (method != "auto" or max_hvps < 0):
+            raise InvalidArgumentError(
+                f'max_hvps={max_hvps!r} must be at least 0, and goes with method="auto", which estimates the layers '
+                "that would take more."
+            )
+        if method == "auto":
+            max_hvps = MAX_HVPS if max_hvps is None else max_hvps
+            rtol = AUTO_RTOL if rtol is None and num_samples is None else rtol
+        draws = num_samples or (16 if rtol is not None else 100)
+        if max_num_samples < draws:
+            raise InvalidArgumentError(
+                f"max_num_samples must be at least num_samples ({draws}), got {max_num_samples}."
+            )
+        return cls(method, draws, rtol, max_num_samples, max_hvps)
+
+    def affords(self, num_hvps: int) -> bool:
+        """Whether an exact way of so many Hessian-vector products may be taken."""
+        return self.method == "exact" or (self.max_hvps is not None and num_hvps <= self.max_hvps)
 
 
 def hessian_diagonal(
@@ -64,9 +130,8 @@ def hessian_diagonal(
     loss_fn: Callable[[Any, Any], Tensor],
     inputs: Any,
     targets: Any,
+    policy: Policy,
     *,
-    method: HessianMethod = "exact",
-    num_samples: int = 100,
     generator: torch.Generator | None = None,
     create_graph: bool = False,
     chunk_size: int | None = None,
@@ -77,47 +142,139 @@ def hessian_diagonal(
 
     See :meth:`secorder.CurvatureProbe.hessian_diagonal`, which this function carries out.
     """
-    if method not in ("exact", "hutchinson"):
-        raise InvalidArgumentError(f'method must be "exact" or "hutchinson", got {method!r}.')
-    if num_samples < 1:
-        raise InvalidArgumentError(f"num_samples must be at least 1, got {num_samples}.")
-    if create_graph and method != "exact":
+    if create_graph and policy.method == "hutchinson":
         raise InvalidArgumentError('create_graph=True needs method="exact".')
+
+    def measure(problem: Problem) -> Diagonals:
+        plans = [Plan(layer) for layer in problem.layers]
+        exact = Policy("exact", policy.num_samples, None, policy.max_num_samples, None)
+        with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
+            choose_ways(problem, plans, recording, exact if create_graph else policy, columns=not create_graph)
+            if not create_graph:
+                _in_z(problem, plans, policy)
+        if create_graph:
+            return _differentiable(problem, plans)
+        _in_parameters(problem, plans, policy)
+        return _assemble(plans)
+
+    return on_problem(
+        measure,
+        model,
+        layers,
+        loss_fn,
+        inputs,
+        targets,
+        generator=generator,
+        create_graph=create_graph,
+        chunk_size=chunk_size,
+        progress=progress,
+        sample_dim=sample_dim,
+    )
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What the Hessian diagonal of one layer will take.
+
+    Attributes:
+        way: the way it will go (see :class:`~secorder.LayerInfo`).
+        num_hvps: Hessian-vector products, vector-Jacobian products for ``"columns"``; for estimates the least number.
+        exact_hvps: those of the cheapest exact way that is allowed.
+        bytes: memory of one batch of products, about.
+    """
+
+    way: str
+    num_hvps: int
+    exact_hvps: int
+    bytes: int
+
+
+def estimate_cost(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    policy: Policy,
+    *,
+    generator: torch.Generator | None = None,
+    chunk_size: int | None = None,
+    sample_dim: int = 0,
+) -> dict[str, LayerCost]:
+    """What :func:`hessian_diagonal` would take for each layer: one forward, one backward and the checks are run.
+
+    See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
+    """
+
+    def plan_only(problem: Problem) -> dict[str, LayerCost]:
+        plans = [Plan(layer) for layer in problem.layers]
+        with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
+            choose_ways(problem, plans, recording, policy, columns=True, dry=True)
+        return {plan.layer.name: _cost(problem, plan, policy) for plan in plans}
+
+    return on_problem(
+        plan_only,
+        model,
+        layers,
+        loss_fn,
+        inputs,
+        targets,
+        generator=generator,
+        chunk_size=chunk_size,
+        sample_dim=sample_dim,
+    )
+
+
+def _cost(problem: "Problem", plan: "Plan", policy: Policy) -> LayerCost:
+    products = {
+        "unused": 0,
+        "columns": plan.num_columns,
+        "z-basis": sum(plan.sizes) if plan.layouts else 0,
+        "parameter-basis": plan.numel,
+    }.get(plan.way, policy.num_samples)
+    elements = 2 * sum(leaf.numel() for leaf in plan.leaves) if plan.leaves else plan.numel
+    like = next(iter(plan.layer.parameters.values()))
+    batch = min(max(products, 1), default_chunk_size(elements, like, problem.chunk_size))
+    return LayerCost(plan.way, products, plan.exact_hvps(), 4 * batch * elements * like.element_size())
+
+
+def on_problem(
+    work: Callable[["Problem"], Result],
+    model: nn.Module,
+    layers: Sequence[Layer],
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    *,
+    generator: torch.Generator | None = None,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+    progress: bool = False,
+    sample_dim: int = 0,
+) -> Result:
+    """Run ``work`` on a borrowed model."""
     check_chunk_size(chunk_size)
     count = batch_size(inputs, targets, sample_dim)
     generator = generator or fresh_generator()
     loss_fn = under_autocast(loss_fn)
 
-    def work(direct: bool) -> Diagonals:
+    certain = independent_by_structure(model, sample_dim)
+
+    def on_one_loan(direct: bool) -> Result:
         with borrow(model, loss_fn, layers, create_graph=create_graph, direct=direct) as loan:
-            problem = _Problem(
-                loan, layers, loss_fn, inputs, targets, count, sample_dim, generator, chunk_size, progress
-            )
-            return _measure(problem, method, num_samples, create_graph=create_graph)
+            asked = loss_fn, inputs, targets, count, sample_dim, generator, chunk_size, progress
+            return work(Problem(loan, layers, *asked, certain))
 
-    return on_loan(work)
+    return on_loan(on_one_loan)
 
 
-def _measure(problem: "_Problem", method: HessianMethod, num_samples: int, *, create_graph: bool) -> Diagonals:
-    plans = [_Plan(layer) for layer in problem.layers]
-    ruled = [layer for layer in problem.layers if layer.rule is not None]
-    with recorded(problem.loan, ruled, own_parameters=False) as recording:
-        _choose_ways(problem, plans, recording, exact=method == "exact", columns=not create_graph)
-        if method == "hutchinson":
-            _draws_in_z(problem, plans, num_samples)
-        elif not create_graph:
-            _exact_in_z(problem, plans)
-    if create_graph:
-        return _differentiable(problem, plans)
-    if method == "hutchinson":
-        _draws_in_parameters(problem, plans, num_samples)
-    else:
-        _exact_in_parameters(problem, plans)
-    return _assemble(plans, errors=method == "hutchinson")
+def ruled(problem: "Problem") -> list[Layer]:
+    """The layers that have a rule."""
+    return [layer for layer in problem.layers if layer.rule is not None]
 
 
 @dataclass
-class _Problem:
+class Problem:
     """One measurement: the borrowed model, the loss and how to work."""
 
     loan: Loan
@@ -130,6 +287,7 @@ class _Problem:
     generator: torch.Generator
     chunk_size: int | None
     progress: bool
+    certain: bool  # samples are independent by the model's structure
 
     def loss(self) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same random state each time."""
@@ -154,42 +312,82 @@ class _Problem:
         return bits.to(like.device).mul_(2).sub_(1).to(like.dtype)
 
 
-@dataclass
-class _Plan(ZLayer):
+@dataclass(eq=False)
+class Plan(ZLayer):
     """A layer's way to its diagonal, with what was recorded and verified for it."""
 
     way: str = "parameter-basis"
     slopes: list[Tensor | None] = field(default_factory=list)  # ∂L/∂z by call, differentiable
     checks: dict[str, bool] = field(default_factory=dict)
+    residual: list[Tensor | None] = field(default_factory=list)  # ∂⟨w, f⟩/∂z by call, w = ∂L/∂f fixed
     values: list[Tensor] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)
+    num_columns: int = 0
     num_hvps: int = 0
+    num_samples: int = 0
+    converged: bool = True
+
+    def exact_hvps(self) -> int:
+        """Hessian-vector products of the cheapest exact way that the checks allow."""
+        if self.way in ("unused", "columns"):
+            return self.num_columns
+        in_z = sum(self.sizes) if self.checks.get("samples_independent") else self.numel
+        return min(in_z, self.numel)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The plan: one forward and one differentiable backward, then the checks
 
 
-def _choose_ways(problem: _Problem, plans: list[_Plan], recording: Recording, *, exact: bool, columns: bool) -> None:
-    """Choose each layer's way; layers that the columns serve are finished here, on the graph that is there anyway."""
+def choose_ways(
+    problem: Problem, plans: list[Plan], recording: Recording, policy: Policy, *, columns: bool, dry: bool = False
+) -> None:
+    """Choose each layer's way; layers that the columns serve are finished here, on the graph that is there anyway.
+
+    Args:
+        problem: the measurement.
+        plans: one a layer; receive what was found.
+        recording: of the layers that have a rule; a forward is run in it.
+        policy: how exact, how expensive.
+        columns: whether columns may be used.
+        dry: find out about the columns, and do not compute them.
+    """
     output, loss = problem.loss()
     recording.close()
     if not loss.requires_grad:
         require_dependence(problem.loan.model, problem.loss_fn, problem.inputs, problem.targets)
-    candidates = _attach(problem, plans, recording, loss)
-    if exact and columns and candidates:
-        _columns(problem, output, loss, candidates)
+    known = _linear_by_structure(problem, plans) if columns else []
+    second_order = len(known) < len(plans)
+    candidates = _attach(problem, plans, recording, loss, create_graph=second_order)
+    if columns and candidates:
+        _columns(problem, output, loss, candidates, known, policy, dry)
         candidates = [plan for plan in candidates if plan.way != "columns"]
-    if exact:  # a basis of z larger than the parameters' is not worth a check
-        count = problem.num_samples
-        candidates = [p for p in candidates if sum(leaf.numel() for leaf in p.leaves) <= p.numel * count]
-    _verify_samples(problem, candidates)
-    for plan in candidates:
-        if exact and plan.checks["samples_independent"]:
-            plan.way = "z-basis"
+    if candidates and not second_order:
+        candidates = _attach(problem, candidates, recording, loss, create_graph=True)
+    count = problem.num_samples
+    in_z = [p for p in candidates if sum(leaf.numel() for leaf in p.leaves) // count <= p.numel]
+    if policy.method != "exact":  # draws go by z wherever they may
+        in_z = candidates
+    _verify_samples(problem, in_z)
+    for plan in plans:
+        if plan.way in ("unused", "columns"):
+            continue
+        by_z = plan in in_z and plan.checks["samples_independent"]
+        if policy.affords(plan.exact_hvps()):
+            plan.way = "z-basis" if by_z and sum(plan.sizes) <= plan.numel else "parameter-basis"
+        else:
+            plan.way = "z-draws" if by_z else "parameter-draws"
 
 
-def _attach(problem: _Problem, plans: list[_Plan], recording: Recording, loss: Tensor) -> list[_Plan]:
+def _linear_by_structure(problem: Problem, plans: list[Plan]) -> list[Plan]:
+    """The plans of layers after which the model is known to be piecewise linear, without a look at numbers."""
+    model = problem.loan.model
+    return [plan for plan in plans if problem.certain and linear_by_structure(model, plan.layer.module)]
+
+
+def _attach(
+    problem: Problem, plans: list[Plan], recording: Recording, loss: Tensor, *, create_graph: bool
+) -> list[Plan]:
     """Give the plans their recorded calls and gradients; returns those that the own-use check allows in z-space."""
     unusable = recording.unusable()
     names = [plan.layer.name for plan in plans if plan.layer.name in recording.leaves]
@@ -198,7 +396,7 @@ def _attach(problem: _Problem, plans: list[_Plan], recording: Recording, loss: T
     stand_ins = [s for plan in ruled for s in problem.loan.stand_ins(plan.layer)]
     found: list[Tensor | None] = [None] * (len(leaves) + len(stand_ins))
     if loss.requires_grad:
-        found = gradients(loss, leaves + stand_ins, create_graph=True)
+        found = gradients(loss, leaves + stand_ins, create_graph=create_graph)
     if len(ruled) == len(plans) and all(g is None for g in found):
         require_dependence(problem.loan.model, problem.loss_fn, problem.inputs, problem.targets)
     by_leaf = dict(zip((id(x) for x in leaves + stand_ins), found, strict=True))
@@ -219,7 +417,7 @@ def _attach(problem: _Problem, plans: list[_Plan], recording: Recording, loss: T
     return candidates
 
 
-def _feeds_itself(plan: _Plan) -> bool:
+def _feeds_itself(plan: Plan) -> bool:
     """Whether a call's input depends on the output of another call of the layer."""
     if len(plan.leaves) == 1:
         return False
@@ -228,7 +426,7 @@ def _feeds_itself(plan: _Plan) -> bool:
     return any(r is not None for r in reached)
 
 
-def _verify_samples(problem: _Problem, plans: list[_Plan]) -> None:
+def _verify_samples(problem: Problem, plans: list[Plan]) -> None:
     """Find for each plan a layout under which H_z is block diagonal over samples; sets ``layouts`` and the check."""
     options = {id(plan): layout_options(plan, problem.num_samples) for plan in plans}
     open_plans = [plan for plan in plans if options[id(plan)]]
@@ -248,7 +446,7 @@ def _verify_samples(problem: _Problem, plans: list[_Plan]) -> None:
                 break
 
 
-def _independent(problem: _Problem, plans: list[_Plan]) -> bool:
+def _independent(problem: Problem, plans: list[Plan]) -> bool:
     """Whether the joint H_z of the plans' layers is block diagonal over samples."""
     for plan in plans:
         plan.num_hvps += len(sample_bits(problem.num_samples))
@@ -264,8 +462,10 @@ def _independent(problem: _Problem, plans: list[_Plan]) -> bool:
 # Columns: piecewise linear after the layer
 
 
-def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -> None:
-    """Finish the layers after which the model is piecewise linear."""
+def _columns(
+    problem: Problem, output: Any, loss: Tensor, plans: list[Plan], known: list[Plan], policy: Policy, dry: bool
+) -> None:
+    """Finish the layers after which the model is piecewise linear; for others, split off what columns give exactly."""
     count = problem.num_samples
     if any(t.requires_grad and problem.dimension(t) is None for t in tensors_in(output)):
         return
@@ -275,11 +475,15 @@ def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -
         return
     outputs = sum(t[0].numel() for t in heads)
 
-    def worth_it(candidates: list[_Plan]) -> bool:  # against the HVPs of the layers' own bases
-        return outputs <= sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
+    def worth_it(candidates: list[Plan]) -> bool:  # against the products of the layers' own bases, or draws
+        bases = sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
+        return outputs <= (policy.num_samples if policy.method == "hutchinson" else bases) and (
+            policy.method != "auto" or policy.affords(outputs)
+        )
 
     if not worth_it(plans):
         return
+    known = [p for p in plans if p in known]
     found = loss_of_output(problem.loss_fn, output, problem.targets, problem.dimension, loss)
     if found is None:
         return
@@ -287,31 +491,55 @@ def _columns(problem: _Problem, output: Any, loss: Tensor, plans: list[_Plan]) -
     if any(g is not None for g in gradients(again, [leaf for plan in plans for leaf in plan.leaves])):
         return  # the loss reaches into the model past its output
     slopes = gradients(again, points, create_graph=True)
-    certified = _piecewise_linear(problem, heads, slopes, plans)
-    if not certified or not worth_it(certified) or not loss_separates(slopes, points, problem.generator):
+    for plan in known:
+        plan.checks["piecewise_linear"] = True
+    certified = known + _piecewise_linear(problem, heads, slopes, [p for p in plans if p not in known])
+    served = plans if policy.method == "hutchinson" else certified  # the rest of these is drawn
+    if not served or not worth_it(served):
         return
-    pairs = signed_roots(slopes, points, problem.chunk_size)
-    options = [layout_options(plan, count) for plan in certified]
+    pairs = known_roots(slopes, points)
+    if pairs is None and not loss_separates(slopes, points, problem.generator):
+        return
+    if dry:
+        for plan in certified:
+            plan.way, plan.num_columns = "columns", outputs
+        return
+    pairs = pairs or signed_roots(slopes, points, problem.chunk_size)
+    options = [[[DIM_ZERO] * len(p.leaves)] if problem.certain else layout_options(p, count) for p in served]
     diagonals = contract_pairs(
-        heads, certified, pairs, options, generator=problem.generator, chunk_size=problem.chunk_size
+        heads,
+        served,
+        pairs,
+        options,
+        generator=problem.generator,
+        chunk_size=problem.chunk_size,
+        verified=problem.certain,
     )
-    for plan, values in zip(certified, diagonals, strict=True):
+    for plan, values in zip(served, diagonals, strict=True):
         plan.checks["outputs_by_sample"] = values is not None
-        plan.num_hvps += len(pairs.u) + 2
-        if values is not None:
-            plan.way, plan.values = "columns", values
+        plan.num_columns = len(pairs.u)
+        plan.num_hvps += len(pairs.u) + (0 if problem.certain else 2)
+        if values is None:
+            continue
+        plan.values = values
+        if plan in certified:
+            plan.way = "columns"
 
 
 def _piecewise_linear(
-    problem: _Problem, heads: list[Tensor], slopes: list[Tensor | None], plans: list[_Plan]
-) -> list[_Plan]:
+    problem: Problem, heads: list[Tensor], slopes: list[Tensor | None], plans: list[Plan]
+) -> list[Plan]:
     """The plans with ∂²⟨w, f⟩/∂z² = 0 exactly, w = ∂L/∂f fixed."""
+    if not plans:
+        return []
     weighted = [(f, w.detach().requires_grad_(True)) for f, w in zip(heads, slopes, strict=True) if w is not None]
     leaves = [leaf for plan in plans for leaf in plan.leaves]
     first = gradients([f for f, _ in weighted], leaves, [w for _, w in weighted], create_graph=True)
     by_leaf = dict(zip((id(x) for x in leaves), first, strict=True))
+    for plan in plans:
+        plan.residual = [by_leaf[id(leaf)] for leaf in plan.leaves]
 
-    def residual_is_zero(group: list[_Plan]) -> list[bool]:
+    def residual_is_zero(group: list[Plan]) -> list[bool]:
         inside = [leaf for plan in group for leaf in plan.leaves]
         for plan in group:
             plan.num_hvps += 1
@@ -330,27 +558,39 @@ def _piecewise_linear(
 # Exact: the bases
 
 
-def _exact_in_z(problem: _Problem, plans: list[_Plan]) -> None:
-    """The values of the plans that go by the basis of z, on the graph that was recorded."""
-    in_z = [plan for plan in plans if plan.way == "z-basis"]
-    with progress_bar(problem.progress, "Hessian, z-basis", sum(sum(plan.sizes) for plan in in_z)) as advance:
-        for plan in in_z:
+def _in_z(problem: Problem, plans: list[Plan], policy: Policy) -> None:
+    """The values of the plans that go by z, on the graph that was recorded."""
+    exact = [plan for plan in plans if plan.way == "z-basis"]
+    drawn = [plan for plan in plans if plan.way == "z-draws"]
+    total = sum(sum(plan.sizes) for plan in exact) + policy.num_samples * len(drawn)
+    with progress_bar(problem.progress and bool(total), "Hessian in z", total) as advance:
+        for plan in exact:
             plan.values = _z_basis(problem, plan, advance)
-            plan.slopes = []  # frees the graph as far as no other layer needs it
+            plan.slopes = plan.residual = []  # frees the graph as far as no other layer needs it
+        for plan in drawn:
+            _draw_in_z(problem, plan, policy, advance)
+            plan.slopes = plan.residual = []
 
 
-def _exact_in_parameters(problem: _Problem, plans: list[_Plan], *, create_graph: bool = False) -> None:
-    """The values of the plans that go by the basis of the parameters, on a graph of their own."""
-    rest = [plan for plan in plans if plan.way == "parameter-basis"]
-    with progress_bar(problem.progress, "Hessian, parameter basis", sum(plan.numel for plan in rest)) as advance:
-        _in_parameter_space(
-            problem, rest, lambda plan, g: _parameter_basis(problem, plan, g, advance, create_graph=create_graph)
-        )
+def _in_parameters(problem: Problem, plans: list[Plan], policy: Policy) -> None:
+    """The values of the plans that go by the parameters, on a graph of their own."""
+    rest = [plan for plan in plans if plan.way in ("parameter-basis", "parameter-draws")]
+    total = sum(plan.numel if plan.way == "parameter-basis" else policy.num_samples for plan in rest)
+    with progress_bar(problem.progress and bool(total), "Hessian on parameters", total) as advance:
+
+        def work(plan: Plan, slopes: list[Tensor | None]) -> list[Tensor]:
+            if plan.way == "parameter-basis":
+                return _parameter_basis(problem, plan, slopes, advance)
+            if plan.way == "parameter-draws":
+                draw, size = _parameter_draws(problem, plan, slopes)
+                means, plan.errors = average(plan, policy, advance, draw, size)
+                return means
+            return []
+
+        in_parameter_space(problem, rest, work)
 
 
-def _z_basis(
-    problem: _Problem, plan: _Plan, advance: Callable[[int], None], create_graph: bool = False
-) -> list[Tensor]:
+def _z_basis(problem: Problem, plan: Plan, advance: Callable[[int], None], create_graph: bool = False) -> list[Tensor]:
     """The diagonal with v over the basis of one sample's outputs, all samples at once, call by call."""
     totals: list[Tensor] = zeros(plan.layer)
     elements = sum(leaf.numel() for leaf in plan.leaves)
@@ -378,10 +618,10 @@ def _basis(leaf: Tensor, layout: Layout, ids: range) -> Tensor:
     return vectors if layout == DIM_ZERO else torch.stack([layout.join(v) for v in vectors])
 
 
-def _in_parameter_space(
-    problem: _Problem,
-    plans: list[_Plan],
-    work: Callable[[_Plan, list[Tensor | None]], list[Tensor]],
+def in_parameter_space(
+    problem: Problem,
+    plans: list[Plan],
+    work: Callable[[Plan, list[Tensor | None]], list[Tensor]],
 ) -> None:
     """Run ``work`` on each plan with the loss's gradient in the layer's parameters, all uses of them counted."""
     if not plans:
@@ -400,8 +640,8 @@ def _in_parameter_space(
 
 
 def _parameter_basis(
-    problem: _Problem,
-    plan: _Plan,
+    problem: Problem,
+    plan: Plan,
     slopes: list[Tensor | None],
     advance: Callable[[int], None],
     create_graph: bool = False,
@@ -427,16 +667,20 @@ def _parameter_basis(
     return list(torch.cat(diagonal).split(sizes))
 
 
-def _differentiable(problem: _Problem, plans: list[_Plan]) -> Diagonals:
+def _differentiable(problem: Problem, plans: list[Plan]) -> Diagonals:
     """The exact diagonal with a graph: the ways of the plan again, on a graph that reaches the parameters."""
     in_z = [plan for plan in plans if plan.way == "z-basis"]
     with recorded(problem.loan, [plan.layer for plan in in_z], own_parameters=True) as recording:
         _, loss = problem.loss()
         for plan in in_z:
             plan.inputs, plan.leaves = recording.inputs[plan.layer.name], recording.leaves[plan.layer.name]
+            plan.with_graph = True
             plan.slopes = gradients(loss, plan.leaves, create_graph=True)
             plan.values = _z_basis(problem, plan, lambda _: None, create_graph=True)
-    _exact_in_parameters(problem, plans, create_graph=True)
+    rest = [plan for plan in plans if plan.way == "parameter-basis"]
+    in_parameter_space(
+        problem, rest, lambda plan, g: _parameter_basis(problem, plan, g, lambda _: None, create_graph=True)
+    )
     # A diagonal that happens to be constant must still be differentiable: its gradient is zero, not an error.
     tether = zero_tether(problem.loan.model)
     for plan in plans:
@@ -444,69 +688,106 @@ def _differentiable(problem: _Problem, plans: list[_Plan]) -> Diagonals:
     return _assemble(plans, detach=False)
 
 
-def _assemble(plans: list[_Plan], *, detach: bool = True, errors: bool = False) -> Diagonals:
+def _assemble(plans: list[Plan], *, detach: bool = True) -> Diagonals:
     values = {p.layer.name: p.values or zeros(p.layer) for p in plans}
     if detach:
         values = {name: [v.detach() for v in parts] for name, parts in values.items()}
-    info = {p.layer.name: LayerInfo(p.way, p.num_hvps, dict(p.checks)) for p in plans}
-    standard_error = {p.layer.name: p.errors or zeros(p.layer) for p in plans} if errors else None
+    info = {
+        p.layer.name: LayerInfo(p.way, p.num_hvps, dict(p.checks), p.num_samples, _relative_error(p), p.converged)
+        for p in plans
+    }
+    drawn = any(p.errors for p in plans)
+    standard_error = {p.layer.name: p.errors or zeros(p.layer) for p in plans} if drawn else None
     return Diagonals([p.layer for p in plans], values, info, standard_error)
+
+
+def _relative_error(plan: Plan) -> float:
+    return relative_error(plan.values, plan.errors) if plan.errors else 0.0
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Hutchinson: unbiased estimates from random signs
 
-
-def _draws_in_z(problem: _Problem, plans: list[_Plan], draws: int) -> None:
-    """Independent signs on every sample's z, where samples are independent; on the graph that was recorded."""
-    for plan in plans:
-        if plan.checks.get("samples_independent"):
-            plan.way = "z-draws"
-    in_z = [plan for plan in plans if plan.way == "z-draws"]
-    with progress_bar(problem.progress, "Hessian, draws in z", draws * len(in_z)) as advance:
-        for plan in in_z:
-            plan.values, plan.errors = _average(plan, draws, advance, *_z_draws(problem, plan))
-            plan.slopes = []
+#: Draws that decide whether the part that columns do not give is easier to estimate than the whole.
+_PILOT = 4
 
 
-def _draws_in_parameters(problem: _Problem, plans: list[_Plan], draws: int) -> None:
-    """Signs on the parameters, for the layers whose samples are coupled or that have no rule."""
-    rest = [plan for plan in plans if plan.way == "parameter-basis"]
-    with progress_bar(problem.progress, "Hessian, draws on parameters", draws * len(rest)) as advance:
+def _draw_in_z(problem: Problem, plan: Plan, policy: Policy, advance: Callable[[int], None]) -> None:
+    """Independent signs on every sample's z; on the residual alone where columns gave the rest and that pays."""
+    draw, size = _z_draws(problem, plan, plan.slopes)
+    exact = plan.values  # the generalised Gauss-Newton part, or nothing
+    if exact and policy.num_samples > 2 * _PILOT:
+        draw_rest, _ = _z_draws(problem, plan, plan.residual)
+        whole, rest = draw(_PILOT), draw_rest(_PILOT)
+        plan.num_hvps += 2 * _PILOT
+        if sum(v.var(0).sum() for v in rest) < sum(v.var(0).sum() for v in whole):
+            plan.way = "columns+z-draws"
+            means, plan.errors = average(plan, policy, advance, draw_rest, size, offset=exact)
+            plan.values = means
+            return
+    plan.values, plan.errors = average(plan, policy, advance, draw, size)
 
-        def work(plan: _Plan, slopes: list[Tensor | None]) -> list[Tensor]:
-            if plan.way == "unused":
-                return []
-            plan.way = "parameter-draws"
-            means, plan.errors = _average(plan, draws, advance, *_parameter_draws(problem, plan, slopes))
-            return means
 
-        _in_parameter_space(problem, rest, work)
-
-
-def _average(
-    plan: _Plan, draws: int, advance: Callable[[int], None], draw: Callable[[int], list[Tensor]], size: int
+def average(
+    plan: Plan,
+    policy: Policy,
+    advance: Callable[[int], None],
+    draw: Callable[[int], list[Tensor]],
+    size: int,
+    offset: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Mean of the draws and its standard error, by parameter (Welford's update, chunk by chunk)."""
+    """Mean of draws and its standard error, by parameter (Welford's update), until the policy is content.
+
+    Args:
+        plan: of the layer; counts draws and tells whether ``rtol`` was met.
+        policy: how many draws, or how exact.
+        advance: of the progress bar.
+        draw: ``draw(k)`` gives k draws of each parameter's values.
+        size: draws at a time.
+        offset: what is known exactly and added to the mean.
+    """
+    known = list(offset) or [torch.zeros_like(z) for z in zeros(plan.layer)]
     means, squares, seen = zeros(plan.layer), zeros(plan.layer), 0
-    for ids in chunks(draws, size):
-        for index, values in enumerate(draw(len(ids))):
-            for offset, value in enumerate(values, start=1):
-                delta = value - means[index]
-                means[index] += delta / (seen + offset)
-                squares[index] += delta * (value - means[index])
-        seen += len(ids)
-        plan.num_hvps += len(ids)
-        advance(len(ids))
-    if draws == 1:  # one draw tells nothing of its error
-        return means, [torch.full_like(s, torch.inf) for s in squares]
-    return means, [(s / (draws - 1) / draws).sqrt() for s in squares]
+    errors: list[Tensor] = []
+    wanted = policy.num_samples
+    while True:
+        for ids in chunks(wanted - seen, size):
+            for index, values in enumerate(draw(len(ids))):
+                for at, value in enumerate(values, start=1):
+                    delta = value - means[index]
+                    means[index] += delta / (seen + at)
+                    squares[index] += delta * (value - means[index])
+            seen += len(ids)
+            plan.num_hvps += len(ids)
+            advance(len(ids))
+        # One draw tells nothing of its error.
+        errors = [(s / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(s, torch.inf) for s in squares]
+        plan.num_samples = seen
+        if policy.rtol is None:
+            break
+        error = relative_error([m + k for m, k in zip(means, known, strict=True)], errors)
+        plan.converged = error <= policy.rtol
+        if plan.converged or seen >= policy.max_num_samples:
+            break
+        # The error falls with the root of the draws: go most of the way there.
+        factor = min(4.0, max(1.2, (error / policy.rtol) ** 2))
+        wanted = min(policy.max_num_samples, math.ceil(seen * factor))
+    return [m + k for m, k in zip(means, known, strict=True)], errors
 
 
-def _z_draws(problem: _Problem, plan: _Plan) -> tuple[Callable[[int], list[Tensor]], int]:
+def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
+    """``‖standard error‖ / ‖values‖`` of a layer; 0 where both vanish."""
+    error = torch.cat([e.flatten() for e in errors]).norm().item()
+    norm = torch.cat([v.flatten() for v in values]).norm().item()
+    return 0.0 if error == 0 else error / norm if norm else math.inf
+
+
+def _z_draws(
+    problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]
+) -> tuple[Callable[[int], list[Tensor]], int]:
     def draw(count: int) -> list[Tensor]:
         vectors = [problem.signs((count, *leaf.shape), leaf) for leaf in plan.leaves]
-        u, v = plan.gradients(stacked_vjp(plan.slopes, plan.leaves, vectors)), plan.gradients(vectors)
+        u, v = plan.gradients(stacked_vjp(slopes, plan.leaves, vectors)), plan.gradients(vectors)
         return [
             torch.stack([contract(_pick(u[name], k), _pick(v[name], k), numel=p.numel()) for k in range(count)])
             for name, p in plan.layer.parameters.items()
@@ -521,7 +802,7 @@ def _pick(gradient: PerSample, index: int) -> PerSample:
 
 
 def _parameter_draws(
-    problem: _Problem, plan: _Plan, slopes: list[Tensor | None]
+    problem: Problem, plan: Plan, slopes: list[Tensor | None]
 ) -> tuple[Callable[[int], list[Tensor]], int]:
     stand_ins = problem.loan.stand_ins(plan.layer)
     kind = compute_dtype(plan.layer)

@@ -14,7 +14,7 @@ from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .fisher import FisherType, fisher_diagonal
-from .hessian import HessianMethod, hessian_diagonal
+from .hessian import HessianMethod, LayerCost, Policy, estimate_cost, hessian_diagonal
 from .layers import Layer, LayerTypes, select_layers
 from .loan import on_loan
 from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
@@ -57,6 +57,10 @@ _OUTSIDE = (
     "such as F.linear(x, layer.weight), or a derivative that the model takes of itself), which belongs to no sample "
     "that a hook can see: leave the layer out with layers=, or measure it with a one-shot call."
 )
+
+
+class NoLayerError(InvalidArgumentError):
+    """No layer of the model matches."""
 
 
 class CurvatureWarning(UserWarning):
@@ -128,7 +132,7 @@ class CurvatureProbe:
     ) -> None:
         self._layers = select_layers(model, layer_types, layers)
         if not self._layers:
-            raise InvalidArgumentError(
+            raise NoLayerError(
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
@@ -330,8 +334,11 @@ class CurvatureProbe:
         inputs: Any,
         targets: Any = None,
         *,
-        method: HessianMethod = "exact",
-        num_samples: int = 100,
+        method: HessianMethod = "auto",
+        num_samples: int | None = None,
+        rtol: float | None = None,
+        max_num_samples: int = 10_000,
+        max_hvps: int | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -341,22 +348,27 @@ class CurvatureProbe:
 
         ``"exact"`` takes, layer by layer, the cheapest way whose conditions hold (see :mod:`secorder.hessian`; the
         result's ``info`` tells which). ``"hutchinson"`` estimates without bias from random signs v on the layer's
-        output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where samples are coupled.
+        output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where samples are coupled. ``"auto"`` is
+        exact for layers that take at most ``max_hvps`` products, and an estimate for the others; ``info`` says so.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
             inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
             targets: what ``loss_fn`` takes second.
-            method: ``"exact"`` or ``"hutchinson"``.
-            num_samples: draws of ``"hutchinson"``.
+            method: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
+            num_samples: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
+            rtol: draw until a layer's ``‖standard error‖ / ‖diagonal‖`` is at most this; ``"auto"`` asks 0.05 unless
+                ``num_samples`` is given. Whether it was met is the ``converged`` of the layer's ``info``.
+            max_num_samples: draws at most, with ``rtol``.
+            max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take; 10,000 by default.
             generator: random numbers, of the draws and of the checks; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters (``"exact"`` only).
             chunk_size: Hessian-vector products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
 
         Returns:
-            layer name → 1-D tensor (weight flattened, then bias); after ``"hutchinson"`` its ``standard_error`` holds
-            the standard error of every entry.
+            layer name → 1-D tensor (weight flattened, then bias); where a layer was estimated, ``standard_error`` holds
+            the standard error of every entry (zero where it is exact).
 
         Raises:
             ProbeStateError: the probe is detached.
@@ -374,12 +386,55 @@ class CurvatureProbe:
             _callable(loss_fn),
             inputs,
             targets,
-            method=method,
-            num_samples=num_samples,
+            Policy.checked(method, num_samples, rtol, max_num_samples, max_hvps),
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
+            sample_dim=self._sample_dim,
+        )
+
+    def estimate_cost(
+        self,
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        method: HessianMethod = "auto",
+        num_samples: int | None = None,
+        rtol: float | None = None,
+        max_hvps: int | None = None,
+        chunk_size: int | None = None,
+    ) -> dict[str, LayerCost]:
+        """What :meth:`hessian_diagonal` with the same arguments would take, before it is paid.
+
+        One forward, one backward and the checks are run, no basis and no draws.
+
+        Args:
+            loss_fn: as for :meth:`hessian_diagonal`.
+            inputs: as for :meth:`hessian_diagonal`.
+            targets: as for :meth:`hessian_diagonal`.
+            method: as for :meth:`hessian_diagonal`.
+            num_samples: as for :meth:`hessian_diagonal`.
+            rtol: as for :meth:`hessian_diagonal`.
+            max_hvps: as for :meth:`hessian_diagonal`.
+            chunk_size: as for :meth:`hessian_diagonal`.
+
+        Returns:
+            layer name → :class:`~secorder.LayerCost`: the way, its products, those of the exact way, and memory.
+
+        Raises:
+            SecorderError: as :meth:`hessian_diagonal`.
+        """
+        self._attached_capture()
+        return estimate_cost(
+            self._model,
+            self._layers,
+            _callable(loss_fn),
+            inputs,
+            targets,
+            Policy.checked(method, num_samples, rtol, 1 << 62, max_hvps),
+            chunk_size=chunk_size,
             sample_dim=self._sample_dim,
         )
 
@@ -493,7 +548,7 @@ class _Accumulation:
         self.probe = probe
         self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.modules = list(probe._model.modules())
-        self.certain = independent_by_structure(probe._model)
+        self.certain = independent_by_structure(probe._model, probe._sample_dim)
         self.mode: tuple[bool, ...] = ()
         self.arguments: Any = None
 

@@ -23,7 +23,14 @@ from .rules import Layout
 from .trees import map_tensors, preferred_size, sample_dimension, sample_sizes, tensors_in
 from .zspace import ZLayer, expose_output, layout_options, rounding, scales
 
-__all__ = ["Attribution", "attribute", "independent_by_structure", "outputs_independent", "separating_masks"]
+__all__ = [
+    "Attribution",
+    "attribute",
+    "independent_by_structure",
+    "linear_by_structure",
+    "outputs_independent",
+    "separating_masks",
+]
 
 _ROWWISE: tuple[type[nn.Module], ...] = (
     nn.Sequential, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -36,8 +43,8 @@ _ROWWISE: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 
 
-def independent_by_structure(model: nn.Module) -> bool:
-    """Whether the model is a chain of torch's own layers that all treat rows of dim 0 alone."""
+def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
+    """Whether samples are in dim 0 and the model is a chain of torch's own layers that all treat its rows alone."""
 
     def rowwise(module: nn.Module) -> bool:
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
@@ -50,7 +57,30 @@ def independent_by_structure(model: nn.Module) -> bool:
             return not module.training and module.running_mean is not None
         return type(module) in _ROWWISE
 
-    return all(rowwise(module) for module in model.modules())
+    return sample_dim == 0 and all(rowwise(module) for module in model.modules())
+
+
+_PIECEWISE_LINEAR: tuple[type[nn.Module], ...] = (
+    nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+
+
+def linear_by_structure(model: nn.Module, module: nn.Module) -> bool:
+    """Whether, in a model that :func:`independent_by_structure` knows, all after a module is piecewise linear."""
+    chain = _chain(model)
+    places = [index for index, m in enumerate(chain) if m is module]
+    return len(places) == 1 and all(type(m) in _PIECEWISE_LINEAR for m in chain[places[0] + 1 :])
+
+
+def _chain(model: nn.Module) -> list[nn.Module]:
+    """The modules of nested ``nn.Sequential`` in the order in which they run."""
+    if type(model) is nn.Sequential:
+        return [m for child in model for m in _chain(child)]
+    return [model]
 
 
 def separating_masks(count: int) -> Tensor:
@@ -210,7 +240,7 @@ def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any)
 
 def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, direct: bool) -> Attribution:
     found = Attribution()
-    certain = independent_by_structure(model)
+    certain = independent_by_structure(model, dim)
     with borrow(model, None, layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:

@@ -21,6 +21,7 @@ __all__ = [
     "compute_dtype",
     "contract_pairs",
     "expose_output",
+    "known_roots",
     "layout_options",
     "loss_of_output",
     "loss_separates",
@@ -46,12 +47,14 @@ class ZLayer:
         inputs: the input tensors of each call.
         leaves: for each call the zero leaf ε that was added to its output z.
         layouts: for each call where its samples are.
+        with_graph: whether what is computed from the inputs is to be differentiable.
     """
 
     layer: Layer
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
+    with_graph: bool = False
 
     @property
     def sizes(self) -> list[int]:
@@ -67,7 +70,7 @@ class ZLayer:
         """Per-sample gradients of K stacked cotangents on the layer's calls."""
         assert self.layer.rule is not None
         kind = compute_dtype(self.layer)
-        inputs = [tuple(cast(x, kind) for x in call) for call in self.inputs]
+        inputs = [tuple(cast(x if self.with_graph else x.detach(), kind) for x in call) for call in self.inputs]
         return stacked_gradients(
             self.layer.rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts
         )
@@ -242,6 +245,33 @@ def signed_roots(gradients: Sequence[Tensor | None], points: Sequence[Tensor], c
     return Pairs(columns[keep].to(points[0].dtype), None, None if bool((sign >= 0).all()) else sign)
 
 
+def known_roots(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> Pairs | None:
+    """The roots of cross entropy's Hessian, ``√(c p_k) (e_k − p)``, or of a quadratic's, ``√c e_k``, where they fit.
+
+    A guess from the outputs alone, which holds if the product of the Hessian with a random vector is that of the guess,
+    to rounding: a loss with another Hessian, such as one that couples samples, passes with probability zero, but for
+    differences below rounding.
+    """
+    if len(points) != 1 or points[0].dim() != 2:
+        return None
+    f = points[0].detach()
+    generator = torch.Generator().manual_seed(0)
+    r = torch.randn(f.shape, generator=generator, dtype=torch.float32).to(f)
+    product = stacked_vjp(gradients, points, [r[None]])[0][0].detach()
+    p = f.softmax(1)
+    centred = p * (r - (p * r).sum(1, keepdim=True))
+    for shape in (centred, r):
+        scale = (product * shape).sum(1) / (shape * shape).sum(1).clamp(min=torch.finfo(f.dtype).tiny)
+        bound = 64 * torch.finfo(f.dtype).eps * product.abs().amax()
+        if bool((scale < 0).any()) or bool(((product - scale[:, None] * shape).abs() > bound).any()):
+            continue
+        eye = torch.eye(f.shape[1]).to(f)
+        if shape is r:
+            return Pairs(scale.sqrt()[None, :, None] * eye[:, None])
+        return Pairs((scale[:, None] * p).sqrt().T[..., None] * (eye[:, None] - p))
+    return None
+
+
 def output_hessian(
     gradients: Sequence[Tensor | None],
     points: Sequence[Tensor],
@@ -275,6 +305,7 @@ def contract_pairs(
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
+    verified: bool = False,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
@@ -290,6 +321,7 @@ def contract_pairs(
         generator: for the random factors.
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
+        verified: it is known already that rows of z are samples, by the first of a layer's layouts.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
@@ -308,20 +340,23 @@ def contract_pairs(
     def random(size: int) -> Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64).to(pairs.u)
 
-    mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
-    weights = 0.5 + random(count).abs()
-    plain = pull_back(mixture)
-    weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
-    good = []
-    for z, choices in zip(layers, options, strict=True):
-        z.layouts = next((c for c in choices if scales(z.leaves, c, plain, weighted, weights)), [])
-        if z.layouts or not z.leaves:
-            good.append(z)
+    plain: dict[int, Tensor] = {}
+    if verified:
+        for z, choices in zip(layers, options, strict=True):
+            z.layouts = choices[0] if choices else []
+    else:
+        mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
+        weights = 0.5 + random(count).abs()
+        plain = pull_back(mixture)
+        weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
+        for z, choices in zip(layers, options, strict=True):
+            z.layouts = next((c for c in choices if scales(z.leaves, c, plain, weighted, weights)), [])
+    good = [z for z in layers if z.layouts or not z.leaves]
     totals: dict[tuple[int, str], Tensor] = {}
     elements = sum(leaf.numel() for leaf in leaves)
     for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
         here = slice(ids.start, ids.stop)
-        u = plain if len(pairs.u) == 1 else pull_back(pairs.u[here])
+        u = plain if plain and len(pairs.u) == 1 else pull_back(pairs.u[here])
         v = None if pairs.v is None else pull_back(pairs.v[here])
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])

@@ -46,7 +46,8 @@ def test_hutchinson_is_within_its_standard_error(case: str) -> None:
         error = found.standard_error[name]
         assert error.shape == value.shape
         scores = ((value - exact[name]) / error.clamp_min(1e-12))[error > 1e-12]
-        assert 0.5 < scores.square().mean().sqrt() < 1.6
+        assert len(scores) or found.info[name].way.startswith("columns")  # no error: exact in every draw
+        assert not len(scores) or 0.5 < scores.square().mean().sqrt() < 1.6
         # Entries that every draw gives exactly have no error to report.
         assert torch.allclose(value[error <= 1e-12], exact[name][error <= 1e-12], atol=1e-12)
 

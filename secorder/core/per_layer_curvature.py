@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from ..diagonals import Diagonals
 from ..fisher import FisherType
 from ..hessian import HessianMethod
-from ..layers import LayerTypes, select_layers
-from ..probe import CurvatureProbe
+from ..layers import LayerTypes
+from ..probe import CurvatureProbe, NoLayerError
 from ..stats import get_layer_curvature_stats
 
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
@@ -25,7 +25,10 @@ def per_layer_hessian_diagonal(
     create_graph: bool = False,
     *,
     method: HessianMethod = "exact",
-    num_samples: int = 100,
+    num_samples: int | None = None,
+    rtol: float | None = None,
+    max_num_samples: int = 10_000,
+    max_hvps: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
@@ -40,8 +43,11 @@ def per_layer_hessian_diagonal(
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
-        method: ``"exact"``, or ``"hutchinson"`` for an unbiased estimate.
-        num_samples: draws of ``"hutchinson"``.
+        method: ``"exact"``; ``"hutchinson"`` for an unbiased estimate; ``"auto"`` for exact where that is affordable.
+        num_samples: draws of an estimate.
+        rtol: relative error that an estimate is drawn down to.
+        max_num_samples: draws at most, with ``rtol``.
+        max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
         generator: random numbers of the draws and checks.
         chunk_size: Hessian-vector products batched at most.
         progress: show a progress bar.
@@ -63,15 +69,20 @@ def per_layer_hessian_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in hessian.items()}
         {'0': (220,), '2': (21,)}
     """
-    if not select_layers(model, layer_types):
+    try:
+        probe = CurvatureProbe(model, layer_types, sample_dim=sample_dim)
+    except NoLayerError:
         return Diagonals([], {}, {})
-    with CurvatureProbe(model, layer_types, sample_dim=sample_dim) as probe:
+    with probe:
         return probe.hessian_diagonal(
             loss_fn,
             inputs,
             targets,
             method=method,
             num_samples=num_samples,
+            rtol=rtol,
+            max_num_samples=max_num_samples,
+            max_hvps=max_hvps,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
@@ -125,9 +136,11 @@ def per_layer_fisher_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in fisher.items()}
         {'0': (55,), '2': (18,)}
     """
-    if not select_layers(model, layer_types):
+    try:
+        probe = CurvatureProbe(model, layer_types, sample_dim=sample_dim)
+    except NoLayerError:
         return Diagonals([], {}, {})
-    with CurvatureProbe(model, layer_types, sample_dim=sample_dim) as probe:
+    with probe:
         return probe.fisher_diagonal(
             loss_fn,
             inputs,
