@@ -22,6 +22,7 @@ from .hessian import LayerCost
 from .probe import CurvatureProbe, CurvatureWarning
 from .recorder import CurvatureRecorder
 from .report import Report, report
+from .spectrum import Eigenvalues, Trace
 
 __all__ = [
     "AttributionError",
@@ -32,6 +33,7 @@ __all__ = [
     "Diagnosis",
     "Diagonals",
     "DoubleBackwardError",
+    "Eigenvalues",
     "Finding",
     "InvalidArgumentError",
     "InvalidTypeError",
@@ -42,6 +44,7 @@ __all__ = [
     "Report",
     "RuleError",
     "SecorderError",
+    "Trace",
     "diagnose",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",

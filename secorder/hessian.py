@@ -56,7 +56,22 @@ from .zspace import (
     zeros,
 )
 
-__all__ = ["HessianMethod", "LayerCost", "Plan", "Policy", "Problem", "estimate_cost", "hessian_diagonal"]
+__all__ = [
+    "HessianMethod",
+    "LayerCost",
+    "Plan",
+    "Policy",
+    "Problem",
+    "average",
+    "choose_ways",
+    "estimate_cost",
+    "hessian_diagonal",
+    "in_parameter_space",
+    "on_problem",
+    "parameter_draws",
+    "ruled",
+    "z_draws",
+]
 
 HessianMethod = Literal["auto", "exact", "hutchinson"]
 
@@ -327,6 +342,10 @@ class Plan(ZLayer):
     num_samples: int = 0
     converged: bool = True
 
+    def layer_like(self, dtype: torch.dtype) -> Tensor:
+        """An empty tensor of a dtype on the layer's device."""
+        return next(iter(self.layer.parameters.values())).detach().new_empty(0, dtype=dtype)
+
     def exact_hvps(self) -> int:
         """Hessian-vector products of the cheapest exact way that the checks allow."""
         if self.way in ("unused", "columns"):
@@ -582,7 +601,7 @@ def _in_parameters(problem: Problem, plans: list[Plan], policy: Policy) -> None:
             if plan.way == "parameter-basis":
                 return _parameter_basis(problem, plan, slopes, advance)
             if plan.way == "parameter-draws":
-                draw, size = _parameter_draws(problem, plan, slopes)
+                draw, size = parameter_draws(problem, plan, slopes)
                 means, plan.errors = average(plan, policy, advance, draw, size)
                 return means
             return []
@@ -714,10 +733,10 @@ _PILOT = 4
 
 def _draw_in_z(problem: Problem, plan: Plan, policy: Policy, advance: Callable[[int], None]) -> None:
     """Independent signs on every sample's z; on the residual alone where columns gave the rest and that pays."""
-    draw, size = _z_draws(problem, plan, plan.slopes)
+    draw, size = z_draws(problem, plan, plan.slopes)
     exact = plan.values  # the generalised Gauss-Newton part, or nothing
     if exact and policy.num_samples > 2 * _PILOT:
-        draw_rest, _ = _z_draws(problem, plan, plan.residual)
+        draw_rest, _ = z_draws(problem, plan, plan.residual)
         whole, rest = draw(_PILOT), draw_rest(_PILOT)
         plan.num_hvps += 2 * _PILOT
         if sum(v.var(0).sum() for v in rest) < sum(v.var(0).sum() for v in whole):
@@ -735,6 +754,7 @@ def average(
     draw: Callable[[int], list[Tensor]],
     size: int,
     offset: Sequence[Tensor] = (),
+    like: Sequence[Tensor] = (),
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Mean of draws and its standard error, by parameter (Welford's update), until the policy is content.
 
@@ -745,9 +765,11 @@ def average(
         draw: ``draw(k)`` gives k draws of each parameter's values.
         size: draws at a time.
         offset: what is known exactly and added to the mean.
+        like: zeros of the shapes of one draw; by default those of the layer's parameters.
     """
-    known = list(offset) or [torch.zeros_like(z) for z in zeros(plan.layer)]
-    means, squares, seen = zeros(plan.layer), zeros(plan.layer), 0
+    means = [z.clone() for z in like or zeros(plan.layer)]
+    squares, seen = [z.clone() for z in means], 0
+    known = list(offset) or [z.clone() for z in means]
     errors: list[Tensor] = []
     wanted = policy.num_samples
     while True:
@@ -782,9 +804,7 @@ def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
     return 0.0 if error == 0 else error / norm if norm else math.inf
 
 
-def _z_draws(
-    problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]
-) -> tuple[Callable[[int], list[Tensor]], int]:
+def z_draws(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> tuple[Callable[[int], list[Tensor]], int]:
     def draw(count: int) -> list[Tensor]:
         vectors = [problem.signs((count, *leaf.shape), leaf) for leaf in plan.leaves]
         u, v = plan.gradients(stacked_vjp(slopes, plan.leaves, vectors)), plan.gradients(vectors)
@@ -801,7 +821,7 @@ def _pick(gradient: PerSample, index: int) -> PerSample:
     return Outer(gradient.a, gradient.g[index]) if isinstance(gradient, Outer) else gradient[index]
 
 
-def _parameter_draws(
+def parameter_draws(
     problem: Problem, plan: Plan, slopes: list[Tensor | None]
 ) -> tuple[Callable[[int], list[Tensor]], int]:
     stand_ins = problem.loan.stand_ins(plan.layer)

@@ -14,11 +14,12 @@ from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .fisher import FisherType, fisher_diagonal
-from .hessian import HessianMethod, LayerCost, Policy, estimate_cost, hessian_diagonal
+from .hessian import HessianMethod, LayerCost, Policy, estimate_cost, hessian_diagonal, on_problem
 from .layers import Layer, LayerTypes, select_layers
 from .loan import on_loan
 from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
 from .samples import Attribution, attribute, independent_by_structure
+from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
 from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, rounding, zeros
@@ -391,6 +392,103 @@ class CurvatureProbe:
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
+            sample_dim=self._sample_dim,
+        )
+
+    def hessian_trace(
+        self,
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        num_samples: int | None = None,
+        rtol: float | None = None,
+        max_num_samples: int = 10_000,
+        generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+    ) -> dict[str, Trace]:
+        """The trace ``tr ∂²L/∂θ²`` of each layer's Hessian block, with its standard error.
+
+        From random signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or exactly where the model is
+        piecewise linear after the layer and has fewer outputs than draws; on the parameters where samples are coupled.
+
+        Args:
+            loss_fn: as for :meth:`hessian_diagonal`.
+            inputs: as for :meth:`hessian_diagonal`.
+            targets: as for :meth:`hessian_diagonal`.
+            num_samples: draws, 100 by default; with ``rtol`` the least number, 16 by default.
+            rtol: draw until a layer's standard error relative to its trace is at most this.
+            max_num_samples: draws at most, with ``rtol``.
+            generator: random numbers.
+            chunk_size: products batched at most.
+
+        Returns:
+            layer name → :class:`~secorder.Trace`.
+
+        Raises:
+            SecorderError: as :meth:`hessian_diagonal`.
+
+        Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
+        Sutskever, Swersky (2012).
+        """
+        self._attached_capture()
+        policy = Policy.checked("hutchinson", num_samples, rtol, max_num_samples, None)
+        return on_problem(
+            lambda problem: layer_traces(problem, policy),
+            self._model,
+            self._layers,
+            _callable(loss_fn),
+            inputs,
+            targets,
+            generator=generator,
+            chunk_size=chunk_size,
+            sample_dim=self._sample_dim,
+        )
+
+    def hessian_eigenvalues(
+        self,
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any = None,
+        *,
+        count: int = 1,
+        tolerance: float = 1e-3,
+        max_iterations: int = 200,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Eigenvalues]:
+        """The largest and smallest eigenvalues of each layer's Hessian block ``∂²L/∂θ²``, by Lanczos iteration.
+
+        Args:
+            loss_fn: as for :meth:`hessian_diagonal`.
+            inputs: as for :meth:`hessian_diagonal`.
+            targets: as for :meth:`hessian_diagonal`.
+            count: how many at each end.
+            tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus.
+            max_iterations: Hessian-vector products of a layer at most.
+            generator: random numbers of the start.
+
+        Returns:
+            layer name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met.
+
+        Raises:
+            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.
+
+        Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+        """
+        self._attached_capture()
+        if count < 1 or max_iterations < 1:
+            raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
+        policy = Policy.checked("hutchinson", None, None, 100, None)
+        return on_problem(
+            lambda problem: layer_eigenvalues(
+                problem, policy, count=count, tolerance=tolerance, max_iterations=max_iterations
+            ),
+            self._model,
+            self._layers,
+            _callable(loss_fn),
+            inputs,
+            targets,
+            generator=generator,
             sample_dim=self._sample_dim,
         )
 
