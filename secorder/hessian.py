@@ -77,6 +77,8 @@ HessianMethod = Literal["auto", "exact", "hutchinson"]
 
 #: Where ``method="auto"`` goes over from exact to estimated: Hessian-vector products of one layer.
 MAX_HVPS = 10_000
+#: And such products times the numbers that one of them passes through (activations and outputs): some ten seconds.
+MAX_WORK = 1_000_000_000
 #: The relative error that ``method="auto"`` asks of its estimates.
 AUTO_RTOL = 0.05
 
@@ -91,6 +93,7 @@ class Policy:
         rtol: draw until a layer's relative error ``‖standard error‖ / ‖diagonal‖`` is at most this.
         max_num_samples: draws at most.
         max_hvps: Hessian-vector products that an exact way may take for one layer.
+        max_work: such products times the numbers that each passes through.
     """
 
     method: HessianMethod
@@ -98,6 +101,7 @@ class Policy:
     rtol: float | None
     max_num_samples: int
     max_hvps: int | None
+    max_work: float = math.inf
 
     @classmethod
     def checked(
@@ -124,19 +128,23 @@ class Policy:
                 f'max_hvps={max_hvps!r} must be at least 0, and goes with method="auto", which estimates the layers '
                 "that would take more."
             )
+        max_work = math.inf
+        if method == "auto" and max_hvps is None:
+            max_hvps, max_work = MAX_HVPS, MAX_WORK
         if method == "auto":
-            max_hvps = MAX_HVPS if max_hvps is None else max_hvps
             rtol = AUTO_RTOL if rtol is None and num_samples is None else rtol
         draws = num_samples or (16 if rtol is not None else 100)
         if max_num_samples < draws:
             raise InvalidArgumentError(
                 f"max_num_samples must be at least num_samples ({draws}), got {max_num_samples}."
             )
-        return cls(method, draws, rtol, max_num_samples, max_hvps)
+        return cls(method, draws, rtol, max_num_samples, max_hvps, max_work)
 
-    def affords(self, num_hvps: int) -> bool:
-        """Whether an exact way of so many Hessian-vector products may be taken."""
-        return self.method == "exact" or (self.max_hvps is not None and num_hvps <= self.max_hvps)
+    def affords(self, num_hvps: int, elements: int) -> bool:
+        """Whether an exact way may be taken: so many products, each through so many numbers."""
+        if self.method == "exact":
+            return True
+        return self.max_hvps is not None and num_hvps <= self.max_hvps and num_hvps * elements <= self.max_work
 
 
 def hessian_diagonal(
@@ -247,7 +255,7 @@ def _cost(problem: "Problem", plan: "Plan", policy: Policy) -> LayerCost:
         "z-basis": sum(plan.sizes) if plan.layouts else 0,
         "parameter-basis": plan.numel,
     }.get(plan.way, policy.num_samples)
-    elements = 2 * sum(leaf.numel() for leaf in plan.leaves) if plan.leaves else plan.numel
+    elements = _in_z_elements(problem, plan) if plan.leaves else _on_parameters_elements(problem, plan)
     like = next(iter(plan.layer.parameters.values()))
     batch = min(max(products, 1), default_chunk_size(elements, like, problem.chunk_size))
     return LayerCost(plan.way, products, plan.exact_hvps(), 4 * batch * elements * like.element_size())
@@ -303,6 +311,8 @@ class Problem:
     chunk_size: int | None
     progress: bool
     certain: bool  # samples are independent by the model's structure
+    passed: int = 0  # numbers that a product passes through: recorded activations and outputs
+    outputs: int = 0  # the outputs among them
 
     def loss(self) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same random state each time."""
@@ -376,6 +386,8 @@ def choose_ways(
     if not loss.requires_grad:
         require_dependence(problem.loan.model, problem.loss_fn, problem.inputs, problem.targets)
     known = _linear_by_structure(problem, plans) if columns else []
+    problem.outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    problem.passed = problem.outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
     second_order = len(known) < len(plans)
     candidates = _attach(problem, plans, recording, loss, create_graph=second_order)
     if columns and candidates:
@@ -392,7 +404,7 @@ def choose_ways(
         if plan.way in ("unused", "columns"):
             continue
         by_z = plan in in_z and plan.checks["samples_independent"]
-        if policy.affords(plan.exact_hvps()):
+        if policy.affords(plan.exact_hvps(), problem.passed):
             plan.way = "z-basis" if by_z and sum(plan.sizes) <= plan.numel else "parameter-basis"
         else:
             plan.way = "z-draws" if by_z else "parameter-draws"
@@ -497,7 +509,7 @@ def _columns(
     def worth_it(candidates: list[Plan]) -> bool:  # against the products of the layers' own bases, or draws
         bases = sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
         return outputs <= (policy.num_samples if policy.method == "hutchinson" else bases) and (
-            policy.method != "auto" or policy.affords(outputs)
+            policy.method != "auto" or policy.affords(outputs, sum(f.numel() for f in heads))
         )
 
     if not worth_it(plans):
@@ -612,8 +624,7 @@ def _in_parameters(problem: Problem, plans: list[Plan], policy: Policy) -> None:
 def _z_basis(problem: Problem, plan: Plan, advance: Callable[[int], None], create_graph: bool = False) -> list[Tensor]:
     """The diagonal with v over the basis of one sample's outputs, all samples at once, call by call."""
     totals: list[Tensor] = zeros(plan.layer)
-    elements = sum(leaf.numel() for leaf in plan.leaves)
-    size = default_chunk_size(2 * elements, plan.leaves[0], problem.chunk_size)
+    size = default_chunk_size(_in_z_elements(problem, plan), plan.leaves[0], problem.chunk_size)
     for call, basis_size in enumerate(plan.sizes):
         for ids in chunks(basis_size, size):
             vectors = [leaf.new_zeros(()).expand(len(ids), *leaf.shape) for leaf in plan.leaves]
@@ -672,7 +683,7 @@ def _parameter_basis(
         advance(plan.numel)
         return zeros(plan.layer)
     sizes = [s.numel() for s in stand_ins]
-    elements = 4 * (plan.numel + sum(t.numel() for t in tensors_in(problem.inputs)))
+    elements = _on_parameters_elements(problem, plan)
     diagonal = []
     for ids in chunks(plan.numel, default_chunk_size(elements, stand_ins[0], problem.chunk_size)):
         flat = stand_ins[0].new_zeros(len(ids), plan.numel)
@@ -813,7 +824,7 @@ def z_draws(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> tu
             for name, p in plan.layer.parameters.items()
         ]
 
-    elements = 2 * sum(leaf.numel() for leaf in plan.leaves) + plan.numel
+    elements = _in_z_elements(problem, plan) + plan.numel
     return draw, default_chunk_size(elements, plan.leaves[0], problem.chunk_size)
 
 
@@ -832,5 +843,5 @@ def parameter_draws(
         products = stacked_vjp(slopes, stand_ins, vectors)
         return [(u * v).reshape(count, -1).to(kind) for u, v in zip(products, vectors, strict=True)]
 
-    elements = 4 * (plan.numel + sum(t.numel() for t in tensors_in(problem.inputs)))
+    elements = _on_parameters_elements(problem, plan)
     return draw, default_chunk_size(elements, stand_ins[0], problem.chunk_size)

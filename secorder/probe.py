@@ -361,7 +361,8 @@ class CurvatureProbe:
             rtol: draw until a layer's ``‖standard error‖ / ‖diagonal‖`` is at most this; ``"auto"`` asks 0.05 unless
                 ``num_samples`` is given. Whether it was met is the ``converged`` of the layer's ``info``.
             max_num_samples: draws at most, with ``rtol``.
-            max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take; 10,000 by default.
+            max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take; by default 10,000, and as
+                many as take some ten seconds.
             generator: random numbers, of the draws and of the checks; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters (``"exact"`` only).
             chunk_size: Hessian-vector products batched at most; by default as many as fit 256 MB.
@@ -468,7 +469,8 @@ class CurvatureProbe:
             generator: random numbers of the start.
 
         Returns:
-            layer name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met.
+            layer name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met. An eigenvalue of
+            higher multiplicity is told once.
 
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.

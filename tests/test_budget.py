@@ -154,8 +154,11 @@ def test_trace_against_dense_blocks(name: str) -> None:
         else:
             assert abs(trace.value - true) < 4 * trace.standard_error + 1e-9
             assert trace.standard_error < 0.5 * abs(true) + 0.1
-    close = probe.hessian_trace(F.cross_entropy, inputs, targets, rtol=0.02, generator=seeded())
-    assert all(t.converged for t in close.values())
+    close = probe.hessian_trace(F.cross_entropy, inputs, targets, rtol=0.2, max_num_samples=5_000)
+    for layer, trace in close.items():
+        assert trace.converged == (trace.standard_error <= 0.2 * abs(trace.value))
+        assert trace.converged or trace.num_samples == 5_000  # a trace of about zero has no relative error
+        assert abs(trace.value - dense[layer].trace().item()) < 5 * trace.standard_error + 1e-9
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -171,8 +174,11 @@ def test_eigenvalues_against_dense_blocks(name: str, count: int) -> None:
     for layer, values in found.items():
         true = torch.linalg.eigvalsh(dense[layer])
         assert values.converged
-        assert values.top == pytest.approx(true[-count:].flip(0).tolist(), rel=1e-7, abs=1e-9)
-        assert values.bottom == pytest.approx(true[:count].tolist(), rel=1e-7, abs=1e-9)
+        assert len(values.top) == len(values.bottom) == count
+        # A Krylov space holds a multiple eigenvalue (zero, here) once.
+        distinct = true[torch.cat([torch.tensor([True]), true.diff() > 1e-9])]
+        assert values.top == pytest.approx(distinct[-count:].flip(0).tolist(), rel=1e-7, abs=1e-9)
+        assert values.bottom == pytest.approx(distinct[:count].tolist(), rel=1e-7, abs=1e-9)
 
 
 def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
