@@ -621,6 +621,15 @@ def _in_parameters(problem: Problem, plans: list[Plan], policy: Policy) -> None:
         in_parameter_space(problem, rest, work)
 
 
+def _in_z_elements(problem: Problem, plan: Plan) -> int:
+    """Numbers that one product keeps at a time, about: what chunks are sized by."""
+    return max(2 * sum(leaf.numel() for leaf in plan.leaves), problem.outputs)
+
+
+def _on_parameters_elements(problem: Problem, plan: Plan) -> int:
+    return max(4 * (plan.numel + sum(t.numel() for t in tensors_in(problem.inputs))), problem.passed)
+
+
 def _z_basis(problem: Problem, plan: Plan, advance: Callable[[int], None], create_graph: bool = False) -> list[Tensor]:
     """The diagonal with v over the basis of one sample's outputs, all samples at once, call by call."""
     totals: list[Tensor] = zeros(plan.layer)
