@@ -1,186 +1,275 @@
-"""``python -m tests.benchmarks``: cost of the passive Fisher and of the exact Hessian, side by side with peers.
+"""``python -m tests.benchmarks``: the same work by secorder and its peers, side by side in one run.
 
-Every figure is a median over runs in which the contestants alternate, and the ratios are of those medians: absolute
-times drift on shared machines. BackPACK takes part where it is installed (``pip install --no-deps
-backpack-for-pytorch``, with einops and unfoldNd).
+Every figure is a median over runs in which the contestants alternate, and ratios are of those medians: absolute times
+drift on shared machines. The peers:
+
+    pip install -e '.[bench]'
+    pip install --no-deps backpack-for-pytorch unfoldNd pyhessian nngeometry opacus
+    pip install --no-deps --target /tmp/torch-secorder torch-secorder && export TORCH_SECORDER=/tmp/torch-secorder
+
+The last goes into a folder of its own, since our alias bears its import name.
 """
 
 import argparse
 import copy
-import importlib.util
-import itertools
-import statistics
-import time
+import datetime
+import json
+import platform
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
-from secorder import CurvatureProbe, per_layer_hessian_diagonal
+from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
-HAS_BACKPACK = importlib.util.find_spec("backpack") is not None
+from . import peers
+from .timing import Results, alternate
+from .workloads import WORKLOADS, Workload
 
-
-def mlp(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
-    """Linear layers of the given widths with an activation between them."""
-    layers: list[nn.Module] = []
-    for fan_in, fan_out in itertools.pairwise(widths):
-        layers += [nn.Linear(fan_in, fan_out), activation()]
-    return nn.Sequential(*layers[:-1])
-
-
-def cnn() -> nn.Sequential:
-    """Three convolutions on 3×32×32 images."""
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(1024, 10),
-    )
+OPTIMIZERS: dict[str, peers.Optimizer] = {
+    "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
+    "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
+}
+Contestants = dict[str, Callable[[], object]]
 
 
-def alternate(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each contestant, all of them run in turn ``repeats`` times after two rounds of warming up."""
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 2):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+def entered(contestants: Contestants, name: str, make: Callable[[], Callable[[], object]]) -> str | None:
+    """Enter a peer, or say why it does not take part."""
+    try:
+        contestants[name] = make()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
-def show(console: Console, title: str, times: dict[str, float], errors: dict[str, float] | None = None) -> None:
-    """Print medians and their ratio to the first contestant."""
-    table = Table(title=title, title_justify="left")
-    for column, justify in (("contestant", "left"), ("median", "right"), ("ratio", "right"), ("rel. error", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    first = next(iter(times.values()))
-    for name, seconds in times.items():
-        error = f"{errors[name]:.1e}" if errors and name in errors else ""
-        table.add_row(name, f"{seconds * 1e3:.1f} ms", f"{seconds / first:.2f}×", error)
-    console.print(table)
-
-
-Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-
-def training_step(
-    model: nn.Module, inputs: torch.Tensor, targets: torch.Tensor, make_optimizer: Optimizer
-) -> Callable[[], None]:
+def training_step(work: Workload, model: nn.Module, make_optimizer: peers.Optimizer) -> Callable[[], None]:
     """A step of ordinary training."""
-    optimizer = make_optimizer(model.parameters())
+    optimizer = make_optimizer(list(model.parameters()))
 
     def step() -> None:
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs), targets).backward()
+        work.loss_fn(model(work.inputs), work.targets).backward()
         optimizer.step()
 
     return step
 
 
-def passive_fisher(
-    console: Console, title: str, model: nn.Module, inputs: torch.Tensor, repeats: int, make_optimizer: Optimizer
-) -> None:
+def passive_fisher(results: Results, key: str, repeats: int) -> None:
     """A bare training step against one with a probe attached, and BackPACK's squared per-sample gradients."""
-    targets = torch.randint(10, (len(inputs),))
-    probed, sparse = copy.deepcopy(model), copy.deepcopy(model)
-    contestants = {
-        "bare step": training_step(copy.deepcopy(model), inputs, targets, make_optimizer),
-        "with a probe": training_step(probed, inputs, targets, make_optimizer),
+    work = WORKLOADS[key]()
+    for optimizer, make in OPTIMIZERS.items():
+        probed, tenth = copy.deepcopy(work.model), copy.deepcopy(work.model)
+        sparse = training_step(work, tenth, make)
+        contestants: Contestants = {
+            "bare step": training_step(work, copy.deepcopy(work.model), make),
+            "secorder": training_step(work, probed, make),
+            "secorder, every=10": lambda sparse=sparse: [sparse() for _ in range(10)],
+        }
+        refused = {}
+        reason = entered(contestants, "BackPACK SumGradSquared", lambda m=make: peers.backpack_step(work, m))
+        if reason:
+            refused["BackPACK SumGradSquared"] = reason
+        probes = [CurvatureProbe(probed), CurvatureProbe(tenth, every=10)]
+        times = alternate(contestants, repeats)
+        times["secorder, every=10"] /= 10
+        results.show(f"Passive Fisher per training step, {optimizer}", work.name, times, refused=refused)
+        for probe in probes:
+            probe.detach()
+
+
+def compared(
+    results: Results,
+    title: str,
+    work: Workload,
+    ours: Callable[[], Tensor],
+    exact: Tensor | None,
+    others: dict,
+    repeats: int,
+) -> None:
+    """Our way against those of the peers, with errors against float64."""
+    contestants: Contestants = {"secorder": ours}
+    refused = {}
+    for name, make in others.items():
+        reason = entered(contestants, name, lambda make=make: make(work))
+        if reason:
+            refused[name] = reason
+    errors = {}
+    for name, run in list(contestants.items()):
+        try:
+            found = run()
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+            del contestants[name]
+            continue
+        if exact is not None and isinstance(found, Tensor) and found.numel() == exact.numel():
+            errors[name] = ((found.double() - exact).norm() / exact.norm()).item()
+    results.show(title, work.name, alternate(contestants, repeats, warm_up=1), errors, refused)
+
+
+def flat(diagonals: dict[str, Tensor]) -> Tensor:
+    """All layers in one vector."""
+    return torch.cat(list(diagonals.values()))
+
+
+def double(work: Workload) -> tuple[nn.Module, Tensor]:
+    """The workload in float64."""
+    return copy.deepcopy(work.model).double(), work.inputs.double()
+
+
+def one_shot_fisher(results: Results, key: str, repeats: int) -> None:
+    """Empirical, Monte Carlo and type-2 Fisher of one batch."""
+    work = WORKLOADS[key]()
+    model, inputs = double(work)
+    kinds: dict[str, dict] = {
+        "empirical": {
+            "BackPACK SumGradSquared": peers.backpack_fisher,
+            "torch.func vmap(grad)": peers.func_fisher,
+            "opacus": peers.opacus_fisher,
+        },
+        "mc": {"BackPACK DiagGGNMC": peers.backpack_mc},
+        "type-2": {"BackPACK DiagGGNExact": peers.backpack_type_2, "nngeometry FIM": peers.nngeometry_fisher},
     }
-    probes = [CurvatureProbe(probed), CurvatureProbe(sparse, every=10)]
-    tenth = training_step(sparse, inputs, targets, make_optimizer)
-    contestants["with a probe, every=10 (10 steps)"] = lambda: [tenth() for _ in range(10)]
-    if HAS_BACKPACK:
-        from backpack import backpack, extend, extensions
-
-        extended, loss_fn = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
-        optimizer = make_optimizer(extended.parameters())
-
-        def step() -> None:
-            optimizer.zero_grad()
-            with backpack(extensions.SumGradSquared()):
-                loss_fn(extended(inputs), targets).backward()
-            optimizer.step()
-
-        contestants["BackPACK SumGradSquared"] = step
-    times = alternate(contestants, repeats)
-    times["with a probe, every=10"] = times.pop("with a probe, every=10 (10 steps)") / 10
-    show(console, f"Passive Fisher per training step: {title}", times)
-    for probe in probes:
-        probe.detach()
+    for kind, others in kinds.items():
+        exact = None
+        if kind != "mc":
+            exact = flat(per_layer_fisher_diagonal(model, work.loss_fn, inputs, work.targets, "all", fisher_type=kind))
+        compared(
+            results,
+            f"One-shot Fisher, {kind}",
+            work,
+            lambda kind=kind: flat(
+                per_layer_fisher_diagonal(work.model, work.loss_fn, work.inputs, work.targets, "all", fisher_type=kind)
+            ),
+            exact,
+            others,
+            repeats,
+        )
 
 
-def exact_hessian(console: Console, title: str, model: nn.Module, inputs: torch.Tensor, repeats: int) -> None:
-    """The exact Hessian diagonal of all layers, against BackPACK's DiagHessian, with the error in float32."""
-    targets = torch.randint(10, (len(inputs),))
-    double = copy.deepcopy(model).double()
-    exact = per_layer_hessian_diagonal(double, nn.functional.cross_entropy, inputs.double(), targets)
-    reference = torch.cat(list(exact.values()))
+def exact_hessian(results: Results, key: str, repeats: int) -> None:
+    """The exact Hessian diagonal of all layers."""
+    work = WORKLOADS[key]()
+    model, inputs = double(work)
+    exact = flat(per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all"))
+    compared(
+        results,
+        "Exact Hessian diagonal",
+        work,
+        lambda: flat(per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets, "all")),
+        exact,
+        {"BackPACK DiagHessian": peers.backpack_hessian},
+        repeats,
+    )
 
-    def error(found: torch.Tensor) -> float:
-        return ((found.double() - reference).norm() / reference.norm()).item()
 
-    def ours() -> torch.Tensor:
-        return torch.cat(list(per_layer_hessian_diagonal(model, nn.functional.cross_entropy, inputs, targets).values()))
+def hessian_against_type_2(results: Results, key: str, repeats: int) -> None:
+    """The exact Hessian against the type-2 Fisher, whose vjps it cannot do without."""
+    work = WORKLOADS[key]()
+    batch = (work.model, work.loss_fn, work.inputs, work.targets)
+    contestants: Contestants = {
+        "type-2 Fisher": lambda: per_layer_fisher_diagonal(*batch, fisher_type="type-2"),
+        "exact Hessian": lambda: per_layer_hessian_diagonal(*batch),
+    }
+    results.show("Exact Hessian against type-2 Fisher", work.name, alternate(contestants, repeats, warm_up=1))
 
-    contestants: dict[str, Callable[[], object]] = {"secorder": ours}
-    errors = {"secorder": error(ours())}
-    if HAS_BACKPACK:
-        from backpack import backpack, extend, extensions
 
-        extended, loss_fn = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
+def stochastic_hessian(results: Results, key: str, repeats: int) -> None:
+    """Estimates at about equal time: secorder's 100 draws set the clock."""
+    work = WORKLOADS[key]()
+    model, inputs = double(work)
+    exact = {
+        name: d for name, d in per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all").items()
+    }
+    sizes = [d.numel() for d in exact.values()]
 
-        def theirs() -> torch.Tensor:
-            with backpack(extensions.DiagHessian()):
-                loss_fn(extended(inputs), targets).backward()
-            return torch.cat([p.diag_h.flatten() for p in extended.parameters()])
+    def ours() -> Tensor:
+        return flat(
+            per_layer_hessian_diagonal(
+                work.model, work.loss_fn, work.inputs, work.targets, "all", method="hutchinson", num_samples=100
+            )
+        )
 
-        contestants["BackPACK DiagHessian"] = theirs
-        errors["BackPACK DiagHessian"] = error(theirs())
-    show(console, f"Exact Hessian diagonal: {title}", alternate(contestants, repeats), errors)
+    clock = alternate({"secorder": ours}, 1, warm_up=1)["secorder"]
+    contestants: Contestants = {"secorder, 100 draws": ours}
+    refused = {}
+    for name, make in {
+        "curvlinops hutchinson_diag": peers.curvlinops_hutchinson,
+        "PyHessian products": peers.pyhessian_hutchinson,
+    }.items():
+        try:
+            one = alternate({"": make(work, 4)}, 1, warm_up=1)[""] / 4
+            draws = max(1, round(clock / one))
+            contestants[f"{name}, {draws} draws"] = make(work, draws)
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+
+    def median_error(found: Tensor) -> float:
+        """Median over layers of the relative error."""
+        parts = zip(found.double().split(sizes), exact.values(), strict=True)
+        return torch.stack([(f - e).norm() / e.norm() for f, e in parts]).median().item()
+
+    errors = {name: median_error(run()) for name, run in contestants.items()}
+    times = alternate(contestants, max(1, repeats // 3), warm_up=0)
+    results.show("Stochastic Hessian (error: median over layers)", work.name, times, errors, refused)
+
+
+def against_torch_secorder(results: Results) -> None:
+    """Its exact Hessian takes one backward a parameter element: a small MLP, and the full one by extrapolation."""
+    torch.manual_seed(0)
+    from .workloads import mlp
+
+    model = mlp(64, 32, 10, activation=nn.Tanh)
+    work = Workload("tanh MLP 64-32-10, N=128", model, torch.randn(128, 64), torch.randint(10, (128,)), True)
+    compared(
+        results,
+        "Exact Hessian diagonal",
+        work,
+        lambda: flat(per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets)),
+        None,
+        {"torch-secorder (grows with the parameters)": peers.torch_secorder_hessian},
+        1,
+    )
 
 
 def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description="Cost of curvature, as ratios in one run.")
-    parser.add_argument("--repeats", type=int, default=15)
-    repeats = parser.parse_args().repeats
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
-    torch.manual_seed(0)
-    console = Console()
-    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, medians of {repeats} runs")
-    images = torch.randn(128, 784)
-    optimizers: dict[str, Optimizer] = {
-        "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
-        "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
-    }
-    for name, make in optimizers.items():
-        network = mlp(784, 512, 512, 10, activation=nn.ReLU)
-        passive_fisher(console, f"ReLU MLP 784-512-512-10, N=128, {name}", network, images, 4 * repeats, make)
-    for name, make in optimizers.items():
-        batch = torch.randn(64, 3, 32, 32)
-        passive_fisher(console, f"three-convolution CNN, 3×32×32, N=64, {name}", cnn(), batch, repeats, make)
-    for activation in (nn.Tanh, nn.ReLU):
-        exact_hessian(
-            console,
-            f"{activation.__name__} MLP 784-256-256-10, N=128",
-            mlp(784, 256, 256, 10, activation=activation),
-            images,
-            repeats,
-        )
+    """Print the tables, and write them as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--only", choices=("passive", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    only, repeats = options.only or ("passive", "fisher", "exact", "stochastic"), options.repeats
+    warnings.filterwarnings("ignore")
+    results = Results(Console(width=110))
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    heading = f"{datetime.date.today()}, torch {torch.__version__}, {machine}, medians of {repeats} runs"
+    results.console.print(heading)
+
+    def chosen(*keys: str) -> list[str]:
+        return [key for key in keys if not options.workloads or key in options.workloads]
+
+    if "passive" in only:
+        for key in chosen("mlp-wide", "mlp-relu", "cnn", "resnet18"):
+            passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
+    if "fisher" in only:
+        for key in chosen("mlp-relu", "cnn", "transformer", "lstm"):
+            one_shot_fisher(results, key, repeats)
+    if "exact" in only:
+        for key in chosen("mlp-small", "mlp-tanh", "mlp-relu", "cnn"):
+            exact_hessian(results, key, repeats)
+        for key in chosen("resnet18"):
+            hessian_against_type_2(results, key, max(1, repeats // 4))
+        if not options.workloads:
+            against_torch_secorder(results)
+    if "stochastic" in only:
+        for key in chosen("mlp-small", "cnn-tanh", "transformer", "lstm"):
+            stochastic_hessian(results, key, repeats)
+    if options.json:
+        options.json.write_text(json.dumps({"run": heading, "tables": results.tables}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""``python -m tests.benchmarks.logging``: how TensorBoard logging grows with layers and steps.
+"""``python -m tests.benchmarks.logs``: how TensorBoard logging grows with layers and steps.
 
 Prints tags, bytes and time a step for grids of layers and steps, and the exponents of their growth: one is linear.
 """

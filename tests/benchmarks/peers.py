@@ -1,0 +1,218 @@
+"""The same work by other libraries: each function returns something to call, or raises where a peer refuses.
+
+A peer that is not installed is left out. ``pip install -e '.[bench]'`` installs those that have no pin of torchvision;
+the command that installs the others is printed by ``python -m tests.benchmarks --help``.
+"""
+
+import copy
+import importlib
+import importlib.util
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .workloads import Workload
+
+Work = Callable[[], Tensor]
+Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(name) is not None
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+# ---- BackPACK
+
+
+def _backpack_extended(work: Workload) -> tuple[nn.Module, nn.Module]:
+    from backpack import extend
+
+    model = copy.deepcopy(work.model)
+    chain = all(isinstance(m, nn.Sequential) or not list(m.children()) for m in model.modules())
+    return extend(model, use_converter=not chain), extend(nn.CrossEntropyLoss())
+
+
+def _backpack(work: Workload, extension: object, attribute: str) -> Work:
+    from backpack import backpack
+
+    model, loss_fn = _backpack_extended(work)
+
+    def run() -> Tensor:
+        model.zero_grad()
+        with backpack(extension):
+            loss_fn(model(work.inputs), work.targets).backward()
+        return _flat([getattr(p, attribute) for p in model.parameters()])
+
+    run()
+    return run
+
+
+def backpack_step(work: Workload, make_optimizer: Optimizer) -> Callable[[], None]:
+    """A training step with SumGradSquared."""
+    from backpack import backpack, extensions
+
+    model, loss_fn = _backpack_extended(work)
+    optimizer = make_optimizer(list(model.parameters()))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with backpack(extensions.SumGradSquared()):
+            loss_fn(model(work.inputs), work.targets).backward()
+        optimizer.step()
+
+    step()
+    return step
+
+
+def backpack_fisher(work: Workload) -> Work:
+    """The empirical Fisher by SumGradSquared: gradients of the mean loss, so times N."""
+    from backpack import extensions
+
+    run = _backpack(work, extensions.SumGradSquared(), "sum_grad_squared")
+    return lambda: run() * len(work.inputs)
+
+
+def backpack_type_2(work: Workload) -> Work:
+    """The exact GGN diagonal."""
+    from backpack import extensions
+
+    return _backpack(work, extensions.DiagGGNExact(), "diag_ggn_exact")
+
+
+def backpack_mc(work: Workload) -> Work:
+    """One Monte Carlo draw of the GGN diagonal."""
+    from backpack import extensions
+
+    return _backpack(work, extensions.DiagGGNMC(mc_samples=1), "diag_ggn_mc")
+
+
+def backpack_hessian(work: Workload) -> Work:
+    """The exact Hessian diagonal."""
+    from backpack import extensions
+
+    return _backpack(work, extensions.DiagHessian(), "diag_h")
+
+
+# ---- torch.func, opacus, nngeometry
+
+
+def func_fisher(work: Workload) -> Work:
+    """vmap of grad, what PyTorch's own tutorial does."""
+    model = copy.deepcopy(work.model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], x: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, p, (x[None],)), t[None])
+
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    return lambda: _flat([(g**2).mean(0) for g in per_sample(parameters, work.inputs, work.targets).values()])
+
+
+def opacus_fisher(work: Workload) -> Work:
+    """Per-sample gradients of opacus, squared."""
+    from opacus import GradSampleModule
+
+    model = GradSampleModule(copy.deepcopy(work.model).train(), loss_reduction="mean")
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError("opacus refuses batch normalisation")
+
+    def run() -> Tensor:
+        model.zero_grad()
+        F.cross_entropy(model(work.inputs), work.targets).backward()
+        return _flat([(p.grad_sample**2).mean(0) for p in model.parameters()])
+
+    run()
+    return run
+
+
+def nngeometry_fisher(work: Workload) -> Work:
+    """The type-2 Fisher diagonal of nngeometry."""
+    from nngeometry.metrics import FIM
+    from nngeometry.object import PMatDiag
+    from torch.utils.data import DataLoader, TensorDataset
+
+    model = copy.deepcopy(work.model)
+    loader = DataLoader(TensorDataset(work.inputs, work.targets), batch_size=len(work.inputs))
+
+    def run() -> Tensor:
+        return FIM(model, loader, PMatDiag, variant="classif_logits").get_diag().detach()
+
+    run()
+    return run
+
+
+# ---- torch-secorder
+
+
+def _torch_secorder() -> ModuleType:
+    """The package in the folder that ``TORCH_SECORDER`` names: our alias bears its import name."""
+    folder = os.environ.get("TORCH_SECORDER", "")
+    if not os.path.isdir(os.path.join(folder, "torch_secorder")):
+        raise ImportError("TORCH_SECORDER names no folder with torch_secorder")
+    kept = {name: m for name, m in sys.modules.items() if name.split(".")[0] == "torch_secorder"}
+    for name in kept:
+        del sys.modules[name]
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module("torch_secorder.core.per_layer_curvature")
+    finally:
+        sys.path.remove(folder)
+        for name in [name for name in sys.modules if name.split(".")[0] == "torch_secorder"]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def torch_secorder_hessian(work: Workload) -> Work:
+    """Its per-layer Hessian diagonal."""
+    module, model = _torch_secorder(), copy.deepcopy(work.model)
+    return lambda: _flat(
+        list(module.per_layer_hessian_diagonal(model, F.cross_entropy, work.inputs, work.targets).values())
+    )
+
+
+# ---- estimates of the Hessian diagonal
+
+
+def curvlinops_hutchinson(work: Workload, draws: int) -> Work:
+    """Hutchinson's diagonal in the space of the parameters, by curvlinops."""
+    from curvlinops import HessianLinearOperator, hutchinson_diag
+
+    model = copy.deepcopy(work.model)
+    parameters = list(model.parameters())
+    operator = HessianLinearOperator(
+        model, nn.CrossEntropyLoss(), parameters, [(work.inputs, work.targets)], check_deterministic=False
+    )
+    return lambda: hutchinson_diag(operator, num_matvecs=draws).detach()
+
+
+def pyhessian_hutchinson(work: Workload, draws: int) -> Work:
+    """The same with PyHessian's Hessian-vector product (its trace, before it is summed)."""
+    from pyhessian import hessian
+    from pyhessian.utils import hessian_vector_product
+
+    model = copy.deepcopy(work.model)
+
+    def run() -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            computer = hessian(model, nn.CrossEntropyLoss(), data=(work.inputs, work.targets), cuda=False)
+        total = torch.zeros(sum(p.numel() for p in computer.params))
+        for _ in range(draws):
+            v = [torch.randint_like(p, high=2) * 2 - 1 for p in computer.params]
+            found = hessian_vector_product(computer.gradsH, computer.params, v)
+            total += _flat([a * b for a, b in zip(v, found, strict=True)]) / draws
+        return total
+
+    return run

@@ -1,0 +1,54 @@
+"""Alternating contestants, medians, and a table of ratios."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def alternate(contestants: dict[str, Callable[[], object]], repeats: int, warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of each contestant, all of them run in turn ``repeats`` times after some rounds of warming up."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + warm_up):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            if turn >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+class Results:
+    """Prints tables and keeps their numbers."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.tables: list[dict[str, Any]] = []
+
+    def show(
+        self,
+        work: str,
+        workload: str,
+        times: dict[str, float],
+        errors: dict[str, float] | None = None,
+        refused: dict[str, str] | None = None,
+    ) -> None:
+        """Print medians, their ratio to the first contestant, relative errors, and who did not take part."""
+        table = Table(title=f"{work}: {workload}", title_justify="left")
+        for column in ("contestant", "median", "ratio", "rel. error"):
+            table.add_column(column, justify="left" if column == "contestant" else "right")
+        first = next(iter(times.values()))
+        rows = []
+        for name, seconds in times.items():
+            error = (errors or {}).get(name)
+            shown = "" if error is None else f"{error:.1e}"
+            table.add_row(name, f"{seconds * 1e3:.1f} ms", f"{seconds / first:.2f}×", shown)
+            rows.append({"contestant": name, "seconds": seconds, "ratio": seconds / first, "relative_error": error})
+        for name, reason in (refused or {}).items():
+            table.add_row(name, "—", "—", reason[:48])
+            rows.append({"contestant": name, "refused": reason})
+        self.console.print(table)
+        self.tables.append({"work": work, "workload": workload, "rows": rows})
