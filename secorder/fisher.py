@@ -188,7 +188,9 @@ def _batched(task: _Task, direct: bool) -> _Found:
                 return {}
             found = _by_rules(task, heads, pairs, layers, loan)
         rest = [layer for layer in task.layers if layer.name not in found]
-        if not task.certain and not outputs_independent(loan, task.inputs, task.count, task.sample_dim):
+        if not task.certain and not outputs_independent(
+            loan, task.inputs, task.count, task.sample_dim, loan.forward_in_full_precision
+        ):
             raise CouplingError(
                 "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
                 "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "

@@ -73,6 +73,10 @@ class Loan:
         """The model's output, from the same random state and buffers at every call."""
         return self.run(lambda copied: call_model(self.model, copied), inputs)
 
+    def forward_in_full_precision(self, inputs: Any) -> Any:
+        """:meth:`forward` without autocast, for what is told by small differences."""
+        return self.run(lambda copied: call_model(self.model, copied), inputs, ambient={})
+
     def run(
         self,
         forward: Callable[[Any], Any],

@@ -21,7 +21,7 @@ from .loan import Loan, borrow, recorded
 from .products import fresh_generator, gradients
 from .rules import Layout
 from .trees import map_tensors, preferred_size, sample_dimension, sample_sizes, tensors_in
-from .zspace import ZLayer, expose_output, layout_options, rounding, scales
+from .zspace import ZLayer, expose_output, layout_options, rounding, scale_draws, scales
 
 __all__ = [
     "Attribution",
@@ -338,9 +338,7 @@ def _by_cotangents(found: Attribution, layers: Sequence[ZLayer], heads: list[Ten
     def random(shape: Sequence[int], like: Tensor) -> Tensor:
         return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(like)
 
-    weights = 0.5 + random((count,), heads[0]).abs()
     cotangents = [random(f.shape, f) for f in heads]
-    weighted = [c * weights.to(c).view(-1, *(1,) * (c.dim() - 1)) for c in cotangents]
 
     def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
         pulled = gradients(heads, leaves, stack)
@@ -348,17 +346,25 @@ def _by_cotangents(found: Attribution, layers: Sequence[ZLayer], heads: list[Ten
             id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
         }
 
-    plain, scaled = pull_back(cotangents), pull_back(weighted)
-    for z in layers:
+    plain = pull_back(cotangents)
+    options = [_options(z, count) for z in layers]
+    for _ in range(scale_draws(leaves)):
+        weights = 0.5 + random((count,), heads[0]).abs()
+        scaled = pull_back([c * weights.to(c).view(-1, *(1,) * (c.dim() - 1)) for c in cotangents])
+        options = [
+            [
+                [o for o in choices if scales([leaf], [o], plain, scaled, weights)]
+                for leaf, choices in zip(z.leaves, by_leaf, strict=True)
+            ]
+            for z, by_leaf in zip(layers, options, strict=True)
+        ]
+    for z, by_leaf in zip(layers, options, strict=True):
         if any(bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves):
             found.reached.add(z.layer.name)
-        layouts = []
-        for leaf, options in zip(z.leaves, _options(z, count), strict=True):
-            layouts += [next((o for o in options if scales([leaf], [o], plain, scaled, weights)), None)]
-        if any(layout is None for layout in layouts):
-            found.unknown.add(z.layer.name)
+        if all(by_leaf):
+            found.layouts[z.layer.name] = [choices[0] for choices in by_leaf]
         else:
-            found.layouts[z.layer.name] = [layout for layout in layouts if layout is not None]
+            found.unknown.add(z.layer.name)
 
 
 def _by_replacement(

@@ -78,7 +78,7 @@ def _by_autograd(z: Tensor, parameters: list[nn.Parameter], g: Tensor) -> list[T
 
 def _dense(gradient: PerSample, parameter: Tensor) -> Tensor:
     if isinstance(gradient, Outer):
-        a = gradient.g.new_ones((*gradient.g.shape[:-1], 1)) if gradient.a is None else gradient.a
+        a = gradient.g.new_ones((*gradient.g.shape[:-1], 1)) if gradient.a is None else gradient.a[:]
         gradient = gradient.g.transpose(-1, -2) @ a
     return gradient.reshape(-1, *parameter.shape)
 

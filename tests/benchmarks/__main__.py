@@ -180,9 +180,7 @@ def stochastic_hessian(results: Results, key: str, repeats: int) -> None:
     """Estimates at about equal time: secorder's 100 draws set the clock."""
     work = WORKLOADS[key]()
     model, inputs = double(work)
-    exact = {
-        name: d for name, d in per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all").items()
-    }
+    exact = per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all")
     sizes = [d.numel() for d in exact.values()]
 
     def ours() -> Tensor:
