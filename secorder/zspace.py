@@ -394,7 +394,7 @@ def scales(
     """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
-        expected, found = layout.split(expected).flatten(1), layout.split(weighted[id(leaf)][0]).flatten(1)
+        expected, found = (layout.split(t).reshape(len(weights), -1) for t in (expected, weighted[id(leaf)][0]))
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
         if not bool(((found - expected).abs() <= bound).all()):
             return False
