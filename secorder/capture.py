@@ -12,6 +12,7 @@ What it relies on, and why:
 - Only a backward that accumulates into the parameters counts: ``torch.autograd.grad`` on the same graph does not.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -118,7 +119,10 @@ class Receiver(Protocol):
     """The owner of a capture: what it is told, and asked."""
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
-        """A forward is about to be recorded: the layers with the units to capture, and the number of samples."""
+        """A forward is about to be recorded: the layers with the units to capture, and the number of samples.
+
+        A negative number leaves the forward out.
+        """
 
     def expected(self, calls: dict[str, int]) -> bool:
         """A forward ended with so many calls of each layer: whether it is known where their samples are."""
@@ -159,7 +163,7 @@ class Capture:
         #: Layers that ran in a recorded forward with nothing to differentiate: all frozen up to there.
         self.without_gradient: set[str] = set()
         self._counts = {True: 0, False: 0}
-        self._current: _Forward | None = None  # the forward that runs now, if it is recorded
+        self._threads = threading.local()  # models may run inference in another thread meanwhile
         self._open: tuple[int, _Forward] | None = None  # the backward that runs now: its graph task, its forward
         self._whole: dict[int, Tensor] = {}  # whole gradients of the parameters in the backward that runs now
         self._watches: list[RemovableHandle] = []
@@ -208,6 +212,20 @@ class Capture:
         self._current = self._open = None
         self._stop_watching()
 
+    @property
+    def _current(self) -> "_Forward | None":
+        """The forward that runs now in this thread, if it is recorded."""
+        return getattr(self._threads, "forward", None)
+
+    @_current.setter
+    def _current(self, forward: "_Forward | None") -> None:
+        self._threads.forward = forward
+
+    @property
+    def counts(self) -> dict[bool, int]:
+        """Forwards counted towards ``every``, in train and in eval mode."""
+        return self._counts
+
     # ---- forward
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -216,17 +234,19 @@ class Capture:
             return  # a checkpoint recomputes the whole model
         if self.suspensions:
             return
-        self._open = None
         self._current = None
-        self._stop_watching()
         if inside_transform() or not torch.is_grad_enabled():
             return
+        self._open = None
+        self._stop_watching()
         count = self._counts[self.model.training]
         self._counts[self.model.training] = count + 1
         if count % self.every == 0:
             layers, num_samples = self.receiver.prepare(args, kwargs)
             if list(layers) != list(self.layers.values()):
                 self._target(layers)
+            if num_samples < 0:
+                return
             self._current = _Forward(num_samples)
             for key, parts in self.units.items():
                 if parts[0].unit is self.model:

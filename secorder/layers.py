@@ -97,6 +97,11 @@ def select_layers(
                 f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
                 "leave it out with layers=."
             )
+        if any(hasattr(p, "device_mesh") for p in parameters.values()) and not unchecked:
+            raise InvalidArgumentError(
+                f"layer {name!r} has sharded parameters (FSDP2, tensor parallelism), which are not supported yet: "
+                "train under DistributedDataParallel, or leave the layer out with layers=."
+            )
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         unit = units.get(id(module), module)

@@ -1,5 +1,6 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from torch import Tensor, nn
 from .autocast import no_autocast
 from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
-from .errors import AttributionError, CouplingError, InvalidArgumentError, InvalidTypeError, ProbeStateError
+from .errors import (
+    AttributionError,
+    CouplingError,
+    InvalidArgumentError,
+    InvalidTypeError,
+    NonFiniteError,
+    ProbeStateError,
+)
 from .fisher import FisherType, fisher_diagonal
 from .hessian import HessianMethod, LayerCost, Policy, estimate_cost, hessian_diagonal, on_problem
 from .layers import Layer, LayerTypes, select_layers
@@ -22,7 +30,7 @@ from .samples import Attribution, attribute, independent_by_structure
 from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
 from .trees import sample_sizes
 from .units import unit_gradients
-from .zspace import cast, rounding, zeros
+from .zspace import cast, compute_dtype, rounding, zeros
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .report import Report, SortKey
@@ -48,7 +56,7 @@ class _Accumulator:
     """Σ of squared per-sample gradients of one layer (or their moving average), by parameter."""
 
     sums: list[Tensor] = field(default_factory=list)
-    samples: int = 0
+    samples: float = 0
     batches: int = 0
 
 
@@ -98,6 +106,11 @@ class CurvatureProbe:
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number. It is divided out of every gradient.
+        on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
+            ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
+            :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
+        accumulator_device: where the sums are kept; by default where the parameters are.
+        accumulator_dtype: their dtype; by default the parameters', float32 for half precision.
 
     Raises:
         InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or ``layer_types`` holds no types.
@@ -130,6 +143,9 @@ class CurvatureProbe:
         sample_dim: int = 0,
         strict: bool = False,
         loss_scale: LossScale = None,
+        on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
+        accumulator_device: torch.device | str | None = None,
+        accumulator_dtype: torch.dtype | None = None,
     ) -> None:
         self._layers = select_layers(model, layer_types, layers)
         if not self._layers:
@@ -152,6 +168,10 @@ class CurvatureProbe:
         self._sample_dim = sample_dim
         self._strict = strict
         self._loss_scale = _loss_scale(loss_scale)
+        if on_nonfinite not in ("skip", "raise", "keep"):
+            raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
+        self._on_nonfinite = on_nonfinite
+        self._accumulator_device, self._accumulator_dtype = accumulator_device, accumulator_dtype
         self._capture: Capture | None = None
         self._attributions: dict[tuple[bool, ...], Attribution] = {}
         self._warned = self._warned_slow = False
@@ -205,10 +225,15 @@ class CurvatureProbe:
 
     def reset(self) -> None:
         """Forget everything accumulated."""
-        self._accumulators = {layer.name: _Accumulator(zeros(layer)) for layer in self._layers}
+        self._accumulators = {layer.name: _Accumulator(self._zeros(layer)) for layer in self._layers}
+        self.num_skipped: dict[str, int] = {}
         self._num_samples = 0
+        self._share = 0.0  # of the samples: all of them, unless ranks were synchronised
         self._unattributed: dict[str, str] = {}
         self._batches = 0
+
+    def _zeros(self, layer: Layer) -> list[Tensor]:
+        return [z.to(self._accumulator_device, self._accumulator_dtype) for z in zeros(layer)]
 
     @property
     def layer_names(self) -> list[str]:
@@ -230,7 +255,8 @@ class CurvatureProbe:
         if self._num_samples == 0:
             raise ProbeStateError(
                 "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), "
-                "or pass loss_fn, inputs and targets for a one-shot measurement."
+                "or pass loss_fn, inputs and targets for a one-shot measurement. A model that torch.compile had run "
+                "before the probe was attached ignores hooks: attach first, or call torch._dynamo.reset()."
             )
         for name, reason in self._unattributed.items():
             raise AttributionError(f"layer {name!r}: {reason}")
@@ -243,6 +269,11 @@ class CurvatureProbe:
         values = {}
         for layer in self._layers:
             accumulator = self._accumulators[layer.name]
+            if accumulator.samples == 0:
+                raise NonFiniteError(
+                    f"every gradient of layer {layer.name!r} so far held nan or inf: lower the learning rate or the "
+                    'loss scale, or pass on_nonfinite="keep" to see them.'
+                )
             weight = accumulator.samples if self._decay is None else 1 - self._decay**accumulator.batches
             values[layer.name] = [total / weight for total in accumulator.sums]
         return Diagonals(self._layers, values, {name: LayerInfo("passive") for name in self.layer_names})
@@ -588,49 +619,111 @@ class CurvatureProbe:
 
     # ---- checkpoints
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was accumulated: tensors and numbers only, for ``torch.save``."""
-        return {
-            "version": 1,
-            "reduction": self._reduction,
-            "decay": self._decay,
-            "num_samples": self._num_samples,
-            "layers": {
-                layer.name: {
-                    "samples": self._accumulators[layer.name].samples,
-                    "batches": self._accumulators[layer.name].batches,
-                    "sums": {
-                        local: total.clone()
-                        for local, total in zip(layer.parameters, self._accumulators[layer.name].sums, strict=True)
-                    },
-                }
-                for layer in self._layers
-            },
-        }
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was accumulated, as a flat dict of tensors: for ``torch.save``, safetensors and distributed checkpoints.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        A run that is resumed from it accumulates bit for bit what one that was not interrupted does.
+        """
+        capture = self._capture
+        counts = [0, 0] if capture is None else [capture.counts[True], capture.counts[False]]
+        header = [_STATE_VERSION, int(self._reduction == "sum"), self._num_samples, self._batches, *counts]
+        state = {
+            "header": torch.tensor(header),
+            "decay": torch.tensor(self._decay or 0.0, dtype=torch.float64),
+            "share": torch.tensor(self._share, dtype=torch.float64),
+        }
+        for layer in self._layers:
+            accumulator = self._accumulators[layer.name]
+            skipped = self.num_skipped.get(layer.name, 0)
+            state[f"counts/{layer.name}"] = torch.tensor(
+                [accumulator.samples, accumulator.batches, skipped], dtype=torch.float64
+            )
+            for local, total in zip(layer.parameters, accumulator.sums, strict=True):
+                state[f"sums/{layer.parameter_name(local)}"] = total.clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned; replaces what is accumulated.
 
         Raises:
-            InvalidArgumentError: the state is of other layers, shapes or settings; nothing is changed.
+            InvalidArgumentError: the state is of another version, other layers, shapes or settings; nothing is changed.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1:
-            raise InvalidArgumentError("the state is not one of CurvatureProbe.state_dict(), version 1.")
-        for key, mine in (("reduction", self._reduction), ("decay", self._decay)):
-            if state[key] != mine:
-                raise InvalidArgumentError(f"the state was accumulated with {key}={state[key]!r}, not {mine!r}.")
-        other = set(state["layers"]) ^ set(self._accumulators)
-        if other:
-            raise InvalidArgumentError(f"the state and the probe differ in the layers {sorted(other)}.")
-        loaded = {}
+        header = state.get("header") if isinstance(state, Mapping) else None
+        if not isinstance(header, Tensor) or int(header[0]) != _STATE_VERSION:
+            raise InvalidArgumentError(
+                f"the state is not one of CurvatureProbe.state_dict(), version {_STATE_VERSION}."
+            )
+        _, is_sum, num_samples, batches, *counts = header.tolist()
+        theirs = ("sum" if is_sum else "mean", float(state["decay"]) or None)
+        for key, own, other in zip(("reduction", "decay"), (self._reduction, self._decay), theirs, strict=True):
+            if own != other:
+                raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
+        sizes = {
+            f"sums/{layer.parameter_name(local)}": p.numel()
+            for layer in self._layers
+            for local, p in layer.parameters.items()
+        }
+        found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
+        different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
+        if different:
+            raise InvalidArgumentError(f"the state and the probe differ in the parameters {different}.")
+        different = sorted(key.removeprefix("sums/") for key, size in sizes.items() if found[key] != size)
+        if different:
+            raise InvalidArgumentError(f"the state has other shapes of the parameters {different}.")
         for layer in self._layers:
-            entry = state["layers"][layer.name]
-            shapes = {local: p.numel() for local, p in layer.parameters.items()}
-            if {local: s.numel() for local, s in entry["sums"].items()} != shapes:
-                raise InvalidArgumentError(f"the state has other parameters or shapes in layer {layer.name!r}.")
-            sums = [entry["sums"][local].to(like, copy=True) for local, like in zip(shapes, zeros(layer), strict=True)]
-            loaded[layer.name] = _Accumulator(sums, int(entry["samples"]), int(entry["batches"]))
-        self._accumulators, self._num_samples = loaded, int(state["num_samples"])
+            samples, seen, skipped = state[f"counts/{layer.name}"].tolist()
+            sums = [
+                state[f"sums/{layer.parameter_name(local)}"].to(like, copy=True)
+                for local, like in zip(layer.parameters, self._zeros(layer), strict=True)
+            ]
+            self._accumulators[layer.name] = _Accumulator(sums, samples, int(seen))
+            if skipped:
+                self.num_skipped[layer.name] = int(skipped)
+        self._share = float(state["share"])
+        self._num_samples, self._batches = num_samples, batches
+        if self._capture is not None:
+            self._capture.counts[True], self._capture.counts[False] = counts
+
+    # ---- many processes
+
+    def synchronize(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """Make the accumulated Fisher that of all samples of all ranks; every rank of the group must call it.
+
+        Sums and counts are added up over the ranks in one collective, so that uneven batches and ranks without a batch
+        give the number that one process would have got on all the data. Each rank then goes on from the common mean
+        with an equal share of the samples behind it, so that a later call adds what came since. With ``decay``, the
+        moving averages of the ranks are averaged, weighted by what is in them.
+
+        Args:
+            group: a process group; the default group if None.
+
+        Raises:
+            ProbeStateError: ``torch.distributed`` is not initialised.
+        """
+        import torch.distributed as dist
+
+        from .distributed import add_up
+
+        accumulators = [self._accumulators[layer.name] for layer in self._layers]
+        weights = [a.samples if self._decay is None else 1 - self._decay**a.batches for a in accumulators]
+        numbers = torch.tensor([self._share, self._batches, *weights], dtype=torch.float64)
+        add_up([numbers, *(total for a in accumulators for total in a.sums)], group)
+        ranks = dist.get_world_size(group)
+        share, batches, *totals = numbers.tolist()
+        self._share, self._num_samples, self._batches = share / ranks, round(share), round(batches)
+        for accumulator, weight in zip(accumulators, totals, strict=True):
+            if self._decay is None:
+                accumulator.samples = weight / ranks
+                factor = 1 / ranks
+            else:  # the weight of a moving average of that many batches, on every rank
+                accumulator.batches = max(self._batches, 1)
+                factor = (1 - self._decay**accumulator.batches) / weight if weight else 0.0
+            for total in accumulator.sums:
+                total.mul_(factor)
+
+
+#: Of the layout of :meth:`CurvatureProbe.state_dict`.
+_STATE_VERSION = 2
 
 
 class _UnitSum(NamedTuple):
@@ -649,6 +742,7 @@ class _Accumulation:
         self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self.modules = list(probe._model.modules())
         self.certain = independent_by_structure(probe._model, probe._sample_dim)
+        self.skipped: set[str] = set()
         self.mode: tuple[bool, ...] = ()
         self.arguments: Any = None
 
@@ -660,7 +754,11 @@ class _Accumulation:
         if self.mode not in probe._attributions or (self.wants_gradients() and not self.certain):
             if 0 in sample_sizes(self.arguments, probe._sample_dim):
                 return probe._layers, 0
-            probe._attributions[self.mode] = self._attribution(args, kwargs)
+            found = self._attribution(args, kwargs)
+            if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
+                self._all_skipped()
+                return probe._layers, -1
+            probe._attributions[self.mode] = found
         found = probe._attributions[self.mode]
         return found.layers, found.count(self.arguments, probe._sample_dim)
 
@@ -754,11 +852,39 @@ class _Accumulation:
         low = None if capture is None else capture.autocast_dtype
         return max(rounding(dtype) for dtype in [*(t.dtype for t in tensors), *([low] if low is not None else [])])
 
+    def _all_skipped(self) -> None:
+        probe = self.probe
+        if probe._on_nonfinite == "raise":
+            raise NonFiniteError(
+                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the loss scale, or "
+                'pass on_nonfinite="skip" to leave such batches out.'
+            )
+        for name in probe.layer_names:
+            probe.num_skipped[name] = probe.num_skipped.get(name, 0) + 1
+
+    def _skips(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
+        """Whether a layer's gradient holds nan or inf and is left out."""
+        probe = self.probe
+        if probe._on_nonfinite == "keep" or all(math.isfinite(g.sum(dtype=torch.float32)) for g in gradients):
+            return False
+        if all(bool(g.isfinite().all()) for g in gradients):  # a sum of finite numbers that overflowed
+            return False
+        if probe._on_nonfinite == "raise":
+            raise NonFiniteError(
+                f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
+                'pass on_nonfinite="skip" to leave such batches out.'
+            )
+        probe.num_skipped[layer.name] = probe.num_skipped.get(layer.name, 0) + 1
+        self.skipped.add(layer.name)
+        return True
+
     def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
         """Add the squares of a layer's per-sample gradients."""
         assert layer.rule is not None
         accumulator = self.probe._accumulators[layer.name]
-        kind = accumulator.sums[0].dtype
+        if self._skips(layer, [g for _, g in calls]):
+            return
+        kind = compute_dtype(layer)
         if self.wants_gradients():
             rounded = self._rounding(g for _, g in calls)
         if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
@@ -766,7 +892,10 @@ class _Accumulation:
         gradients = per_sample_gradients(layer.rule, layer.module, calls, layouts)
         beta, alpha = self._factors(count)
         for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-            contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
+            if total.dtype is kind and total.device == calls[0][1].device:
+                contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
+            else:
+                total.mul_(beta).add_(contract(gradients[name], numel=parameter.numel()).to(total), alpha=alpha)
         if self.wants_gradients():
             self.explained[layer.name] = [
                 (total_gradient(gradients[name], p.numel()), rounded * magnitude(gradients[name], p.numel()))
@@ -777,12 +906,15 @@ class _Accumulation:
 
     def receive_unit(self, layers: list[Layer], calls: list[UnitCall], count: int) -> None:
         """The same for layers that are parts of a module without a rule."""
+        known = [g for call in calls for g in call.gradients if g is not None]
+        if sum(self._skips(layer, known) for layer in layers):  # each is counted
+            return
         beta, alpha = self._factors(count)
         parts: list[list[_UnitSum]] = on_loan(lambda direct: self._unit_sums(layers, calls, count, direct))
         for layer, sums in zip(layers, parts, strict=True):
             accumulator = self.probe._accumulators[layer.name]
             for part, total in zip(sums, accumulator.sums, strict=True):
-                total.mul_(beta).add_(part.squares, alpha=alpha)
+                total.mul_(beta).add_(part.squares.to(total), alpha=alpha)
             rounded = self._rounding(g for call in calls for g in call.gradients if g is not None)
             self.explained[layer.name] = [(part.whole, rounded * part.size.amax()) for part in sums]
             accumulator.samples += count
@@ -812,7 +944,8 @@ class _Accumulation:
             if layer.name not in received and layer.name in found.outside:
                 probe._unattributed[layer.name] = _OUTSIDE
         explained, self.explained = self.explained, {}
-        if self.wants_gradients():
+        skipped, self.skipped = self.skipped, set()
+        if self.wants_gradients() and not skipped:
             self._check(explained, gradients)
         for name, accumulator in probe._accumulators.items():
             if name not in received:
@@ -821,7 +954,9 @@ class _Accumulation:
                         total.mul_(probe._decay)
                 accumulator.samples += count
                 accumulator.batches += 1
-        probe._num_samples += count
+        if skipped < set(probe._accumulators):
+            probe._num_samples += count
+            probe._share += count
         probe._batches += 1
         if probe._unattributed:
             name, reason = next(iter(probe._unattributed.items()))

@@ -154,6 +154,7 @@ class Attribution:
         calls: by layer, how many calls were seen.
         coupled: whether samples influence one another in the model.
         argument: index, among the tensors of the model's arguments, of one whose size tells the number of samples.
+        unclear: whether the output held nan or inf, so that nothing can be told from this batch.
         ambiguous: sizes of arguments that may all be the number of samples, where nothing tells which is.
     """
 
@@ -165,6 +166,7 @@ class Attribution:
     calls: dict[str, int] = field(default_factory=dict)
     coupled: bool = False
     argument: int = 0
+    unclear: bool = False
     ambiguous: list[int] = field(default_factory=list)
 
     def count(self, arguments: Any, dim: int) -> int:
@@ -206,6 +208,8 @@ def attribute(
         found = _attribute(model, layers, (args, kwargs), dim, direct)
         found.layers = layers
         missing = found.unknown | found.outside
+        if found.unclear:
+            return found
         if not found.coupled:
             missing |= found.reached & _without_gradient(model, layers, (args, kwargs))
         movable = {x.name for x in layers if x.name in missing and x.unit is not model}
@@ -250,6 +254,11 @@ def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: i
             output = forward(arguments)
             recording.close()
             loan.require_stand_ins(output)
+            # Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing.
+            found.unclear = any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point())
+            found.unclear |= any(bool((t == torch.inf).any()) for t in tensors_in(output) if t.is_floating_point())
+            if found.unclear:
+                return found
             found.calls = {name: len(calls) for name, calls in recording.inputs.items()}
             count = _count(found, arguments, output, dim)
             if count == 0:

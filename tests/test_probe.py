@@ -231,7 +231,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(other: str) ->
     if other == "garbage":
         state = {"a": 1}
     elif other == "layers":
-        state = CurvatureProbe(nn.Sequential(nn.Linear(4, 5))).state_dict()
+        state = CurvatureProbe(nn.Sequential(nn.Linear(4, 5))).state_dict()  # without layer 2
     elif other == "decay":
         state = CurvatureProbe(model, decay=0.5).state_dict()
     else:
