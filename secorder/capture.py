@@ -309,7 +309,8 @@ class Capture:
         """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
         if _saved_tensor_hooks() is None:
             return _Held(tuple(x.detach() for x in tensors))
-        return _Keep.apply(self._leaf, *(x.detach() for x in tensors)).grad_fn
+        node: Tensor = _Keep.apply(self._leaf, *(x.detach() for x in tensors))  # type: ignore[no-untyped-call]
+        return node.grad_fn
 
     def unit_called(self, key: str, start: "_Start", output: Any) -> None:
         """A module ran whose parts are layers without a rule."""
@@ -376,7 +377,7 @@ class Capture:
             self._open = (task, forward)
             if self.receiver.wants_gradients():
                 self._watch()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._leave(forward))  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._leave(forward))
 
     def _watch(self) -> None:
         """Keep the whole gradient of each layer's parameters, as it is about to be accumulated."""
@@ -553,12 +554,10 @@ def inside_transform() -> bool:
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Every capture attached to the model, whoever owns it, records nothing inside."""
-    captures = {
-        id(hook.capture): hook.capture
-        for module in model.modules()
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if isinstance(hook, CaptureHook)
-    }
+    hooks: list[Any] = [
+        hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    ]
+    captures = {id(hook.capture): hook.capture for hook in hooks if isinstance(hook, CaptureHook)}
     for capture in captures.values():
         capture.suspensions += 1
     try:

@@ -157,7 +157,7 @@ def diagnose(
     """
     batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
     total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
-    options = {"method": method, "num_samples": num_samples, "generator": generator}
+    options: dict[str, Any] = {"method": method, "num_samples": num_samples, "generator": generator}
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None

@@ -9,7 +9,7 @@ again there.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -200,7 +200,7 @@ def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
         yield
     finally:
         for module, table in tables:
-            module._parameters["weight"] = table
+            module._parameters["weight"] = cast(nn.Parameter, table)
 
 
 @contextmanager
@@ -212,7 +212,7 @@ def _parameters_swapped(modules: Iterable[nn.Module], stand_ins: Mapping[int, Te
     flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
     try:
         for module, name, parameter in places:
-            module._parameters[name] = stand_ins[id(parameter)]  # type: ignore[assignment]
+            module._parameters[name] = cast(nn.Parameter, stand_ins[id(parameter)])
         for module, weights in flat:  # recurrent layers keep a list of their own
             module._flat_weights = [stand_ins.get(id(w), w) for w in weights]
         yield
@@ -347,10 +347,10 @@ def _places(loan: Loan, layer: Layer) -> list[tuple[Any, Any, Tensor]]:
     wanted = {id(s) for s in loan.stand_ins(layer)}
     found: list[tuple[Any, Any, Tensor]] = []
     for module in layer.unit.modules():
-        found += [(module._parameters, name, p) for name, p in module._parameters.items() if id(p) in wanted]
+        held: list[tuple[Any, Any, Any]] = [(module._parameters, name, p) for name, p in module._parameters.items()]
         if isinstance(module, nn.RNNBase):  # recurrent layers keep a list of their own
-            weights = module._flat_weights
-            found += [(weights, index, w) for index, w in enumerate(weights) if id(w) in wanted]
+            held += [(module._flat_weights, index, w) for index, w in enumerate(module._flat_weights)]
+        found += [place for place in held if id(place[2]) in wanted]
     return found
 
 

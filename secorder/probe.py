@@ -856,7 +856,7 @@ class _Accumulation:
         probe = self.probe
         if probe._on_nonfinite == "raise":
             raise NonFiniteError(
-                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the loss scale, or "
+                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
         for name in probe.layer_names:

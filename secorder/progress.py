@@ -7,7 +7,9 @@ __all__ = ["progress_bar"]
 
 
 @contextmanager
-def progress_bar(shown: bool, description: str, total: int, unit: str = "HVPs") -> Iterator[Callable[[int], None]]:
+def progress_bar(
+    shown: bool, description: str, total: int | None, unit: str = "HVPs"
+) -> Iterator[Callable[[int], None]]:
     """A function that advances a ``rich`` progress bar (with a rate and an estimate), or does nothing."""
     if not shown:
         yield lambda _: None

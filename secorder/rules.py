@@ -17,7 +17,8 @@ To teach the library a layer type, write its rule and enter it: ``RULES[MyLayer]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,8 @@ CHUNK_ELEMENTS = 1 << 20
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
 
-class Patches(NamedTuple):
+@dataclass(frozen=True)
+class Patches:
     """The patches of images, to be copied out a few samples at a time: the input factor of a convolution.
 
     Attributes:
@@ -69,11 +71,12 @@ class Patches(NamedTuple):
     groups: int
     shape: tuple[int, int, int, int]
 
-    def __getitem__(self, rows: Any) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, rows: slice) -> Tensor:
         """The patches of some samples (a slice), copied out."""
         spatial = len(self.kernel)
         a = _windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
-        return a.unflatten(1, (self.groups, -1)).transpose(2, 3)
+        patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
+        return patches
 
 
 def _whole(a: "Tensor | Patches") -> Tensor:
@@ -119,8 +122,8 @@ class Layout(NamedTuple):
         if self.rows == 1:
             return tensor.movedim(self.dim, 0)
         if self.sample_major:
-            return tensor.unflatten(0, (-1, self.rows))
-        return tensor.unflatten(0, (self.rows, -1)).movedim(1, 0)
+            return tensor.reshape(-1, self.rows, *tensor.shape[1:])
+        return tensor.reshape(self.rows, -1, *tensor.shape[1:]).movedim(1, 0)
 
     def join(self, tensor: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""
@@ -194,8 +197,11 @@ def stacked_gradients(
 
 def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
     if isinstance(gradient, Outer):  # (N·T, G, P, k) -> (N, G, T·P, k)
-        a = None if gradient.a is None else _whole(gradient.a)
-        return Outer(*(None if x is None else layout.split(x).movedim(1, 2).flatten(2, 3) for x in (a, gradient.g)))
+
+        def grouped(factor: Tensor) -> Tensor:
+            return layout.split(factor).movedim(1, 2).flatten(2, 3)
+
+        return Outer(None if gradient.a is None else grouped(_whole(gradient.a)), grouped(gradient.g))
     return layout.split(gradient).sum(1)
 
 
@@ -317,7 +323,7 @@ def magnitude(gradient: PerSample, numel: int) -> Tensor:
     if isinstance(gradient, Outer):
         a = gradient.a
         if isinstance(a, Patches):
-            a = a._replace(image=a.image.abs())
+            a = replace(a, image=a.image.abs())
         elif a is not None:
             a = a.abs()
         return total_gradient(Outer(a, gradient.g.abs()), numel).amax()
@@ -422,7 +428,8 @@ def transposed_convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Ten
     _expect_dims(module, a, spatial + 2)
     # The convolution that this one is the adjoint of sees g, padded, at the positions of a; rows that
     # ``output_padding`` added and that no position reaches are cut off.
-    windows = F.pad(g, [side for pad in reversed(module.padding) for side in (pad, pad)])
+    padding = [int(pad) for pad in module.padding]
+    windows = F.pad(g, [side for pad in reversed(padding) for side in (pad, pad)])
     windows = _windows(windows, module.kernel_size, module.stride, module.dilation, a.shape[2:])
     windows = windows.unflatten(1, (groups, -1))
     products = a.flatten(2).unflatten(1, (groups, -1)) @ windows.transpose(2, 3)

@@ -7,6 +7,7 @@ first: an influence of one sample on another shows unless it is below rounding f
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import combinations, islice
 from math import comb
 from typing import Any
@@ -113,7 +114,7 @@ def outputs_independent(
     with torch.no_grad():
         base = [t.clone() for t in tensors_in(run(inputs))]
         for mask in separating_masks(count):
-            changed = tensors_in(run(map_tensors(lambda t, m=mask: _replaced(t, m, count, sample_dim), inputs)))
+            changed = tensors_in(run(map_tensors(partial(_replaced, mask, count, sample_dim), inputs)))
             for before, after in zip(base, changed, strict=True):
                 dim = sample_dimension(before, count, sample_dim)
                 if dim is None or not before.is_floating_point():
@@ -131,7 +132,7 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
     return ~((before == after) | ((before - after).abs() <= bound) | (before.isnan() & after.isnan()))
 
 
-def _replaced(tensor: Tensor, mask: Tensor, count: int, sample_dim: int) -> Tensor:
+def _replaced(mask: Tensor, count: int, sample_dim: int, tensor: Tensor) -> Tensor:
     """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too."""
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:
@@ -402,7 +403,7 @@ def _by_replacement(
     def run(mask: Tensor | None) -> dict[str, list[Tensor]]:
         outputs.clear()
         with torch.no_grad():
-            forward(arguments if mask is None else map_tensors(lambda t: _replaced(t, mask, count, dim), arguments))
+            forward(arguments if mask is None else map_tensors(partial(_replaced, mask, count, dim), arguments))
         return dict(outputs)
 
     try:

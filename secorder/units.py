@@ -5,6 +5,7 @@ product per sample pulls the gradients on its outputs back to its parameters. Sl
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from .trees import map_tensors, tensors_in
 from .zspace import compute_dtype, over_samples
 
 __all__ = ["unit_gradients"]
+
+
+def _next(rest: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(rest)
 
 
 def unit_gradients(
@@ -39,7 +44,7 @@ def unit_gradients(
         graphs: list[tuple[list[Tensor], list[tuple[Tensor, Layout]]]] = []
         for call in calls:
             rest = iter(call.tensors)
-            arguments = map_tensors(lambda _, rest=rest: next(rest), call.arguments)
+            arguments = map_tensors(partial(_next, rest), call.arguments)
             outputs = loan.run(
                 lambda copied: unit(*copied[0], **copied[1]), arguments, call.random_state, call.autocast
             )

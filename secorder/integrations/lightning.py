@@ -17,7 +17,7 @@ try:
     import lightning.pytorch as pl
 except ImportError:  # the older name of the package
     try:
-        import pytorch_lightning as pl
+        import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
         raise ImportError("secorder.integrations.lightning needs Lightning: pip install secorder[lightning]") from error
 
@@ -67,7 +67,12 @@ class CurvatureCallback(pl.Callback):
     ) -> None:
         self._module = module
         self._probe_arguments = {"layer_types": layer_types, "layers": layers, "reduction": reduction, **probe_options}
-        self._schedule = {"every": every, "hessian_every": hessian_every, "loss_fn": loss_fn, "batch": batch}
+        self._schedule: dict[str, Any] = {
+            "every": every,
+            "hessian_every": hessian_every,
+            "loss_fn": loss_fn,
+            "batch": batch,
+        }
         self.probe = None
         self._recorder: CurvatureRecorder | None = None
 
