@@ -1,0 +1,43 @@
+"""Data flows one way: no module imports one that is downstream of it."""
+
+import ast
+from pathlib import Path
+
+import secorder
+
+ROOT = Path(secorder.__file__).parent
+
+#: From upstream to downstream; a module may import what stands before it.
+ORDER = (
+    "errors", "trees", "autocast", "random_state", "progress", "products", "rules", "testing", "layers", "capture", "loan",
+    "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats", "tensorboard", "report",
+    "distributed", "probe", "recorder", "diagnosis", "core.per_layer_curvature", "integrations.lightning",
+    "integrations.huggingface", "__main__", "__init__",
+)  # fmt: skip
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a module imports, wherever in its text."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level and node.module:
+            base = parts[: len(parts) - node.level]
+            found.add(".".join((*base, node.module)))
+    return found
+
+
+def test_nothing_imports_downstream() -> None:
+    paths = [p for p in ROOT.rglob("*.py") if ("_alias" not in p.parts and p.parent == ROOT) or p.stem != "__init__"]
+    names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts) for p in paths if "_alias" not in p.parts}
+    assert set(names.values()) == set(ORDER)
+    for path, name in names.items():
+        for other in imports(path):
+            assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}, which is downstream of it"
+
+
+def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
+    for name in ("stats", "tensorboard", "report"):
+        assert imports(ROOT / f"{name}.py") <= {"stats", "diagonals", "errors"}
+        assert "autograd" not in (ROOT / f"{name}.py").read_text()
+    assert "register_" not in (ROOT / "rules.py").read_text()
