@@ -285,17 +285,18 @@ def _accumulate_products(total: Tensor, a: Tensor | Patches | None, gu: Tensor, 
     rows = min(width, max(1, budget // (groups * fan_in)))
     size = max(1, budget // max(groups * rows * fan_in, groups * positions * fan_in))
     for n in chunks(count, size):
-        inputs = a[n.start : n.stop]
-        left_t = gu[n.start : n.stop].transpose(-1, -2)
-        right_t = None if gv is None else gv[n.start : n.stop].transpose(-1, -2)
+        # bmm on three dimensions: matmul on four copies what is not contiguous
+        inputs = a[n.start : n.stop].flatten(0, 1)
+        left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
+        right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
         for r in chunks(width, rows):
-            left = torch.matmul(left_t[:, :, r.start : r.stop], inputs)
-            right = left if right_t is None else torch.matmul(right_t[:, :, r.start : r.stop], inputs)
+            left = torch.bmm(left_t[:, r.start : r.stop], inputs)
+            right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
             part = target[:, r.start : r.stop]
             if len(left) == 1:
-                part.addcmul_(left[0], right[0])
+                part[0].addcmul_(left[0], right[0])
             else:
-                part += (left * right).sum(0)
+                part += (left * right).unflatten(0, (-1, groups)).sum(0)
 
 
 def total_gradient(gradient: PerSample, numel: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)
+PAGES = ["README.md", *(page for page in PAGES if "```python" in (ROOT / page).read_text())]
 
 
 @pytest.mark.parametrize("page", PAGES)
