@@ -1,5 +1,6 @@
 """Per-layer curvature of live PyTorch models: exact Fisher and Hessian diagonals, gathered by hooks."""
 
+from .accumulation import CurvatureWarning
 from .core.per_layer_curvature import (
     get_layer_curvature_stats,
     per_layer_fisher_diagonal,
@@ -19,7 +20,7 @@ from .errors import (
     SecorderError,
 )
 from .hessian import LayerCost
-from .probe import CurvatureProbe, CurvatureWarning
+from .probe import CurvatureProbe
 from .recorder import CurvatureRecorder
 from .report import Report, report
 from .spectrum import Eigenvalues, Trace

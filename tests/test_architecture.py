@@ -11,8 +11,8 @@ ROOT = Path(secorder.__file__).parent
 ORDER = (
     "errors", "trees", "autocast", "random_state", "progress", "products", "rules", "testing", "layers", "capture",
     "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats", "tensorboard",
-    "report", "distributed", "probe", "recorder", "diagnosis", "core.per_layer_curvature", "integrations.lightning",
-    "integrations.huggingface", "__main__", "__init__",
+    "report", "distributed", "accumulation", "probe", "recorder", "diagnosis", "core.per_layer_curvature",
+    "integrations.lightning", "integrations.huggingface", "__main__", "__init__",
 )  # fmt: skip
 
 
