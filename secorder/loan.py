@@ -7,6 +7,7 @@ and no attached probe records anything. It stays so through all backward work, s
 again there.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar, cast
@@ -285,8 +286,16 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
     places = {layer.name: _places(loan, layer) for layer in layers} if not own_parameters else {}
     displaced: dict[str, list[list[Any]]] = {layer.name: [] for layer in layers}  # a stack: calls may nest
 
+    owner = threading.get_ident()
+
+    def foreign() -> bool:
+        """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
+        return threading.get_ident() != owner and torch._C._current_graph_task_id() == -1
+
     def before(layer: Layer) -> Callable[..., None]:
         def hook(module: nn.Module, _: Any) -> None:
+            if foreign():
+                return
             displaced[layer.name].append([holder[key] for holder, key, _ in places[layer.name]])
             if inside_transform():
                 return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
@@ -297,6 +306,8 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
 
     def after(layer: Layer) -> Callable[..., Any]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+            if foreign():
+                return None
             if not own_parameters:
                 for (holder, key, _), value in zip(places[layer.name], displaced[layer.name].pop(), strict=True):
                     holder[key] = value

@@ -264,7 +264,7 @@ def main() -> None:
         if not options.workloads:
             against_torch_secorder(results)
     if "stochastic" in only:
-        for key in chosen("mlp-small", "cnn-tanh", "transformer", "lstm"):
+        for key in chosen("mlp-small", "mlp-tanh", "cnn-tanh"):
             stochastic_hessian(results, key, repeats)
     if options.json:
         options.json.write_text(json.dumps({"run": heading, "tables": results.tables}, indent=1) + "\n")

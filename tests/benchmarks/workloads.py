@@ -41,20 +41,20 @@ def mlp(*widths: int, activation: type[nn.Module]) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def cnn(activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
-    """Three convolutions on 3×32×32 images."""
+def cnn(activation: type[nn.Module] = nn.ReLU, size: int = 32, width: int = 32) -> nn.Sequential:
+    """Three convolutions on 3×size×size images."""
     return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1),
+        nn.Conv2d(3, width, 3, padding=1),
         activation(),
         nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
         activation(),
         nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 3, padding=1),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
         activation(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(1024, 10),
+        nn.Linear(2 * width * (size // 8) ** 2, 10),
     )
 
 
@@ -145,7 +145,9 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
         smooth=False,
     ),
     "cnn": _workload("3-convolution ReLU CNN 3×32×32, N=64", cnn, 64, 3, 32, 32, smooth=False),
-    "cnn-tanh": _workload("3-convolution tanh CNN 3×32×32, N=8", lambda: cnn(nn.Tanh), 8, 3, 32, 32, smooth=True),
+    "cnn-tanh": _workload(
+        "3-convolution tanh CNN 3×16×16, N=8", lambda: cnn(nn.Tanh, 16, 8), 8, 3, 16, 16, smooth=True
+    ),
     "resnet18": _workload("ResNet-18 shaped, BN eval, 3×32×32, N=32", resnet18, 32, 3, 32, 32, smooth=False),
     "transformer": _workload("GELU block, width 256, 64 tokens, N=8", TransformerBlock, 8, 64, 256, smooth=True),
     "lstm": _workload("LSTM 32-64, 16 steps, N=32", Recurrent, 32, 16, 32, smooth=True),
