@@ -129,6 +129,7 @@ class Accumulation:
         return [z.to(self.accumulator_device, self.accumulator_dtype) for z in zeros(layer)]
 
     def diagonals(self) -> Diagonals:
+        """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`."""
         if self.num_samples == 0:
             raise ProbeStateError(
                 "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), "
@@ -253,8 +254,7 @@ class Accumulation:
         # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
         scale = float(count**2) if self.reduction == "mean" else 1.0
         scale /= self.loss_scale() ** 2
-        decay = self.decay
-        return (1.0, scale) if decay is None else (decay, (1 - decay) * scale / count)
+        return (1.0, scale) if self.decay is None else (self.decay, (1 - self.decay) * scale / count)
 
     def _rounding(self, tensors: Iterable[Tensor]) -> float:
         capture = self.capture
@@ -343,7 +343,7 @@ class Accumulation:
         batch = self.batches + 1
         return batch & (batch - 1) == 0
 
-    def finish(self, count: int, received: set[str], calls: dict[str, int], gradients: dict[int, Tensor]) -> None:
+    def finish(self, count: int, received: set[str], gradients: dict[int, Tensor]) -> None:
         """Count the batch, with zeros for the layers that its loss does not depend on."""
         found = self.attributions.get(self.mode, Attribution())
         for layer in found.layers:

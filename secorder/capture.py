@@ -139,8 +139,8 @@ class Receiver(Protocol):
     def wants_gradients(self) -> bool:
         """Whether :meth:`finish` is to be given the parameters' whole gradients of this backward."""
 
-    def finish(self, num_samples: int, received: set[str], calls: dict[str, int], gradients: dict[int, Tensor]) -> None:
-        """A recorded backward ended: the layers it reached, all calls, and whole gradients by ``id(parameter)``."""
+    def finish(self, num_samples: int, received: set[str], gradients: dict[int, Tensor]) -> None:
+        """A recorded backward ended: the layers it reached, and whole gradients by ``id(parameter)``."""
 
 
 class Capture:
@@ -162,7 +162,8 @@ class Capture:
         self.suspensions = 0
         #: Layers that ran in a recorded forward with nothing to differentiate: all frozen up to there.
         self.without_gradient: set[str] = set()
-        self._counts = {True: 0, False: 0}
+        #: Forwards counted towards ``every``, in train and in eval mode.
+        self.counts = {True: 0, False: 0}
         self._threads = threading.local()  # models may run inference in another thread meanwhile
         self._open: tuple[int, _Forward] | None = None  # the backward that runs now: its graph task, its forward
         self._whole: dict[int, Tensor] = {}  # whole gradients of the parameters in the backward that runs now
@@ -221,11 +222,6 @@ class Capture:
     def _current(self, forward: "_Forward | None") -> None:
         self._threads.forward = forward
 
-    @property
-    def counts(self) -> dict[bool, int]:
-        """Forwards counted towards ``every``, in train and in eval mode."""
-        return self._counts
-
     # ---- forward
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -239,8 +235,8 @@ class Capture:
             return
         self._open = None
         self._stop_watching()
-        count = self._counts[self.model.training]
-        self._counts[self.model.training] = count + 1
+        count = self.counts[self.model.training]
+        self.counts[self.model.training] = count + 1
         if count % self.every == 0:
             layers, num_samples = self.receiver.prepare(args, kwargs)
             if list(layers) != list(self.layers.values()):
@@ -464,7 +460,7 @@ class Capture:
             self._deliver_unit(forward, key)
         if forward.received or whole:
             forward.done = True
-            self.receiver.finish(forward.num_samples, forward.received, forward.calls, whole)
+            self.receiver.finish(forward.num_samples, forward.received, whole)
 
 
 class CaptureHook:

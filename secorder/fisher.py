@@ -31,7 +31,6 @@ from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
 from .loan import Loan, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
-from .rules import DIM_ZERO
 from .samples import independent_by_structure, outputs_independent
 from .trees import batch_size, map_tensors, require_agreement, sample_dimension, tensors_in
 from .zspace import (
@@ -41,7 +40,6 @@ from .zspace import (
     contract_pairs,
     expose_output,
     known_roots,
-    layout_options,
     loss_of_output,
     loss_separates,
     output_hessian,
@@ -300,11 +298,10 @@ def _by_rules(task: _Task, heads: Sequence[Tensor], pairs: Pairs, layers: Sequen
         heads,
         alone,
         pairs,
-        [[[DIM_ZERO] * len(z.leaves)] if task.certain else layout_options(z, task.count) for z in alone],
+        certain=task.certain,
         generator=task.generator,
         chunk_size=task.chunk_size,
         create_graph=task.create_graph,
-        verified=task.certain,
     )
     info = LayerInfo("rule", checks={"own_use": True, "rows_are_samples": True})
     return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}

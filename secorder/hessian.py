@@ -536,15 +536,13 @@ def _columns(
             plan.way, plan.num_columns = "columns", outputs
         return
     pairs = pairs or signed_roots(slopes, points, problem.chunk_size)
-    options = [[[DIM_ZERO] * len(p.leaves)] if problem.certain else layout_options(p, count) for p in served]
     diagonals = contract_pairs(
         heads,
         served,
         pairs,
-        options,
+        certain=problem.certain,
         generator=problem.generator,
         chunk_size=problem.chunk_size,
-        verified=problem.certain,
     )
     for plan, values in zip(served, diagonals, strict=True):
         plan.checks["outputs_by_sample"] = values is not None

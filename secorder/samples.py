@@ -205,9 +205,11 @@ def attribute(
     """
     parents = {id(child): module for module in model.modules() for child in module.children()}
     layers = list(layers)
+    independent = independent_by_structure(model, dim)
     while True:
-        found = _attribute(model, layers, (args, kwargs), dim, direct)
+        found = _attribute(model, layers, (args, kwargs), dim, independent, direct)
         found.layers = layers
+        independent = True  # or the search ends here: the samples are no less so when other modules are looked at
         missing = found.unknown | found.outside
         if found.unclear:
             return found
@@ -243,9 +245,10 @@ def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any)
     return missing
 
 
-def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, direct: bool) -> Attribution:
+def _attribute(
+    model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, independent: bool, direct: bool
+) -> Attribution:
     found = Attribution()
-    certain = independent_by_structure(model, dim)
     with borrow(model, None, layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:
@@ -256,8 +259,9 @@ def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: i
             recording.close()
             loan.require_stand_ins(output)
             # Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing.
-            found.unclear = any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point())
-            found.unclear |= any(bool((t == torch.inf).any()) for t in tensors_in(output) if t.is_floating_point())
+            found.unclear = any(
+                bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point()
+            )
             if found.unclear:
                 return found
             found.calls = {name: len(calls) for name, calls in recording.inputs.items()}
@@ -286,7 +290,7 @@ def _attribute(model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: i
         if not heads:
             _by_replacement(found, layers, forward, arguments, count, dim)
         else:
-            found.coupled = not certain and not outputs_independent(loan, arguments, count, dim, forward)
+            found.coupled = not independent and not outputs_independent(loan, arguments, count, dim, forward)
     return found
 
 

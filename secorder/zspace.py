@@ -301,12 +301,11 @@ def contract_pairs(
     heads: Sequence[Tensor],
     layers: Sequence[ZLayer],
     pairs: Pairs,
-    options: Sequence[list[list[Layout]]],
     *,
+    certain: bool,
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
-    verified: bool = False,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
@@ -318,11 +317,10 @@ def contract_pairs(
         heads: output tensors, samples in dim 0.
         layers: layers with recorded calls.
         pairs: the cotangents.
-        options: for each layer its candidate layouts.
+        certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
         generator: for the random factors.
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
-        verified: it is known already that rows of z are samples, by the first of a layer's layouts.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
@@ -342,21 +340,21 @@ def contract_pairs(
         return torch.randn(size, generator=generator, dtype=torch.float64).to(pairs.u)
 
     plain: dict[int, Tensor] = {}
-    if verified:
-        for z, choices in zip(layers, options, strict=True):
-            z.layouts = choices[0] if choices else []
+    if certain:
+        for z in layers:
+            z.layouts = [DIM_ZERO] * len(z.leaves)
     else:
         mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
         plain = pull_back(mixture)
-        open_options = [list(choices) for choices in options]
+        options = [layout_options(z, count) for z in layers]
         for _ in range(scale_draws(leaves)):
             weights = 0.5 + random(count).abs()
             weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
-            open_options = [
+            options = [
                 [c for c in choices if scales(z.leaves, c, plain, weighted, weights)]
-                for z, choices in zip(layers, open_options, strict=True)
+                for z, choices in zip(layers, options, strict=True)
             ]
-        for z, choices in zip(layers, open_options, strict=True):
+        for z, choices in zip(layers, options, strict=True):
             z.layouts = next(iter(choices), [])
     good = [z for z in layers if z.layouts or not z.leaves]
     totals: dict[tuple[int, str], Tensor] = {}
