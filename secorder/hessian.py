@@ -147,52 +147,22 @@ class Policy:
         return self.max_hvps is not None and num_hvps <= self.max_hvps and num_hvps * elements <= self.max_work
 
 
-def hessian_diagonal(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    policy: Policy,
-    *,
-    generator: torch.Generator | None = None,
-    create_graph: bool = False,
-    chunk_size: int | None = None,
-    progress: bool = False,
-    sample_dim: int = 0,
-) -> Diagonals:
+def hessian_diagonal(problem: "Problem", policy: Policy, *, create_graph: bool = False) -> Diagonals:
     """∂²L/∂θ_i² of ``L = loss_fn(model(inputs), targets)`` for every parameter of the layers.
 
     See :meth:`secorder.CurvatureProbe.hessian_diagonal`, which this function carries out.
     """
-    if create_graph and policy.method == "hutchinson":
-        raise InvalidArgumentError('create_graph=True needs method="exact".')
-
-    def measure(problem: Problem) -> Diagonals:
-        plans = [Plan(layer) for layer in problem.layers]
-        exact = Policy("exact", policy.num_samples, None, policy.max_num_samples, None)
-        with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
-            choose_ways(problem, plans, recording, exact if create_graph else policy, columns=not create_graph)
-            if not create_graph:
-                _in_z(problem, plans, policy)
-        if create_graph:
-            return _differentiable(problem, plans)
-        _in_parameters(problem, plans, policy)
-        return _assemble(plans)
-
-    return on_problem(
-        measure,
-        model,
-        layers,
-        loss_fn,
-        inputs,
-        targets,
-        generator=generator,
-        create_graph=create_graph,
-        chunk_size=chunk_size,
-        progress=progress,
-        sample_dim=sample_dim,
-    )
+    plans = [Plan(layer) for layer in problem.layers]
+    if create_graph:
+        policy = Policy("exact", policy.num_samples, None, policy.max_num_samples, None)
+    with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
+        choose_ways(problem, plans, recording, policy, columns=not create_graph)
+        if not create_graph:
+            _in_z(problem, plans, policy)
+    if create_graph:
+        return _differentiable(problem, plans)
+    _in_parameters(problem, plans, policy)
+    return _assemble(plans)
 
 
 @dataclass(frozen=True)
@@ -212,40 +182,15 @@ class LayerCost:
     bytes: int
 
 
-def estimate_cost(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    policy: Policy,
-    *,
-    generator: torch.Generator | None = None,
-    chunk_size: int | None = None,
-    sample_dim: int = 0,
-) -> dict[str, LayerCost]:
+def estimate_cost(problem: "Problem", policy: Policy) -> dict[str, LayerCost]:
     """What :func:`hessian_diagonal` would take for each layer: one forward, one backward and the checks are run.
 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
     """
-
-    def plan_only(problem: Problem) -> dict[str, LayerCost]:
-        plans = [Plan(layer) for layer in problem.layers]
-        with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
-            choose_ways(problem, plans, recording, policy, columns=True, dry=True)
-        return {plan.layer.name: _cost(problem, plan, policy) for plan in plans}
-
-    return on_problem(
-        plan_only,
-        model,
-        layers,
-        loss_fn,
-        inputs,
-        targets,
-        generator=generator,
-        chunk_size=chunk_size,
-        sample_dim=sample_dim,
-    )
+    plans = [Plan(layer) for layer in problem.layers]
+    with recorded(problem.loan, ruled(problem), own_parameters=False) as recording:
+        choose_ways(problem, plans, recording, policy, columns=True, dry=True)
+    return {plan.layer.name: _cost(problem, plan, policy) for plan in plans}
 
 
 def _cost(problem: "Problem", plan: "Plan", policy: Policy) -> LayerCost:

@@ -16,8 +16,9 @@ from .errors import (
     ProbeStateError,
 )
 from .fisher import FisherType, fisher_diagonal
-from .hessian import HessianMethod, LayerCost, Policy, estimate_cost, hessian_diagonal, on_problem
+from .hessian import HessianMethod, LayerCost, Policy, Problem, estimate_cost, hessian_diagonal, on_problem
 from .layers import LayerTypes, select_layers
+from .loan import Result
 from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
@@ -335,18 +336,18 @@ class CurvatureProbe:
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
         self._attached_capture()
-        return hessian_diagonal(
-            self._model,
-            self._layers,
-            _callable(loss_fn),
+        policy = Policy.checked(method, num_samples, rtol, max_num_samples, max_hvps)
+        if create_graph and method == "hutchinson":
+            raise InvalidArgumentError('create_graph=True needs method="exact".')
+        return self._measure(
+            lambda problem: hessian_diagonal(problem, policy, create_graph=create_graph),
+            loss_fn,
             inputs,
             targets,
-            Policy.checked(method, num_samples, rtol, max_num_samples, max_hvps),
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
-            sample_dim=self._sample_dim,
         )
 
     def hessian_trace(
@@ -387,16 +388,13 @@ class CurvatureProbe:
         """
         self._attached_capture()
         policy = Policy.checked("hutchinson", num_samples, rtol, max_num_samples, None)
-        return on_problem(
+        return self._measure(
             lambda problem: layer_traces(problem, policy),
-            self._model,
-            self._layers,
-            _callable(loss_fn),
+            loss_fn,
             inputs,
             targets,
             generator=generator,
             chunk_size=chunk_size,
-            sample_dim=self._sample_dim,
         )
 
     def hessian_eigenvalues(
@@ -434,17 +432,14 @@ class CurvatureProbe:
         if count < 1 or max_iterations < 1:
             raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
         policy = Policy.checked("hutchinson", None, None, 100, None)
-        return on_problem(
+        return self._measure(
             lambda problem: layer_eigenvalues(
                 problem, policy, count=count, tolerance=tolerance, max_iterations=max_iterations
             ),
-            self._model,
-            self._layers,
-            _callable(loss_fn),
+            loss_fn,
             inputs,
             targets,
             generator=generator,
-            sample_dim=self._sample_dim,
         )
 
     def estimate_cost(
@@ -480,15 +475,24 @@ class CurvatureProbe:
             SecorderError: as :meth:`hessian_diagonal`.
         """
         self._attached_capture()
-        return estimate_cost(
+        policy = Policy.checked(method, num_samples, rtol, 1 << 62, max_hvps)
+        return self._measure(
+            lambda problem: estimate_cost(problem, policy), loss_fn, inputs, targets, chunk_size=chunk_size
+        )
+
+    def _measure(
+        self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
+    ) -> Result:
+        """A measurement of second order: ``work`` on the borrowed model."""
+        return on_problem(
+            work,
             self._model,
             self._layers,
             _callable(loss_fn),
             inputs,
             targets,
-            Policy.checked(method, num_samples, rtol, 1 << 62, max_hvps),
-            chunk_size=chunk_size,
             sample_dim=self._sample_dim,
+            **options,
         )
 
     # ---- watching
