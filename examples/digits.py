@@ -1,5 +1,9 @@
 """What the examples share: scikit-learn's 1,797 real hand-written digits and a small convolutional network."""
 
+import argparse
+import time
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -49,3 +53,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: TensorDatase
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
+
+
+def parser(document: str | None, epochs: int, name: str) -> argparse.ArgumentParser:
+    """The options of every example: how long to train, and where to log."""
+    made = argparse.ArgumentParser(description=(document or "").splitlines()[0])
+    made.add_argument("--epochs", type=int, default=epochs)
+    made.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S"))
+    return made

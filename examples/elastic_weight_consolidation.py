@@ -5,14 +5,11 @@ diagonal that the probe gathers during the last epoch of the first task. Run
 ``python examples/elastic_weight_consolidation.py``.
 """
 
-import argparse
 import copy
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import DigitsNet, load_data
+from digits import DigitsNet, load_data, parser
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -65,10 +62,7 @@ def learn(
 
 def main() -> None:
     """Both tasks, with and without the penalty."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("ewc-%Y%m%d-%H%M%S"))
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, epochs=12, name="ewc").parse_args()
     torch.manual_seed(0)
     data, test = load_data()
     first, second = range(5), range(5, 10)

@@ -5,14 +5,11 @@ A layer with a large Fisher bounds the step of plain gradient descent for all of
 Run ``python examples/layerwise_learning_rates.py``.
 """
 
-import argparse
 import copy
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from digits import DigitsNet, load_data, train
+from digits import DigitsNet, load_data, parser, train
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -44,11 +41,9 @@ def factors_from_fisher(model: nn.Module, data: TensorDataset) -> dict[str, floa
 
 def main() -> None:
     """Tune both over the grid, compare their best losses on held-out digits."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("rates-%Y%m%d-%H%M%S"))
-    arguments = parser.parse_args()
+    options = parser(__doc__, epochs=5, name="rates")
+    options.add_argument("--seeds", type=int, default=3)
+    arguments = options.parse_args()
     console = Console()
     results: dict[str, dict[float, list[float]]] = {"single": {}, "by layer": {}}
     for seed in range(arguments.seeds):

@@ -3,12 +3,8 @@
 Run ``python examples/one_shot_report.py``.
 """
 
-import argparse
-import time
-from pathlib import Path
-
 import torch
-from digits import DigitsNet, accuracy, load_data, train
+from digits import DigitsNet, accuracy, load_data, parser, train
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -20,10 +16,7 @@ from secorder.tensorboard import heat_map, log_diagonals, log_layout
 
 def main() -> None:
     """Train a good and a badly started network, and let the diagnosis tell them apart."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("report-%Y%m%d-%H%M%S"))
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, epochs=8, name="report").parse_args()
     torch.manual_seed(0)
     console = Console()
     data, test = load_data()

@@ -6,13 +6,10 @@ is left of the network, it holds.
 Run ``python examples/pruning.py``.
 """
 
-import argparse
 import copy
-import time
-from pathlib import Path
 
 import torch
-from digits import DigitsNet, accuracy, load_data, train
+from digits import DigitsNet, accuracy, load_data, parser, train
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,10 +33,7 @@ def pruned(model: nn.Module, scores: dict[str, Tensor], share: float) -> nn.Modu
 
 def main() -> None:
     """Train, score, prune, compare."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=25)
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("pruning-%Y%m%d-%H%M%S"))
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, epochs=25, name="pruning").parse_args()
     torch.manual_seed(0)
     data, test = load_data()
     model = DigitsNet()

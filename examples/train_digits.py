@@ -3,12 +3,8 @@
 Run ``python examples/train_digits.py``; then ``tensorboard --logdir runs`` shows the same numbers over time.
 """
 
-import argparse
-import time
-from pathlib import Path
-
 import torch
-from digits import DigitsNet, accuracy, load_data
+from digits import DigitsNet, accuracy, load_data, parser
 from rich.console import Console
 from rich.live import Live
 from torch import nn
@@ -21,10 +17,7 @@ from secorder.stats import layer_statistics
 
 def main() -> None:
     """Train, log, show, and say what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--logdir", type=Path, default=Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S"))
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, epochs=12, name="digits").parse_args()
     torch.manual_seed(0)
     console = Console()
     train, test = load_data()

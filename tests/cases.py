@@ -1140,26 +1140,17 @@ def _() -> Any:
     return nn.Sequential(Listed()), nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-@case("data/conditioning_row_first")
-def _() -> Any:
-    model = Net(
-        lambda m, c, x: m.b(torch.tanh(m.a(x)) * m.shift(c)),
-        a=nn.Linear(3, 4),
-        shift=nn.Linear(2, 4),
-        b=nn.Linear(4, 3),
-    )
-    return model, nn.CrossEntropyLoss(), (torch.randn(1, 2), torch.randn(N, 3)), classes()
+for _name, _options in {"": {}, "_not_selected": {"layers": ["a", "b"]}}.items():
 
-
-@case("data/conditioning_row_first_not_selected", options={"layers": ["a", "b"]})
-def _() -> Any:
-    model = Net(
-        lambda m, c, x: m.b(torch.tanh(m.a(x)) * m.shift(c)),
-        a=nn.Linear(3, 4),
-        shift=nn.Linear(2, 4),
-        b=nn.Linear(4, 3),
-    )
-    return model, nn.CrossEntropyLoss(), (torch.randn(1, 2), torch.randn(N, 3)), classes()
+    @case(f"data/conditioning_row_first{_name}", options=_options)
+    def _() -> Any:
+        model = Net(
+            lambda m, c, x: m.b(torch.tanh(m.a(x)) * m.shift(c)),
+            a=nn.Linear(3, 4),
+            shift=nn.Linear(2, 4),
+            b=nn.Linear(4, 3),
+        )
+        return model, nn.CrossEntropyLoss(), (torch.randn(1, 2), torch.randn(N, 3)), classes()
 
 
 @case("data/positions_first")
