@@ -4,10 +4,8 @@ Prints tags, bytes and time a step for grids of layers and steps, and the expone
 """
 
 import argparse
-import math
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from secorder.tensorboard import CurvatureLog
+
+from .timing import exponent
 
 
 def measure(layers: int, steps: int) -> tuple[int, int, float]:
@@ -35,13 +35,6 @@ def measure(layers: int, steps: int) -> tuple[int, int, float]:
         events.Reload()
         tags = sum(len(names) for names in events.Tags().values() if isinstance(names, list))
     return tags, size, seconds
-
-
-def exponent(x: Sequence[float], y: Sequence[float]) -> float:
-    """Slope of log y over log x, by least squares."""
-    u, v = [math.log(a) for a in x], [math.log(b) for b in y]
-    mu, mv = sum(u) / len(u), sum(v) / len(v)
-    return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum((a - mu) ** 2 for a in u)
 
 
 def main() -> None:

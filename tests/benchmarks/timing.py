@@ -1,8 +1,9 @@
 """Alternating contestants, medians, and a table of ratios."""
 
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +20,13 @@ def alternate(contestants: dict[str, Callable[[], object]], repeats: int, warm_u
             if turn >= warm_up:
                 times[name].append(time.perf_counter() - start)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def exponent(x: Sequence[float], y: Sequence[float]) -> float:
+    """Slope of log y over log x, by least squares."""
+    u, v = [math.log(a) for a in x], [math.log(b) for b in y]
+    mu, mv = sum(u) / len(u), sum(v) / len(v)
+    return sum((a - mu) * (b - mv) for a, b in zip(u, v, strict=True)) / sum((a - mu) ** 2 for a in u)
 
 
 class Results:
