@@ -150,5 +150,8 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     ),
     "resnet18": _workload("ResNet-18 shaped, BN eval, 3×32×32, N=32", resnet18, 32, 3, 32, 32, smooth=False),
     "transformer": _workload("GELU block, width 256, 64 tokens, N=8", TransformerBlock, 8, 64, 256, smooth=True),
+    "transformer-small": _workload(
+        "GELU block, width 64, 16 tokens, N=8", lambda: TransformerBlock(64), 8, 16, 64, smooth=True
+    ),
     "lstm": _workload("LSTM 32-64, 16 steps, N=32", Recurrent, 32, 16, 32, smooth=True),
 }
