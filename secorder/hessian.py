@@ -38,7 +38,7 @@ from .layers import Layer
 from .loan import Loan, Recording, Result, borrow, check_loss, on_loan, recorded, require_dependence
 from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
-from .rules import DIM_ZERO, Layout, Outer, PerSample, contract, contract_basis
+from .rules import DIM_ZERO, Layout, PerSample, contract, contract_basis, with_cotangents
 from .samples import independent_by_structure, linear_by_structure
 from .trees import batch_size, require_agreement, sample_dimension, tensors_in
 from .zspace import (
@@ -781,7 +781,7 @@ def z_draws(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> tu
 
 
 def _pick(gradient: PerSample, index: int) -> PerSample:
-    return Outer(gradient.a, gradient.g[index]) if isinstance(gradient, Outer) else gradient[index]
+    return with_cotangents(gradient, lambda g: g[index])
 
 
 def parameter_draws(

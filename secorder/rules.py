@@ -6,9 +6,9 @@ J_nᵀ g_n on θ. A *rule* is the function that does so for one layer type, for 
     rule(module, inputs, g) -> {parameter name: per-sample gradient}
 
 ``inputs`` are the tensors that the module was called with and ``g`` has the shape of its output, both with samples in
-dim 0. A per-sample gradient is either dense, of shape ``(N, *parameter.shape)``, or an :class:`Outer`: two factors
-whose product it is, never formed where it needn't be. :func:`contract` turns two of them, fed with cotangents u and v,
-into the diagonal that belongs to the pair::
+dim 0. A per-sample gradient is either dense, of shape ``(N, *parameter.shape)``, or an :class:`Outer`, two factors
+whose product it is, never formed where it needn't be, or :class:`Rows`, zero but in a few rows. :func:`contract` turns
+two of them, fed with cotangents u and v, into the diagonal that belongs to the pair::
 
     contract(u, v) = Σ_n (J_nᵀ u_n) ⊙ (J_nᵀ v_n)
 
@@ -35,15 +35,19 @@ __all__ = [
     "Outer",
     "Patches",
     "PerSample",
+    "Rows",
     "Rule",
     "candidate_layouts",
     "contract",
     "contract_basis",
+    "contract_sum",
+    "dense",
     "magnitude",
     "per_sample_gradients",
     "rule_for",
     "stacked_gradients",
     "total_gradient",
+    "with_cotangents",
 ]
 
 #: Elements of patches and of per-sample gradients that one step of a contraction may form: what stays in the caches
@@ -138,7 +142,21 @@ class Outer(NamedTuple):
     g: Tensor
 
 
-PerSample = Outer | Tensor
+class Rows(NamedTuple):
+    """A per-sample gradient that is zero but in a few rows of the parameter: row ``ids[n, p]`` gets ``g[n, p]``.
+
+    Attributes:
+        ids: shape ``(N, positions)``; a row may come more than once, and gets the sum.
+        g: cotangents, shape ``(N, positions, width)``.
+        rows: number of the parameter's rows.
+    """
+
+    ids: Tensor
+    g: Tensor
+    rows: int
+
+
+PerSample = Outer | Rows | Tensor
 Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Mapping[str, PerSample]]
 
 
@@ -207,8 +225,6 @@ def per_sample_gradients(
         if layout.rows > 1:
             gradients = {name: _regroup(gradient, layout) for name, gradient in gradients.items()}
         parts.append(gradients)
-    if len(parts) == 1:
-        return dict(parts[0])
     return {name: _merge([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -221,23 +237,30 @@ def stacked_gradients(
 ) -> dict[str, PerSample]:
     """:func:`per_sample_gradients` for K cotangents at once: each call's has shape ``(K, *output.shape)``.
 
-    The input factor of an :class:`Outer` is shared by all K; its ``g``, or the dense gradient, is stacked in dim 0.
+    What does not depend on the cotangent (the input factor of an :class:`Outer`, the ids of :class:`Rows`) is shared
+    by all K; their ``g``, or the dense gradient, is stacked in dim 0.
     """
 
     def gradients(gs: tuple[Tensor, ...]) -> dict[str, PerSample]:
         return per_sample_gradients(rule, module, list(zip(inputs, gs, strict=True)), layouts)
 
     def cotangent_factors(*gs: Tensor) -> dict[str, Tensor]:
-        return {name: part.g if isinstance(part, Outer) else part for name, part in gradients(gs).items()}
+        return {name: part if isinstance(part, Tensor) else part.g for name, part in gradients(gs).items()}
 
     first = gradients(tuple(c[0] for c in cotangents))
     stacked = torch.vmap(cotangent_factors)(*cotangents)
-    return {
-        name: Outer(part.a, stacked[name]) if isinstance(part, Outer) else stacked[name] for name, part in first.items()
-    }
+    return {name: with_cotangents(part, lambda _, name=name: stacked[name]) for name, part in first.items()}  # type: ignore[misc]
+
+
+def with_cotangents(gradient: PerSample, change: Callable[[Tensor], Tensor]) -> PerSample:
+    """A per-sample gradient with its cotangent factor changed, in which it is linear; of a dense one, itself."""
+    return change(gradient) if isinstance(gradient, Tensor) else gradient._replace(g=change(gradient.g))
 
 
 def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
+    if isinstance(gradient, Rows):  # (N·T, P) -> (N, T·P)
+        ids, g = (layout.split(t).flatten(1, 2) for t in (gradient.ids, gradient.g))
+        return Rows(ids, g, gradient.rows)
     if isinstance(gradient, Outer):  # (N·T, G, P, k) -> (N, G, T·P, k)
 
         def grouped(factor: Tensor) -> Tensor:
@@ -248,10 +271,16 @@ def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
 
 
 def _merge(parts: Sequence[PerSample]) -> PerSample:
+    """The sum of per-sample gradients in one form."""
+    if len(parts) == 1:
+        return parts[0]
     if isinstance(parts[0], Outer):
         inputs = [part.a for part in parts]  # type: ignore[union-attr]
         a = None if inputs[0] is None else torch.cat([_whole(x) for x in inputs if x is not None], 2)
         return Outer(a, torch.cat([part.g for part in parts], 2))  # type: ignore[union-attr]
+    if isinstance(parts[0], Rows):
+        ids = torch.cat([part.ids for part in parts], 1)  # type: ignore[union-attr]
+        return Rows(ids, torch.cat([part.g for part in parts], 1), parts[0].rows)  # type: ignore[union-attr]
     return torch.stack(list(parts)).sum(0)  # type: ignore[arg-type]
 
 
@@ -281,9 +310,12 @@ def contract(
     Returns:
         1-D tensor of ``numel`` elements, in the order of the flattened parameter.
     """
-    if not isinstance(u, Outer):
-        assert not isinstance(v, Outer)
+    if isinstance(u, Tensor):
+        assert v is None or isinstance(v, Tensor)
         return _add((u * (u if v is None else v)).reshape(-1, numel).sum(0), out, beta, alpha)
+    if isinstance(u, Rows):
+        assert v is None or isinstance(v, Rows)
+        return _contract_rows(u, v, numel, out, beta, alpha)
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
     groups, positions = gu.shape[-3], gu.shape[-2]
@@ -360,10 +392,80 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor) -> None:
         target += products.unflatten(0, (-1, len(target))).sum(0)
 
 
+def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """:func:`contract` of :class:`Rows`, on the rows of each sample that are not zero."""
+    count, width = len(u.ids), u.g.shape[-1]
+    offset = torch.arange(count, device=u.ids.device)[:, None] * u.rows
+    places, where = (u.ids + offset).unique(return_inverse=True)  # one for each sample and row
+
+    def compact(g: Tensor) -> Tensor:
+        flat = g.flatten(-3, -2)
+        return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where.flatten(), flat)
+
+    left = compact(u.g)
+    products = left * (left if v is None else compact(v.g))
+    if products.dim() == 3:
+        products = products.sum(0)
+    if out is None:
+        total = products.new_zeros(u.rows, width).index_add(0, places % u.rows, products)
+        return total.reshape(numel) * alpha
+    if beta != 1.0:
+        out.mul_(beta)
+    out.view(u.rows, width).index_add_(0, places % u.rows, products, alpha=alpha)
+    return out
+
+
+def contract_sum(
+    parts: Sequence[PerSample], *, numel: int, out: Tensor, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Σ_n (Σ_i u_{i, n})²: :func:`contract` for a parameter that gets its gradient from several layers.
+
+    Args:
+        parts: each layer's per-sample gradients of the parameter.
+        numel: number of the parameter's elements.
+        out: ``out ← beta · out + alpha · result`` in place.
+        beta: factor of what ``out`` held.
+        alpha: factor of the result.
+    """
+    forms: dict[type, list[PerSample]] = {}
+    for part in parts:
+        forms.setdefault(type(part), []).append(part)
+    merged = {form: _merge(same) for form, same in forms.items()}
+    if len(merged) == 1:
+        return contract(next(iter(merged.values())), numel=numel, out=out, beta=beta, alpha=alpha)
+    outer, rows = merged.get(Outer), merged.get(Rows)
+    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
+        total = torch.stack([dense(part, numel) for part in merged.values()]).sum(0)
+        return contract(total, numel=numel, out=out, beta=beta, alpha=alpha)
+    # An embedding and a head: (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B.
+    contract(outer, numel=numel, out=out, beta=beta, alpha=alpha)
+    contract(rows, numel=numel, out=out, alpha=alpha)
+    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
+    cross = torch.bmm(columns.transpose(1, 2), _whole(outer.a)[:, 0]) * rows.g
+    out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
+    return out
+
+
+def dense(gradient: PerSample, numel: int) -> Tensor:
+    """Per-sample gradients written out, shape ``(N, numel)``."""
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(-1, numel)
+    if isinstance(gradient, Outer):
+        if gradient.a is None:
+            return gradient.g.sum(2).reshape(-1, numel)
+        return torch.matmul(gradient.g.transpose(2, 3), _whole(gradient.a)).reshape(-1, numel)
+    index = gradient.ids.unsqueeze(-1).expand_as(gradient.g)
+    written = gradient.g.new_zeros(len(gradient.g), gradient.rows, gradient.g.shape[-1])
+    return written.scatter_add(1, index, gradient.g).reshape(-1, numel)
+
+
 def total_gradient(gradient: PerSample, numel: int) -> Tensor:
     """Σ_n of per-sample gradients, flat: the layer's whole gradient, as far as it is explained by them."""
-    if not isinstance(gradient, Outer):
+    if isinstance(gradient, Tensor):
         return gradient.reshape(-1, numel).sum(0)
+    if isinstance(gradient, Rows):
+        total = gradient.g.new_zeros(gradient.rows, gradient.g.shape[-1])
+        return total.index_add(0, gradient.ids.flatten(), gradient.g.flatten(0, 1)).reshape(numel)
     g = gradient.g.transpose(0, 1).flatten(1, 2)  # (groups, N · positions, out)
     if gradient.a is None:
         return g.sum(1).reshape(numel)
@@ -388,8 +490,8 @@ def magnitude(gradient: PerSample, numel: int) -> Tensor:
             a = replace(a, image=a.image.abs())
         elif a is not None:
             a = a.abs()
-        return total_gradient(Outer(a, gradient.g.abs()), numel).amax()
-    return total_gradient(gradient.abs(), numel).amax()
+        gradient = Outer(a, gradient.g)
+    return total_gradient(with_cotangents(gradient, torch.abs), numel).amax()
 
 
 def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
@@ -571,13 +673,11 @@ def _by_running_statistics(module: nn.Module, x: Tensor) -> Tensor:
 def embedding(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = rows of the table: each row gets the sum of the cotangents where it was looked up."""
     assert isinstance(module, nn.Embedding)
-    index, rows = inputs[0].reshape(len(inputs[0]), -1), module.num_embeddings
+    ids = inputs[0].long()
+    ids = ids.flatten(1) if ids.dim() > 1 else ids[:, None]
     if module.padding_idx is not None:
         g = g * (inputs[0] != module.padding_idx).unsqueeze(-1)
-    offset = torch.arange(len(index), device=index.device)[:, None] * rows
-    flat = g.new_zeros(len(index) * rows, g.shape[-1])
-    flat = flat.index_add(0, (index + offset).flatten(), g.reshape(-1, g.shape[-1]))
-    return {"weight": flat.view(len(index), rows, -1)}
+    return {"weight": Rows(ids, g.reshape(*ids.shape, -1), module.num_embeddings)}
 
 
 def prelu(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .hessian import Plan, Policy, Problem, average, choose_ways, in_parameter_space, parameter_draws, ruled, z_draws
 from .loan import recorded
 from .products import stacked_vjp
-from .rules import Outer, PerSample, total_gradient
+from .rules import PerSample, total_gradient, with_cotangents
 from .zspace import compute_dtype, zeros
 
 __all__ = ["Eigenvalues", "Trace", "layer_eigenvalues", "layer_traces"]
@@ -162,7 +162,7 @@ def _call(plan: Plan, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...])
 
 
 def _first(gradient: PerSample) -> PerSample:
-    return Outer(gradient.a, gradient.g[0]) if isinstance(gradient, Outer) else gradient[0]
+    return with_cotangents(gradient, lambda g: g[0])
 
 
 def _product_on_parameters(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RuleError
-from .rules import DIM_ZERO, Outer, PerSample, Rule, contract, rule_for, stacked_gradients
+from .rules import DIM_ZERO, Rule, contract, dense, rule_for, stacked_gradients
 
 __all__ = ["check_rule"]
 
@@ -58,7 +58,8 @@ def check_rule(module: nn.Module, *inputs: Tensor, rule: Rule | None = None, tol
         stacked = stacked_gradients(rule, module, [inputs], [stack], [DIM_ZERO])
         for index, (name, parameter) in enumerate(parameters.items()):
             first, second = expected[0][index], expected[1][index]
-            _compare(f"per-sample gradient of {name!r}", _dense(single[name], parameter), first, tolerance)
+            by_sample = dense(single[name], parameter.numel()).view(-1, *parameter.shape)
+            _compare(f"per-sample gradient of {name!r}", by_sample, first, tolerance)
             found = contract(stacked[name], numel=parameter.numel()).view_as(parameter)
             wanted = (first**2).sum(0) + (second**2).sum(0)
             _compare(f"contraction of {name!r} over two cotangents", found, wanted, tolerance)
@@ -74,13 +75,6 @@ def _by_autograd(z: Tensor, parameters: list[nn.Parameter], g: Tensor) -> list[T
         found = torch.autograd.grad(z, parameters, alone, retain_graph=True, allow_unused=True)
         rows.append([torch.zeros_like(p) if x is None else x for p, x in zip(parameters, found, strict=True)])
     return [torch.stack(column) for column in zip(*rows, strict=True)]
-
-
-def _dense(gradient: PerSample, parameter: Tensor) -> Tensor:
-    if isinstance(gradient, Outer):
-        a = gradient.g.new_ones((*gradient.g.shape[:-1], 1)) if gradient.a is None else gradient.a[:]
-        gradient = gradient.g.transpose(-1, -2) @ a
-    return gradient.reshape(-1, *parameter.shape)
 
 
 def _require_linear(module: nn.Module, inputs: Any, z: Tensor, tolerance: float) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .errors import AttributionError
 from .layers import Layer
 from .products import chunks, default_chunk_size, stacked_vjp
-from .rules import DIM_ZERO, Layout, Outer, PerSample, candidate_layouts, contract, stacked_gradients
+from .rules import DIM_ZERO, Layout, PerSample, candidate_layouts, contract, stacked_gradients, with_cotangents
 from .trees import map_tensors
 
 __all__ = [
@@ -407,9 +407,8 @@ def scale_draws(leaves: Sequence[Tensor]) -> int:
 def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample | None:
     if sign is None:
         return None
-    factor = gradient.g if isinstance(gradient, Outer) else gradient
-    factor = factor * sign[here].view(*sign[here].shape, *(1,) * (factor.dim() - 2))
-    return Outer(gradient.a, factor) if isinstance(gradient, Outer) else factor
+    weights = sign[here]
+    return with_cotangents(gradient, lambda g: g * weights.view(*weights.shape, *(1,) * (g.dim() - 2)))
 
 
 def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *, detach: bool) -> Any:
