@@ -15,7 +15,16 @@ from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, NonFiniteError, ProbeStateError
 from .layers import Layer
 from .loan import on_loan
-from .rules import DIM_ZERO, Layout, contract, magnitude, per_sample_gradients, total_gradient
+from .rules import (
+    DIM_ZERO,
+    Layout,
+    PerSample,
+    contract,
+    contract_sum,
+    magnitude,
+    per_sample_gradients,
+    total_gradient,
+)
 from .samples import Attribution, attribute, independent_by_structure
 from .trees import sample_sizes
 from .units import unit_gradients
@@ -57,6 +66,13 @@ _STATE_VERSION = 2
 
 class CurvatureWarning(UserWarning):
     """What is accumulated is not what it seems; the message says why and what to do."""
+
+
+class _Part(NamedTuple):
+    """What one layer brings to the gradients of tied parameters, and what passes for rounding in it."""
+
+    gradients: Mapping[str, PerSample]
+    rounded: float
 
 
 class _UnitSum(NamedTuple):
@@ -112,6 +128,7 @@ class Accumulation:
         self.modules = list(model.modules())
         self.certain = independent_by_structure(model, sample_dim)
         self.skipped: set[str] = set()
+        self.parts: dict[str, _Part] = {}  # of tied layers, until the backward has brought them all
         self.mode: tuple[bool, ...] = ()
         self.arguments: Any = None
         self.reset()
@@ -162,6 +179,7 @@ class Accumulation:
         """Where samples are: found once for each combination of train and eval modes, checked again now and then."""
         self.mode = tuple(module.training for module in self.modules)
         self.arguments = (args, kwargs)
+        self.parts, self.explained, self.skipped = {}, {}, set()  # of a backward that was broken off
         if self.mode not in self.attributions or (self.wants_gradients() and not self.certain):
             if 0 in sample_sizes(self.arguments, self.sample_dim):
                 return self.layers, 0
@@ -183,7 +201,9 @@ class Accumulation:
         again = self._attribution(*arguments)
         for name, layouts in found.layouts.items():
             again.layouts.setdefault(name, layouts)
-        again.calls = {name: max(again.calls.get(name, 0), found.calls.get(name, 0)) for name in self.accumulators}
+        again.calls = {
+            name: max(again.calls.get(name, 0), found.calls.get(name, 0)) for name in again.calls | found.calls
+        }
         self.attributions[self.mode] = again
         return again.layers == found.layers  # units changed: the next forward is recorded by them
 
@@ -193,7 +213,7 @@ class Accumulation:
                 lambda direct: attribute(self.model, self.layers, args, kwargs, self.sample_dim, direct=direct)
             )
         if found.coupled:
-            names = sorted(found.unknown, key=self.layer_names.index) or self.layer_names
+            names = [name for name in self.layer_names if name in found.unknown] or self.layer_names
             message = (
                 f"the samples of a batch influence one another in the model (batch normalisation in train mode?), so "
                 f"that the per-sample gradients of the layers {names} hold parts of other samples': train with "
@@ -204,7 +224,8 @@ class Accumulation:
             if not self.warned:
                 warnings.warn(message, CurvatureWarning, stacklevel=2)
                 self.warned = True
-        slow = [x.name for x, own in zip(found.layers, self.layers, strict=True) if x.unit is not own.unit]
+        units = {layer.name: layer.unit for layer in self.layers}
+        slow = [x.name for x in found.layers if x.unit is not units.get(x.name, x.unit)]
         if slow and not self.warned_slow:
             warnings.warn(
                 f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
@@ -268,7 +289,11 @@ class Accumulation:
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
         for name in self.layer_names:
-            self.num_skipped[name] = self.num_skipped.get(name, 0) + 1
+            self._count_skipped(name)
+
+    def _count_skipped(self, name: str) -> None:
+        self.num_skipped[name] = self.num_skipped.get(name, 0) + 1
+        self.skipped.add(name)
 
     def _skips(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
         """Whether a layer's gradient holds nan or inf and is left out."""
@@ -281,31 +306,43 @@ class Accumulation:
                 f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
-        self.num_skipped[layer.name] = self.num_skipped.get(layer.name, 0) + 1
-        self.skipped.add(layer.name)
+        for name in self.attributions[self.mode].sharing(layer.name) or [layer.name]:
+            if name not in self.skipped:
+                self._count_skipped(name)
         return True
 
     def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
         """Add the squares of a layer's per-sample gradients."""
         assert layer.rule is not None
-        accumulator = self.accumulators[layer.name]
         if self._skips(layer, [g for _, g in calls]):
             return
         kind = compute_dtype(layer)
-        if self.wants_gradients():
-            rounded = self._rounding(g for _, g in calls)
+        rounded = self._rounding(g for _, g in calls) if self.wants_gradients() else 0.0
         if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
             calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
         gradients = per_sample_gradients(layer.rule, layer.module, calls, layouts)
+        if self.attributions[self.mode].sharing(layer.name):
+            self.parts[layer.name] = _Part(gradients, rounded)
+        else:
+            self._add(layer, {name: [gradient] for name, gradient in gradients.items()}, rounded, count)
+
+    def _add(self, layer: Layer, gradients: Mapping[str, list[PerSample]], rounded: float, count: int) -> None:
+        """Add the squares of a layer's per-sample gradients, each parameter's the sum of those listed."""
+        accumulator = self.accumulators[layer.name]
         beta, alpha = self._factors(count)
-        for (name, parameter), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-            if total.dtype is kind and total.device == calls[0][1].device:
-                contract(gradients[name], numel=parameter.numel(), out=total, beta=beta, alpha=alpha)
+        for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
+            if not gradients[name]:
+                total.mul_(beta)
+            elif total.dtype is compute_dtype(layer) and total.device == p.device:
+                contract_sum(gradients[name], numel=p.numel(), out=total, beta=beta, alpha=alpha)
             else:
-                total.mul_(beta).add_(contract(gradients[name], numel=parameter.numel()).to(total), alpha=alpha)
+                total.mul_(beta).add_(contract_sum(gradients[name], numel=p.numel()).to(total), alpha=alpha)
         if self.wants_gradients():
             self.explained[layer.name] = [
-                (total_gradient(gradients[name], p.numel()), rounded * magnitude(gradients[name], p.numel()))
+                (
+                    _total([total_gradient(g, p.numel()) for g in gradients[name]]),
+                    rounded * _total([magnitude(g, p.numel()) for g in gradients[name]]),
+                )
                 for name, p in layer.parameters.items()
             ]
         accumulator.samples += count
@@ -349,8 +386,9 @@ class Accumulation:
         for layer in found.layers:
             if layer.name not in received and layer.name in found.outside:
                 self.unattributed[layer.name] = _OUTSIDE
-        explained, self.explained = self.explained, {}
         skipped, self.skipped = self.skipped, set()
+        received = received | skipped | self._add_tied(found, skipped, count)
+        explained, self.explained = self.explained, {}
         if self.wants_gradients() and not skipped:
             self._check(explained, gradients)
         for name, accumulator in self.accumulators.items():
@@ -367,6 +405,22 @@ class Accumulation:
         if self.unattributed:
             name, reason = next(iter(self.unattributed.items()))
             raise AttributionError(f"layer {name!r}: {reason}")
+
+    def _add_tied(self, found: Attribution, skipped: set[str], count: int) -> set[str]:
+        """Add what the layers that share a parameter brought in this backward; returns the layers that got it."""
+        parts, self.parts = self.parts, {}
+        added = set()
+        for layer in self.layers:
+            holders = found.ties.get(layer.name, {})
+            brought = {
+                local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()
+            }
+            here = [part for pairs in brought.values() for part, _ in pairs]
+            if here and layer.name not in skipped:
+                gradients = {local: [part.gradients[own] for part, own in pairs] for local, pairs in brought.items()}
+                self._add(layer, gradients, max(part.rounded for part in here), count)
+                added.add(layer.name)
+        return added
 
     def _check(self, explained: dict[str, list[tuple[Tensor, Tensor]]], gradients: dict[int, Tensor]) -> None:
         for layer in self.layers:
@@ -465,6 +519,10 @@ class Accumulation:
                 factor = (1 - self.decay**accumulator.batches) / weight if weight else 0.0
             for total in accumulator.sums:
                 total.mul_(factor)
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return torch.stack(tensors).sum(0) if tensors else torch.zeros(())
 
 
 def _loss_scale(given: LossScale) -> Callable[[], float]:

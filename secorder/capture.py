@@ -426,22 +426,18 @@ class Capture:
     def _deliver(self, forward: _Forward, layer: Layer) -> None:
         calls = forward.captured.pop(layer.name)
         layouts = [self.receiver.layouts(layer, index, [call[1]], forward.num_samples)[0] for index, call in calls]
-        self._hand_over(
-            calls[0][1][1], self.receiver.receive, layer, [call for _, call in calls], layouts, forward.num_samples
-        )
+        self._hand_over(self.receiver.receive, layer, [call for _, call in calls], layouts, forward.num_samples)
         forward.received.add(layer.name)
 
     def _deliver_unit(self, forward: _Forward, key: str) -> None:
         calls, parts = forward.captured_units.pop(key), self.units[key]
         for call in calls:
             call.layouts = self.receiver.layouts(parts[0], call.index, call.gradients, forward.num_samples)
-        some = next(g for g in calls[0].gradients if g is not None)
-        self._hand_over(some, self.receiver.receive_unit, parts, calls, forward.num_samples)
+        self._hand_over(self.receiver.receive_unit, parts, calls, forward.num_samples)
         forward.received.update(layer.name for layer in parts)
 
-    @staticmethod
-    def _hand_over(like: Any, receive: Callable[..., None], *arguments: Any) -> None:
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(like.device.type):  # backward inside either context
+    def _hand_over(self, receive: Callable[..., None], *arguments: Any) -> None:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(self._device_type):  # backward inside either context
             with torch.no_grad(), no_autocast():
                 receive(*arguments)
         else:
@@ -460,7 +456,7 @@ class Capture:
             self._deliver_unit(forward, key)
         if forward.received or whole:
             forward.done = True
-            self.receiver.finish(forward.num_samples, forward.received, whole)
+            self._hand_over(self.receiver.finish, forward.num_samples, forward.received, whole)
 
 
 class CaptureHook:

@@ -11,12 +11,16 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from .rules import Rule, rule_for
 
-__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "select_layers"]
+__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "Ties", "select_layers", "tied_layers"]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
+
+
+#: For each layer with a tied parameter: parameter → all that hold it, as (layer, parameter), itself among them.
+Ties = dict[str, dict[str, list[tuple[str, str]]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,8 +82,7 @@ def select_layers(
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    # nn.MultiheadAttention reads the parameters of its out_proj without calling it.
-    units = {id(m.out_proj): m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    units = _read_elsewhere(model)
     selected = []
     for name, (module, parameters) in chosen.items():
         lazy = [
@@ -89,8 +92,12 @@ def select_layers(
         ]
         if lazy:
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
-        if not unchecked and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            _refuse_special_embedding(name, module)
+        option = _special_option(module)
+        if option and not unchecked:
+            raise AttributionError(
+                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
+                "table: build it without, or leave the layer out with layers=."
+            )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names and not unchecked:
             raise InvalidArgumentError(
@@ -104,19 +111,50 @@ def select_layers(
             )
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
-        unit = units.get(id(module), module)
+        unit = units.get(module, module)
         rule = rule_for(module) if unit is module and not shared else None
         selected.append(Layer(name, module, parameters, rule, unit))
     return selected
 
 
-def _refuse_special_embedding(name: str, module: nn.Embedding | nn.EmbeddingBag) -> None:
-    for option in ("sparse", "max_norm", "scale_grad_by_freq"):
-        if getattr(module, option):
-            raise AttributionError(
-                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
-                "table: build it without, or leave the layer out with layers=."
-            )
+def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer], Ties]:
+    """The layers with every other one that holds one of their parameters, each under its own rule.
+
+    Such a parameter's per-sample gradient is the sum of theirs: an embedding and the head that is tied to it. Both
+    results are empty where nothing is tied, or where a module that holds a tied parameter has no rule.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for name, module in model.named_modules():
+        for local, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(id(p), []).append((name, module, local))
+    ties: Ties = {}
+    together: dict[str, Layer] = {}
+    for layer in layers:
+        shared = {local: owners.get(id(p), []) for local, p in layer.parameters.items()}
+        if all(len(holders) < 2 for holders in shared.values()):
+            together[layer.name] = layer
+            continue
+        for name, module, _ in (holder for holders in shared.values() for holder in holders):
+            rule = None if module in _read_elsewhere(model) or _special_option(module) else rule_for(module)
+            if rule is None:
+                return [], {}
+            own = {local: p for local, p in module._parameters.items() if p is not None}
+            together[name] = Layer(name, module, own, rule, module)
+        ties[layer.name] = {local: [(name, own) for name, _, own in holders] for local, holders in shared.items()}
+    return (list(together.values()), ties) if ties else ([], {})
+
+
+def _read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules whose parameters another module reads without calling them, by module."""
+    return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _special_option(module: nn.Module) -> str | None:
+    """An option with which an embedding's gradient is not that of a fixed dense table."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
+    return None
 
 
 def _choose(

@@ -416,17 +416,19 @@ def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta
 
 
 def contract_sum(
-    parts: Sequence[PerSample], *, numel: int, out: Tensor, beta: float = 1.0, alpha: float = 1.0
+    parts: Sequence[PerSample], *, numel: int, out: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
 ) -> Tensor:
     """Σ_n (Σ_i u_{i, n})²: :func:`contract` for a parameter that gets its gradient from several layers.
 
     Args:
         parts: each layer's per-sample gradients of the parameter.
         numel: number of the parameter's elements.
-        out: ``out ← beta · out + alpha · result`` in place.
-        beta: factor of what ``out`` held.
-        alpha: factor of the result.
+        out: as for :func:`contract`.
+        beta: as for :func:`contract`.
+        alpha: as for :func:`contract`.
     """
+    if len(parts) == 1:
+        return contract(parts[0], numel=numel, out=out, beta=beta, alpha=alpha)
     forms: dict[type, list[PerSample]] = {}
     for part in parts:
         forms.setdefault(type(part), []).append(part)
@@ -438,7 +440,7 @@ def contract_sum(
         total = torch.stack([dense(part, numel) for part in merged.values()]).sum(0)
         return contract(total, numel=numel, out=out, beta=beta, alpha=alpha)
     # An embedding and a head: (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B.
-    contract(outer, numel=numel, out=out, beta=beta, alpha=alpha)
+    out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha)
     contract(rows, numel=numel, out=out, alpha=alpha)
     columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
     cross = torch.bmm(columns.transpose(1, 2), _whole(outer.a)[:, 0]) * rows.g

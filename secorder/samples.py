@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .capture import CaptureHook, inside_transform
 from .errors import DoubleBackwardError
-from .layers import Layer
+from .layers import Layer, Ties, tied_layers
 from .loan import Loan, borrow, recorded
 from .products import fresh_generator, gradients
 from .rules import Layout
@@ -157,6 +157,7 @@ class Attribution:
         argument: index, among the tensors of the model's arguments, of one whose size tells the number of samples.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
         ambiguous: sizes of arguments that may all be the number of samples, where nothing tells which is.
+        ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
     """
 
     layouts: dict[str, list[Layout]] = field(default_factory=dict)
@@ -169,6 +170,11 @@ class Attribution:
     argument: int = 0
     unclear: bool = False
     ambiguous: list[int] = field(default_factory=list)
+    ties: Ties = field(default_factory=dict)
+
+    def sharing(self, name: str) -> list[str]:
+        """The layers whose gradient is put together, and takes part of what a layer's calls bring."""
+        return [own for own, by in self.ties.items() if any(name == h for holders in by.values() for h, _ in holders)]
 
     def count(self, arguments: Any, dim: int) -> int:
         """The number of samples of a batch."""
@@ -203,6 +209,19 @@ def attribute(
         dim: where the samples are in the arguments.
         direct: on a direct loan (see :func:`secorder.loan.on_loan`).
     """
+    together, ties = tied_layers(model, layers)
+    if ties:
+        found = _escalate(model, together, args, kwargs, dim, direct)
+        if found.unclear or found.layers == together:
+            found.ties = ties
+            return found
+    return _escalate(model, layers, args, kwargs, dim, direct)
+
+
+def _escalate(
+    model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, direct: bool
+) -> Attribution:
+    """Attribution of layers or, step by step, of modules that contain them."""
     parents = {id(child): module for module in model.modules() for child in module.children()}
     layers = list(layers)
     independent = independent_by_structure(model, dim)
@@ -309,7 +328,8 @@ def _count(found: Attribution, arguments: Any, output: Any, dim: int) -> int:
 
 def _uses_outside(found: Attribution, loan: Loan, layers: Sequence[Layer], output: Any) -> None:
     for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
-        if _apart(one.unit, other.unit) and _share(one, other):
+        together = one.rule is not None and other.rule is not None  # see tied_layers
+        if not together and _apart(one.unit, other.unit) and _share(one, other):
             found.outside |= {one.name, other.name}
     ends = [t for t in tensors_in(output) if t.requires_grad]
     if not ends:

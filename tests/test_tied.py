@@ -1,0 +1,144 @@
+"""Parameters that several layers share: their gradients are put together, sample by sample, before they are squared."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe, CurvatureWarning
+
+from .reference import fisher_by_sample
+
+N, TOKENS, WORDS, WIDTH = 4, 5, 7, 3
+
+
+class Decoder(nn.Module):
+    """Words in, words out, by one table; ``penalty`` uses the table once more, outside of any layer's call."""
+
+    def __init__(self, bias: bool = False, penalty: bool = False) -> None:
+        super().__init__()
+        self.embedding, self.body = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=bias)
+        self.head.weight = self.embedding.weight
+        self.penalty = penalty
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(self.embedding(words)))
+        hidden = hidden + torch.tanh(self.body(hidden))
+        logits = self.head(hidden)
+        return logits + F.linear(hidden, self.embedding.weight) if self.penalty else logits
+
+
+def language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.transpose(1, 2), targets)
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    words = torch.randint(WORDS, (N, TOKENS + 1))
+    return words[:, :-1], words[:, 1:]
+
+
+def expected(model: nn.Module, probe: CurvatureProbe, batches: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    found = [fisher_by_sample(model, language_loss, x, y, len(x)) for x, y in batches]
+    total = sum(len(x) for x, _ in batches)
+    mean = {k: sum(f[k] * len(x) for f, (x, _) in zip(found, batches, strict=True)) / total for k in found[0]}
+    names = dict(model.named_modules())
+    return {
+        layer: torch.cat([mean[f"{layer}.{local}"].flatten() for local, _ in names[layer].named_parameters()])
+        for layer in probe.layer_names
+    }
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("layers", [None, "embedding", ["embedding", "head"], "*"])
+def test_each_selection_is_exact_without_running_the_model_again(layers: Any, bias: bool) -> None:
+    model = Decoder(bias)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    batches = [batch() for _ in range(3)]
+    batches.append((batches[0][0][:2], batches[0][1][:2]))
+    with warnings.catch_warnings(), CurvatureProbe(model, layers=layers) as probe:
+        warnings.simplefilter("error", CurvatureWarning)
+        for index, (x, y) in enumerate(batches):
+            if index == 3:
+                model.body.register_forward_hook(count)
+            language_loss(model(x), y).backward()
+        assert probe.num_samples == 3 * N + 2
+        found = probe.fisher_diagonal()
+    for name, diagonal in expected(model, probe, batches).items():
+        torch.testing.assert_close(found[name], diagonal, rtol=1e-10, atol=1e-12)
+
+
+def test_a_use_outside_of_all_layers_falls_back_and_stays_exact() -> None:
+    model, (x, y) = Decoder(penalty=True), batch()
+    with CurvatureProbe(model) as probe:
+        with pytest.warns(CurvatureWarning, match="head"):
+            language_loss(model(x), y).backward()
+        found = probe.fisher_diagonal()
+    for name, diagonal in expected(model, probe, [(x, y)]).items():
+        torch.testing.assert_close(found[name], diagonal, rtol=1e-10, atol=1e-12)
+
+
+def test_only_one_of_them_called() -> None:
+    model = Decoder(bias=True)
+    x, y = torch.randn(N, TOKENS, WIDTH), batch()[1]
+    both = nn.ModuleDict({"embedding": model.embedding, "head": model.head})
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = both
+
+        def forward(self, x: Tensor) -> Tensor:
+            return both["head"](x)
+
+    whole = Head()
+    with CurvatureProbe(whole, "all", decay=0.5) as probe:
+        for _ in range(2):
+            language_loss(whole(x), y).backward()
+        found = probe.fisher_diagonal()
+    fisher = fisher_by_sample(whole, language_loss, x, y, N)
+    torch.testing.assert_close(found["both.embedding"], fisher["both.head.weight"].flatten())
+    torch.testing.assert_close(
+        found["both.head"], torch.cat([fisher["both.head.weight"].flatten(), fisher["both.head.bias"]])
+    )
+
+
+def test_a_bad_gradient_at_one_of_them_leaves_the_batch_out_of_all() -> None:
+    model, (x, y) = Decoder(), batch()
+
+    def spoil(_: nn.Module, __: Any, output: Tensor) -> None:
+        output.register_hook(lambda g: g * torch.nan)
+
+    with CurvatureProbe(model, layers=["embedding", "head"]) as probe:
+        for _ in range(2):
+            language_loss(model(x), y).backward()
+        handle = model.body.register_forward_hook(spoil)
+        language_loss(model(batch()[0]), y).backward()
+        handle.remove()
+        language_loss(model(x), y).backward()
+        assert probe.num_skipped == {"embedding": 1, "head": 1}  # the head's own gradient was finite
+        found = probe.fisher_diagonal()
+    for name, diagonal in expected(model, probe, [(x, y)]).items():
+        torch.testing.assert_close(found[name], diagonal, rtol=1e-10, atol=1e-12)
+
+
+def test_states_of_tied_layers_resume() -> None:
+    model, (x, y) = Decoder(), batch()
+    with CurvatureProbe(model, layers="*") as probe:
+        language_loss(model(x), y).backward()
+        state = probe.state_dict()
+        language_loss(model(x), y).backward()
+        whole = probe.fisher_diagonal()
+    with CurvatureProbe(model, layers="*") as resumed:
+        resumed.load_state_dict(state)
+        language_loss(model(x), y).backward()
+        for name, diagonal in resumed.fisher_diagonal().items():
+            assert torch.equal(diagonal, whole[name])
