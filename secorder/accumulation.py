@@ -26,6 +26,7 @@ from .rules import (
     total_gradient,
 )
 from .samples import Attribution, attribute, independent_by_structure
+from .sharded import Cut, local, over_ranks, shard_of_sum
 from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, compute_dtype, rounding, zeros
@@ -130,6 +131,13 @@ class Accumulation:
         self.skipped: set[str] = set()
         self.parts: dict[str, _Part] = {}  # of tied layers, until the backward has brought them all
         self.mode: tuple[bool, ...] = ()
+        #: A parameter that FSDP2 cuts over the ranks, if any is: then sums and counts are those of all ranks.
+        self.cut = next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
+        if self.cut is not None and not all(layer.sharded for layer in layers):
+            raise InvalidArgumentError(
+                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
+            )
+        self.together = 0  # samples of the latest batch on all these ranks
         self.arguments: Any = None
         self.reset()
 
@@ -143,7 +151,12 @@ class Accumulation:
         self.batches = 0
 
     def _zeros(self, layer: Layer) -> list[Tensor]:
-        return [z.to(self.accumulator_device, self.accumulator_dtype) for z in zeros(layer)]
+        whole = (
+            zeros(layer)
+            if not layer.sharded
+            else [local(p).new_zeros(local(p).numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
+        )
+        return [z.to(self.accumulator_device, self.accumulator_dtype) for z in whole]
 
     def diagonals(self) -> Diagonals:
         """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`."""
@@ -177,11 +190,17 @@ class Accumulation:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
         """Where samples are: found once for each combination of train and eval modes, checked again now and then."""
+        layers, count = self._prepare(args, kwargs)
+        if self.cut is not None:
+            self.together = round(over_ranks(max(count, 0), self.cut))
+        return layers, count
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
         self.mode = tuple(module.training for module in self.modules)
         self.arguments = (args, kwargs)
         self.parts, self.explained, self.skipped = {}, {}, set()  # of a backward that was broken off
         if self.mode not in self.attributions or (self.wants_gradients() and not self.certain):
-            if 0 in sample_sizes(self.arguments, self.sample_dim):
+            if self.cut is None and 0 in sample_sizes(self.arguments, self.sample_dim):
                 return self.layers, 0
             found = self._attribution(args, kwargs)
             if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
@@ -275,7 +294,11 @@ class Accumulation:
         # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
         scale = float(count**2) if self.reduction == "mean" else 1.0
         scale /= self.loss_scale() ** 2
-        return (1.0, scale) if self.decay is None else (self.decay, (1 - self.decay) * scale / count)
+        return (1.0, scale) if self.decay is None else (self.decay, (1 - self.decay) * scale / self._of_all(count))
+
+    def _of_all(self, count: int) -> int:
+        """Samples of the batch on all ranks that share the accumulators, for so many on this one."""
+        return count if self.cut is None else self.together
 
     def _rounding(self, tensors: Iterable[Tensor]) -> float:
         capture = self.capture
@@ -297,9 +320,13 @@ class Accumulation:
 
     def _skips(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
         """Whether a layer's gradient holds nan or inf and is left out."""
-        if self.on_nonfinite == "keep" or all(math.isfinite(g.sum(dtype=torch.float32)) for g in gradients):
+        if self.on_nonfinite == "keep":
             return False
-        if all(bool(g.isfinite().all()) for g in gradients):  # a sum of finite numbers that overflowed
+        bad = not all(math.isfinite(g.sum(dtype=torch.float32)) for g in gradients)
+        bad = bad and not all(bool(g.isfinite().all()) for g in gradients)  # or finite numbers whose sum overflowed
+        if self.cut is not None:  # all ranks leave the batch out, or none
+            bad = bool(over_ranks(bad, self.cut, "max"))
+        if not bad:
             return False
         if self.on_nonfinite == "raise":
             raise NonFiniteError(
@@ -333,6 +360,9 @@ class Accumulation:
         for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
             if not gradients[name]:
                 total.mul_(beta)
+            elif layer.sharded:
+                part = contract_sum(gradients[name], numel=p.numel(), alpha=alpha)  # by this rank's samples
+                total.mul_(beta).add_(shard_of_sum(part, p).to(total))
             elif total.dtype is compute_dtype(layer) and total.device == p.device:
                 contract_sum(gradients[name], numel=p.numel(), out=total, beta=beta, alpha=alpha)
             else:
@@ -345,7 +375,7 @@ class Accumulation:
                 )
                 for name, p in layer.parameters.items()
             ]
-        accumulator.samples += count
+        accumulator.samples += self._of_all(count)
         accumulator.batches += 1
 
     def receive_unit(self, layers: list[Layer], calls: list[UnitCall], count: int) -> None:
@@ -361,7 +391,7 @@ class Accumulation:
                 total.mul_(beta).add_(part.squares.to(total), alpha=alpha)
             rounded = self._rounding(g for call in calls for g in call.gradients if g is not None)
             self.explained[layer.name] = [(part.whole, rounded * part.size.amax()) for part in sums]
-            accumulator.samples += count
+            accumulator.samples += self._of_all(count)
             accumulator.batches += 1
 
     @staticmethod
@@ -396,11 +426,11 @@ class Accumulation:
                 if self.decay is not None:
                     for total in accumulator.sums:
                         total.mul_(self.decay)
-                accumulator.samples += count
+                accumulator.samples += self._of_all(count)
                 accumulator.batches += 1
         if skipped < set(self.accumulators):
-            self.num_samples += count
-            self.share += count
+            self.num_samples += self._of_all(count)
+            self.share += self._of_all(count)
         self.batches += 1
         if self.unattributed:
             name, reason = next(iter(self.unattributed.items()))
@@ -455,8 +485,10 @@ class Accumulation:
             state[f"counts/{layer.name}"] = torch.tensor(
                 [accumulator.samples, accumulator.batches, skipped], dtype=torch.float64
             )
-            for local, total in zip(layer.parameters, accumulator.sums, strict=True):
-                state[f"sums/{layer.parameter_name(local)}"] = total.clone()
+            for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
+                state[f"sums/{layer.parameter_name(name)}"] = (
+                    Cut.of(p).place(total.clone()) if layer.sharded else total.clone()
+                )
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -472,9 +504,9 @@ class Accumulation:
             if own != other:
                 raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
         sizes = {
-            f"sums/{layer.parameter_name(local)}": p.numel()
+            f"sums/{layer.parameter_name(name)}": p.numel()
             for layer in self.layers
-            for local, p in layer.parameters.items()
+            for name, p in layer.parameters.items()
         }
         found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
         different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
@@ -486,8 +518,8 @@ class Accumulation:
         for layer in self.layers:
             samples, seen, skipped = state[f"counts/{layer.name}"].tolist()
             sums = [
-                state[f"sums/{layer.parameter_name(local)}"].to(like, copy=True)
-                for local, like in zip(layer.parameters, self._zeros(layer), strict=True)
+                local(state[f"sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
+                for name, like in zip(layer.parameters, self._zeros(layer), strict=True)
             ]
             self.accumulators[layer.name] = _Accumulator(sums, samples, int(seen))
             if skipped:
@@ -503,6 +535,8 @@ class Accumulation:
 
         from .distributed import add_up
 
+        if self.cut is not None:
+            return  # sums are those of all ranks at every step
         accumulators = [self.accumulators[layer.name] for layer in self.layers]
         weights = [a.samples if self.decay is None else 1 - self.decay**a.batches for a in accumulators]
         numbers = torch.tensor([self.share, self.batches, *weights], dtype=torch.float64)

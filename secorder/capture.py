@@ -70,12 +70,12 @@ def _saved_tensor_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-def _accumulates_into(layer: Layer, output: Tensor) -> Any:
-    """The autograd node that accumulates a gradient of one of the layer's parameters, where the output names it."""
+def _accumulates_into(parameters: dict[str, Any], output: Tensor) -> Any:
+    """The autograd node that accumulates a gradient of one of the parameters, where the output names it."""
     assert output.grad_fn is not None
     for node, _ in output.grad_fn.next_functions:
         variable = getattr(node, "variable", None)
-        if variable is not None and any(variable is p for p in layer.parameters.values()):
+        if variable is not None and any(variable is p for p in parameters.values()):
             return node
     return None
 
@@ -175,6 +175,8 @@ class Capture:
         self._device_type = next((p.device.type for p in model.parameters()), "cpu")
         self.autocast_dtype: torch.dtype | None = None  # of the latest recorded call
         self.unit_starts: dict[str, _Start] = {}
+        #: Of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
+        self._gathered: dict[str, dict[str, Any]] = {}
 
     def attach(self) -> None:
         """Register the hooks."""
@@ -293,13 +295,19 @@ class Capture:
             return
         forward, index = recording
         kept = [self._keep(inputs)]
-        node = _accumulates_into(layer, output)
+        if layer.sharded:
+            self._gathered[layer.name] = {local: layer.module._parameters[local] for local in layer.parameters}
+        node = _accumulates_into(self._parameters(layer), output)
 
         def on_gradient(g: Tensor) -> None:
             if kept and self._counts_in((layer,), node):
                 self._record(forward, layer, index, kept.pop(), g)
 
         output.register_hook(on_gradient)
+
+    def _parameters(self, layer: Layer) -> dict[str, Any]:
+        """The layer's parameters as the autograd graph knows them."""
+        return self._gathered.get(layer.name, layer.parameters)
 
     def _keep(self, tensors: Iterable[Tensor]) -> Any:
         """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
@@ -351,7 +359,7 @@ class Capture:
         try:
             if node is not None:
                 return torch._C._will_engine_execute_node(node)
-            own = [p for layer in layers for p in layer.parameters.values() if p.requires_grad]
+            own = [p for layer in layers for p in self._parameters(layer).values() if p.requires_grad]
             return any(
                 torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
                 for parameter in own or self.model.parameters()
@@ -379,9 +387,9 @@ class Capture:
         """Keep the whole gradient of each layer's parameters, as it is about to be accumulated."""
         self._stop_watching()
         for layer in self.layers.values():
-            for parameter in layer.parameters.values():
+            for local, parameter in self._parameters(layer).items():
                 if parameter.requires_grad:
-                    keep = partial(self._keep_whole, id(parameter))
+                    keep = partial(self._keep_whole, id(layer.parameters[local]))
                     self._watches.append(get_gradient_edge(parameter).node.register_prehook(keep))
 
     def _keep_whole(self, key: int, gradients: tuple[Tensor | None, ...]) -> None:

@@ -1,6 +1,6 @@
 """What every measurement returns: one diagonal per layer, and how it was come by."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .layers import Layer
+from .sharded import Cut, shards, whole
 
 __all__ = ["Diagonals", "LayerInfo", "weighted_sum"]
 
@@ -39,7 +40,9 @@ class LayerInfo:
 class Diagonals(dict[str, Tensor]):
     """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
 
-    It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it.
+    It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it. Of a model that
+    ``fully_shard`` cuts over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
+    the parameters' own shapes and placements, and :meth:`whole` gathers.
 
     Attributes:
         info: per layer, how its diagonal was computed (:class:`LayerInfo`).
@@ -76,6 +79,7 @@ class Diagonals(dict[str, Tensor]):
             else {layer.name: torch.cat(list(standard_error[layer.name])) for layer in layers}
         )
         self.layer_types = {layer.name: type(layer.module).__name__ for layer in layers}
+        self._cuts = {layer.name: [Cut.of(p) for p in layer.parameters.values()] for layer in layers if layer.sharded}
         self._parameters = {
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]
             for layer in layers
@@ -87,12 +91,24 @@ class Diagonals(dict[str, Tensor]):
 
     def by_parameter(self) -> dict[str, Tensor]:
         """The same values by parameter name, each in the shape of its parameter (``"fc1.weight"`` …)."""
-        result = {}
+        result: dict[str, Tensor] = {}
         for name, diagonal in self.items():
+            if name in self._cuts:
+                placed = shards(diagonal, self._cuts[name])
+                result.update(
+                    (parameter, part) for (parameter, _), part in zip(self._parameters[name], placed, strict=True)
+                )
+                continue
             parts = diagonal.split([shape.numel() for _, shape in self._parameters[name]])
             for (parameter, shape), part in zip(self._parameters[name], parts, strict=True):
                 result[parameter] = part.view(shape)
         return result
+
+    def whole(self) -> Iterator[Tensor]:
+        """Layer by layer the whole diagonal: gathered where it is sharded, so that every rank must iterate over it."""
+        for name, diagonal in self.items():
+            cuts = self._cuts.get(name)
+            yield diagonal if cuts is None else torch.cat([whole(t).flatten() for t in shards(diagonal, cuts)])
 
     def replaced(self, values: Mapping[str, Tensor], standard_error: Mapping[str, Tensor] | None = None) -> "Diagonals":
         """Other values for the same layers.
@@ -102,10 +118,11 @@ class Diagonals(dict[str, Tensor]):
             standard_error: layer name → standard error of every entry.
         """
         errors = None if standard_error is None else dict(standard_error)
-        return _rebuild(dict(values), self.info, errors, self.layer_types, self._parameters)
+        return _rebuild(dict(values), self.info, errors, self.layer_types, self._parameters, self._cuts)
 
     def __reduce__(self) -> Any:
-        return (_rebuild, (dict(self), self.info, self.standard_error, self.layer_types, self._parameters))
+        parts = (dict(self), self.info, self.standard_error, self.layer_types, self._parameters, self._cuts)
+        return (_rebuild, parts)
 
 
 def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
@@ -133,9 +150,11 @@ def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Dia
     return result
 
 
-def _rebuild(values: dict[str, Tensor], info: Any, standard_error: Any, layer_types: Any, parameters: Any) -> Diagonals:
+def _rebuild(
+    values: dict[str, Tensor], info: Any, standard_error: Any, layer_types: Any, parameters: Any, cuts: Any
+) -> Diagonals:
     result = Diagonals.__new__(Diagonals)
     dict.update(result, values)
     result.info, result.standard_error = info, standard_error
-    result.layer_types, result._parameters = layer_types, parameters
+    result.layer_types, result._parameters, result._cuts = layer_types, parameters, cuts
     return result

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Literal
 
 from torch import nn
@@ -10,6 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from .rules import Rule, rule_for
+from .sharded import managed
 
 __all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "Ties", "select_layers", "tied_layers"]
 
@@ -41,6 +43,11 @@ class Layer:
     parameters: dict[str, nn.Parameter]
     rule: Rule | None
     unit: nn.Module
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether FSDP2 cuts the parameters over the ranks."""
+        return any(hasattr(p, "device_mesh") for p in self.parameters.values())
 
     def parameter_name(self, local: str) -> str:
         """The name of a parameter in ``model.named_parameters()``."""
@@ -105,10 +112,7 @@ def select_layers(
                 "leave it out with layers=."
             )
         if any(hasattr(p, "device_mesh") for p in parameters.values()) and not unchecked:
-            raise InvalidArgumentError(
-                f"layer {name!r} has sharded parameters (FSDP2, tensor parallelism), which are not supported yet: "
-                "train under DistributedDataParallel, or leave the layer out with layers=."
-            )
+            _require_fully_sharded(model, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         unit = units.get(module, module)
@@ -155,6 +159,20 @@ def _special_option(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
     return None
+
+
+def _require_fully_sharded(model: nn.Module, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not managed(model) or not all(hasattr(p, "device_mesh") for p in parameters.values()):
+        raise InvalidArgumentError(
+            f"layer {name!r} has parameters that are cut by tensor parallelism, which is not supported yet: leave the "
+            "layer out with layers=, or train under fully_shard or DistributedDataParallel alone."
+        )
+    if rule_for(module) is None or not all(p.requires_grad for p in parameters.values()):
+        raise InvalidArgumentError(
+            f"layer {name!r} is sharded (fully_shard) and frozen, or of a type without a rule "
+            f"({type(module).__name__}), so that its module would have to run again, which sharded ones cannot: leave "
+            "it out with layers=, or enter a rule for its type."
+        )
 
 
 def _choose(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .accumulation import Accumulation, LossScale
 from .capture import Capture
 from .diagonals import Diagonals
+from .distributed import weighted_mean
 from .errors import (
     InvalidArgumentError,
     InvalidTypeError,
@@ -20,6 +21,7 @@ from .hessian import HessianMethod, LayerCost, Policy, Problem, estimate_cost, h
 from .layers import LayerTypes, select_layers
 from .loan import Result
 from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
+from .trees import batch_size
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .report import Report, SortKey
@@ -204,7 +206,7 @@ class CurvatureProbe:
     # ---- measurements
 
     @overload
-    def fisher_diagonal(self) -> Diagonals: ...
+    def fisher_diagonal(self, *, synchronize: bool = False) -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -218,6 +220,7 @@ class CurvatureProbe:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
+        synchronize: bool = False,
     ) -> Diagonals: ...
 
     def fisher_diagonal(
@@ -231,6 +234,7 @@ class CurvatureProbe:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
+        synchronize: bool = False,
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -252,6 +256,7 @@ class CurvatureProbe:
             generator: random numbers of ``"mc"``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
+            synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
 
         Returns:
             layer name → 1-D tensor (weight flattened, then bias), in the parameters' dtype, float32 for half precision.
@@ -267,9 +272,11 @@ class CurvatureProbe:
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
         """
         if loss_fn is None:
+            if synchronize:
+                self.synchronize()
             return self._accumulation.diagonals()
-        self._attached_capture()
-        return fisher_diagonal(
+        self._require_whole()
+        fisher = fisher_diagonal(
             self._model,
             self._layers,
             _callable(loss_fn),
@@ -282,6 +289,7 @@ class CurvatureProbe:
             chunk_size=chunk_size,
             sample_dim=self._sample_dim,
         )
+        return weighted_mean(fisher, batch_size(inputs, targets, self._sample_dim)) if synchronize else fisher
 
     def hessian_diagonal(
         self,
@@ -484,6 +492,7 @@ class CurvatureProbe:
         self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
     ) -> Result:
         """A measurement of second order: ``work`` on the borrowed model."""
+        self._require_whole()
         return on_problem(
             work,
             self._model,
@@ -543,6 +552,16 @@ class CurvatureProbe:
             raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
         return self._capture
 
+    def _require_whole(self) -> None:
+        """Raise unless passes of our own can run on the model."""
+        self._attached_capture()
+        if any(layer.sharded for layer in self._layers):
+            raise InvalidArgumentError(
+                "one-shot measurements of a model that fully_shard cuts over ranks are not supported yet: measure on a "
+                "whole copy (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), "
+                "or use the passive Fisher."
+            )
+
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -568,7 +587,8 @@ class CurvatureProbe:
         Sums and counts are added up over the ranks in one collective, so that uneven batches and ranks without a batch
         give the number that one process would have got on all the data. Each rank then goes on from the common mean
         with an equal share of the samples behind it, so that a later call adds what came since. With ``decay``, the
-        moving averages of the ranks are averaged, weighted by what is in them.
+        moving averages of the ranks are averaged, weighted by what is in them. Under ``fully_shard`` (FSDP2) there is
+        nothing to do: each recorded backward adds up all ranks' samples layer by layer, and leaves each rank its shard.
 
         Args:
             group: a process group; the default group if None.

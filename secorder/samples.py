@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from .capture import CaptureHook, inside_transform
-from .errors import DoubleBackwardError
+from .errors import DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, Ties, tied_layers
 from .loan import Loan, borrow, recorded
 from .products import fresh_generator, gradients
 from .rules import Layout
+from .sharded import over_ranks
 from .trees import map_tensors, preferred_size, sample_dimension, sample_sizes, tensors_in
 from .zspace import ZLayer, expose_output, layout_options, rounding, scale_draws, scales
 
@@ -232,9 +233,9 @@ def _escalate(
         missing = found.unknown | found.outside
         if found.unclear:
             return found
-        if not found.coupled:
+        if not found.coupled and not any(x.sharded for x in layers):
             missing |= found.reached & _without_gradient(model, layers, (args, kwargs))
-        movable = {x.name for x in layers if x.name in missing and x.unit is not model}
+        movable = {x.name for x in layers if x.name in missing and x.unit is not model and not x.sharded}
         if found.coupled or not movable:
             return found
         layers = [replace(x, unit=parents[id(x.unit)], rule=None) if x.name in movable else x for x in layers]
@@ -268,12 +269,16 @@ def _attribute(
     model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, independent: bool, direct: bool
 ) -> Attribution:
     found = Attribution()
-    with borrow(model, None, layers, direct=direct) as loan:
+    # Sharded parameters are gathered and freed by hooks of FSDP2, and have no stand-ins; what uses them outside of
+    # their layers shows in the probe's check of whole gradients.
+    cut = next((p for x in layers if x.sharded for p in x.parameters.values()), None)
+    with borrow(model, None, [] if cut is not None else layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:
-            return loan.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+            with torch.set_grad_enabled(cut is None):  # FSDP2 expects a backward to follow
+                return loan.run(lambda copied: model(*copied[0], **copied[1]), arguments)
 
-        with recorded(loan, layers, own_parameters=False) as recording:
+        with recorded(loan, layers, own_parameters=cut is not None) as recording:
             output = forward(arguments)
             recording.close()
             loan.require_stand_ins(output)
@@ -281,13 +286,20 @@ def _attribute(
             found.unclear = any(
                 bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point()
             )
+            if cut is not None:
+                found.unclear = bool(over_ranks(found.unclear, cut, "max"))
             if found.unclear:
                 return found
             found.calls = {name: len(calls) for name, calls in recording.inputs.items()}
             count = _count(found, arguments, output, dim)
+            if cut is not None and over_ranks(count == 0, cut, "max"):
+                raise InvalidArgumentError(
+                    "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
+                )
             if count == 0:
                 return found
-            _uses_outside(found, loan, [x for x in layers if x.unit is not model], output)
+            if cut is None:
+                _uses_outside(found, loan, [x for x in layers if x.unit is not model], output)
             found.outside |= {x.name for x in layers if x.name in recording.differentiated and x.unit is not model}
             by_layer = [
                 ZLayer(layer, recording.inputs[layer.name], recording.leaves[layer.name])
@@ -307,7 +319,7 @@ def _attribute(
             except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
                 heads = []
         if not heads:
-            _by_replacement(found, layers, forward, arguments, count, dim)
+            _by_replacement(found, layers, forward, arguments, count, dim, cut)
         else:
             found.coupled = not independent and not outputs_independent(loan, arguments, count, dim, forward)
     return found
@@ -408,6 +420,7 @@ def _by_replacement(
     arguments: Any,
     count: int,
     dim: int,
+    cut: Tensor | None,
 ) -> None:
     outputs: dict[str, list[Tensor]] = {}
 
@@ -433,7 +446,11 @@ def _by_replacement(
     try:
         base = run(None)
         masks = list(separating_masks(count))
+        # Every rank that shares the parameters runs the model as often, whatever its number of samples.
+        turns = len(masks) if cut is None else int(over_ranks(len(masks), cut, "max"))
         changed = [run(mask) for mask in masks]
+        for _ in range(turns - len(masks)):
+            run(None)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .diagonals import Diagonals
+
 __all__ = ["STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "summarize"]
 
 #: What is told of every diagonal. ``negative`` is the share of negative entries, ``zero`` and ``nonfinite`` likewise.
@@ -90,7 +92,8 @@ def _summaries(layer_curvatures: Mapping[str, Tensor], *, histograms: bool) -> d
         return {}
     device = next(iter(layer_curvatures.values())).device
     with torch.no_grad():
-        rows = [_numbers(d.detach().double().flatten(), histograms).to(device) for d in layer_curvatures.values()]
+        diagonals = layer_curvatures.whole() if isinstance(layer_curvatures, Diagonals) else layer_curvatures.values()
+        rows = [_numbers(d.detach().double().flatten(), histograms).to(device) for d in diagonals]
         numbers = torch.stack(rows).tolist()
     result = {}
     known = len(STATISTICS)

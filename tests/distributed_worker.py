@@ -2,16 +2,19 @@
 
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
 from secorder.distributed import weighted_mean
 
-from .reference import assert_all_close, fisher_by_sample, hessian_by_element
+from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
 
 
 def make() -> nn.Sequential:
@@ -50,8 +53,7 @@ def main(case: str) -> None:
         x, t = inputs[rank * size :][:size], targets[rank * size :][:size]
         with CurvatureProbe(model) as probe:
             F.cross_entropy(wrapped(x), t).backward()
-            probe.synchronize()
-            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+            assert_all_close(probe.fisher_diagonal(synchronize=True).by_parameter(), expected)
     elif case == "decay":
         size = 24 // ranks
         x, t = inputs[rank * size :][:size], targets[rank * size :][:size]
@@ -65,8 +67,40 @@ def main(case: str) -> None:
         probe = CurvatureProbe(model)
         hessian = weighted_mean(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
         assert_all_close(hessian.by_parameter(), hessian_by_element(make(), F.cross_entropy, inputs, targets))
-        fisher = weighted_mean(probe.fisher_diagonal(F.cross_entropy, x, t), len(x))
+        fisher = probe.fisher_diagonal(F.cross_entropy, x, t, synchronize=True)
         assert_all_close(fisher.by_parameter(), expected)
+    elif case == "sharded":
+        mesh = init_device_mesh("cpu", (ranks,))
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        cuts = [0, 14, 24] if ranks == 2 else [0, 10, 21, 24]
+        x, t = inputs[cuts[rank] : cuts[rank + 1]], targets[cuts[rank] : cuts[rank + 1]]
+        # A batch whose ranks have different numbers of samples is one batch of all of them.
+        for decay in (None, 0.9):
+            with CurvatureProbe(model, decay=decay) as probe:
+                for part in (slice(0, 2), slice(2, None)) if decay is None else (slice(None),):
+                    F.cross_entropy(model(x[part]), t[part]).backward()
+                probe.synchronize()  # changes nothing
+                assert probe.num_samples == 24, probe.num_samples
+                found = probe.fisher_diagonal()
+                for name, placed in found.by_parameter().items():
+                    p = model.get_parameter(name)
+                    assert placed.placements == p.placements, name
+                    assert placed.to_local().shape == p.to_local().shape
+                    assert_close(placed.full_tensor(), expected[name])
+                state, statistics = probe.state_dict(), get_layer_curvature_stats(found)
+                whole = torch.cat([expected["0.weight"].flatten(), expected["0.bias"]])
+                assert abs(statistics["0"]["mean"] - whole.mean().item()) < 1e-9
+                assert abs(statistics["0"]["max"] - whole.max().item()) < 1e-9
+                probe.reset()
+                probe.load_state_dict(state)
+                assert_close(probe.fisher_diagonal().by_parameter()["0.weight"].full_tensor(), expected["0.weight"])
+                bad = x * torch.nan if rank == 0 else x
+                F.cross_entropy(model(bad), t).backward()  # left out by all ranks
+                assert set(probe.num_skipped.values()) == {1}
+                assert probe.num_samples == 24
+                with pytest.raises(InvalidArgumentError, match="whole copy"):
+                    probe.hessian_diagonal(F.cross_entropy, x, t)
     else:
         raise ValueError(case)
     print(f"rank {rank} agrees", flush=True)

@@ -9,10 +9,10 @@ ROOT = Path(secorder.__file__).parent
 
 #: From upstream to downstream; a module may import what stands before it.
 ORDER = (
-    "errors", "trees", "autocast", "random_state", "progress", "products", "rules", "testing", "layers", "capture",
-    "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats", "tensorboard",
-    "report", "distributed", "accumulation", "probe", "recorder", "diagnosis", "core.per_layer_curvature",
-    "integrations.lightning", "integrations.huggingface", "__main__", "__init__",
+    "errors", "trees", "autocast", "random_state", "progress", "products", "rules", "sharded", "testing",
+    "layers", "capture", "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats",
+    "tensorboard", "report", "distributed", "accumulation", "probe", "recorder", "diagnosis",
+    "core.per_layer_curvature", "integrations.lightning", "integrations.huggingface", "__main__", "__init__",
 )  # fmt: skip
 
 
