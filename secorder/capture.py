@@ -211,6 +211,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self._layer_handles.clear()
+        self._gathered.clear()
         self.suspensions += 1
         self._current = self._open = None
         self._stop_watching()

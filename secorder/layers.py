@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from .rules import Rule, rule_for
-from .sharded import managed
+from .sharded import fully_sharded, managed
 
 __all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "Ties", "select_layers", "tied_layers"]
 
@@ -162,7 +162,7 @@ def _special_option(module: nn.Module) -> str | None:
 
 
 def _require_fully_sharded(model: nn.Module, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    if not managed(model) or not all(hasattr(p, "device_mesh") for p in parameters.values()):
+    if not managed(model) or not all(fully_sharded(p) for p in parameters.values()):
         raise InvalidArgumentError(
             f"layer {name!r} has parameters that are cut by tensor parallelism, which is not supported yet: leave the "
             "layer out with layers=, or train under fully_shard or DistributedDataParallel alone."

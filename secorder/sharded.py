@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Cut", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
+__all__ = ["Cut", "fully_sharded", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -84,6 +84,12 @@ def shards(flat: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
     """For each parameter of a layer a ``DTensor``, from this rank's shards of them in one flat tensor."""
     parts = flat.split([cut.local_shape.numel() for cut in cuts])
     return [cut.place(part) for part, cut in zip(parts, cuts, strict=True)]
+
+
+def fully_sharded(parameter: Any) -> bool:
+    """Whether a parameter is cut over all its ranks, or over groups of ranks that have the same: not by tensors too."""
+    *outer, inner = getattr(parameter, "placements", [None])
+    return inner is not None and inner.is_shard() and all(placement.is_replicate() for placement in outer)
 
 
 def managed(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
@@ -101,6 +102,14 @@ def main(case: str) -> None:
                 assert probe.num_samples == 24
                 with pytest.raises(InvalidArgumentError, match="whole copy"):
                     probe.hessian_diagonal(F.cross_entropy, x, t)
+    elif case == "tensor_parallel":
+        mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "tensor"))
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+        with pytest.raises(InvalidArgumentError, match="tensor parallelism"):
+            CurvatureProbe(model)
+        fully_shard(model, mesh=mesh["data"])
+        with pytest.raises(InvalidArgumentError, match="tensor parallelism"):
+            CurvatureProbe(model, layers="0")
     else:
         raise ValueError(case)
     print(f"rank {rank} agrees", flush=True)

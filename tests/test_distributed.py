@@ -13,7 +13,7 @@ from secorder import CurvatureProbe, ProbeStateError
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("case", ["passive", "averaged", "decay", "one_shot", "sharded"])
+@pytest.mark.parametrize("case", ["passive", "averaged", "decay", "one_shot", "sharded", "tensor_parallel"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "tests.distributed_worker", case]
