@@ -258,62 +258,62 @@ def _findings(
     samples: int,
     coupled: CouplingError | None,
 ) -> list[Finding]:
-    found: list[Finding] = []
-
-    def tell(kind: FindingKind, layer: str, value: float, text: str) -> None:
-        found.append(Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), text))
-
-    if coupled is not None:
-        tell("coupled", "", 1.0, f"there is no Fisher: {coupled}")
     curved, gathered = statistics["hessian"], statistics.get("fisher", {})
     traces = {name: row["trace"] for name, row in (gathered or curved).items()}
-    whole = sum(traces.values())
+    whole = sum(traces.values()) if len(traces) > 2 else 0.0
+    found = [] if coupled is None else [_finding("coupled", "", 1.0, f"there is no Fisher: {coupled}")]
     for name, row in curved.items():
         own = gathered.get(name)
-        bad = max(row["nonfinite"], own["nonfinite"] if own else 0.0)
-        if bad > THRESHOLDS["non-finite"]:
-            tell("non-finite", name, bad, "entries are nan or infinite: lower the learning rate, or clip gradients.")
-            continue
-        if hessian.info[name].way == "unused" or (own is not None and own["zero"] == 1.0 and row["zero"] == 1.0):
-            tell(
-                "unreached",
-                name,
-                float(hessian[name].numel()),
-                "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead.",
-            )
-            continue
-        if own is not None and own["zero"] >= THRESHOLDS["dead"]:
-            tell(
-                "dead",
-                name,
-                own["zero"],
-                "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always "
-                "zero; they can be pruned at no cost.",
-            )
-        if len(traces) > 2 and whole > 0 and traces.get(name, 0.0) / whole >= THRESHOLDS["dominant"]:
-            tell(
-                "dominant",
-                name,
-                traces[name] / whole,
-                "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or "
-                "normalise its input.",
-            )
-        if row["negative"] >= THRESHOLDS["saddle"]:
-            tell(
-                "saddle",
-                name,
-                row["negative"],
-                "share of negative entries in the Hessian: the loss curves down along them, far from a minimum.",
-            )
-        if own is not None and own["trace"] > 0:
-            ratio = abs(row["trace"]) / samples / own["trace"]
-            if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
-                tell(
-                    "disagreement",
-                    name,
-                    ratio,
-                    "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the "
-                    "curvature here; use the Hessian, or fisher_type='type-2'.",
-                )
+        share = traces.get(name, 0.0) / whole if whole > 0 else 0.0
+        unused = hessian.info[name].way == "unused"
+        found += _findings_of_layer(name, row, own, unused, hessian[name].numel(), share, samples)
     order = list(THRESHOLDS)
     return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))
+
+
+def _finding(kind: FindingKind, layer: str, value: float, text: str) -> Finding:
+    return Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), text)
+
+
+def _findings_of_layer(
+    name: str,
+    row: dict[str, float],
+    own: dict[str, float] | None,
+    unused: bool,
+    numel: int,
+    share: float,
+    samples: int,
+) -> Iterator[Finding]:
+    """What stands out in a layer, by the statistics of its Hessian and, if there is one, its own of the Fisher."""
+    bad = max(row["nonfinite"], own["nonfinite"] if own else 0.0)
+    if bad > THRESHOLDS["non-finite"]:
+        text = "entries are nan or infinite: lower the learning rate, or clip gradients."
+        yield _finding("non-finite", name, bad, text)
+        return
+    if unused or (own is not None and own["zero"] == 1.0 and row["zero"] == 1.0):
+        text = "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead."
+        yield _finding("unreached", name, float(numel), text)
+        return
+    if own is not None and own["zero"] >= THRESHOLDS["dead"]:
+        text = (
+            "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
+            "they can be pruned at no cost."
+        )
+        yield _finding("dead", name, own["zero"], text)
+    if share >= THRESHOLDS["dominant"]:
+        text = (
+            "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or normalise "
+            "its input."
+        )
+        yield _finding("dominant", name, share, text)
+    if row["negative"] >= THRESHOLDS["saddle"]:
+        text = "share of negative entries in the Hessian: the loss curves down along them, far from a minimum."
+        yield _finding("saddle", name, row["negative"], text)
+    if own is not None and own["trace"] > 0:
+        ratio = abs(row["trace"]) / samples / own["trace"]
+        if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
+            text = (
+                "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the curvature "
+                "here; use the Hessian, or fisher_type='type-2'."
+            )
+            yield _finding("disagreement", name, ratio, text)

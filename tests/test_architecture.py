@@ -36,6 +36,15 @@ def test_nothing_imports_downstream() -> None:
             assert ORDER.index(other) < ORDER.index(name), f"{name} imports {other}, which is downstream of it"
 
 
+def test_every_module_has_its_tests() -> None:
+    """``secorder/a/b.py`` is tested in ``tests/a/test_b.py``; what holds for all of them has files beside these."""
+    for name in ORDER:
+        folder, _, last = name.rpartition(".")
+        if last != "__init__":
+            path = Path(__file__).parent / folder / f"test_{last.strip('_')}.py"
+            assert "def test_" in path.read_text(), name
+
+
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
     for name in ("stats", "tensorboard", "report"):
         assert imports(ROOT / f"{name}.py") <= {"stats", "diagonals", "errors"}

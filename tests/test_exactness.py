@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
-from secorder.rules import Patches, contract, convolution
 
 from .reference import assert_all_close, fisher_by_sample, ggn_by_sample, hessian_by_element
 
@@ -98,42 +97,6 @@ def test_conv2d(setting: str, channels_last: bool) -> None:
     if channels_last:
         model, inputs = model.to(memory_format=torch.channels_last), inputs.to(memory_format=torch.channels_last)
     check(model, nn.MSELoss(), inputs, torch.randn(N, 16))
-
-
-LARGE_CONVOLUTIONS = {  # those that are cheaper as a grouped convolution than as matrix products
-    "1d": (nn.Conv1d, (16, 4, 5), {"stride": 2, "padding": 2}, (600,)),
-    "2d": (nn.Conv2d, (16, 8, 3), {"dilation": 2, "padding": 1}, (20, 21)),
-    "2d_circular": (nn.Conv2d, (16, 8, 3), {"padding": 1, "padding_mode": "circular"}, (16, 16)),
-    "3d": (nn.Conv3d, (16, 3, 2), {"stride": (1, 2, 1)}, (8, 10, 9)),
-}
-
-
-@pytest.mark.parametrize("setting", LARGE_CONVOLUTIONS)
-def test_large_convolution(setting: str) -> None:
-    kind, sizes, options, image = LARGE_CONVOLUTIONS[setting]
-    model, inputs = kind(*sizes, **options), torch.randn(N, 16, *image)
-    z = model(inputs)
-    u, v = torch.randn_like(z), torch.randn_like(z)
-
-    def per_sample(g: torch.Tensor) -> torch.Tensor:
-        rows = [torch.autograd.grad(z[n], model.weight, g[n], retain_graph=True)[0].flatten() for n in range(N)]
-        return torch.stack(rows)
-
-    by_sample = per_sample(u)
-    expected = (by_sample * per_sample(v)).sum(0)
-    single = model.float()
-    left, right = (convolution(single, (inputs.float(),), g.float())["weight"] for g in (u, v))
-    assert isinstance(left.a, Patches)
-    assert left.a.convolves_well(z.shape[1])
-    torch.testing.assert_close(
-        contract(left, right, numel=expected.numel()).double(),
-        expected,
-        rtol=0,
-        atol=1e-6 * expected.abs().max().item(),
-    )
-    exact = convolution(model.double(), (inputs,), u)["weight"]
-    gradients = exact.a.weight_gradients(slice(1, N), exact.g)
-    torch.testing.assert_close(gradients.flatten(1), by_sample[1:], rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])

@@ -182,6 +182,19 @@ def torch_secorder_hessian(work: Workload) -> Work:
     )
 
 
+def torch_secorder_last_layer(work: Workload) -> Work:
+    """The same for the last layer alone, which a type of its own picks out."""
+    module, model = _torch_secorder(), copy.deepcopy(work.model)
+
+    class Last(nn.Linear):
+        pass
+
+    model[-1].__class__ = Last  # type: ignore[index]
+    return lambda: module.per_layer_hessian_diagonal(
+        model, F.cross_entropy, work.inputs, work.targets, layer_types=(Last,)
+    )
+
+
 # ---- estimates of the Hessian diagonal
 
 

@@ -60,3 +60,19 @@ class Results:
             rows.append({"contestant": name, "refused": reason})
         self.console.print(table)
         self.tables.append({"work": work, "workload": workload, "rows": rows})
+
+    def markdown(self) -> str:
+        """All tables in one, as they were shown."""
+        lines = ["| work | workload | contestant | median | ratio | rel. error |", "|---|---|---|---|---|---|"]
+        for table in self.tables:
+            head = f"| {table['work']} | {table['workload']} "
+            for row in table["rows"]:
+                if "refused" in row:
+                    shown = ["—", "refuses, or is not installed", ""]
+                else:
+                    seconds, error = row["seconds"], row["relative_error"]
+                    time = f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.0f} s"
+                    shown = [time, f"{row['ratio']:.2f}×", "" if error is None else f"{error:.0e}"]
+                lines.append(f"{head}| {row['contestant']} | {' | '.join(shown)} |")
+                head = "|  |  "
+        return "\n".join(lines)

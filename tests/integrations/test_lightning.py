@@ -1,6 +1,5 @@
-"""The callbacks against the real libraries, with tiny models."""
+"""The Lightning callback, in a real training."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from secorder import InvalidArgumentError
 
-from .reference import assert_all_close, fisher_by_sample
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+from ..reference import assert_all_close, fisher_by_sample
 
 
 def scalars(folder: Path) -> set[str]:
@@ -70,53 +67,3 @@ def test_lightning(tmp_path: Path, accumulate: int) -> None:
 
     with pytest.raises(InvalidArgumentError, match="TensorBoardLogger"):
         pl.Trainer(logger=False, callbacks=[CurvatureCallback("net")], **options).fit(model, loader)
-
-
-def test_hugging_face(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("accelerate")
-    from secorder.integrations.huggingface import CurvatureCallback
-
-    torch.set_default_dtype(torch.float32)
-    sizes: dict[str, Any] = {"initializer_range": 0.5}
-    sizes |= {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    config = transformers.BertConfig(
-        vocab_size=20, num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes
-    )
-    model = transformers.BertForSequenceClassification(config)
-    data = [
-        {
-            "input_ids": torch.randint(20, (5,)),
-            "attention_mask": torch.ones(5, dtype=int),
-            "labels": torch.tensor(i % 3),
-        }
-        for i in range(8)
-    ]
-    batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    callback = CurvatureCallback(every=1, hessian_every=2, batch=batch, loss_scale=1.0)
-    arguments = transformers.TrainingArguments(
-        str(tmp_path),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-        num_train_epochs=1,
-        learning_rate=0.0,
-        report_to=[],
-        use_cpu=True,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-        with pytest.raises(InvalidArgumentError, match="loss_scale=1 / 2"):
-            transformers.Trainer(model, arguments, train_dataset=data, callbacks=[CurvatureCallback()]).train()
-    assert callback.probe is not None
-    assert not callback.probe.attached
-    assert callback.probe.num_samples == 8
-    model.cpu().eval()
-    expected = fisher_by_sample(model, lambda output, _: output.loss, batch, None, 8)
-    found = callback.probe.fisher_diagonal()
-    # By layer: the gradient of a key's bias is zero but for rounding.
-    by_layer = {name: torch.cat([expected[f"{name}.{p}"].flatten() for p in ("weight", "bias")]) for name in found}
-    assert_all_close(found, by_layer, 1e-4)
-    assert {"fisher/mean/classifier", "hessian/trace/classifier"} <= scalars(tmp_path)

@@ -1,4 +1,4 @@
-"""How exact and how expensive: auto, rtol, budgets, costs known before, traces, eigenvalues, large outputs."""
+"""How exact and how expensive: estimates and their errors, auto, rtol, budgets, costs known before."""
 
 from typing import Any
 
@@ -7,23 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, InvalidArgumentError
+from secorder import CurvatureProbe, InvalidArgumentError, per_layer_hessian_diagonal
 
+from .helpers import data, seeded
 from .reference import assert_all_close, hessian_by_element
-
-N = 6
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def data() -> tuple[Tensor, Tensor]:
-    return torch.randn(N, 4), torch.randint(3, (N,))
 
 
 def test_auto_is_exact_where_it_is_affordable() -> None:
@@ -103,96 +94,6 @@ def test_options_that_make_no_sense(options: dict[str, Any]) -> None:
         CurvatureProbe(mlp()).hessian_diagonal(F.cross_entropy, *data(), **options)
 
 
-# ---- traces and eigenvalues
-
-
-def blocks(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Each layer's dense Hessian block, weight then bias."""
-    result = {}
-    for path, layer in model.named_modules():
-        parameters = list(layer.parameters(recurse=False))
-        if not parameters:
-            continue
-        loss = loss_fn(model(inputs), targets)
-        gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
-        rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
-        result[path] = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
-    return result
-
-
-def relu_cnn() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
-
-
-def coupled() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
-
-
-MODELS = {"mlp": (mlp, (4,)), "relu_cnn": (relu_cnn, (1, 3, 3)), "coupled": (coupled, (4,)), "twice": (Twice, (4,))}
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_trace_against_dense_blocks(name: str) -> None:
-    make, shape = MODELS[name]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
-    dense = blocks(model, F.cross_entropy, inputs, targets)
-    probe = CurvatureProbe(model)
-    found = probe.hessian_trace(F.cross_entropy, inputs, targets, num_samples=300, generator=seeded())
-    for layer, trace in found.items():
-        true = dense[layer].trace().item()
-        if trace.standard_error == 0 or trace.num_samples == 0:
-            assert trace.value == pytest.approx(true, rel=1e-9)
-        else:
-            assert abs(trace.value - true) < 4 * trace.standard_error + 1e-9
-            assert trace.standard_error < 0.5 * abs(true) + 0.1
-    close = probe.hessian_trace(F.cross_entropy, inputs, targets, rtol=0.2, max_num_samples=5_000)
-    for layer, trace in close.items():
-        assert trace.converged == (trace.standard_error <= 0.2 * abs(trace.value))
-        assert trace.converged or trace.num_samples == 5_000  # a trace of about zero has no relative error
-        assert abs(trace.value - dense[layer].trace().item()) < 5 * trace.standard_error + 1e-9
-
-
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("count", [1, 3])
-def test_eigenvalues_against_dense_blocks(name: str, count: int) -> None:
-    make, shape = MODELS[name]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
-    dense = blocks(model, F.cross_entropy, inputs, targets)
-    probe = CurvatureProbe(model)
-    found = probe.hessian_eigenvalues(
-        F.cross_entropy, inputs, targets, count=count, tolerance=1e-10, generator=seeded()
-    )
-    for layer, values in found.items():
-        true = torch.linalg.eigvalsh(dense[layer])
-        assert values.converged
-        assert len(values.top) == len(values.bottom) == count
-        # A Krylov space holds a multiple eigenvalue (zero, here) once.
-        distinct = true[torch.cat([torch.tensor([True]), true.diff() > 1e-9])]
-        assert values.top == pytest.approx(distinct[-count:].flip(0).tolist(), rel=1e-7, abs=1e-9)
-        assert values.bottom == pytest.approx(distinct[:count].tolist(), rel=1e-7, abs=1e-9)
-
-
-def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
-    probe = CurvatureProbe(mlp())
-    found = probe.hessian_eigenvalues(F.cross_entropy, *data(), tolerance=1e-12, max_iterations=3)
-    assert not found["2"].converged
-    assert found["2"].num_hvps == 3
-    with pytest.raises(InvalidArgumentError, match="at least 1"):
-        probe.hessian_eigenvalues(F.cross_entropy, *data(), count=0)
-
-
-# ---- large outputs
-
-
 class Decoder(nn.Module):
     """Embedding, one attention block, a head over a large vocabulary."""
 
@@ -227,3 +128,89 @@ def test_large_vocabulary_is_estimated_in_bounded_memory() -> None:
     assert found.standard_error is not None
     assert all(d.isfinite().all() for d in (*found.values(), *found.standard_error.values()))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000  # kB
+
+
+N = 6
+
+
+def cnn() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(18, 3))
+
+
+def coupled() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+
+
+CASES = {"mlp": (mlp, (4,)), "cnn": (cnn, (1, 6, 6)), "batch_norm": (coupled, (4,))}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hutchinson_is_within_its_standard_error(case: str) -> None:
+    make, shape = CASES[case]
+    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+    exact = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets)
+    found = per_layer_hessian_diagonal(
+        model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=400, generator=seeded()
+    )
+    assert found.standard_error is not None
+    ways = {info.way for info in found.info.values()}
+    assert ("parameter-draws" in ways) == (case == "batch_norm")
+    for name, value in found.items():
+        error = found.standard_error[name]
+        assert error.shape == value.shape
+        scores = ((value - exact[name]) / error.clamp_min(1e-12))[error > 1e-12]
+        assert len(scores) or found.info[name].way.startswith("columns")  # no error: exact in every draw
+        assert not len(scores) or 0.5 < scores.square().mean().sqrt() < 1.6
+        # Entries that every draw gives exactly have no error to report.
+        assert torch.allclose(value[error <= 1e-12], exact[name][error <= 1e-12], atol=1e-12)
+
+
+def test_hutchinson_error_falls_with_the_draws() -> None:
+    model, inputs, targets = mlp(), torch.randn(N, 4), torch.randint(3, (N,))
+
+    def error(draws: int) -> float:
+        found = per_layer_hessian_diagonal(
+            model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=draws, generator=seeded()
+        )
+        return found.standard_error["0"].mean().item()
+
+    assert 3.0 < error(50) / error(800) < 5.0
+
+
+def test_one_draw_has_no_standard_error() -> None:
+    model, inputs, targets = mlp(), torch.randn(N, 4), torch.randint(3, (N,))
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=1)
+    assert torch.isinf(found.standard_error["0"]).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_generator_same_numbers(case: str) -> None:
+    make, shape = CASES[case]
+    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+
+    def run(seed: int) -> dict[str, torch.Tensor]:
+        return per_layer_hessian_diagonal(
+            model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=5, generator=seeded(seed)
+        )
+
+    assert_all_close(run(1), run(1), 0.0)
+    assert not torch.equal(run(1)["0"], run(2)["0"])
+
+
+def test_without_a_generator_draws_differ_and_the_global_state_stays() -> None:
+    model, inputs, targets = mlp(), torch.randn(N, 4), torch.randint(3, (N,))
+    before = torch.get_rng_state()
+    first, second = (
+        per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=2)
+        for _ in range(2)
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert not torch.equal(first["0"], second["0"])
+
+
+def test_coupled_samples_stay_exact() -> None:
+    model, inputs, targets = coupled(), torch.randn(N, 4), torch.randint(3, (N,))
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets)
+    assert found.info["0"].way == "parameter-basis"
+    assert not found.info["0"].checks["samples_independent"]
+    assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, inputs, targets))

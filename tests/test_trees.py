@@ -1,0 +1,65 @@
+"""Nested inputs and outputs, and where a batch's samples are in them."""
+
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder import InvalidArgumentError, InvalidTypeError
+from secorder.trees import batch_size, map_tensors, preferred_size, require_agreement, sample_dimension, tensors_in
+
+Point = namedtuple("Point", "x y")
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    name: str = "logits"
+
+
+def test_structures_are_kept() -> None:
+    a, b, c, d = (torch.full((2,), float(i)) for i in range(4))
+    tree = {"a": a, "rest": [Point(b, None), (Output(c), "text", OrderedDict(d=d))]}
+    assert [t[0].item() for t in tensors_in(tree)] == [0, 1, 2, 3]
+    doubled = map_tensors(lambda t: 2 * t, tree)
+    assert [t[0].item() for t in tensors_in(doubled)] == [0, 2, 4, 6]
+    assert isinstance(doubled["rest"][0], Point)
+    assert isinstance(doubled["rest"][1][0], Output)
+    assert isinstance(doubled["rest"][1][2], OrderedDict)
+    assert doubled["rest"][1][1] == "text"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "dim", "count"),
+    [
+        (torch.zeros(5, 3), torch.zeros(5), 0, 5),
+        (torch.zeros(3, 5), torch.zeros(5), 1, 5),
+        ((torch.zeros(1, 2), torch.zeros(5, 3)), torch.zeros(5), 0, 5),  # one conditioning row for all
+        ({"x": torch.zeros(5, 3)}, torch.zeros(20), 0, 5),  # four labels a sample
+        (torch.zeros(1, 3), None, 0, 1),
+    ],
+)
+def test_batch_size(inputs: object, targets: object, dim: int, count: int) -> None:
+    assert batch_size(inputs, targets, dim) == count
+
+
+def test_batches_that_are_none() -> None:
+    with pytest.raises(InvalidTypeError, match="samples in dim 0"):
+        batch_size("text", None)
+    with pytest.raises(InvalidArgumentError, match="empty"):
+        batch_size(torch.zeros(0, 3), None)
+    with pytest.raises(InvalidArgumentError, match="5 samples and targets 4"):
+        batch_size(torch.zeros(5, 3), torch.zeros(4))
+    with pytest.raises(InvalidArgumentError, match="agree"):
+        require_agreement(torch.zeros(5, 2), torch.zeros(20), 5, 0)
+    require_agreement(torch.zeros(20, 2), torch.zeros(20), 5, 0)  # the model returned as many rows
+
+
+def test_where_samples_are() -> None:
+    assert sample_dimension(torch.zeros(4, 5), 5, 1) == 1
+    assert sample_dimension(torch.zeros(5, 4), 5, 1) == 0
+    assert sample_dimension(torch.zeros(3), 5) is None
+    assert preferred_size([1, 1, 7, 5]) == 7
+    assert preferred_size([1, 1]) == 1
