@@ -9,9 +9,11 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -182,17 +184,41 @@ def torch_secorder_hessian(work: Workload) -> Work:
     )
 
 
-def torch_secorder_last_layer(work: Workload) -> Work:
-    """The same for the last layer alone, which a type of its own picks out."""
-    module, model = _torch_secorder(), copy.deepcopy(work.model)
+def torch_secorder_extrapolated(work: Workload, elements: int = 300) -> float:
+    """Seconds that it would take, by so many parameter elements of each layer times the layer's number of them."""
+    module, grad, total = _torch_secorder(), torch.autograd.grad, 0.0
 
-    class Last(nn.Linear):
+    class Enough(Exception):
         pass
 
-    model[-1].__class__ = Last  # type: ignore[index]
-    return lambda: module.per_layer_hessian_diagonal(
-        model, F.cross_entropy, work.inputs, work.targets, layer_types=(Last,)
-    )
+    class Chosen(nn.Linear):
+        pass
+
+    for index, layer in enumerate(work.model.children()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        model, calls = copy.deepcopy(work.model), 0
+        model[index].__class__ = Chosen  # type: ignore[index]
+        start = 0.0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls, start
+            calls += 1
+            if calls == 2:  # the first is the gradient itself
+                start = time.perf_counter()
+            if calls == elements + 2:
+                raise Enough
+            return grad(*args, **kwargs)
+
+        torch.autograd.grad = counted
+        try:
+            module.per_layer_hessian_diagonal(model, F.cross_entropy, work.inputs, work.targets, layer_types=(Chosen,))
+        except Enough:
+            pass
+        finally:
+            torch.autograd.grad = grad
+        total += (time.perf_counter() - start) / elements * sum(p.numel() for p in layer.parameters())
+    return total
 
 
 # ---- estimates of the Hessian diagonal
