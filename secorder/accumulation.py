@@ -190,6 +190,7 @@ class Accumulation:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
         """Where samples are: found once for each combination of train and eval modes, checked again now and then."""
+        self.parts, self.explained, self.skipped = {}, {}, set()  # of a backward that was broken off
         layers, count = self._prepare(args, kwargs)
         if self.cut is not None:
             self.together = round(over_ranks(max(count, 0), self.cut))
@@ -198,7 +199,6 @@ class Accumulation:
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
         self.mode = tuple(module.training for module in self.modules)
         self.arguments = (args, kwargs)
-        self.parts, self.explained, self.skipped = {}, {}, set()  # of a backward that was broken off
         if self.mode not in self.attributions or (self.wants_gradients() and not self.certain):
             if self.cut is None and 0 in sample_sizes(self.arguments, self.sample_dim):
                 return self.layers, 0
@@ -311,12 +311,11 @@ class Accumulation:
                 "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
-        for name in self.layer_names:
-            self._count_skipped(name)
+        self._count_skipped(self.layer_names)
 
-    def _count_skipped(self, name: str) -> None:
-        self.num_skipped[name] = self.num_skipped.get(name, 0) + 1
-        self.skipped.add(name)
+    def _count_skipped(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.num_skipped[name] = self.num_skipped.get(name, 0) + 1
 
     def _skips(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
         """Whether a layer's gradient holds nan or inf and is left out."""
@@ -333,9 +332,9 @@ class Accumulation:
                 f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
-        for name in self.attributions[self.mode].sharing(layer.name) or [layer.name]:
-            if name not in self.skipped:
-                self._count_skipped(name)
+        names = set(self.attributions[self.mode].sharing(layer.name) or [layer.name]) - self.skipped
+        self._count_skipped(names)
+        self.skipped |= names
         return True
 
     def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
