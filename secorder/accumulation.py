@@ -17,6 +17,7 @@ from .layers import Layer
 from .loan import on_loan
 from .rules import (
     DIM_ZERO,
+    IN_PLACE_ELEMENTS,
     Layout,
     PerSample,
     contract,
@@ -60,6 +61,11 @@ _OUTSIDE = (
     "that a hook can see: leave the layer out with layers=, or measure it with a one-shot call."
 )
 
+
+_INTERRUPTED = (
+    "adding a batch to its sums was broken off (out of memory, or an interrupt), so that they hold a part of it: call "
+    "reset(), or load_state_dict() with a state that was saved before."
+)
 
 #: Of the layout of :meth:`CurvatureProbe.state_dict`.
 _STATE_VERSION = 2
@@ -355,17 +361,16 @@ class Accumulation:
     def _add(self, layer: Layer, gradients: Mapping[str, list[PerSample]], rounded: float, count: int) -> None:
         """Add the squares of a layer's per-sample gradients, each parameter's the sum of those listed."""
         accumulator = self.accumulators[layer.name]
-        beta, alpha = self._factors(count)
-        for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-            if not gradients[name]:
-                total.mul_(beta)
-            elif layer.sharded:
-                part = contract_sum(gradients[name], numel=p.numel(), alpha=alpha)  # by this rank's samples
-                total.mul_(beta).add_(shard_of_sum(part, p).to(total))
-            elif total.dtype is compute_dtype(layer) and total.device == p.device:
-                contract_sum(gradients[name], numel=p.numel(), out=total, beta=beta, alpha=alpha)
-            else:
-                total.mul_(beta).add_(contract_sum(gradients[name], numel=p.numel()).to(total), alpha=alpha)
+        begun = False
+        try:
+            for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
+                begun = begun or p.numel() > IN_PLACE_ELEMENTS
+                self._add_parameter(layer, p, total, gradients[name], count)
+                begun = True
+        except BaseException:  # out of memory, an interrupt: a part of the batch must not stay in unseen
+            if begun:
+                self.unattributed[layer.name] = _INTERRUPTED
+            raise
         if self.wants_gradients():
             self.explained[layer.name] = [
                 (
@@ -376,6 +381,20 @@ class Accumulation:
             ]
         accumulator.samples += self._of_all(count)
         accumulator.batches += 1
+
+    def _add_parameter(
+        self, layer: Layer, p: nn.Parameter, total: Tensor, gradients: list[PerSample], count: int
+    ) -> None:
+        beta, alpha = self._factors(count)
+        if not gradients:
+            total.mul_(beta)
+        elif layer.sharded:
+            part = contract_sum(gradients, numel=p.numel(), alpha=alpha)  # by this rank's samples
+            total.mul_(beta).add_(shard_of_sum(part, p).to(total))
+        elif total.dtype is compute_dtype(layer) and total.device == p.device:
+            contract_sum(gradients, numel=p.numel(), out=total, beta=beta, alpha=alpha)
+        else:
+            total.mul_(beta).add_(contract_sum(gradients, numel=p.numel()).to(total), alpha=alpha)
 
     def receive_unit(self, layers: list[Layer], calls: list[UnitCall], count: int) -> None:
         """The same for layers that are parts of a module without a rule."""
@@ -523,6 +542,7 @@ class Accumulation:
             self.accumulators[layer.name] = _Accumulator(sums, samples, int(seen))
             if skipped:
                 self.num_skipped[layer.name] = int(skipped)
+        self.unattributed = {}
         self.share = float(state["share"])
         self.num_samples, self.batches = num_samples, batches
         if self.capture is not None:

@@ -30,6 +30,7 @@ from .products import chunks
 
 __all__ = [
     "DIM_ZERO",
+    "IN_PLACE_ELEMENTS",
     "RULES",
     "Layout",
     "Outer",
@@ -54,6 +55,8 @@ __all__ = [
 #: of a CPU (measured on convolutions: up to twice as fast as four times as many), more on an accelerator.
 CHUNK_ELEMENTS = 1 << 20
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
+#: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
+IN_PLACE_ELEMENTS = 1 << 22
 #: Elements of per-sample gradients of one grouped convolution, likewise measured.
 CONVOLUTION_ELEMENTS = 1 << 18
 
@@ -303,7 +306,8 @@ def contract(
         u: per-sample gradient J_nᵀ u_n, single or stacked over K cotangents, which are summed over as well.
         v: the same for the other cotangent and the same input factor; None means ``u`` itself (squares).
         numel: number of the parameter's elements.
-        out: where given, ``out ← beta · out + alpha · result`` in place.
+        out: where given, ``out ← beta · out + alpha · result`` in place; at once, unless it has more than
+            :data:`IN_PLACE_ELEMENTS`.
         beta: factor of what ``out`` held.
         alpha: factor of the result.
 
@@ -339,20 +343,30 @@ def contract(
         target = out.view(groups, -1, a.shape[-1])
         target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
         return out
+    pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
+    if out is not None and numel > IN_PLACE_ELEMENTS:
+        if beta != 1.0:
+            out.mul_(beta)
+        for gu_k, gv_k in pairs_of_k:
+            _accumulate_products(out, a, gu_k, gv_k if gv is not gu else None, alpha)
+        return out
     total = gu.new_zeros(numel)
-    for gu_k, gv_k in zip(gu, gv, strict=True) if gu.dim() == 5 else [(gu, gv)]:
+    for gu_k, gv_k in pairs_of_k:
         _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None)
     return _add(total, out, beta, alpha)
 
 
-def _accumulate_products(total: Tensor, a: Tensor | Patches | None, gu: Tensor, gv: Tensor | None) -> None:
-    """Add Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
+def _accumulate_products(
+    total: Tensor, a: Tensor | Patches | None, gu: Tensor, gv: Tensor | None, alpha: float = 1.0
+) -> None:
+    """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     count, groups, positions, width = gu.shape
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
-            total += (left * (left if gv is None else gv[n.start : n.stop].sum(2).flatten(1))).sum(0)
+            right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
+            total.add_((left * right).sum(0), alpha=alpha)
         return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
@@ -362,15 +376,15 @@ def _accumulate_products(total: Tensor, a: Tensor | Patches | None, gu: Tensor, 
         for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
-            _add_products(target, left, right)
+            _add_products(target, left, right, alpha)
             del left, right  # before the next are formed
         return
     for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
-        _add_matrix_products(target, a, gu, gv, rows, n)
+        _add_matrix_products(target, a, gu, gv, rows, n, alpha)
 
 
 def _add_matrix_products(
-    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, rows: int, n: range
+    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, rows: int, n: range, alpha: float
 ) -> None:
     """:func:`_accumulate_products` of some samples, by matrix products of so many rows of the parameter."""
     # bmm on three dimensions: matmul on four copies what is not contiguous
@@ -380,17 +394,17 @@ def _add_matrix_products(
     for r in chunks(target.shape[1], rows):
         left = torch.bmm(left_t[:, r.start : r.stop], inputs)
         right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
-        _add_products(target[:, r.start : r.stop], left, right)
+        _add_products(target[:, r.start : r.stop], left, right, alpha)
         del left, right  # before the next are formed
 
 
-def _add_products(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
+def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
     if len(left) == 1:
-        target[0].addcmul_(left[0], right[0])
+        target[0].addcmul_(left[0], right[0], value=alpha)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
-        target += products.unflatten(0, (-1, len(target))).sum(0)
+        target.add_(products.unflatten(0, (-1, len(target))).sum(0), alpha=alpha)
 
 
 def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float) -> Tensor:

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, InvalidArgumentError, NonFiniteError, ProbeStateError
+from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, NonFiniteError, ProbeStateError, rules
+from secorder.accumulation import Accumulation
 
 from .helpers import data, make, reference, step
 from .reference import assert_all_close
@@ -249,3 +250,48 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
     found = probe.fisher_diagonal()
     assert {d.dtype for d in found.values()} == {torch.float32}
     assert_all_close(found.by_parameter(), expected, 5e-2)
+
+
+@pytest.mark.parametrize("interrupt", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("at", [1, 2])
+def test_sums_that_hold_a_part_of_a_batch_are_not_told(
+    interrupt: type[BaseException], at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off before the first parameter's sum nothing is lost; between two of them, the layer says so."""
+    model, batch = make(), data()
+    calls, intact = 0, Accumulation._add_parameter
+
+    def breaks_off(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise interrupt
+        intact(*arguments)
+
+    with CurvatureProbe(model) as probe:
+        step(model, batch)
+        state = probe.state_dict()
+        monkeypatch.setattr(Accumulation, "_add_parameter", breaks_off)
+        with pytest.raises(interrupt):
+            step(model, batch)
+        monkeypatch.undo()
+        if at == 1:
+            step(model, batch)
+        else:
+            with pytest.raises(AttributionError, match="broken off"):
+                step(model, batch)
+            with pytest.raises(AttributionError, match="broken off"):
+                probe.fisher_diagonal()
+            probe.load_state_dict(state)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_large_parameters_are_added_to_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "IN_PLACE_ELEMENTS", 0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(2), nn.Linear(4, 3), nn.Flatten())
+    inputs, targets = torch.randn(6, 2, 3, 3), torch.randint(9, (6,))
+    for options in ({}, {"decay": 0.5}, {"loss_scale": 1.0}):
+        with CurvatureProbe(model, **options) as probe:
+            for _ in range(2):
+                step(model, (inputs, targets))
+            assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (inputs, targets)))
