@@ -11,10 +11,8 @@ from .errors import ProbeStateError
 
 __all__ = ["add_up", "weighted_mean"]
 
-Group = dist.ProcessGroup | None
 
-
-def add_up(tensors: Sequence[Tensor], group: Group = None) -> None:
+def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """Replace each tensor by its sum over the ranks, in place, with one collective for each dtype and device.
 
     Args:
@@ -36,7 +34,7 @@ def add_up(tensors: Sequence[Tensor], group: Group = None) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def weighted_mean(diagonals: Diagonals, weight: float, group: Group = None) -> Diagonals:
+def weighted_mean(diagonals: Diagonals, weight: float, group: "dist.ProcessGroup | None" = None) -> Diagonals:
     """``Σ_r w_r D_r / Σ_r w_r`` over the ranks: the diagonal of the whole batch from those of its parts.
 
     Args:

@@ -10,6 +10,7 @@ again there.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
@@ -283,74 +284,77 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
     """
     recording = Recording()
     handles = []
-    places = {layer.name: _places(loan, layer) for layer in layers} if not own_parameters else {}
-    displaced: dict[str, list[list[Any]]] = {layer.name: [] for layer in layers}  # a stack: calls may nest
-
-    owner = threading.get_ident()
-
-    def foreign() -> bool:
-        """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
-        return threading.get_ident() != owner and torch._C._current_graph_task_id() == -1
-
-    def before(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, _: Any) -> None:
-            if foreign():
-                return
-            displaced[layer.name].append([holder[key] for holder, key, _ in places[layer.name]])
-            if inside_transform():
-                return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
-            for holder, key, stand_in in places[layer.name]:
-                holder[key] = stand_in.detach()
-
-        return hook
-
-    def after(layer: Layer) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-            if foreign():
-                return None
-            if not own_parameters:
-                for (holder, key, _), value in zip(places[layer.name], displaced[layer.name].pop(), strict=True):
-                    holder[key] = value
-            # A checkpoint recomputes during backward a call that is recorded already.
-            leaves = recording.leaves.setdefault(layer.name, []) if torch._C._current_graph_task_id() == -1 else []
-
-            if inside_transform():
-                recording.differentiated.add(layer.name)
-                return None
-
-            def watch(_: Tensor) -> None:
-                if recording.open:
-                    recording.differentiated.add(layer.name)
-
-            def add_leaf(tensor: Tensor) -> Tensor:
-                if not tensor.is_floating_point():
-                    return tensor
-                leaves.append(torch.zeros_like(tensor, requires_grad=True))
-                result = tensor + leaves[-1]
-                if torch.is_grad_enabled():
-                    result.register_hook(watch)
-                return result
-
-            if torch._C._current_graph_task_id() == -1:
-                tensors = tuple(tensors_in((args, kwargs)))
-                recording.versions.extend((layer.name, x, x._version) for x in tensors)
-                recording.inputs.setdefault(layer.name, []).append(tensors)
-            return map_tensors(add_leaf, output)
-
-        return hook
-
+    taps = [_Tap(recording, layer, [] if own_parameters else _places(loan, layer)) for layer in layers]
     try:
-        for layer in layers:
+        for tap in taps:
             if not own_parameters:
-                handles.append(layer.unit.register_forward_pre_hook(before(layer), prepend=True))
-            handles.append(layer.unit.register_forward_hook(after(layer), prepend=True, with_kwargs=True))
+                handles.append(tap.layer.unit.register_forward_pre_hook(tap.before, prepend=True))
+            handles.append(tap.layer.unit.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
         yield recording
     finally:
         for handle in handles:
             handle.remove()
-        for held in places.values():  # where a forward was broken off
-            for holder, key, stand_in in held:
+        for tap in taps:  # where a forward was broken off
+            for holder, key, stand_in in tap.places:
                 holder[key] = stand_in
+
+
+class _Tap:
+    """The hooks by which one layer's calls are recorded."""
+
+    def __init__(self, recording: Recording, layer: Layer, places: list[tuple[Any, Any, Tensor]]) -> None:
+        self.recording, self.layer, self.places = recording, layer, places
+        self.displaced: list[list[Any]] = []  # a stack: calls may nest
+        self.owner = threading.get_ident()
+
+    def foreign(self) -> bool:
+        """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
+        return threading.get_ident() != self.owner and torch._C._current_graph_task_id() == -1
+
+    def before(self, module: nn.Module, _: Any) -> None:
+        """Detached parameters take the place of the stand-ins."""
+        if self.foreign():
+            return
+        self.displaced.append([holder[key] for holder, key, _ in self.places])
+        if inside_transform():
+            return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
+        for holder, key, stand_in in self.places:
+            holder[key] = stand_in.detach()
+
+    def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        """The call is recorded, and a leaf added to its output."""
+        if self.foreign():
+            return None
+        if self.places:
+            for (holder, key, _), value in zip(self.places, self.displaced.pop(), strict=True):
+                holder[key] = value
+        recording, name = self.recording, self.layer.name
+        leaves: list[Tensor] = []
+        if torch._C._current_graph_task_id() == -1:  # a checkpoint recomputes in backward what is recorded already
+            leaves = recording.leaves.setdefault(name, [])
+        if inside_transform():
+            recording.differentiated.add(name)
+            return None
+        if torch._C._current_graph_task_id() == -1:
+            tensors = tuple(tensors_in((args, kwargs)))
+            recording.versions.extend((name, x, x._version) for x in tensors)
+            recording.inputs.setdefault(name, []).append(tensors)
+        return map_tensors(partial(self.with_leaf, leaves), output)
+
+    def with_leaf(self, leaves: list[Tensor], tensor: Tensor) -> Tensor:
+        """The tensor plus a zero leaf, which is entered in ``leaves``."""
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(torch.zeros_like(tensor, requires_grad=True))
+        result = tensor + leaves[-1]
+        if torch.is_grad_enabled():
+            result.register_hook(self.watch)
+        return result
+
+    def watch(self, _: Tensor) -> None:
+        """The model differentiates itself, if a gradient passes while it still runs."""
+        if self.recording.open:
+            self.recording.differentiated.add(self.layer.name)
 
 
 def _places(loan: Loan, layer: Layer) -> list[tuple[Any, Any, Tensor]]:

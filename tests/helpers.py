@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from .reference import fisher_by_sample
 
 
+class Shared(nn.Module):
+    """A layer sees one row for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.shift = nn.Linear(4, 3), nn.Linear(2, 3)
+        self.condition = nn.Parameter(torch.randn(1, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x)) * self.shift(self.condition)
+
+
 def make() -> nn.Sequential:
     """A smooth classifier, the same at every call."""
     torch.manual_seed(0)

@@ -17,19 +17,7 @@ from secorder.samples import (
     separating_masks,
 )
 
-from .helpers import data
-
-
-class Shared(nn.Module):
-    """A layer sees one row for all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.shift = nn.Linear(4, 3), nn.Linear(2, 3)
-        self.condition = nn.Parameter(torch.randn(1, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.fc(x)) * self.shift(self.condition)
+from .helpers import Shared, data
 
 
 def test_a_row_that_all_samples_share_is_refused_where_the_model_returns_no_samples() -> None:

@@ -1,12 +1,10 @@
 """Layers whose own calls do not tell are measured by the module around them."""
 
 import pytest
-import torch
-from torch import nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 
-from .helpers import data, make, reference, step
+from .helpers import Shared, data, make, reference, step
 from .reference import assert_all_close
 
 
@@ -18,18 +16,6 @@ def test_frozen_layer_without_gradient_is_measured_by_the_module_around_it() -> 
         step(model, batch)
     step(model, batch)  # warns once
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
-
-
-class Shared(nn.Module):
-    """A layer sees one row for all samples."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc, self.shift = nn.Linear(4, 3), nn.Linear(2, 3)
-        self.condition = nn.Parameter(torch.randn(1, 2))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.fc(x)) * self.shift(self.condition)
 
 
 def test_a_row_that_all_samples_share_is_measured_by_the_module_around_it() -> None:
