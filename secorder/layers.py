@@ -124,28 +124,29 @@ def select_layers(
 def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer], Ties]:
     """The layers with every other one that holds one of their parameters, each under its own rule.
 
-    Such a parameter's per-sample gradient is the sum of theirs: an embedding and the head that is tied to it. Both
-    results are empty where nothing is tied, or where a module that holds a tied parameter has no rule.
+    Such a parameter's per-sample gradient is the sum of theirs: an embedding and the head that is tied to it. A module
+    without a rule that holds it too (and may not use it) is not among them. Both results are empty where nothing is
+    tied.
     """
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    elsewhere = _read_elsewhere(model)
+    holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
-        for local, p in module._parameters.items():
-            if p is not None:
-                owners.setdefault(id(p), []).append((name, module, local))
+        if module not in elsewhere and not _special_option(module) and rule_for(module) is not None:
+            for local, p in module._parameters.items():
+                holders.setdefault(id(p), []).append((name, module, local))
     ties: Ties = {}
     together: dict[str, Layer] = {}
     for layer in layers:
-        shared = {local: owners.get(id(p), []) for local, p in layer.parameters.items()}
-        if all(len(holders) < 2 for holders in shared.values()):
-            together[layer.name] = layer
+        shared = {local: holders.get(id(p), []) for local, p in layer.parameters.items()}
+        # Its own rule may be missing for no other reason than that another selected layer holds a parameter of it.
+        ruled = all(any(module is layer.module for _, module, _ in by) for by in shared.values())
+        if not ruled or (layer.rule is not None and all(len(by) == 1 for by in shared.values())):
+            together.setdefault(layer.name, layer)
             continue
-        for name, module, _ in (holder for holders in shared.values() for holder in holders):
-            rule = None if module in _read_elsewhere(model) or _special_option(module) else rule_for(module)
-            if rule is None:
-                return [], {}
+        ties[layer.name] = {local: [(name, own) for name, _, own in by] for local, by in shared.items()}
+        for name, module, _ in (holder for by in shared.values() for holder in by):
             own = {local: p for local, p in module._parameters.items() if p is not None}
-            together[name] = Layer(name, module, own, rule, module)
-        ties[layer.name] = {local: [(name, own) for name, _, own in holders] for local, holders in shared.items()}
+            together[name] = Layer(name, module, own, rule_for(module), module)
     return (list(together.values()), ties) if ties else ([], {})
 
 

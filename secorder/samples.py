@@ -213,7 +213,8 @@ def attribute(
     together, ties = tied_layers(model, layers)
     if ties:
         found = _escalate(model, together, args, kwargs, dim, direct)
-        if found.unclear or found.layers == together:
+        members = {name for by in ties.values() for holders in by.values() for name, _ in holders}
+        if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
             found.ties = ties
             return found
     return _escalate(model, layers, args, kwargs, dim, direct)

@@ -86,6 +86,42 @@ def test_a_use_outside_of_all_layers_falls_back_and_stays_exact() -> None:
         torch.testing.assert_close(found[name], diagonal, rtol=1e-10, atol=1e-12)
 
 
+class WithHolder(Decoder):
+    """A module without a rule holds the bias too, and does not use it; places are rows that all samples share."""
+
+    def __init__(self) -> None:
+        super().__init__(bias=True)
+        self.bias = self.head.bias
+        self.places = nn.Embedding(TOKENS, WIDTH)
+        self.body = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.inner = Inner(self.embedding, self.places, self.body)
+
+    def forward(self, words: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.inner(words))
+        return {"loss": language_loss(logits, words), "logits": logits}
+
+
+class Inner(nn.Module):
+    def __init__(self, embedding: nn.Module, places: nn.Module, body: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.places, self.body = embedding, places, body
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.body(self.embedding(words) + self.places(torch.arange(TOKENS)))
+
+
+def test_a_holder_without_a_rule_and_a_row_that_all_samples_share() -> None:
+    """As in the language models of transformers, which also return their loss, a scalar, with the logits."""
+    model, (x, _) = WithHolder(), batch()
+    with CurvatureProbe(model, layers=["embedding", "places", "head"]) as probe:
+        with pytest.warns(CurvatureWarning, match=r"layers \['places'\]"):
+            model(x)["loss"].backward()
+        found = probe.fisher_diagonal().by_parameter()
+    expected = fisher_by_sample(model, lambda output, _: output["loss"], x, torch.zeros(N), N)
+    for name, diagonal in found.items():
+        torch.testing.assert_close(diagonal, expected[name], rtol=1e-10, atol=1e-12)
+
+
 def test_only_one_of_them_called() -> None:
     model = Decoder(bias=True)
     x, y = torch.randn(N, TOKENS, WIDTH), batch()[1]

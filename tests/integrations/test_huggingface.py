@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from secorder import InvalidArgumentError
+from secorder import CurvatureProbe, CurvatureWarning, InvalidArgumentError
 
 from ..reference import assert_all_close, fisher_by_sample
 
@@ -68,3 +68,51 @@ def test_hugging_face(tmp_path: Path) -> None:
     by_layer = {name: torch.cat([expected[f"{name}.{p}"].flatten() for p in ("weight", "bias")]) for name in found}
     assert_all_close(found, by_layer, 1e-4)
     assert {"fisher/mean/classifier", "hessian/trace/classifier"} <= scalars(tmp_path)
+
+
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_positions": 16, "n_embd": 12, "n_layer": 1, "n_head": 2}),
+    "llama": (
+        "LlamaConfig",
+        "LlamaForCausalLM",
+        {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+        | {"tie_word_embeddings": True, "max_position_embeddings": 16},
+    ),
+    "t5": (
+        "T5Config",
+        "T5ForConditionalGeneration",
+        {"d_model": 12, "d_kv": 6, "d_ff": 20, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0},
+    ),
+    "bert": (
+        "BertConfig",
+        "BertForMaskedLM",
+        {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20},
+    ),
+}
+
+
+@pytest.mark.parametrize("layers", [None, "*"])
+@pytest.mark.parametrize("name", MODELS)
+def test_language_models_with_tied_embeddings(name: str, layers: str | None) -> None:
+    """As they are: the loss from inside the model, normalisation in float32, one table for embedding and head."""
+    transformers = pytest.importorskip("transformers")
+    torch.set_default_dtype(torch.float32)
+    config, kind, options = MODELS[name]
+    model = getattr(transformers, kind)(getattr(transformers, config)(vocab_size=50, **options)).eval()
+    words = torch.randint(50, (4, 7))
+    with warnings.catch_warnings(), CurvatureProbe(model, layers=layers) as probe:
+        # Of all layers, tables of positions are rows that all samples share; the linear ones take no second run.
+        warnings.simplefilter("error" if layers is None else "ignore", CurvatureWarning)
+        for _ in range(2):
+            model(input_ids=words, labels=words).loss.backward()
+        found = probe.fisher_diagonal().by_parameter()
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    expected = {key: torch.zeros_like(parameters[key]) for key in found}
+    for row in words:
+        model.zero_grad()
+        model(input_ids=row[None], labels=row[None]).loss.backward()
+        for key, total in expected.items():
+            total += parameters[key].grad ** 2 / 4
+    largest = max(t.max().item() for t in expected.values())  # some are zero in exact arithmetic (biases of keys)
+    for key, total in expected.items():
+        torch.testing.assert_close(found[key], total, rtol=1e-4, atol=1e-6 * largest)
