@@ -18,6 +18,7 @@ from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_s
 from secorder.distributed import weighted_mean
 
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
+from .test_tied import Decoder, language_loss
 
 
 def make() -> nn.Sequential:
@@ -104,6 +105,20 @@ def main(case: str) -> None:
                 assert probe.num_samples == 24
                 with pytest.raises(InvalidArgumentError, match="whole copy"):
                     probe.hessian_diagonal(F.cross_entropy, x, t)
+    elif case == "sharded_tied":
+        torch.manual_seed(0)
+        decoder, words = Decoder(bias=True), torch.randint(7, (6, 6))
+        x, y = words[:, :-1], words[:, 1:]
+        expected = fisher_by_sample(decoder, language_loss, x, y, 6)
+        mesh = init_device_mesh("cpu", (ranks,))
+        for module in (decoder.body, decoder):
+            fully_shard(module, mesh=mesh)
+        mine = slice(*([0, 4, 6] if ranks == 2 else [0, 3, 5, 6])[rank : rank + 2])
+        for layers in (None, "*"):
+            with CurvatureProbe(decoder, layers=layers) as probe:
+                language_loss(decoder(x[mine]), y[mine]).backward()
+                for name, placed in probe.fisher_diagonal().by_parameter().items():
+                    assert_close(placed.full_tensor(), expected[name])
     elif case == "tensor_parallel":
         mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "tensor"))
         parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
