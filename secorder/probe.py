@@ -1,7 +1,8 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -18,8 +19,9 @@ from .errors import (
 )
 from .fisher import FisherType, fisher_diagonal
 from .hessian import HessianMethod, LayerCost, Policy, Problem, estimate_cost, hessian_diagonal, on_problem
-from .layers import LayerTypes, select_layers
+from .layers import Layer, LayerTypes, select_layers
 from .loan import Result
+from .sharded import gathered
 from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
 from .trees import batch_size
 
@@ -275,20 +277,20 @@ class CurvatureProbe:
             if synchronize:
                 self.synchronize()
             return self._accumulation.diagonals()
-        self._require_whole()
-        fisher = fisher_diagonal(
-            self._model,
-            self._layers,
-            _callable(loss_fn),
-            inputs,
-            targets,
-            fisher_type=fisher_type,
-            num_samples=num_samples,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            sample_dim=self._sample_dim,
-        )
+        with self._on_whole_layers() as layers:
+            fisher = fisher_diagonal(
+                self._model,
+                layers,
+                _callable(loss_fn),
+                inputs,
+                targets,
+                fisher_type=fisher_type,
+                num_samples=num_samples,
+                generator=generator,
+                create_graph=create_graph,
+                chunk_size=chunk_size,
+                sample_dim=self._sample_dim,
+            )
         return weighted_mean(fisher, batch_size(inputs, targets, self._sample_dim)) if synchronize else fisher
 
     def hessian_diagonal(
@@ -492,17 +494,17 @@ class CurvatureProbe:
         self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
     ) -> Result:
         """A measurement of second order: ``work`` on the borrowed model."""
-        self._require_whole()
-        return on_problem(
-            work,
-            self._model,
-            self._layers,
-            _callable(loss_fn),
-            inputs,
-            targets,
-            sample_dim=self._sample_dim,
-            **options,
-        )
+        with self._on_whole_layers() as layers:
+            return on_problem(
+                work,
+                self._model,
+                layers,
+                _callable(loss_fn),
+                inputs,
+                targets,
+                sample_dim=self._sample_dim,
+                **options,
+            )
 
     # ---- watching
 
@@ -552,15 +554,18 @@ class CurvatureProbe:
             raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
         return self._capture
 
-    def _require_whole(self) -> None:
-        """Raise unless passes of our own can run on the model."""
+    @contextmanager
+    def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
+        """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
         self._attached_capture()
-        if any(layer.sharded for layer in self._layers):
-            raise InvalidArgumentError(
-                "one-shot measurements of a model that fully_shard cuts over ranks are not supported yet: measure on a "
-                "whole copy (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), "
-                "or use the passive Fisher."
-            )
+        if not any(layer.sharded for layer in self._layers):
+            yield self._layers
+            return
+        with gathered(self._model):
+            yield [
+                replace(layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters})
+                for layer in self._layers
+            ]
 
     # ---- checkpoints
 

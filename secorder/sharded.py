@@ -4,14 +4,17 @@ PyTorch's own ``DTensor`` does the work: a rank's part of a sum is a *partial* t
 parameter's placements is the reduce-scatter (under hybrid sharding, with an all-reduce) that leaves each rank its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["Cut", "fully_sharded", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
+from .errors import InvalidArgumentError
+
+__all__ = ["Cut", "fully_sharded", "gathered", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -84,6 +87,42 @@ def shards(flat: Tensor, cuts: Sequence[Cut]) -> list[Tensor]:
     """For each parameter of a layer a ``DTensor``, from this rank's shards of them in one flat tensor."""
     parts = flat.split([cut.local_shape.numel() for cut in cuts])
     return [cut.place(part) for part, cut in zip(parts, cuts, strict=True)]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is a whole one: each rank holds all parameters, and FSDP2's hooks are off.
+
+    Raises:
+        InvalidArgumentError: a mixed-precision policy gives parameters another dtype; hooks of FSDP2 would cast inputs.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    sharded: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    kept = []
+    try:
+        for module in sharded:
+            module.unshard()
+        for name, p in model.named_parameters():
+            if p.dtype is not dtypes[name]:
+                raise InvalidArgumentError(
+                    f"fully_shard has a mixed-precision policy ({name} becomes {p.dtype}), with which one-shot "
+                    "measurements are not supported yet: shard without it, and use torch.autocast."
+                )
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                kept.append((hooks, dict(hooks)))
+                for key, hook in kept[-1][1].items():
+                    if (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp"):
+                        del hooks[key]
+        yield
+    finally:
+        for hooks, before in kept:
+            hooks.clear()
+            hooks.update(before)
+        for module in sharded:
+            module.reshard()
 
 
 def fully_sharded(parameter: Any) -> bool:

@@ -103,8 +103,14 @@ def main(case: str) -> None:
                 F.cross_entropy(model(bad), t).backward()  # left out by all ranks
                 assert set(probe.num_skipped.values()) == {1}
                 assert probe.num_samples == 24
-                with pytest.raises(InvalidArgumentError, match="whole copy"):
-                    probe.hessian_diagonal(F.cross_entropy, x, t)
+                hooks = [[*m._forward_hooks, *m._forward_pre_hooks] for m in model.modules()]
+                hessian = weighted_mean(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
+                assert_all_close(hessian.by_parameter(), hessian_by_element(make(), F.cross_entropy, inputs, targets))
+                fisher = probe.fisher_diagonal(F.cross_entropy, x, t, synchronize=True)
+                assert_all_close(fisher.by_parameter(), expected)
+                assert hooks == [[*m._forward_hooks, *m._forward_pre_hooks] for m in model.modules()]
+                assert probe.num_samples == 24
+                assert all(hasattr(p, "device_mesh") for p in model.parameters())
     elif case == "sharded_tied":
         torch.manual_seed(0)
         decoder, words = Decoder(bias=True), torch.randint(7, (6, 6))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.sharded import Cut, fully_sharded, local, managed, over_ranks, shard_of_sum, whole
 
 from .helpers import data, make, reference, run_ranks, step
@@ -38,6 +38,20 @@ def alone(tmp_path: Path) -> Iterator[nn.Sequential]:
         yield model
     finally:
         dist.destroy_process_group()
+
+
+def test_a_mixed_precision_policy_is_refused_and_nothing_changed(alone: nn.Sequential) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with CurvatureProbe(model) as probe:
+        hooks = [len(m._forward_hooks) for m in model.modules()]
+        with pytest.raises(InvalidArgumentError, match="mixed-precision policy"):
+            probe.hessian_diagonal(nn.functional.cross_entropy, *data())
+        assert hooks == [len(m._forward_hooks) for m in model.modules()]
+    assert all(fully_sharded(p) for p in model.parameters())
 
 
 def test_shards_and_sums(alone: nn.Sequential) -> None:
