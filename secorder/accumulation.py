@@ -13,7 +13,7 @@ from .autocast import no_autocast
 from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, NonFiniteError, ProbeStateError
-from .layers import Layer
+from .layers import Layer, sharded_parameter
 from .loan import on_loan
 from .rules import (
     DIM_ZERO,
@@ -138,7 +138,7 @@ class Accumulation:
         self.parts: dict[str, _Part] = {}  # of tied layers, until the backward has brought them all
         self.mode: tuple[bool, ...] = ()
         #: A parameter that FSDP2 cuts over the ranks, if any is: then sums and counts are those of all ranks.
-        self.cut = next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
+        self.cut = sharded_parameter(layers)
         if self.cut is not None and not all(layer.sharded for layer in layers):
             raise InvalidArgumentError(
                 "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
@@ -157,12 +157,7 @@ class Accumulation:
         self.batches = 0
 
     def _zeros(self, layer: Layer) -> list[Tensor]:
-        whole = (
-            zeros(layer)
-            if not layer.sharded
-            else [local(p).new_zeros(local(p).numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
-        )
-        return [z.to(self.accumulator_device, self.accumulator_dtype) for z in whole]
+        return [z.to(self.accumulator_device, self.accumulator_dtype) for z in zeros(layer)]
 
     def diagonals(self) -> Diagonals:
         """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`."""

@@ -13,7 +13,7 @@ from .errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from .rules import Rule, rule_for
 from .sharded import fully_sharded, managed
 
-__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "Ties", "select_layers", "tied_layers"]
+__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "Ties", "select_layers", "sharded_parameter", "tied_layers"]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
@@ -119,6 +119,11 @@ def select_layers(
         rule = rule_for(module) if unit is module and not shared else None
         selected.append(Layer(name, module, parameters, rule, unit))
     return selected
+
+
+def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:
+    """A parameter that FSDP2 cuts over the ranks, if one of the layers has any: it tells which ranks these are."""
+    return next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
 
 
 def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer], Ties]:

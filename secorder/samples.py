@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .capture import CaptureHook, inside_transform
 from .errors import DoubleBackwardError, InvalidArgumentError
-from .layers import Layer, Ties, tied_layers
+from .layers import Layer, Ties, sharded_parameter, tied_layers
 from .loan import Loan, borrow, recorded
 from .products import fresh_generator, gradients
 from .rules import Layout
@@ -272,7 +272,7 @@ def _attribute(
     found = Attribution()
     # Sharded parameters are gathered and freed by hooks of FSDP2, and have no stand-ins; what uses them outside of
     # their layers shows in the probe's check of whole gradients.
-    cut = next((p for x in layers if x.sharded for p in x.parameters.values()), None)
+    cut = sharded_parameter(layers)
     with borrow(model, None, [] if cut is not None else layers, direct=direct) as loan:
 
         def forward(arguments: Any) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .hessian import Plan, Policy, Problem, average, choose_ways, in_parameter_space, parameter_draws, ruled, z_draws
 from .loan import recorded
 from .products import stacked_vjp
-from .rules import PerSample, total_gradient, with_cotangents
+from .rules import total_gradient, with_cotangents
 from .zspace import compute_dtype, zeros
 
 __all__ = ["Eigenvalues", "Trace", "layer_eigenvalues", "layer_traces"]
@@ -141,7 +141,7 @@ def _product_in_z(plan: Plan) -> Callable[[Tensor], Tensor]:
         found = stacked_vjp(plan.slopes, plan.leaves, [t[None] for t in tangents])
         gradients = plan.gradients(found)
         flat = [
-            total_gradient(_first(gradients[name]), size)
+            total_gradient(with_cotangents(gradients[name], lambda g: g[0]), size)
             for (name, _), size in zip(plan.layer.parameters.items(), sizes, strict=True)
         ]
         return torch.cat(flat).to(v.dtype)
@@ -159,10 +159,6 @@ def _call(plan: Plan, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...])
         return output
     finally:
         module._parameters.update(own)
-
-
-def _first(gradient: PerSample) -> PerSample:
-    return with_cotangents(gradient, lambda g: g[0])
 
 
 def _product_on_parameters(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:

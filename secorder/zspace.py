@@ -11,6 +11,7 @@ from .errors import AttributionError
 from .layers import Layer
 from .products import chunks, default_chunk_size, stacked_vjp
 from .rules import DIM_ZERO, Layout, PerSample, candidate_layouts, contract, stacked_gradients, with_cotangents
+from .sharded import local
 from .trees import map_tensors
 
 __all__ = [
@@ -96,8 +97,9 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def zeros(layer: Layer) -> list[Tensor]:
-    """A zero diagonal, by parameter."""
-    return [p.detach().new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
+    """A zero diagonal, by parameter; of a sharded one this rank's part."""
+    parts = [local(p) for p in layer.parameters.values()]
+    return [part.new_zeros(part.numel(), dtype=compute_dtype(layer)) for part in parts]
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -17,13 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
 from secorder.distributed import weighted_mean
 
+from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
 from .test_tied import Decoder, language_loss
-
-
-def make() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def main(case: str) -> None:

@@ -20,16 +20,10 @@ from secorder import (
     per_layer_hessian_diagonal,
 )
 
+from .helpers import data, make
+
 BOTH = pytest.mark.parametrize("measure", [per_layer_hessian_diagonal, per_layer_fisher_diagonal])
 Measure = Callable[..., Any]
-
-
-def make() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def data(count: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(count, 4), torch.randint(3, (count,))
 
 
 @BOTH

@@ -109,10 +109,10 @@ def main() -> None:
         rows: list[list[str]] = [[], []]
         for place, axis in enumerate(AXES):
             grid = [factor * base[place] for factor in (1, 2, 4)]
-            runs = {n: make(dict(zip(AXES, base, strict=True)) | {axis: n}) for n in grid}
+            sizes = {n: dict(zip(AXES, base, strict=True)) | {axis: n} for n in grid}
+            runs = {n: make(sizes[n]) for n in grid}
             times = alternate({str(n): run for n, run in runs.items()}, options.repeats)
-            peaks = [peak_memory(run) + size_of(built(dict(zip(AXES, base, strict=True)) | {axis: n})[0].parameters())
-                     for n, run in runs.items()]  # fmt: skip
+            peaks = [peak_memory(runs[n]) + size_of(built(sizes[n])[0].parameters()) for n in grid]
             for row, found, expected in zip(rows, (list(times.values()), peaks), theory, strict=True):
                 fitted = exponent(grid, found)
                 mark = " !" if fitted > expected[place] + 0.15 else ""
