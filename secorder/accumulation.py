@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .autocast import no_autocast
+from ._torch.autocast import no_autocast
+from .batch import sample_sizes
 from .capture import Call, Capture, UnitCall
 from .diagonals import Diagonals, LayerInfo
 from .errors import AttributionError, CouplingError, InvalidArgumentError, NonFiniteError, ProbeStateError
@@ -28,7 +29,6 @@ from .rules import (
 )
 from .samples import Attribution, attribute, independent_by_structure
 from .sharded import Cut, local, over_ranks, shard_of_sum
-from .trees import sample_sizes
 from .units import unit_gradients
 from .zspace import cast, compute_dtype, rounding, zeros
 

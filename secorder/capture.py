@@ -21,17 +21,28 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from .autocast import AutocastState, autocast_state, no_autocast
+from ._torch.autocast import AutocastState, autocast_state, no_autocast
+from ._torch.engine import (
+    accumulate_node,
+    accumulates_into,
+    after_backward,
+    current_backward,
+    in_backward,
+    will_accumulate,
+)
+from ._torch.modules import forward_hooks
+from ._torch.pytree import map_tensors, tensors_in
+from ._torch.random_state import RandomState, cuda_devices, get_random_state
+from ._torch.saved_tensors import is_overwritten_error, saved_tensor_hooks_active
+from ._torch.transforms import inside_transform
+from ._torch.versions import version
 from .errors import AttributionError
 from .layers import Layer
-from .random_state import RandomState, cuda_devices, get_random_state
 from .rules import Layout
-from .trees import map_tensors, tensors_in
 
-__all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "inside_transform", "suspended"]
+__all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "suspended"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -50,34 +61,23 @@ class _Keep(torch.autograd.Function):
         raise AssertionError
 
 
+class _Overwritten(Exception):
+    """A held tensor was changed in place."""
+
+
 class _Held:
     """The same for the common case, at a fraction of the cost: tensors and their versions."""
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self.tensors = tensors
-        self.versions = [t._version for t in tensors]
+        self.versions = [version(t) for t in tensors]
 
     @property
     def saved_tensors(self) -> tuple[Tensor, ...]:
         """The tensors, as a node of autograd has them."""
-        if [t._version for t in self.tensors] != self.versions:
-            raise RuntimeError("overwritten")
+        if [version(t) for t in self.tensors] != self.versions:
+            raise _Overwritten
         return self.tensors
-
-
-def _saved_tensor_hooks() -> Any:
-    """What is told to do with tensors that autograd saves; None where nothing is."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def _accumulates_into(parameters: dict[str, Any], output: Tensor) -> Any:
-    """The autograd node that accumulates a gradient of one of the parameters, where the output names it."""
-    assert output.grad_fn is not None
-    for node, _ in output.grad_fn.next_functions:
-        variable = getattr(node, "variable", None)
-        if variable is not None and any(variable is p for p in parameters.values()):
-            return node
-    return None
 
 
 @dataclass(eq=False)
@@ -165,7 +165,7 @@ class Capture:
         #: Forwards counted towards ``every``, in train and in eval mode.
         self.counts = {True: 0, False: 0}
         self._threads = threading.local()  # models may run inference in another thread meanwhile
-        self._open: tuple[int, _Forward] | None = None  # the backward that runs now: its graph task, its forward
+        self._open: tuple[int | None, _Forward] | None = None  # the backward that runs now: its graph task, its forward
         self._whole: dict[int, Tensor] = {}  # whole gradients of the parameters in the backward that runs now
         self._watches: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
@@ -229,7 +229,7 @@ class Capture:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model's forward starts."""
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return  # a checkpoint recomputes the whole model
         if self.suspensions:
             return
@@ -256,7 +256,7 @@ class Capture:
         if self.suspensions:
             return
         forward, self._current = self._current, None
-        if forward is None or torch._C._current_graph_task_id() != -1:
+        if forward is None or in_backward():
             return
         if output is not None and not self.receiver.expected(forward.calls):
             forward.done = True
@@ -270,7 +270,7 @@ class Capture:
         """The forward that a call with these outputs belongs to and the call's number in it, if it is recorded."""
         if inside_transform():
             return None
-        recomputed = torch._C._current_graph_task_id() != -1  # by a checkpoint, inside backward
+        recomputed = in_backward()  # by a checkpoint, inside backward
         forward = (self._open[1] if self._open else None) if recomputed else self._current
         if forward is None:
             return None
@@ -297,8 +297,9 @@ class Capture:
         forward, index = recording
         kept = [self._keep(inputs)]
         if layer.sharded:
-            self._gathered[layer.name] = {local: layer.module._parameters[local] for local in layer.parameters}
-        node = _accumulates_into(self._parameters(layer), output)
+            own = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
+            self._gathered[layer.name] = {local: own[local] for local in layer.parameters}
+        node = accumulates_into(self._parameters(layer).values(), output)
 
         def on_gradient(g: Tensor) -> None:
             if kept and self._counts_in((layer,), node):
@@ -312,7 +313,7 @@ class Capture:
 
     def _keep(self, tensors: Iterable[Tensor]) -> Any:
         """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
-        if _saved_tensor_hooks() is None:
+        if not saved_tensor_hooks_active():
             return _Held(tuple(x.detach() for x in tensors))
         node: Tensor = _Keep.apply(self._leaf, *(x.detach() for x in tensors))  # type: ignore[no-untyped-call]
         return node.grad_fn
@@ -357,20 +358,17 @@ class Capture:
         """
         if self.suspensions or inside_transform():
             return False
-        try:
-            if node is not None:
-                return torch._C._will_engine_execute_node(node)
-            own = [p for layer in layers for p in self._parameters(layer).values() if p.requires_grad]
-            return any(
-                torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
-                for parameter in own or self.model.parameters()
-                if parameter.requires_grad
-            )
-        except RuntimeError:  # autograd.grad captures this parameter's gradient
-            return False
+        if node is not None:
+            return will_accumulate(node)
+        own = [p for layer in layers for p in self._parameters(layer).values() if p.requires_grad]
+        return any(
+            will_accumulate(accumulate_node(parameter))
+            for parameter in own or self.model.parameters()
+            if parameter.requires_grad
+        )
 
     def _enter(self, forward: _Forward) -> None:
-        task = torch._C._current_graph_task_id()
+        task = current_backward()
         if self.suspensions or inside_transform() or forward.done:
             return
         if self._open is not None and self._open[1] is not forward and self._open[0] == task:
@@ -382,7 +380,7 @@ class Capture:
             self._open = (task, forward)
             if self.receiver.wants_gradients():
                 self._watch()
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._leave(forward))
+            after_backward(lambda: self._leave(forward))
 
     def _watch(self) -> None:
         """Keep the whole gradient of each layer's parameters, as it is about to be accumulated."""
@@ -391,7 +389,7 @@ class Capture:
             for local, parameter in self._parameters(layer).items():
                 if parameter.requires_grad:
                     keep = partial(self._keep_whole, id(layer.parameters[local]))
-                    self._watches.append(get_gradient_edge(parameter).node.register_prehook(keep))
+                    self._watches.append(accumulate_node(parameter).register_prehook(keep))
 
     def _keep_whole(self, key: int, gradients: tuple[Tensor | None, ...]) -> None:
         if gradients[0] is not None and not self.suspensions:
@@ -414,7 +412,9 @@ class Capture:
     def _unpack(self, layer: Layer, kept: Any) -> tuple[Tensor, ...]:
         try:
             return tuple(kept.saved_tensors)
-        except RuntimeError as error:
+        except (_Overwritten, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not is_overwritten_error(error):
+                raise
             raise AttributionError(
                 f"the input of layer {layer.name!r} was overwritten in place before backward: use an out-of-place "
                 "operation after it, or leave the layer out with layers=."
@@ -506,11 +506,11 @@ class _Start:
         self.arguments = (args, kwargs)
         self.random_state = get_random_state(capture._cuda)
         self.autocast = autocast_state()
-        self.versions = [t._version for t in tensors_in(self.arguments)]
+        self.versions = [version(t) for t in tensors_in(self.arguments)]
 
     def require_untouched(self, layers: Sequence[Layer]) -> None:
         """Raise if the call overwrote its arguments, with which it is to run again."""
-        if self.versions != [t._version for t in tensors_in(self.arguments)]:
+        if self.versions != [version(t) for t in tensors_in(self.arguments)]:
             raise AttributionError(
                 f"the layers {[layer.name for layer in layers]} are measured by running a module of the model again, "
                 "which overwrites its input in place: use an out-of-place operation, leave the layers out with "
@@ -547,17 +547,10 @@ def _no_hook() -> Callable[..., None]:
     return _ignore
 
 
-def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, …) runs now."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Every capture attached to the model, whoever owns it, records nothing inside."""
-    hooks: list[Any] = [
-        hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-    ]
+    hooks = [hook for module in model.modules() for hook in forward_hooks(module)]
     captures = {id(hook.capture): hook.capture for hook in hooks if isinstance(hook, CaptureHook)}
     for capture in captures.values():
         capture.suspensions += 1

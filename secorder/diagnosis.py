@@ -11,6 +11,8 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 from torch import Tensor, nn
 
+from ._torch.pytree import map_tensors
+from .batch import batch_size, sample_dimension
 from .diagonals import Diagonals, weighted_sum
 from .errors import CouplingError, InvalidArgumentError, InvalidTypeError
 from .hessian import HessianMethod
@@ -20,7 +22,6 @@ from .probe import CurvatureProbe
 from .progress import progress_bar
 from .report import Report, report
 from .stats import layer_statistics
-from .trees import batch_size, map_tensors, sample_dimension
 
 __all__ = ["Diagnosis", "Finding", "diagnose"]
 

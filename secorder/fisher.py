@@ -25,14 +25,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .autocast import autocast_state, under_autocast
+from ._torch.autocast import autocast_state, under_autocast
+from ._torch.failures import is_out_of_memory, is_vmap_failure
+from ._torch.pytree import map_tensors, tensors_in
+from ._torch.vjp import (
+    check_chunk_size,
+    chunks,
+    default_chunk_size,
+    fresh_generator,
+    gradients,
+    stacked_vjp,
+    zero_tether,
+)
+from .batch import batch_size, require_agreement, sample_dimension
 from .diagonals import Diagonals, LayerInfo
 from .errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, select_layers
 from .loan import Loan, borrow, check_loss, on_loan, recorded, require_dependence
-from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .samples import independent_by_structure, outputs_independent
-from .trees import batch_size, map_tensors, require_agreement, sample_dimension, tensors_in
 from .zspace import (
     Pairs,
     ZLayer,
@@ -272,8 +282,9 @@ def _per_sample_losses(task: _Task, output: Any) -> Tensor:
     if not task.autocast:  # whose casts differ inside of vmap (cross entropy stays in half precision)
         try:
             return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
-        except RuntimeError:
-            pass  # control flow by value, or an operator without a batching rule
+        except RuntimeError as error:  # control flow by value, or an operator without a batching rule
+            if not is_out_of_memory(error) and not is_vmap_failure(error):
+                raise
     return torch.stack(
         [one(*(t.select(dim, n) for t, dim in zip(per_sample, kept, strict=True))) for n in range(task.count)]
     )

@@ -31,16 +31,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .autocast import under_autocast
+from ._torch.autocast import under_autocast
+from ._torch.pytree import tensors_in
+from ._torch.vjp import (
+    check_chunk_size,
+    chunks,
+    default_chunk_size,
+    fresh_generator,
+    gradients,
+    stacked_vjp,
+    zero_tether,
+)
+from .batch import batch_size, require_agreement, sample_dimension
 from .diagonals import Diagonals, LayerInfo
 from .errors import InvalidArgumentError
 from .layers import Layer
 from .loan import Loan, Recording, Result, borrow, check_loss, on_loan, recorded, require_dependence
-from .products import check_chunk_size, chunks, default_chunk_size, fresh_generator, gradients, stacked_vjp, zero_tether
 from .progress import progress_bar
 from .rules import DIM_ZERO, Layout, PerSample, contract, contract_basis, with_cotangents
 from .samples import independent_by_structure, linear_by_structure
-from .trees import batch_size, require_agreement, sample_dimension, tensors_in
 from .zspace import (
     ZLayer,
     block_diagonal,

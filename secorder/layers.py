@@ -137,7 +137,7 @@ def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer],
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
         if module not in elsewhere and not _special_option(module) and rule_for(module) is not None:
-            for local, p in module._parameters.items():
+            for local, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 holders.setdefault(id(p), []).append((name, module, local))
     ties: Ties = {}
     together: dict[str, Layer] = {}
@@ -150,7 +150,7 @@ def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer],
             continue
         ties[layer.name] = {local: [(name, own) for name, _, own in by] for local, by in shared.items()}
         for name, module, _ in (holder for by in shared.values() for holder in by):
-            own = {local: p for local, p in module._parameters.items() if p is not None}
+            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             together[name] = Layer(name, module, own, rule_for(module), module)
     return (list(together.values()), ties) if ties else ([], {})
 

@@ -11,19 +11,23 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .autocast import AutocastState, autocast, autocast_state, no_autocast
-from .capture import inside_transform, suspended
+from ._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
+from ._torch.engine import in_backward
+from ._torch.modules import Place, buffer_places, gradient_hooks_removed, parameter_places
+from ._torch.pytree import call_model, map_tensors, tensors_in
+from ._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from ._torch.transforms import inside_transform
+from ._torch.versions import version
+from ._torch.vjp import gradients
+from .capture import suspended
 from .errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from .layers import Layer, select_layers
-from .products import gradients
-from .random_state import RandomState, cuda_devices, get_random_state, set_random_state
-from .trees import call_model, map_tensors, tensors_in
 
 Result = TypeVar("Result")
 
@@ -154,18 +158,19 @@ def borrow(
         # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, shallowly.
         stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
         stack.enter_context(_parameters_swapped(modules, stand_ins))
-        buffers = [(m, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        buffers = [place for m in modules for place in buffer_places(m)]
         stack.enter_context(_tables_copied(modules))
-        stack.callback(_restore_buffers, buffers)
+        stack.callback(_restore, buffers)
         start = get_random_state(cuda)
 
         def restart(random_state: RandomState | None) -> None:
             set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
-            for module, name, buffer in buffers:
+            for place in buffers:
+                buffer = place.value
                 if id(buffer) not in copies:
                     copies[id(buffer)] = buffer.detach().clone()
-                module._buffers[name] = copies[id(buffer)]
+                place.put(copies[id(buffer)])
 
         originals = [p for key, p in parameters.items() if key not in themselves]
         yield Loan(model, stand_ins, originals, restart, ambient)
@@ -175,54 +180,43 @@ def borrow(
 def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
     frozen = [p for p in parameters if not p.requires_grad]
-    hooks = [p._backward_hooks for p in parameters if p._backward_hooks]
-    kept = [dict(h) for h in hooks]
-    for p in frozen:
-        p.requires_grad_(True)
-    for h in hooks:
-        h.clear()
-    try:
-        yield
-    finally:
+    with gradient_hooks_removed(parameters):
         for p in frozen:
-            p.requires_grad_(False)
-        for h, content in zip(hooks, kept, strict=True):
-            h.update(content)
+            p.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
 
 
 @contextmanager
 def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Embeddings with ``max_norm`` overwrite their table in a forward: they get a copy to do it on."""
     tables = [
-        (m, m.weight) for m in modules if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        place
+        for m in modules
+        if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
+        for place in parameter_places(m)
     ]
     try:
-        for module, table in tables:
-            module._parameters["weight"] = nn.Parameter(table.detach().clone(), requires_grad=False)
+        for place in tables:
+            place.put(nn.Parameter(place.value.detach().clone(), requires_grad=False))
         yield
     finally:
-        for module, table in tables:
-            module._parameters["weight"] = cast(nn.Parameter, table)
+        _restore(tables)
 
 
 @contextmanager
 def _parameters_swapped(modules: Iterable[nn.Module], stand_ins: Mapping[int, Tensor]) -> Iterator[None]:
     """In every module that holds one of the parameters, under whatever name, its stand-in takes the place."""
-    places = [
-        (m, name, p) for m in modules for name, p in m._parameters.items() if p is not None and id(p) in stand_ins
-    ]
-    flat = [(m, m._flat_weights) for m in modules if isinstance(m, nn.RNNBase)]
+    places = [place for m in modules for place in parameter_places(m) if id(place.value) in stand_ins]
     try:
-        for module, name, parameter in places:
-            module._parameters[name] = cast(nn.Parameter, stand_ins[id(parameter)])
-        for module, weights in flat:  # recurrent layers keep a list of their own
-            module._flat_weights = [stand_ins.get(id(w), w) for w in weights]
+        for place in places:
+            place.put(stand_ins[id(place.value)])
         yield
     finally:
-        for module, name, parameter in places:
-            module._parameters[name] = parameter
-        for module, weights in flat:
-            module._flat_weights = weights
+        _restore(places)
 
 
 def _restore_attributes(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
@@ -232,9 +226,9 @@ def _restore_attributes(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) 
         vars(module).update(saved)
 
 
-def _restore_buffers(buffers: Sequence[tuple[nn.Module, str, Tensor]]) -> None:
-    for module, name, buffer in buffers:
-        module._buffers[name] = buffer
+def _restore(places: Sequence[Place]) -> None:
+    for place in places:
+        place.put(place.value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -265,7 +259,7 @@ class Recording:
 
     def unusable(self) -> set[str]:
         """Layers whose recorded calls do not tell all: input overwritten after the call, or differentiated inside."""
-        overwritten = {name for name, tensor, version in self.versions if tensor._version != version}
+        overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
         return overwritten | self.differentiated
 
 
@@ -295,49 +289,48 @@ def recorded(loan: Loan, layers: Sequence[Layer], *, own_parameters: bool) -> It
         for handle in handles:
             handle.remove()
         for tap in taps:  # where a forward was broken off
-            for holder, key, stand_in in tap.places:
-                holder[key] = stand_in
+            _restore(tap.places)
 
 
 class _Tap:
     """The hooks by which one layer's calls are recorded."""
 
-    def __init__(self, recording: Recording, layer: Layer, places: list[tuple[Any, Any, Tensor]]) -> None:
+    def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
         self.recording, self.layer, self.places = recording, layer, places
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
 
     def foreign(self) -> bool:
         """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
-        return threading.get_ident() != self.owner and torch._C._current_graph_task_id() == -1
+        return threading.get_ident() != self.owner and not in_backward()
 
     def before(self, module: nn.Module, _: Any) -> None:
         """Detached parameters take the place of the stand-ins."""
         if self.foreign():
             return
-        self.displaced.append([holder[key] for holder, key, _ in self.places])
+        self.displaced.append([place.holder[place.key] for place in self.places])
         if inside_transform():
             return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
-        for holder, key, stand_in in self.places:
-            holder[key] = stand_in.detach()
+        for place in self.places:
+            place.put(place.value.detach())
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call is recorded, and a leaf added to its output."""
         if self.foreign():
             return None
         if self.places:
-            for (holder, key, _), value in zip(self.places, self.displaced.pop(), strict=True):
-                holder[key] = value
+            for place, value in zip(self.places, self.displaced.pop(), strict=True):
+                place.put(value)
         recording, name = self.recording, self.layer.name
         leaves: list[Tensor] = []
-        if torch._C._current_graph_task_id() == -1:  # a checkpoint recomputes in backward what is recorded already
+        if not in_backward():  # a checkpoint recomputes in backward what is recorded already
             leaves = recording.leaves.setdefault(name, [])
         if inside_transform():
             recording.differentiated.add(name)
             return None
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             tensors = tuple(tensors_in((args, kwargs)))
-            recording.versions.extend((name, x, x._version) for x in tensors)
+            recording.versions.extend((name, x, version(x)) for x in tensors)
             recording.inputs.setdefault(name, []).append(tensors)
         return map_tensors(partial(self.with_leaf, leaves), output)
 
@@ -357,16 +350,10 @@ class _Tap:
             self.recording.differentiated.add(self.layer.name)
 
 
-def _places(loan: Loan, layer: Layer) -> list[tuple[Any, Any, Tensor]]:
-    """Where the modules of a layer's unit keep the stand-ins of its parameters, as ``(container, key, stand-in)``."""
+def _places(loan: Loan, layer: Layer) -> list[Place]:
+    """Where the modules of a layer's unit keep the stand-ins of its parameters."""
     wanted = {id(s) for s in loan.stand_ins(layer)}
-    found: list[tuple[Any, Any, Tensor]] = []
-    for module in layer.unit.modules():
-        held: list[tuple[Any, Any, Any]] = [(module._parameters, name, p) for name, p in module._parameters.items()]
-        if isinstance(module, nn.RNNBase):  # recurrent layers keep a list of their own
-            held += [(module._flat_weights, index, w) for index, w in enumerate(module._flat_weights)]
-        found += [place for place in held if id(place[2]) in wanted]
-    return found
+    return [p for module in layer.unit.modules() for p in parameter_places(module) if id(p.value) in wanted]
 
 
 # --------------------------------------------------------------------------------------------------------------------

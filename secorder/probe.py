@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .accumulation import Accumulation, LossScale
+from .batch import batch_size
 from .capture import Capture
 from .diagonals import Diagonals
 from .distributed import weighted_mean
@@ -23,7 +24,6 @@ from .layers import Layer, LayerTypes, select_layers
 from .loan import Result
 from .sharded import gathered
 from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
-from .trees import batch_size
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .report import Report, SortKey

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
+from ._torch.modules import computes_as, convolution_padding
+from ._torch.vjp import chunks
 from .errors import AttributionError
-from .products import chunks
 
 __all__ = [
     "DIM_ZERO",
@@ -588,10 +589,10 @@ def _bias(g: Tensor) -> Outer:
 
 
 def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> Tensor:
-    padding = module._reversed_padding_repeated_twice
-    if not any(padding):
+    sides = convolution_padding(module)
+    if not any(sides):
         return a
-    return F.pad(a, padding, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+    return F.pad(a, sides, "constant" if module.padding_mode == "zeros" else module.padding_mode)
 
 
 def _expect_dims(module: nn.Module, a: Tensor, dims: int) -> None:
@@ -661,10 +662,15 @@ def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict
     return _affine(F.group_norm(inputs[0], module.num_groups, eps=module.eps), g, [1])
 
 
+#: By the number of their spatial dimensions, from one.
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
 def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = γ ⊙ x̂ + β by channel, x̂ normalised by the sample's own or, in eval mode, by running statistics."""
-    assert isinstance(module, nn.modules.instancenorm._InstanceNorm)
-    _expect_dims(module, inputs[0], module._get_no_batch_dim() + 1)
+    assert isinstance(module, _INSTANCE_NORMS)
+    _expect_dims(module, inputs[0], next(i for i, kind in enumerate(_INSTANCE_NORMS, 3) if isinstance(module, kind)))
     if module.track_running_stats and not module.training:
         return _affine(_by_running_statistics(module, inputs[0]), g, [1])
     return _affine(F.instance_norm(inputs[0], eps=module.eps), g, [1])
@@ -672,14 +678,14 @@ def instance_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> d
 
 def batch_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = γ ⊙ x̂ + β by channel, x̂ normalised by running statistics or, in train mode, by the batch's."""
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    assert isinstance(module, (*_BATCH_NORMS, nn.SyncBatchNorm))
     if module.training or module.running_mean is None:
         return _affine(F.batch_norm(inputs[0], None, None, training=True, eps=module.eps), g, [1])
     return _affine(_by_running_statistics(module, inputs[0]), g, [1])
 
 
 def _by_running_statistics(module: nn.Module, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.modules.batchnorm._NormBase)
+    assert isinstance(module, (*_INSTANCE_NORMS, *_BATCH_NORMS, nn.SyncBatchNorm))
     assert module.running_mean is not None
     assert module.running_var is not None
     shape = (1, -1, *(1,) * (x.dim() - 2))
@@ -750,10 +756,9 @@ def rule_for(module: nn.Module) -> Rule | None:
             break
     else:
         return None
-    for method in ("forward", "_conv_forward"):
-        if getattr(type(module), method, None) is not getattr(kind, method, None) or method in module.__dict__:
-            return None
-    own = {name for name, p in module._parameters.items() if p is not None}
+    if not computes_as(module, kind):
+        return None
+    own = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
     if hasattr(module, "parametrizations") or len(own) != sum(1 for _ in module.parameters()):
         return None
     if kind in _BUILT_IN and not own <= {"weight", "bias"}:

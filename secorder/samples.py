@@ -15,14 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import CaptureHook, inside_transform
+from ._torch.modules import forward_hooks
+from ._torch.pytree import map_tensors, tensors_in
+from ._torch.transforms import inside_transform
+from ._torch.vjp import fresh_generator, gradients
+from .batch import preferred_size, sample_dimension, sample_sizes
+from .capture import CaptureHook
 from .errors import DoubleBackwardError, InvalidArgumentError
 from .layers import Layer, Ties, sharded_parameter, tied_layers
 from .loan import Loan, borrow, recorded
-from .products import fresh_generator, gradients
 from .rules import Layout
 from .sharded import over_ranks
-from .trees import map_tensors, preferred_size, sample_dimension, sample_sizes, tensors_in
 from .zspace import ZLayer, expose_output, layout_options, rounding, scale_draws, scales
 
 __all__ = [
@@ -49,14 +52,12 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
     """Whether samples are in dim 0 and the model is a chain of torch's own layers that all treat its rows alone."""
 
     def rowwise(module: nn.Module) -> bool:
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if "forward" in module.__dict__ or not all(isinstance(hook, CaptureHook) for hook in hooks):
+        if "forward" in module.__dict__ or not all(isinstance(hook, CaptureHook) for hook in forward_hooks(module)):
             return False
         if type(module) is nn.Flatten:
             return module.start_dim >= 1
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-            assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-            return not module.training and module.running_mean is not None
+            return not module.training and getattr(module, "running_mean", None) is not None
         return type(module) in _ROWWISE
 
     return sample_dim == 0 and all(rowwise(module) for module in model.modules())

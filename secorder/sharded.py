@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ._torch.fsdp import fsdp_modules, is_fsdp_hook
+from ._torch.modules import forward_hooks_removed
 from .errors import InvalidArgumentError
 
 __all__ = ["Cut", "fully_sharded", "gathered", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
@@ -96,11 +98,8 @@ def gathered(model: nn.Module) -> Iterator[None]:
     Raises:
         InvalidArgumentError: a mixed-precision policy gives parameters another dtype; hooks of FSDP2 would cast inputs.
     """
-    from torch.distributed.fsdp import FSDPModule
-
-    sharded: list[Any] = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = fsdp_modules(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}
-    kept = []
     try:
         for module in sharded:
             module.unshard()
@@ -110,17 +109,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
                     f"fully_shard has a mixed-precision policy ({name} becomes {p.dtype}), with which one-shot "
                     "measurements are not supported yet: shard without it, and use torch.autocast."
                 )
-        for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                kept.append((hooks, dict(hooks)))
-                for key, hook in kept[-1][1].items():
-                    if (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp"):
-                        del hooks[key]
-        yield
+        with forward_hooks_removed(model.modules(), is_fsdp_hook):
+            yield
     finally:
-        for hooks, before in kept:
-            hooks.clear()
-            hooks.update(before)
         for module in sharded:
             module.reshard()
 
@@ -133,6 +124,4 @@ def fully_sharded(parameter: Any) -> bool:
 
 def managed(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was applied to the model or to modules of it."""
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return bool(fsdp_modules(model))

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._torch.modules import parameters_replaced
+from ._torch.vjp import stacked_vjp
 from .hessian import Plan, Policy, Problem, average, choose_ways, in_parameter_space, parameter_draws, ruled, z_draws
 from .loan import recorded
-from .products import stacked_vjp
 from .rules import total_gradient, with_cotangents
 from .zspace import compute_dtype, zeros
 
@@ -152,13 +153,9 @@ def _product_in_z(plan: Plan) -> Callable[[Tensor], Tensor]:
 def _call(plan: Plan, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
     """The layer's output with other parameters, past its hooks, which would record the call."""
     module = plan.layer.module
-    own = dict(module._parameters)
-    try:
-        module._parameters.update(parameters)  # type: ignore[arg-type]
+    with parameters_replaced(module, parameters):
         output: Tensor = module.forward(*inputs)
         return output
-    finally:
-        module._parameters.update(own)
 
 
 def _product_on_parameters(problem: Problem, plan: Plan, slopes: Sequence[Tensor | None]) -> Callable[[Tensor], Tensor]:

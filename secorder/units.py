@@ -10,12 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ._torch.pytree import map_tensors, tensors_in
+from ._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from .capture import UnitCall
 from .layers import Layer
 from .loan import borrow
-from .products import chunks, default_chunk_size, stacked_vjp
 from .rules import Layout
-from .trees import map_tensors, tensors_in
 from .zspace import compute_dtype, over_samples
 
 __all__ = ["unit_gradients"]

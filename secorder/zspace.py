@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch.failures import is_missing_graph
+from ._torch.pytree import map_tensors
+from ._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from .errors import AttributionError
 from .layers import Layer
-from .products import chunks, default_chunk_size, stacked_vjp
 from .rules import DIM_ZERO, Layout, PerSample, candidate_layouts, contract, stacked_gradients, with_cotangents
 from .sharded import local
-from .trees import map_tensors
 
 __all__ = [
     "Pairs",
@@ -200,7 +201,9 @@ def loss_of_output(
     exposed = expose_output(output, points, dims, detach=True)
     try:
         again = loss_fn(exposed, targets)
-    except RuntimeError:
+    except RuntimeError as error:
+        if not is_missing_graph(error):
+            raise
         return None
     if not again.requires_grad or not torch.equal(again.detach().reshape(()), loss.detach()):
         return None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from secorder.trees import call_model, map_tensors
+from secorder._torch.pytree import call_model, map_tensors
 
 Loss = Callable[[Any, Any], Tensor]
 

@@ -9,7 +9,11 @@ ROOT = Path(secorder.__file__).parent
 
 #: From upstream to downstream; a module may import what stands before it.
 ORDER = (
-    "errors", "trees", "autocast", "random_state", "progress", "products", "rules", "sharded", "testing",
+    "errors",
+    "_torch.autocast", "_torch.differentiability", "_torch.engine", "_torch.failures", "_torch.fsdp", "_torch.modules",
+    "_torch.pytree", "_torch.random_state", "_torch.saved_tensors", "_torch.transforms", "_torch.versions",
+    "_torch.vjp",
+    "batch", "progress", "rules", "sharded", "testing",
     "layers", "capture", "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats",
     "tensorboard", "report", "distributed", "accumulation", "probe", "recorder", "diagnosis",
     "core.per_layer_curvature", "integrations.lightning", "integrations.huggingface", "__main__", "__init__",
@@ -50,3 +54,31 @@ def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
         assert imports(ROOT / f"{name}.py") <= {"stats", "diagonals", "errors"}
         assert "autograd" not in (ROOT / f"{name}.py").read_text()
     assert "register_" not in (ROOT / "rules.py").read_text()
+
+
+def foreign_private_names(path: Path) -> set[str]:
+    """Private attributes that a module uses and does not define: those of other libraries."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    used |= {
+        alias.name
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").startswith("torch")
+        for alias in node.names
+    }
+    own = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {node.target.id for node in nodes if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}
+    return {name for name in used - own - {"_replace"} if name.startswith("_") and not name.endswith("__")}
+
+
+def test_private_names_of_pytorch_are_behind_one_door() -> None:
+    found = {name: foreign_private_names(ROOT.joinpath(*name.split(".")).with_suffix(".py")) for name in ORDER}
+    assert "_version" in found["_torch.versions"]
+    for name, private in found.items():
+        if name.startswith("_torch."):
+            assert imports(ROOT.joinpath(*name.split(".")).with_suffix(".py")) <= {"errors"} | {
+                other for other in ORDER if other.startswith("_torch.")
+            }
+        else:
+            assert not private, f"{name} uses {private}: give it a function in secorder/_torch"

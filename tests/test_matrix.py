@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
-from secorder.trees import call_model, map_tensors
+from secorder._torch.pytree import call_model, map_tensors
 
 from .cases import CASES, Case
 from .reference import assert_all_close, fisher_by_sample, fisher_by_slices, hessian_by_element, relative_error

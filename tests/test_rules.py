@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from secorder import CurvatureProbe
 from secorder.rules import (
     Outer,
     Patches,
@@ -17,6 +19,9 @@ from secorder.rules import (
     total_gradient,
     with_cotangents,
 )
+
+from .helpers import reference, step
+from .reference import assert_all_close, hessian_by_element
 
 N = 5
 
@@ -130,3 +135,18 @@ def test_sums_of_what_several_layers_bring(names: list[str]) -> None:
     out = torch.ones(SIZE)
     contract_sum(forms, numel=SIZE, out=out, beta=0.5, alpha=3.0)
     torch.testing.assert_close(out, 0.5 + 3 * expected)
+
+
+@pytest.mark.parametrize("padding", [(0, 2), "same"])
+def test_a_convolution_whose_settings_are_changed_after_it_was_made(padding: tuple[int, int] | str) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.Flatten(), nn.LazyLinear(3))
+    model[0].padding = padding
+    if padding == "same":
+        model[0].dilation = (2, 1)
+    batch = (torch.randn(4, 1, 6, 5), torch.randint(3, (4,)))
+    model(batch[0])
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+    hessian = probe.hessian_diagonal(F.cross_entropy, *batch).by_parameter()
+    assert_all_close(hessian, hessian_by_element(model, F.cross_entropy, *batch))

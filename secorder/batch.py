@@ -1,64 +1,20 @@
-"""Inputs, outputs and targets as users pass them: tensors, tuples, dicts, dataclasses, nested."""
+"""How many samples a batch holds, and where they are in its tensors."""
 
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ._torch.pytree import tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
     "batch_size",
-    "call_model",
-    "map_tensors",
     "preferred_size",
     "require_agreement",
     "sample_dimension",
     "sample_sizes",
-    "tensors_in",
 ]
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """The tensors of a nested structure, depth first."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors_in(value)
-    elif isinstance(tree, (list, tuple)):
-        for value in tree:
-            yield from tensors_in(value)
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        for item in dataclasses.fields(tree):
-            yield from tensors_in(getattr(tree, item.name))
-
-
-def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """The same structure with every tensor replaced by ``function(tensor)``, in :func:`tensors_in` order."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        items = {key: map_tensors(function, value) for key, value in tree.items()}
-        return items if type(tree) is dict else type(tree)(**items)
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(function, value) for value in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(function, value) for value in tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        values = {f.name: map_tensors(function, getattr(tree, f.name)) for f in dataclasses.fields(tree) if f.init}
-        return dataclasses.replace(tree, **values)
-    return tree
-
-
-def call_model(model: nn.Module, inputs: Any) -> Any:
-    """``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
-    return model(inputs)
 
 
 def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:

@@ -6,7 +6,7 @@ import numpy
 import torch
 from torch import nn
 
-from secorder.random_state import cuda_devices, get_random_state, set_random_state
+from secorder._torch.random_state import cuda_devices, get_random_state, set_random_state
 
 
 def draw() -> tuple[float, float, float]:

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from secorder import DoubleBackwardError, InvalidArgumentError
-from secorder.products import check_chunk_size, chunks, default_chunk_size, gradients, stacked_vjp
+from secorder._torch.vjp import check_chunk_size, chunks, default_chunk_size, gradients, stacked_vjp
 
 
 class NoBatching(torch.autograd.Function):
@@ -59,3 +59,42 @@ def test_chunks() -> None:
     assert default_chunk_size(1 << 60, torch.zeros(1), None) == 1
     with pytest.raises(InvalidArgumentError, match="chunk_size"):
         check_chunk_size(0)
+
+
+class Broken(NoBatching):
+    """The same, with a fault of the user's own in its backward."""
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        raise RuntimeError("of the user's own")
+
+
+def test_faults_of_the_users_own_are_raised_as_they_are() -> None:
+    x = torch.randn(3, requires_grad=True)
+    y = Broken.apply(x)
+    for count in (1, 4):
+        with pytest.raises(RuntimeError, match="of the user's own") as caught:
+            stacked_vjp([y], [x], [torch.ones(count, 3)])
+        assert type(caught.value) is RuntimeError
+
+
+def test_fewer_products_at_once_where_memory_does_not_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, requires_grad=True)
+    y, cotangents, sizes = x**2, torch.randn(5, 3), []
+    actual = torch.autograd.grad
+
+    def grad(outputs: object, inputs: object, cotangents: list[Tensor], **options: bool) -> object:
+        count = len(cotangents[0]) if options.get("is_grads_batched") else 1
+        sizes.append(count)
+        if count > fitting:
+            raise torch.OutOfMemoryError("out of memory")
+        return actual(outputs, inputs, cotangents, **options)  # type: ignore[arg-type]
+
+    expected = stacked_vjp([y], [x], [cotangents])[0]
+    monkeypatch.setattr(torch.autograd, "grad", grad)
+    fitting = 2
+    torch.testing.assert_close(stacked_vjp([y], [x], [cotangents])[0], expected)
+    assert sizes == [5, 2, 3, 1, 2]
+    fitting = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        stacked_vjp([y], [x], [cotangents])

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .errors import DoubleBackwardError, InvalidArgumentError
+from ..errors import DoubleBackwardError, InvalidArgumentError
+from .differentiability import once_differentiable_functions
+from .failures import is_out_of_memory, is_users_own, is_vmap_failure
 
 __all__ = [
     "check_chunk_size",
@@ -33,8 +35,8 @@ def stacked_vjp(
 ) -> list[Tensor]:
     """K vector-Jacobian products ``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i[k]`` on a graph that is kept.
 
-    With gradients as outputs these are Hessian-vector products. Batched by vmap; where an operator has no batching
-    rule, one after the other.
+    With gradients as outputs these are Hessian-vector products. Batched by vmap, fewer at once where memory does not
+    do; where an operator has no batching rule, one after the other.
 
     Args:
         outputs: tensors of the graph; None or one without a graph contributes nothing.
@@ -54,6 +56,7 @@ def stacked_vjp(
         return [x.new_zeros((count, *x.shape)) for x in inputs]
     heads = [o for o, _ in live]
     if count > 1:
+        halve = False
         try:
             with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
                 warnings.filterwarnings("ignore", message="There is a performance drop")
@@ -67,8 +70,18 @@ def stacked_vjp(
                     is_grads_batched=True,
                 )
             return [x.new_zeros((count, *x.shape)) if r is None else r for x, r in zip(inputs, results, strict=True)]
-        except RuntimeError:
-            pass  # an operator that vmap cannot run: the loop below works, or names the operator
+        except RuntimeError as error:
+            halve = is_out_of_memory(error)
+            if not halve and not is_vmap_failure(error):
+                raise
+        if halve:  # outside of the handler, which holds on to what filled the memory
+            half = count // 2
+            parts = [
+                stacked_vjp(heads, inputs, [c[rows] for _, c in live], create_graph=create_graph)
+                for rows in (slice(half), slice(half, None))
+            ]
+            return [torch.cat(pair) for pair in zip(*parts, strict=True)]
+        # An operator that vmap cannot run: the loop works, or names the operator.
     single = [_vjp(heads, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
@@ -97,32 +110,16 @@ def gradients(
             outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     except RuntimeError as error:
+        if is_out_of_memory(error) or is_users_own(error):
+            raise
         raise _double_backward_error(error) from error
-    if create_graph:
-        _require_no_dead_ends([g for g in found if g is not None])
-    return list(found)
-
-
-def _require_no_dead_ends(results: Sequence[Tensor]) -> None:
-    """Raise where a function marked ``once_differentiable`` cuts the graph of gradients: autograd itself would not."""
-    seen = {g.grad_fn for g in results if g.grad_fn is not None}
-    waiting, names, cut = list(seen), set(), False
-    while waiting:
-        node = waiting.pop()
-        if node.name() == "torch::autograd::Error":
-            cut = True
-        own = getattr(node, "_forward_cls", None)
-        if own is not None and hasattr(own.backward, "__wrapped__"):
-            names.add(own.__name__)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    if cut:
+    names = once_differentiable_functions([g for g in found if g is not None]) if create_graph else None
+    if names is not None:  # autograd itself would not tell
         raise DoubleBackwardError(
             f"{', '.join(sorted(names)) or 'an autograd.Function'} is marked once_differentiable, so that it has no "
             "second derivative: give it a differentiable backward."
         )
+    return list(found)
 
 
 def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:

@@ -1,34 +1,10 @@
-"""Nested inputs and outputs, and where a batch's samples are in them."""
-
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+"""How many samples a batch holds, and where they are in its tensors."""
 
 import pytest
 import torch
-from torch import Tensor
 
 from secorder import InvalidArgumentError, InvalidTypeError
-from secorder.trees import batch_size, map_tensors, preferred_size, require_agreement, sample_dimension, tensors_in
-
-Point = namedtuple("Point", "x y")
-
-
-@dataclass
-class Output:
-    logits: Tensor
-    name: str = "logits"
-
-
-def test_structures_are_kept() -> None:
-    a, b, c, d = (torch.full((2,), float(i)) for i in range(4))
-    tree = {"a": a, "rest": [Point(b, None), (Output(c), "text", OrderedDict(d=d))]}
-    assert [t[0].item() for t in tensors_in(tree)] == [0, 1, 2, 3]
-    doubled = map_tensors(lambda t: 2 * t, tree)
-    assert [t[0].item() for t in tensors_in(doubled)] == [0, 2, 4, 6]
-    assert isinstance(doubled["rest"][0], Point)
-    assert isinstance(doubled["rest"][1][0], Output)
-    assert isinstance(doubled["rest"][1][2], OrderedDict)
-    assert doubled["rest"][1][1] == "text"
+from secorder.batch import batch_size, preferred_size, require_agreement, sample_dimension
 
 
 @pytest.mark.parametrize(

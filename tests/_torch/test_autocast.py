@@ -2,7 +2,7 @@
 
 import torch
 
-from secorder.autocast import autocast, autocast_state, no_autocast, under_autocast
+from secorder._torch.autocast import autocast, autocast_state, no_autocast, under_autocast
 
 
 def product() -> torch.dtype:

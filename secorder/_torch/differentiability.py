@@ -1,0 +1,29 @@
+"""Where the graph of gradients ends although the mathematics goes on."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+__all__ = ["once_differentiable_functions"]
+
+
+def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | None:
+    """The names of functions marked ``once_differentiable`` that cut the graph of these gradients; None where none do.
+
+    Autograd itself would raise when it gets there, or never, where another way leads on. A set without a name means
+    that a function cuts the graph that does not tell its name.
+    """
+    seen = {g.grad_fn for g in gradients if g.grad_fn is not None}
+    waiting, names, cut = list(seen), set(), False
+    while waiting:
+        node = waiting.pop()
+        if node.name() == "torch::autograd::Error":
+            cut = True
+        own = getattr(node, "_forward_cls", None)
+        if own is not None and hasattr(own.backward, "__wrapped__"):
+            names.add(own.__name__)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return names if cut else None

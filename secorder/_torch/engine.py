@@ -1,0 +1,63 @@
+"""What the autograd engine does now: whether a backward runs, where it will accumulate, when it ends."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+__all__ = [
+    "accumulate_node",
+    "accumulates_into",
+    "after_backward",
+    "current_backward",
+    "in_backward",
+    "will_accumulate",
+]
+
+
+def current_backward() -> int | None:
+    """The number of the backward pass that runs now in this thread; None outside of any.
+
+    A pass that is opened inside of another one, as reentrant checkpoints do, has a number of its own.
+    """
+    number: int = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs now in this thread."""
+    return current_backward() is not None
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back when the backward pass that runs now has ended. Only inside of one."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def accumulate_node(parameter: Tensor) -> Any:
+    """The node of the autograd graph that accumulates into ``parameter.grad``."""
+    return get_gradient_edge(parameter).node
+
+
+def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
+    """The node that accumulates into one of the parameters, where it is next to the output's own node; else None."""
+    wanted = {id(p) for p in parameters}
+    for node, _ in () if output.grad_fn is None else output.grad_fn.next_functions:
+        if id(getattr(node, "variable", None)) in wanted:
+            return node
+    return None
+
+
+def will_accumulate(node: Any) -> bool:
+    """Whether the backward pass that runs now accumulates by this node (of :func:`accumulate_node`).
+
+    ``torch.autograd.grad`` does not: it hands the gradient out.
+    """
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError as error:
+        if "autograd.grad()" in str(error):  # it captures this very gradient
+            return False
+        raise

@@ -1,0 +1,13 @@
+"""Version counters of tensors, which in-place operations count up."""
+
+from torch import Tensor
+
+__all__ = ["version"]
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor, or one that shares its memory, was changed in place.
+
+    Inference tensors do not count (nor can they be changed in place where gradients are taken): always 0.
+    """
+    return 0 if tensor.is_inference() else tensor._version

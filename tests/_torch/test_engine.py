@@ -1,0 +1,83 @@
+"""What the autograd engine does now."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from secorder._torch.engine import (
+    accumulate_node,
+    accumulates_into,
+    after_backward,
+    current_backward,
+    in_backward,
+    will_accumulate,
+)
+
+
+def test_a_backward_is_known_from_inside() -> None:
+    x = torch.ones(2, requires_grad=True)
+    numbers: list[int | None] = []
+    y = 2 * x
+    y.register_hook(lambda g: numbers.append(current_backward()))
+    assert not in_backward()
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert not in_backward()
+    first, second = numbers
+    assert first is not None
+    assert second is not None
+    assert first != second
+
+
+def test_a_backward_inside_of_another_one_is_its_own() -> None:
+    numbers: list[int | None] = []
+
+    def inner(x: Tensor) -> Tensor:
+        y = x.sin()
+        if y.requires_grad:
+            y.register_hook(lambda g: numbers.append(current_backward()))
+        return y
+
+    x = torch.ones(2, requires_grad=True)
+    y = checkpoint(inner, x, use_reentrant=True)
+    y.register_hook(lambda g: numbers.append(current_backward()))
+    y.sum().backward()
+    assert len(set(numbers)) == 2
+
+
+def test_the_end_of_a_backward_calls_back_once_all_is_accumulated() -> None:
+    x = torch.ones(2, requires_grad=True)
+    found: list[Tensor | None] = []
+    y = 2 * x
+    y.register_hook(lambda g: after_backward(lambda: found.append(x.grad)))
+    y.sum().backward()
+    assert len(found) == 1
+    assert torch.equal(found[0], torch.full((2,), 2.0))
+
+
+def test_where_a_parameter_accumulates() -> None:
+    layer, x = nn.Linear(2, 3), torch.ones(4, 2)
+    node = accumulate_node(layer.weight)
+    assert node.variable is layer.weight
+    assert accumulates_into([layer.weight, layer.bias], layer(x)).variable is layer.bias
+    assert accumulates_into([layer.weight], layer(x)) is None  # behind a transposition
+    assert accumulates_into([layer.weight], x) is None
+
+
+def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
+    answers: list[tuple[bool, bool]] = []
+    z = used(torch.ones(1, 2))
+    z.register_hook(
+        lambda g: answers.append(
+            (will_accumulate(accumulate_node(used.weight)), will_accumulate(accumulate_node(unused.weight)))
+        )
+    )
+    z.sum().backward(retain_graph=True)
+    assert answers.pop() == (True, False)
+    torch.autograd.grad(z.sum(), [used.weight], retain_graph=True)
+    assert answers.pop() == (False, False)
+    torch.autograd.grad(z.sum(), [used.bias], retain_graph=True)
+    assert answers.pop() == (False, False)
+    z.sum().backward(inputs=[used.weight], retain_graph=True)
+    assert answers.pop() == (True, False)

@@ -1,0 +1,115 @@
+"""What hangs on a module, and where it holds what its forward reads."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder._torch.modules import (
+    buffer_places,
+    computes_as,
+    convolution_padding,
+    forward_hooks,
+    forward_hooks_removed,
+    gradient_hooks_removed,
+    parameter_places,
+    parameters_replaced,
+)
+from secorder._torch.pytree import tensors_in
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.GRU])
+def test_what_is_put_into_a_modules_places_is_what_it_computes_with(kind: type[nn.Module]) -> None:
+    module = kind(3, 4)
+
+    def output() -> Tensor:
+        return next(tensors_in(module(x)))
+
+    x = torch.randn(2, 5, 3)
+    first = output()
+    places = parameter_places(module)
+    assert {id(p) for p in module.parameters()} == {id(place.value) for place in places}
+    leaves = {id(p): p.detach().mul(2).requires_grad_() for p in module.parameters()}
+    for place in places:
+        place.put(leaves[id(place.value)])
+    second = output()
+    assert not torch.allclose(first, second)
+    assert all(g is not None for g in torch.autograd.grad(second.sum(), list(leaves.values()), allow_unused=True))
+    for place in places:
+        place.put(place.value)
+    assert torch.equal(output(), first)
+    assert all(isinstance(p, nn.Parameter) for p in module.parameters())
+
+
+def test_buffers() -> None:
+    norm = nn.BatchNorm1d(3)
+    places = {place.key: place for place in buffer_places(norm)}
+    assert places.keys() == {"running_mean", "running_var", "num_batches_tracked"}
+    places["running_mean"].put(torch.ones(3))
+    assert norm.eval()(torch.ones(1, 3)).abs().max() == 0
+    assert buffer_places(nn.BatchNorm1d(3, track_running_stats=False)) == []
+
+
+def test_parameters_are_replaced_for_a_while() -> None:
+    layer, x = nn.Linear(3, 2), torch.ones(1, 3)
+    before = dict(layer.named_parameters())
+    with parameters_replaced(layer, {"weight": torch.zeros(2, 3)}):
+        assert torch.equal(layer(x)[0], layer.bias)
+    assert all(layer.get_parameter(name) is p for name, p in before.items())
+
+
+def test_forward_hooks_are_listed_and_removed_for_a_while() -> None:
+    layer, calls = nn.Linear(2, 2), list[str]()
+
+    def unwanted(*_: Any) -> None:
+        calls.append("unwanted")
+
+    layer.register_forward_pre_hook(lambda *_: calls.append("before"))
+    layer.register_forward_hook(unwanted)
+    layer.register_forward_hook(lambda *_: calls.append("after"))
+    assert len(forward_hooks(layer)) == 3
+    with forward_hooks_removed(layer.modules(), lambda hook: hook is unwanted):
+        layer(torch.ones(1, 2))
+    assert calls == ["before", "after"]
+    layer(torch.ones(1, 2))
+    assert calls[2:] == ["before", "unwanted", "after"]
+
+
+def test_gradient_hooks_are_removed_for_a_while() -> None:
+    p, calls = nn.Parameter(torch.ones(2)), list[Tensor]()
+    p.register_hook(calls.append)
+    with gradient_hooks_removed([p, nn.Parameter(torch.ones(2))]):
+        torch.autograd.grad((2 * p).sum(), p)
+    assert not calls
+    torch.autograd.grad((2 * p).sum(), p)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
+@pytest.mark.parametrize("padding", [0, (1, 2), "same", "valid"])
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_convolution_of_the_padded_image_is_what_the_module_computes(mode: str, padding: Any, changed: bool) -> None:
+    conv = nn.Conv2d(2, 3, (3, 2), padding=padding, padding_mode=mode, dilation=(1, 2))
+    if changed:
+        conv.padding, conv.dilation = (2, 1), (2, 1)
+    x = torch.randn(1, 2, 8, 9)
+    padded = F.pad(x, convolution_padding(conv), "constant" if mode == "zeros" else mode)
+    torch.testing.assert_close(F.conv2d(padded, conv.weight, conv.bias, dilation=conv.dilation), conv(x))
+
+
+def test_what_overrides_a_forward_is_seen() -> None:
+    class Other(nn.Conv2d):
+        def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._conv_forward(x, weight, bias) * 2
+
+    class Same(nn.Conv2d):
+        pass
+
+    assert computes_as(nn.Conv2d(1, 1, 1), nn.Conv2d)
+    assert computes_as(Same(1, 1, 1), nn.Conv2d)
+    assert not computes_as(Other(1, 1, 1), nn.Conv2d)
+    patched = nn.Linear(1, 1)
+    patched.forward = lambda x: x  # type: ignore[method-assign]
+    assert not computes_as(patched, nn.Linear)
