@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .reference import fisher_by_sample
 
+ROOT = Path(__file__).parent.parent
+
 
 class Shared(nn.Module):
     """A layer sees one row for all samples."""
@@ -53,7 +55,6 @@ def run_ranks(case: str, ranks: int) -> None:
     """A case of :mod:`tests.distributed_worker` in real processes, all of which must agree with one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "tests.distributed_worker", case]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.count("agrees") == ranks
