@@ -60,30 +60,6 @@ def classes(outputs: int = 3, *extra: int) -> Tensor:
     return torch.randint(outputs, (N, *extra))
 
 
-class Fn(nn.Module):
-    """A function as a module, for ``nn.Sequential``."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-class Net(nn.Module):
-    """Named parts and a function of them."""
-
-    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            self.add_module(name, part)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self, *args, **kwargs)
-
-
 def settled(norm: nn.Module) -> nn.Module:
     """Running statistics that are not the initial ones, eval mode."""
     for buffer in norm.buffers():

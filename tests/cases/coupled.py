@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from secorder import CouplingError
 
-from .case import COUPLED, STRICT, Fn, N, Net, case, classes
+from ..helpers import Fn, Net
+from .case import COUPLED, STRICT, N, case, classes
 
 
 @case(ill_conditioned=True, refused=COUPLED, options=STRICT)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from secorder import DoubleBackwardError
 
-from .case import PASSIVE_REFUSES, N, Net, case, classes
+from ..helpers import Net
+from .case import PASSIVE_REFUSES, N, case, classes
 
 
 @dataclass

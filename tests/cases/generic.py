@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, prune
 
 from secorder import DoubleBackwardError
 
-from .case import N, Net, case, classes
+from ..helpers import Net
+from .case import N, case, classes
 
 
 class Raw(nn.Module):

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import DoubleBackwardError, InvalidTypeError
 
-from .case import PASSIVE_REFUSES, Fn, N, Net, case, classes, settled
+from ..helpers import Fn, Net
+from .case import PASSIVE_REFUSES, N, case, classes, settled
 
 
 @case()

@@ -8,7 +8,8 @@ from torch import nn
 
 from secorder import AttributionError
 
-from .case import N, Net, case, classes, settled
+from ..helpers import Net
+from .case import N, case, classes, settled
 
 
 def before_a_head(layer: Callable[[], nn.Module], shape: tuple[int, ...]) -> Any:

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import Fn, N, case, classes
+from ..helpers import Fn
+from .case import N, case, classes
 
 
 def smooth_for_one(x: Tensor) -> Tensor:

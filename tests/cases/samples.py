@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .case import COUPLED, STRICT, N, Net, case, classes
+from ..helpers import Net
+from .case import COUPLED, STRICT, N, case, classes
 
 
 @case(options={"sample_dim": 1})
