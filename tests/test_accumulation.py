@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe, InvalidArgumentError, NonFiniteError, ProbeStateError, rules
 from secorder.accumulation import Accumulation
 
-from .helpers import data, make, reference, step
+from .helpers import Net, data, make, reference, step
 from .reference import assert_all_close
 
 
@@ -155,8 +155,7 @@ class Overflows(nn.Module):
 
 
 def test_steps_that_a_grad_scaler_skips_are_counted() -> None:
-    torch.manual_seed(0)
-    model, batch = nn.Sequential(nn.Linear(4, 5), Overflows(), nn.Linear(5, 3)), data()
+    model, batch = make(Overflows()), data()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     with CurvatureProbe(model, layers="0", loss_scale=scaler) as probe:
@@ -224,15 +223,8 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(other: str) ->
 
 
 def test_layer_not_reached_by_the_loss_has_zeros() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.unused, self.cut = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x) + self.cut(x).detach()
-
-    model, batch = Model(), data()
+    parts = {name: nn.Linear(4, 3) for name in ("used", "unused", "cut")}
+    model, batch = Net(lambda m, x: m.used(x) + m.cut(x).detach(), **parts), data()
     probe = CurvatureProbe(model)
     step(model, batch)
     found = probe.fisher_diagonal()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from secorder import AttributionError, CurvatureProbe, ProbeStateError
 
-from .helpers import data, make, reference, step
+from .helpers import Net, data, make, reference, step
 from .reference import assert_all_close, assert_close, fisher_by_sample
 
 
@@ -128,23 +129,15 @@ def test_a_graph_recorded_before_detach_is_ignored_after_it() -> None:
 
 
 def test_module_used_twice_sums_over_its_uses_before_squaring() -> None:
-    class Siamese(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shared = nn.Linear(2, 3)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.shared(x[:, :2]) * torch.tanh(self.shared(x[:, 2:]))
-
-    model, batch = Siamese(), data()
+    siamese = Net(lambda m, x: m.shared(x[:, :2]) * torch.tanh(m.shared(x[:, 2:])), shared=nn.Linear(2, 3))
+    model, batch = siamese, data()
     probe = CurvatureProbe(model)
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_inplace_activation() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(inplace=True), nn.Linear(5, 3))
-    batch = data()
+    model, batch = make(nn.ReLU(inplace=True)), data()
     probe = CurvatureProbe(model)
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
@@ -169,15 +162,8 @@ def test_two_forwards_in_one_backward_are_refused() -> None:
 
 
 def test_heads_in_separate_backwards_are_refused_not_zero() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return self.a(x), self.b(x)
-
-    model, (inputs, targets) = Two(), data()
+    heads = {name: nn.Linear(4, 3) for name in "ab"}
+    model, (inputs, targets) = Net(lambda m, x: (m.a(x), m.b(x)), **heads), data()
     CurvatureProbe(model)
     a, b = model(inputs)
     F.cross_entropy(a, targets).backward()
@@ -195,8 +181,7 @@ def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:
             return x
 
     failing = Fails()
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), failing, nn.Linear(5, 3))
-    batch = data()
+    model, batch = make(nn.Tanh(), failing), data()
     probe = CurvatureProbe(model)
     step(model, batch)
     failing.fail = True
@@ -222,15 +207,10 @@ def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:
 def test_activation_checkpointing(use_reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.block = nn.Linear(4, 4), make()
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(m.block, m.first(x), use_reentrant=use_reentrant)
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return checkpoint(self.block, self.first(x), use_reentrant=use_reentrant)
-
-    model, batch = Model(), data()
+    model, batch = Net(forward, first=nn.Linear(4, 4), block=make()), data()
     expected = fisher_by_sample(nn.Sequential(model.first, *model.block), F.cross_entropy, *batch, 6)
     names = {"0": "first", "1": "block.0", "3": "block.2"}
     probe = CurvatureProbe(model)

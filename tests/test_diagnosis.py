@@ -12,15 +12,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import secorder
 from secorder import InvalidArgumentError, InvalidTypeError, diagnose
 
+from .helpers import data, make
 from .reference import assert_all_close, fisher_by_sample, hessian_by_element
-
-
-def make() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def data(count: int = 10) -> tuple[Tensor, Tensor]:
-    return torch.randn(count, 4), torch.randint(3, (count,))
 
 
 def kinds(diagnosis: secorder.Diagnosis) -> set[tuple[str, str]]:
@@ -30,7 +23,7 @@ def kinds(diagnosis: secorder.Diagnosis) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("told", [True, False])
 def test_a_loader_gives_the_curvature_of_the_whole_data_set(reduction: Any, told: bool) -> None:
-    model, batch = make(), data()
+    model, batch = make(), data(10)
     loss_fn = nn.CrossEntropyLoss(reduction=reduction)
     loader = DataLoader(TensorDataset(*batch), batch_size=4)  # 4, 4 and 2 samples
     found = diagnose(model, loss_fn, loader, reduction=reduction if told else None)
@@ -42,7 +35,7 @@ def test_a_loader_gives_the_curvature_of_the_whole_data_set(reduction: Any, told
 
 
 def test_a_batch() -> None:
-    model, batch = make(), data()
+    model, batch = make(), data(10)
     found = diagnose(model, F.cross_entropy, *batch)
     assert found.fisher is not None
     assert_all_close(found.fisher.by_parameter(), fisher_by_sample(model, F.cross_entropy, *batch, 10))
@@ -77,7 +70,7 @@ def test_dead_and_unreached_layers() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.b(torch.relu(self.a(x)))
 
-    found = diagnose(Model(), F.cross_entropy, *data())
+    found = diagnose(Model(), F.cross_entropy, *data(10))
     assert {("dead", "a"), ("unreached", "unused")} <= kinds(found)
     dead = next(f for f in found.findings if f.kind == "dead" and f.layer == "a")
     assert dead.value == pytest.approx(4 / 6)
@@ -86,7 +79,7 @@ def test_dead_and_unreached_layers() -> None:
 
 
 def test_a_dominant_layer() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    model = make(nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
     with torch.no_grad():
         model[4].weight.mul_(1e-3)
         model[3].register_forward_hook(lambda m, a, out: out * 100)
@@ -112,8 +105,8 @@ def test_entries_that_are_not_finite() -> None:
 
 
 def test_coupled_samples_are_a_finding() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-    found = diagnose(model, F.cross_entropy, *data())
+    model = make(nn.BatchNorm1d(5), nn.Tanh())
+    found = diagnose(model, F.cross_entropy, *data(10))
     assert found.fisher is None
     assert ("coupled", "") in kinds(found)
     assert "tr H" in str(found)

@@ -3,18 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from secorder import CurvatureProbe, per_layer_fisher_diagonal
 
-from .helpers import seeded
+from .helpers import mlp, seeded
 from .reference import assert_all_close
 
 N = 6
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 @pytest.mark.parametrize("loss", ["convex", "not_convex"])

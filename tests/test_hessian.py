@@ -9,12 +9,8 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, per_layer_hessian_diagonal
 
-from .helpers import data, seeded
+from .helpers import data, make, mlp, seeded
 from .reference import assert_all_close, hessian_by_element
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def test_auto_is_exact_where_it_is_affordable() -> None:
@@ -138,7 +134,7 @@ def cnn() -> nn.Sequential:
 
 
 def coupled() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    return make(nn.BatchNorm1d(5), nn.Tanh())
 
 
 CASES = {"mlp": (mlp, (4,)), "cnn": (cnn, (1, 6, 6)), "batch_norm": (coupled, (4,))}
@@ -146,8 +142,8 @@ CASES = {"mlp": (mlp, (4,)), "cnn": (cnn, (1, 6, 6)), "batch_norm": (coupled, (4
 
 @pytest.mark.parametrize("case", CASES)
 def test_hutchinson_is_within_its_standard_error(case: str) -> None:
-    make, shape = CASES[case]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+    build, shape = CASES[case]
+    model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
     exact = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets)
     found = per_layer_hessian_diagonal(
         model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=400, generator=seeded()
@@ -185,8 +181,8 @@ def test_one_draw_has_no_standard_error() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_same_generator_same_numbers(case: str) -> None:
-    make, shape = CASES[case]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+    build, shape = CASES[case]
+    model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
 
     def run(seed: int) -> dict[str, torch.Tensor]:
         return per_layer_hessian_diagonal(

@@ -11,11 +11,11 @@ from secorder import NonFiniteError
 from secorder.layers import select_layers
 from secorder.loan import borrow, check_loss, losses, on_loan, recorded
 
-from .helpers import data
+from .helpers import data, make
 
 
 def random_model() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
+    return make(nn.BatchNorm1d(5), nn.Dropout())
 
 
 def test_each_run_starts_from_the_same_state() -> None:
@@ -83,7 +83,7 @@ def test_losses_of_several_batches() -> None:
 
 
 def test_a_loss_that_is_not_finite_names_where_it_began() -> None:
-    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)), data()
+    model, (x, y) = make(nn.ReLU()), data()
     with torch.no_grad():
         model[2].weight.fill_(torch.inf)
     with borrow(model, F.cross_entropy, []) as loan:

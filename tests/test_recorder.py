@@ -3,23 +3,10 @@
 from typing import Any
 
 import pytest
-from torch import nn
 
 from secorder import CurvatureProbe, CurvatureRecorder, InvalidArgumentError
 
-
-def make() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-class Recording:
-    """Any object with the methods of SummaryWriter will do."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.calls.append((name, (args, kwargs)))
+from .helpers import Recording, make
 
 
 @pytest.mark.parametrize("arguments", [{"every": 0}, {"hessian_every": 0}, {"hessian_every": 5}])

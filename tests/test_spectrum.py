@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError
 
-from .helpers import data, seeded
+from .helpers import Twice, data, make, mlp, seeded
 
 N = 6
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def blocks(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -37,16 +33,7 @@ def relu_cnn() -> nn.Sequential:
 
 
 def coupled() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-
-
-class Twice(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+    return make(nn.BatchNorm1d(5), nn.Tanh())
 
 
 MODELS = {"mlp": (mlp, (4,)), "relu_cnn": (relu_cnn, (1, 3, 3)), "coupled": (coupled, (4,)), "twice": (Twice, (4,))}
@@ -54,8 +41,8 @@ MODELS = {"mlp": (mlp, (4,)), "relu_cnn": (relu_cnn, (1, 3, 3)), "coupled": (cou
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trace_against_dense_blocks(name: str) -> None:
-    make, shape = MODELS[name]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+    build, shape = MODELS[name]
+    model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
     dense = blocks(model, F.cross_entropy, inputs, targets)
     probe = CurvatureProbe(model)
     found = probe.hessian_trace(F.cross_entropy, inputs, targets, num_samples=300, generator=seeded())
@@ -76,8 +63,8 @@ def test_trace_against_dense_blocks(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("count", [1, 3])
 def test_eigenvalues_against_dense_blocks(name: str, count: int) -> None:
-    make, shape = MODELS[name]
-    model, inputs, targets = make(), torch.randn(N, *shape), torch.randint(3, (N,))
+    build, shape = MODELS[name]
+    model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
     dense = blocks(model, F.cross_entropy, inputs, targets)
     probe = CurvatureProbe(model)
     found = probe.hessian_eigenvalues(

@@ -16,16 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from secorder import CurvatureProbe, CurvatureRecorder
 from secorder.stats import summarize
 from secorder.tensorboard import CurvatureLog, heat_map, log_diagonals
 
-
-def make() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+from .helpers import Recording, make
 
 
 def train(folder: Path, steps: int = 6) -> CurvatureProbe:
@@ -66,16 +63,6 @@ def test_everything_is_in_the_files(tmp_path: Path) -> None:
     assert histogram.num == 25
     assert histogram.max == pytest.approx(probe.fisher_diagonal()["0"].max().log10().item())
     assert sum(histogram.bucket) == 25
-
-
-class Recording:
-    """Any object with the methods of SummaryWriter will do."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, Any]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.calls.append((name, (args, kwargs)))
 
 
 def test_values_that_are_not_finite_are_logged_and_crash_nothing() -> None:
