@@ -21,7 +21,9 @@ sys.path.insert(0, str(DOCS.parent / "examples"))
 
 from digits import DigitsNet, load_data  # noqa: E402
 
-from secorder import CurvatureProbe, CurvatureRecorder, report  # noqa: E402
+from secorder import CurvatureProbe
+from secorder import CurvatureRecorder
+from secorder import report
 
 
 def train(logdir: Path) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from secorder.distributed import weighted_mean
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
-from secorder.distributed import weighted_mean
 
 from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element

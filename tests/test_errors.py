@@ -120,8 +120,8 @@ def test_counts_below_one(value: int) -> None:
     inputs, targets = data()
     with CurvatureProbe(make()) as probe:
         for call in (
-            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
-            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
+            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, num_draws=value),
+            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, num_draws=value),
             lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
             lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
         ):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.accumulation import Accumulation
-from secorder.capture import Capture
+from secorder.online.fisher import Accumulation
+from secorder.online.hooks import Capture
 
 from .helpers import data, make, reference, step
 from .reference import assert_all_close

@@ -1,4 +1,4 @@
-"""Every case × (Hessian, one-shot Fisher, passive Fisher): exact to 1e-9 of brute force, or a named error.
+"""Every case × (Hessian, one-shot Fisher, online Fisher): exact to 1e-9 of brute force, or a named error.
 
 ``python -m tests.test_matrix`` prints the counts.
 """
@@ -27,7 +27,7 @@ from .helpers import ROOT
 from .reference import assert_all_close, fisher_by_sample, fisher_by_slices, hessian_by_element, relative_error
 
 #: What is measured, and the brute force that it is held against.
-MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "passive": "fisher"}
+MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "online": "fisher"}
 
 
 def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:

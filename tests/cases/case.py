@@ -20,7 +20,7 @@ class Case:
     Attributes:
         name: what it shows.
         make: builds ``(model, loss_fn, inputs, targets)``.
-        refused: measurement → the error it must raise (``"hessian"``, ``"fisher"``, ``"passive"``).
+        refused: measurement → the error it must raise (``"hessian"``, ``"fisher"``, ``"online"``).
         skip: measurement → why there is nothing to compare with.
         options: arguments of the probe.
         by_slices: per-sample losses are those of slices of the batch's output (random models: same draws).
@@ -68,6 +68,6 @@ def settled(norm: nn.Module) -> nn.Module:
     return norm.eval()
 
 
-PASSIVE_REFUSES = {"passive": AttributionError}
-COUPLED = {"fisher": CouplingError, "passive": CouplingError}
+PASSIVE_REFUSES = {"online": AttributionError}
+COUPLED = {"fisher": CouplingError, "online": CouplingError}
 STRICT = {"strict": True}

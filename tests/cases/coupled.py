@@ -61,7 +61,7 @@ def two_of_the_samples_lstm() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3, 2), classes()
 
 
-NOT_SEEN = {"passive": "hooks on the model do not see the loss"}
+NOT_SEEN = {"online": "hooks on the model do not see the loss"}
 
 
 @case(refused={"fisher": CouplingError}, skip=NOT_SEEN)

@@ -129,7 +129,7 @@ def positions_first() -> Any:
     return model, nn.CrossEntropyLoss(), (torch.randn(5), torch.randn(N, 5, 3)), classes()
 
 
-@case(skip={"passive": ""})
+@case(skip={"online": ""})
 def flattened_outputs_and_targets() -> Any:
     model = Net(lambda m, x: m.b(torch.tanh(m.a(x))).flatten(0, 1), a=nn.Linear(3, 4), b=nn.Linear(4, 3))
     return model, nn.CrossEntropyLoss(), torch.randn(N, 2, 3), torch.randint(3, (2 * N,))

@@ -206,7 +206,7 @@ def frozen_backbone() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-@case(skip={"passive": "there is no backward"})
+@case(skip={"online": "there is no backward"})
 def fully_frozen() -> Any:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).requires_grad_(False)
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
@@ -249,7 +249,7 @@ def checkpoint_every_layer_non_reentrant() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-@case(refused=dict.fromkeys(("hessian", "fisher", "passive"), InvalidTypeError))
+@case(refused=dict.fromkeys(("hessian", "fisher", "online"), InvalidTypeError))
 def data_parallel() -> Any:
     return nn.DataParallel(nn.Linear(3, 3)), nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
@@ -294,7 +294,7 @@ def model_overwrites_its_input() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-@case(skip={"passive": "autograd itself refuses this backward"})
+@case(skip={"online": "autograd itself refuses this backward"})
 def input_of_a_layer_overwritten() -> Any:
     def forward(m: Any, x: Tensor) -> Tensor:
         hidden = torch.sin(x)
@@ -307,7 +307,7 @@ def input_of_a_layer_overwritten() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-def slope(m: Any, x: Tensor) -> Tensor:
+def output_gradient(m: Any, x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         energy = torch.tanh(m.b(torch.tanh(m.a(x)))).sum()
@@ -316,7 +316,7 @@ def slope(m: Any, x: Tensor) -> Tensor:
 
 @case()
 def model_returns_its_own_derivative() -> Any:
-    model = Net(slope, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model = Net(output_gradient, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     return model, nn.MSELoss(), torch.randn(N, 3), torch.randn(N, 3)
 
 
@@ -341,7 +341,7 @@ def derivative_by_torch_func() -> Any:
     return Net(forward, a=nn.Linear(3, 4)), nn.MSELoss(), torch.randn(N, 3), torch.randn(N, 3)
 
 
-@case(skip={"passive": "the loss is not a sum over samples seen by hooks"})
+@case(skip={"online": "the loss is not a sum over samples seen by hooks"})
 def loss_differentiates_the_model() -> Any:
     model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
     x = torch.randn(N, 2, requires_grad=True)

@@ -79,7 +79,7 @@ def embedding_case(name: str, layer: Callable[[], nn.Module], shape: tuple[int, 
     case(name, layer, shape, **options)(embedding_before_a_head)
 
 
-REFUSED = {"hessian": AttributionError, "fisher": AttributionError, "passive": AttributionError}
+REFUSED = {"hessian": AttributionError, "fisher": AttributionError, "online": AttributionError}
 embedding_case("embedding", lambda: nn.Embedding(6, 3), (2,))
 embedding_case("embedding_padding", lambda: nn.Embedding(6, 3, padding_idx=2), (3,))
 embedding_case("embedding_repeated", lambda: nn.Embedding(6, 2), (9,))

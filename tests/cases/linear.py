@@ -13,7 +13,7 @@ def smooth_for_one(x: Tensor) -> Tensor:
     return torch.cat([torch.relu(x[:-1]), torch.tanh(x[-1:])]) if len(x) > 1 else torch.tanh(x)
 
 
-@case(skip={"fisher": "samples are told apart by place", "passive": "the same"})
+@case(skip={"fisher": "samples are told apart by place", "online": "the same"})
 def one_sample_of_many_smooth() -> Any:
     model = nn.Sequential(nn.Linear(3, 4), Fn(smooth_for_one), nn.Linear(4, 3))
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
