@@ -316,10 +316,10 @@ class CurvatureProbe:
         """The Hessian diagonal ``∂²L/∂θ_i²`` per layer, ``L = loss_fn(model(inputs), targets)`` exactly as given.
 
         ``"exact"`` takes, layer by layer, the cheapest strategy whose conditions hold (see
-        :mod:`secorder.oneshot.hessian`; the result's ``info`` tells which). ``"hutchinson"`` estimates without bias from
-        random signs v on the layer's output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where samples are
-        coupled. ``"auto"`` is exact for layers that take at most ``max_hvps`` products, and an estimate for the others;
-        ``info`` says so.
+        :mod:`secorder.oneshot.hessian`; the result's ``info`` tells which). ``"hutchinson"`` estimates without bias
+        from random signs v on the layer's output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where
+        samples are coupled. ``"auto"`` is exact for layers that take at most ``max_hvps`` products, and an estimate for
+        the others; ``info`` says so.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
