@@ -64,13 +64,13 @@ class Twice(nn.Module):
 
 def make(*middle: nn.Module) -> nn.Sequential:
     """A classifier, the same at every call: two layers with these modules between them, or with a tanh."""
-    torch.manual_seed(0)
+    seed()
     return nn.Sequential(nn.Linear(4, 5), *(middle or [nn.Tanh()]), nn.Linear(5, 3))
 
 
 def mlp() -> nn.Sequential:
     """A deeper classifier for the same data, the same at every call."""
-    torch.manual_seed(0)
+    seed()
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
@@ -89,9 +89,16 @@ def reference(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tenso
     return fisher_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def seed(value: int = 0) -> None:
+    """As ``torch.manual_seed``, which writes down a stack trace for each accelerator that is not used yet."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+
+
+def seeded(value: int = 0) -> torch.Generator:
     """A generator of random numbers."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(value)
 
 
 class Recording:

@@ -23,7 +23,7 @@ from secorder import CurvatureProbe, CurvatureWarning
 from secorder._torch.pytree import call_model, map_tensors
 
 from .cases import CASES, Case
-from .helpers import ROOT
+from .helpers import ROOT, seed
 from .reference import assert_all_close, fisher_by_sample, fisher_by_slices, hessian_by_element, relative_error
 
 #: What is measured, and the brute force that it is held against.
@@ -45,12 +45,12 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
 
 def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
     """The case's batch, the same at every call, and the random state from which each way of measuring it starts."""
-    torch.manual_seed(0)
+    seed(0)
     with default_dtype(torch.float64):
         batch = case.make()
     if dtype == torch.float32:
         batch = to_float32(batch)
-    torch.manual_seed(1)
+    seed(1)
     return batch
 
 
@@ -163,6 +163,7 @@ def test_fisher_under_bfloat16_autocast(what: str, case: Case) -> None:
         ("could not create a primitive descriptor for the convolution forward propagation primitive", RuntimeError),
         ("mat1 and mat2 must have the same dtype, but got BFloat16 and Float", RuntimeError),
     ],
+    ids=["lstm", "convolution", "dtypes"],
 )
 def test_only_torch_without_a_bfloat16_lstm_skips(
     message: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
