@@ -7,13 +7,13 @@ calls do not do, a list of :class:`UnitCall`, of a module that they are parts of
 What it relies on, and why:
 
 - ``Tensor.register_hook`` on a layer's output gives dL/dz and survives in-place operations after the layer.
-- The inputs are kept by autograd's own saved tensors (``_Keep``), not by a Python closure, so that activation
-  checkpointing may free and recompute them, and a graph that is dropped drops them too.
+- The inputs are kept as autograd keeps its saved tensors, so that activation checkpointing may free and recompute
+  them, and a graph that is dropped drops them too.
 - Only a backward that accumulates into the parameters counts: ``torch.autograd.grad`` on the same graph does not.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -35,7 +35,7 @@ from ._torch.engine import (
 from ._torch.modules import forward_hooks
 from ._torch.pytree import map_tensors, tensors_in
 from ._torch.random_state import RandomState, cuda_devices, get_random_state
-from ._torch.saved_tensors import is_overwritten_error, saved_tensor_hooks_active
+from ._torch.saved_tensors import Kept, OverwrittenError, keep
 from ._torch.transforms import inside_transform
 from ._torch.versions import version
 from .errors import AttributionError
@@ -46,38 +46,6 @@ __all__ = ["Call", "Capture", "CaptureHook", "Receiver", "UnitCall", "suspended"
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
-
-
-class _Keep(torch.autograd.Function):
-    """Saves tensors in the autograd graph, on a leaf of its own so that no reference cycle forms."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return leaf.view_as(leaf)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
-        raise AssertionError
-
-
-class _Overwritten(Exception):
-    """A held tensor was changed in place."""
-
-
-class _Held:
-    """The same for the common case, at a fraction of the cost: tensors and their versions."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-        self.versions = [version(t) for t in tensors]
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors, as a node of autograd has them."""
-        if [version(t) for t in self.tensors] != self.versions:
-            raise _Overwritten
-        return self.tensors
 
 
 @dataclass(eq=False)
@@ -170,7 +138,6 @@ class Capture:
         self._watches: list[RemovableHandle] = []
         self._handles: list[RemovableHandle] = []
         self._layer_handles: list[RemovableHandle] = []
-        self._leaf = torch.empty(0, requires_grad=True)
         self._cuda = cuda_devices(model)
         self._device_type = next((p.device.type for p in model.parameters()), "cpu")
         self.autocast_dtype: torch.dtype | None = None  # of the latest recorded call
@@ -295,7 +262,7 @@ class Capture:
         if recording is None:
             return
         forward, index = recording
-        kept = [self._keep(inputs)]
+        kept = [keep(inputs)]
         if layer.sharded:
             own = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
             self._gathered[layer.name] = {local: own[local] for local in layer.parameters}
@@ -311,13 +278,6 @@ class Capture:
         """The layer's parameters as the autograd graph knows them."""
         return self._gathered.get(layer.name, layer.parameters)
 
-    def _keep(self, tensors: Iterable[Tensor]) -> Any:
-        """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
-        if not saved_tensor_hooks_active():
-            return _Held(tuple(x.detach() for x in tensors))
-        node: Tensor = _Keep.apply(self._leaf, *(x.detach() for x in tensors))  # type: ignore[no-untyped-call]
-        return node.grad_fn
-
     def unit_called(self, key: str, start: "_Start", output: Any) -> None:
         """A module ran whose parts are layers without a rule."""
         parts = self.units[key]
@@ -329,7 +289,7 @@ class Capture:
         for layer in parts[1:]:
             forward.calls[layer.name] = forward.calls[key]
         start.require_untouched(parts)
-        kept = [self._keep(tensors_in(start.arguments))]
+        kept = [keep(tensors_in(start.arguments))]
         arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
         call = UnitCall(arguments, start.random_state, start.autocast, index, gradients=[None] * len(tensors))
 
@@ -409,18 +369,16 @@ class Capture:
             )
         self._enter(forward)
 
-    def _unpack(self, layer: Layer, kept: Any) -> tuple[Tensor, ...]:
+    def _unpack(self, layer: Layer, kept: Kept) -> tuple[Tensor, ...]:
         try:
-            return tuple(kept.saved_tensors)
-        except (_Overwritten, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_overwritten_error(error):
-                raise
+            return kept.tensors()
+        except OverwrittenError as error:
             raise AttributionError(
                 f"the input of layer {layer.name!r} was overwritten in place before backward: use an out-of-place "
                 "operation after it, or leave the layer out with layers=."
             ) from error
 
-    def _record(self, forward: _Forward, layer: Layer, index: int, kept: Any, g: Tensor) -> None:
+    def _record(self, forward: _Forward, layer: Layer, index: int, kept: Kept, g: Tensor) -> None:
         self._open_for(forward, layer)
         inputs = self._unpack(layer, kept)
         if layer.name in forward.received:

@@ -11,7 +11,7 @@ ROOT = Path(secorder.__file__).parent
 ORDER = (
     "errors",
     "_torch.autocast", "_torch.differentiability", "_torch.engine", "_torch.failures", "_torch.fsdp", "_torch.modules",
-    "_torch.pytree", "_torch.random_state", "_torch.saved_tensors", "_torch.transforms", "_torch.versions",
+    "_torch.pytree", "_torch.random_state", "_torch.transforms", "_torch.versions", "_torch.saved_tensors",
     "_torch.vjp",
     "batch", "progress", "rules", "sharded", "testing",
     "layers", "capture", "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats",
