@@ -1,15 +1,86 @@
-"""Tensors that autograd saves for backward: told to do otherwise (by checkpoints), or overwritten meanwhile."""
+"""Tensors that are kept from forward to backward, as autograd keeps its own."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["is_overwritten_error", "saved_tensor_hooks_active"]
+from .versions import version
+
+__all__ = ["Kept", "OverwrittenError", "keep", "saved_tensor_hooks_active"]
+
+
+class OverwrittenError(Exception):
+    """A tensor that was kept has been changed in place."""
+
+
+class Kept:
+    """Tensors as they were when they were kept."""
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors.
+
+        Raises:
+            OverwrittenError: one was changed in place since.
+        """
+        raise NotImplementedError
+
+
+def keep(tensors: Iterable[Tensor]) -> Kept:
+    """Keep tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
+    detached = tuple(t.detach() for t in tensors)
+    return _KeptByAutograd(detached) if saved_tensor_hooks_active() else _KeptHere(detached)
 
 
 def saved_tensor_hooks_active() -> bool:
-    """Whether something, such as an activation checkpoint, takes the tensors that autograd saves now."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """Whether something, such as an activation checkpoint, takes the tensors that autograd saves now.
+
+    Before 2.8 PyTorch does not tell: it may be so at any time.
+    """
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
 
 
-def is_overwritten_error(error: RuntimeError) -> bool:
-    """Whether an error of autograd says that a saved tensor was changed in place."""
-    return "modified by an inplace operation" in str(error)
+class _KeptHere(Kept):
+    """At a fraction of the cost of autograd's way."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._tensors = tensors
+        self._versions = [version(t) for t in tensors]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        if [version(t) for t in self._tensors] != self._versions:
+            raise OverwrittenError
+        return self._tensors
+
+
+#: What the nodes of :class:`_KeptByAutograd` are on, so that no reference cycle forms.
+_LEAF = torch.empty(0, requires_grad=True, device="cpu")
+
+
+class _KeptByAutograd(Kept):
+    """In a node of its own, whose output lives as long as this: with it, older versions of PyTorch free the node."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self._output: Tensor = _Node.apply(_LEAF, *tensors)  # type: ignore[no-untyped-call]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        node: Any = self._output.grad_fn
+        try:
+            return tuple(node.saved_tensors)
+        except RuntimeError as error:
+            if "modified by an inplace operation" in str(error):
+                raise OverwrittenError from error
+            raise
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return leaf.view_as(leaf)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
+        raise AssertionError

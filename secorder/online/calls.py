@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from .._torch.autocast import AutocastState, autocast_state
@@ -15,42 +14,10 @@ from ..errors import AttributionError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 
-__all__ = ["Call", "Forward", "Held", "Keep", "ModuleCall", "Overwritten", "Receiver", "Start"]
+__all__ = ["Call", "Forward", "ModuleCall", "Receiver", "Start"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
-
-
-class Keep(torch.autograd.Function):
-    """Saves tensors in the autograd graph, on a leaf of its own so that no reference cycle forms."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return leaf.view_as(leaf)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
-        raise AssertionError
-
-
-class Overwritten(Exception):
-    """A held tensor was changed in place."""
-
-
-class Held:
-    """The same for the common case, at a fraction of the cost: tensors and their versions."""
-
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self.tensors = tensors
-        self.versions = [version(t) for t in tensors]
-
-    @property
-    def saved_tensors(self) -> tuple[Tensor, ...]:
-        """The tensors, as a node of autograd has them."""
-        if [version(t) for t in self.tensors] != self.versions:
-            raise Overwritten
-        return self.tensors
 
 
 @dataclass(eq=False)

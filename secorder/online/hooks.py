@@ -7,13 +7,13 @@ calls do not do, a list of :class:`ModuleCall`, of a module that they are parts 
 What it relies on, and why:
 
 - ``Tensor.register_hook`` on a layer's output gives dL/dz and survives in-place operations after the layer.
-- The inputs are kept by autograd's own saved tensors (``_Keep``), not by a Python closure, so that activation
-  checkpointing may free and recompute them, and a graph that is dropped drops them too.
+- The inputs are kept as autograd keeps its saved tensors, so that activation checkpointing may free and recompute them,
+  and a graph that is dropped drops them too.
 - Only a backward that accumulates into the parameters counts: ``torch.autograd.grad`` on the same graph does not.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,11 @@ from .._torch.engine import (
 from .._torch.own_hooks import OwnHook
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.random_state import cuda_devices
-from .._torch.saved_tensors import is_overwritten_error, saved_tensor_hooks_active
+from .._torch.saved_tensors import Kept, OverwrittenError, keep
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
-from .calls import Forward, Held, Keep, ModuleCall, Overwritten, Receiver, Start
+from .calls import Forward, ModuleCall, Receiver, Start
 
 __all__ = ["Capture"]
 
@@ -196,7 +196,7 @@ class Capture:
         if recording is None:
             return
         forward, index = recording
-        kept = [self._keep(inputs)]
+        kept = [keep(inputs)]
         if layer.sharded:
             own = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
             self._gathered[layer.name] = {local: own[local] for local in layer.parameters}
@@ -212,13 +212,6 @@ class Capture:
         """The layer's parameters as the autograd graph knows them."""
         return self._gathered.get(layer.name, layer.parameters)
 
-    def _keep(self, tensors: Iterable[Tensor]) -> Any:
-        """Hold tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
-        if not saved_tensor_hooks_active():
-            return Held(tuple(x.detach() for x in tensors))
-        node: Tensor = Keep.apply(self._leaf, *(x.detach() for x in tensors))  # type: ignore[no-untyped-call]
-        return node.grad_fn
-
     def module_called(self, key: str, start: "Start", output: Any) -> None:
         """A module ran whose parts are layers without a rule."""
         parts = self.enclosing[key]
@@ -230,7 +223,7 @@ class Capture:
         for layer in parts[1:]:
             forward.calls[layer.name] = forward.calls[key]
         start.require_untouched(parts)
-        kept = [self._keep(tensors_in(start.arguments))]
+        kept = [keep(tensors_in(start.arguments))]
         arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
         call = ModuleCall(arguments, start.random_state, start.autocast, index, gradients=[None] * len(tensors))
 
@@ -310,12 +303,10 @@ class Capture:
             )
         self._enter(forward)
 
-    def _unpack(self, layer: Layer, kept: Any) -> tuple[Tensor, ...]:
+    def _unpack(self, layer: Layer, kept: Kept) -> tuple[Tensor, ...]:
         try:
-            return tuple(kept.saved_tensors)
-        except (Overwritten, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not is_overwritten_error(error):
-                raise
+            return kept.tensors()
+        except OverwrittenError as error:
             raise AttributionError(
                 f"the input of layer {layer.name!r} was overwritten in place before backward: use an out-of-place "
                 "operation after it, or leave the layer out with layers=."
