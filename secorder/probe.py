@@ -23,9 +23,12 @@ from .oneshot.hessian.policy import HessianMethod, Policy
 from .oneshot.hessian.problem import Problem, on_problem
 from .oneshot.isolation import Result
 from .oneshot.trace import Trace, layer_traces
-from .online.fisher import Accumulation
-from .online.hooks import Capture
-from .online.loss_scale import LossScale
+from .online.checkpoint import load_state, state_of, synchronize
+from .online.fisher import OnlineFisher
+from .online.hooks import Attachment
+from .online.looks import Looks
+from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
+from .online.samples import SampleDim, check_sample_dim
 from .parallel.fsdp import gathered
 from .results import Diagonals, weighted_mean
 
@@ -103,40 +106,53 @@ class CurvatureProbe:
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = None,
         every: int = 1,
         decay: float | None = None,
-        sample_dim: int = 0,
+        sample_dim: SampleDim = None,
         strict: bool = False,
         loss_scale: LossScale = None,
+        forwards: Literal["separate", "joined"] | None = None,
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
-        self._layers = select_layers(model, layer_types, layers)
-        if not self._layers:
+        selected = select_layers(model, layer_types, layers)
+        if not selected:
             raise NoLayerError(
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
+        if decay is not None and not 0.0 < decay < 1.0:
+            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if on_nonfinite not in ("skip", "raise", "keep"):
+            raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
+        if forwards not in (None, "separate", "joined"):
+            raise InvalidArgumentError(f'forwards must be "separate", "joined" or None, got {forwards!r}.')
+        check_sample_dim(sample_dim)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
-        self._accumulation = Accumulation(
+        self._fisher = OnlineFisher(
             model,
-            self._layers,
-            reduction=reduction,
+            selected,
+            reduction=check_reduction(reduction),
             decay=decay,
-            sample_dim=sample_dim,
             strict=strict,
-            loss_scale=loss_scale,
+            loss_scale=loss_scale_of(loss_scale),
             on_nonfinite=on_nonfinite,
+            forwards=forwards,
             device=accumulator_device,
             dtype=accumulator_dtype,
         )
-        self._capture: Capture | None = None
+        if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
+            raise InvalidArgumentError(
+                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
+            )
+        self._looks = Looks(model, sample_dim, self._fisher.signs)
+        self._attachment: Attachment | None = None
         self._log: CurvatureLog | None = None
         self.attach()
 
@@ -148,23 +164,25 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: the probe is attached.
         """
-        if self._capture is not None:
+        if self._attachment is not None:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
-        self._capture = Capture(self._model, self._layers, self._every, self._accumulation)
-        self._accumulation.capture = self._capture
-        self._capture.attach()
+        self._attachment = Attachment(self._model, self._fisher, self._looks, self._every)
+        self._attachment.attach()
 
     def detach(self) -> None:
         """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
-        if self._capture is not None:
-            self._capture.detach()
-            self._capture = None
-            self._accumulation.capture = None
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return self._capture is not None
+        return self._attachment is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold what was accumulated, and are detached: their model is another one."""
+        return {**vars(self), "_attachment": None, "_log": None}
 
     def __enter__(self) -> "CurvatureProbe":
         return self
@@ -179,40 +197,42 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: the probe is detached.
         """
-        capture = self._attached_capture()
-        capture.suspensions += 1
+        attachment = self._attached()
+        attachment.suspensions += 1
         try:
             yield
         finally:
-            capture.suspensions -= 1
+            attachment.suspensions -= 1
 
     def reset(self) -> None:
         """Forget everything accumulated."""
-        self._accumulation.reset()
+        self._fisher.reset()
 
     @property
     def layer_names(self) -> list[str]:
         """Names of the layers looked at, in ``model.named_modules()`` order."""
-        return [layer.name for layer in self._layers]
+        return [layer.name for layer in self._fisher.layers]
 
     @property
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
-        return self._accumulation.num_samples
+        return self._fisher.num_samples
 
     @property
     def num_skipped(self) -> dict[str, int]:
         """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
-        return self._accumulation.num_skipped
+        return self._fisher.num_skipped
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"CurvatureProbe({len(self._layers)} layers, {self.num_samples} samples, {state})"
+        return f"CurvatureProbe({len(self._fisher.layers)} layers, {self.num_samples} samples, {state})"
 
     # ---- measurements
 
     @overload
-    def fisher_diagonal(self, *, synchronize: bool = False) -> Diagonals: ...
+    def fisher_diagonal(
+        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
+    ) -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -241,6 +261,7 @@ class CurvatureProbe:
         create_graph: bool = False,
         chunk_size: int | None = None,
         synchronize: bool = False,
+        missing: Literal["raise", "skip"] = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -263,6 +284,8 @@ class CurvatureProbe:
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
+            missing: without ``loss_fn``, what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"``
+                to return the others.
 
         Returns:
             layer name → 1-D tensor (weight flattened, then bias), in the parameters' dtype, float32 for half precision.
@@ -280,7 +303,9 @@ class CurvatureProbe:
         if loss_fn is None:
             if synchronize:
                 self.synchronize()
-            return self._accumulation.diagonals()
+            if missing not in ("raise", "skip"):
+                raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
+            return self._fisher.diagonals(missing)
         with self._on_whole_layers() as layers:
             fisher = fisher_diagonal(
                 self._model,
@@ -293,9 +318,9 @@ class CurvatureProbe:
                 generator=generator,
                 create_graph=create_graph,
                 chunk_size=chunk_size,
-                sample_dim=self._sample_dim,
+                sample_dim=self._one_shot_dim,
             )
-        return weighted_mean(fisher, batch_size(inputs, targets, self._sample_dim)) if synchronize else fisher
+        return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def hessian_diagonal(
         self,
@@ -350,7 +375,7 @@ class CurvatureProbe:
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
-        self._attached_capture()
+        self._attached()
         policy = Policy.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
@@ -401,7 +426,7 @@ class CurvatureProbe:
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
         """
-        self._attached_capture()
+        self._attached()
         policy = Policy.checked("hutchinson", num_draws, rtol, max_draws, None)
         return self._measure(
             lambda problem: layer_traces(problem, policy),
@@ -443,7 +468,7 @@ class CurvatureProbe:
 
         Source: Golub, Van IsolatedModel, "Matrix computations", 4th edition, section 10.3.
         """
-        self._attached_capture()
+        self._attached()
         if count < 1 or max_iterations < 1:
             raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
         policy = Policy.checked("hutchinson", None, None, 100, None)
@@ -489,7 +514,7 @@ class CurvatureProbe:
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
         """
-        self._attached_capture()
+        self._attached()
         policy = Policy.checked(method, num_draws, rtol, 1 << 62, max_hvps)
         return self._measure(
             lambda problem: estimate_cost(problem, policy), loss_fn, inputs, targets, chunk_size=chunk_size
@@ -507,7 +532,7 @@ class CurvatureProbe:
                 _callable(loss_fn),
                 inputs,
                 targets,
-                sample_dim=self._sample_dim,
+                sample_dim=self._one_shot_dim,
                 **options,
             )
 
@@ -531,8 +556,8 @@ class CurvatureProbe:
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
 
     def __str__(self) -> str:
-        if self.num_samples == 0 or self._accumulation.unattributed:
-            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._layers)])
+        if self.num_samples == 0 or self._fisher.troubles():
+            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 
     def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
@@ -554,22 +579,30 @@ class CurvatureProbe:
         if hessian is not None:
             self._log.log("hessian", hessian, step)
 
-    def _attached_capture(self) -> Capture:
-        if self._capture is None:
+    def _attached(self) -> Attachment:
+        if self._attachment is None:
             raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
-        return self._capture
+        return self._attachment
+
+    @property
+    def _one_shot_dim(self) -> int:
+        """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
+        if isinstance(self._sample_dim, int):
+            return self._sample_dim
+        known = self._looks.any_known()
+        return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
     @contextmanager
     def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
         """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
-        self._attached_capture()
-        if not any(layer.sharded for layer in self._layers):
-            yield self._layers
+        self._attached()
+        if not any(layer.sharded for layer in self._fisher.layers):
+            yield self._fisher.layers
             return
         with gathered(self._model):
             yield [
                 replace(layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters})
-                for layer in self._layers
+                for layer in self._fisher.layers
             ]
 
     # ---- checkpoints
@@ -579,7 +612,7 @@ class CurvatureProbe:
 
         A run that is resumed from it accumulates bit for bit what one that was not interrupted does.
         """
-        return self._accumulation.state_dict()
+        return state_of(self._fisher, self._attachment)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned; replaces what is accumulated.
@@ -587,7 +620,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: the state is of another version, other layers, shapes or settings; nothing is changed.
         """
-        self._accumulation.load_state_dict(state)
+        load_state(self._fisher, self._attachment, state)
 
     # ---- many processes
 
@@ -606,7 +639,7 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
-        self._accumulation.synchronize(group)
+        synchronize(self._fisher, group)
 
 
 def _callable(loss_fn: LossFunction) -> LossFunction:

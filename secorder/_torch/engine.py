@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "accumulate_node",
     "accumulates_into",
     "after_backward",
     "current_backward",
+    "first_gradient_hook",
     "in_backward",
     "will_accumulate",
 ]
@@ -48,6 +50,14 @@ def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
         if id(getattr(node, "variable", None)) in wanted:
             return node
     return None
+
+
+def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call a hook with the whole gradient of a leaf, before other hooks on the leaf change it."""
+    handle: RemovableHandle = parameter.register_hook(hook)
+    hooks: Any = parameter._backward_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle
 
 
 def will_accumulate(node: Any) -> bool:

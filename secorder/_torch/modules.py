@@ -1,5 +1,6 @@
 """What hangs on a module: its hooks, where it holds parameters and buffers, which forward it computes by."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ __all__ = [
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
+    "is_running",
+    "kept_out_of_copies",
     "parameter_places",
     "parameters_replaced",
 ]
@@ -31,6 +34,11 @@ class Place(NamedTuple):
     holder: Any
     key: Any
     value: Tensor
+
+    def held(self) -> Tensor:
+        """What it holds now."""
+        found: Tensor = self.holder[self.key]
+        return found
 
     def put(self, value: Tensor) -> None:
         """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
@@ -123,3 +131,72 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         getattr(type(module), method, None) is not getattr(kind, method, None) or method in vars(module)
         for method in ("forward", "_conv_forward")
     )
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether another call of the module, besides the innermost, runs in this thread: it calls itself."""
+    calls, frame = 0, sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            calls += 1
+            if calls == 2:
+                return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+class kept_out_of_copies:  # a handle, as hooks have them
+    """Copies and pickles of a module are made without the hooks of the library that it has, until :meth:`remove`.
+
+    By an attribute of the instance, which the copies do not have either.
+    """
+
+    def __init__(self, module: nn.Module, own: type) -> None:
+        self._module = module
+        held = vars(module)
+        before = held.get("__getstate__")
+        self._users: list[kept_out_of_copies] = before.users if isinstance(before, _State) else []
+        if not self._users:
+            held["__getstate__"] = _State(module, own, self._users, before)
+        self._users.append(self)
+
+    def remove(self) -> None:
+        """The module is copied as it is, unless another one of these is left."""
+        if self in self._users:
+            self._users.remove(self)
+            state = vars(self._module).get("__getstate__")
+            if not self._users and isinstance(state, _State):
+                state.restore()
+
+
+class _State:
+    """What a module is pickled and copied by."""
+
+    def __init__(self, module: nn.Module, own: type, users: list[Any], before: Any) -> None:
+        self.module, self.own, self.users, self.before = module, own, users, before
+
+    def restore(self) -> None:
+        if self.before is None:
+            del vars(self.module)["__getstate__"]
+        else:
+            vars(self.module)["__getstate__"] = self.before
+
+    def __call__(self) -> Any:
+        module = self.module
+        kind: Any = type(module)
+        if self.before is not None:
+            state = self.before()
+        else:
+            state = kind.__getstate__(module) if hasattr(kind, "__getstate__") else dict(vars(module))
+        if not isinstance(state, dict):
+            return state
+        state = {name: value for name, value in state.items() if name != "__getstate__"}
+        hooks = [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in vars(module)[name].items()]
+        ids = {key for key, hook in hooks if isinstance(hook, self.own)}
+        for name in [name for name in state if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]:
+            if isinstance(state.get(name), dict):
+                state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ids)
+        return state

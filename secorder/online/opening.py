@@ -1,0 +1,273 @@
+"""The beginning and the end of a recorded forward: a record is opened, and it is settled where its samples are."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .._torch.pytree import tensors_in
+from ..errors import CouplingError, NonFiniteError, SecorderError
+from ..layers.layout import DIM_ZERO, Layout
+from ..layers.selection import Layer
+from ..parallel.fsdp import over_ranks
+from .attribution import Attribution
+from .capture import module_called, module_starts
+from .fisher import OUTSIDE, OnlineFisher
+from .looks import Looks
+from .record import ForwardRecord, Start
+from .reduction import weights_of
+from .relation import Shape, Verified, explain
+from .samples import shapes_of
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+__all__ = ["open_record", "settle"]
+
+
+def open_record(
+    fisher: OnlineFisher, looks: Looks, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> ForwardRecord | None:
+    """The record of a forward that begins; None where there is nothing to record."""
+    if not _refresh(fisher, looks):
+        return None
+    shapes = shapes_of((args, kwargs))
+    due, known = looks.due(), looks.known()
+    count = None if known is None else known.count(shapes)
+    verified = False
+    if known is None or count is None or (due and count > 1) or (known.provisional and count != 0):
+        if _empty(shapes):
+            fisher.saw("empty")
+            return None
+        verified = True
+        known = _look(fisher, looks, known, args, kwargs)
+        count = None if known is None else known.count(shapes)
+    if fisher.shard is not None:
+        together = round(over_ranks(max(count or 0, 0), fisher.shard))
+    if known is None or count is None:
+        return None
+    if count == 0 and fisher.shard is None:
+        fisher.saw("empty")
+        return None
+    record = ForwardRecord(known, count, shapes, verified, Start(fisher.model, args, kwargs, known.changing))
+    record.together = count if fisher.shard is None else together
+    if callable(fisher.reduction):
+        weights = weights_of(fisher.reduction, args, kwargs, count).double()
+        record.counted = (weights != 0).sum()
+        record.weights = torch.where(weights != 0, 1 / weights, 0.0)
+    return record
+
+
+def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
+    """Take note of parameters that were exchanged since; whether the layers can be recorded."""
+    changed = False
+    for index, layer in enumerate(fisher.layers):
+        now = dict(layer.module.named_parameters(remove_duplicate=False))
+        if any(now.get(name) is not p for name, p in layer.parameters.items()):
+            shapes = {name: p.shape for name, p in layer.parameters.items()}
+            found = {name: now[name] for name in shapes if name in now}
+            if {name: p.shape for name, p in found.items()} != shapes:
+                fisher.mark([layer.name], "its parameters were exchanged for others of other shapes: make a new probe.")
+                continue
+            fisher.layers[index] = replace(layer, parameters=found)
+            changed = True
+    if changed:
+        looks.forget()
+    meta = [x.name for x in fisher.layers if any(p.is_meta for p in x.parameters.values())]
+    if meta:
+        fisher.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
+    return len(meta) < len(fisher.layers)
+
+
+def _empty(shapes: Sequence[Shape]) -> bool:
+    return any(0 in shape[:2] for shape in shapes)
+
+
+def _look(
+    fisher: OnlineFisher, looks: Looks, before: Attribution | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Attribution | None:
+    """Look at this batch, and say what was found; None where it cannot be recorded."""
+    try:
+        found = looks.look(fisher.layers, args, kwargs)
+    except SecorderError:
+        raise
+    except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
+        fisher.saw("look failed")
+        fisher.warn(
+            f"a batch is left out, since running the model on it to see where samples are failed "
+            f"({type(error).__name__}: "
+            f"{error}); the next one is looked at."
+        )
+        return None
+    names = [layer.name for layer in fisher.layers]
+    if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
+        fisher.saw("not finite")
+        if fisher.on_nonfinite == "raise":
+            raise NonFiniteError(
+                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
+                "pass "
+                'on_nonfinite="skip" to leave such batches out.'
+            )
+        fisher.skip(names)
+        return None
+    if found.undecided and found.provisional:
+        fisher.saw("one sample")
+        return None
+    if found.undecided:
+        fisher.mark(names, f"{found.undecided}.")
+        return None
+    if found.coupled:
+        _coupled(fisher, found)
+    elif before is not None:
+        fisher.mark(
+            looks.moved(before, found),
+            "the rows of its output belong to other samples than they did when they were looked at before, so that "
+            "what "
+            "was accumulated since then may be wrong (rows that depend on data): measure it with one-shot calls, or "
+            "leave it out with layers=.",
+        )
+    slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
+    if slow:
+        fisher.warn(
+            f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
+            f"rows "
+            "that depend on data, a parameter used outside of them, nothing trainable before them): a module that "
+            "contains them runs once more a step. That is exact and slow; leave them out with layers= if it is too "
+            "slow."
+        )
+    return looks.known()
+
+
+def _coupled(fisher: OnlineFisher, found: Attribution) -> None:
+    names = [layer.name for layer in fisher.layers]
+    if found.separable is not None:
+        reason = (
+            "along the dimension that is told to hold the samples they influence one another in the model, and along "
+            "dim "
+            f"{found.separable} of its arguments they do not: pass sample_dim={found.separable}."
+        )
+        fisher.mark(names, reason)
+        return
+    message = (
+        "the samples of a batch influence one another in the model (batch normalisation in train mode?), so that the "
+        f"per-sample gradients of the layers {names} hold parts of other samples': train with model.eval() statistics, "
+        "leave the layers out with layers=, or say with sample_dim= which dimension of the arguments holds the samples."
+    )
+    if fisher.strict:
+        raise CouplingError(message)
+    fisher.warn(message)
+
+
+def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+    """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
+    fisher, looks = attachment.fisher, attachment.looks
+    start, record.start = record.start, None
+    if not any(t.requires_grad for t in tensors_in(output)):
+        fisher.saw("no gradient")
+        record.closed = True
+        return
+    _require_present(fisher, record)
+    unexplained = _explain(record, record.attribution)
+    if unexplained and not record.attribution.coupled and start is not None:
+        found = looks.look(fisher.layers, *start.arguments) if not record.verified else record.attribution
+        if not (found.unclear or found.undecided):
+            same = {x.name for x in record.attribution.layers if x in found.layers}
+            unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
+            _fall_back(attachment, record, found, unexplained, start, output)
+            return
+    for layer in unexplained:
+        _unknown(fisher, record, record.attribution, layer)
+
+
+def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
+    """Decide on the layouts of the record's calls; the layers of which some cannot be explained."""
+    unexplained = []
+    for layer in record.attribution.layers:
+        calls = record.calls.get(layer.name)
+        if not calls:
+            continue
+        known = attribution.known.get(layer.name, ())
+        if layer.name in attribution.outside or (layer.name in attribution.unknown and not attribution.coupled):
+            known = ()
+        layouts = [[_layout(known, shape, record, attribution) for shape in shapes] for shapes in calls]
+        if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
+            unexplained.append(layer)
+        else:
+            record.layouts[layer.name] = [[x for x in row if x is not None] for row in layouts]
+    return unexplained
+
+
+def _layout(known: Sequence[Verified], shape: Shape, record: ForwardRecord, attribution: Attribution) -> Layout | None:
+    found = explain(known, shape, record.shapes, record.num_samples)
+    if found is None and attribution.coupled and shape and shape[0] == record.num_samples:
+        return DIM_ZERO
+    return found
+
+
+def _fall_back(
+    attachment: "Attachment",
+    record: ForwardRecord,
+    found: Attribution,
+    layers: Sequence[Layer],
+    start: Start,
+    output: Any,
+) -> None:
+    """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
+    fisher, model = attachment.fisher, attachment.model
+    able = [
+        x for x in layers if not x.sharded and found.count(record.shapes) and not record.attribution.sharing(x.name)
+    ]
+    for layer in layers:
+        if layer not in able:
+            _unknown(fisher, record, found, layer)
+    if not able:
+        return
+    record.calls = {name: calls for name, calls in record.calls.items() if name not in {x.name for x in able}}
+    record.hooked = {(name, index) for name, index in record.hooked if name not in {x.name for x in able}}
+    record.replaced = {x.name for x in able}
+    record.fallback = [replace(x, enclosing=model, rule=None) for x in able]
+    module_starts(record, record.fallback[0], start)
+    module_called(attachment, record, record.fallback[0], output)
+    outputs = record.calls.get(record.fallback[0].name, [()])[0]
+    layouts = [_output_layout(found, shape, record) for shape in outputs]
+    if any(layout is None for layout in layouts):
+        fisher.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
+        return
+    for layer in record.fallback:
+        record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+
+
+def _output_layout(found: Attribution, shape: Shape, record: ForwardRecord) -> Layout | None:
+    """Where samples are in an output of the model: verified by the look at this batch."""
+    if record.num_samples == 1:
+        return Layout(0, shape[0]) if shape else None
+    return found.outputs.get(shape)
+
+
+def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
+    reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
+    record.troubled.add(layer.name)
+    fisher.leave_out(record, record.attribution.sharing(layer.name) or [layer.name], reason)
+
+
+def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
+    shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
+    return (
+        f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
+        f"that "
+        "all samples share, rows that depend on data, or samples in another dimension of the model's inputs: see "
+        "sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+    )
+
+
+def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:
+    """Mark layers that were not called since they are no longer in the model."""
+    missing = [x for x in record.attribution.layers if x.name not in record.calls and x.name in fisher.sums]
+    if not missing:
+        return
+    modules: dict[str, nn.Module] = dict(fisher.model.named_modules())
+    gone = [x.name for x in missing if modules.get(x.name) is not x.module]
+    fisher.mark(gone, "it is no longer in the model (another module has taken its place): make a new probe.")
+    record.troubled |= set(gone)
