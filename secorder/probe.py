@@ -441,7 +441,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.
 
-        Source: Golub, Van IsolatedModel, "Matrix computations", 4th edition, section 10.3.
+        Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         self._attached_capture()
         if count < 1 or max_iterations < 1:
@@ -484,7 +484,7 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the way, its products, those of the exact way, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
 
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
@@ -498,7 +498,7 @@ class CurvatureProbe:
     def _measure(
         self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
     ) -> Result:
-        """A measurement of second order: ``work`` on the borrowed model."""
+        """A measurement of second order: ``work`` on the isolated model."""
         with self._on_whole_layers() as layers:
             return on_problem(
                 work,
