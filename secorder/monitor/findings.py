@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.text import Text
-
 from ..errors import CouplingError
 from ..results import Diagonals
 from .table import Report, report
+from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
 __all__ = ["THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find"]
 
