@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._keywords import tells_renamed_keywords
 from .batch import batch_size
-from .errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    ProbeStateError,
-)
+from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .layers.selection import Layer, LayerTypes, select_layers
 from .oneshot.eigenvalues import Eigenvalues, layer_eigenvalues
 from .oneshot.fisher import FisherType, fisher_diagonal
@@ -229,6 +226,7 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
+    @tells_renamed_keywords
     def fisher_diagonal(
         self,
         loss_fn: LossFunction | None = None,
@@ -278,6 +276,12 @@ class CurvatureProbe:
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
         """
         if loss_fn is None:
+            given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+                raise InvalidArgumentError(
+                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
+                    "pass loss_fn, inputs and targets to measure a batch."
+                )
             if synchronize:
                 self.synchronize()
             return self._accumulation.diagonals()
@@ -297,6 +301,7 @@ class CurvatureProbe:
             )
         return weighted_mean(fisher, batch_size(inputs, targets, self._sample_dim)) if synchronize else fisher
 
+    @tells_renamed_keywords
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,
@@ -365,6 +370,7 @@ class CurvatureProbe:
             progress=progress,
         )
 
+    @tells_renamed_keywords
     def hessian_trace(
         self,
         loss_fn: LossFunction,
@@ -457,6 +463,7 @@ class CurvatureProbe:
             generator=generator,
         )
 
+    @tells_renamed_keywords
     def estimate_cost(
         self,
         loss_fn: LossFunction,
