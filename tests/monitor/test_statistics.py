@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -54,3 +55,15 @@ def test_an_empty_tensor_has_no_statistics() -> None:
 def test_what_is_no_mapping_of_real_tensors(function: Callable[..., Any], curvatures: Any, message: str) -> None:
     with pytest.raises(InvalidTypeError, match=message):
         function(curvatures)
+
+
+def test_summaries_against_numpy() -> None:
+    values = torch.randn(1000) ** 3
+    summary = summarize({"a": values})["a"]
+    logs = np.log10(np.abs(values.numpy()))
+    assert summary.statistics["std"] == pytest.approx(np.std(values.numpy(), ddof=1))
+    assert summary.statistics["negative"] == pytest.approx((values < 0).double().mean().item())
+    assert (summary.low, summary.high) == (pytest.approx(logs.min()), pytest.approx(logs.max()))
+    assert summary.sum == pytest.approx(logs.sum())
+    expected, _ = np.histogram(logs, bins=len(summary.counts))
+    assert np.abs(np.array(summary.counts) - expected).sum() <= 2  # an entry on the border of two bins
