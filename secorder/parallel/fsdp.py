@@ -85,10 +85,10 @@ class Shard(NamedTuple):
         )
 
 
-def shards(flat: Tensor, kinds: Sequence[Shard]) -> list[Tensor]:
+def shards(flat: Tensor, sharded: Sequence[Shard]) -> list[Tensor]:
     """For each parameter of a layer a ``DTensor``, from this rank's shards of them in one flat tensor."""
-    parts = flat.split([kind.local_shape.numel() for kind in kinds])
-    return [kind.place(part) for part, kind in zip(parts, kinds, strict=True)]
+    parts = flat.split([shard.local_shape.numel() for shard in sharded])
+    return [shard.place(part) for part, shard in zip(parts, sharded, strict=True)]
 
 
 @contextmanager

@@ -38,3 +38,13 @@ def test_a_module_without_a_rule_is_not_among_them() -> None:
     model["cell"].weight_hh = model["cell"].weight_ih
     together, _ = tied_layers(model, select_layers(model, layers="*"))
     assert next(layer for layer in together if layer.name == "cell").rule is None
+
+
+def test_a_module_that_is_read_and_not_called_is_not_among_them() -> None:
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
+    model["linear"].weight = model["attention"].out_proj.weight
+    together, ties = tied_layers(model, select_layers(model, layers="linear"))
+    assert (together, ties) == ([], {})
+    together, ties = tied_layers(model, select_layers(model, layers=["linear", "attention.out_proj"]))
+    assert {layer.name: layer.rule for layer in together}["attention.out_proj"] is None
+    assert ties == {"linear": {"weight": [("linear", "weight")], "bias": [("linear", "bias")]}}
