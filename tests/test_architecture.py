@@ -17,7 +17,7 @@ FLOORS = (
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if "_alias" not in p.parts)
 
-TESTS = ROOT.parent / "tests"
+TESTS = Path(__file__).parent
 
 #: What is longer than it should be, and why: files by the module's name, classes and functions by theirs in it.
 LONG = {
