@@ -8,12 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._keywords import tells_renamed_keywords
 from .batch import batch_size
-from .errors import (
-    InvalidArgumentError,
-    InvalidTypeError,
-    ProbeStateError,
-)
+from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .layers.selection import Layer, LayerTypes, select_layers
 from .oneshot.eigenvalues import Eigenvalues, layer_eigenvalues
 from .oneshot.fisher import FisherType, fisher_diagonal
@@ -249,6 +246,7 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
+    @tells_renamed_keywords
     def fisher_diagonal(
         self,
         loss_fn: LossFunction | None = None,
@@ -301,6 +299,12 @@ class CurvatureProbe:
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
         """
         if loss_fn is None:
+            given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+                raise InvalidArgumentError(
+                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
+                    "pass loss_fn, inputs and targets to measure a batch."
+                )
             if synchronize:
                 self.synchronize()
             if missing not in ("raise", "skip"):
@@ -322,6 +326,7 @@ class CurvatureProbe:
             )
         return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
+    @tells_renamed_keywords
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,
@@ -390,6 +395,7 @@ class CurvatureProbe:
             progress=progress,
         )
 
+    @tells_renamed_keywords
     def hessian_trace(
         self,
         loss_fn: LossFunction,
@@ -466,7 +472,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.
 
-        Source: Golub, Van IsolatedModel, "Matrix computations", 4th edition, section 10.3.
+        Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         self._attached()
         if count < 1 or max_iterations < 1:
@@ -482,6 +488,7 @@ class CurvatureProbe:
             generator=generator,
         )
 
+    @tells_renamed_keywords
     def estimate_cost(
         self,
         loss_fn: LossFunction,
@@ -509,7 +516,7 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the way, its products, those of the exact way, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
 
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
@@ -523,7 +530,7 @@ class CurvatureProbe:
     def _measure(
         self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
     ) -> Result:
-        """A measurement of second order: ``work`` on the borrowed model."""
+        """A measurement of second order: ``work`` on the isolated model."""
         with self._on_whole_layers() as layers:
             return on_problem(
                 work,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._keywords import tells_renamed_keywords
 from .._torch.pytree import map_tensors
 from ..batch import batch_size, sample_dimension
 from ..errors import CouplingError, InvalidArgumentError, InvalidTypeError
@@ -22,6 +23,7 @@ from ..results import Diagonals, weighted_sum
 __all__ = ["diagnose"]
 
 
+@tells_renamed_keywords
 def diagnose(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],

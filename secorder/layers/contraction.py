@@ -23,6 +23,7 @@ __all__ = [
     "contract_sum",
 ]
 
+#: As :data:`~secorder.layers.per_sample.CHUNK_ELEMENTS`, where memory is plenty and each call costs a launch.
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
 
@@ -30,7 +31,7 @@ ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 IN_PLACE_ELEMENTS = 1 << 22
 
 
-#: Elements of per-sample gradients of one grouped convolution, likewise measured.
+#: Elements of per-sample gradients of one grouped convolution, measured on a CPU.
 CONVOLUTION_ELEMENTS = 1 << 18
 
 

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 cuts over ranks."""
+"""Parameters that FSDP2 shards over ranks."""
 
 import io
 import pickle
