@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ._torch.autocast import AutocastState, autocast_state, no_autocast
+from ._torch.compiler import Uncompiled
 from ._torch.engine import (
     accumulate_node,
     accumulates_into,
@@ -431,18 +432,25 @@ class CaptureHook:
 
     def __init__(self, capture: Capture) -> None:
         self.capture = capture
+        self._run = Uncompiled(self.run)
+
+    def __call__(self, *args: Any) -> None:
+        self._run(*args)
+
+    def run(self, *args: Any) -> None:
+        """What the hook does."""
 
     def __reduce__(self) -> Any:
         return (_no_hook, ())
 
 
 class _Begin(CaptureHook):
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def run(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.capture.begin(args, kwargs)
 
 
 class _End(CaptureHook):
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def run(self, module: nn.Module, args: Any, output: Any) -> None:
         self.capture.end(output)
 
 
@@ -451,7 +459,7 @@ class _Called(CaptureHook):
         super().__init__(capture)
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if not self.capture.suspensions:
             plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
             self.capture.called(self.layer, args if plain else tuple(tensors_in((args, kwargs))), output)
@@ -481,7 +489,7 @@ class _UnitStarts(CaptureHook):
         super().__init__(capture)
         self.key = key
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def run(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if not self.capture.suspensions and torch.is_grad_enabled() and not inside_transform():
             self.capture.unit_starts[self.key] = _Start(self.capture, args, kwargs)
 
@@ -491,7 +499,7 @@ class _UnitCalled(CaptureHook):
         super().__init__(capture)
         self.key = key
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         start = self.capture.unit_starts.pop(self.key, None)
         if start is not None and not self.capture.suspensions:
             self.capture.unit_called(self.key, start, output)

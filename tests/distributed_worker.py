@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -122,6 +123,7 @@ def main(case: str) -> None:
                     assert_close(placed.full_tensor(), expected[name])
     elif case == "tensor_parallel":
         mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "tensor"))
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))  # a width that two and three ranks share evenly
         parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
         with pytest.raises(InvalidArgumentError, match="tensor parallelism"):
             CurvatureProbe(model)

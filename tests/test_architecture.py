@@ -10,9 +10,9 @@ ROOT = Path(secorder.__file__).parent
 #: From upstream to downstream; a module may import what stands before it.
 ORDER = (
     "errors",
-    "_torch.autocast", "_torch.differentiability", "_torch.engine", "_torch.failures", "_torch.fsdp", "_torch.modules",
-    "_torch.pytree", "_torch.random_state", "_torch.transforms", "_torch.versions", "_torch.saved_tensors",
-    "_torch.vjp",
+    "_torch.autocast", "_torch.compiler", "_torch.differentiability", "_torch.engine", "_torch.failures",
+    "_torch.fsdp", "_torch.modules", "_torch.pytree", "_torch.random_state", "_torch.transforms", "_torch.versions",
+    "_torch.saved_tensors", "_torch.vjp",
     "batch", "progress", "rules", "sharded", "testing",
     "layers", "capture", "loan", "zspace", "diagonals", "samples", "units", "fisher", "hessian", "spectrum", "stats",
     "tensorboard", "report", "distributed", "accumulation", "probe", "recorder", "diagnosis",
