@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from secorder import CurvatureProbe
-from secorder.stats import layer_statistics
+from secorder.monitor.statistics import layer_statistics
 
 GRID = [0.01, 0.03, 0.1, 0.3, 1.0]
 

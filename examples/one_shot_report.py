@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 import secorder
-from secorder.tensorboard import heat_map, log_diagonals, log_layout
+from secorder.monitor.heat_map import heat_map
+from secorder.monitor.tensorboard import log_diagonals, log_layout
 
 
 def main() -> None:

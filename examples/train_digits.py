@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from secorder import CurvatureProbe, report
-from secorder.stats import layer_statistics
+from secorder.monitor.statistics import layer_statistics
 
 
 def main() -> None:

@@ -1,16 +1,15 @@
 """Per-layer curvature of live PyTorch models: exact Fisher and Hessian diagonals, gathered by hooks."""
 
-from .accumulation import CurvatureWarning
+from .core.diagnosis import diagnose
 from .core.per_layer_curvature import (
     get_layer_curvature_stats,
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
 )
-from .diagnosis import Diagnosis, Finding, diagnose
-from .diagonals import Diagonals, LayerInfo
 from .errors import (
     AttributionError,
     CouplingError,
+    CurvatureWarning,
     DoubleBackwardError,
     InvalidArgumentError,
     InvalidTypeError,
@@ -19,11 +18,14 @@ from .errors import (
     RuleError,
     SecorderError,
 )
-from .hessian import LayerCost
+from .monitor.findings import Diagnosis, Finding
+from .monitor.recorder import CurvatureRecorder
+from .monitor.table import Report, report
+from .oneshot.eigenvalues import Eigenvalues
+from .oneshot.hessian.cost import LayerCost
+from .oneshot.trace import Trace
 from .probe import CurvatureProbe
-from .recorder import CurvatureRecorder
-from .report import Report, report
-from .spectrum import Eigenvalues, Trace
+from .results import Diagonals, LayerInfo
 
 __all__ = [
     "AttributionError",

@@ -12,8 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .diagnosis import Diagnosis, diagnose
+from .core.diagnosis import diagnose
 from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
+from .monitor.findings import Diagnosis
 
 __all__ = ["main"]
 
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             layer_types="all" if options.all_layers else None,
             layers=options.layers or None,
             method=options.method,
-            num_samples=options.num_samples,
+            num_draws=options.num_draws,
             reduction=options.reduction,
             progress=sys.stderr.isatty(),
         )
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", nargs="*", help="names or patterns of layers (default: Linear and Conv2d)")
     command.add_argument("--all-layers", action="store_true", help="every layer with parameters")
     command.add_argument("--method", choices=("auto", "exact", "hutchinson"), default="auto", help="of the Hessian")
-    command.add_argument("--num-samples", type=int, help="draws of an estimated Hessian")
+    command.add_argument("--num-draws", type=int, help="draws of an estimated Hessian")
     command.add_argument("--reduction", choices=("mean", "sum"), help="of the loss (default: found out)")
     command.add_argument("--sort-by", choices=("name", "parameters", "trace", "mean", "std", "max", "negative"))
     command.add_argument("--json", metavar="FILE", help="write statistics and findings; - for standard output")
@@ -119,7 +120,7 @@ def _show(diagnosis: Diagnosis, options: argparse.Namespace) -> None:
     if options.logdir:
         from torch.utils.tensorboard import SummaryWriter
 
-        from .tensorboard import log_diagonals, log_layout
+        from .monitor.tensorboard import log_diagonals, log_layout
 
         with SummaryWriter(str(options.logdir)) as writer:
             log_layout(writer)

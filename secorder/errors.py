@@ -47,3 +47,7 @@ class DoubleBackwardError(SecorderError, RuntimeError):
 
 class RuleError(SecorderError, AssertionError):
     """A layer's rule disagrees with brute force (:func:`secorder.testing.check_rule`)."""
+
+
+class CurvatureWarning(UserWarning):
+    """What is accumulated is not what it seems; the message says why and what to do."""

@@ -8,26 +8,30 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .accumulation import Accumulation, LossScale
 from .batch import batch_size
-from .capture import Capture
-from .diagonals import Diagonals
-from .distributed import weighted_mean
 from .errors import (
     InvalidArgumentError,
     InvalidTypeError,
     ProbeStateError,
 )
-from .fisher import FisherType, fisher_diagonal
-from .hessian import HessianMethod, LayerCost, Policy, Problem, estimate_cost, hessian_diagonal, on_problem
-from .layers import Layer, LayerTypes, select_layers
-from .loan import Result
-from .sharded import gathered
-from .spectrum import Eigenvalues, Trace, layer_eigenvalues, layer_traces
+from .layers.selection import Layer, LayerTypes, select_layers
+from .oneshot.eigenvalues import Eigenvalues, layer_eigenvalues
+from .oneshot.fisher import FisherType, fisher_diagonal
+from .oneshot.hessian.cost import LayerCost, estimate_cost
+from .oneshot.hessian.diagonal import hessian_diagonal
+from .oneshot.hessian.policy import HessianMethod, Policy
+from .oneshot.hessian.problem import Problem, on_problem
+from .oneshot.isolation import Result
+from .oneshot.trace import Trace, layer_traces
+from .online.fisher import Accumulation
+from .online.hooks import Capture
+from .online.loss_scale import LossScale
+from .parallel.fsdp import gathered
+from .results import Diagonals, weighted_mean
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
-    from .report import Report, SortKey
-    from .tensorboard import CurvatureLog, Writer
+    from .monitor.table import Report, SortKey
+    from .monitor.tensorboard import CurvatureLog, Writer
 
 __all__ = ["CurvatureProbe", "NoLayerError"]
 
@@ -57,14 +61,14 @@ class CurvatureProbe:
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, or
-            ``"sum"``. Only the passive Fisher needs to be told.
+            ``"sum"``. Only the online Fisher needs to be told.
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
         sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
             samples. Where they are in each layer is found and verified.
         strict: raise :class:`~secorder.CouplingError` where samples are coupled while training (batch normalisation
-            in train mode), so that passive per-sample gradients are not defined; by default a warning says so once.
+            in train mode), so that online per-sample gradients are not defined; by default a warning says so once.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number. It is divided out of every gradient.
@@ -218,7 +222,7 @@ class CurvatureProbe:
         targets: Any = None,
         *,
         fisher_type: FisherType = "empirical",
-        num_samples: int = 1,
+        num_draws: int = 1,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -232,7 +236,7 @@ class CurvatureProbe:
         targets: Any = None,
         *,
         fisher_type: FisherType = "empirical",
-        num_samples: int = 1,
+        num_draws: int = 1,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -247,14 +251,14 @@ class CurvatureProbe:
 
         - ``"empirical"``: ``(1/N) Σ_n (∂ℓ_n/∂θ)²``;
         - ``"type-2"``: ``(1/N) Σ_n diag(J_nᵀ ∂²ℓ_n/∂f_n² J_n)``, the diagonal of the generalised Gauss-Newton matrix;
-        - ``"mc"``: an unbiased estimate of it from ``num_samples`` draws.
+        - ``"mc"``: an unbiased estimate of it from ``num_draws`` draws.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
             inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
             targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
             fisher_type: which Fisher.
-            num_samples: draws of ``"mc"``.
+            num_draws: draws of ``"mc"``.
             generator: random numbers of ``"mc"``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
@@ -285,7 +289,7 @@ class CurvatureProbe:
                 inputs,
                 targets,
                 fisher_type=fisher_type,
-                num_samples=num_samples,
+                num_draws=num_draws,
                 generator=generator,
                 create_graph=create_graph,
                 chunk_size=chunk_size,
@@ -300,9 +304,9 @@ class CurvatureProbe:
         targets: Any = None,
         *,
         method: HessianMethod = "auto",
-        num_samples: int | None = None,
+        num_draws: int | None = None,
         rtol: float | None = None,
-        max_num_samples: int = 10_000,
+        max_draws: int = 10_000,
         max_hvps: int | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
@@ -311,20 +315,21 @@ class CurvatureProbe:
     ) -> Diagonals:
         """The Hessian diagonal ``∂²L/∂θ_i²`` per layer, ``L = loss_fn(model(inputs), targets)`` exactly as given.
 
-        ``"exact"`` takes, layer by layer, the cheapest way whose conditions hold (see :mod:`secorder.hessian`; the
-        result's ``info`` tells which). ``"hutchinson"`` estimates without bias from random signs v on the layer's
-        output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where samples are coupled. ``"auto"`` is
-        exact for layers that take at most ``max_hvps`` products, and an estimate for the others; ``info`` says so.
+        ``"exact"`` takes, layer by layer, the cheapest strategy whose conditions hold (see
+        :mod:`secorder.oneshot.hessian`; the result's ``info`` tells which). ``"hutchinson"`` estimates without bias
+        from random signs v on the layer's output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where
+        samples are coupled. ``"auto"`` is exact for layers that take at most ``max_hvps`` products, and an estimate for
+        the others; ``info`` says so.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
             inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
             targets: what ``loss_fn`` takes second.
             method: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
-            num_samples: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
+            num_draws: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
             rtol: draw until a layer's ``‖standard error‖ / ‖diagonal‖`` is at most this; ``"auto"`` asks 0.05 unless
-                ``num_samples`` is given. Whether it was met is the ``converged`` of the layer's ``info``.
-            max_num_samples: draws at most, with ``rtol``.
+                ``num_draws`` is given. Whether it was met is the ``converged`` of the layer's ``info``.
+            max_draws: draws at most, with ``rtol``.
             max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take; by default 10,000, and as
                 many as take some ten seconds.
             generator: random numbers, of the draws and of the checks; the global random state is never advanced.
@@ -346,7 +351,7 @@ class CurvatureProbe:
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
         self._attached_capture()
-        policy = Policy.checked(method, num_samples, rtol, max_num_samples, max_hvps)
+        policy = Policy.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
         return self._measure(
@@ -366,9 +371,9 @@ class CurvatureProbe:
         inputs: Any,
         targets: Any = None,
         *,
-        num_samples: int | None = None,
+        num_draws: int | None = None,
         rtol: float | None = None,
-        max_num_samples: int = 10_000,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
     ) -> dict[str, Trace]:
@@ -381,9 +386,9 @@ class CurvatureProbe:
             loss_fn: as for :meth:`hessian_diagonal`.
             inputs: as for :meth:`hessian_diagonal`.
             targets: as for :meth:`hessian_diagonal`.
-            num_samples: draws, 100 by default; with ``rtol`` the least number, 16 by default.
+            num_draws: draws, 100 by default; with ``rtol`` the least number, 16 by default.
             rtol: draw until a layer's standard error relative to its trace is at most this.
-            max_num_samples: draws at most, with ``rtol``.
+            max_draws: draws at most, with ``rtol``.
             generator: random numbers.
             chunk_size: products batched at most.
 
@@ -397,7 +402,7 @@ class CurvatureProbe:
         Sutskever, Swersky (2012).
         """
         self._attached_capture()
-        policy = Policy.checked("hutchinson", num_samples, rtol, max_num_samples, None)
+        policy = Policy.checked("hutchinson", num_draws, rtol, max_draws, None)
         return self._measure(
             lambda problem: layer_traces(problem, policy),
             loss_fn,
@@ -436,7 +441,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.
 
-        Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+        Source: Golub, Van IsolatedModel, "Matrix computations", 4th edition, section 10.3.
         """
         self._attached_capture()
         if count < 1 or max_iterations < 1:
@@ -459,7 +464,7 @@ class CurvatureProbe:
         targets: Any = None,
         *,
         method: HessianMethod = "auto",
-        num_samples: int | None = None,
+        num_draws: int | None = None,
         rtol: float | None = None,
         max_hvps: int | None = None,
         chunk_size: int | None = None,
@@ -473,7 +478,7 @@ class CurvatureProbe:
             inputs: as for :meth:`hessian_diagonal`.
             targets: as for :meth:`hessian_diagonal`.
             method: as for :meth:`hessian_diagonal`.
-            num_samples: as for :meth:`hessian_diagonal`.
+            num_draws: as for :meth:`hessian_diagonal`.
             rtol: as for :meth:`hessian_diagonal`.
             max_hvps: as for :meth:`hessian_diagonal`.
             chunk_size: as for :meth:`hessian_diagonal`.
@@ -485,7 +490,7 @@ class CurvatureProbe:
             SecorderError: as :meth:`hessian_diagonal`.
         """
         self._attached_capture()
-        policy = Policy.checked(method, num_samples, rtol, 1 << 62, max_hvps)
+        policy = Policy.checked(method, num_draws, rtol, 1 << 62, max_hvps)
         return self._measure(
             lambda problem: estimate_cost(problem, policy), loss_fn, inputs, targets, chunk_size=chunk_size
         )
@@ -521,7 +526,7 @@ class CurvatureProbe:
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
         """
-        from .report import report
+        from .monitor.table import report
 
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
 
@@ -531,7 +536,7 @@ class CurvatureProbe:
         return str(self.summary())
 
     def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
-        """Write the accumulated Fisher (and a Hessian diagonal) to TensorBoard: see :mod:`secorder.tensorboard`.
+        """Write the accumulated Fisher (and a Hessian diagonal): see :mod:`secorder.monitor.tensorboard`.
 
         Args:
             writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
@@ -541,7 +546,7 @@ class CurvatureProbe:
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
         """
-        from .tensorboard import CurvatureLog
+        from .monitor.tensorboard import CurvatureLog
 
         if self._log is None or self._log.writer is not writer:
             self._log = CurvatureLog(writer)

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RuleError
-from .rules import DIM_ZERO, Rule, contract, dense, rule_for, stacked_gradients
+from .layers.contraction import contract
+from .layers.layout import DIM_ZERO
+from .layers.per_sample import Rule, dense, stacked_gradients
+from .layers.rules import rule_for
 
 __all__ = ["check_rule"]
 
@@ -26,7 +29,7 @@ def check_rule(module: nn.Module, *inputs: Tensor, rule: Rule | None = None, tol
     Args:
         module: a layer with parameters.
         inputs: the tensors that it is called with, N ≥ 2 samples in dim 0; of integers where it takes indices.
-        rule: the rule; by default the one that is entered for the module in ``secorder.rules.RULES``.
+        rule: the rule; by default the one that is entered for the module in ``secorder.layers.rules``.
         tolerance: largest difference allowed, relative to the largest entry.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
-from secorder.distributed import weighted_mean
+from secorder.parallel.all_reduce import weighted_mean
 
 from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element

@@ -2,13 +2,41 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .reference import fisher_by_sample
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fn(nn.Module):
+    """A function as a module, for ``nn.Sequential``."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+class Net(nn.Module):
+    """Named parts and a function of them."""
+
+    def __init__(self, function: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self, *args, **kwargs)
 
 
 class Shared(nn.Module):
@@ -27,14 +55,31 @@ class Shared(nn.Module):
 FULLY_SHARD_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
-def make() -> nn.Sequential:
-    """A smooth classifier, the same at every call."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+class Twice(nn.Module):
+    """A layer is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(torch.tanh(self.a(x)))))
+
+
+def make(*middle: nn.Module) -> nn.Sequential:
+    """A classifier, the same at every call: two layers with these modules between them, or with a tanh."""
+    seed()
+    return nn.Sequential(nn.Linear(4, 5), *(middle or [nn.Tanh()]), nn.Linear(5, 3))
+
+
+def mlp() -> nn.Sequential:
+    """A deeper classifier for the same data, the same at every call."""
+    seed()
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def data(count: int = 6) -> tuple[Tensor, Tensor]:
-    """A batch for it."""
+    """A batch for them."""
     return torch.randn(count, 4), torch.randint(3, (count,))
 
 
@@ -48,16 +93,32 @@ def reference(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tenso
     return fisher_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
 
 
-def seeded(seed: int = 0) -> torch.Generator:
+def seed(value: int = 0) -> None:
+    """As ``torch.manual_seed``, which writes down a stack trace for each accelerator that is not used yet."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+
+
+def seeded(value: int = 0) -> torch.Generator:
     """A generator of random numbers."""
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(value)
+
+
+class Recording:
+    """A writer that remembers its calls: any object with the methods of SummaryWriter will do."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, Any]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: self.calls.append((name, (args, kwargs)))
 
 
 def run_ranks(case: str, ranks: int) -> None:
     """A case of :mod:`tests.distributed_worker` in real processes, all of which must agree with one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     command += ["-m", "tests.distributed_worker", case]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.count("agrees") == ranks

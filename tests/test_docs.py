@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from .helpers import FULLY_SHARD_RUNS_ON_CPU
+from .helpers import FULLY_SHARD_RUNS_ON_CPU, ROOT
 
-ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md") if "_build" not in p.parts)
 PAGES = ["README.md", *(page for page in PAGES if "```python" in (ROOT / page).read_text())]
 

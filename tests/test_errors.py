@@ -20,7 +20,7 @@ from secorder import (
     per_layer_hessian_diagonal,
 )
 
-from .helpers import data, make
+from .helpers import Net, data, make
 
 BOTH = pytest.mark.parametrize("measure", [per_layer_hessian_diagonal, per_layer_fisher_diagonal])
 Measure = Callable[..., Any]
@@ -72,15 +72,8 @@ def test_loss_does_not_depend_on_the_model(measure: Measure) -> None:
 
 @BOTH
 def test_layer_that_the_loss_does_not_reach_is_zero_when_another_is_reached(measure: Measure) -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.used = nn.Conv2d(1, 1, 1), nn.LayerNorm(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)
-
-    found = measure(Two(), F.mse_loss, torch.randn(6, 4), torch.randn(6, 4))
+    model = Net(lambda m, x: m.used(x), conv=nn.Conv2d(1, 1, 1), used=nn.LayerNorm(4))
+    found = measure(model, F.mse_loss, torch.randn(6, 4), torch.randn(6, 4))
     assert found["conv"].tolist() == [0, 0]
 
 
@@ -127,8 +120,8 @@ def test_counts_below_one(value: int) -> None:
     inputs, targets = data()
     with CurvatureProbe(make()) as probe:
         for call in (
-            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
-            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, num_samples=value),
+            lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, num_draws=value),
+            lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, num_draws=value),
             lambda: probe.hessian_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
             lambda: probe.fisher_diagonal(F.cross_entropy, inputs, targets, chunk_size=value),
         ):
@@ -188,6 +181,6 @@ def test_coupled_loss_has_no_per_sample_gradient() -> None:
 
 
 def test_batch_statistics_have_no_per_sample_gradient() -> None:
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
+    model = make(nn.BatchNorm1d(5))
     with pytest.raises(CouplingError, match="eval"):
         per_layer_fisher_diagonal(model, F.cross_entropy, *data())

@@ -1,4 +1,4 @@
-"""Fisher (passive and one-shot) and Hessian of every Linear and Conv2d setting against brute force."""
+"""Fisher (online and one-shot) and Hessian of every Linear and Conv2d setting against brute force."""
 
 import itertools
 from typing import Any
@@ -18,7 +18,7 @@ N = 5
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
-def passive(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Any:
+def online(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> Any:
     with CurvatureProbe(model, reduction=reduction) as probe:
         loss_fn(model(inputs), targets).backward()
         model.zero_grad()
@@ -33,7 +33,7 @@ def check(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, reduc
     assert set(found) == set(hessian)
     assert_all_close(found, hessian)
     assert_all_close(per_layer_fisher_diagonal(model, loss_fn, inputs, targets).by_parameter(), fisher)
-    assert_all_close(passive(model, loss_fn, inputs, targets, reduction).by_parameter(), fisher)
+    assert_all_close(online(model, loss_fn, inputs, targets, reduction).by_parameter(), fisher)
 
 
 def batch(kind: str, outputs: int, extra: tuple[int, ...] = ()) -> tuple[Any, Tensor]:
@@ -127,7 +127,7 @@ def test_any_conv2d_fisher(kernel, stride, padding, dilation, groups, bias, size
     inputs = torch.randn(3, 4, *size)
     targets = torch.randn_like(model(inputs))
     fisher = fisher_by_sample(model, nn.MSELoss(), inputs, targets, 3)
-    assert_all_close(passive(model, nn.MSELoss(), inputs, targets).by_parameter(), fisher)
+    assert_all_close(online(model, nn.MSELoss(), inputs, targets).by_parameter(), fisher)
     assert_all_close(per_layer_fisher_diagonal(model, nn.MSELoss(), inputs, targets).by_parameter(), fisher)
 
 
@@ -218,12 +218,12 @@ def test_ways_are_as_expected() -> None:
     inputs, targets = torch.randn(N, 4), torch.randint(3, (N,))
     tanh = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info
-    assert (info["0"].way, info["2"].way) == ("z-basis", "columns")
+    assert (info["0"].strategy, info["2"].strategy) == ("output-basis", "columns")
     images = torch.randn(N, 1, 6, 6)
     conv = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(50, 3))
     info = per_layer_hessian_diagonal(conv, F.cross_entropy, images, targets).info
-    assert (info["0"].way, info["3"].way) == ("parameter-basis", "columns")
+    assert (info["0"].strategy, info["3"].strategy) == ("parameter-basis", "columns")
     relu = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
     info = per_layer_hessian_diagonal(relu, F.cross_entropy, inputs, targets).info
-    assert {i.way for i in info.values()} == {"columns"}
+    assert {i.strategy for i in info.values()} == {"columns"}
     assert all(i.num_hvps > 0 for i in info.values())

@@ -76,7 +76,7 @@ def assert_same(before: Any, after: Any) -> None:
 
 ONE_SHOT: dict[str, Callable[..., Any]] = {
     "hessian": per_layer_hessian_diagonal,
-    "hutchinson": lambda *a, **k: per_layer_hessian_diagonal(*a, method="hutchinson", num_samples=2, **k),
+    "hutchinson": lambda *a, **k: per_layer_hessian_diagonal(*a, method="hutchinson", num_draws=2, **k),
     "create_graph": lambda *a, **k: per_layer_hessian_diagonal(*a, create_graph=True, **k),
     "fisher": per_layer_fisher_diagonal,
     "type-2": lambda *a, **k: per_layer_fisher_diagonal(*a, fisher_type="type-2", **k),

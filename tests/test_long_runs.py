@@ -13,22 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.accumulation import Accumulation
-from secorder.capture import Capture
+from secorder.online.fisher import Accumulation
+from secorder.online.hooks import Capture
 
 from .helpers import data, make, reference, step
 from .reference import assert_all_close
-
-# ---- loss scales and bad batches
-
-
-# ---- torch.compile
-
-
-# ---- durability
-
-
-# ---- soak
 
 
 class Throws(nn.Module):
@@ -72,8 +61,7 @@ MAX_GROWTH = 16_000_000
 def test_steps_of_everything_that_happens(steps: int) -> None:
     """Exceptions, evaluation, pauses, detaching, a second probe, inference in a thread, create_graph."""
     throws = Throws()
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), throws, nn.Linear(5, 3))
+    model = make(nn.Tanh(), throws)
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     batch = data()
     expected = reference(model, batch)
@@ -157,9 +145,6 @@ def test_create_graph_at_every_step_does_not_leak() -> None:
                 counts.append(tensors())
     assert counts[1] <= counts[0]
     assert probe.num_samples == 360
-
-
-# ---- faults
 
 
 @pytest.mark.parametrize(

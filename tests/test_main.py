@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 from secorder.__main__ import main
+
+from .helpers import ROOT
 
 FACTORY = """
 import torch
@@ -50,7 +53,8 @@ def factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_command_line(factory: str, tmp_path: Path) -> None:
     files = ["--json", "out.json", "--logdir", "runs", "--html", "table.html", "--svg", "table.svg"]
     command = [sys.executable, "-m", "secorder", "diagnose", factory, "--batch-size", "4", *files]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}  # of this checkout, from another folder
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "tr F" in done.stdout
     assert "10 samples" in done.stdout

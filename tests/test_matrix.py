@@ -1,9 +1,18 @@
-"""Every case × (Hessian, one-shot Fisher, passive Fisher): exact to 1e-9 of brute force, or a named error.
+"""Every case × (Hessian, one-shot Fisher, online Fisher): exact to 1e-9 of brute force, or a named error.
 
 ``python -m tests.test_matrix`` prints the counts.
 """
 
+import os
+import platform
+import re
+import subprocess
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,9 +23,11 @@ from secorder import CurvatureProbe, CurvatureWarning
 from secorder._torch.pytree import call_model, map_tensors
 
 from .cases import CASES, Case
+from .helpers import ROOT, seed
 from .reference import assert_all_close, fisher_by_sample, fisher_by_slices, hessian_by_element, relative_error
 
-MEASUREMENTS = ("hessian", "fisher", "passive")
+#: What is measured, and the brute force that it is held against.
+MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "online": "fisher"}
 
 
 def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
@@ -32,27 +43,57 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         return probe.fisher_diagonal().by_parameter()
 
 
-def expected(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
-    if what == "hessian":
-        return hessian_by_element(*batch)
-    if case.by_slices:
-        return fisher_by_slices(*batch, case.count)
-    return fisher_by_sample(*batch, case.count, dim=case.options.get("sample_dim", 0))
+def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """The case's batch, the same at every call, and the random state from which each way of measuring it starts."""
+    seed(0)
+    with default_dtype(torch.float64):
+        batch = case.make()
+    if dtype == torch.float32:
+        batch = to_float32(batch)
+    seed(1)
+    return batch
+
+
+def to_float32(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    model, loss_fn, inputs, targets = batch
+    if isinstance(loss_fn, nn.Module):
+        loss_fn.float()
+    return model.float(), loss_fn, *map_tensors(lambda t: t.float() if t.is_floating_point() else t, (inputs, targets))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@cache
+def brute_force(
+    case: Case, quantity: str, dtype: torch.dtype = torch.float64, autocast: bool = False
+) -> dict[str, Tensor]:
+    """The Hessian or the Fisher of a batch that is built here, so that the arguments say which numbers it is of."""
+    batch = build(case, dtype)
+    with default_dtype(dtype), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        if quantity == "hessian":
+            return hessian_by_element(*batch)
+        if case.by_slices:
+            return fisher_by_slices(*batch, case.count)
+        return fisher_by_sample(*batch, case.count, dim=case.options.get("sample_dim", 0))
 
 
 def check(what: str, case: Case, tolerance: float = 1e-9) -> str:
     """``"exact"`` or ``"refused"``; anything else is an assertion that fails."""
-    torch.manual_seed(0)
-    batch = case.make()
-    torch.manual_seed(1)
     if what in case.refused:
+        batch = build(case)
         with pytest.raises(case.refused[what]):
             measure(what, case, batch)
         return "refused"
-    torch.manual_seed(1)
-    reference = expected(what, case, batch)
-    torch.manual_seed(1)
-    assert_all_close(measure(what, case, batch), reference, tolerance)
+    reference = brute_force(case, MEASUREMENTS[what])
+    assert_all_close(measure(what, case, build(case)), reference, tolerance)
     return "exact"
 
 
@@ -64,51 +105,37 @@ def test_exact_or_refused(what: str, case: Case) -> None:
     check(what, case)
 
 
-def rounded_batch(case: Case) -> tuple[Any, ...]:
-    """A case whose parameters, buffers and data are float32 numbers held in float64."""
-    model, loss_fn, inputs, targets = case.make()
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.copy_(tensor.float())
-    return model, loss_fn, *map_tensors(lambda t: t.float().double() if t.is_floating_point() else t, (inputs, targets))
-
-
-def to_float32(batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    model, loss_fn, inputs, targets = batch
-    if isinstance(loss_fn, nn.Module):
-        loss_fn.float()
-    return model.float(), loss_fn, *map_tensors(lambda t: t.float() if t.is_floating_point() else t, (inputs, targets))
-
-
 #: Cases that cannot be turned into float32 after they were built, or whose numbers mean nothing in it (no variance).
 DOUBLE_ONLY = {"graph/loss_differentiates_the_model", "samples/all_alike"}
 SINGLE = [(what, case) for what, case in PAIRS if what not in case.refused and case.name not in DOUBLE_ONLY]
 
 
-def in_single(what: str, case: Case) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
-    """A case in float32, and brute force on the same numbers in float64."""
-    torch.manual_seed(0)
-    batch = rounded_batch(case)
-    torch.manual_seed(1)
-    reference = expected(what, case, batch)
-    torch.set_default_dtype(torch.float32)
-    batch = to_float32(batch)
-    torch.manual_seed(1)
-    return batch, reference
-
-
 @pytest.mark.parametrize(("what", "case"), SINGLE, ids=[f"{case.name}-{what}" for what, case in SINGLE])
 def test_float32(what: str, case: Case) -> None:
-    batch, reference = in_single(what, case)
-    found = measure(what, case, batch)
+    reference = brute_force(case, MEASUREMENTS[what])
+    with default_dtype(torch.float32):
+        found = measure(what, case, build(case, torch.float32))
     assert {d.dtype for d in found.values()} == {torch.float32}
     tolerance = 1e-4
     if case.ill_conditioned:  # brute force itself is no closer in float32
-        by_element = expected(what, case, batch)
+        by_element = brute_force(case, MEASUREMENTS[what], torch.float32)
         tolerance = max(relative_error(by_element[name], reference[name]) for name in found)
         assert tolerance > 1e-4
     assert_all_close(found, reference, tolerance)
+
+
+#: What torch's own nn.LSTM raises in bfloat16 on a processor without AVX-512.
+NO_BFLOAT16_LSTM = "could not create a primitive descriptor for the LSTM forward propagation primitive"
+
+
+def brute_force_or_skip(case: Case, quantity: str) -> dict[str, Tensor]:
+    """Brute force under autocast; where torch itself cannot run the model so on this machine, the test is skipped."""
+    try:
+        return brute_force(case, quantity, torch.float32, autocast=True)
+    except RuntimeError as error:
+        if NO_BFLOAT16_LSTM not in str(error):
+            raise
+        pytest.skip(f"torch's own nn.LSTM has no bfloat16 on this processor: {error}")
 
 
 FISHER = [(what, case) for what, case in SINGLE if what != "hessian"]
@@ -117,17 +144,51 @@ FISHER = [(what, case) for what, case in SINGLE if what != "hessian"]
 @pytest.mark.parametrize(("what", "case"), FISHER, ids=[f"{case.name}-{what}" for what, case in FISHER])
 def test_fisher_under_bfloat16_autocast(what: str, case: Case) -> None:
     """Within 2e-2 of brute force under the same autocast, or nearer to float64 than that brute force is."""
-    batch, exact = in_single(what, case)
-    with torch.autocast("cpu", torch.bfloat16):
-        reference = expected(what, case, batch)
-    torch.manual_seed(1)
-    with torch.autocast("cpu", torch.bfloat16):
+    exact = brute_force(case, MEASUREMENTS[what])
+    reference = brute_force_or_skip(case, MEASUREMENTS[what])
+    batch = build(case, torch.float32)
+    with default_dtype(torch.float32), torch.autocast("cpu", torch.bfloat16):
         found = measure(what, case, batch)
     assert found
     for name, diagonal in found.items():
         assert diagonal.dtype == torch.float32
         if relative_error(diagonal, reference[name]) > 2e-2:
             assert relative_error(diagonal, exact[name]) < relative_error(reference[name], exact[name])
+
+
+@pytest.mark.parametrize(
+    ("message", "outcome"),
+    [
+        (f"{NO_BFLOAT16_LSTM}. Run workload with environment variable ONEDNN_VERBOSE=all.", pytest.skip.Exception),
+        ("could not create a primitive descriptor for the convolution forward propagation primitive", RuntimeError),
+        ("mat1 and mat2 must have the same dtype, but got BFloat16 and Float", RuntimeError),
+    ],
+    ids=["lstm", "convolution", "dtypes"],
+)
+def test_only_torch_without_a_bfloat16_lstm_skips(
+    message: str, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(*args: Any) -> Any:
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(nn.LSTM, "forward", forward)
+    case = replace(next(case for case in CASES if case.name == "generic/lstm"))  # a copy, of which nothing is cached
+    with pytest.raises(outcome, match=re.escape(message)):
+        brute_force_or_skip(case, "fisher")
+    with pytest.raises(RuntimeError, match=re.escape(message)):  # of float64, where nothing is missing
+        brute_force(case, "fisher")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="oneDNN's instruction sets of x86 are chosen")
+def test_lstm_cases_skip_without_avx512() -> None:
+    """The real thing: oneDNN is told to use nothing above AVX2."""
+    command = [sys.executable, "-m", "pytest", "tests/test_matrix.py", "-k", "bfloat16_autocast and lstm", "-rs"]
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stdout
+    assert "10 skipped" in done.stdout, done.stdout
+    assert done.stdout.count(NO_BFLOAT16_LSTM) >= 1
 
 
 def test_there_are_enough_cases() -> None:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from secorder import RuleError
-from secorder.rules import RULES, Outer, linear
+from secorder.layers.per_sample import Outer
+from secorder.layers.rules import RULES
+from secorder.layers.rules.linear import linear
 from secorder.testing import check_rule
 
 MODULES: dict[type[nn.Module], Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {

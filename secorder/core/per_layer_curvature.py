@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..diagonals import Diagonals
-from ..fisher import FisherType
-from ..hessian import HessianMethod
-from ..layers import LayerTypes
+from ..layers.selection import LayerTypes
+from ..monitor.statistics import get_layer_curvature_stats
+from ..oneshot.fisher import FisherType
+from ..oneshot.hessian.policy import HessianMethod
 from ..probe import CurvatureProbe, NoLayerError
-from ..stats import get_layer_curvature_stats
+from ..results import Diagonals
 
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
 
@@ -25,9 +25,9 @@ def per_layer_hessian_diagonal(
     create_graph: bool = False,
     *,
     method: HessianMethod = "exact",
-    num_samples: int | None = None,
+    num_draws: int | None = None,
     rtol: float | None = None,
-    max_num_samples: int = 10_000,
+    max_draws: int = 10_000,
     max_hvps: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
@@ -44,9 +44,9 @@ def per_layer_hessian_diagonal(
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         method: ``"exact"``; ``"hutchinson"`` for an unbiased estimate; ``"auto"`` for exact where that is affordable.
-        num_samples: draws of an estimate.
+        num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.
-        max_num_samples: draws at most, with ``rtol``.
+        max_draws: draws at most, with ``rtol``.
         max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
         generator: random numbers of the draws and checks.
         chunk_size: Hessian-vector products batched at most.
@@ -79,9 +79,9 @@ def per_layer_hessian_diagonal(
             inputs,
             targets,
             method=method,
-            num_samples=num_samples,
+            num_draws=num_draws,
             rtol=rtol,
-            max_num_samples=max_num_samples,
+            max_draws=max_draws,
             max_hvps=max_hvps,
             generator=generator,
             create_graph=create_graph,
@@ -99,7 +99,7 @@ def per_layer_fisher_diagonal(
     create_graph: bool = False,
     *,
     fisher_type: FisherType = "empirical",
-    num_samples: int = 1,
+    num_draws: int = 1,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     sample_dim: int = 0,
@@ -114,7 +114,7 @@ def per_layer_fisher_diagonal(
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
-        num_samples: draws of ``"mc"``.
+        num_draws: draws of ``"mc"``.
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
         sample_dim: the dimension of the inputs that holds the samples.
@@ -146,7 +146,7 @@ def per_layer_fisher_diagonal(
             inputs,
             targets,
             fisher_type=fisher_type,
-            num_samples=num_samples,
+            num_draws=num_draws,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,

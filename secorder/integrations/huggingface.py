@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 from ..errors import InvalidArgumentError
-from ..layers import LayerTypes
+from ..layers.selection import LayerTypes
+from ..monitor.recorder import CurvatureRecorder
 from ..probe import CurvatureProbe
-from ..recorder import CurvatureRecorder
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments

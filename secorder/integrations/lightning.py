@@ -9,9 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
-from ..layers import LayerTypes
+from ..layers.selection import LayerTypes
+from ..monitor.recorder import CurvatureRecorder
 from ..probe import CurvatureProbe
-from ..recorder import CurvatureRecorder
 
 try:
     import lightning.pytorch as pl

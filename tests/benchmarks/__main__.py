@@ -78,7 +78,7 @@ def passive_fisher(results: Results, key: str, repeats: int) -> None:
         probes = [CurvatureProbe(probed), CurvatureProbe(tenth, every=10)]
         times = alternate(contestants, repeats)
         times["secorder, every=10"] /= 10
-        results.show(f"Passive Fisher per training step, {optimizer}", work.name, times, refused=refused)
+        results.show(f"Online Fisher per training step, {optimizer}", work.name, times, refused=refused)
         for probe in probes:
             probe.detach()
 
@@ -189,7 +189,7 @@ def stochastic_hessian(results: Results, key: str, repeats: int) -> None:
     def ours() -> Tensor:
         return flat(
             per_layer_hessian_diagonal(
-                work.model, work.loss_fn, work.inputs, work.targets, "all", method="hutchinson", num_samples=100
+                work.model, work.loss_fn, work.inputs, work.targets, "all", method="hutchinson", num_draws=100
             )
         )
 
@@ -249,12 +249,12 @@ def main() -> None:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--only", choices=("passive", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--only", choices=("online", "fisher", "exact", "stochastic"), action="append")
     parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--readme", type=Path, help="put the tables between the marks in this file")
     options = parser.parse_args()
-    only, repeats = options.only or ("passive", "fisher", "exact", "stochastic"), options.repeats
+    only, repeats = options.only or ("online", "fisher", "exact", "stochastic"), options.repeats
     warnings.filterwarnings("ignore")
     results = Results(Console(width=110))
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
@@ -264,7 +264,7 @@ def main() -> None:
     def chosen(*keys: str) -> list[str]:
         return [key for key in keys if not options.workloads or key in options.workloads]
 
-    if "passive" in only:
+    if "online" in only:
         for key in chosen("mlp-wide", "mlp-relu", "cnn", "resnet18"):
             passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
     if "fisher" in only:

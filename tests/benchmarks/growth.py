@@ -76,7 +76,7 @@ def stochastic_hessian(sizes: Sizes) -> Work:
     model, inputs, targets = built(sizes)
     generator = torch.Generator().manual_seed(0)
     return lambda: per_layer_hessian_diagonal(
-        model, F.cross_entropy, inputs, targets, method="hutchinson", num_samples=16, generator=generator
+        model, F.cross_entropy, inputs, targets, method="hutchinson", num_draws=16, generator=generator
     )
 
 
@@ -86,7 +86,7 @@ AXES = ("batch", "width", "depth", "positions", "classes")
 #: run through the layers after it, so that second order is quadratic in depth; a basis has width · positions vectors.
 #: The roots of N softmax Hessians hold N · C² numbers.
 WORKS: dict[str, tuple[Callable[[Sizes], Work], Sequence[int], Sequence[int], Sequence[int]]] = {
-    "passive Fisher": (passive_fisher, (64, 256, 4, 32, 32), (1, 2, 1, 1, 1), (1, 2, 1, 1, 1)),
+    "online Fisher": (passive_fisher, (64, 256, 4, 32, 32), (1, 2, 1, 1, 1), (1, 2, 1, 1, 1)),
     "type-2 Fisher": (type_2_fisher, (32, 128, 4, 16, 32), (1, 2, 1, 1, 1), (1, 2, 1, 1, 2)),
     "exact Hessian": (exact_hessian, (32, 32, 2, 8, 10), (1, 3, 2, 2, 1), (1, 2, 1, 1, 1)),
     "stochastic Hessian": (stochastic_hessian, (64, 128, 3, 32, 10), (1, 2, 2, 1, 1), (1, 2, 1, 1, 1)),

@@ -14,7 +14,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from secorder.tensorboard import CurvatureLog
+from secorder.monitor.tensorboard import CurvatureLog
 
 from .timing import exponent
 

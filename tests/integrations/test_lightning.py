@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from secorder import InvalidArgumentError
 
+from ..helpers import make
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -32,7 +33,7 @@ def test_lightning(tmp_path: Path, accumulate: int) -> None:
     class Model(pl.LightningModule):  # type: ignore[name-defined, misc]
         def __init__(self) -> None:
             super().__init__()
-            self.net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+            self.net = make()
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])

@@ -1,0 +1,157 @@
+"""One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
+
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.pytree import map_tensors
+from ..batch import batch_size, sample_dimension
+from ..errors import CouplingError, InvalidArgumentError, InvalidTypeError
+from ..layers.selection import LayerTypes
+from ..monitor.findings import Diagnosis, find
+from ..monitor.progress import progress_bar
+from ..monitor.statistics import layer_statistics
+from ..oneshot.hessian.policy import HessianMethod
+from ..oneshot.loss import losses
+from ..probe import CurvatureProbe
+from ..results import Diagonals, weighted_sum
+
+__all__ = ["diagnose"]
+
+
+def diagnose(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any = None,
+    layer_types: LayerTypes = None,
+    *,
+    layers: str | Iterable[str] | None = None,
+    method: HessianMethod = "auto",
+    num_draws: int | None = None,
+    reduction: Literal["mean", "sum"] | None = None,
+    sample_dim: int = 0,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Diagnosis:
+    """Measure Fisher and Hessian diagonals of a batch, or of a whole data set, and say what stands out.
+
+    Args:
+        model: any module; left as it was found.
+        loss_fn: ``loss_fn(model(inputs), targets)`` → scalar.
+        inputs: a batch; or, in place of the batch, a ``DataLoader`` (any iterable of ``(inputs, targets)`` that is not
+            itself a tensor, tuple, list or dict): the result is that of all its samples together.
+        targets: what ``loss_fn`` takes second; None with a ``DataLoader``.
+        layer_types: as for :class:`secorder.CurvatureProbe`.
+        layers: as for :class:`secorder.CurvatureProbe`.
+        method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
+        num_draws: draws of an estimate.
+        reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
+            on; by default it is found out from the loss of a batch and of its halves.
+        sample_dim: the dimension of the inputs that holds the samples.
+        generator: random numbers of draws and checks.
+        progress: show a progress bar over the batches.
+
+    Returns:
+        a :class:`Diagnosis`: ``print`` it, or look at its ``fisher``, ``hessian``, ``statistics`` and ``findings``.
+
+    Raises:
+        SecorderError: as the probe's measurements; coupled samples are no error here but a finding.
+
+    Example:
+        >>> import torch, secorder
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> inputs, labels = torch.randn(32, 4), torch.randint(3, (32,))
+        >>> diagnosis = secorder.diagnose(model, torch.nn.functional.cross_entropy, inputs, labels)
+        >>> sorted(diagnosis.statistics), diagnosis.num_samples
+        (['fisher', 'hessian'], 32)
+    """
+    batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
+    total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
+    options: dict[str, Any] = {"method": method, "num_draws": num_draws, "generator": generator}
+    fisher: Diagonals | None = None
+    hessian: Diagonals | None = None
+    coupled: CouplingError | None = None
+    seen, whole_loss, first = 0, 0.0, None
+    with ExitStack() as stack:
+        probe = stack.enter_context(CurvatureProbe(model, layer_types, layers=layers, sample_dim=sample_dim))
+        advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
+        for x, t in batches:
+            count = batch_size(x, t, sample_dim)
+            if first is None:
+                first = (x, t, count)
+            elif reduction is None:
+                reduction = _reduction(model, loss_fn, *first, sample_dim)
+                if reduction == "sum":  # the first batch was weighted as that of a mean
+                    assert hessian is not None
+                    hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
+            loss = losses(model, loss_fn, [(x, t)]).item()
+            if coupled is None:
+                try:
+                    part = probe.fisher_diagonal(loss_fn, x, t, generator=generator)
+                    fisher = weighted_sum(fisher, part, count)
+                except CouplingError as error:
+                    coupled = error
+            weight = 1.0 if reduction == "sum" else float(count)
+            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options), weight)
+            whole_loss += weight * loss
+            seen += count
+            advance(1)
+    if hessian is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    if reduction != "sum":
+        hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
+    fisher = None if fisher is None or coupled is not None else _scaled(fisher, 1 / seen)
+    statistics = {"hessian": layer_statistics(hessian)}
+    if fisher is not None:
+        statistics["fisher"] = layer_statistics(fisher)
+    samples = seen if reduction == "sum" else 1
+    findings = find(fisher, hessian, statistics, samples, coupled)
+    return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
+
+
+def _is_loader(inputs: Any) -> bool:
+    return not isinstance(inputs, (Tensor, tuple, list, dict)) and isinstance(inputs, Iterable)
+
+
+def _batches(loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    for batch in loader:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise InvalidTypeError(
+                f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
+            )
+        yield batch[0], batch[1]
+
+
+def _scaled(diagonals: Diagonals, factor: float) -> Diagonals:
+    result = weighted_sum(None, diagonals, factor)
+    result.info = diagonals.info
+    return result
+
+
+def _reduction(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, count: int, dim: int
+) -> Literal["mean", "sum"]:
+    """How a loss reduces samples, from its value on a batch and on the batch's two parts."""
+
+    def part(tree: Any, start: int, length: int) -> Any:
+        def cut(tensor: Tensor) -> Tensor:
+            at = sample_dimension(tensor, count, dim)
+            return tensor if at is None else tensor.narrow(at, start, length)
+
+        return map_tensors(cut, tree)
+
+    cut = count // 3
+    if cut:
+        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in ((0, cut), (cut, count - cut))]
+        whole, first, second = losses(model, loss_fn, [(inputs, targets), *parts])
+        if torch.allclose(whole, (cut * first + (count - cut) * second) / count, rtol=1e-3):
+            return "mean"
+        if torch.allclose(whole, first + second, rtol=1e-3):
+            return "sum"
+    raise InvalidArgumentError(
+        'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
+    )

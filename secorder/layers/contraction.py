@@ -1,0 +1,251 @@
+"""The contraction that every curvature is made of.
+
+For the per-sample gradients of two cotangents u and v::
+
+    contract(u, v) = Σ_n (J_nᵀ u_n) ⊙ (J_nᵀ v_n)
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks
+from .patches import Patches, whole_input
+from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge
+
+__all__ = [
+    "ACCELERATOR_CHUNK_ELEMENTS",
+    "CONVOLUTION_ELEMENTS",
+    "IN_PLACE_ELEMENTS",
+    "contract",
+    "contract_basis",
+    "contract_sum",
+]
+
+ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
+
+
+#: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
+IN_PLACE_ELEMENTS = 1 << 22
+
+
+#: Elements of per-sample gradients of one grouped convolution, likewise measured.
+CONVOLUTION_ELEMENTS = 1 << 18
+
+
+def contract(
+    u: PerSample,
+    v: PerSample | None = None,
+    *,
+    numel: int,
+    out: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """Σ_n u_n ⊙ v_n of two per-sample gradients, the one contraction of the library.
+
+    Args:
+        u: per-sample gradient J_nᵀ u_n, single or stacked over K cotangents, which are summed over as well.
+        v: the same for the other cotangent and the same input factor; None means ``u`` itself (squares).
+        numel: number of the parameter's elements.
+        out: where given, ``out ← beta · out + alpha · result`` in place; at once, unless it has more than
+            :data:`IN_PLACE_ELEMENTS`.
+        beta: factor of what ``out`` held.
+        alpha: factor of the result.
+
+    Returns:
+        1-D tensor of ``numel`` elements, in the order of the flattened parameter.
+    """
+    if isinstance(u, Tensor):
+        assert v is None or isinstance(v, Tensor)
+        return _add((u * (u if v is None else v)).reshape(-1, numel).sum(0), out, beta, alpha)
+    if isinstance(u, Rows):
+        assert v is None or isinstance(v, Rows)
+        return _contract_rows(u, v, numel, out, beta, alpha)
+    assert v is None or isinstance(v, Outer)
+    a, gu, gv = u.a, u.g, u.g if v is None else v.g
+    groups, positions = gu.shape[-3], gu.shape[-2]
+    if positions == 1:
+        # One position: the per-sample gradient is a rank-one product and its square factorises, so that
+        # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
+        pairs = (gu * gv).squeeze(-2)
+        if pairs.dim() == 4:
+            pairs = pairs.sum(0)
+        if a is None:
+            return _add(pairs.sum(0).reshape(numel), out, beta, alpha)
+        a = whole_input(a)
+        if groups == 1 and out is not None:
+            squares = a[:, 0, 0] * a[:, 0, 0]
+            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
+            return out
+        squares = (a * a).squeeze(2)
+        if out is None:
+            total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
+            return total if alpha == 1.0 else total * alpha
+        target = out.view(groups, -1, a.shape[-1])
+        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+        return out
+    pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
+    if out is not None and numel > IN_PLACE_ELEMENTS:
+        if beta != 1.0:
+            out.mul_(beta)
+        for gu_k, gv_k in pairs_of_k:
+            _accumulate_products(out, a, gu_k, gv_k if gv is not gu else None, alpha)
+        return out
+    total = gu.new_zeros(numel)
+    for gu_k, gv_k in pairs_of_k:
+        _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None)
+    return _add(total, out, beta, alpha)
+
+
+def _accumulate_products(
+    total: Tensor, a: Tensor | Patches | None, gu: Tensor, gv: Tensor | None, alpha: float = 1.0
+) -> None:
+    """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
+    budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    count, groups, positions, width = gu.shape
+    if a is None:
+        for n in chunks(count, max(1, budget // max(1, total.numel()))):
+            left = gu[n.start : n.stop].sum(2).flatten(1)
+            right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
+            total.add_((left * right).sum(0), alpha=alpha)
+        return
+    fan_in = a.shape[-1]
+    target = total.view(groups, width, fan_in)
+    # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
+    rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
+    if isinstance(a, Patches) and a.convolves_well(width):
+        for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
+            left = a.weight_gradients(slice(n.start, n.stop), gu)
+            right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
+            _add_products(target, left, right, alpha)
+            del left, right  # before the next are formed
+        return
+    for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
+        _add_matrix_products(target, a, gu, gv, rows, n, alpha)
+
+
+def _add_matrix_products(
+    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, rows: int, n: range, alpha: float
+) -> None:
+    """:func:`_accumulate_products` of some samples, by matrix products of so many rows of the parameter."""
+    # bmm on three dimensions: matmul on four copies what is not contiguous
+    inputs = a[n.start : n.stop].flatten(0, 1)
+    left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
+    right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
+    for r in chunks(target.shape[1], rows):
+        left = torch.bmm(left_t[:, r.start : r.stop], inputs)
+        right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
+        _add_products(target[:, r.start : r.stop], left, right, alpha)
+        del left, right  # before the next are formed
+
+
+def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+    """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
+    if len(left) == 1:
+        target[0].addcmul_(left[0], right[0], value=alpha)
+    else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
+        products = left * right if left.requires_grad else left.mul_(right)
+        target.add_(products.unflatten(0, (-1, len(target))).sum(0), alpha=alpha)
+
+
+def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """:func:`contract` of :class:`Rows`, on the rows of each sample that are not zero."""
+    count, width = len(u.ids), u.g.shape[-1]
+    offset = torch.arange(count, device=u.ids.device)[:, None] * u.rows
+    places, where = (u.ids + offset).unique(return_inverse=True)  # one for each sample and row
+
+    def compact(g: Tensor) -> Tensor:
+        flat = g.flatten(-3, -2)
+        return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where.flatten(), flat)
+
+    left = compact(u.g)
+    products = left * (left if v is None else compact(v.g))
+    if products.dim() == 3:
+        products = products.sum(0)
+    if out is None:
+        total = products.new_zeros(u.rows, width).index_add(0, places % u.rows, products)
+        return total.reshape(numel) * alpha
+    if beta != 1.0:
+        out.mul_(beta)
+    out.view(u.rows, width).index_add_(0, places % u.rows, products, alpha=alpha)
+    return out
+
+
+def contract_sum(
+    parts: Sequence[PerSample], *, numel: int, out: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Σ_n (Σ_i u_{i, n})²: :func:`contract` for a parameter that gets its gradient from several layers.
+
+    Args:
+        parts: each layer's per-sample gradients of the parameter.
+        numel: number of the parameter's elements.
+        out: as for :func:`contract`.
+        beta: as for :func:`contract`.
+        alpha: as for :func:`contract`.
+    """
+    if len(parts) == 1:
+        return contract(parts[0], numel=numel, out=out, beta=beta, alpha=alpha)
+    forms: dict[type, list[PerSample]] = {}
+    for part in parts:
+        forms.setdefault(type(part), []).append(part)
+    merged = {form: merge(same) for form, same in forms.items()}
+    if len(merged) == 1:
+        return contract(next(iter(merged.values())), numel=numel, out=out, beta=beta, alpha=alpha)
+    outer, rows = merged.get(Outer), merged.get(Rows)
+    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
+        total = torch.stack([dense(part, numel) for part in merged.values()]).sum(0)
+        return contract(total, numel=numel, out=out, beta=beta, alpha=alpha)
+    # An embedding and a head: (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B.
+    out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha)
+    contract(rows, numel=numel, out=out, alpha=alpha)
+    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
+    cross = torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g
+    out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
+    return out
+
+
+def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
+    """:func:`contract` of K stacked pairs where every v is a basis vector of the layer's output.
+
+    Where the parameter's factor of a basis vector is one element again, at (group, position p, row o), only that row
+    of the parameter is touched: ``Σ_n (Σ_q u[n, q, o] a[n, q]) ⊙ a[n, p]``, ``out`` times less work.
+
+    Args:
+        u: per-sample gradients of K cotangents.
+        v: the basis vectors' per-sample gradients; of the sample dimension only one row is needed for an Outer.
+        numel: number of the parameter's elements.
+    """
+    if not (isinstance(u, Outer) and isinstance(v, Outer)):
+        return contract(u, v, numel=numel)
+    count, (groups, positions, width) = u.g.shape[0], v.g.shape[-3:]
+    a = u.g.new_ones(()).expand(u.g.shape[1], groups, positions, 1) if u.a is None else whole_input(u.a)
+    factors = v.g[:, 0].reshape(count, -1)
+    if not bool(((factors != 0).sum(1) == 1).all()):
+        return contract(u, Outer(u.a, v.g.expand_as(u.g)), numel=numel)
+    index = factors.abs().argmax(1)
+    scale = factors.gather(1, index[:, None])  # (K, 1)
+    group, position, column = index // (positions * width), index // width % positions, index % width
+    if positions == 1:  # only the diagonal of each sample's block is asked for, and squares of the input
+        rows = u.g[torch.arange(count, device=index.device), :, group, 0, column] * scale
+        diagonal = a.new_zeros(groups * width, a.shape[0]).index_add(0, group * width + column, rows)
+        squares = (a * a).squeeze(2).transpose(0, 1)
+        return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
+    total = a.new_zeros(groups * width, a.shape[-1])
+    for chunk in torch.arange(count, device=index.device).split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+        g, p, o = group[chunk], position[chunk], column[chunk]
+        inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
+        weights = u.g[chunk, :, g, :, o]  # (k, N, P)
+        here = inputs.gather(2, p.view(-1, 1, 1, 1).expand(-1, inputs.shape[1], 1, inputs.shape[-1])).squeeze(2)
+        rows = ((weights.unsqueeze(2) @ inputs).squeeze(2) * here).sum(1) * scale[chunk]
+        total = total.index_add(0, g * width + o, rows)
+    return total.reshape(numel)
+
+
+def _add(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+    if out is None:
+        return total if alpha == 1.0 else total * alpha
+    if beta != 1.0:
+        out.mul_(beta)
+    return out.add_(total, alpha=alpha)

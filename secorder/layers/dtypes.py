@@ -1,0 +1,33 @@
+"""In which dtype curvature is computed, and what passes for rounding in it."""
+
+import torch
+from torch import Tensor
+
+from ..parallel.fsdp import local
+from .selection import Layer
+
+__all__ = ["cast", "compute_dtype", "rounding", "zeros"]
+
+
+def compute_dtype(layer: Layer) -> torch.dtype:
+    """The dtype a layer's curvature is accumulated in: float32 for half precision, else the parameters' own."""
+    dtype = torch.float32
+    for parameter in layer.parameters.values():
+        dtype = torch.promote_types(dtype, parameter.dtype)
+    return dtype
+
+
+def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype`` if it holds real numbers, as it is if it holds indices."""
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """What passes for rounding, relative to the largest entry: a thousand units in the last place, or 1/16."""
+    return min(1024 * torch.finfo(dtype).eps, 1 / 16)
+
+
+def zeros(layer: Layer) -> list[Tensor]:
+    """A zero diagonal, by parameter; of a sharded one this rank's part."""
+    parts = [local(p) for p in layer.parameters.values()]
+    return [part.new_zeros(part.numel(), dtype=compute_dtype(layer)) for part in parts]

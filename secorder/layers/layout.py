@@ -1,0 +1,65 @@
+"""Where the samples of a layer's input and output are."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["DIM_ZERO", "Layout", "candidate_layouts"]
+
+
+class Layout(NamedTuple):
+    """Where the samples of a layer's input and output are.
+
+    Attributes:
+        dim: the dimension that holds them.
+        rows: how many rows of that dimension belong to one sample (flattened tokens, dim 0 only).
+        sample_major: whether the rows of one sample follow each other (``n·T + t``) or are T apart (``t·N + n``).
+    """
+
+    dim: int = 0
+    rows: int = 1
+    sample_major: bool = True
+
+    def size(self, tensor: Tensor) -> int:
+        """The number of samples in a tensor of this layout."""
+        return tensor.shape[self.dim] // self.rows
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """The tensor as ``(N, ...)``, a view where it can be."""
+        if self.rows == 1:
+            return tensor.movedim(self.dim, 0)
+        if self.sample_major:
+            return tensor.reshape(-1, self.rows, *tensor.shape[1:])
+        return tensor.reshape(self.rows, -1, *tensor.shape[1:]).movedim(1, 0)
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """The inverse of :meth:`split`."""
+        if self.rows == 1:
+            return tensor.movedim(0, self.dim)
+        return (tensor if self.sample_major else tensor.movedim(0, 1)).flatten(0, 1)
+
+
+DIM_ZERO = Layout()
+
+
+def candidate_layouts(
+    inputs: tuple[Tensor, ...], output: Tensor, num_samples: int, *, any_leading_dim: bool
+) -> list[Layout]:
+    """Where the samples of a call may be, by shape alone, the usual place first; to be verified by the caller.
+
+    Args:
+        inputs: the tensors that the layer was called with.
+        output: what it returned.
+        num_samples: the number of samples.
+        any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
+    """
+    candidates = []
+    if output.dim():
+        rows, rest = divmod(output.shape[0], num_samples)
+        if rest == 0 and rows == 1:
+            candidates.append(DIM_ZERO)
+        elif rest == 0 and rows > 1:
+            candidates += [Layout(0, rows, True), Layout(0, rows, False)]
+    if any_leading_dim and output.dim() > 2 and output.shape[1] == num_samples:
+        candidates.append(Layout(1))
+    return [c for c in candidates if all(x.dim() > c.dim and x.shape[c.dim] == output.shape[c.dim] for x in inputs)]

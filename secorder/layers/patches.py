@@ -1,0 +1,98 @@
+"""Patches of images: what a convolution's output positions see of its input."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+__all__ = ["Patches", "whole_input", "windows"]
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of images, to be copied out a few samples at a time: the input factor of a convolution.
+
+    Attributes:
+        image: padded images, shape ``(N, channels, …)``.
+        kernel: size of a patch.
+        stride: steps between patches.
+        dilation: steps inside of a patch.
+        groups: groups of channels.
+        shape: that of the patches, ``(N, groups, positions, in)``.
+    """
+
+    image: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    shape: tuple[int, int, int, int]
+
+    def convolves_well(self, width: int) -> bool:
+        """Whether :meth:`weight_gradients` is faster than copies of the patches and a matrix product.
+
+        By shape alone, so that a run can be repeated bit for bit: on oneDNN, measured from 3 to 512 channels, where
+        there is enough to do at each sample for what a call and its reordering of memory cost.
+        """
+        image, (_, groups, positions, fan_in) = self.image, self.shape
+        if image.device.type != "cpu" or image.dtype is not torch.float32 or not torch.backends.mkldnn.enabled:
+            return False
+        return groups == 1 and image.shape[1] >= 16 and positions >= (64 if width * fan_in >= 1 << 17 else 256)
+
+    def weight_gradients(self, rows: slice, g: Tensor) -> Tensor:
+        """Per-sample gradients of some samples as one convolution with a group for each, no patches copied.
+
+        Args:
+            rows: the samples.
+            g: cotangent factor, shape ``(N, groups, positions, out)``.
+
+        Returns:
+            shape ``(n · groups, out, in)``.
+        """
+        image, spatial = self.image[rows], len(self.kernel)
+        factor = g[rows].transpose(2, 3)
+        count, groups, width, _ = factor.shape
+        sizes = [
+            (size - gap * (k - 1) - 1) // step + 1
+            for size, k, step, gap in zip(image.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
+        ]
+        backward = (conv1d_weight, conv2d_weight, conv3d_weight)[spatial - 1]
+        gradients: Tensor = backward(  # type: ignore[no-untyped-call]
+            image.reshape(1, -1, *image.shape[2:]),
+            (count * groups * width, image.shape[1] // groups, *self.kernel),
+            factor.reshape(1, -1, *sizes),
+            stride=self.stride,
+            dilation=self.dilation,
+            groups=count * groups,
+        )
+        return gradients.view(count * groups, width, -1)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The patches of some samples (a slice), copied out."""
+        spatial = len(self.kernel)
+        a = windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
+        patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
+        return patches
+
+
+def whole_input(a: "Tensor | Patches") -> Tensor:
+    return a[:] if isinstance(a, Patches) else a
+
+
+def windows(
+    a: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], positions: Sequence[int | None]
+) -> Tensor:
+    """Patches of an image (N, C, …) as ``(N, C · kernel, P)``.
+
+    The copy runs along rows of pixels, which makes it several times faster than ``F.unfold`` on the CPU.
+    """
+    spatial = len(kernel)
+    for dim, (size, step, gap) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
+        a = a.unfold(dim, gap * (size - 1) + 1, step)[..., ::gap]
+        wanted = positions[dim - 2]
+        if wanted is not None:
+            a = a.narrow(dim, 0, wanted)
+    order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
+    return a.permute(order).flatten(-spatial).flatten(1, -2)

@@ -1,0 +1,51 @@
+"""Convolutions and transposed convolutions, of any number of spatial dimensions."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..._torch.modules import convolution_padding
+from ..patches import Patches, windows
+from ..per_sample import Outer, PerSample
+from .linear import bias_gradient
+from .registry import expect_dims, rule_of
+
+__all__ = ["convolution", "transposed_convolution"]
+
+
+@rule_of(nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"))
+def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = W ⋆ a + b, any number of spatial dimensions and every setting of ``nn.ConvNd``."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    a = _padded(module, inputs[0])
+    groups, spatial = module.groups, len(module.kernel_size)
+    expect_dims(module, a, spatial + 2)
+    factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
+    fan_in = a.shape[1] // groups * math.prod(module.kernel_size)
+    shape = (len(a), groups, math.prod(g.shape[2:]), fan_in)
+    patches = Patches(a, module.kernel_size, module.stride, module.dilation, groups, shape)
+    return {"weight": Outer(patches, factor), "bias": bias_gradient(factor)}
+
+
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> Tensor:
+    sides = convolution_padding(module)
+    if not any(sides):
+        return a
+    return F.pad(a, sides, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+
+
+@rule_of(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, parameters=("weight", "bias"))
+def transposed_convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = Wᵀ-convolution of a: the adjoint of a convolution, so that a and g change places."""
+    assert isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    a, groups, spatial = inputs[0], module.groups, len(module.kernel_size)
+    expect_dims(module, a, spatial + 2)
+    # The convolution that this one is the adjoint of sees g, padded, at the positions of a; rows that
+    # ``output_padding`` added and that no position reaches are cut off.
+    padding = [int(pad) for pad in module.padding]
+    seen = F.pad(g, [side for pad in reversed(padding) for side in (pad, pad)])
+    seen = windows(seen, module.kernel_size, module.stride, module.dilation, a.shape[2:])
+    seen = seen.unflatten(1, (groups, -1))
+    products = a.flatten(2).unflatten(1, (groups, -1)) @ seen.transpose(2, 3)
+    return {"weight": products.reshape(-1, *module.weight.shape), "bias": g.flatten(2).sum(2)}

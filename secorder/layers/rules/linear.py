@@ -1,0 +1,31 @@
+"""Layers that multiply their input by a matrix."""
+
+from torch import Tensor, nn
+
+from ..per_sample import Outer, PerSample
+from .registry import rule_of
+
+__all__ = ["bias_gradient", "bilinear", "linear"]
+
+
+@rule_of(nn.Linear, parameters=("weight", "bias"), any_leading_dim=True)
+def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z = a Wᵀ + b, over any number of positions between the sample and the feature dimension."""
+    a = inputs[0]
+    samples, width = a.shape[0], a.shape[-1]
+    a = a.reshape(samples, 1, -1, width)
+    g = g.reshape(samples, 1, -1, g.shape[-1])
+    return {"weight": Outer(a, g), "bias": bias_gradient(g)}
+
+
+def bias_gradient(g: Tensor) -> Outer:
+    """The gradient of a bias that is added at every position: its input is one."""
+    return Outer(None, g)
+
+
+@rule_of(nn.Bilinear, parameters=("weight", "bias"), any_leading_dim=True)
+def bilinear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """z_k = x₁ᵀ W_k x₂ + b_k: a linear layer on the products of its two inputs."""
+    first, second = inputs
+    products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
+    return linear(module, (products,), g)

@@ -1,0 +1,109 @@
+"""The rules by layer type, and which one is exact for a module."""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor, nn
+
+from ..._torch.modules import computes_as
+from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
+from ..per_sample import Rule
+
+__all__ = ["RULES", "Entry", "expect_dims", "rule_for", "rule_of", "takes_any_leading_dim"]
+
+R = TypeVar("R", bound=Rule)
+
+
+class Entry(NamedTuple):
+    """A rule as it was entered for a layer type.
+
+    Attributes:
+        rule: the rule.
+        parameters: names of the parameters that it knows; None for all that a module of the type holds.
+        any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
+    """
+
+    rule: Rule
+    parameters: frozenset[str] | None
+    any_leading_dim: bool
+
+
+#: The rules by layer type; subclasses that do not override ``forward`` use their base's.
+RULES: dict[type[nn.Module], Entry] = {}
+
+
+def rule_of(
+    *layer_types: type[nn.Module], parameters: tuple[str, ...] | None = None, any_leading_dim: bool = False
+) -> Callable[[R], R]:
+    """Enter the decorated function as the rule of layer types.
+
+    Args:
+        layer_types: types of modules.
+        parameters: names of the parameters that the rule knows; a module that holds others has no rule. None for all.
+        any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
+
+    Raises:
+        InvalidTypeError: a target is not a module type.
+        InvalidArgumentError: a type has a rule already, or none is named.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.rules import rule_of
+        >>> class Scale(torch.nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.weight = torch.nn.Parameter(torch.ones(width))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> @rule_of(Scale)
+        ... def scale(module, inputs, g):
+        ...     return {"weight": inputs[0] * g}
+    """
+    if not layer_types:
+        raise InvalidArgumentError("rule_of needs the layer types that the rule is for: @rule_of(MyLayer).")
+    for kind in layer_types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise InvalidTypeError(f"rule_of takes subclasses of torch.nn.Module, got {kind!r}.")
+        if kind in RULES:
+            raise InvalidArgumentError(f"{kind.__name__} has a rule already ({RULES[kind].rule.__name__}).")
+
+    def enter(rule: R) -> R:
+        entry = Entry(rule, None if parameters is None else frozenset(parameters), any_leading_dim)
+        RULES.update(dict.fromkeys(layer_types, entry))
+        return rule
+
+    return enter
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule that is exact for this module, or None.
+
+    A rule speaks for the module only where the module still computes what its type does: ``forward`` is the type's
+    own, and its parameters are the type's own too (no parametrization, no weight kept under another name).
+    """
+    kind = next((kind for kind in type(module).__mro__ if kind in RULES), None)
+    if kind is None or not computes_as(module, kind):
+        return None
+    own = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
+    if hasattr(module, "parametrizations") or len(own) != sum(1 for _ in module.parameters()):
+        return None
+    entry = RULES[kind]
+    return entry.rule if entry.parameters is None or own <= entry.parameters else None
+
+
+def takes_any_leading_dim(rule: Rule) -> bool:
+    """Whether a rule's layers treat all leading dimensions alike."""
+    return any(entry.rule is rule and entry.any_leading_dim for entry in RULES.values())
+
+
+def expect_dims(module: nn.Module, a: Tensor, dims: int) -> None:
+    """Raise unless an input has so many dimensions: that of the batch and what the layer takes.
+
+    Raises:
+        AttributionError: it has not.
+    """
+    if a.dim() != dims:
+        raise AttributionError(
+            f"{type(module).__name__} was called without a batch dimension (input of {a.dim()} dimensions, "
+            f"expected {dims}): add one with unsqueeze(0)."
+        )

@@ -1,0 +1,211 @@
+"""Which layers of a model are looked at: selection by type and by name."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Literal
+
+from torch import nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
+from ..parallel.fsdp import fully_sharded, managed
+from .per_sample import Rule
+from .rules import rule_for
+
+__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "select_layers", "sharded_parameter"]
+
+DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
+
+
+#: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
+LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A selected module of the model, under its path, with the parameters its curvature is reported for.
+
+    Attributes:
+        name: the module's path in ``model.named_modules()`` (``""`` for the model itself).
+        module: the module.
+        parameters: its parameters by name relative to the module, in registration order (weight, then bias).
+        rule: the layer type's per-sample gradient rule; None where only the generic way is exact.
+        enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
+            directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    rule: Rule | None
+    enclosing: nn.Module
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether FSDP2 cuts the parameters over the ranks."""
+        return any(hasattr(p, "device_mesh") for p in self.parameters.values())
+
+    def parameter_name(self, local: str) -> str:
+        """The name of a parameter in ``model.named_parameters()``."""
+        return f"{self.name}.{local}" if self.name else local
+
+
+def select_layers(
+    model: nn.Module,
+    layer_types: LayerTypes = None,
+    layers: str | Iterable[str] | None = None,
+    *,
+    unchecked: bool = False,
+) -> list[Layer]:
+    """The layers of ``model`` that match, in ``model.named_modules()`` order.
+
+    Args:
+        model: any module.
+        layer_types: module types, subclasses included; None means ``(nn.Linear, nn.Conv2d)``, or any type where
+            ``layers`` names modules; ``"all"`` means every module that owns parameters directly.
+        layers: exact module names or shell-style patterns (``"encoder.*"``).
+        unchecked: admit layers whose curvature is not defined (special embeddings, complex parameters), where only
+            dependence is asked for.
+
+    Raises:
+        InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
+        InvalidArgumentError: a name or pattern matches no module, or a layer is lazy and not yet initialised.
+        AttributionError: a layer's gradients are not those of a fixed dense parameter (embeddings with
+            ``sparse``, ``max_norm`` or ``scale_grad_by_freq``).
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, nn.DataParallel) or any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        raise InvalidTypeError(
+            "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
+            "(model.module) on one device, or use DistributedDataParallel."
+        )
+    chosen = _choose(model, layer_types, layers)
+    owners: dict[int, int] = {}
+    for _, parameters in chosen.values():
+        for parameter in parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    readers = _read_elsewhere(model)
+    selected = []
+    for name, (module, parameters) in chosen.items():
+        lazy = [
+            p
+            for p in (*parameters.values(), *module.buffers())
+            if isinstance(p, (UninitializedParameter, UninitializedBuffer))
+        ]
+        if lazy:
+            raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
+        option = _special_option(module)
+        if option and not unchecked:
+            raise AttributionError(
+                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
+                "table: build it without, or leave the layer out with layers=."
+            )
+        complex_names = [local for local, p in parameters.items() if p.is_complex()]
+        if complex_names and not unchecked:
+            raise InvalidArgumentError(
+                f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
+                "leave it out with layers=."
+            )
+        if any(hasattr(p, "device_mesh") for p in parameters.values()) and not unchecked:
+            _require_fully_sharded(model, name, module, parameters)
+        # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
+        shared = any(owners[id(p)] > 1 for p in parameters.values())
+        enclosing = readers.get(module, module)
+        rule = rule_for(module) if enclosing is module and not shared else None
+        selected.append(Layer(name, module, parameters, rule, enclosing))
+    return selected
+
+
+def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:
+    """A parameter that FSDP2 cuts over the ranks, if one of the layers has any: it tells which ranks these are."""
+    return next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
+
+
+def _read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules whose parameters another module reads without calling them, by module."""
+    return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+
+
+def _special_option(module: nn.Module) -> str | None:
+    """An option with which an embedding's gradient is not that of a fixed dense table."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
+    return None
+
+
+def _require_fully_sharded(model: nn.Module, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
+    if not managed(model) or not all(fully_sharded(p) for p in parameters.values()):
+        raise InvalidArgumentError(
+            f"layer {name!r} has parameters that are cut by tensor parallelism, which is not supported yet: leave the "
+            "layer out with layers=, or train under fully_shard or DistributedDataParallel alone."
+        )
+    if rule_for(module) is None or not all(p.requires_grad for p in parameters.values()):
+        raise InvalidArgumentError(
+            f"layer {name!r} is sharded (fully_shard) and frozen, or of a type without a rule "
+            f"({type(module).__name__}), so that its module would have to run again, which sharded ones cannot: leave "
+            "it out with layers=, or enter a rule for its type."
+        )
+
+
+def _choose(
+    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None
+) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
+    """The matching modules with the parameters each one answers for."""
+    named = dict(model.named_modules())
+    patterns = _patterns(named, layers)
+    types = _types(layer_types, default=DEFAULT_LAYER_TYPES if patterns is None else "all")
+    chosen = {}
+    for name, module in named.items():
+        if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
+            continue
+        if types == "all" and name not in (patterns or ()):
+            # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
+            if "parametrizations" in name.split("."):
+                continue
+            parameters = {
+                local: p for local, p in module.named_parameters() if "." not in local or _is_parametrization(local)
+            }
+        elif types == "all" or isinstance(module, types):
+            # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
+            parameters = dict(module.named_parameters(recurse=rule_for(module) is None))
+        else:
+            continue
+        if parameters:
+            chosen[name] = (module, parameters)
+    return chosen
+
+
+def _is_parametrization(local: str) -> bool:
+    return local.startswith("parametrizations.")
+
+
+def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
+    if layers is None:
+        return None
+    patterns = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
+        if not any(fnmatchcase(name, pattern) for name in named):
+            known = ", ".join(repr(name) for name in list(named)[:8])
+            raise InvalidArgumentError(f"no module is named or matches {pattern!r}; the model has {known}, ….")
+    return patterns
+
+
+def _types(
+    layer_types: LayerTypes, default: tuple[type[nn.Module], ...] | Literal["all"]
+) -> tuple[type[nn.Module], ...] | Literal["all"]:
+    if layer_types is None:
+        return default
+    if isinstance(layer_types, str):
+        if layer_types != "all":
+            raise InvalidArgumentError(f'layer_types must be module types or "all", got {layer_types!r}.')
+        return "all"
+    types = (layer_types,) if isinstance(layer_types, type) else tuple(layer_types)
+    for kind in types:
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {kind!r}.")
+    return types

@@ -1,0 +1,56 @@
+"""What the structure of a model tells for certain: independent samples, piecewise linear tails."""
+
+from torch import nn
+
+from .._torch.modules import forward_hooks
+from .._torch.own_hooks import OwnHook
+
+__all__ = ["independent_by_structure", "linear_by_structure"]
+
+_ROWWISE: tuple[type[nn.Module], ...] = (
+    nn.Sequential, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
+    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.LogSigmoid, nn.Softsign,
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+
+
+def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
+    """Whether samples are in dim 0 and the model is a chain of torch's own layers that all treat its rows alone."""
+
+    def rowwise(module: nn.Module) -> bool:
+        if "forward" in module.__dict__ or not all(isinstance(hook, OwnHook) for hook in forward_hooks(module)):
+            return False
+        if type(module) is nn.Flatten:
+            return module.start_dim >= 1
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            return not module.training and getattr(module, "running_mean", None) is not None
+        return type(module) in _ROWWISE
+
+    return sample_dim == 0 and all(rowwise(module) for module in model.modules())
+
+
+_PIECEWISE_LINEAR: tuple[type[nn.Module], ...] = (
+    nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+
+
+def linear_by_structure(model: nn.Module, module: nn.Module) -> bool:
+    """Whether, in a model that :func:`independent_by_structure` knows, all after a module is piecewise linear."""
+    chain = _chain(model)
+    places = [index for index, m in enumerate(chain) if m is module]
+    return len(places) == 1 and all(type(m) in _PIECEWISE_LINEAR for m in chain[places[0] + 1 :])
+
+
+def _chain(model: nn.Module) -> list[nn.Module]:
+    """The modules of nested ``nn.Sequential`` in the order in which they run."""
+    if type(model) is nn.Sequential:
+        return [m for child in model for m in _chain(child)]
+    return [model]

@@ -1,0 +1,170 @@
+"""What stands out in the curvature of a model, in words."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.text import Text
+
+from ..errors import CouplingError
+from ..results import Diagonals
+from .table import Report, report
+
+__all__ = ["THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find"]
+
+FindingKind = Literal["non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled"]
+
+
+#: From where on something is found. Shares lie between 0 and 1; ``disagreement`` is a ratio of traces.
+THRESHOLDS: dict[FindingKind, float] = {
+    "non-finite": 0.0,
+    "dead": 0.5,
+    "dominant": 0.9,
+    "saddle": 0.25,
+    "disagreement": 3.0,
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that deserves a look.
+
+    Attributes:
+        kind: what: ``"non-finite"`` entries, ``"unreached"`` parameters, a ``"dead"`` or ``"dominant"`` layer,
+            ``"saddle"`` directions, ``"disagreement"`` of Fisher and Hessian, ``"coupled"`` samples.
+        layer: where (``""`` for the whole model).
+        value: the number that was found.
+        threshold: from where on it is told.
+        text: what it means and what can be done.
+    """
+
+    kind: FindingKind
+    layer: str
+    value: float
+    threshold: float
+    text: str
+
+    def __str__(self) -> str:
+        where = f"{self.layer}: " if self.layer else ""
+        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}; told from {self.threshold:.3g} on)"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`diagnose` found.
+
+    Attributes:
+        fisher: the empirical Fisher diagonal per layer; None where samples are coupled, so that there is none.
+        hessian: the Hessian diagonal per layer.
+        statistics: ``"fisher"`` and ``"hessian"`` → layer name → statistics
+            (:func:`secorder.monitor.statistics.layer_statistics`).
+        findings: what deserves a look.
+        num_samples: how many samples were measured.
+        loss: the loss on them.
+    """
+
+    fisher: Diagonals | None
+    hessian: Diagonals
+    statistics: dict[str, dict[str, dict[str, float]]]
+    findings: list[Finding]
+    num_samples: int
+    loss: float
+
+    def report(self, **options: Any) -> Report:
+        """The table of layers; ``options`` as for :func:`secorder.report`."""
+        title = f"{self.num_samples:,} samples, loss {self.loss:.4g}"
+        return report(self.fisher, self.hessian, **{"title": title, **options})
+
+    def __str__(self) -> str:
+        found = [str(finding) for finding in self.findings] or ["Nothing stands out."]
+        return "\n".join([str(self.report()), *found])
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        found = [Text(f"• {finding}") for finding in self.findings] or [Text("Nothing stands out.")]
+        yield Group(self.report(), *found)
+
+    def to_json(self, **options: Any) -> str:
+        """Statistics, findings, sizes and ways as JSON; ``options`` as for ``json.dumps``."""
+        ways = {
+            name: {"strategy": info.strategy, "num_hvps": info.num_hvps} for name, info in self.hessian.info.items()
+        }
+        return json.dumps(
+            {
+                "num_samples": self.num_samples,
+                "loss": self.loss,
+                "statistics": self.statistics,
+                "hessian_strategies": ways,
+                "findings": [asdict(finding) for finding in self.findings],
+            },
+            **options,
+        )
+
+
+def find(
+    fisher: Diagonals | None,
+    hessian: Diagonals,
+    statistics: dict[str, dict[str, dict[str, float]]],
+    samples: int,
+    coupled: CouplingError | None,
+) -> list[Finding]:
+    curved, gathered = statistics["hessian"], statistics.get("fisher", {})
+    traces = {name: row["trace"] for name, row in (gathered or curved).items()}
+    whole = sum(traces.values()) if len(traces) > 2 else 0.0
+    found = [] if coupled is None else [_finding("coupled", "", 1.0, f"there is no Fisher: {coupled}")]
+    for name, row in curved.items():
+        own = gathered.get(name)
+        share = traces.get(name, 0.0) / whole if whole > 0 else 0.0
+        unused = hessian.info[name].strategy == "unused"
+        found += _findings_of_layer(name, row, own, unused, hessian[name].numel(), share, samples)
+    order = list(THRESHOLDS)
+    return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))
+
+
+def _finding(kind: FindingKind, layer: str, value: float, text: str) -> Finding:
+    return Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), text)
+
+
+def _findings_of_layer(
+    name: str,
+    row: dict[str, float],
+    own: dict[str, float] | None,
+    unused: bool,
+    numel: int,
+    share: float,
+    samples: int,
+) -> Iterator[Finding]:
+    """What stands out in a layer, by the statistics of its Hessian and, if there is one, its own of the Fisher."""
+    bad = max(row["nonfinite"], own["nonfinite"] if own else 0.0)
+    if bad > THRESHOLDS["non-finite"]:
+        text = "entries are nan or infinite: lower the learning rate, or clip gradients."
+        yield _finding("non-finite", name, bad, text)
+        return
+    if unused or (own is not None and own["zero"] == 1.0 and row["zero"] == 1.0):
+        text = "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead."
+        yield _finding("unreached", name, float(numel), text)
+        return
+    if own is not None and own["zero"] >= THRESHOLDS["dead"]:
+        text = (
+            "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
+            "they can be pruned at no cost."
+        )
+        yield _finding("dead", name, own["zero"], text)
+    if share >= THRESHOLDS["dominant"]:
+        text = (
+            "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or normalise "
+            "its input."
+        )
+        yield _finding("dominant", name, share, text)
+    if row["negative"] >= THRESHOLDS["saddle"]:
+        text = "share of negative entries in the Hessian: the loss curves down along them, far from a minimum."
+        yield _finding("saddle", name, row["negative"], text)
+    if own is not None and own["trace"] > 0:
+        ratio = abs(row["trace"]) / samples / own["trace"]
+        if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
+            text = (
+                "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the curvature "
+                "here; use the Hessian, or fisher_type='type-2'."
+            )
+            yield _finding("disagreement", name, ratio, text)

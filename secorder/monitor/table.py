@@ -1,0 +1,260 @@
+"""Curvature in the terminal: a table of layers that fits the terminal, and its HTML and SVG."""
+
+import io
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Literal
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from ..errors import InvalidArgumentError
+from ..results import Diagonals
+from .statistics import LayerSummary, summarize
+
+__all__ = ["Report", "SortKey", "report"]
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+_SPARK_BINS = 12
+
+
+SortKey = Literal["name", "parameters", "trace", "mean", "std", "max", "negative"]
+
+
+_SORT_KEYS = ("name", "parameters", "trace", "mean", "std", "max", "negative")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One layer: what it is, and for each curvature its summary."""
+
+    name: str
+    kind: str
+    shape: str
+    parameters: int
+    summaries: dict[str, LayerSummary]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column: what it shows, and how soon it gives way in a narrow terminal (0 never)."""
+
+    title: str
+    text: Callable[[_Row], str]
+    gives_way: int
+    right: bool = True
+
+
+def report(
+    fisher: Mapping[str, Tensor] | None = None,
+    hessian: Mapping[str, Tensor] | None = None,
+    *,
+    sort_by: SortKey | None = None,
+    group_by: Literal["type"] | Callable[[str], str] | None = None,
+    title: str | None = None,
+) -> "Report":
+    """A table of layers: name, type, shape, parameters, and of each curvature trace, mean, std, max, histogram.
+
+    Args:
+        fisher: layer name → Fisher diagonal.
+        hessian: layer name → Hessian diagonal; adds the share of negative entries.
+        sort_by: ``"name"``, ``"parameters"``, or a statistic of the Fisher (of the Hessian where there is no Fisher),
+            largest first; by default the order of the diagonals, which is the model's.
+        group_by: ``"type"``, or a function of the layer's name that tells its group.
+        title: shown above the table.
+
+    Returns:
+        what ``rich.print`` shows as a table and ``print`` as plain text; see :class:`Report`.
+
+    Raises:
+        InvalidArgumentError: neither curvature is given, or ``sort_by`` is unknown.
+
+    Example:
+        >>> import torch, secorder
+        >>> print(secorder.report({"fc1": torch.rand(20), "fc2": torch.rand(5)}, sort_by="trace"))  # doctest: +SKIP
+    """
+    given = {"Fisher": fisher, "Hessian": hessian}
+    diagonals = {kind: d for kind, d in given.items() if d is not None}
+    if not diagonals:
+        raise InvalidArgumentError("a report needs a Fisher or a Hessian diagonal: report(probe.fisher_diagonal()).")
+    return Report(_rows(diagonals), list(diagonals), sort_by=sort_by, group_by=group_by, title=title)
+
+
+def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
+    names = list(dict.fromkeys(name for d in diagonals.values() for name in d))
+    summaries = {kind: summarize(d) for kind, d in diagonals.items()}
+    known = [d for d in diagonals.values() if isinstance(d, Diagonals)]
+    types = {name: kind for d in known for name, kind in d.layer_types.items()}
+    shapes = {name: shape for d in known for name, shape in d.parameter_shapes().items()}
+    rows = []
+    for name in names:
+        shape = next(("×".join(map(str, s)) for s in shapes.get(name, {}).values()), "")
+        size = next(d[name].numel() for d in diagonals.values() if name in d)
+        here = {kind: rows_[name] for kind, rows_ in summaries.items() if name in rows_}
+        rows.append(_Row(name, types.get(name, ""), shape, size, here))
+    return rows
+
+
+class Report:
+    """A table of layers for people: ``rich.print(report)``, ``print(report)``, or a file.
+
+    It shows as many columns as the terminal is wide; ``print`` and pipes get plain text.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[_Row],
+        kinds: Sequence[str],
+        *,
+        sort_by: SortKey | None = None,
+        group_by: Literal["type"] | Callable[[str], str] | None = None,
+        title: str | None = None,
+    ) -> None:
+        if sort_by is not None and sort_by not in _SORT_KEYS:
+            raise InvalidArgumentError(f"sort_by must be one of {', '.join(_SORT_KEYS)}, got {sort_by!r}.")
+        self._kinds = list(kinds)
+        self._title = title
+        rows = list(rows)
+        if sort_by is not None:
+            rows.sort(key=lambda row: self._sort_value(row, sort_by))
+        self._groups: dict[str | None, list[_Row]] = {}
+        for row in rows:
+            group = None if group_by is None else row.kind if group_by == "type" else group_by(row.name)
+            self._groups.setdefault(group, []).append(row)
+
+    def _sort_value(self, row: _Row, key: str) -> tuple[bool, float, str]:
+        if key == "name":
+            return (False, 0.0, row.name)
+        statistics = row.summaries[self._kinds[0]].statistics if self._kinds[0] in row.summaries else {}
+        value = float(row.parameters) if key == "parameters" else statistics.get(key, math.nan)
+        return (math.isnan(value), -value, row.name)
+
+    # ---- what is shown
+
+    def _columns(self) -> list[_Column]:
+        columns = [
+            _Column("layer", lambda row: row.name or "model", 0, right=False),
+            _Column("type", lambda row: row.kind, 6, right=False),
+            _Column("shape", lambda row: row.shape, 5),
+            _Column("params", lambda row: f"{row.parameters:,}", 3),
+        ]
+        rows = [row for group in self._groups.values() for row in group]
+        for kind in self._kinds:
+            short = kind[0]
+            traces = [abs(r.summaries[kind].statistics["trace"]) for r in rows if kind in r.summaries]
+            whole = sum(t for t in traces if math.isfinite(t)) or 1.0
+            columns += [
+                _Column(f"tr {short}", _statistic(kind, "trace", "{:.3g}"), 0),
+                _Column("share", _share(kind, whole), 2),
+                _Column(f"mean {short}", _statistic(kind, "mean", "{:.2e}"), 1),
+                _Column(f"std {short}", _statistic(kind, "std", "{:.2e}"), 7),
+                _Column(f"max {short}", _statistic(kind, "max", "{:.2e}"), 4),
+            ]
+            if kind == "Hessian":
+                columns.append(_Column("H < 0", _statistic(kind, "negative", "{:.0%}"), 1))
+            columns.append(_Column(*_histogram(kind, rows), 3, right=False))
+        if not any(row.kind for row in rows):
+            columns = [c for c in columns if c.title not in ("type", "shape")]
+        return columns
+
+    def _table(self, columns: Sequence[_Column]) -> Table:
+        table = Table(title=self._title, title_justify="left")
+        for column in columns:
+            table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+        for group, rows in self._groups.items():
+            if group is not None:
+                total = sum(row.parameters for row in rows)
+                counts = {"layer": group, "params": f"{total:,}"}
+                table.add_row(*(Text(counts.get(c.title, ""), "bold") for c in columns))
+            for row in rows:
+                cells = [Text(column.text(row)) for column in columns]
+                if group is not None:
+                    cells[0].pad_left(2)
+                table.add_row(*cells)
+            if group is not None:
+                table.add_section()
+        return table
+
+    def _fitting(self, console: Console, width: int) -> Table:
+        """The table with as many columns as fit; those that give way first are left out first."""
+        columns = self._columns()
+        table = self._table(columns)
+        for level in sorted({c.gives_way for c in columns}, reverse=True):
+            if level == 0 or Measurement.get(console, console.options.update(width=10_000), table).maximum <= width:
+                break
+            columns = [c for c in columns if c.gives_way < level]
+            table = self._table(columns)
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._fitting(console, options.max_width)
+
+    def __str__(self) -> str:
+        width = max(60, shutil.get_terminal_size((120, 24)).columns)
+        console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False)
+        with console.capture() as captured:
+            console.print(self)
+        return captured.get().rstrip("\n")
+
+    # ---- files
+
+    def save_html(self, path: str | PathLike[str], *, width: int = 140) -> None:
+        """Write the table as a page of HTML."""
+        self._recorded(width).save_html(str(path))
+
+    def save_svg(self, path: str | PathLike[str], *, width: int = 140) -> None:
+        """Write the table as a picture."""
+        self._recorded(width).save_svg(str(path), title=self._title or "secorder")
+
+    def _recorded(self, width: int) -> Console:
+        console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+        table = self._fitting(console, width)
+        console.width = min(width, Measurement.get(console, console.options, table).maximum)
+        console.print(table)
+        return console
+
+
+def _statistic(kind: str, key: str, form: str) -> Callable[[_Row], str]:
+    def text(row: _Row) -> str:
+        return form.format(row.summaries[kind].statistics[key]) if kind in row.summaries else ""
+
+    return text
+
+
+def _share(kind: str, whole: float) -> Callable[[_Row], str]:
+    def text(row: _Row) -> str:
+        return f"{row.summaries[kind].statistics['trace'] / whole:.0%}" if kind in row.summaries else ""
+
+    return text
+
+
+def _histogram(kind: str, rows: Sequence[_Row]) -> tuple[str, Callable[[_Row], str]]:
+    """A column of small histograms of ``log10 |entry|`` on a scale that all layers share, told in its title."""
+    summaries = [row.summaries[kind] for row in rows if kind in row.summaries]
+    known = [s for s in summaries if not math.isnan(s.low)]
+    low, high = min((s.low for s in known), default=0.0), max((s.high for s in known), default=1.0)
+    # The long tail of nearly zero entries would squeeze the rest.
+    low = math.floor(max(low, high - _SPARK_BINS))
+    high = max(math.ceil(high), low + 1)
+
+    def text(row: _Row) -> str:
+        summary = row.summaries.get(kind)
+        if summary is None or math.isnan(summary.low):
+            return ""
+        bins = [0.0] * _SPARK_BINS
+        step = (summary.high - summary.low) / len(summary.counts)
+        for index, count in enumerate(summary.counts):
+            at = (summary.low + step * (index + 0.5) - low) / (high - low) * _SPARK_BINS
+            bins[min(max(int(at), 0), _SPARK_BINS - 1)] += count
+        most = max(bins)
+        return "".join(_BLOCKS[math.ceil(b / most * (len(_BLOCKS) - 1))] for b in bins)
+
+    return f"1e{low:d} … 1e{high:d}", text

@@ -1,0 +1,85 @@
+"""How exact a measurement is to be, and what it may cost."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from ...errors import InvalidArgumentError
+
+__all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "HessianMethod", "Policy"]
+
+HessianMethod = Literal["auto", "exact", "hutchinson"]
+
+
+#: Where ``method="auto"`` goes over from exact to estimated: Hessian-vector products of one layer.
+MAX_HVPS = 10_000
+
+
+#: And such products times the numbers that one of them passes through (activations and outputs): some ten seconds.
+MAX_WORK = 1_000_000_000
+
+
+#: The relative error that ``method="auto"`` asks of its estimates.
+AUTO_RTOL = 0.05
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How exact a measurement is to be, and what it may cost.
+
+    Attributes:
+        method: ``"exact"``, ``"hutchinson"``, or ``"auto"``: exact where a layer takes at most ``max_hvps``.
+        num_draws: draws of an estimate; the least number where ``rtol`` is given.
+        rtol: draw until a layer's relative error ``‖standard error‖ / ‖diagonal‖`` is at most this.
+        max_draws: draws at most.
+        max_hvps: Hessian-vector products that an exact way may take for one layer.
+        max_work: such products times the numbers that each passes through.
+    """
+
+    method: HessianMethod
+    num_draws: int
+    rtol: float | None
+    max_draws: int
+    max_hvps: int | None
+    max_work: float = math.inf
+
+    @classmethod
+    def checked(
+        cls,
+        method: HessianMethod,
+        num_draws: int | None,
+        rtol: float | None,
+        max_draws: int,
+        max_hvps: int | None,
+    ) -> "Policy":
+        """The policy of arguments as users pass them.
+
+        Raises:
+            InvalidArgumentError: one is out of its range, or they contradict each other.
+        """
+        if method not in ("auto", "exact", "hutchinson"):
+            raise InvalidArgumentError(f'method must be "auto", "exact" or "hutchinson", got {method!r}.')
+        if num_draws is not None and num_draws < 1:
+            raise InvalidArgumentError(f"num_draws must be at least 1, got {num_draws}.")
+        if rtol is not None and not rtol > 0:
+            raise InvalidArgumentError(f"rtol must be positive, got {rtol!r}.")
+        if max_hvps is not None and (method != "auto" or max_hvps < 0):
+            raise InvalidArgumentError(
+                f'max_hvps={max_hvps!r} must be at least 0, and goes with method="auto", which estimates the layers '
+                "that would take more."
+            )
+        max_work = math.inf
+        if method == "auto" and max_hvps is None:
+            max_hvps, max_work = MAX_HVPS, MAX_WORK
+        if method == "auto":
+            rtol = AUTO_RTOL if rtol is None and num_draws is None else rtol
+        draws = num_draws or (16 if rtol is not None else 100)
+        if max_draws < draws:
+            raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {max_draws}.")
+        return cls(method, draws, rtol, max_draws, max_hvps, max_work)
+
+    def affords(self, num_hvps: int, elements: int) -> bool:
+        """Whether an exact way may be taken: so many products, each through so many numbers."""
+        if self.method == "exact":
+            return True
+        return self.max_hvps is not None and num_hvps <= self.max_hvps and num_hvps * elements <= self.max_work

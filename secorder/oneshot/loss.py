@@ -1,0 +1,85 @@
+"""The loss, checked: is it a finite scalar, does it depend on the model?"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.pytree import tensors_in
+from .._torch.vjp import gradients
+from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from ..layers.selection import select_layers
+from .isolation import IsolatedModel, isolate
+
+__all__ = ["check_loss", "losses", "require_dependence"]
+
+
+def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
+    """The loss, if curvature can be measured on it.
+
+    Raises:
+        InvalidTypeError: it is not a tensor.
+        InvalidArgumentError: it is not a scalar.
+        NonFiniteError: it is nan or infinite; names the layer whose output was the first to be so.
+    """
+    if not isinstance(loss, Tensor):
+        raise InvalidTypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}.")
+    if loss.numel() != 1:
+        raise InvalidArgumentError(
+            f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
+        )
+    if not bool(torch.isfinite(loss.detach())):
+        where = _first_non_finite(isolated, inputs)
+        raise NonFiniteError(f"the loss is {loss.item()}{where}: there is no curvature to measure here.")
+    return loss.reshape(())
+
+
+def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -> Tensor:
+    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``."""
+    with isolate(model, loss_fn, []) as isolated, torch.no_grad():
+        return torch.stack([check_loss(loss_fn(isolated.forward(x), t), isolated, x) for x, t in batches])
+
+
+def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
+    """Where a non-finite value began, in words (one more forward, without gradients)."""
+    if not all(bool(torch.isfinite(t).all()) for t in tensors_in(inputs) if t.is_floating_point()):
+        return " and the inputs hold non-finite values already"
+    found: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and not all(
+                bool(torch.isfinite(t).all()) for t in tensors_in(output) if t.is_floating_point()
+            ):
+                found.append(name)
+
+        return hook
+
+    handles = [m.register_forward_hook(watch(name)) for name, m in isolated.model.named_modules() if name]
+    try:
+        with torch.no_grad():
+            isolated.forward(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f", first in the output of layer {found[0]!r}" if found else ""
+
+
+def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any) -> None:
+    """Raise unless the loss depends on some parameter of the model, selected or not.
+
+    Raises:
+        InvalidArgumentError: it depends on none.
+    """
+    parameters = list(model.parameters())
+    everything = select_layers(model, "all", unchecked=True)
+    with isolate(model, loss_fn, everything, direct=True) as isolated:
+        loss = loss_fn(isolated.forward(inputs), targets)
+        replacements = [isolated.replacement(p) for p in parameters]
+        if loss.requires_grad and any(g is not None for g in gradients(loss.sum(), replacements)):
+            return
+    raise InvalidArgumentError(
+        "the loss does not depend on the model's parameters: loss_fn must be computed from the model's output "
+        "without .detach(), .item() or torch.no_grad()."
+    )

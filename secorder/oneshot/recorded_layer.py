@@ -1,0 +1,193 @@
+"""Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from ..errors import AttributionError
+from ..layers.contraction import contract
+from ..layers.dtypes import cast, compute_dtype, rounding
+from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
+from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
+from ..layers.rules import takes_any_leading_dim
+from ..layers.selection import Layer
+from .independence import over_samples
+from .output_hessian import Pairs
+
+__all__ = ["RecordedLayer", "contract_pairs", "layout_options", "scale_draws", "scales"]
+
+
+@dataclass
+class RecordedLayer:
+    """A layer with its recorded calls.
+
+    Attributes:
+        layer: the layer; it has a rule wherever its calls are used.
+        inputs: the input tensors of each call.
+        leaves: for each call the zero leaf ε that was added to its output z.
+        layouts: for each call where its samples are.
+        with_graph: whether what is computed from the inputs is to be differentiable.
+    """
+
+    layer: Layer
+    inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
+    leaves: list[Tensor] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+    with_graph: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        """Elements of one sample's output, by call."""
+        return [leaf.numel() // layout.size(leaf) for leaf, layout in zip(self.leaves, self.layouts, strict=True)]
+
+    @property
+    def numel(self) -> int:
+        """Number of the layer's parameter elements."""
+        return sum(p.numel() for p in self.layer.parameters.values())
+
+    def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
+        """Per-sample gradients of K stacked cotangents on the layer's calls."""
+        assert self.layer.rule is not None
+        kind = compute_dtype(self.layer)
+        inputs = [tuple(cast(x if self.with_graph else x.detach(), kind) for x in call) for call in self.inputs]
+        return stacked_gradients(
+            self.layer.rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts
+        )
+
+
+def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
+    """Layouts of all of a layer's calls that its rule accepts, by shape; the usual one first."""
+    assert z.layer.rule is not None
+    by_call = [
+        candidate_layouts(inputs, leaf, num_samples, any_leading_dim=takes_any_leading_dim(z.layer.rule))
+        for inputs, leaf in zip(z.inputs, z.leaves, strict=True)
+    ]
+    if not all(by_call):
+        return []
+    options = []
+    for index in range(max(map(len, by_call))):
+        layouts = [call[min(index, len(call) - 1)] for call in by_call]
+        trial = RecordedLayer(z.layer, z.inputs, z.leaves, layouts)
+        try:
+            trial.gradients([leaf.detach()[None] for leaf in z.leaves])
+        except AttributionError:  # not a shape that the rule is for, such as a convolution without a batch
+            continue
+        options.append(layouts)
+    return options
+
+
+def contract_pairs(
+    model_outputs: Sequence[Tensor],
+    layers: Sequence[RecordedLayer],
+    pairs: Pairs,
+    *,
+    certain: bool,
+    generator: torch.Generator,
+    chunk_size: int | None,
+    create_graph: bool = False,
+) -> list[list[Tensor] | None]:
+    """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
+
+    That they do is verified: the vjp of a random mixture of the u_k, each sample weighted by a random factor, must be
+    the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is taken and entered into
+    the layer.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        layers: layers with recorded calls.
+        pairs: the cotangents.
+        certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
+        generator: for the random factors.
+        chunk_size: vjps batched at most.
+        create_graph: make the results differentiable.
+
+    Returns:
+        for each layer the diagonal by parameter, or None where no layout passed.
+    """
+    leaves = [leaf for z in layers for leaf in z.leaves]
+    count = model_outputs[0].shape[0]
+    sizes = [f[0].numel() for f in model_outputs]
+
+    def pull_back(stack: Tensor) -> dict[int, Tensor]:
+        cotangents = [
+            part.reshape(-1, *f.shape).to(f.dtype) for part, f in zip(stack.split(sizes, 2), model_outputs, strict=True)
+        ]
+        found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
+        return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
+
+    def random(size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(pairs.u)
+
+    plain: dict[int, Tensor] = {}
+    if certain:
+        for z in layers:
+            z.layouts = [DIM_ZERO] * len(z.leaves)
+    else:
+        mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
+        plain = pull_back(mixture)
+        options = [layout_options(z, count) for z in layers]
+        for _ in range(scale_draws(leaves)):
+            weights = 0.5 + random(count).abs()
+            weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
+            options = [
+                [c for c in choices if scales(z.leaves, c, plain, weighted, weights)]
+                for z, choices in zip(layers, options, strict=True)
+            ]
+        for z, choices in zip(layers, options, strict=True):
+            z.layouts = next(iter(choices), [])
+    good = [z for z in layers if z.layouts or not z.leaves]
+    totals: dict[tuple[int, str], Tensor] = {}
+    elements = sum(leaf.numel() for leaf in leaves)
+    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
+        here = slice(ids.start, ids.stop)
+        u = plain if plain and len(pairs.u) == 1 else pull_back(pairs.u[here])
+        v = None if pairs.v is None else pull_back(pairs.v[here])
+        for z in good:
+            left = z.gradients([u[id(leaf)] for leaf in z.leaves])
+            right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
+            for name, p in z.layer.parameters.items():
+                other = right[name] if right is not None else _signed(left[name], pairs.sign, here)
+                part = contract(left[name], other, numel=p.numel())
+                key = (id(z), name)
+                totals[key] = totals[key] + part if key in totals else part
+    return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
+
+
+def scales(
+    leaves: Sequence[Tensor],
+    layouts: Sequence[Layout],
+    plain: dict[int, Tensor],
+    weighted: dict[int, Tensor],
+    weights: Tensor,
+) -> bool:
+    """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
+
+    Args:
+        leaves: the leaves.
+        layouts: for each where its samples are.
+        plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
+        weighted: the same for cotangents that are weighted sample by sample.
+        weights: the weights, shape (N,).
+    """
+    for leaf, layout in zip(leaves, layouts, strict=True):
+        expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
+        expected, found = (layout.split(t).reshape(len(weights), -1) for t in (expected, weighted[id(leaf)][0]))
+        bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
+        if not bool(((found - expected).abs() <= bound).all()):
+            return False
+    return True
+
+
+def scale_draws(leaves: Sequence[Tensor]) -> int:
+    """How often to check with random weights: in half precision two weights may be the same to rounding, by chance."""
+    return 3 if any(torch.finfo(leaf.dtype).bits < 32 for leaf in leaves) else 1
+
+
+def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample | None:
+    if sign is None:
+        return None
+    weights = sign[here]
+    return with_cotangents(gradient, lambda g: g * weights.view(*weights.shape, *(1,) * (g.dim() - 2)))

@@ -1,0 +1,1 @@
+"""Parameters and sums over the ranks of a process group."""

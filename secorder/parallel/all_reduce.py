@@ -1,0 +1,33 @@
+"""Reductions over the ranks of a process group: everything in one bucket a dtype, by ``torch.distributed``."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import ProbeStateError
+
+__all__ = ["add_up"]
+
+
+def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
+    """Replace each tensor by its sum over the ranks, in place, with one collective for each dtype and device.
+
+    Args:
+        tensors: the same shapes on every rank.
+        group: a process group; the default group if None.
+
+    Raises:
+        ProbeStateError: ``torch.distributed`` is not initialised.
+    """
+    if not dist.is_available() or not dist.is_initialized():
+        raise ProbeStateError("torch.distributed is not initialised: call torch.distributed.init_process_group first.")
+    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for bucket in buckets.values():
+        flat = torch.cat([t.reshape(-1) for t in bucket])
+        dist.all_reduce(flat, group=group)
+        for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            tensor.copy_(part.view_as(tensor))

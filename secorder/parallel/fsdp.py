@@ -1,0 +1,127 @@
+"""Parameters that FSDP2 (``fully_shard``) cuts over the ranks: what belongs to a rank, and sums over ranks.
+
+PyTorch's own ``DTensor`` does the work: a rank's part of a sum is a *partial* tensor, and redistributing it to the
+parameter's placements is the reduce-scatter (under hybrid sharding, with an all-reduce) that leaves each rank its own.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .._torch.fsdp import fsdp_modules, is_fsdp_hook
+from .._torch.modules import forward_hooks_removed
+from ..errors import InvalidArgumentError
+
+__all__ = ["Shard", "fully_sharded", "gathered", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
+
+
+def local(parameter: Tensor) -> Tensor:
+    """This rank's shard of a parameter, or the parameter where it is not sharded."""
+    found: Tensor = parameter.detach()
+    return found.to_local() if hasattr(found, "to_local") else found
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor, gathered by all ranks together; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_of_sum(part: Tensor, parameter: Any) -> Tensor:
+    """This rank's shard, flat, of the sum over ranks of ``part`` (flat, of the parameter's size)."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    mesh = parameter.device_mesh
+    partial = DTensor.from_local(part.view(parameter.shape), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return partial.redistribute(placements=parameter.placements).to_local().reshape(-1)
+
+
+def over_ranks(value: float, parameter: Any, how: Literal["sum", "max"] = "sum") -> float:
+    """The sum or maximum of a number over the ranks that a parameter is sharded over."""
+    number = torch.tensor(float(value), dtype=torch.float64, device=parameter.device_mesh.device_type)
+    for dim in range(parameter.device_mesh.ndim):
+        operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(number, op=operation, group=parameter.device_mesh.get_group(dim))
+    return number.item()
+
+
+class Shard(NamedTuple):
+    """How a parameter is cut over the ranks.
+
+    Attributes:
+        mesh: the ranks.
+        placements: for each dimension of the mesh.
+        shape: of the whole parameter.
+        stride: of the whole parameter.
+        local_shape: of this rank's shard.
+    """
+
+    mesh: Any
+    placements: Any
+    shape: torch.Size
+    stride: tuple[int, ...]
+    local_shape: torch.Size
+
+    @classmethod
+    def of(cls, parameter: Any) -> "Shard":
+        """That of a sharded parameter."""
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return cls(mesh, placements, parameter.shape, parameter.stride(), local(parameter).shape)
+
+    def place(self, part: Tensor) -> Tensor:
+        """This rank's flat shard as a ``DTensor`` of the parameter's shape and placements."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            part.view(self.local_shape),
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=self.shape,
+            stride=self.stride,
+        )
+
+
+def shards(flat: Tensor, kinds: Sequence[Shard]) -> list[Tensor]:
+    """For each parameter of a layer a ``DTensor``, from this rank's shards of them in one flat tensor."""
+    parts = flat.split([kind.local_shape.numel() for kind in kinds])
+    return [kind.place(part) for part, kind in zip(parts, kinds, strict=True)]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is a whole one: each rank holds all parameters, and FSDP2's hooks are off.
+
+    Raises:
+        InvalidArgumentError: a mixed-precision policy gives parameters another dtype; hooks of FSDP2 would cast inputs.
+    """
+    sharded = fsdp_modules(model)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    try:
+        for module in sharded:
+            module.unshard()
+        for name, p in model.named_parameters():
+            if p.dtype is not dtypes[name]:
+                raise InvalidArgumentError(
+                    f"fully_shard has a mixed-precision policy ({name} becomes {p.dtype}), with which one-shot "
+                    "measurements are not supported yet: shard without it, and use torch.autocast."
+                )
+        with forward_hooks_removed(model.modules(), is_fsdp_hook):
+            yield
+    finally:
+        for module in sharded:
+            module.reshard()
+
+
+def fully_sharded(parameter: Any) -> bool:
+    """Whether a parameter is cut over all its ranks, or over groups of ranks that have the same: not by tensors too."""
+    *outer, inner = getattr(parameter, "placements", [None])
+    return inner is not None and inner.is_shard() and all(placement.is_replicate() for placement in outer)
+
+
+def managed(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the model or to modules of it."""
+    return bool(fsdp_modules(model))

@@ -1,0 +1,105 @@
+"""Cotangents on the model's output: roots of its Hessian, and whether samples are coupled in it."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder._torch.vjp import gradients
+from secorder.layers.layout import DIM_ZERO, Layout
+from secorder.oneshot.independence import block_diagonal, over_samples, sample_bits
+from secorder.oneshot.output_hessian import Pairs, known_roots, loss_of_output, signed_roots
+
+from ..helpers import seeded
+
+N, C = 5, 4
+
+
+def output_gradients(loss_fn: Any, targets: Tensor) -> tuple[Tensor, list[Tensor | None], Tensor]:
+    """Outputs, the loss's gradient in them, and its dense Hessian for each sample."""
+    f = torch.randn(N, C, requires_grad=True)
+    dense = torch.autograd.functional.hessian(lambda f: loss_fn(f, targets), f)
+    by_sample = torch.stack([dense[n, :, n] for n in range(N)])
+    return f, gradients(loss_fn(f, targets), [f], create_graph=True), by_sample
+
+
+def product(pairs: Pairs) -> Tensor:
+    u = pairs.u if pairs.sign is None else pairs.u * pairs.sign[..., None]
+    return torch.einsum("kni,knj->nij", u, pairs.u if pairs.v is None else pairs.v)
+
+
+CLASSES, VALUES = torch.arange(N) % C, torch.randn(N, C, dtype=torch.float64)
+LOSSES: dict[str, tuple[Any, Tensor, bool]] = {
+    "cross_entropy": (F.cross_entropy, CLASSES, True),
+    "summed": (lambda f, t: F.cross_entropy(f, t, reduction="sum"), CLASSES, True),
+    "weighted": (lambda f, t: F.cross_entropy(f, t, weight=torch.arange(1.0, C + 1)), CLASSES, True),
+    "squared": (F.mse_loss, VALUES, True),
+    "smooth": (lambda f, t: torch.cosh(f - t).mean(), VALUES, False),
+    "indefinite": (lambda f, t: torch.sin(f * t).sum(), VALUES, False),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_roots_square_to_the_hessian(name: str) -> None:
+    loss_fn, targets, known = LOSSES[name]
+    f, output_gradient, hessian = output_gradients(loss_fn, targets)
+    torch.testing.assert_close(product(signed_roots(output_gradient, [f])), hessian)
+    guessed = known_roots(output_gradient, [f])
+    assert (guessed is not None) == known
+    if guessed is not None:
+        torch.testing.assert_close(product(guessed), hessian)
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (1, 4), (2, 3)])
+def test_a_single_coupled_pair_is_seen(pair: tuple[int, int]) -> None:
+    f = torch.randn(N, C, requires_grad=True)
+    one, other = pair
+    for coupling, alone in ((0.0, True), (1e-12, False)):
+        loss = (f**4).sum() + coupling * (f[one] * f[other]).sum()
+        assert block_diagonal(gradients(loss, [f], create_graph=True), [f], [DIM_ZERO], seeded()) is alone
+
+
+def test_every_two_samples_differ_in_a_bit() -> None:
+    bits = sample_bits(13)
+    assert all(bool((bits[:, i] != bits[:, j]).any()) for i in range(13) for j in range(i))
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(1), Layout(0, 2, True), Layout(0, 2, False)])
+def test_values_of_samples_are_spread_by_layout(layout: Layout) -> None:
+    shape = {1: (3, N, 2)}.get(layout.dim, (N * layout.rows, 3))
+    values = torch.arange(float(N))
+    spread = over_samples(values[None], torch.zeros(shape), layout)[0]
+    assert spread.shape == shape
+    assert all(bool((part == value).all()) for part, value in zip(layout.split(spread), values, strict=True))
+    assert torch.equal(layout.join(layout.split(spread)), spread)
+
+
+def test_a_loss_that_does_not_go_by_the_output_alone() -> None:
+    f = torch.randn(N, C, requires_grad=True)
+
+    def dims(_: Tensor) -> int:
+        return 0
+
+    assert loss_of_output(F.cross_entropy, f, CLASSES, dims, F.cross_entropy(f, CLASSES)) is not None
+    noisy = lambda f, t: F.cross_entropy(f + torch.randn(()), t)  # noqa: E731
+    assert loss_of_output(noisy, f, CLASSES, dims, noisy(f, CLASSES)) is None
+    inside = lambda f, t: (f.detach() ** 2).sum()  # noqa: E731
+    assert loss_of_output(inside, f, CLASSES, dims, torch.zeros(())) is None
+
+
+def test_a_loss_that_looks_for_more_than_its_argument_is_told_from_one_that_fails() -> None:
+    f = torch.randn(N, C, requires_grad=True)
+
+    def penalised(output: Tensor, t: Tensor) -> Tensor:
+        (g,) = torch.autograd.grad(F.cross_entropy(output, t), f, create_graph=True)
+        return F.cross_entropy(output, t) + g.square().sum()
+
+    assert loss_of_output(penalised, f, CLASSES, lambda _: 0, penalised(f, CLASSES)) is None
+
+    def failing(output: Tensor, t: Tensor) -> Tensor:
+        raise RuntimeError("of the user's own")
+
+    with pytest.raises(RuntimeError, match="of the user's own"):
+        loss_of_output(failing, f, CLASSES, lambda _: 0, F.cross_entropy(f, CLASSES))

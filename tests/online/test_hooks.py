@@ -1,0 +1,221 @@
+"""The hooks: what counts as a recorded backward, what is refused, what they leave behind."""
+
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secorder import AttributionError, CurvatureProbe, ProbeStateError
+
+from ..helpers import Net, data, make, reference, step
+from ..reference import assert_all_close, assert_close, fisher_by_sample
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_models(order: str, every: int) -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, batch = make(), data()
+    probe = CurvatureProbe(model, every=every) if order == "before" else None
+    compiled = torch.compile(model, backend="aot_eager")
+    probe = probe or CurvatureProbe(model, every=every)
+    graphs = []
+    for _ in range(6):
+        F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert probe.num_samples == 36 // every
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
+    assert graphs[-1] == graphs[1]  # no recompilation
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_probe_that_a_compiled_model_ignores_says_so() -> None:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    model, batch = make(), data()
+    compiled = torch.compile(model, backend="aot_eager")
+    F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+    probe = CurvatureProbe(model)
+    F.cross_entropy(compiled(batch[0]), batch[1]).backward()
+    with pytest.raises(ProbeStateError, match=r"torch\.compile"):
+        probe.fisher_diagonal()
+    torch._dynamo.reset()
+
+
+def test_every_records_each_kth_forward_from_the_first() -> None:
+    model = make()
+    probe = CurvatureProbe(model, every=3)
+    batches = [data() for _ in range(5)]
+    for batch in batches:
+        with torch.no_grad():
+            model(batch[0])  # neither recorded nor counted
+        step(model, batch)
+    assert probe.num_samples == 12
+    first, fourth = reference(model, batches[0]), reference(model, batches[3])
+    expected = {name: (first[name] + fourth[name]) / 2 for name in first}
+    assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+@pytest.mark.parametrize("again", ["backward", "grad"])
+def test_a_second_backward_of_one_graph_counts_once(again: str) -> None:
+    model, batch = make(), data()
+    probe = CurvatureProbe(model)
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward(retain_graph=True)
+    if again == "backward":
+        loss.backward()
+    else:
+        torch.autograd.grad(loss, list(model.parameters()))
+    assert probe.num_samples == 6
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_autograd_grad_is_no_training_step() -> None:
+    model, batch = make(), data()
+    probe = CurvatureProbe(model)
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    torch.autograd.grad(loss, [model[2].weight], retain_graph=True)
+    assert probe.num_samples == 0
+    loss.backward()
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_backward_with_create_graph_records_once_and_leaves_no_graph() -> None:
+    model, batch = make(), data()
+    probe = CurvatureProbe(model)
+    expected = reference(model, batch)
+    F.cross_entropy(model(batch[0]), batch[1]).backward(create_graph=True)
+    found = probe.fisher_diagonal()
+    assert not any(d.requires_grad for d in found.values())
+    assert_all_close(found.by_parameter(), expected)
+
+
+def test_forward_without_backward_records_nothing_and_holds_no_memory() -> None:
+    model = make()
+    probe = CurvatureProbe(model)
+    inputs = torch.randn(6, 4)
+    kept = []
+    model[0].register_forward_hook(lambda m, a, out: kept.append(weakref.ref(out)))
+    with torch.no_grad():
+        model(inputs)
+    model.eval()
+    model(inputs)
+    gc.collect()
+    assert len(kept) >= 2
+    assert all(ref() is None for ref in kept)
+    assert probe.num_samples == 0
+    with pytest.raises(ProbeStateError, match="nothing is accumulated"):
+        probe.fisher_diagonal()
+
+
+def test_a_graph_recorded_before_detach_is_ignored_after_it() -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model) as probe:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+    loss.backward()
+    assert probe.num_samples == 0
+
+
+def test_module_used_twice_sums_over_its_uses_before_squaring() -> None:
+    siamese = Net(lambda m, x: m.shared(x[:, :2]) * torch.tanh(m.shared(x[:, 2:])), shared=nn.Linear(2, 3))
+    model, batch = siamese, data()
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_inplace_activation() -> None:
+    model, batch = make(nn.ReLU(inplace=True)), data()
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_frozen_layer_behind_a_trainable_one() -> None:
+    model, batch = make(), data()
+    model[2].requires_grad_(False)
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_two_forwards_in_one_backward_are_refused() -> None:
+    model, (inputs, targets) = make(), data()
+    probe = CurvatureProbe(model)
+    loss = F.cross_entropy(model(inputs), targets) + F.cross_entropy(model(inputs * 2), targets)
+    with pytest.raises(AttributionError, match="two forwards"):
+        loss.backward()
+    step(model, (inputs, targets))
+    assert probe.num_samples == 6
+
+
+def test_heads_in_separate_backwards_are_refused_not_zero() -> None:
+    model_outputs = {name: nn.Linear(4, 3) for name in "ab"}
+    model, (inputs, targets) = Net(lambda m, x: (m.a(x), m.b(x)), **model_outputs), data()
+    CurvatureProbe(model)
+    a, b = model(inputs)
+    F.cross_entropy(a, targets).backward()
+    with pytest.raises(AttributionError, match="second backward"):
+        F.cross_entropy(b, targets).backward()
+
+
+def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:
+    class Fails(nn.Module):
+        fail = False
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if self.fail:
+                raise ValueError("forward")
+            return x
+
+    failing = Fails()
+    model, batch = make(nn.Tanh(), failing), data()
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    failing.fail = True
+    with pytest.raises(ValueError, match="forward"):
+        step(model, batch)
+    failing.fail = False
+
+    def stop(g: torch.Tensor) -> None:
+        raise ValueError("backward")
+
+    out = model[0](batch[0])
+    hidden = model(batch[0])
+    hidden.register_hook(stop)
+    with pytest.raises(ValueError, match="backward"):
+        F.cross_entropy(hidden, batch[1]).backward()
+    del out
+    step(model, batch)
+    assert probe.num_samples == 12
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(m.block, m.first(x), use_reentrant=use_reentrant)
+
+    model, batch = Net(forward, first=nn.Linear(4, 4), block=make()), data()
+    expected = fisher_by_sample(nn.Sequential(model.first, *model.block), F.cross_entropy, *batch, 6)
+    names = {"0": "first", "1": "block.0", "3": "block.2"}
+    probe = CurvatureProbe(model)
+    step(model, batch)
+    found = probe.fisher_diagonal().by_parameter()
+    for name, value in expected.items():
+        index, kind = name.split(".")
+        assert_close(found[f"{names[index]}.{kind}"], value)

@@ -1,0 +1,88 @@
+"""Parameters that FSDP2 cuts over ranks."""
+
+import io
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from secorder import CurvatureProbe, InvalidArgumentError
+from secorder.parallel.fsdp import Shard, fully_sharded, local, managed, over_ranks, shard_of_sum, whole
+
+from ..helpers import FULLY_SHARD_RUNS_ON_CPU, data, make, reference, run_ranks, step
+from ..reference import assert_all_close
+
+needs_to_gather = pytest.mark.skipif(
+    not FULLY_SHARD_RUNS_ON_CPU, reason="fully_shard of this PyTorch does not run on the CPU"
+)
+
+
+@pytest.mark.slow
+@needs_to_gather
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("case", ["sharded", "sharded_tied", "tensor_parallel"])
+def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
+    run_ranks(case, ranks)
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[nn.Sequential]:
+    """A model that is sharded over this process only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, mesh = make(), init_device_mesh("cpu", (1,))
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh)
+        yield model
+    finally:
+        dist.destroy_process_group()
+
+
+@needs_to_gather
+def test_a_mixed_precision_policy_is_refused_and_nothing_changed(alone: nn.Sequential) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model = make()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with CurvatureProbe(model) as probe:
+        hooks = [len(m._forward_hooks) for m in model.modules()]
+        with pytest.raises(InvalidArgumentError, match="mixed-precision policy"):
+            probe.hessian_diagonal(nn.functional.cross_entropy, *data())
+        assert hooks == [len(m._forward_hooks) for m in model.modules()]
+    assert all(fully_sharded(p) for p in model.parameters())
+
+
+def test_shards_and_sums(alone: nn.Sequential) -> None:
+    weight = alone[0].weight
+    assert managed(alone)
+    assert not managed(make())
+    assert fully_sharded(weight)
+    assert not fully_sharded(make()[0].weight)
+    assert local(weight).shape == (5, 4)
+    part = torch.arange(20.0)
+    assert torch.equal(shard_of_sum(part, weight), part)
+    placed = Shard.of(weight).place(part)
+    assert placed.placements == weight.placements
+    assert torch.equal(whole(placed), part.view(5, 4))
+    assert over_ranks(3, weight) == over_ranks(3, weight, "max") == 3
+
+
+@needs_to_gather
+def test_a_whole_life(alone: nn.Sequential) -> None:
+    batch = data()
+    with CurvatureProbe(alone) as probe:
+        step(alone, batch)
+        found, saved = probe.fisher_diagonal(), io.BytesIO()
+        torch.save(probe.state_dict(), saved)
+    gathered = {name: whole(t) for name, t in found.by_parameter().items()}
+    assert_all_close(gathered, reference(make(), batch))
+    assert all(torch.equal(a, b) for a, b in zip(found.whole(), found.values(), strict=True))
+    assert pickle.loads(pickle.dumps(dict(found))).keys() == found.keys()
