@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
-from secorder.parallel.all_reduce import weighted_mean
+from secorder.results import weighted_mean
 
 from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
@@ -34,7 +34,7 @@ def main(case: str) -> None:
     cuts = [0, 16, 24, 24][: ranks + 1] if ranks == 3 else [0, 16, 24]
     mine = slice(cuts[rank], cuts[rank + 1])
     x, t = inputs[mine], targets[mine]
-    if case == "passive":
+    if case == "online":
         wrapped = DistributedDataParallel(model)
         with CurvatureProbe(model) as probe:
             for part in (slice(0, 3), slice(3, None)):
