@@ -24,6 +24,7 @@ from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import OnlineFisher
 from .online.hooks import Attachment
 from .online.looks import Looks
+from .online.reading import diagonals, num_samples, num_skipped, untold
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .parallel.fsdp import gathered
@@ -213,12 +214,12 @@ class CurvatureProbe:
     @property
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
-        return self._fisher.num_samples
+        return num_samples(self._fisher)
 
     @property
     def num_skipped(self) -> dict[str, int]:
         """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
-        return self._fisher.num_skipped
+        return num_skipped(self._fisher)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
@@ -309,7 +310,7 @@ class CurvatureProbe:
                 self.synchronize()
             if missing not in ("raise", "skip"):
                 raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
-            return self._fisher.diagonals(missing)
+            return diagonals(self._fisher, missing)
         with self._on_whole_layers() as layers:
             fisher = fisher_diagonal(
                 self._model,
@@ -563,7 +564,7 @@ class CurvatureProbe:
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
 
     def __str__(self) -> str:
-        if self.num_samples == 0 or self._fisher.troubles():
+        if self.num_samples == 0 or untold(self._fisher):
             return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 

@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "accumulate_node",
     "accumulates_into",
+    "accumulates_untouched",
     "after_backward",
     "current_backward",
     "first_gradient_hook",
@@ -50,6 +51,15 @@ def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
         if id(getattr(node, "variable", None)) in wanted:
             return node
     return None
+
+
+def accumulates_untouched(parameter: Tensor) -> bool:
+    """Whether, at the end of a backward that begins, ``parameter.grad`` is what that backward brought.
+
+    It has no gradient now, and no hooks that would change it, or take it away as soon as it is there.
+    """
+    hooks: Any = parameter
+    return parameter.grad is None and not hooks._backward_hooks and not hooks._post_accumulate_grad_hooks
 
 
 def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

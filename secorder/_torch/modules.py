@@ -15,6 +15,7 @@ __all__ = [
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
+    "held_parameter",
     "is_running",
     "kept_out_of_copies",
     "parameter_places",
@@ -52,6 +53,17 @@ def parameter_places(module: nn.Module) -> list[Place]:
         flat: list[Any] = module._flat_weights
         places += [Place(flat, index, w) for index, w in enumerate(flat) if w is not None]
     return places
+
+
+def held_parameter(module: nn.Module, name: str) -> Any:
+    """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
+    *path, last = name.split(".")
+    for part in path:
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = found
+    return module._parameters.get(last)
 
 
 def buffer_places(module: nn.Module) -> list[Place]:

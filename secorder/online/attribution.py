@@ -67,6 +67,7 @@ class Attribution:
         undecided: why it cannot be told which dimension holds the samples; empty where it can.
         separable: another dimension that separates, where the one that was told does not.
         alternative: another dimension that would do as well as the one that was taken.
+        certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
     """
@@ -84,6 +85,7 @@ class Attribution:
     undecided: str = ""
     separable: int | None = None
     alternative: int | None = None
+    certain: bool = False
     ties: Ties = field(default_factory=dict)
     changing: tuple[Place, ...] = ()
 
@@ -278,6 +280,7 @@ def _attribute(
         provisional=count == 1,
         changing=changing,
         alternative=chosen.alternative,
+        certain=chosen.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
     ), chosen
 
 

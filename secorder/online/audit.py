@@ -13,7 +13,7 @@ Source: Freivalds (1977), "Probabilistic machines can use less running time".
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +23,13 @@ from torch import Tensor
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
 
-__all__ = ["Signs", "Vectors", "actual", "allowed", "explained"]
+__all__ = ["Audit", "Signs", "Vectors", "actual", "explained"]
 
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
 WHOLE_ELEMENTS = 1 << 17
 BLOCK = 64
-#: Elements of a cotangent up to which its norm is taken whole: few rows may happen to be orthogonal to r.
-SMALL = 1 << 16
+#: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
+FEW = 32
 #: What passes for rounding, in units in the last place of the products' size.
 UNITS = 256
 
@@ -104,29 +104,50 @@ def actual(gradient: Tensor, vectors: Vectors) -> Tensor:
     return torch.dot(torch.mv(matrix, s), r)
 
 
-def explained(gradient: PerSample, vectors: Vectors) -> tuple[Tensor, Tensor]:
-    """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the size that its rounding is relative to."""
+def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False) -> tuple[Tensor, Tensor]:
+    """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the square of the size that its rounding is relative to.
+
+    Args:
+        gradient: of one parameter.
+        vectors: the random ones.
+        with_bias: of an :class:`~secorder.layers.per_sample.Outer`, with that of the bias that has the same cotangents.
+    """
     r, s = vectors.r, vectors.s
     if isinstance(gradient, Tensor):
-        matrix = gradient.reshape(len(gradient), vectors.rows, -1)[:, vectors.start : vectors.start + len(r)]
-        products = (matrix.to(r.dtype) * (r[:, None] * s)).flatten()
-        return products.sum(), products.abs().sum()
+        matrix = gradient.reshape(len(gradient), vectors.rows, -1)[:, vectors.start : vectors.start + len(r)].to(
+            r.dtype
+        )
+        products = torch.matmul(matrix, s) @ r
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r
-        return _products(weights[gradient.ids].flatten(), (gradient.g.to(r.dtype) @ s).flatten(), gradient.g, None)
-    g = gradient.g  # (N, groups, positions, out)
-    groups, width = g.shape[1], g.shape[3]
-    if groups == 1:
-        seen = g if vectors.whole else g[..., vectors.start : vectors.start + len(r)]
-        left = seen.to(r.dtype) @ r
-    else:
-        seen, weights = g, r.new_zeros(vectors.rows)
-        weights[vectors.start : vectors.start + len(r)] = r
-        left = (g.to(r.dtype) * weights.view(groups, 1, width)).sum(3)
+        seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
+        left = weights[gradient.ids].flatten()
+        return torch.dot(left, right), _size(seen, right) * len(right)
+    seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left)
-    return _products(left.flatten(), _inputs(gradient, s).flatten(), seen, gradient.a)
+        return left.sum(), _size(seen, left) * len(left)
+    right = _inputs(gradient, s).flatten()
+    if with_bias:
+        right = right + 1
+    whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
+    return torch.dot(left, right), _size(seen, left) * _size(whole, right)
+
+
+def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """The part of a cotangent factor ``(N, groups, positions, out)`` that the block sees, and ``g · r`` of its rows."""
+    r = vectors.r
+    if g.shape[1] == 1:
+        rows = g.reshape(-1, g.shape[3])
+        if not vectors.whole:
+            rows = rows[:, vectors.start : vectors.start + len(r)]
+        rows = rows if rows.dtype is r.dtype else rows.to(r.dtype)
+        return rows, torch.mv(rows, r)
+    weights = r.new_zeros(vectors.rows)
+    weights[vectors.start : vectors.start + len(r)] = r
+    seen = g.to(r.dtype)
+    return seen, (seen * weights.view(g.shape[1], 1, -1)).sum(3).flatten()
 
 
 def _inputs(gradient: Outer, s: Tensor) -> Tensor:
@@ -134,26 +155,141 @@ def _inputs(gradient: Outer, s: Tensor) -> Tensor:
     a = gradient.a
     if not isinstance(a, Patches):
         assert a is not None
-        return a.to(s.dtype) @ s
+        if a.shape[1] > 1:
+            return torch.matmul(a.to(s.dtype), s.view(1, -1)[0])
+        return torch.mv(a.reshape(-1, a.shape[3]).to(s.dtype), s)
     image, kernel = a.image.to(s.dtype), s.view(1, -1, *a.kernel).expand(a.groups, -1, *a.kernel)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(a.kernel) - 1]
     found: Tensor = convolve(image, kernel, stride=a.stride, dilation=a.dilation, groups=a.groups)
     return found.flatten(2)
 
 
-def _products(left: Tensor, right: Tensor, g: Tensor, a: Tensor | Patches | None) -> tuple[Tensor, Tensor]:
-    size = _size(g, left) * (
-        torch.linalg.vector_norm(right) if a is None else _size(a.image if isinstance(a, Patches) else a, right)
-    )
-    return torch.dot(left, right), size
-
-
 def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The norm of a factor, by its product with random signs where that has rows enough to tell."""
-    found: Tensor = torch.linalg.vector_norm(whole if whole.numel() <= SMALL else product)
-    return found.to(product.dtype)
+    """The square of a factor's norm, by its product with random signs where that has rows enough to tell."""
+    flat = product if len(product) > FEW else whole.to(product.dtype).flatten()
+    return torch.dot(flat, flat)
 
 
-def allowed(size: Tensor, dtypes: Sequence[torch.dtype]) -> Tensor:
-    """What a difference may be by rounding."""
-    return size * min(UNITS * max(torch.finfo(dtype).eps for dtype in dtypes), 1 / 16)
+class Explained(NamedTuple):
+    """What captured calls bring to one side of the identity.
+
+    Attributes:
+        value: Σ (r · g)(a · s).
+        size: the square of what rounding is relative to.
+        tolerance: of it, what may be rounding.
+    """
+
+    value: Tensor
+    size: Tensor
+    tolerance: float
+
+
+class Audit:
+    """Both sides of the identity for the parameters of one backward; weight and bias of a layer are one number."""
+
+    def __init__(self, signs: Signs) -> None:
+        self._signs = signs
+        self._vectors: dict[int, Vectors] = {}
+        self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
+        self._actual: dict[int, Tensor] = {}
+        self._explained: dict[tuple[str, int], list[Explained]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no whole gradient has come."""
+        return not self._actual
+
+    def watch(self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool) -> list[str]:
+        """Look at parameters of a layer from now on; the names of those whose gradient is to be seen for it.
+
+        Args:
+            parameters: of the layer.
+            graph: the same as the autograd graph knows them.
+            apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
+        """
+        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in self._vectors]
+        one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
+        for name in chosen:
+            key = id(parameters[name])
+            if one and name == "bias" and graph["weight"].dim() > 1:
+                weight = self._vectors[id(parameters["weight"])]
+                self._vectors[key] = weight._replace(s=weight.r.new_ones(1))
+                self._home[key] = id(parameters["weight"])
+            else:
+                self._vectors[key] = self._signs.vectors(graph[name])
+        return chosen
+
+    def see(self, parameter: Tensor, gradient: Tensor) -> None:
+        """The whole gradient of a parameter is here."""
+        vectors = self._vectors[id(parameter)]
+        value = actual(gradient.detach(), vectors)
+        key = self._home.get(id(parameter), id(parameter))
+        self._actual[key] = self._actual[key] + value if key in self._actual else value
+
+    def explain(
+        self,
+        name: str,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, PerSample],
+        low: torch.dtype | None,
+    ) -> None:
+        """The per-sample gradients of a layer are here.
+
+        Args:
+            name: of the layer.
+            parameters: of the layer.
+            gradients: by the parameters' names.
+            low: the dtype that autocast computes in, where it does.
+        """
+        for local, p in parameters.items():
+            vectors, part = self._vectors.get(id(p)), gradients[local]
+            if vectors is None:
+                continue
+            joined = self._home.get(id(parameters["bias"])) == id(p) if "bias" in parameters else False
+            same = joined and _same_cotangents(part, gradients["bias"])
+            home = self._home.get(id(p))
+            if home is not None and _same_cotangents(gradients["weight"], part):
+                continue  # in the weight's number
+            value, size = explained(part, vectors, with_bias=same)
+            dtypes = [p.dtype, part.dtype if isinstance(part, Tensor) else part.g.dtype, *([low] if low else [])]
+            found = Explained(value, size, min(UNITS * max(torch.finfo(d).eps for d in dtypes), 1 / 16))
+            self._explained.setdefault((name, home or id(p)), []).append(found)
+
+    def failures(self, layers: Sequence[tuple[str, Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
+        """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
+
+        Args:
+            layers: of each its name, its parameters, and the layers that bring gradients of these, itself among them.
+        """
+        indices: list[int] = []
+        wholes: list[Tensor] = []
+        values: list[Tensor] = []
+        bounds: list[Tensor] = []
+        for index, (_, parameters, holders) in enumerate(layers):
+            for key in {self._home.get(id(p), id(p)) for p in parameters.values()} & self._actual.keys():
+                known = [found for name in holders for found in self._explained.get((name, key), ())]
+                whole = self._actual[key]
+                indices.append(index)
+                wholes.append(whole)
+                values.append(_sum([found.value for found in known], whole))
+                bounds.append(_sum([found.size * found.tolerance**2 for found in known], whole))
+        if not indices:
+            return None
+        whole = _stack(wholes)
+        difference = whole - _stack(values)
+        return indices, (difference * difference > _stack(bounds)) & whole.isfinite()
+
+
+def _same_cotangents(weight: PerSample, bias: PerSample) -> bool:
+    return isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g
+
+
+def _stack(numbers: Sequence[Tensor]) -> Tensor:
+    like = numbers[0]
+    return torch.stack([x if x.dtype is like.dtype and x.device == like.device else x.to(like) for x in numbers])
+
+
+def _sum(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.to(like) for part in parts]).sum() if parts else like.new_zeros(())

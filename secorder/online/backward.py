@@ -4,17 +4,29 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, after_backward, current_backward, first_gradient_hook, will_accumulate
-from .audit import Vectors, actual
-from .fisher import AUDITED, quietly
+from .._torch.engine import (
+    accumulate_node,
+    accumulates_untouched,
+    after_backward,
+    current_backward,
+    first_gradient_hook,
+    will_accumulate,
+)
+from ..layers.selection import Layer
+from .audit import Audit
+from .fisher import quietly
 from .record import Backward, ForwardRecord
 
 if TYPE_CHECKING:
     from .hooks import Attachment
 
 __all__ = ["enter", "leave"]
+
+#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time.
+LEAST, MOST = 3, 24
 
 
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
@@ -30,7 +42,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         return False
     backward = fisher.backwards.get(number)
     if backward is None:
-        backward = fisher.backwards[number] = Backward(number)
+        backward = fisher.backwards[number] = Backward(number, Audit(fisher.signs))
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     fisher.check_together(backward, record)
@@ -44,22 +56,26 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
 def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
     fisher = attachment.fisher
-    audited = fisher.signs.some([layer.name for layer in fisher.layers], AUDITED)
+    names = [layer.name for layer in fisher.layers]
+    audited = fisher.signs.some(names, min(MOST, max(LEAST, len(names) // 2)))
     captured = {name for name, _ in record.hooked}
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
     for layer in fisher.layers:
         if layer.name not in audited and layer.name in captured:
             continue
         graph = record.parameters(layer)
-        for local, parameter in layer.parameters.items():
-            if not parameter.requires_grad or id(parameter) in backward.vectors:
+        apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
+        for name in backward.audit.watch(layer.parameters, graph, apart=apart):
+            parameter = layer.parameters[name]
+            if not layer.sharded and not shared and accumulates_untouched(parameter):
+                backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
-            vectors = backward.vectors[id(parameter)] = fisher.signs.vectors(graph[local])
-            node = accumulate_node(graph[local])
-            saw = partial(_saw, backward, id(parameter), vectors, node)
+            node = accumulate_node(graph[name])
+            saw = partial(_saw, backward, record, layer, parameter, node)
             if layer.sharded:
                 backward.handles.append(node.register_prehook(partial(_first, saw)))
             else:
-                backward.handles.append(first_gradient_hook(parameter, saw))
+                backward.handles.append(first_gradient_hook(graph[name], saw))
 
 
 def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
@@ -67,26 +83,30 @@ def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) 
         saw(gradients[0])
 
 
-def _saw(backward: Backward, key: int, vectors: Vectors, node: Any, gradient: Tensor) -> None:
+def _saw(
+    backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
+) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
-    if backward.ended or not will_accumulate(node):
-        return
-    value = actual(gradient.detach(), vectors)
-    backward.actual[key] = backward.actual[key] + value if key in backward.actual else value
+    if not backward.ended and (layer.name in record.received or will_accumulate(node)):
+        backward.audit.see(parameter, gradient)
 
 
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
-    fisher.let_go(backward)
+    fisher.backwards.let_go([backward])
     if attachment.suspensions:
         return
+    for parameter in backward.fresh:
+        if parameter.grad is not None:
+            backward.audit.see(parameter, parameter.grad)
+    backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
-    fisher.guarded(None, list(fisher.sums), quietly, fisher.close, backward, reached)
+    fisher.troubles.guarded(None, list(fisher.sums), quietly, fisher.close, backward, reached)
 
 
 def _reached(record: ForwardRecord, backward: Backward) -> bool:
-    return bool(record.received or record.captured or record.modules or record.parts or backward.actual)
+    return bool(record.received or record.captured or record.modules or record.parts or not backward.audit.empty)

@@ -134,7 +134,7 @@ class _LayerGradient:
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
 
     def __call__(self, g: Tensor) -> None:
-        self.attachment.fisher.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
+        self.attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
@@ -165,7 +165,7 @@ class _ModuleGradient:
 
     def __call__(self, position: int, g: Tensor) -> None:
         names = [layer.name for layer in self.record.parts_of(self.layer)]
-        self.attachment.fisher.guarded(self.record, names, quietly, self.receive, position, g)
+        self.attachment.fisher.troubles.guarded(self.record, names, quietly, self.receive, position, g)
 
     def receive(self, position: int, g: Tensor) -> None:
         fisher, record = self.attachment.fisher, self.record

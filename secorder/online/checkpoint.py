@@ -37,10 +37,10 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64),
         "seen": torch.stack([fisher.seen, fisher.seen.new_tensor(fisher.elsewhere)]),
     }
-    for layer in fisher.layers:
+    for layer, failures in zip(fisher.layers, fisher.failures, strict=True):
         sums = fisher.sums[layer.name]
-        batches = sums.counts.new_tensor([sums.batches, float(sums.suspect)])
-        state[f"counts/{layer.name}"] = torch.cat([sums.counts, batches])
+        numbers = [sums.counts, sums.counts.new_tensor([sums.batches]), failures[None].to(sums.counts)]
+        state[f"counts/{layer.name}"] = torch.cat(numbers)
         for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=True):
             key = f"sums/{layer.parameter_name(name)}"
             state[key] = Shard.of(p).place(total.clone()) if layer.sharded else total.clone()
@@ -67,11 +67,11 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
         ]
         numbers = state[f"counts/{layer.name}"].to(sums.counts, copy=True)
         sums.counts, sums.batches = numbers[:3].clone(), round(float(numbers[3]))
-        sums.suspect = numbers[4].bool()
     fisher.reset()
     fisher.sums, fisher.batches = loaded, batches
     fisher.seen.copy_(state["seen"][0])
     fisher.elsewhere = float(state["seen"][1])
+    fisher.failures.copy_(torch.stack([state[f"counts/{layer.name}"][4] for layer in fisher.layers]))
     if attachment is not None:
         attachment.counts[True], attachment.counts[False] = counts
 

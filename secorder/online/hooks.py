@@ -74,7 +74,7 @@ class Attachment:
         self._handles.clear()
         for thread in list(self._running):
             self._drop(thread)
-        self.fisher.abandon()
+        self.fisher.backwards.let_go(self.fisher.backwards.values())
 
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
@@ -89,17 +89,17 @@ class Attachment:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
-        causes = self.fisher.causes
+        saw = self.fisher.troubles.saw
         if self.suspensions:
-            causes["paused"] = causes.get("paused", 0) + 1
+            saw("paused")
             return
         if inside_transform() or is_traced():
-            causes["traced"] = causes.get("traced", 0) + 1
+            saw("traced")
             return
-        if in_backward() and self.fisher.running():
+        if in_backward() and self.fisher.backwards.here():
             return  # a checkpoint computes the whole model again; the layers' hooks are back by themselves
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            causes["no grad"] = causes.get("no grad", 0) + 1
+            saw("no grad")
             return
         thread = threading.get_ident()
         stale = self._running.get(thread)
@@ -107,13 +107,14 @@ class Attachment:
             if is_running(self.model):
                 return  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
-        self.fisher.forget_broken()
+        if not in_backward():  # backward passes of this thread that have not ended were broken off
+            self.fisher.backwards.let_go(self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
         if count % self.every:
             return
         if eager.whole_graph_wanted():
-            causes["compiled"] = causes.get("compiled", 0) + 1
+            saw("compiled")
             return
         record = open_record(self.fisher, self.looks, args, kwargs)
         if record is None:
@@ -127,7 +128,7 @@ class Attachment:
         self._running[thread] = record
         record.eager = eager
         eager.run_compiled_code_eagerly()
-        causes["forward"] = causes.get("forward", 0) + 1
+        saw("forward")
 
     def owns(self, eager: EagerSection) -> bool:
         """Whether a forward that runs is within this section."""
@@ -180,7 +181,7 @@ class _Enters:
 
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions and not inside_transform():
-            self.attachment.fisher.guarded(self.record, (), enter, self.attachment, self.record)
+            self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
 
 
 class _Begin(OwnHook):
@@ -199,7 +200,7 @@ class _Begin(OwnHook):
 def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -> None:
     """Begin a forward; what is not recorded runs on as it is compiled."""
     try:
-        attachment.fisher.guarded(None, attachment.fisher.sums, attachment.begin, args, kwargs, eager)
+        attachment.fisher.troubles.guarded(None, attachment.fisher.sums, attachment.begin, args, kwargs, eager)
     finally:
         if not attachment.owns(eager):
             eager.end()
@@ -214,7 +215,7 @@ class _End(OwnHook):
                 leave_graph()
             return
         fisher = self.owner.fisher
-        fisher.guarded(None, fisher.sums, self.owner.end, args, kwargs, output)
+        fisher.troubles.guarded(None, fisher.sums, self.owner.end, args, kwargs, output)
 
 
 class _LayerHook(OwnHook):
@@ -231,7 +232,7 @@ class _LayerHook(OwnHook):
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not self.foreign():
-            self.owner.fisher.guarded(self.record, (self.layer.name,), self.run, module, args, kwargs, output)
+            self.owner.fisher.troubles.guarded(self.record, (self.layer.name,), self.run, module, args, kwargs, output)
 
     def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         raise NotImplementedError

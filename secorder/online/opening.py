@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
 from ..errors import CouplingError, NonFiniteError, SecorderError
 from ..layers.layout import DIM_ZERO, Layout
@@ -14,12 +15,13 @@ from ..layers.selection import Layer
 from ..parallel.fsdp import over_ranks
 from .attribution import Attribution
 from .capture import module_called, module_starts
-from .fisher import OUTSIDE, OnlineFisher
+from .fisher import OnlineFisher
 from .looks import Looks
 from .record import ForwardRecord, Start
 from .reduction import weights_of
 from .relation import Shape, Verified, explain
 from .samples import shapes_of
+from .troubles import OUTSIDE
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -39,7 +41,7 @@ def open_record(
     verified = False
     if known is None or count is None or (due and count > 1) or (known.provisional and count != 0):
         if _empty(shapes):
-            fisher.saw("empty")
+            fisher.troubles.saw("empty")
             return None
         verified = True
         known = _look(fisher, looks, known, args, kwargs)
@@ -49,9 +51,11 @@ def open_record(
     if known is None or count is None:
         return None
     if count == 0 and fisher.shard is None:
-        fisher.saw("empty")
+        fisher.troubles.saw("empty")
         return None
-    record = ForwardRecord(known, count, shapes, verified, Start(fisher.model, args, kwargs, known.changing))
+    # Of a chain of torch's own layers nothing is ever run again.
+    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
+    record = ForwardRecord(known, count, shapes, verified, start)
     record.together = count if fisher.shard is None else together
     if callable(fisher.reduction):
         weights = weights_of(fisher.reduction, args, kwargs, count).double()
@@ -64,12 +68,14 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
     for index, layer in enumerate(fisher.layers):
-        now = dict(layer.module.named_parameters(remove_duplicate=False))
-        if any(now.get(name) is not p for name, p in layer.parameters.items()):
+        if any(held_parameter(layer.module, name) is not p for name, p in layer.parameters.items()):
+            now = dict(layer.module.named_parameters(remove_duplicate=False))
             shapes = {name: p.shape for name, p in layer.parameters.items()}
             found = {name: now[name] for name in shapes if name in now}
             if {name: p.shape for name, p in found.items()} != shapes:
-                fisher.mark([layer.name], "its parameters were exchanged for others of other shapes: make a new probe.")
+                fisher.troubles.mark(
+                    [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
+                )
                 continue
             fisher.layers[index] = replace(layer, parameters=found)
             changed = True
@@ -77,7 +83,7 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
         looks.forget()
     meta = [x.name for x in fisher.layers if any(p.is_meta for p in x.parameters.values())]
     if meta:
-        fisher.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
+        fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
     return len(meta) < len(fisher.layers)
 
 
@@ -94,8 +100,8 @@ def _look(
     except SecorderError:
         raise
     except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
-        fisher.saw("look failed")
-        fisher.warn(
+        fisher.troubles.saw("look failed")
+        fisher.troubles.warn(
             f"a batch is left out, since running the model on it to see where samples are failed "
             f"({type(error).__name__}: "
             f"{error}); the next one is looked at."
@@ -103,25 +109,26 @@ def _look(
         return None
     names = [layer.name for layer in fisher.layers]
     if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
-        fisher.saw("not finite")
+        fisher.troubles.saw("not finite")
         if fisher.on_nonfinite == "raise":
             raise NonFiniteError(
                 "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
                 "pass "
                 'on_nonfinite="skip" to leave such batches out.'
             )
-        fisher.skip(names)
+        for sums in fisher.sums.values():
+            sums.batches += 1
         return None
     if found.undecided and found.provisional:
-        fisher.saw("one sample")
+        fisher.troubles.saw("one sample")
         return None
     if found.undecided:
-        fisher.mark(names, f"{found.undecided}.")
+        fisher.troubles.mark(names, f"{found.undecided}.")
         return None
     if found.coupled:
         _coupled(fisher, found)
     elif before is not None:
-        fisher.mark(
+        fisher.troubles.mark(
             looks.moved(before, found),
             "the rows of its output belong to other samples than they did when they were looked at before, so that "
             "what "
@@ -130,7 +137,7 @@ def _look(
         )
     slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
     if slow:
-        fisher.warn(
+        fisher.troubles.warn(
             f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
             f"rows "
             "that depend on data, a parameter used outside of them, nothing trainable before them): a module that "
@@ -148,16 +155,16 @@ def _coupled(fisher: OnlineFisher, found: Attribution) -> None:
             "dim "
             f"{found.separable} of its arguments they do not: pass sample_dim={found.separable}."
         )
-        fisher.mark(names, reason)
+        fisher.troubles.mark(names, reason)
         return
     message = (
         "the samples of a batch influence one another in the model (batch normalisation in train mode?), so that the "
         f"per-sample gradients of the layers {names} hold parts of other samples': train with model.eval() statistics, "
         "leave the layers out with layers=, or say with sample_dim= which dimension of the arguments holds the samples."
     )
-    if fisher.strict:
+    if fisher.troubles.strict:
         raise CouplingError(message)
-    fisher.warn(message)
+    fisher.troubles.warn(message)
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -165,7 +172,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     fisher, looks = attachment.fisher, attachment.looks
     start, record.start = record.start, None
     if not any(t.requires_grad for t in tensors_in(output)):
-        fisher.saw("no gradient")
+        fisher.troubles.saw("no gradient")
         record.closed = True
         return
     _require_present(fisher, record)
@@ -233,7 +240,7 @@ def _fall_back(
     outputs = record.calls.get(record.fallback[0].name, [()])[0]
     layouts = [_output_layout(found, shape, record) for shape in outputs]
     if any(layout is None for layout in layouts):
-        fisher.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
+        fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
         return
     for layer in record.fallback:
         record.layouts[layer.name] = [[x for x in layouts if x is not None]]
@@ -249,7 +256,7 @@ def _output_layout(found: Attribution, shape: Shape, record: ForwardRecord) -> L
 def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
     reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
     record.troubled.add(layer.name)
-    fisher.leave_out(record, record.attribution.sharing(layer.name) or [layer.name], reason)
+    fisher.troubles.leave_out(record, record.attribution.sharing(layer.name) or [layer.name], reason)
 
 
 def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
@@ -269,5 +276,5 @@ def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:
         return
     modules: dict[str, nn.Module] = dict(fisher.model.named_modules())
     gone = [x.name for x in missing if modules.get(x.name) is not x.module]
-    fisher.mark(gone, "it is no longer in the model (another module has taken its place): make a new probe.")
+    fisher.troubles.mark(gone, "it is no longer in the model (another module has taken its place): make a new probe.")
     record.troubled |= set(gone)

@@ -16,7 +16,7 @@ hook holds the record that it was made for. What several forwards share that one
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,10 +33,10 @@ from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from .attribution import Attribution
-from .audit import Vectors
+from .audit import Audit
 from .relation import Shape
 
-__all__ = ["Backward", "Call", "ForwardRecord", "ModuleCall", "Start"]
+__all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -102,20 +102,40 @@ class Backward:
         ended: whether it has ended, or is known to have been broken off.
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
-        vectors: by which it is audited, by ``id(parameter)``.
-        actual: rᵀ G s of the whole gradients.
-        explained: what captured calls bring of them, and what may be rounding.
+        fresh: parameters without a gradient when it began: what they have at its end is this pass's.
+        audit: of the parameters' whole gradients.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, audit: Audit) -> None:
         self.number = number
         self.thread = threading.get_ident()
         self.ended = False
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
-        self.vectors: dict[int, Vectors] = {}
-        self.actual: dict[int, Tensor] = {}
-        self.explained: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
+        self.fresh: list[Tensor] = []
+        self.audit = audit
+
+    def let_go(self) -> None:
+        """It has ended, or was broken off: nothing of ours stays on the model."""
+        self.ended = True
+        for handles in (self.handles, *(record.handles for record in self.records)):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
+
+
+class Backwards(dict[int, Backward]):
+    """The backward passes that run, by the engine's number."""
+
+    def here(self) -> list[Backward]:
+        """Those of this thread."""
+        return [backward for backward in self.values() if backward.thread == threading.get_ident()]
+
+    def let_go(self, backwards: Iterable[Backward]) -> None:
+        """These have ended, or were broken off."""
+        for backward in list(backwards):
+            self.pop(backward.number, None)
+            backward.let_go()
 
 
 @dataclass(eq=False)

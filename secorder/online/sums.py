@@ -24,12 +24,10 @@ class LayerSums:
         sums: 1-D, one a parameter.
         counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
         batches: that were handed in, bad ones among them.
-        suspect: whether an audit failed, a bool on the layer's device.
     """
 
     sums: list[Tensor]
     counts: Tensor
-    suspect: Tensor
     batches: int = 0
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
@@ -38,8 +36,7 @@ class LayerSums:
         """Of a layer that has seen nothing."""
         parts = zeros(layer)
         counts = torch.zeros(3, dtype=torch.float64, device=parts[0].device)
-        suspect = torch.zeros((), dtype=torch.bool, device=parts[0].device)
-        return cls([z.to(device, dtype) for z in parts], counts, suspect)
+        return cls([z.to(device, dtype) for z in parts], counts)
 
     def add(
         self,
