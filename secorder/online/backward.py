@@ -1,5 +1,6 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,23 @@ def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) 
 
 def _saw(backward: Backward, key: int, vectors: Vectors, node: Any, gradient: Tensor) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
-    if backward.ended or not will_accumulate(node):
+    if backward.ended or not _runs(backward) or not will_accumulate(node):
         return
     value = actual(gradient.detach(), vectors)
     backward.actual[key] = backward.actual[key] + value if key in backward.actual else value
+
+
+def _runs(backward: Backward) -> bool:
+    """Whether it is this backward that runs now, and no other thread's; those of reentrant checkpoints belong to it."""
+    inner = any(record.recomputes for record in backward.records) and backward.thread == threading.get_ident()
+    return inner or current_backward() == backward.number
 
 
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
     fisher.let_go(backward)
-    if attachment.suspensions:
+    if attachment.pauses:
         return
     reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:

@@ -58,6 +58,9 @@ _SECOND = (
 #: Layers that one audit looks at: small models whole, large ones by a few layers, drawn anew each time.
 AUDITED = 32
 
+#: Threads add to the sums one after the other.
+_ADDING = threading.Lock()
+
 
 class OnlineFisher:
     """Σ of squared per-sample gradients of a model's layers, over the records of its forwards.
@@ -272,17 +275,19 @@ class OnlineFisher:
     ) -> None:
         """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
         sums = self.sums[layer.name]
-        before = [version(total) for total in sums.sums]
         alpha = self.factor(record)
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
+        before: list[int] = []
         try:
-            sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
-            sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
+            with _ADDING:
+                before = [version(total) for total in sums.sums]
+                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
+                sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
             if good is not None:
                 record.goods.append(good)
         except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
-            if before != [version(total) for total in sums.sums]:
+            if before and before != [version(total) for total in sums.sums]:
                 self.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
             raise
 
@@ -425,12 +430,14 @@ class OnlineFisher:
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
-            if self.decay is not None:
-                for total in sums.sums:
-                    total.mul_(self.decay)
-            sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
-        self.batches += 1
-        self._count(record)
+            with _ADDING:
+                if self.decay is not None:
+                    for total in sums.sums:
+                        total.mul_(self.decay)
+                sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
+        with _ADDING:
+            self.batches += 1
+            self._count(record)
 
     def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
@@ -554,6 +561,7 @@ CAUSES = {
     "empty": "A batch was empty.",
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
+    "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
     "one sample": (
         "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
         "sample_dim=."
