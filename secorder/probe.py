@@ -196,11 +196,11 @@ class CurvatureProbe:
             ProbeStateError: the probe is detached.
         """
         attachment = self._attached()
-        attachment.suspensions += 1
+        attachment.pauses += 1
         try:
             yield
         finally:
-            attachment.suspensions -= 1
+            attachment.pauses -= 1
 
     def reset(self) -> None:
         """Forget everything accumulated."""

@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from threading import get_ident
+from types import FrameType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ __all__ = [
     "kept_out_of_copies",
     "parameter_places",
     "parameters_replaced",
+    "threads_running",
 ]
 
 
@@ -147,14 +151,21 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_running(module: nn.Module) -> bool:
     """Whether another call of the module, besides the innermost, runs in this thread: it calls itself."""
-    calls, frame = 0, sys._getframe(1)
+    return len(list(islice(_calls(module, sys._getframe(1)), 2))) == 2
+
+
+def threads_running(module: nn.Module) -> set[int]:
+    """The other threads in which a call of the module runs now."""
+    frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != get_ident()}
+    return {thread for thread, frame in frames.items() if any(True for _ in _calls(module, frame))}
+
+
+def _calls(module: nn.Module, frame: FrameType | None) -> Iterator[FrameType]:
+    """The calls of a module that a frame is in, the innermost first."""
     while frame is not None:
         if frame.f_code is _CALL and frame.f_locals.get("self") is module:
-            calls += 1
-            if calls == 2:
-                return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+            yield frame
+        frame = frame.f_back
 
 
 _CALL = nn.Module._call_impl.__code__

@@ -1,5 +1,6 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,10 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         return False
     backward = fisher.backwards.get(number)
     if backward is None:
-        backward = fisher.backwards[number] = Backward(number, Audit(fisher.signs))
+        backward = Backward(number, Audit(fisher.signs))
+        for other in fisher.backwards.values():  # of another thread: what is in .grad may be either's
+            other.alone = backward.alone = False
+        fisher.backwards[number] = backward
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     fisher.check_together(backward, record)
@@ -87,18 +91,24 @@ def _saw(
     backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
 ) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
-    if not backward.ended and (layer.name in record.received or will_accumulate(node)):
+    if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
         backward.audit.see(parameter, gradient)
+
+
+def _runs(backward: Backward) -> bool:
+    """Whether it is this backward that runs now, and no other thread's; those of reentrant checkpoints belong to it."""
+    inner = any(record.recomputes for record in backward.records) and backward.thread == threading.get_ident()
+    return inner or current_backward() == backward.number
 
 
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
     fisher.backwards.let_go([backward])
-    if attachment.suspensions:
+    if attachment.pauses:
         return
     for parameter in backward.fresh:
-        if parameter.grad is not None:
+        if parameter.grad is not None and backward.alone:
             backward.audit.see(parameter, parameter.grad)
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]

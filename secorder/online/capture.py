@@ -115,7 +115,7 @@ def _on_gradient(attachment: "Attachment", record: ForwardRecord, tensor: Tensor
 
     def prehook(gradients: tuple[Tensor | None, ...]) -> None:
         g = gradients[number]
-        if g is not None and not attachment.suspensions and not inside_transform():
+        if g is not None and not attachment.pauses and not inside_transform():
             received(g)
 
     assert tensor.grad_fn is not None

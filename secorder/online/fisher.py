@@ -5,6 +5,7 @@ goes on; :meth:`OnlineFisher.add` closes a record when its backward has ended: w
 layers that the loss does not depend on get their zeros, and the audit is compared.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,6 +40,9 @@ _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."
 )
+
+#: Threads add to the sums one after the other.
+_ADDING = threading.Lock()
 
 
 class OnlineFisher:
@@ -183,17 +187,19 @@ class OnlineFisher:
     ) -> None:
         """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
         sums = self.sums[layer.name]
-        before = [version(total) for total in sums.sums]
         alpha = self.factor(record)
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
+        before: list[int] = []
         try:
-            sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
-            sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
+            with _ADDING:
+                before = [version(total) for total in sums.sums]
+                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
+                sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
             if good is not None:
                 record.goods.append(good)
         except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
-            if before != [version(total) for total in sums.sums]:
+            if before and before != [version(total) for total in sums.sums]:
                 self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
             raise
 
@@ -304,12 +310,14 @@ class OnlineFisher:
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
-            if self.decay is not None:
-                for total in sums.sums:
-                    total.mul_(self.decay)
-            sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
-        self.batches += 1
-        self._count(record)
+            with _ADDING:
+                if self.decay is not None:
+                    for total in sums.sums:
+                        total.mul_(self.decay)
+                sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
+        with _ADDING:
+            self.batches += 1
+            self._count(record)
 
     def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
@@ -336,8 +344,6 @@ class OnlineFisher:
                 record.received.add(layer.name)
             elif holders:
                 record.received.discard(layer.name)
-
-    # ---- reading
 
 
 def total_of(g: Tensor) -> Tensor:

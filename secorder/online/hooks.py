@@ -14,6 +14,8 @@ What they rely on, and why:
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from .._torch.compile import EagerSection, Graph, being_compiled, is_traced, leave_graph, uncompiled
 from .._torch.engine import in_backward
-from .._torch.modules import is_running, kept_out_of_copies
+from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import OwnHook
 from .._torch.pytree import tensors_in
 from .._torch.transforms import inside_transform
@@ -51,11 +53,14 @@ class Attachment:
         self.fisher = fisher
         self.looks = looks
         self.every = every
-        self.suspensions = 0
+        self.suspensions = 0  # by passes of the library's own
+        self.pauses = 0  # by the user
         #: Forwards counted towards ``every``, in train and in eval mode.
         self.counts = {True: 0, False: 0}
         self._running: dict[int, ForwardRecord] = {}  # by thread
         self._handles: list[Any] = []
+        self._waiting: set[int] = set()  # threads whose forward has not begun
+        self._beginning = threading.RLock()
 
     def attach(self) -> None:
         """Register the hooks of the model."""
@@ -68,7 +73,7 @@ class Attachment:
 
     def detach(self) -> None:
         """Remove every hook; backward passes of forwards that were recorded before are ignored from now on."""
-        self.suspensions += 1
+        self.pauses += 1
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -87,10 +92,36 @@ class Attachment:
             record.eager = None
         return record
 
+    @contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Inside, no other thread begins a forward; whether none runs one, so that the model can be looked at.
+
+        A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with.
+        """
+        with self._beginning:
+            yield self.fisher.shard is not None or threads_running(self.model) <= self._waiting
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
+        if in_backward():  # perhaps in a thread of the engine's, for which the look at the model waits
+            self._begin(args, kwargs, eager)
+            return
+        thread = threading.get_ident()
+        self._waiting.add(thread)
+        try:
+            self._beginning.acquire()
+        finally:
+            self._waiting.discard(thread)
+        try:
+            self._begin(args, kwargs, eager)
+        finally:
+            self._beginning.release()
+
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         saw = self.fisher.troubles.saw
         if self.suspensions:
+            return
+        if self.pauses:
             saw("paused")
             return
         if inside_transform() or is_traced():
@@ -116,7 +147,7 @@ class Attachment:
         if eager.whole_graph_wanted():
             saw("compiled")
             return
-        record = open_record(self.fisher, self.looks, args, kwargs)
+        record = open_record(self, args, kwargs)
         if record is None:
             return
         try:
@@ -142,7 +173,7 @@ class Attachment:
             return
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
-        if output is None or self.suspensions:
+        if output is None or self.pauses:
             record.closed = True
             return
         if root is not None:
@@ -180,7 +211,7 @@ class _Enters:
         self.attachment, self.record = attachment, record
 
     def __call__(self, _: Tensor) -> None:
-        if not self.attachment.suspensions and not inside_transform():
+        if not self.attachment.pauses and not inside_transform():
             self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
 
 
@@ -228,7 +259,7 @@ class _LayerHook(OwnHook):
     def foreign(self) -> bool:
         """Whether the call is none of the record's: another thread's, a transform's, or made while it is suspended."""
         other = threading.get_ident() != self.record.thread and not in_backward()
-        return other or bool(self.owner.suspensions) or inside_transform()
+        return other or bool(self.owner.pauses or self.owner.suspensions) or inside_transform()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not self.foreign():

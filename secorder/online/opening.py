@@ -29,23 +29,28 @@ if TYPE_CHECKING:
 __all__ = ["open_record", "settle"]
 
 
-def open_record(
-    fisher: OnlineFisher, looks: Looks, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> ForwardRecord | None:
+def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
     """The record of a forward that begins; None where there is nothing to record."""
+    fisher, looks = attachment.fisher, attachment.looks
     if not _refresh(fisher, looks):
         return None
     shapes = shapes_of((args, kwargs))
     due, known = looks.due(), looks.known()
     count = None if known is None else known.count(shapes)
     verified = False
-    if known is None or count is None or (due and count > 1) or (known.provisional and count != 0):
+    needed = known is None or count is None or (known.provisional and count != 0)
+    if needed or (due and count is not None and count > 1):
         if _empty(shapes):
             fisher.troubles.saw("empty")
             return None
-        verified = True
-        known = _look(fisher, looks, known, args, kwargs)
-        count = None if known is None else known.count(shapes)
+        with attachment.alone() as alone:
+            if alone:
+                verified = True
+                known = _look(fisher, looks, known, args, kwargs)
+                count = None if known is None else known.count(shapes)
+            elif needed:
+                fisher.troubles.saw("other threads")
+                return None
     if fisher.shard is not None:
         together = round(over_ranks(max(count or 0, 0), fisher.shard))
     if known is None or count is None:
@@ -169,7 +174,7 @@ def _coupled(fisher: OnlineFisher, found: Attribution) -> None:
 
 def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
-    fisher, looks = attachment.fisher, attachment.looks
+    fisher = attachment.fisher
     start, record.start = record.start, None
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
@@ -178,14 +183,20 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and not record.attribution.coupled and start is not None:
-        found = looks.look(fisher.layers, *start.arguments) if not record.verified else record.attribution
-        if not (found.unclear or found.undecided):
+        found = record.attribution if record.verified else _look_again(attachment, start)
+        if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
             _fall_back(attachment, record, found, unexplained, start, output)
             return
     for layer in unexplained:
         _unknown(fisher, record, record.attribution, layer)
+
+
+def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:
+    """Another look at the batch; None where other threads run the model."""
+    with attachment.alone() as alone:
+        return attachment.looks.look(attachment.fisher.layers, *start.arguments) if alone else None
 
 
 def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:

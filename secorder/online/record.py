@@ -100,6 +100,7 @@ class Backward:
         number: the engine's number of the pass.
         thread: that it runs in.
         ended: whether it has ended, or is known to have been broken off.
+        alone: whether no other thread ran a backward at the same time.
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
         fresh: parameters without a gradient when it began: what they have at its end is this pass's.
@@ -110,6 +111,7 @@ class Backward:
         self.number = number
         self.thread = threading.get_ident()
         self.ended = False
+        self.alone = True
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []

@@ -33,6 +33,7 @@ CAUSES = {
     "empty": "A batch was empty.",
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
+    "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
     "one sample": (
         "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
         "sample_dim=."
