@@ -228,6 +228,8 @@ class OnlineFisher:
 
     def _audit(self, backward: Backward) -> None:
         """Compare the whole gradients of a backward that has ended with what its records explain."""
+        if not backward.alone:
+            return  # what reached the parameters meanwhile may be another thread's
         troubled = {name for record in backward.records for name in record.troubled}
         chosen = [(i, layer) for i, layer in enumerate(self.layers) if layer.name not in troubled]
         asked = [
