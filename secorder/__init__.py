@@ -23,6 +23,8 @@ from .errors import (
 from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
+from .online.reduction import token_weights
+from .online.verification import Verification
 from .probe import CurvatureProbe
 from .results import Diagonals, LayerInfo
 
@@ -53,11 +55,13 @@ __all__ = [
     "RuleError",
     "SecorderError",
     "Trace",
+    "Verification",
     "diagnose",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
     "report",
+    "token_weights",
 ]
 
 __version__ = "0.2.0"

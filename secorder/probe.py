@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
@@ -27,6 +28,7 @@ from .online.looks import Looks
 from .online.reading import diagonals, num_samples, num_skipped, untold
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
+from .online.verification import Verification, verify
 from .parallel.fsdp import gathered
 from .results import Diagonals, weighted_mean
 
@@ -61,18 +63,28 @@ class CurvatureProbe:
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
-        reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, or
-            ``"sum"``. Only the online Fisher needs to be told.
+        reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
+            loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
+            L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
+            Only the online Fisher needs to be told; where it is not, a mean is assumed, and the first read says so.
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
         sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
-            samples. Where they are in each layer is found and verified.
-        strict: raise :class:`~secorder.CouplingError` where samples are coupled while training (batch normalisation
-            in train mode), so that online per-sample gradients are not defined; by default a warning says so once.
+            samples, or a mapping of argument names to dimensions (None for an argument without samples). By default it
+            is
+            found: the dimension along which the model's outputs do not influence one another. Where they are in each
+            layer is found and verified.
+        strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
+            coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
+            probe's own. By default training goes on, a warning says it once, and reading the number raises.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number. It is divided out of every gradient.
+        forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
+            its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
+            rollout), whose gradients are added before they are squared. By default they are separate where their
+            numbers of samples differ, and where these are the same, the layers are not told.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -151,6 +163,7 @@ class CurvatureProbe:
             )
         self._looks = Looks(model, sample_dim, self._fisher.signs)
         self._attachment: Attachment | None = None
+        self._verified = reduction is not None  # told, or found to be right
         self._log: CurvatureLog | None = None
         self.attach()
 
@@ -310,7 +323,14 @@ class CurvatureProbe:
                 self.synchronize()
             if missing not in ("raise", "skip"):
                 raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
-            return diagonals(self._fisher, missing)
+            found = diagonals(self._fisher, missing)
+            if not self._verified:
+                self._verified = True
+                caution(
+                    "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
+                    "let probe.verify(loss_fn, inputs, targets) find out."
+                )
+            return found
         with self._on_whole_layers() as layers:
             fisher = fisher_diagonal(
                 self._model,
@@ -328,6 +348,41 @@ class CurvatureProbe:
         return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     @tells_renamed_keywords
+    def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
+        """Check on one batch that the online Fisher is told right: how the loss reduces samples, and its scale.
+
+        One forward and backward are run with hooks of their own, told as this probe is, and held against the one-shot
+        empirical Fisher of the batch, which need not be told anything. Where parameters hold gradients that training
+        left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and the random
+        state are put back.
+
+        Args:
+            loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
+            inputs: of one batch.
+            targets: what ``loss_fn`` takes second.
+
+        Returns:
+            a :class:`~secorder.Verification`: true where both agree; ``print`` it for a sentence that says what to
+            pass.
+
+        Raises:
+            SecorderError: as :meth:`fisher_diagonal` with the same arguments.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss(reduction="sum")
+            >>> with CurvatureProbe(model) as probe:
+            ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
+            your loss is a sum: pass reduction="sum".
+        """
+        one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
+        count = batch_size(inputs, targets, self._one_shot_dim)
+        with self.paused():
+            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+        self._verified = bool(found)
+        return found
+
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,

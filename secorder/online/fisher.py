@@ -78,6 +78,21 @@ class OnlineFisher:
         self._strict = strict
         self.reset()
 
+    def fresh(self) -> "OnlineFisher":
+        """One with the same settings that has seen nothing."""
+        return OnlineFisher(
+            self.model,
+            self.layers,
+            reduction=self.reduction,
+            decay=None,
+            strict=False,
+            loss_scale=self.loss_scale,
+            on_nonfinite=self.on_nonfinite,
+            forwards=self.forwards,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "backwards": Backwards()}
 

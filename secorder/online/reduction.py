@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidArgumentError
 
-__all__ = ["LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "weights_of"]
+__all__ = [
+    "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights", "weights_of",
+]  # fmt: skip
 
 
 class HasScale(Protocol):
@@ -101,3 +103,50 @@ def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any],
             "c_n of L = Σ_n c_n ℓ_n, one a sample."
         )
     return weights.detach()
+
+
+def token_weights(
+    labels: str | int = "labels",
+    *,
+    ignore_index: int = -100,
+    shift: int = 0,
+    items: str = "num_items_in_batch",
+) -> Weights:
+    """The weights c_n of a loss that is a mean over tokens, from labels that the model is called with.
+
+    With padding, samples have different numbers of tokens: L = Σ_n c_n ℓ_n, ℓ_n the mean over the tokens of sample n,
+    c_n = tokens_n / Σ_m tokens_m. Where the loss is divided by a number of tokens of several batches
+    (``num_items_in_batch``, as Hugging Face's ``Trainer`` passes it), c_n = tokens_n / that number.
+
+    Args:
+        labels: name or position of the argument that holds them: integers of shape ``(N, …)``.
+        ignore_index: the label of what does not count.
+        shift: how many labels of each sequence the loss leaves out at the start: 1 for a causal language model.
+        items: name of the argument that holds the number that the loss is divided by.
+
+    Example:
+        >>> import torch
+        >>> from secorder import token_weights
+        >>> labels = torch.tensor([[1, 2, -100, -100], [3, 4, 5, 6]])
+        >>> token_weights()(labels=labels)
+        tensor([0.3333, 0.6667])
+    """
+    return _TokenWeights(labels, ignore_index, shift, items)
+
+
+class _TokenWeights:
+    """What :func:`token_weights` returns: a function that can be pickled."""
+
+    def __init__(self, labels: str | int, ignore_index: int, shift: int, items: str) -> None:
+        self._labels, self._ignore_index, self._shift, self._items = labels, ignore_index, shift, items
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
+        labels = args[self._labels] if isinstance(self._labels, int) else kwargs.get(self._labels)
+        if not isinstance(labels, Tensor) or not labels.dim():
+            raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {self._labels!r}.")
+        counted = labels if labels.dim() == 1 else labels[:, self._shift :].flatten(1)
+        tokens = (counted != self._ignore_index).to(torch.get_default_dtype())
+        tokens = tokens if labels.dim() == 1 else tokens.sum(1)
+        items = kwargs.get(self._items)
+        return tokens / (tokens.sum() if items is None else items)

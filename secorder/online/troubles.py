@@ -1,12 +1,11 @@
 """What cannot be told, and why: training goes on, and the reason is raised when the number is read."""
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from typing import Any
 
+from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
-from ..errors import AttributionError, CurvatureWarning, NonFiniteError, SecorderError
+from ..errors import AttributionError, NonFiniteError, SecorderError
 from .record import ForwardRecord
 
 __all__ = ["OUTSIDE", "Troubles", "sentence"]
@@ -95,11 +94,10 @@ class Troubles:
             self.warn(f"{sentence(names, reason)} This batch is left out of it.")
 
     def warn(self, message: str) -> None:
-        """Warn once; not by an error, where the user's filters would make it one in the middle of training."""
+        """Warn once."""
         if message not in self._warned:
             self._warned.add(message)
-            with suppress(CurvatureWarning):
-                warnings.warn(message, CurvatureWarning, stacklevel=3)
+            caution(message)
 
     def saw(self, cause: str) -> None:
         """Take note of what keeps a forward from being recorded, or that one was: a key of :data:`CAUSES`."""
