@@ -85,6 +85,9 @@ class CurvatureProbe:
             its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
             rollout), whose gradients are added before they are squared. By default they are separate where their
             numbers of samples differ, and where these are the same, the layers are not told.
+        penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
+            gradient then belongs to each ℓ_n. By default a layer that gets gradient from outside of its calls is not
+            told.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -123,6 +126,7 @@ class CurvatureProbe:
         strict: bool = False,
         loss_scale: LossScale = None,
         forwards: Literal["separate", "joined"] | None = None,
+        penalty: Literal["shared"] | None = None,
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
@@ -141,6 +145,8 @@ class CurvatureProbe:
             raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         if forwards not in (None, "separate", "joined"):
             raise InvalidArgumentError(f'forwards must be "separate", "joined" or None, got {forwards!r}.')
+        if penalty not in (None, "shared"):
+            raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
         check_sample_dim(sample_dim)
         self._model = model
         self._every = every
@@ -154,6 +160,7 @@ class CurvatureProbe:
             loss_scale=loss_scale_of(loss_scale),
             on_nonfinite=on_nonfinite,
             forwards=forwards,
+            penalty=penalty,
             device=accumulator_device,
             dtype=accumulator_dtype,
         )

@@ -19,6 +19,7 @@ from .._torch.engine import (
 from ..layers.selection import Layer
 from .audit import Audit
 from .fisher import quietly
+from .penalty import watch
 from .record import Backward, ForwardRecord
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
 def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
     fisher = attachment.fisher
+    if fisher.penalty is not None:
+        watch(backward, fisher.layers)
+        return
     names = [layer.name for layer in fisher.layers]
     audited = fisher.signs.some(names, min(MOST, max(LEAST, len(names) // 2)))
     captured = {name for name, _ in record.hooked}
@@ -119,4 +123,11 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
 
 
 def _reached(record: ForwardRecord, backward: Backward) -> bool:
-    return bool(record.received or record.captured or record.modules or record.parts or not backward.audit.empty)
+    return bool(
+        record.received
+        or record.captured
+        or record.modules
+        or record.parts
+        or not backward.audit.empty
+        or backward.whole
+    )

@@ -23,6 +23,7 @@ from ..layers.selection import Layer, sharded_parameter
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import over_ranks
 from .audit import Signs
+from .penalty import add_shared, explain
 from .record import Backward, Backwards, Call, ForwardRecord
 from .reduction import Weights
 from .rerun import rerun_gradients
@@ -62,6 +63,7 @@ class OnlineFisher:
         loss_scale: Any,
         on_nonfinite: Literal["skip", "raise", "keep"],
         forwards: Literal["separate", "joined"] | None,
+        penalty: Literal["shared"] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -72,6 +74,7 @@ class OnlineFisher:
         self.loss_scale = loss_scale
         self.on_nonfinite = on_nonfinite
         self.forwards = forwards
+        self.penalty = penalty
         self.device, self.dtype = device, dtype
         self.signs = Signs()
         self.backwards = Backwards()
@@ -89,6 +92,7 @@ class OnlineFisher:
             loss_scale=self.loss_scale,
             on_nonfinite=self.on_nonfinite,
             forwards=self.forwards,
+            penalty=self.penalty,
             device=self.device,
             dtype=self.dtype,
         )
@@ -238,7 +242,9 @@ class OnlineFisher:
     # ---- the end of a backward
 
     def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:
-        if record.backward is not None:
+        if self.penalty is not None:
+            explain(record, layer, gradients)
+        elif record.backward is not None:
             record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
 
     def _audit(self, backward: Backward) -> None:
@@ -314,7 +320,19 @@ class OnlineFisher:
             for record in group[1:]:
                 record.closed = True
             self.add(group[0])
-        self._audit(backward)
+        if self.penalty is None:
+            self._audit(backward)
+        elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
+            record = groups[0][0]
+            inverse = float(record.num_samples) if self.reduction == "mean" else 1.0
+            alpha = 1.0 if self.decay is None else (1 - self.decay) / record.num_samples
+            scale = float(self.loss_scale())
+            add_shared(self.layers, self.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
+        elif groups:
+            self.troubles.mark(
+                self.sums,
+                'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
+            )
 
     def add(self, record: ForwardRecord) -> None:
         """Close a record whose backward has ended: tied layers, zeros, counts."""

@@ -104,6 +104,7 @@ class Backward:
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
         fresh: parameters without a gradient when it began: what they have at its end is this pass's.
+        whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
         audit: of the parameters' whole gradients.
     """
 
@@ -115,6 +116,7 @@ class Backward:
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []
+        self.whole: dict[int, Tensor] = {}
         self.audit = audit
 
     def let_go(self) -> None:
@@ -163,6 +165,7 @@ class ForwardRecord:
         received: layers whose squares are added.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
+        totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
         without_gradient: layers that ran with nothing to differentiate.
         gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
         autocast_dtype: of the latest call.
@@ -196,6 +199,7 @@ class ForwardRecord:
     received: set[str] = field(default_factory=set)
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
+    totals: dict[int, Tensor] = field(default_factory=dict)
     without_gradient: set[str] = field(default_factory=set)
     gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
     autocast_dtype: torch.dtype | None = None
