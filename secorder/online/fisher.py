@@ -21,11 +21,12 @@ from .._torch.versions import version
 from ..errors import AttributionError, CurvatureWarning, NonFiniteError, ProbeStateError, SecorderError
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
-from ..layers.per_sample import PerSample, per_sample_gradients, with_cotangents
+from ..layers.patches import Patches
+from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
 from ..oneshot.isolation import run_isolated
-from ..parallel.fsdp import over_ranks
+from ..parallel.fsdp import local, over_ranks
 from ..results import Diagonals, LayerInfo
 from .audit import Signs, allowed, explained
 from .record import Backward, Call, ForwardRecord
@@ -107,9 +108,18 @@ class OnlineFisher:
         self.seen = next(iter(self.sums.values())).counts.new_zeros(())  # samples of all batches that count
         self.marks: dict[str, str] = {}
         self.never: dict[str, str] = {}  # of layers that have seen nothing: why
+        self.called: set[str] = set()  # layers, in some recorded forward
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
         self._warned: set[str] = set()
+
+    def follow(self) -> None:
+        """Keep what is counted where the parameters are."""
+        for layer in self.layers:
+            self.sums[layer.name].follow(layer, self.device, self.dtype)
+        first = self.sums[self.layers[0].name].counts
+        if self.seen.device != first.device:
+            self.seen = first.new_zeros(()) if self.seen.is_meta else self.seen.to(first)
 
     # ---- what cannot be told
 
@@ -208,9 +218,10 @@ class OnlineFisher:
         if not came:
             return
         calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
-        good = self._good(layer, [total for _, _, total in came])
         gradients = self._gradients(layer, calls, layouts)
-        self._explain(record, layer, {name: [part] for name, part in gradients.items()})
+        products = self._explain(record, layer, {name: [part] for name, part in gradients.items()})
+        witnesses = [] if self.on_nonfinite == "keep" else [witness(p, products.get(n)) for n, p in gradients.items()]
+        good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
         if record.weights is not None:
             gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
         record.received.add(layer.name)
@@ -243,10 +254,10 @@ class OnlineFisher:
                 calls.append(call)
         if not layers or not calls:
             return
-        good = self._good(layers[0], [total_of(g) for call in calls for g in call.gradients if g is not None])
+        totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
         squares: list[list[Tensor]] = run_isolated(lambda direct: self._rerun(record, layers, calls, direct))
         for layer, own in zip(layers, squares, strict=True):
-            self._add(record, layer, own, good)
+            self._add(record, layer, own, self._good(layer, totals + [square.sum() for square in own]))
             record.received.add(layer.name)
 
     def _rerun(self, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool) -> list[list[Tensor]]:
@@ -308,10 +319,13 @@ class OnlineFisher:
 
     # ---- the audit
 
-    def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, Sequence[PerSample]]) -> None:
-        backward = record.backward
+    def _explain(
+        self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, Sequence[PerSample]]
+    ) -> dict[str, Tensor]:
+        """Tell the audit what a layer's gradients explain; the products, by parameter."""
+        backward, products = record.backward, {}
         if backward is None:
-            return
+            return {}
         dtypes = [g.dtype for parts in gradients.values() for g in [_cotangents(parts[0])]]
         dtypes += [record.autocast_dtype] if record.autocast_dtype is not None else []
         for name, p in layer.parameters.items():
@@ -321,6 +335,8 @@ class OnlineFisher:
                     value, size = explained(part, vectors)
                     found = (value, allowed(size, [*dtypes, p.dtype]))
                     backward.explained.setdefault((layer.name, id(p)), []).append(found)
+                    products[name] = value
+        return products
 
     def _audit(self, backward: Backward) -> None:
         """Compare the whole gradients of a backward that has ended with what its records explain."""
@@ -422,6 +438,7 @@ class OnlineFisher:
     def add(self, record: ForwardRecord) -> None:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
+        self.called.update(record.calls)
         self._add_tied(record)
         for layer in self.layers:
             name = layer.name
@@ -430,6 +447,10 @@ class OnlineFisher:
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
+            if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
+                for p in layer.parameters.values():
+                    if p.requires_grad and p.grad is not None:
+                        sums.suspect.logical_or_((local(p.grad) != 0).any())
             with _ADDING:
                 if self.decay is not None:
                     for total in sums.sums:
@@ -581,6 +602,22 @@ def quietly(work: Callable[..., Any], *arguments: Any) -> None:
 def total_of(g: Tensor) -> Tensor:
     """The sum of a gradient's elements, which is finite where the squares of all of them are."""
     return g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
+    """A number that is finite where what multiplies the cotangents is: an infinite input makes nan of a zero of them.
+
+    Args:
+        part: a per-sample gradient.
+        product: what the audit made of it, if it did: it has seen all of the input.
+    """
+    if isinstance(part, Tensor):
+        return total_of(part)
+    if isinstance(part, Rows) or part.a is None:
+        return None
+    if product is not None and product.dtype in (torch.float32, torch.float64):
+        return product
+    return total_of(part.a.image if isinstance(part.a, Patches) else part.a)
 
 
 def weighted(part: PerSample, weights: Tensor) -> PerSample:

@@ -41,6 +41,19 @@ class LayerSums:
         suspect = torch.zeros((), dtype=torch.bool, device=parts[0].device)
         return cls([z.to(device, dtype) for z in parts], counts, suspect)
 
+    def follow(self, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move to where the layer's parameters are by now: a model may be moved after a probe was attached to it."""
+        here = self.counts.device
+        there = next(iter(layer.parameters.values())).device
+        if here == there:
+            return
+        fresh = LayerSums.empty(layer, device, dtype)
+        if here.type != "meta":  # where there is no memory, nothing was added
+            fresh.counts, fresh.suspect = self.counts.to(fresh.counts), self.suspect.to(fresh.suspect)
+            fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
+        self.sums, self.counts, self.suspect = fresh.sums, fresh.counts, fresh.suspect
+        self._increments.clear()
+
     def add(
         self,
         layer: Layer,
