@@ -450,7 +450,7 @@ class OnlineFisher:
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
-                        sums.suspect.logical_or_((local(p.grad) != 0).any())
+                        sums.suspect.logical_or_(local(p.grad).abs().sum() != 0)
             with _ADDING:
                 if self.decay is not None:
                     for total in sums.sums:

@@ -565,3 +565,198 @@ def test_all_that_happens_leaves_no_trace() -> None:
             copy.deepcopy(model)
             probe.detach()
             assert traces(model) == before, what
+
+
+# ---- other ways to train
+
+
+def loop_of(*batches: Any, optimizer: Callable[..., Any] = torch.optim.SGD) -> Callable[[nn.Module], Iterator[Any]]:
+    """A loop with an optimizer, over batches in turn."""
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        steps = optimizer([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        for inputs, targets in batches * 3:
+            steps.zero_grad()
+            output = model(inputs)
+            loss = F.cross_entropy(output, targets)
+            loss.backward()
+            yield output
+            steps.step()
+
+    return loop
+
+
+def words(sparse: bool) -> nn.Module:
+    return nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3))
+
+
+def test_sparse_gradients() -> None:
+    batch = torch.randint(7, (6, 3)), torch.randint(3, (6,))
+    """Of an embedding that is not looked at, in a model that is."""
+    probe = bit_for_bit(lambda: words(True), loop_of(batch))
+    dense = bit_for_bit(lambda: words(False), loop_of(batch))
+    assert_all_close(probe.fisher_diagonal(), dense.fisher_diagonal())
+
+
+def test_an_optimizer_that_steps_in_the_middle_of_the_backward() -> None:
+    """Layers are measured with the parameters that the forward computed with, or refused."""
+
+    def build() -> nn.Module:
+        parts = {"fc": nn.Linear(4, 3), "shift": nn.Linear(2, 3)}
+        net = Net(lambda m, x: torch.tanh(m.fc(x)) * m.shift(m.condition), **parts)
+        net.condition = nn.Parameter(torch.randn(1, 2))  # a row that all samples share: the model runs again for it
+        return net
+
+    inputs, targets = data()
+    taken: list[dict[str, Tensor]] = []
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        def update(p: Tensor) -> None:
+            with torch.no_grad():
+                p -= 0.1 * p.grad
+            p.grad = None
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(update)
+        for _ in range(3):
+            taken.append({n: p.detach().clone() for n, p in model.named_parameters()})
+            output = model(inputs)
+            F.cross_entropy(output, targets).backward()
+            yield output
+
+    probe = bit_for_bit(build, loop, layers=["fc", "shift"])
+    model, expected = build(), []
+    for parameters in taken[:3]:
+        model.load_state_dict(parameters)
+        expected.append(reference(model, (inputs, targets)))
+    mean = {n: sum(one[n] for one in expected) / 3 for n in expected[0]}
+    found = probe.fisher_diagonal(missing="skip").by_parameter()
+    assert "fc.weight" in found
+    assert_all_close(found, mean)
+
+
+def test_anomaly_detection_and_warnings_that_are_errors() -> None:
+    batch = data()
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        with torch.autograd.detect_anomaly(check_nan=True):
+            yield from loop_of(batch)(model)
+
+    with pytest.warns(UserWarning, match="Anomaly"):
+        probe = bit_for_bit(mlp, loop)
+    assert probe.num_samples == 18
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_is_no_error_in_the_middle_of_training() -> None:
+    model, (inputs, targets) = mlp(), data()
+    with CurvatureProbe(model) as probe:
+        (F.cross_entropy(model(inputs), targets) + F.cross_entropy(model(inputs * 2), targets)).backward()
+        with pytest.raises(AttributionError, match="forwards"):
+            probe.fisher_diagonal()
+
+
+def test_mixed_precision() -> None:
+    inputs, targets = data()
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        model.float()
+        for _ in range(3):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                output = model(inputs.float())
+                loss = F.cross_entropy(output.float(), targets)
+            (loss * 64).backward()
+            yield output
+
+    probe = bit_for_bit(mlp, loop, loss_scale=64)
+    expected = reference(mlp(), (inputs, targets))
+    assert_all_close(probe.fisher_diagonal().by_parameter(), expected, 5e-2)
+
+
+@pytest.mark.parametrize("where", ["output", "module", "parameter", "parameter, in place of it"])
+def test_hooks_of_the_users_own_see_and_change_what_they_did(where: str) -> None:
+    inputs, targets = data()
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        seen: list[Tensor] = []
+        if where == "module":
+            model[2].register_full_backward_hook(lambda m, i, o: seen.append(o[0].clone()))
+        if where.startswith("parameter"):
+            doubles = where != "parameter"
+            model[2].weight.register_hook(lambda g: (seen.append(g.clone()), g * 2 if doubles else None)[1])
+        for _ in range(4):
+            model.zero_grad()
+            output = model(inputs)
+            if where == "output":
+                output.register_hook(lambda g: seen.append(g.clone()))
+            F.cross_entropy(output, targets).backward()
+            yield output, list(seen)
+
+    probe = bit_for_bit(mlp, loop)
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(mlp(), (inputs, targets)))
+
+
+def test_parameter_groups_by_autograd_edges_are_untouched() -> None:
+    """What user code finds on its parameters is what it put there, in its order."""
+    model, batch = mlp(), data()
+    order: list[str] = []
+    model[0].weight.register_hook(lambda g: order.append("first"))
+    with CurvatureProbe(model):
+        model[0].weight.register_hook(lambda g: order.append("second"))
+        train(model, batch, 2)
+    assert order == ["first", "second"] * 2
+    assert len(model[0].weight._backward_hooks) == 2
+
+
+class Collects(nn.Module):
+    """Keeps what its forward makes in containers: the losses of experts, features, counts."""
+
+    def __init__(self, cleared: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.head, self.cleared = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 3), cleared
+        self.losses: list[Tensor] = []
+        self.stats: dict[str, list[float]] = {"mean": []}
+        self.seen: set[int] = set()
+        self.features: dict[str, Tensor] = {}
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.cleared:
+            self.losses.clear()
+        self.calls += 1
+        self.seen.add(self.calls)
+        hidden = torch.tanh(self.a(x))
+        self.features["hidden"] = hidden
+        self.losses.append(hidden.square().sum(1).mean())
+        self.stats["mean"].append(float(hidden.detach().mean()))
+        return self.head(hidden + self.b(x))
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_what_a_forward_collects_is_what_its_own_calls_collected(cleared: bool) -> None:
+    batches = [data(), data(4), data(1), data()]
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        for inputs, targets in batches:
+            model.zero_grad()
+            output = model(inputs)
+            loss = F.cross_entropy(output, targets) + sum(model.losses) + model.features["hidden"].square().sum(1).mean()
+            loss.backward()
+            yield output, len(model.losses), model.stats["mean"], model.calls, sorted(model.seen)
+            model.losses.clear()
+
+    probe = bit_for_bit(lambda: Collects(cleared), loop)
+    torch.default_generator.manual_seed(0)
+    model = Collects(cleared)
+    total: dict[str, Tensor] = {}
+    for inputs, targets in batches:
+        for x, t in zip(inputs.split(1), targets.split(1), strict=True):
+            model.zero_grad()
+            model.losses.clear()
+            output = model(x)
+            (F.cross_entropy(output, t) + model.losses[0] + model.features["hidden"].square().sum()).backward()
+            for name, p in model.named_parameters():
+                total[name] = total.get(name, 0) + p.grad**2 / 17
+    assert probe.num_samples == 17
+    assert_all_close(probe.fisher_diagonal().by_parameter(), total)
