@@ -66,7 +66,11 @@ def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Re
     """Call a hook with the whole gradient of a leaf, before other hooks on the leaf change it."""
     handle: RemovableHandle = parameter.register_hook(hook)
     hooks: Any = parameter._backward_hooks
-    hooks.move_to_end(handle.id, last=False)
+    if len(hooks) > 1:  # by the order of insertion: the engine does not see move_to_end
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        for key in others:
+            del hooks[key]
+        hooks.update(others)
     return handle
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 __all__ = [
     "Place",
+    "backward_hooks_removed",
     "buffer_places",
     "computes_as",
     "convolution_padding",
@@ -112,6 +113,20 @@ def forward_hooks_removed(modules: Iterable[nn.Module], unwanted: Callable[[Any]
 def gradient_hooks_removed(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, nothing runs that was registered with ``register_hook`` on the parameters."""
     hooks: list[Any] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, content in zip(hooks, kept, strict=True):
+            h.update(content)
+
+
+@contextmanager
+def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, nothing runs that was registered for the backward of the modules."""
+    hooks = [h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks) if h]
     kept = [dict(h) for h in hooks]
     for h in hooks:
         h.clear()

@@ -7,6 +7,8 @@ and no attached probe records anything. It stays so through all backward work, s
 again there.
 """
 
+import copy
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
@@ -137,8 +139,10 @@ def isolate(
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else p.detach().requires_grad_(True) for key, p in parameters.items()
         }
-        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, shallowly.
+        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, and so is what
+        # it puts into their lists and dicts (losses of experts, features that hooks collect).
         stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
+        stack.callback(_restore_containers, _containers([list(_own_attributes(m)) for m in modules]))
         stack.enter_context(_parameters_swapped(modules, replacements))
         buffers = [place for m in modules for place in buffer_places(m)]
         stack.enter_context(_tables_copied(modules))
@@ -206,6 +210,46 @@ def _restore_attributes(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) 
         for name in [name for name in vars(module) if name not in saved]:
             del vars(module)[name]
         vars(module).update(saved)
+
+
+def _own_attributes(module: nn.Module) -> Iterator[Any]:
+    """What the user's code has made attributes of a module."""
+    return (value for name, value in vars(module).items() if name not in _OF_MODULES)
+
+
+_OF_MODULES = set(vars(nn.Module()))
+
+#: Containers with more entries are taken to hold data, not what a forward collects: what is in their entries is left.
+_LARGE = 1000
+
+
+def _containers(found: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> list[tuple[Any, Any]]:
+    """The lists, dicts, sets and deques in a structure, each with what it holds."""
+    seen = {} if seen is None else seen
+    if isinstance(found, (list, dict, set, deque)) and id(found) not in seen:
+        seen[id(found)] = found, copy.copy(found)
+    elif not isinstance(found, tuple):
+        return list(seen.values())
+    if len(found) <= _LARGE:
+        for part in found.values() if isinstance(found, dict) else found:
+            if isinstance(part, (list, dict, set, deque, tuple)) and id(part) not in seen:
+                _containers(part, seen)
+    return list(seen.values())
+
+
+def _restore_containers(containers: Sequence[tuple[Any, Any]]) -> None:
+    for container, before in containers:
+        if len(container) == len(before) and all(
+            x is y for x, y in zip(_entries(container), _entries(before), strict=True)
+        ):
+            continue
+        container.clear()
+        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
+
+
+def _entries(container: Any) -> Iterator[Any]:
+    """What a container holds, for comparison by identity."""
+    return (part for pair in container.items() for part in pair) if isinstance(container, dict) else iter(container)
 
 
 def _restore(places: Sequence[Place]) -> None:

@@ -232,8 +232,8 @@ class Audit:
         parameters: Mapping[str, Tensor],
         gradients: Mapping[str, PerSample],
         low: torch.dtype | None,
-    ) -> None:
-        """The per-sample gradients of a layer are here.
+    ) -> dict[str, Tensor]:
+        """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
         Args:
             name: of the layer.
@@ -241,6 +241,7 @@ class Audit:
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
         """
+        brought = {}
         for local, p in parameters.items():
             vectors, part = self._vectors.get(id(p)), gradients[local]
             if vectors is None:
@@ -251,9 +252,11 @@ class Audit:
             if home is not None and _same_cotangents(gradients["weight"], part):
                 continue  # in the weight's number
             value, size = explained(part, vectors, with_bias=same)
+            brought[local] = value
             dtypes = [p.dtype, part.dtype if isinstance(part, Tensor) else part.g.dtype, *([low] if low else [])]
             found = Explained(value, size, min(UNITS * max(torch.finfo(d).eps for d in dtypes), 1 / 16))
             self._explained.setdefault((name, home or id(p)), []).append(found)
+        return brought
 
     def failures(self, layers: Sequence[tuple[str, Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
         """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.

@@ -17,11 +17,12 @@ from .._torch.versions import version
 from ..errors import NonFiniteError
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
-from ..layers.per_sample import PerSample, per_sample_gradients, with_cotangents
+from ..layers.patches import Patches
+from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
 from ..oneshot.isolation import run_isolated
-from ..parallel.fsdp import over_ranks
+from ..parallel.fsdp import local, over_ranks
 from .audit import Signs
 from .penalty import add_shared, explain
 from .record import Backward, Backwards, Call, ForwardRecord
@@ -105,11 +106,23 @@ class OnlineFisher:
         #: A parameter that FSDP2 shards over the ranks, if any is: then sums and counts are those of all ranks.
         self.shard = sharded_parameter(self.layers)
         self.sums = {layer.name: LayerSums.empty(layer, self.device, self.dtype) for layer in self.layers}
-        self.seen = next(iter(self.sums.values())).counts.new_zeros(())  # samples of all batches that count
+        first = next(iter(self.sums.values())).counts.device
+        device = torch.device("cpu") if first.type == "meta" else first
+        self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
         self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
+        self.called: set[str] = set()  # layers, in some recorded forward
+
+    def follow(self) -> None:
+        """Keep what is counted where the parameters are."""
+        for layer in self.layers:
+            self.sums[layer.name].follow(layer, self.device, self.dtype)
+        first = self.sums[self.layers[0].name].counts
+        if self.seen.device != first.device:
+            self.seen = self.seen.to(first)
+            self.failures = self.failures.to(first.device)
 
     # ---- what records bring
 
@@ -139,9 +152,10 @@ class OnlineFisher:
         if not came:
             return
         calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
-        good = self._good(layer, [total for _, _, total in came])
         gradients = self._gradients(layer, calls, layouts)
-        self._explain(record, layer, gradients)
+        products = self._explain(record, layer, gradients)
+        witnesses = [] if self.on_nonfinite == "keep" else [witness(p, products.get(n)) for n, p in gradients.items()]
+        good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
         if record.weights is not None:
             gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
         record.received.add(layer.name)
@@ -174,10 +188,10 @@ class OnlineFisher:
                 calls.append(call)
         if not layers or not calls:
             return
-        good = self._good(layers[0], [total_of(g) for call in calls for g in call.gradients if g is not None])
+        totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
         squares: list[list[Tensor]] = run_isolated(lambda direct: self._rerun(record, layers, calls, direct))
         for layer, own in zip(layers, squares, strict=True):
-            self._add(record, layer, own, good)
+            self._add(record, layer, own, self._good(layer, totals + [square.sum() for square in own]))
             record.received.add(layer.name)
 
     def _rerun(self, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool) -> list[list[Tensor]]:
@@ -241,11 +255,13 @@ class OnlineFisher:
 
     # ---- the end of a backward
 
-    def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:
+    def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, Tensor]:
+        """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
         if self.penalty is not None:
             explain(record, layer, gradients)
         elif record.backward is not None:
-            record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
+            return record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
+        return {}
 
     def _audit(self, backward: Backward) -> None:
         """Compare the whole gradients of a backward that has ended with what its records explain."""
@@ -337,14 +353,19 @@ class OnlineFisher:
     def add(self, record: ForwardRecord) -> None:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
+        self.called.update(record.calls)
         self._add_tied(record)
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             name = layer.name
             if name in record.received or name in record.troubled or name in record.without_gradient:
                 continue
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
+            if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
+                for p in layer.parameters.values():
+                    if p.requires_grad and p.grad is not None:
+                        self.failures[index].add_(local(p.grad).abs().sum() != 0)
             with _ADDING:
                 if self.decay is not None:
                     for total in sums.sums:
@@ -384,6 +405,22 @@ class OnlineFisher:
 def total_of(g: Tensor) -> Tensor:
     """The sum of a gradient's elements, which is finite where the squares of all of them are."""
     return g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
+    """A number that is finite where what multiplies the cotangents is: an infinite input makes nan of a zero of them.
+
+    Args:
+        part: a per-sample gradient.
+        product: what the audit made of it, if it did: it has seen all of the input.
+    """
+    if isinstance(part, Tensor):
+        return total_of(part)
+    if isinstance(part, Rows) or part.a is None:
+        return None
+    if product is not None and product.dtype in (torch.float32, torch.float64):
+        return product
+    return total_of(part.a.image if isinstance(part.a, Patches) else part.a)
 
 
 def weighted(part: PerSample, weights: Tensor) -> PerSample:

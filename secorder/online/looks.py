@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from .._torch.autocast import no_autocast
+from .._torch.modules import backward_hooks_removed
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
@@ -69,7 +70,11 @@ class Looks:
         before = self._known.get(mode)
         if before is not None and before.provisional:
             before = None
-        with no_autocast():  # what belongs to which sample shows best in full precision
+        # The user's backward hooks are for the user's backward.
+        with (
+            backward_hooks_removed(self._model.modules()),
+            no_autocast(),
+        ):  # what belongs to which sample shows best in full precision
             found = run_isolated(
                 lambda direct: attribute(
                     self._model,

@@ -87,7 +87,9 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     if changed:
         looks.forget()
     meta = [x.name for x in fisher.layers if any(p.is_meta for p in x.parameters.values())]
-    if meta:
+    if not meta:
+        fisher.follow()
+    else:
         fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
     return len(meta) < len(fisher.layers)
 

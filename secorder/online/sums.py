@@ -38,6 +38,19 @@ class LayerSums:
         counts = torch.zeros(3, dtype=torch.float64, device=parts[0].device)
         return cls([z.to(device, dtype) for z in parts], counts)
 
+    def follow(self, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move to where the layer's parameters are by now: a model may be moved after a probe was attached to it."""
+        here = self.counts.device
+        there = next(iter(layer.parameters.values())).device
+        if here == there:
+            return
+        fresh = LayerSums.empty(layer, device, dtype)
+        if here.type != "meta":  # where there is no memory, nothing was added
+            fresh.counts = self.counts.to(fresh.counts)
+            fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
+        self.sums, self.counts = fresh.sums, fresh.counts
+        self._increments.clear()
+
     def add(
         self,
         layer: Layer,

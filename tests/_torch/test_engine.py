@@ -9,6 +9,7 @@ from secorder._torch.engine import (
     accumulates_into,
     after_backward,
     current_backward,
+    first_gradient_hook,
     in_backward,
     will_accumulate,
 )
@@ -81,3 +82,17 @@ def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:
     assert answers.pop() == (False, False)
     z.sum().backward(inputs=[used.weight], retain_graph=True)
     assert answers.pop() == (True, False)
+
+
+def test_a_hook_before_all_others_that_change_the_gradient() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda g: g * 2)
+    x.register_hook(lambda g: g * 3)
+    handle = first_gradient_hook(x, lambda g: seen.append(g.clone()))
+    x.sum().backward()
+    handle.remove()
+    x.sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.ones(2))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((2,), 12.0))
