@@ -114,7 +114,8 @@ def explained(gradient: PerSample, vectors: Vectors) -> tuple[Tensor, Tensor]:
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r
-        return _products(weights[gradient.ids].flatten(), (gradient.g.to(r.dtype) @ s).flatten(), gradient.g, None)
+        left, right = weights[gradient.ids].flatten(), (gradient.g.to(r.dtype) @ s).flatten()
+        return torch.dot(left, right), torch.linalg.vector_norm(left) * _size(gradient.g, right)
     g = gradient.g  # (N, groups, positions, out)
     groups, width = g.shape[1], g.shape[3]
     if groups == 1:
@@ -126,7 +127,9 @@ def explained(gradient: PerSample, vectors: Vectors) -> tuple[Tensor, Tensor]:
         left = (g.to(r.dtype) * weights.view(groups, 1, width)).sum(3)
     if gradient.a is None:
         return left.sum(), _size(seen, left)
-    return _products(left.flatten(), _inputs(gradient, s).flatten(), seen, gradient.a)
+    left, right = left.flatten(), _inputs(gradient, s).flatten()
+    a = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
+    return torch.dot(left, right), _size(seen, left) * _size(a, right)
 
 
 def _inputs(gradient: Outer, s: Tensor) -> Tensor:
@@ -139,13 +142,6 @@ def _inputs(gradient: Outer, s: Tensor) -> Tensor:
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(a.kernel) - 1]
     found: Tensor = convolve(image, kernel, stride=a.stride, dilation=a.dilation, groups=a.groups)
     return found.flatten(2)
-
-
-def _products(left: Tensor, right: Tensor, g: Tensor, a: Tensor | Patches | None) -> tuple[Tensor, Tensor]:
-    size = _size(g, left) * (
-        torch.linalg.vector_norm(right) if a is None else _size(a.image if isinstance(a, Patches) else a, right)
-    )
-    return torch.dot(left, right), size
 
 
 def _size(whole: Tensor, product: Tensor) -> Tensor:

@@ -90,6 +90,7 @@ class OnlineFisher:
         self.device, self.dtype = device, dtype
         self.signs = Signs()
         self.causes: dict[str, int] = {}  # what the hooks saw, for the case that nothing is accumulated
+        self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.backwards: dict[int, Backward] = {}  # those that run, by the engine's number
         self.reset()
 
@@ -490,6 +491,8 @@ class OnlineFisher:
         if troubles and missing == "raise":
             name, reason = next(iter(troubles.items()))
             raise AttributionError(_sentence([n for n, r in troubles.items() if r == reason] or [name], reason))
+        if self.assumed:
+            self.warn(self.assumed)
         counts = {name: sums.counts.tolist() for name, sums in self.sums.items()}
         if not any(samples for samples, _, _ in counts.values()):
             for name in self.sums:
