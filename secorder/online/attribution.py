@@ -10,7 +10,8 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
@@ -33,6 +34,7 @@ from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.fsdp import over_ranks
 from .relation import Shape, Verified
+from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import rows_of_layers
 from .samples import (
     Hypothesis,
@@ -48,6 +50,9 @@ from .samples import (
 
 __all__ = ["Attribution", "attribute", "merged"]
 
+#: Later looks change some samples so often.
+TRIALS = 2
+
 
 @dataclass(frozen=True)
 class Attribution:
@@ -57,11 +62,12 @@ class Attribution:
         layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
         dims: for each tensor among the model's arguments, the dimension that holds the samples.
         known: by layer, the calls that were verified.
-        outputs: by the shapes of the model's outputs in this batch, where the samples are in them.
+        outputs: for each of the model's outputs in this batch, where the samples are in it.
         unknown: layers of whose calls no dimension was found to hold the samples.
         outside: layers whose parameters the model also uses outside of the calls of their enclosing modules.
         reached: layers whose calls the model's output depends on.
         coupled: whether samples influence one another in the model.
+        normalised: whether they do by its batch normalisation alone; the rest is then known for fixed statistics.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
         provisional: whether the batch could not tell where samples are (a batch of one).
         undecided: why it cannot be told which dimension holds the samples; empty where it can.
@@ -75,11 +81,12 @@ class Attribution:
     layers: tuple[Layer, ...] = ()
     dims: tuple[int | None, ...] = ()
     known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)
-    outputs: Mapping[Shape, Layout] = field(default_factory=dict)
+    outputs: tuple[Layout | None, ...] = ()
     unknown: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()
     coupled: bool = False
+    normalised: bool = False
     unclear: bool = False
     provisional: bool = False
     undecided: str = ""
@@ -128,7 +135,6 @@ def attribute(
     sample_dim: SampleDim = None,
     *,
     before: Attribution | None = None,
-    trials: int | None = None,
     direct: bool = False,
 ) -> Attribution:
     """Find and verify where samples are in each layer.
@@ -139,12 +145,11 @@ def attribute(
         args: positional arguments of one forward.
         kwargs: keyword arguments of it.
         sample_dim: where the samples are in the arguments, if it is told.
-        before: what an earlier look found: its enclosing modules are where this one begins.
-        trials: how often to change some samples and look at the others' outputs; by default often enough that every
-            ordered pair of samples is told apart.
+        before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
+            begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
         direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
     """
-    asked = _Question(model, (args, kwargs), sample_dim, trials, direct)
+    asked = _Question(model, (args, kwargs), sample_dim, before, direct)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
     together, ties = tied_layers(model, layers)
@@ -163,17 +168,19 @@ class _Question:
     model: nn.Module
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
     sample_dim: SampleDim
-    trials: int | None
+    before: Attribution | None
     direct: bool
+    fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
 
-    def masks(self, count: int) -> list[Tensor]:
-        """Which samples are changed in each trial."""
+    @staticmethod
+    def masks(count: int, trials: int | None = None) -> list[Tensor]:
+        """Which samples are changed in each trial: every ordered pair is told apart, or so many trials, drawn."""
         masks = separating_masks(count)
-        if self.trials is None or len(masks) <= self.trials:
+        if trials is None or len(masks) <= trials:
             return list(masks)
-        drawn = torch.rand(self.trials, count, generator=fresh_generator(), device="cpu") < 0.5
+        drawn = torch.rand(trials, count, generator=fresh_generator(), device="cpu") < 0.5
         drawn[:, 0], drawn[:, 1] = True, False  # never all, never none
-        order = torch.argsort(torch.rand(self.trials, count, generator=fresh_generator(), device="cpu"), 1)
+        order = torch.argsort(torch.rand(trials, count, generator=fresh_generator(), device="cpu"), 1)
         return list(drawn.gather(1, order))
 
 
@@ -181,20 +188,41 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    chosen: Hypothesis | None = None
-    layers = list(layers)
+    chosen: _Choice | None = None
+    first, layers = layers, list(layers)
     while True:
         found, chosen = _attribute(asked, layers, chosen)
         found = replace(found, layers=tuple(layers))
         missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found
+        if found.coupled and not asked.fixed and (fixed := _batch_normalisation(model)):
+            without = _escalate(replace(asked, fixed=fixed), first)
+            if not (without.coupled or without.unclear or without.undecided):
+                return replace(without, coupled=True, normalised=True, changing=found.changing)
         if not found.coupled and not any(x.sharded for x in layers):
             missing |= found.reached & _without_gradient(model, layers, asked.arguments)
         movable = {x.name for x in layers if x.name in missing and x.enclosing is not model and not x.sharded}
         if found.coupled or not movable:
             return found
-        layers = [replace(x, enclosing=parents[id(x.enclosing)], rule=None) if x.name in movable else x for x in layers]
+        layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
+
+
+def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
+    """The module around a layer's enclosing module that is itself called: not a mere list of modules."""
+    module = parents[id(layer.enclosing)]
+    while isinstance(module, (nn.ModuleList, nn.ModuleDict)) and id(module) in parents:
+        module = parents[id(module)]
+    return module
+
+
+def _batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that normalise by the statistics of the batch of now, and have others."""
+    return tuple(
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None
+    )
 
 
 def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
@@ -221,22 +249,31 @@ def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any)
     return missing
 
 
-def _attribute(
-    asked: _Question, layers: Sequence[Layer], chosen: Hypothesis | None
-) -> tuple[Attribution, Hypothesis | None]:
+#: A hypothesis that holds, with the layouts that it leaves open of each output.
+_Choice = tuple[Hypothesis, list[list[Layout]]]
+
+
+def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None) -> tuple[Attribution, _Choice | None]:
     """One look, at the layers in their present enclosing modules."""
     model, arguments = asked.model, asked.arguments
     # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
     # layers shows in the audit.
     shard = sharded_parameter(layers)
     with isolate(model, None, [] if shard is not None else layers, direct=asked.direct) as isolated:
+        for module in asked.fixed:
+            module.training = False  # until the isolation ends
 
-        def forward(arguments: Any) -> Any:
-            with torch.set_grad_enabled(shard is None):  # FSDP2 expects a backward to follow
-                return isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+        def forward(arguments: Any, begins: Callable[[Any], None] = lambda _: None) -> Any:
+            def run(copied: Any) -> Any:
+                begins(copied)
+                return model(*copied[0], **copied[1])
+
+            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()):  # FSDP2 expects a backward
+                return isolated.run(run, arguments)
 
         with recorded(isolated, layers, own_parameters=shard is not None) as recording:
-            output = forward(arguments)
+            with Selections() as selections:
+                output = forward(arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -248,11 +285,11 @@ def _attribute(
                 for x in layers
                 if recording.leaves.get(x.name)
             ]
-            choice = _choose(asked, forward, base, chosen, shard)
+            choice = _choose(asked, forward, base, shard) if chosen is None else chosen
             if isinstance(choice, Attribution):
                 return replace(choice, changing=changing), None
-            chosen, options = choice
-            if shard is not None and over_ranks(chosen.num_samples == 0, shard, "max"):
+            hypothesis, options = choice
+            if shard is not None and over_ranks(hypothesis.num_samples == 0, shard, "max"):
                 raise InvalidArgumentError(
                     "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
                 )
@@ -262,26 +299,30 @@ def _attribute(
                 else _uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
-            found = rows_of_layers(seen, layers, asked.arguments, forward, chosen, base, options, shard)
+            found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
+        routed = set()
+        if shard is None and (selections.any or any(unowned_arguments(arguments, hypothesis))):
+            routed = layers_of_routed_rows(layers, forward, arguments, hypothesis)
     known, unknown, reached = found
+    unknown |= routed
     shapes = shapes_of(arguments)
-    count = chosen.num_samples
+    count = hypothesis.num_samples
     verified = {
-        name: tuple(dict.fromkeys(Verified(layout, tuple(t.shape), shapes, count) for layout, t in calls))
+        name: tuple(Verified(layout, i, tuple(t.shape), shapes, count) for i, (layout, t) in enumerate(calls))
         for name, calls in known.items()
     }
     return Attribution(
-        dims=chosen.dims,
+        dims=hypothesis.dims,
         known=verified if count > 1 else {},
-        outputs={tuple(f.shape): o[0] for f, o in zip(base, options, strict=False) if o},
+        outputs=tuple(o[0] if o else None for o in options),
         unknown=frozenset(unknown),
         outside=frozenset(outside),
         reached=frozenset(reached),
         provisional=count == 1,
         changing=changing,
-        alternative=chosen.alternative,
-        certain=chosen.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
-    ), chosen
+        alternative=hypothesis.alternative,
+        certain=hypothesis.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
+    ), choice
 
 
 def _not_finite(output: Any, shard: Tensor | None) -> bool:
@@ -290,25 +331,24 @@ def _not_finite(output: Any, shard: Tensor | None) -> bool:
     return bool(over_ranks(bad, shard, "max")) if shard is not None else bad
 
 
-def _choose(
-    asked: _Question, forward: Any, base: list[Tensor], chosen: Hypothesis | None, shard: Tensor | None
-) -> tuple[Hypothesis, list[list[Layout]]] | Attribution:
+def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | None) -> _Choice | Attribution:
     """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
     model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
-    if isinstance(dim, Mapping):
-        tried = [told(model, *arguments, dim)]
-    elif chosen is not None:
-        tried = [chosen]
-    else:
-        tried = hypotheses(arguments, base, dim)
+    tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
         return Attribution(undecided="none of the model's arguments has a dimension for samples")
     usual = tried[0]
-    certain = chosen is not None or (usual.dim == 0 and independent_by_structure(model, 0))
+    certain = len(tried) == 1 and usual.dim == 0 and independent_by_structure(model, 0)
     if (usual.num_samples <= 1 and len(tried) == 1) or certain or shard is not None:
         return usual, [any_layout(f, usual.num_samples) for f in base]
+    before = asked.before
+    if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
+        known = Hypothesis(before.dims, count, before.alternative)
+        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
+        if options is not None:
+            return known, options
     if not any(any_layout(f, h.num_samples) for f in base for h in tried):
-        return _by_size_alone(arguments, tried)
+        return _by_size_alone(asked, forward, base, tried)
     holding = []
     for hypothesis in tried:
         if hypothesis.num_samples > 1:
@@ -323,15 +363,32 @@ def _choose(
         return usual, [any_layout(f, 1) for f in base]
     if not holding:
         return _nothing_separates(asked, forward, base, usual)
-    first = holding[0]
-    for other, _ in holding[1:]:
-        if other.dim != first[0].dim and equivariant(forward, arguments, base, other):
-            return first[0]._replace(alternative=other.dim), first[1]
-    return first
+    if len(holding) == 1:
+        return holding[0]
+    with _evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
+        alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
+    first, options = alike[0]
+    return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
 
 
-def _by_size_alone(arguments: Any, tried: Sequence[Hypothesis]) -> tuple[Hypothesis, list[list[Layout]]] | Attribution:
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _by_size_alone(
+    asked: _Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis]
+) -> _Choice | Attribution:
     """Where the outputs tell nothing of the number of samples (a loss alone)."""
+    if base and all(f.numel() > 1 for f in base):
+        return _nothing_separates(asked, forward, base, tried[0])
     sizes = {h.num_samples for h in tried if h.dim == tried[0].dim} - {1}
     if len(sizes) > 1:
         return Attribution(
@@ -342,12 +399,12 @@ def _by_size_alone(arguments: Any, tried: Sequence[Hypothesis]) -> tuple[Hypothe
     return tried[0], []
 
 
-def _nothing_separates(asked: _Question, forward: Any, base: list[Tensor], usual: Hypothesis) -> Attribution:
-    """Samples influence one another along the dimension that was told, or is usual; does another one separate?"""
+def _nothing_separates(asked: _Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> Attribution:
+    """No dimension holds samples that do not influence one another, or not the one that was told: another one?"""
     others = [] if asked.sample_dim is None else hypotheses(asked.arguments, base, None)
     separable = None
     for other in others:
-        if other.dim != usual.dim and other.num_samples > 1:
+        if other.num_samples > 1 and other.dim != usual.dim:
             masks = asked.masks(other.num_samples)
             if separates(forward, asked.arguments, base, other, masks) is not None:
                 separable = other.dim

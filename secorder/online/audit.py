@@ -129,10 +129,11 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
     if gradient.a is None:
         return left.sum(), _size(seen, left) * len(left)
     right = _inputs(gradient, s).flatten()
-    if with_bias:
-        right = right + 1
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
-    return torch.dot(left, right), _size(seen, left) * _size(whole, right)
+    size = _size(whole, right)
+    if with_bias:  # whose input is one
+        right, size = right + 1, size + len(right)
+    return torch.dot(left, right), _size(seen, left) * size
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:

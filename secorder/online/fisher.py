@@ -80,6 +80,7 @@ class OnlineFisher:
         self.signs = Signs()
         self.backwards = Backwards()
         self._strict = strict
+        self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
 
     def fresh(self) -> "OnlineFisher":

@@ -17,8 +17,6 @@ from .samples import SampleDim
 
 __all__ = ["Looks"]
 
-#: Later looks change some samples so often; the first one, until every pair of samples is told apart.
-TRIALS = 2
 #: One recorded batch in so many is looked at again.
 ONE_IN = 100
 
@@ -83,7 +81,6 @@ class Looks:
                     kwargs,
                     self._sample_dim,
                     before=before,
-                    trials=None if before is None else TRIALS,
                     direct=direct,
                 )
             )
@@ -102,7 +99,7 @@ class Looks:
             if not calls or layer.name in before.unknown | before.outside:
                 continue
             if (by_name.get(layer.name) != layer and layer.name in by_name) or any(
-                explain(calls, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
+                explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
                 for now in after.known.get(layer.name, ())
             ):
                 moved.append(layer.name)

@@ -1,5 +1,6 @@
 """The beginning and the end of a recorded forward: a record is opened, and it is settled where its samples are."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,15 @@ def _look(
     if found.undecided:
         fisher.troubles.mark(names, f"{found.undecided}.")
         return None
+    if found.alternative is not None and not fisher.assumed:
+        usual = next(dim for dim in found.dims if dim is not None)
+        fisher.assumed = (
+            f"dim {usual} of the model's arguments, of shapes {list(shapes_of((args, kwargs)))}, was taken to hold the "
+            f"samples, and dim {found.alternative} would do as well: pass sample_dim={usual} or "
+            f"sample_dim={found.alternative}."
+        )
     if found.coupled:
-        _coupled(fisher, found)
+        _coupled(fisher, found, shapes_of((args, kwargs)))
     elif before is not None:
         fisher.troubles.mark(
             looks.moved(before, found),
@@ -154,24 +162,32 @@ def _look(
     return looks.known()
 
 
-def _coupled(fisher: OnlineFisher, found: Attribution) -> None:
+def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
     names = [layer.name for layer in fisher.layers]
+    if found.normalised:
+        message = (
+            "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
+            f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
+            "model.eval() statistics, or leave the layers out with layers=."
+        )
+        if fisher.troubles.strict:
+            raise CouplingError(message)
+        fisher.troubles.warn(message)
+        return
     if found.separable is not None:
         reason = (
-            "along the dimension that is told to hold the samples they influence one another in the model, and along "
-            "dim "
-            f"{found.separable} of its arguments they do not: pass sample_dim={found.separable}."
+            "the dimension that is told to hold the samples does not separate them in the model, and dim "
+            f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
         )
-        fisher.troubles.mark(names, reason)
-        return
-    message = (
-        "the samples of a batch influence one another in the model (batch normalisation in train mode?), so that the "
-        f"per-sample gradients of the layers {names} hold parts of other samples': train with model.eval() statistics, "
-        "leave the layers out with layers=, or say with sample_dim= which dimension of the arguments holds the samples."
-    )
+    else:
+        reason = (
+            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
+            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
+            "for an argument without samples), or measure the layers with one-shot calls."
+        )
     if fisher.troubles.strict:
-        raise CouplingError(message)
-    fisher.troubles.warn(message)
+        raise CouplingError(reason)
+    fisher.troubles.mark(names, reason)
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -211,7 +227,8 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
         known = attribution.known.get(layer.name, ())
         if layer.name in attribution.outside or (layer.name in attribution.unknown and not attribution.coupled):
             known = ()
-        layouts = [[_layout(known, shape, record, attribution) for shape in shapes] for shapes in calls]
+        indices = itertools.count()
+        layouts = [[_layout(known, next(indices), shape, record, attribution) for shape in shapes] for shapes in calls]
         if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
             unexplained.append(layer)
         else:
@@ -219,8 +236,10 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     return unexplained
 
 
-def _layout(known: Sequence[Verified], shape: Shape, record: ForwardRecord, attribution: Attribution) -> Layout | None:
-    found = explain(known, shape, record.shapes, record.num_samples)
+def _layout(
+    known: Sequence[Verified], index: int, shape: Shape, record: ForwardRecord, attribution: Attribution
+) -> Layout | None:
+    found = explain(known, index, shape, record.shapes, record.num_samples)
     if found is None and attribution.coupled and shape and shape[0] == record.num_samples:
         return DIM_ZERO
     return found
@@ -251,7 +270,7 @@ def _fall_back(
     module_starts(record, record.fallback[0], start)
     module_called(attachment, record, record.fallback[0], output)
     outputs = record.calls.get(record.fallback[0].name, [()])[0]
-    layouts = [_output_layout(found, shape, record) for shape in outputs]
+    layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
     if any(layout is None for layout in layouts):
         fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
         return
@@ -259,11 +278,11 @@ def _fall_back(
         record.layouts[layer.name] = [[x for x in layouts if x is not None]]
 
 
-def _output_layout(found: Attribution, shape: Shape, record: ForwardRecord) -> Layout | None:
+def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
     """Where samples are in an output of the model: verified by the look at this batch."""
     if record.num_samples == 1:
         return Layout(0, shape[0]) if shape else None
-    return found.outputs.get(shape)
+    return found.outputs[index] if index < len(found.outputs) else None
 
 
 def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:

@@ -33,6 +33,8 @@ def diagonals(fisher: OnlineFisher, missing: Literal["raise", "skip"] = "raise")
     if troubles and missing == "raise":
         reason = next(iter(troubles.values()))
         raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
+    if fisher.assumed:
+        fisher.troubles.warn(fisher.assumed)
     counts = {name: sums.counts.tolist() for name, sums in fisher.sums.items()}
     if not any(samples for samples, _, _ in counts.values()):
         for name in fisher.sums:

@@ -5,7 +5,7 @@ The same shapes of the model's arguments with another number of rows mean rows t
 which no relation of shapes holds.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import prod
 from typing import NamedTuple
@@ -18,45 +18,53 @@ Shape = tuple[int, ...]
 
 
 class Verified(NamedTuple):
-    """One call whose samples were found, and the arguments of the model that it belongs to.
+    """One output of a call whose samples were found, and the arguments of the model that it belongs to.
 
     Attributes:
-        layout: where the samples are in its output.
-        shape: of its output.
+        layout: where the samples are in it.
+        place: of it among all that the layer's calls returned in one forward.
+        shape: of the output.
         arguments: shapes of the tensors among the model's arguments.
         num_samples: of the batch.
     """
 
     layout: Layout
+    place: int
     shape: Shape
     arguments: tuple[Shape, ...]
     num_samples: int
 
 
-def explain(known: Iterable[Verified], shape: Shape, arguments: tuple[Shape, ...], num_samples: int) -> Layout | None:
-    """The layout of a call by what was verified before; None where that does not explain its shape.
+def explain(
+    known: Sequence[Verified], place: int, shape: Shape, arguments: tuple[Shape, ...], num_samples: int
+) -> Layout | None:
+    """The layout of a call by what was verified before; None where that does not explain its shape, or not in one way.
 
     Args:
         known: verified calls of the same layer.
-        shape: of the call's output.
+        place: of the output among those of the layer's calls.
+        shape: of it.
         arguments: shapes of the tensors among the model's arguments.
         num_samples: of the batch.
     """
     if num_samples == 1:
         return whole_call(shape)
-    for seen in known:
-        layout, dim = seen.layout, seen.layout.dim
-        if len(shape) != len(seen.shape) or len(shape) <= dim:
-            continue
-        if arguments == seen.arguments:
-            if shape == seen.shape and num_samples == seen.num_samples:
-                return layout
-        elif layout.rows == 1:
-            if shape[dim] == num_samples:
-                return layout
-        elif shape[0] % num_samples == 0 and shape[0] // num_samples in _rows(seen, arguments):
-            return layout._replace(rows=shape[0] // num_samples)
-    return None
+    known = [seen for seen in known if seen.place == place] or known  # or a layer that is called more often
+    known = [seen for seen in known if seen.arguments == arguments] or known
+    layouts = {_explained(seen, shape, arguments, num_samples) for seen in known} - {None}
+    return layouts.pop() if len(layouts) == 1 else None
+
+
+def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_samples: int) -> Layout | None:
+    layout, dim = seen.layout, seen.layout.dim
+    if len(shape) != len(seen.shape) or len(shape) <= dim:
+        return None
+    if arguments == seen.arguments:
+        return layout if shape == seen.shape and num_samples == seen.num_samples else None
+    if layout.rows == 1:
+        return layout if shape[dim] == num_samples else None
+    rows, rest = divmod(shape[0], num_samples)
+    return layout._replace(rows=rows) if not rest and rows in _rows(seen, arguments) else None
 
 
 def whole_call(shape: Shape) -> Layout | None:

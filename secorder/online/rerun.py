@@ -72,8 +72,8 @@ def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[
     tensors = [t for t in tensors_in(outputs) if t.is_floating_point()]
     ends = [
         (f, g, layout)
-        for f, g, layout in zip(tensors, call.gradients, call.layouts, strict=True)
-        if g is not None and f.requires_grad
+        for i, (f, g, layout) in enumerate(zip(tensors, call.gradients, call.layouts, strict=True))
+        if g is not None and f.requires_grad and not any(f is other for other in tensors[:i])  # what is returned twice
     ]
     return _from_outside(ends) if len(ends) > 1 else ends
 
@@ -85,14 +85,11 @@ def _from_outside(ends: list[End]) -> list[End]:
     hidden state that the module computes from it. That part is the module's own affair.
     """
     outputs = [f for f, _, _ in ends]
-    behind = [  # for each output, those that depend on it
-        [
-            j
-            for j, other in enumerate(outputs)
-            if j != i and gradients(other, [f], [torch.ones_like(other)])[0] is not None
-        ]
-        for i, f in enumerate(outputs)
-    ]
+    reached = [gradients(f, [other for other in outputs if other is not f], [torch.ones_like(f)]) for f in outputs]
+    for i, found in enumerate(reached):
+        found.insert(i, None)
+    # For each output, those that depend on it.
+    behind = [[j for j, found in enumerate(reached) if found[i] is not None] for i in range(len(outputs))]
     own: dict[int, Tensor] = {}
     while len(own) < len(ends):
         i = next(i for i, later in enumerate(behind) if i not in own and all(j in own for j in later))

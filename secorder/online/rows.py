@@ -1,7 +1,7 @@
 """The rows of each layer's output, and the samples that they belong to: by weighted cotangents, or by change."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ def _by_change(
 ) -> Rows:
     """By the rows of each layer's output that change where samples are changed."""
     outputs: dict[str, list[Tensor]] = {}
+    values: dict[str, list[Tensor]] = {}
     known, unknown, reached = _none_yet()
 
     def keep(name: str) -> Callable[..., None]:
@@ -125,18 +126,17 @@ def _by_change(
                 unknown.add(name)
                 return
             reached.add(name)
-            outputs.setdefault(name, []).extend(t.detach().clone() for t in floating(output))
+            outputs.setdefault(name, []).extend(floating(output))
+            values.setdefault(name, []).extend(t.detach().clone() for t in floating(output))
 
         return hook
 
-    def run(mask: Tensor | None) -> dict[str, list[Tensor]]:
+    def run(mask: Tensor | None) -> _Seen:
         outputs.clear()
-        if mask is None:
-            with torch.no_grad():
-                forward(arguments)
-        else:
-            run_changed(forward, arguments, chosen, mask)
-        return dict(outputs)
+        values.clear()
+        with torch.enable_grad() if shard is None else torch.no_grad():
+            result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
+        return _Seen(dict(values), _slopes(result, outputs) if shard is None else {})
 
     handles = [layer.enclosing.register_forward_hook(keep(layer.name)) for layer in layers]
     masks = list(separating_masks(chosen.num_samples))
@@ -150,9 +150,9 @@ def _by_change(
     finally:
         for handle in handles:
             handle.remove()
-    for name, tensors in base.items():
+    for name, tensors in base.values.items():
         layouts = [
-            next((o for o in any_layout(t, chosen.num_samples) if _holds(o, t, _nth(changed, name, i), masks)), None)
+            next((o for o in any_layout(t, chosen.num_samples) if _belong(o, name, i, base, changed, masks)), None)
             for i, t in enumerate(tensors)
         ]
         if name in unknown or any(layout is None for layout in layouts):
@@ -162,8 +162,39 @@ def _by_change(
     return known, unknown, reached
 
 
-def _nth(changed: Iterable[dict[str, list[Tensor]]], name: str, index: int) -> list[Tensor]:
-    return [c[name][index] for c in changed if index < len(c.get(name, ()))]
+class _Seen(NamedTuple):
+    """One forward: by layer the outputs of its calls, and the gradients on them of the sum of the model's outputs."""
+
+    values: dict[str, list[Tensor]]
+    gradients: dict[str, list[Tensor]]
+
+
+def _slopes(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    ends = [t for t in floating(result) if t.requires_grad]
+    inside = [t for tensors in outputs.values() for t in tensors if t.requires_grad]
+    try:
+        pulled = gradients(ends, inside, [torch.ones_like(t) for t in ends]) if ends else [None] * len(inside)
+    except DoubleBackwardError:
+        return {}
+    by_id = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(inside, pulled, strict=True)}
+    return {name: [by_id[id(t)] for t in tensors if id(t) in by_id] for name, tensors in outputs.items()}
+
+
+def _belong(
+    layout: Layout, name: str, index: int, base: _Seen, changed: Sequence[_Seen], masks: Sequence[Tensor]
+) -> bool:
+    """Whether rows of changed samples change, and no others, nor what the model's outputs make of the others."""
+    if not _holds(layout, base.values[name][index], _nth([c.values for c in changed], name, index), masks):
+        return False
+    slopes = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
+    return all(
+        not bool(layout.split(changed_entries(slopes[0], after))[~mask.to(after.device)].any())
+        for after, mask in zip(slopes[1:], masks, strict=False)
+    )
+
+
+def _nth(seen: Iterable[dict[str, list[Tensor]]], name: str, index: int) -> list[Tensor]:
+    return [found[name][index] for found in seen if index < len(found.get(name, ()))]
 
 
 def _holds(layout: Layout, before: Tensor, after: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:

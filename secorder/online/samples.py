@@ -145,7 +145,8 @@ def separates(
     changes = False
     for mask in masks:
         try:
-            changed = floating(run_changed(forward, arguments, hypothesis, mask))
+            with torch.no_grad():
+                changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
             return None if hypothesis.dim else options
         if len(changed) != len(base):
@@ -164,9 +165,8 @@ def separates(
     return options if changes or not hypothesis.dim else None  # nothing that changes nothing makes an unusual dimension
 
 
-def equivariant(forward: Forward, arguments: Any, base: Sequence[Tensor], hypothesis: Hypothesis) -> bool:
-    """Whether the model treats what may be its samples alike: exchanged in the arguments, they are so in the "
-    "outputs."""
+def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
+    """Whether the model treats what may be its samples alike: exchanged there, they are so in its outputs."""
     order = torch.arange(hypothesis.num_samples).roll(1)
     dims = iter(hypothesis.dims)
 
@@ -176,7 +176,7 @@ def equivariant(forward: Forward, arguments: Any, base: Sequence[Tensor], hypoth
 
     try:
         with torch.no_grad():
-            after = floating(forward(map_tensors(exchanged, arguments)))
+            base, after = floating(forward(arguments)), floating(forward(map_tensors(exchanged, arguments)))
     except Exception:  # an order that the model does not accept
         return False
     for before, now in zip(base, after, strict=True):
@@ -204,7 +204,7 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
         return _mixed(tensor, dim, mask)
 
     look_up = _LookedUpRows(mask, hypothesis) if _only_integers(arguments, hypothesis) else nullcontext()
-    with torch.no_grad(), look_up:
+    with look_up:
         return forward(map_tensors(changed, arguments))
 
 
@@ -237,9 +237,9 @@ class _LookedUpRows(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if func not in (F.embedding, F.embedding_bag) or not isinstance(result, Tensor):
             return result
-        for dim in (self.dim, *range(result.dim() - 1)):
-            if result.dim() > dim and result.shape[dim] == self.count:
-                return _mixed(result, dim, self.mask)
+        # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
+        if result.dim() > self.dim + 1 and result.shape[self.dim] == self.count:
+            return _mixed(result, self.dim, self.mask)
         return result
 
 
