@@ -175,12 +175,22 @@ class Attachment:
         """Whether a forward that runs is within this section."""
         return any(record.eager is eager for record in self._running.values())
 
-    def end(self, args: Any, kwargs: Any, output: Any) -> None:
-        """The model's forward ended, perhaps by an exception (then without an output)."""
+    def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
+        """The model's forward ended, perhaps by an exception (then without an output).
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            output: of the call.
+            sections: that of the forward is added to them, to be ended when all here is done.
+        """
         thread = threading.get_ident()
         record = self._running.get(thread)
         if record is None or in_backward() or is_running(self.model):
             return
+        if record.eager is not None:
+            sections.append(record.eager)
+            record.eager = None
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
         if output is None or self.pauses:
@@ -261,8 +271,14 @@ class _End(OwnHook):
             if graph == Graph.MAY_BREAK:
                 leave_graph()
             return
+        sections = [EagerSection()]  # this hook's own, and then the forward's
+        sections[0].begin()
         fisher = self.owner.fisher
-        fisher.guarded(None, fisher.sums, self.owner.end, args, kwargs, output)
+        try:
+            fisher.guarded(None, fisher.sums, self.owner.end, args, kwargs, output, sections)
+        finally:
+            for section in sections:
+                section.end()
 
 
 class _LayerHook(OwnHook):
