@@ -68,10 +68,12 @@ class EagerSection:
     No compiled code is lost: it runs again after the end. To be begun by a function that is :func:`uncompiled`.
     """
 
+    @uncompiled
     def __init__(self) -> None:
         self._callback: Any = None
         self._stance = ExitStack()
 
+    @uncompiled  # as yet, compiling is on
     def begin(self) -> None:
         """Nothing is compiled from now on."""
         self._callback = eval_frame.set_eval_frame(None)

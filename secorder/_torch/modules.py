@@ -16,6 +16,7 @@ __all__ = [
     "buffer_places",
     "computes_as",
     "convolution_padding",
+    "forward_hook_dicts",
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
@@ -87,9 +88,14 @@ def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> 
         module._parameters.update(own)
 
 
+def forward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    """Where a module holds the hooks that it calls after and before its forward."""
+    return [module._forward_hooks, module._forward_pre_hooks]
+
+
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that the module calls after and before its forward."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hooks in forward_hook_dicts(module) for hook in hooks.values()]
 
 
 @contextmanager
@@ -98,7 +104,7 @@ def forward_hooks_removed(modules: Iterable[nn.Module], unwanted: Callable[[Any]
     kept: list[tuple[Any, dict[int, Any]]] = []
     try:
         for module in modules:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hooks in forward_hook_dicts(module):
                 kept.append((hooks, dict(hooks)))
                 for key in [key for key, hook in hooks.items() if unwanted(hook)]:
                     del hooks[key]

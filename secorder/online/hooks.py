@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .._torch.compile import EagerSection, Graph, being_compiled, is_traced, leave_graph, uncompiled
 from .._torch.engine import in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
-from .._torch.own_hooks import OwnHook
+from .._torch.own_hooks import Aside, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
@@ -59,6 +59,7 @@ class Attachment:
         self.counts = {True: 0, False: 0}
         self._running: dict[int, ForwardRecord] = {}  # by thread
         self._handles: list[Any] = []
+        self._aside: Aside | None = None
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
 
@@ -74,6 +75,8 @@ class Attachment:
     def detach(self) -> None:
         """Remove every hook; backward passes of forwards that were recorded before are ignored from now on."""
         self.pauses += 1
+        if self._aside is not None:
+            self._aside.remove()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -144,6 +147,9 @@ class Attachment:
         self.counts[self.model.training] = count + 1
         if count % self.every:
             return
+        if computes_by_its_hooks(self.model) and not differentiable(self.model, (args, kwargs)):
+            saw("no gradient")
+            return
         if eager.whole_graph_wanted():
             saw("compiled")
             return
@@ -161,16 +167,31 @@ class Attachment:
         eager.run_compiled_code_eagerly()
         saw("forward")
 
+    def step_aside(self) -> None:
+        """A forward that is not recorded has no hook to call in the end, and must not be computed otherwise for it."""
+        if computes_by_its_hooks(self.model) and not is_running(self.model):
+            self._aside = Aside(self.model)
+
     def owns(self, eager: EagerSection) -> bool:
         """Whether a forward that runs is within this section."""
         return any(record.eager is eager for record in self._running.values())
 
-    def end(self, args: Any, kwargs: Any, output: Any) -> None:
-        """The model's forward ended, perhaps by an exception (then without an output)."""
+    def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
+        """The model's forward ended, perhaps by an exception (then without an output).
+
+        Args:
+            args: of the call.
+            kwargs: of the call.
+            output: of the call.
+            sections: that of the forward is added to them, to be ended when all here is done.
+        """
         thread = threading.get_ident()
         record = self._running.get(thread)
         if record is None or in_backward() or is_running(self.model):
             return
+        if record.eager is not None:
+            sections.append(record.eager)
+            record.eager = None
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
         if output is None or self.pauses:
@@ -204,6 +225,11 @@ class Attachment:
                 record.handles.append(module.register_forward_hook(called, prepend=True, with_kwargs=True))
 
 
+def differentiable(model: nn.Module, arguments: Any) -> bool:
+    """Whether a backward may follow a forward."""
+    return any(t.requires_grad for t in (*model.parameters(), *tensors_in(arguments)))
+
+
 class _Enters:
     """A hook on an output of the model: its backward begins."""
 
@@ -234,6 +260,7 @@ def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -
         attachment.fisher.troubles.guarded(None, attachment.fisher.sums, attachment.begin, args, kwargs, eager)
     finally:
         if not attachment.owns(eager):
+            attachment.step_aside()
             eager.end()
 
 
@@ -245,8 +272,14 @@ class _End(OwnHook):
             if graph == Graph.MAY_BREAK:
                 leave_graph()
             return
+        sections = [EagerSection()]  # this hook's own, and then the forward's
+        sections[0].begin()
         fisher = self.owner.fisher
-        fisher.troubles.guarded(None, fisher.sums, self.owner.end, args, kwargs, output)
+        try:
+            fisher.troubles.guarded(None, fisher.sums, self.owner.end, args, kwargs, output, sections)
+        finally:
+            for section in sections:
+                section.end()
 
 
 class _LayerHook(OwnHook):
