@@ -61,7 +61,8 @@ class OnlineFisher:
         reduction: Literal["mean", "sum"] | Weights,
         decay: float | None,
         strict: bool,
-        loss_scale: Any,
+        loss_scale: Callable[[], float],
+        returned: bool,
         on_nonfinite: Literal["skip", "raise", "keep"],
         forwards: Literal["separate", "joined"] | None,
         penalty: Literal["shared"] | None,
@@ -73,6 +74,7 @@ class OnlineFisher:
         self.reduction = reduction
         self.decay = decay
         self.loss_scale = loss_scale
+        self.returned = returned  # whether it is the gradient on the loss that the model returns
         self.on_nonfinite = on_nonfinite
         self.forwards = forwards
         self.penalty = penalty
@@ -92,6 +94,7 @@ class OnlineFisher:
             decay=None,
             strict=False,
             loss_scale=self.loss_scale,
+            returned=self.returned,
             on_nonfinite=self.on_nonfinite,
             forwards=self.forwards,
             penalty=self.penalty,
@@ -129,7 +132,7 @@ class OnlineFisher:
 
     def factor(self, record: ForwardRecord) -> float:
         """What squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n."""
-        scale = float(record.num_samples**2) if self.reduction == "mean" else 1.0
+        scale = float(record.num_samples**2) if record.mean else 1.0
         return scale / float(self.loss_scale()) ** 2
 
     def of_all(self, record: ForwardRecord) -> int:
@@ -341,7 +344,7 @@ class OnlineFisher:
             self._audit(backward)
         elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
             record = groups[0][0]
-            inverse = float(record.num_samples) if self.reduction == "mean" else 1.0
+            inverse = float(record.num_samples) if record.mean else 1.0
             alpha = 1.0 if self.decay is None else (1 - self.decay) / record.num_samples
             scale = float(self.loss_scale())
             add_shared(self.layers, self.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)

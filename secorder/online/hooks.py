@@ -206,7 +206,8 @@ class Attachment:
         for tensor in tensors_in(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
-                tensor.register_hook(_Enters(self, record))
+                returned = self.fisher.returned and not tensor.dim() and tensor.is_floating_point()
+                tensor.register_hook(_Enters(self, record, returned=returned))
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
@@ -233,12 +234,17 @@ def differentiable(model: nn.Module, arguments: Any) -> bool:
 class _Enters:
     """A hook on an output of the model: its backward begins."""
 
-    def __init__(self, attachment: Attachment, record: ForwardRecord) -> None:
-        self.attachment, self.record = attachment, record
+    def __init__(self, attachment: Attachment, record: ForwardRecord, *, returned: bool) -> None:
+        self.attachment, self.record, self.returned = attachment, record, returned
 
-    def __call__(self, _: Tensor) -> None:
-        if not self.attachment.pauses and not inside_transform():
-            self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
+    def __call__(self, g: Tensor) -> None:
+        if self.attachment.pauses or inside_transform():
+            return
+        if self.returned and self.record.backward is None:  # the loss itself: what it is multiplied by in training
+            weights, scale = self.record.weights, g.detach().double()
+            own = scale.new_ones(self.record.num_samples) if weights is None else weights.to(scale)
+            self.record.weights = own / scale
+        self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
 
 
 class _Begin(OwnHook):

@@ -63,8 +63,10 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
     record = ForwardRecord(known, count, shapes, verified, start)
     record.together = count if fisher.shard is None else together
-    if callable(fisher.reduction):
-        weights = weights_of(fisher.reduction, args, kwargs, count).double()
+    weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
+    record.mean = weights is None and fisher.reduction != "sum"
+    if weights is not None:
+        weights = weights.double()
         record.counted = (weights != 0).sum()
         record.weights = torch.where(weights != 0, 1 / weights, 0.0)
     return record

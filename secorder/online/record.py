@@ -169,6 +169,7 @@ class ForwardRecord:
         without_gradient: layers that ran with nothing to differentiate.
         gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
         autocast_dtype: of the latest call.
+        mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
         goods: of each layer that was added, whether its gradient is finite.
@@ -203,6 +204,7 @@ class ForwardRecord:
     without_gradient: set[str] = field(default_factory=set)
     gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
     autocast_dtype: torch.dtype | None = None
+    mean: bool = True
     weights: Tensor | None = None
     counted: Tensor | None = None
     goods: list[Tensor] = field(default_factory=list)

@@ -20,10 +20,10 @@ class HasScale(Protocol):
         """The factor of now."""
 
 
-LossScale = float | HasScale | Callable[[], float] | None
+LossScale = float | HasScale | Callable[[], float] | Literal["returned"] | None
 
 #: The weights c_n of one batch: from the arguments of the model's call, a 1-D tensor of N numbers.
-Weights = Callable[..., Tensor]
+Weights = Callable[..., Tensor | None]
 
 Reduction = Literal["mean", "sum"] | nn.Module | Weights | None
 
@@ -34,7 +34,7 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     Raises:
         InvalidArgumentError: it is neither a positive number nor tells one.
     """
-    if given is None:
+    if given is None or given == "returned":  # then it is found in each backward
         return _Constant(1.0)
     if hasattr(given, "get_scale"):
         return given.get_scale
@@ -87,14 +87,16 @@ def _is_weighted(loss: nn.Module) -> bool:
     return getattr(loss, "weight", None) is not None
 
 
-def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor:
-    """The weights c_n of a batch.
+def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor | None:
+    """The weights c_n of a batch; None where the function returns none, for a mean over the samples.
 
     Raises:
         InvalidArgumentError: they are not one real number a sample.
     """
     with torch.no_grad():
         weights = function(*args, **kwargs)
+    if weights is None:
+        return None
     if not isinstance(weights, Tensor) or weights.shape != (num_samples,) or weights.is_complex():
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InvalidArgumentError(
