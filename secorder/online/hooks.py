@@ -225,9 +225,9 @@ class _LayerHook(OwnHook):
         self.record, self.layer = record, layer
 
     def foreign(self) -> bool:
-        """Whether the call is none of the record's: another thread's, a transform's, or made while it is suspended."""
+        """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""
         other = threading.get_ident() != self.record.thread and not in_backward()
-        return other or bool(self.owner.suspensions) or inside_transform()
+        return other or bool(self.owner.suspensions) or inside_transform() or self.record.of_another()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not self.foreign():
