@@ -56,7 +56,10 @@ def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Re
     """Call a hook with the whole gradient of a leaf, before other hooks on the leaf change it."""
     handle: RemovableHandle = parameter.register_hook(hook)
     hooks: Any = parameter._backward_hooks
-    hooks.move_to_end(handle.id, last=False)
+    others = {key: other for key, other in hooks.items() if key != handle.id}
+    for key in others:  # autograd runs them as they were entered, wherever an ordered dict has moved them
+        del hooks[key]
+    hooks.update(others)
     return handle
 
 

@@ -7,6 +7,7 @@ layers that the loss does not depend on get their zeros, and the audit is compar
 
 import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
-from .._torch.engine import in_backward
+from .._torch.engine import current_backward, in_backward
 from .._torch.saved_tensors import stops_recomputation
 from .._torch.versions import version
 from ..errors import AttributionError, CurvatureWarning, NonFiniteError, ProbeStateError, SecorderError
@@ -28,7 +29,7 @@ from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import over_ranks
 from ..results import Diagonals, LayerInfo
 from .audit import Signs, allowed, explained
-from .record import Backward, Call, ForwardRecord
+from .record import Backward, Call, ForwardRecord, slot
 from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums
@@ -92,6 +93,7 @@ class OnlineFisher:
         self.causes: dict[str, int] = {}  # what the hooks saw, for the case that nothing is accumulated
         self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.backwards: dict[int, Backward] = {}  # those that run, by the engine's number
+        self.others: deque[int] = deque(maxlen=8)  # the latest that reached a forward that was not recorded
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,14 +310,12 @@ class OnlineFisher:
         backward = record.backward
         if backward is None:
             return
-        dtypes = [g.dtype for parts in gradients.values() for g in [_cotangents(parts[0])]]
-        dtypes += [record.autocast_dtype] if record.autocast_dtype is not None else []
         for name, p in layer.parameters.items():
             vectors = backward.vectors.get(id(p))
             if vectors is not None:
                 for part in gradients[name]:
                     value, size = explained(part, vectors)
-                    found = (value, allowed(size, [*dtypes, p.dtype]))
+                    found = (value, allowed(size, p.dtype, record.autocast_dtype, part))
                     backward.explained.setdefault((layer.name, id(p)), []).append(found)
 
     def _audit(self, backward: Backward) -> None:
@@ -334,6 +334,18 @@ class OnlineFisher:
                 bound = sum(bound for _, bound in known) if known else 0.0
                 difference = (whole - sum(values)).abs() if values else whole.abs()
                 self.sums[layer.name].suspect.logical_or_((difference > bound) & whole.isfinite())
+
+    def _audit_unreached(self, record: ForwardRecord, layer: Layer) -> None:
+        """A layer that no call brought a gradient of has none: not one that came before the audit could see it, either.
+
+        A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative.
+        """
+        records = record.backward.records if record.backward is not None else [record]
+        if any(layer.name in one.received for one in records) or layer.sharded:
+            return
+        for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
+            if p.grad is not None and slot(p) != before:
+                self.sums[layer.name].suspect.logical_or_((p.grad != 0).any())
 
     # ---- the end of a backward
 
@@ -399,8 +411,25 @@ class OnlineFisher:
             'forwards="separate" where each forward has samples of its own.',
         )
 
+    def unrecorded(self) -> None:
+        """A gradient has come to a forward that was not recorded."""
+        number = current_backward()
+        if number is not None:
+            self.others.append(number)
+
     def close(self, backward: Backward, records: Sequence[ForwardRecord]) -> None:
         """A backward has ended: add what its records still hold, and audit it."""
+        if records and backward.number in self.others:
+            self.mark(
+                [
+                    own
+                    for record in records
+                    for name in record.calls
+                    for own in record.attribution.sharing(name) or [name]
+                ],
+                "one backward runs through several forwards of the model of which some are not recorded (every=), so "
+                "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
+            )
         groups = [list(records)] if self.forwards == "joined" and records else [[record] for record in records]
         for group in groups:
             for layer in group[0].attribution.layers:
@@ -426,6 +455,7 @@ class OnlineFisher:
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
+            self._audit_unreached(record, layer)
             if self.decay is not None:
                 for total in sums.sums:
                     total.mul_(self.decay)
@@ -581,10 +611,6 @@ def total_of(g: Tensor) -> Tensor:
 def weighted(part: PerSample, weights: Tensor) -> PerSample:
     """A per-sample gradient with each sample's multiplied by a number."""
     return with_cotangents(part, lambda g: g * weights.to(g).view(-1, *(1,) * (g.dim() - 1)))
-
-
-def _cotangents(part: PerSample) -> Tensor:
-    return part if isinstance(part, Tensor) else part.g
 
 
 def _sentence(names: Sequence[str], reason: str) -> str:

@@ -137,7 +137,10 @@ class Attachment:
         """The model's forward ended, perhaps by an exception (then without an output)."""
         thread = threading.get_ident()
         record = self._running.get(thread)
-        if record is None or in_backward() or is_running(self.model):
+        if in_backward() or is_running(self.model):
+            return
+        if record is None:
+            self._watch_unrecorded(output)
             return
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
@@ -154,6 +157,13 @@ class Attachment:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
                 tensor.register_hook(_Enters(self, record))
+
+    def _watch_unrecorded(self, output: Any) -> None:
+        """A forward that is not one of each ``every``: what it and a recorded one bring cannot be told apart."""
+        if self.every > 1 and not self.suspensions and not inside_transform() and not is_traced():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    tensor.register_hook(_EntersUnrecorded(self))
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
@@ -181,6 +191,17 @@ class _Enters:
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions and not inside_transform():
             self.attachment.fisher.guarded(self.record, (), enter, self.attachment, self.record)
+
+
+class _EntersUnrecorded:
+    """A hook on an output of a forward that was not recorded."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, _: Tensor) -> None:
+        if not self.attachment.suspensions:
+            self.attachment.fisher.unrecorded()
 
 
 class _Begin(OwnHook):

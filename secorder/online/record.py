@@ -39,7 +39,7 @@ from .attribution import Attribution
 from .audit import Vectors
 from .relation import Shape
 
-__all__ = ["Backward", "Call", "ForwardRecord", "ModuleCall", "Start"]
+__all__ = ["Backward", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -121,6 +121,11 @@ class Backward:
         self.explained: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
 
 
+def slot(parameter: Tensor) -> tuple[int, int] | None:
+    """What tells whether something was accumulated in ``.grad`` since."""
+    return None if parameter.grad is None else (id(parameter.grad), version(parameter.grad))
+
+
 @dataclass(eq=False)
 class ForwardRecord:
     """One forward; see the module's text for its phases.
@@ -153,6 +158,7 @@ class ForwardRecord:
         together: samples on all ranks that share sharded parameters.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
+        slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
         eager: the section in which nothing is compiled, while the forward runs.
@@ -187,6 +193,7 @@ class ForwardRecord:
     together: int = 0
     recomputes: bool = False
     sections: WeakSet[Any] = field(default_factory=WeakSet)
+    slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
     backward: Backward | None = None
     closed: bool = False
     eager: EagerSection | None = None

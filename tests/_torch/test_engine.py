@@ -9,6 +9,7 @@ from secorder._torch.engine import (
     accumulates_into,
     after_backward,
     current_backward,
+    first_gradient_hook,
     in_backward,
     will_accumulate,
 )
@@ -81,3 +82,20 @@ def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:
     assert answers.pop() == (False, False)
     z.sum().backward(inputs=[used.weight], retain_graph=True)
     assert answers.pop() == (True, False)
+
+
+def test_the_first_hook_sees_the_gradient_before_others_change_it() -> None:
+    p = torch.randn(3, requires_grad=True)
+    seen: list[torch.Tensor] = []
+    other = p.register_hook(lambda g: g * 0)
+    p.register_hook(lambda g: g + 5)
+    handle = first_gradient_hook(p, seen.append)
+    (2 * p).sum().backward()
+    assert torch.equal(seen[0], torch.full((3,), 2.0))
+    assert torch.equal(p.grad, torch.full((3,), 5.0))
+    handle.remove()
+    other.remove()
+    p.grad = None
+    (2 * p).sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(p.grad, torch.full((3,), 7.0))
