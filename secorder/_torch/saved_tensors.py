@@ -1,5 +1,6 @@
 """Tensors that are kept from forward to backward, as autograd keeps its own."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,9 @@ from torch import Tensor
 
 from .versions import version
 
-__all__ = ["Kept", "OverwrittenError", "keep", "saved_tensor_hooks_active", "stops_recomputation"]
+__all__ = [
+    "Kept", "OverwrittenError", "checkpoint_section", "keep", "saved_tensor_hooks_active", "stops_recomputation",
+]  # fmt: skip
 
 
 class OverwrittenError(Exception):
@@ -40,6 +43,21 @@ def saved_tensor_hooks_active() -> bool:
     """
     top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def checkpoint_section() -> Any:
+    """What stands for the part of a forward that a checkpoint is computing, or computing again; None outside of one.
+
+    PyTorch does not tell it by itself: a part that is computed again refers to what it was when it was computed first.
+    """
+    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    hooks = None if top is None else top(True)
+    if hooks is None:
+        return None
+    pack = inspect.unwrap(hooks[0])
+    cells = inspect.getclosurevars(pack).nonlocals if inspect.isfunction(pack) else {}
+    again = cells.get("target_frame_ref")
+    return cells.get("frame") if again is None else again()
 
 
 class _KeptHere(Kept):

@@ -52,10 +52,14 @@ class RecordedLayer:
         """Per-sample gradients of K stacked cotangents on the layer's calls."""
         assert self.layer.rule is not None
         kind = compute_dtype(self.layer)
-        inputs = [tuple(cast(x if self.with_graph else x.detach(), kind) for x in call) for call in self.inputs]
+        inputs = [tuple(cast(_dense(x if self.with_graph else x.detach()), kind) for x in call) for call in self.inputs]
         return stacked_gradients(
             self.layer.rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts
         )
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout is torch.strided else x.to_dense()
 
 
 def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:

@@ -61,6 +61,7 @@ class Attribution:
     Attributes:
         layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
         dims: for each tensor among the model's arguments, the dimension that holds the samples.
+        shapes: of these tensors in this batch.
         known: by layer, the calls that were verified.
         outputs: for each of the model's outputs in this batch, where the samples are in it.
         unknown: layers of whose calls no dimension was found to hold the samples.
@@ -80,6 +81,7 @@ class Attribution:
 
     layers: tuple[Layer, ...] = ()
     dims: tuple[int | None, ...] = ()
+    shapes: tuple[Shape, ...] = ()
     known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)
     outputs: tuple[Layout | None, ...] = ()
     unknown: frozenset[str] = frozenset()
@@ -313,6 +315,7 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
     }
     return Attribution(
         dims=hypothesis.dims,
+        shapes=shapes,
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
         unknown=frozenset(unknown),

@@ -1,6 +1,7 @@
 """The audit of each recorded backward: do the captured calls explain the whole gradient of a parameter?
 
-Freivalds' check of a matrix identity. For a parameter seen as a matrix and random vectors r, s of signs::
+Freivalds' check of a matrix identity. For a parameter seen as a matrix and normal random vectors r, s (signs would be
+orthogonal to a constant too often)::
 
     rᵀ G s = Σ_{n,p} (r · g_{n,p}) (a_{n,p} · s),
 
@@ -30,16 +31,20 @@ WHOLE_ELEMENTS = 1 << 17
 BLOCK = 64
 #: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
 FEW = 32
-#: What passes for rounding, in units in the last place of the products' size.
-UNITS = 256
+#: What passes for rounding, in units in the last place of the products' size: of the parameter's dtype, and of a lower
+#: one that factors are rounded to before they are multiplied.
+UNITS = 64
+UNITS_OF_FACTORS = 8
+#: Of what matrix units may round float32 to.
+TF32 = 2.0**-10
 
 
 class Vectors(NamedTuple):
     """The random vectors of one parameter in one backward.
 
     Attributes:
-        r: signs, one a row of the block.
-        s: signs, one a column.
+        r: normal, one a row of the block.
+        s: normal, one a column.
         start: the first row of the block.
         rows: rows of the parameter.
     """
@@ -56,7 +61,7 @@ class Vectors(NamedTuple):
 
 
 class Signs:
-    """Random signs, drawn once and looked at from random places: a private stream that costs nothing."""
+    """Random numbers, drawn once and looked at from random places: a private stream that costs nothing."""
 
     def __init__(self) -> None:
         self._places = random.Random()
@@ -71,8 +76,8 @@ class Signs:
         key = (like.device, like.dtype)
         pool = self._pool.get(key)
         if pool is None or len(pool) < 2 * size:
-            bits = torch.randint(0, 2, (max(2 * size, 1 << 13),), generator=self._generator, device="cpu")
-            pool = self._pool[key] = (bits * 2 - 1).to(like)
+            numbers = torch.randn(max(2 * size, 1 << 13), generator=self._generator, device="cpu")
+            pool = self._pool[key] = numbers.to(like)
         start = self._places.randrange(len(pool) - size + 1)
         return pool[start : start + size]
 
@@ -83,6 +88,7 @@ class Signs:
         block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
         start = self._places.randrange(rows - block + 1)
         like = parameter.detach()
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
         return Vectors(self._take(block, like), s, start, rows)
 
@@ -254,8 +260,7 @@ class Audit:
                 continue  # in the weight's number
             value, size = explained(part, vectors, with_bias=same)
             brought[local] = value
-            dtypes = [p.dtype, part.dtype if isinstance(part, Tensor) else part.g.dtype, *([low] if low else [])]
-            found = Explained(value, size, min(UNITS * max(torch.finfo(d).eps for d in dtypes), 1 / 16))
+            found = Explained(value, size, _tolerance(value, p.dtype, low, part))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
@@ -282,6 +287,16 @@ class Audit:
         whole = _stack(wholes)
         difference = whole - _stack(values)
         return indices, (difference * difference > _stack(bounds)) & whole.isfinite()
+
+
+def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
+    """What part of a number's size may be rounding: ``dtype`` of the parameter, ``low`` what factors are rounded to."""
+    factors = 0.0 if low is None else torch.finfo(low).eps
+    if value.is_cuda and dtype is torch.float32:
+        convolved = isinstance(gradient, Outer) and isinstance(gradient.a, Patches)
+        lower = torch.backends.cudnn.allow_tf32 if convolved else torch.get_float32_matmul_precision() != "highest"
+        factors = max(factors, TF32 if lower else 0.0)
+    return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
 
 
 def _same_cotangents(weight: PerSample, bias: PerSample) -> bool:

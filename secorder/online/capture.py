@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch.engine import accumulate_node, accumulates_into, in_backward, will_accumulate
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.saved_tensors import Kept, OverwrittenError, keep, saved_tensor_hooks_active
+from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
@@ -64,6 +64,8 @@ def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) 
         return False
     if not in_backward() and saved_tensor_hooks_active():
         record.recomputes = True
+        if (section := checkpoint_section()) is not None:
+            record.sections.add(section)
     if any(t.requires_grad for t in outputs):
         return True
     if not any(p.requires_grad for p in layer.parameters.values()):

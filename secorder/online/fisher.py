@@ -6,6 +6,7 @@ layers that the loss does not depend on get their zeros, and the audit is compar
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
+from .._torch.engine import current_backward
 from .._torch.versions import version
 from ..errors import NonFiniteError
 from ..layers.dtypes import cast, compute_dtype
@@ -25,7 +27,7 @@ from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import local, over_ranks
 from .audit import Signs
 from .penalty import add_shared, explain
-from .record import Backward, Backwards, Call, ForwardRecord
+from .record import Backward, Backwards, Call, ForwardRecord, slot
 from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums
@@ -82,6 +84,7 @@ class OnlineFisher:
         self.signs = Signs()
         self.backwards = Backwards()
         self._strict = strict
+        self.others: deque[int] = deque(maxlen=8)  # backwards, the latest, that reached a forward that was not recorded
         self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
 
@@ -289,6 +292,19 @@ class OnlineFisher:
             else:
                 self.failures.index_add_(0, torch.tensor(indices, device=self.failures.device), found[1].long())
 
+    def _audit_unreached(self, record: ForwardRecord, index: int) -> None:
+        """A layer that no call brought a gradient of has none: not one that came before the audit could see it, either.
+
+        A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative.
+        """
+        layer = self.layers[index]
+        records = record.backward.records if record.backward is not None else [record]
+        if any(layer.name in one.received for one in records) or layer.sharded:
+            return
+        for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
+            if p.grad is not None and slot(p) != before:
+                self.failures[index].add_((p.grad != 0).any())
+
     def second_backward(self, record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor) -> None:
         """A second backward reaches layers through a forward whose samples are counted.
 
@@ -326,8 +342,25 @@ class OnlineFisher:
             'forwards="separate" where each forward has samples of its own.',
         )
 
+    def unrecorded(self) -> None:
+        """A gradient has come to a forward that was not recorded."""
+        number = current_backward()
+        if number is not None:
+            self.others.append(number)
+
     def close(self, backward: Backward, records: Sequence[ForwardRecord]) -> None:
         """A backward has ended: add what its records still hold, and audit it."""
+        if records and backward.number in self.others:
+            self.troubles.mark(
+                [
+                    own
+                    for record in records
+                    for name in record.calls
+                    for own in record.attribution.sharing(name) or [name]
+                ],
+                "one backward runs through several forwards of the model of which some are not recorded (every=), so "
+                "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
+            )
         groups = [list(records)] if self.forwards == "joined" and records else [[record] for record in records]
         for group in groups:
             for layer in group[0].attribution.layers:
@@ -366,6 +399,7 @@ class OnlineFisher:
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
+            self._audit_unreached(record, index)
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:

@@ -187,7 +187,10 @@ class Attachment:
         """
         thread = threading.get_ident()
         record = self._running.get(thread)
-        if record is None or in_backward() or is_running(self.model):
+        if in_backward() or is_running(self.model):
+            return
+        if record is None:
+            self._watch_unrecorded(output)
             return
         if record.eager is not None:
             sections.append(record.eager)
@@ -208,6 +211,13 @@ class Attachment:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
                 returned = self.fisher.returned and not tensor.dim() and tensor.is_floating_point()
                 tensor.register_hook(_Enters(self, record, returned=returned))
+
+    def _watch_unrecorded(self, output: Any) -> None:
+        """A forward that is not one of each ``every``: what it and a recorded one bring cannot be told apart."""
+        if self.every > 1 and not self.suspensions and not inside_transform() and not is_traced():
+            for tensor in tensors_in(output):
+                if tensor.requires_grad and tensor.grad_fn is not None:
+                    tensor.register_hook(_EntersUnrecorded(self))
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
@@ -245,6 +255,17 @@ class _Enters:
             own = scale.new_ones(self.record.num_samples) if weights is None else weights.to(scale)
             self.record.weights = own / scale
         self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
+
+
+class _EntersUnrecorded:
+    """A hook on an output of a forward that was not recorded."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+
+    def __call__(self, _: Tensor) -> None:
+        if not self.attachment.suspensions:
+            self.attachment.fisher.unrecorded()
 
 
 class _Begin(OwnHook):
@@ -296,9 +317,11 @@ class _LayerHook(OwnHook):
         self.record, self.layer = record, layer
 
     def foreign(self) -> bool:
-        """Whether the call is none of the record's: another thread's, a transform's, or made while it is suspended."""
+        """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""
         other = threading.get_ident() != self.record.thread and not in_backward()
-        return other or bool(self.owner.pauses or self.owner.suspensions) or inside_transform()
+        return (
+            other or bool(self.owner.pauses or self.owner.suspensions) or inside_transform() or self.record.of_another()
+        )
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not self.foreign():

@@ -92,6 +92,13 @@ class Looks:
     @staticmethod
     def moved(before: Attribution, after: Attribution) -> list[str]:
         """Layers whose rows a new look does not find where they were verified before."""
+        if before.dims != after.dims and not (before.coupled or after.coupled or after.undecided):
+            places = zip(before.dims, after.dims, strict=False)
+            if (
+                any(None not in pair and pair[0] != pair[1] for pair in places)
+                and before.count(after.shapes) is not None
+            ):
+                return [layer.name for layer in before.layers]
         by_name = {x.name: x for x in after.layers}
         moved = []
         for layer in before.layers:

@@ -18,7 +18,7 @@ from .attribution import Attribution
 from .capture import module_called, module_starts
 from .fisher import OnlineFisher
 from .looks import Looks
-from .record import ForwardRecord, Start
+from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, Verified, explain
 from .samples import shapes_of
@@ -200,6 +200,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
+    record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and not record.attribution.coupled and start is not None:

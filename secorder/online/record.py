@@ -19,6 +19,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,11 @@ from torch.utils.hooks import RemovableHandle
 
 from .._torch.autocast import AutocastState, autocast_state
 from .._torch.compile import EagerSection
+from .._torch.engine import in_backward
 from .._torch.modules import Place
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
+from .._torch.saved_tensors import checkpoint_section
 from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.selection import Layer
@@ -36,7 +39,7 @@ from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
 
-__all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start"]
+__all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -142,6 +145,11 @@ class Backwards(dict[int, Backward]):
             backward.let_go()
 
 
+def slot(parameter: Tensor) -> tuple[int, int] | None:
+    """What tells whether something was accumulated in ``.grad`` since."""
+    return None if parameter.grad is None else (id(parameter.grad), version(parameter.grad))
+
+
 @dataclass(eq=False)
 class ForwardRecord:
     """One forward; see the module's text for its phases.
@@ -175,6 +183,8 @@ class ForwardRecord:
         goods: of each layer that was added, whether its gradient is finite.
         together: samples on all ranks that share sharded parameters.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
+        sections: the parts of the forward that do, where checkpoints tell.
+        slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
         eager: the section in which nothing is compiled, while the forward runs.
@@ -210,9 +220,16 @@ class ForwardRecord:
     goods: list[Tensor] = field(default_factory=list)
     together: int = 0
     recomputes: bool = False
+    sections: WeakSet[Any] = field(default_factory=WeakSet)
+    slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
     backward: Backward | None = None
     closed: bool = False
     eager: EagerSection | None = None
+
+    def of_another(self) -> bool:
+        """Whether a checkpoint computes a part of another forward again."""
+        section = checkpoint_section() if in_backward() else None
+        return section is not None and section not in self.sections
 
     def parts_of(self, layer: Layer) -> list[Layer]:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""

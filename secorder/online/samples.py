@@ -6,7 +6,7 @@ Integer arguments (offsets, lengths, edges, token ids) are structure and are nev
 else, the rows that it looks up are.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
@@ -199,11 +200,13 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     def changed(tensor: Tensor) -> Tensor:
         dim = next(dims)
-        if dim is None or not (tensor.is_floating_point() or tensor.is_complex()) or _sparse(tensor):
+        if dim is None or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
             return tensor
+        if _sparse(tensor):
+            return _mixed(tensor.to_dense(), dim, mask).to_sparse(layout=tensor.layout)
         return _mixed(tensor, dim, mask)
 
-    look_up = _LookedUpRows(mask, hypothesis) if _only_integers(arguments, hypothesis) else nullcontext()
+    look_up = _OfIntegers(mask, hypothesis, arguments) if _only_integers(arguments, hypothesis) else nullcontext()
     with look_up:
         return forward(map_tensors(changed, arguments))
 
@@ -224,18 +227,28 @@ def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
     )
 
 
-class _LookedUpRows(TorchFunctionMode):
-    """Changes the rows that some samples look up in a table, in place of the ids that they look up by."""
+class _OfIntegers(TorchFunctionMode):
+    """Changes what is made of some samples' integers (the rows that they look up in a table), in place of them."""
 
-    def __init__(self, mask: Tensor, hypothesis: Hypothesis) -> None:
+    def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any) -> None:
         super().__init__()
         self.mask, self.count, self.dim = mask, hypothesis.num_samples, hypothesis.dim or 0
+        self.ours: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
+        for tensor, dim in zip(tensors_in(arguments), hypothesis.dims, strict=True):
+            if dim is not None:
+                self.ours[tensor] = True
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func not in (F.embedding, F.embedding_bag) or not isinstance(result, Tensor):
+        given = list(tensors_in((args, kwargs)))
+        if not isinstance(result, Tensor) or not any(t in self.ours for t in given):
+            return result
+        if not result.is_floating_point():
+            self.ours[result] = True
+            return result
+        if func not in (F.embedding, F.embedding_bag) and any(t.is_floating_point() for t in given):
             return result
         # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
         if result.dim() > self.dim + 1 and result.shape[self.dim] == self.count:

@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils.checkpoint import checkpoint
 
-from secorder._torch.saved_tensors import Kept, OverwrittenError, keep, saved_tensor_hooks_active
+from secorder._torch.saved_tensors import (
+    Kept,
+    OverwrittenError,
+    checkpoint_section,
+    keep,
+    saved_tensor_hooks_active,
+)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -72,3 +78,27 @@ def test_a_checkpoint_frees_and_recomputes_what_is_kept() -> None:
     y.sum().backward()
     assert len(found) > before + 1, "nothing was recomputed"
     assert found[-1] is True
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_section_that_is_computed_again_is_the_one_that_was_computed(use_reentrant: bool) -> None:
+    seen = []
+
+    def section(x: torch.Tensor) -> torch.Tensor:
+        seen.append(checkpoint_section())
+        return x.sin().sin()
+
+    x = torch.randn(3, requires_grad=True)
+    one, other = (checkpoint(section, x, use_reentrant=use_reentrant) for _ in range(2))
+    assert checkpoint_section() is None
+    (one + other).sum().backward()
+    with torch.autograd.graph.save_on_cpu():
+        assert checkpoint_section() is None
+    first, second, *again = seen
+    assert len(again) == 2
+    if use_reentrant:
+        assert seen == [None] * 4
+    else:
+        assert first is not None
+        assert first is not second
+        assert {id(a) for a in again} == {id(first), id(second)}

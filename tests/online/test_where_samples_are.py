@@ -436,7 +436,38 @@ def test_sparse_inputs() -> None:
     def loss(model: nn.Module, batch: Pair) -> Tensor:
         return F.cross_entropy(model(batch[0].to_sparse()), batch[1])
 
-    follow(model, vectors(4, 4, 3), loss)
+    assert follow(model, vectors(4, 4, 3), loss).exact
+
+
+@pytest.mark.parametrize(
+    "floats", [lambda ids: F.one_hot(ids, 11).double(), lambda ids: (ids[..., None] / 11) ** torch.arange(3)]
+)
+@pytest.mark.parametrize("size", [(6, 4), (4, 4)])
+def test_integers_that_become_numbers_without_a_table(floats: Any, size: tuple[int, int]) -> None:
+    """Letters, one-hot, time first."""
+    width = floats(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+    model = Net(lambda m, ids: m.head(m.rnn(floats(ids))[0]), rnn=nn.GRU(width, 5), head=nn.Linear(5, 11))
+
+    def loss(model: nn.Module, batch: Pair) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    batches = [(torch.randint(11, size), torch.randint(11, size)) for _ in range(4)]
+    assert follow(model, batches, loss, lambda b: rows(b, 1)).exact
+
+
+@pytest.mark.parametrize("layer_types", [None, "all"])
+def test_an_output_that_does_not_depend_on_its_input_at_first(layer_types: Any) -> None:
+    """Time first, and a last layer that starts at zero: what is taken for the samples at first is said not to be."""
+    model = Net(lambda m, x: m.head(m.rnn(x)[0]), rnn=nn.GRU(4, 5), head=nn.Linear(5, 3))
+    nn.init.zeros_(model.head.weight)
+    batches = [(torch.randn(6, 4, 4), torch.randint(3, (6, 4))) for _ in range(6)]
+
+    def update() -> None:
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad
+
+    follow(model, batches, per_token, lambda b: rows(b, 1), after=update, layer_types=layer_types)
 
 
 class OnlyLoss(nn.Module):
