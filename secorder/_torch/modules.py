@@ -4,18 +4,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
     "Place",
+    "backward_hooks",
     "buffer_places",
     "computes_as",
     "convolution_padding",
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
+    "is_scripted",
+    "own_attributes",
     "parameter_places",
     "parameters_replaced",
+    "tables_of",
 ]
 
 
@@ -123,3 +128,27 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
         getattr(type(module), method, None) is not getattr(kind, method, None) or method in vars(module)
         for method in ("forward", "_conv_forward")
     )
+
+
+#: What a module keeps for PyTorch itself.
+_OWN = frozenset(vars(nn.Module()))
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What was stored on a module beyond parameters, buffers, modules and hooks."""
+    return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+def tables_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps its parameters, buffers and modules, by name."""
+    return [module._parameters, module._buffers, module._modules]
+
+
+def backward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that the module calls on gradients."""
+    return [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs the module: nothing can be hooked or replaced in it."""
+    return isinstance(module, torch.jit.ScriptModule)

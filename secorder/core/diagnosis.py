@@ -1,5 +1,6 @@
 """One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from .._torch.pytree import map_tensors
 from ..batch import batch_size, sample_dimension
-from ..errors import CouplingError, InvalidArgumentError, InvalidTypeError
+from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..layers.selection import LayerTypes
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
-from ..oneshot.hessian.policy import HessianMethod
+from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
+from ..oneshot.told import warn_if_estimated
 from ..probe import CurvatureProbe
 from ..results import Diagonals, weighted_sum
 
@@ -77,6 +79,8 @@ def diagnose(
     coupled: CouplingError | None = None
     seen, whole_loss, first = 0, 0.0, None
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
         probe = stack.enter_context(CurvatureProbe(model, layer_types, layers=layers, sample_dim=sample_dim))
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:
@@ -109,6 +113,8 @@ def diagnose(
     if fisher is not None:
         statistics["fisher"] = layer_statistics(fisher)
     samples = seen if reduction == "sum" else 1
+    if method == "auto":
+        warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
     findings = find(fisher, hessian, statistics, samples, coupled)
     return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
 

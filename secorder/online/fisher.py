@@ -27,7 +27,7 @@ from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import Shard, local, over_ranks, shard_of_sum
-from ..results import Diagonals, LayerInfo
+from ..results import Diagonals, LayerInfo, Strategy
 from .attribution import Attribution, attribute
 from .calls import Call, ModuleCall
 from .hooks import Capture
@@ -174,7 +174,7 @@ class Accumulation:
                 )
             weight = accumulator.samples if self.decay is None else 1 - self.decay**accumulator.batches
             values[layer.name] = [total / weight for total in accumulator.sums]
-        return Diagonals(self.layers, values, {name: LayerInfo("online") for name in self.layer_names})
+        return Diagonals(self.layers, values, {name: LayerInfo(Strategy.ONLINE) for name in self.layer_names})
 
     # ---- what the hooks tell
 
