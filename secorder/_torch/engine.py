@@ -13,6 +13,7 @@ __all__ = [
     "after_backward",
     "current_backward",
     "in_backward",
+    "leaf_variables",
     "will_accumulate",
 ]
 
@@ -48,6 +49,24 @@ def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
         if id(getattr(node, "variable", None)) in wanted:
             return node
     return None
+
+
+def leaf_variables(output: Tensor) -> list[Tensor]:
+    """The leaves that a graph would accumulate gradients into."""
+    seen = {output.grad_fn}
+    waiting, found = [output.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def will_accumulate(node: Any) -> bool:

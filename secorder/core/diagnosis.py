@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._torch.pytree import map_tensors
 from ..batch import batch_size, sample_dimension
-from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, InvalidTypeError
+from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from ..layers.selection import LayerTypes
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
@@ -77,6 +77,7 @@ def diagnose(
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None
+    refused = False
     seen, whole_loss, first = 0, 0.0, None
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -93,12 +94,13 @@ def diagnose(
                     assert hessian is not None
                     hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
             loss = losses(model, loss_fn, [(x, t)]).item()
-            if coupled is None:
+            if not refused:
                 try:
                     part = probe.fisher_diagonal(loss_fn, x, t, generator=generator)
                     fisher = weighted_sum(fisher, part, count)
-                except CouplingError as error:
-                    coupled = error
+                except (CouplingError, NonFiniteError) as error:
+                    refused = True  # of the second, the Hessian's findings tell
+                    coupled = error if isinstance(error, CouplingError) else None
             weight = 1.0 if reduction == "sum" else float(count)
             hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options), weight)
             whole_loss += weight * loss
@@ -108,7 +110,7 @@ def diagnose(
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
     if reduction != "sum":
         hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
-    fisher = None if fisher is None or coupled is not None else _scaled(fisher, 1 / seen)
+    fisher = None if fisher is None or refused else _scaled(fisher, 1 / seen)
     statistics = {"hessian": layer_statistics(hessian)}
     if fisher is not None:
         statistics["fisher"] = layer_statistics(fisher)

@@ -29,7 +29,7 @@ from torch import Tensor
 from .._torch.pytree import tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp, zero_tether
 from ..batch import require_agreement
-from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
+from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.selection import Layer
 from ..results import Diagonals, LayerInfo, Strategy
@@ -105,15 +105,12 @@ def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Foun
         if side is None:
             return {}
         pairs = _pairs(task, side, fisher_type, num_draws)
-        if fisher_type != "empirical" and not task.certain:
-            leaves = [leaf for z in layers for leaf in z.leaves]
-            leaves += [s for layer in task.layers for s in task.isolated.replacements(layer)]
-            require_linear_backward(task, side.model_outputs, leaves, pairs)
-        found = _by_rules(task, side.model_outputs, pairs, layers)
-        recording.require_seen()
+        linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
+        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear)
+        recording.require_seen(loss)
     rest = [layer for layer in task.layers if layer.name not in found]
     require_independent_samples(task)
-    return found | (_by_samples(task, rest, pairs) if rest else {})
+    return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
 
 
 def require_independent_samples(task: Measurement) -> None:
@@ -161,6 +158,7 @@ def losses_by_output(
 
     Raises:
         CouplingError: the loss couples the samples.
+        NonFiniteError: its gradient is nan or infinite.
         InvalidArgumentError: it holds tensors of the batch itself, or is random.
     """
     require_agreement(output, task.targets, task.num_samples, task.sample_dim)
@@ -180,6 +178,11 @@ def losses_by_output(
         return None  # a weight penalty, features taken from inside the model, the model itself
     if all(g is None for g in output_gradients):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    if not all(bool(g.detach().isfinite().all()) for g in output_gradients if g is not None):
+        raise NonFiniteError(
+            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
+            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
+        )
     if not loss_separates(output_gradients, points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
@@ -204,7 +207,7 @@ def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_d
 
 
 def _by_rules(
-    task: Measurement, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer]
+    task: Measurement, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer], *, linear: bool
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
@@ -224,12 +227,13 @@ def _by_rules(
         generator=task.generator,
         chunk_size=task.chunk_size,
         create_graph=task.create_graph,
+        linear=linear,
     )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
 
 
-def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs) -> Found:
+def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, linear: bool) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs: list[Tensor] = []
     expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
@@ -237,6 +241,8 @@ def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs) -> Fou
     totals = [
         torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)
     ]
+    if linear and not task.certain:
+        require_linear_backward(model_outputs, replacements, pairs, task.generator)
     elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
     size = default_chunk_size(elements, totals[0], task.chunk_size)
     sizes = [f[0].numel() for f in model_outputs]

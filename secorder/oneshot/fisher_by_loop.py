@@ -40,7 +40,7 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
         if not whole.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
         batch = sketch.of(_gradients(whole, replacements))
-    recording.require_seen()
+        recording.require_seen(whole)
     value, own, losses = whole.detach(), [], []
     del whole
     totals = [total for layer in layers for total in zeros(layer)]

@@ -25,6 +25,7 @@ from .isolation import IsolatedModel
 __all__ = [
     "block_diagonal",
     "changed_entries",
+    "linear_products",
     "outputs_independent",
     "over_samples",
     "sample_bits",
@@ -150,3 +151,30 @@ def block_diagonal(
     ]
     products = stacked_vjp(output_gradients, points, vectors)
     return not any(bool((u.masked_fill(mask, 0) != 0).any()) for u, mask in zip(products, masks, strict=True))
+
+
+def linear_products(
+    output_gradients: Sequence[Tensor | None], points: Sequence[Tensor], generator: torch.Generator
+) -> bool:
+    """Whether products with a Hessian are linear in the vector, to rounding.
+
+    They are, unless the backward pass of some operation is not, such as that of a hook that clamps gradients.
+
+    Args:
+        output_gradients: differentiable gradients of a scalar with respect to ``points``.
+        points: the tensors that the Hessian is taken in.
+        generator: for random vectors.
+    """
+
+    def random(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=generator.device).to(x.device)
+
+    pairs = [(random(x), random(x)) for x in points]
+    found = stacked_vjp(output_gradients, points, [torch.stack([v, w, v + w]) for v, w in pairs])
+    for one, other, both in (u.unbind() for u in found):
+        if not both.numel():
+            continue
+        bound = rounding(both.dtype) * torch.maximum(one.abs(), other.abs()).amax()
+        if bool(((one + other - both).abs() > bound).any()):
+            return False
+    return True

@@ -135,7 +135,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Iterator[tuple[Layer,
     replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
     if not task.certain:
         random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
-        require_linear_backward(task, outputs, replacements, Pairs(random[None]))
+        require_linear_backward(outputs, replacements, Pairs(random[None]), task.generator)
     for layer in task.layers:
         yield layer, _product_by_output(task, layer, outputs, weights, metric)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..errors import AttributionError
 from ..layers.contraction import contract
 from ..layers.dtypes import cast, compute_dtype, rounding
@@ -16,7 +16,6 @@ from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .independence import over_samples
-from .measurement import Measurement
 from .output_hessian import Pairs, as_samples
 
 __all__ = [
@@ -98,6 +97,7 @@ def contract_pairs(
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
+    linear: bool = False,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, slice], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
@@ -114,6 +114,7 @@ def contract_pairs(
         generator: for the random factors.
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
+        linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         watch: called with the layers that are served and the pulled back pairs, a few at a time.
 
     Returns:
@@ -125,7 +126,7 @@ def contract_pairs(
             z.layouts = [DIM_ZERO] * len(z.leaves)
     else:
         mixture = pairs.u if len(pairs.u) == 1 else _mixture(pairs.u, generator)[None]
-        plain = settle_layouts(model_outputs, layers, mixture, generator, create_graph=create_graph)
+        plain = settle_layouts(model_outputs, layers, mixture, generator, create_graph=create_graph, linear=linear)
     leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts or not z.leaves]
     totals: dict[tuple[int, str], Tensor] = {}
@@ -175,6 +176,7 @@ def settle_layouts(
     generator: torch.Generator,
     *,
     create_graph: bool = False,
+    linear: bool = False,
 ) -> dict[int, Tensor]:
     """Enter into every layer the first layout under which its rows are found to be samples, or none.
 
@@ -184,9 +186,13 @@ def settle_layouts(
         mixture: a cotangent on the outputs, shape (1, N, C).
         generator: for the random factors.
         create_graph: make what is returned differentiable.
+        linear: demand that the backward pass be linear, too.
 
     Returns:
         the cotangent pulled back to the leaves, by ``id(leaf)``.
+
+    Raises:
+        AttributionError: the backward pass is not linear.
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     count = model_outputs[0].shape[0]
@@ -199,6 +205,9 @@ def settle_layouts(
             [c for c in choices if scales(z.leaves, c, plain, scaled, weights)]
             for z, choices in zip(layers, options, strict=True)
         ]
+    if linear:
+        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 + weights)[:, None], False)
+        _require_sum(leaves, plain, scaled, both)
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain
@@ -244,31 +253,33 @@ def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample 
 
 
 def require_linear_backward(
-    task: Measurement, model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Pairs
+    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Pairs, generator: torch.Generator
 ) -> None:
     """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
 
     Args:
-        task: the measurement.
         model_outputs: output tensors, samples in dim 0.
         ends: where the backward pass ends.
         pairs: the cotangents that are to be pulled back, of which the two are made.
+        generator: of what they are made with.
 
     Raises:
         AttributionError: it is not, so that it is not multiplication with a Jacobian.
     """
-    sizes = [f[0].numel() for f in model_outputs]
-    mixed = [torch.einsum("k,kno->no", task.random((len(pairs.u),), pairs.u), pairs.u.detach()) for _ in range(2)]
-    found = []
-    for stack in (mixed[0], 30 * mixed[1], mixed[0] + 30 * mixed[1]):
-        parts = zip(stack.split(sizes, 1), model_outputs, strict=True)
-        cotangents = [part.reshape(f.shape).to(f.dtype) for part, f in parts]
-        found.append(gradients(model_outputs, ends, cotangents))
-    for one, other, both in zip(*found, strict=True):
-        if one is None or other is None or both is None:
+    one, other = (_mixture(pairs.u.detach(), generator)[None] for _ in range(2))
+    found = [_pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
+    _require_sum(ends, *found)
+
+
+def _require_sum(
+    ends: Sequence[Tensor], one: dict[int, Tensor], other: dict[int, Tensor], both: dict[int, Tensor]
+) -> None:
+    for end in ends:
+        first, second, together = (found[id(end)].detach() for found in (one, other, both))
+        if not first.numel():
             continue
-        bound = rounding(both.dtype) * torch.maximum(one.abs(), other.abs()).amax() if both.numel() else 0.0
-        if bool(((one + other - both).abs() > bound).any()):
+        bound = rounding(together.dtype) * torch.maximum(first.abs(), second.abs()).amax()
+        if bool(((first + second - together).abs() > bound).any()):
             raise AttributionError(
                 "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "
                 "or scales gradients, a custom autograd.Function), so that there is no Jacobian to multiply with: "

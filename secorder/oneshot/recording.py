@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import in_backward
+from .._torch.engine import in_backward, leaf_variables
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import version
+from .._torch.vjp import gradients
 from ..errors import AttributionError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, _restore
@@ -61,12 +62,14 @@ class Recording:
         overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
         return overwritten | self.differentiated
 
-    def require_seen(self) -> None:
-        """Raise if a layer ran without a graph, and again with one inside of a backward pass.
+    def require_seen(self, loss: Tensor) -> None:
+        """Raise if a layer ran without a graph, and runs again with one inside of the loss's whole backward pass.
 
         Raises:
             AttributionError: so do checkpoints that run a backward of their own, which hides the layer from ours.
         """
+        if self.without_graph and loss.requires_grad:
+            gradients(loss, leaf_variables(loss))
         if self.hidden:
             raise AttributionError(
                 f"layer {min(self.hidden)!r} runs inside an activation checkpoint that starts a backward pass of its "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.modules import own_attributes, tables_of
+from .._torch.modules import is_scripted, own_attributes, tables_of
 from .._torch.versions import version
 
 __all__ = ["State"]
@@ -86,7 +86,7 @@ class State:
         if isinstance(x, Tensor):
             self._tensor(x)
         elif isinstance(x, nn.Module):
-            return self._module(x)
+            return () if is_scripted(x) else self._module(x)
         elif isinstance(x, partial):
             return (x.func, *x.args, *x.keywords.values())
         elif isinstance(x, types.MethodType):

@@ -11,7 +11,7 @@ from ..._torch.pytree import tensors_in
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
-from ..independence import block_diagonal, sample_bits
+from ..independence import block_diagonal, linear_products, sample_bits
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates
@@ -63,7 +63,7 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
-    recording.require_seen()
+    recording.require_seen(loss)
     if columns:
         found.output_side = _output_side(task, found, output, loss, known, budget)
     if not second_order and found.output_side is None:
@@ -219,6 +219,11 @@ def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
     unsettled = [graph for graph in graphs if options[id(graph)]]
     for graph in graphs:
         found.learn(graph.layer.name, samples_independent=False)
+    if not task.certain and unsettled:
+        leaves = [leaf for graph in unsettled for leaf in graph.leaves]
+        products = [g for graph in unsettled for g in graph.output_gradients]
+        if not linear_products(products, leaves, task.generator):
+            return
     for graph in unsettled:
         graph.layouts = options[id(graph)][0]
     if len(unsettled) > 1 and _independent(task, unsettled):  # one joint check serves all

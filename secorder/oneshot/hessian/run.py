@@ -172,7 +172,7 @@ def on_parameters(task: Measurement, layers: Sequence[Layer]) -> list[tuple[Laye
         _, loss = task.loss(second_order=True)
         replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
         found = gradients(loss, replacements, create_graph=True) if loss.requires_grad else [None] * len(replacements)
-    recording.require_seen()
+        recording.require_seen(loss)
     if all(g is None for g in found):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     by_replacement = dict(zip((id(s) for s in replacements), found, strict=True))
