@@ -25,7 +25,7 @@ from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
 from .probe import CurvatureProbe
-from .results import Diagonals, LayerInfo
+from .results import Diagonals, LayerInfo, Strategy
 
 __all__ = [
     "AttributionError",
@@ -47,6 +47,7 @@ __all__ = [
     "Report",
     "RuleError",
     "SecorderError",
+    "Strategy",
     "Trace",
     "diagnose",
     "get_layer_curvature_stats",

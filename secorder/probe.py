@@ -19,6 +19,8 @@ from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.hessian.diagonal import hessian_diagonal
+from .oneshot.hessian.facts import Facts
+from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
@@ -489,6 +491,25 @@ class CurvatureProbe:
             chunk_size=chunk_size,
             progress=progress,
         )
+
+    def hessian_facts(
+        self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
+    ) -> dict[str, Facts]:
+        """What is known of each layer: from it :func:`secorder.oneshot.hessian.choice.choose` tells its strategy.
+
+        Args:
+            loss_fn: as for :meth:`hessian_diagonal`.
+            inputs: as for :meth:`hessian_diagonal`.
+            targets: as for :meth:`hessian_diagonal`.
+            chunk_size: as for :meth:`hessian_diagonal`.
+
+        Returns:
+            layer name → :class:`~secorder.oneshot.hessian.facts.Facts`, to be printed.
+
+        Raises:
+            SecorderError: as :meth:`hessian_diagonal`.
+        """
+        return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
     def estimate_cost(
         self,

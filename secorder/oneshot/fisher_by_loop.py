@@ -41,11 +41,12 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
         batch = sketch.of(_gradients(whole, replacements))
         recording.require_seen(whole)
+    _require_invariance(task, replacements, sketch, batch)
     value, own, losses = whole.detach(), [], []
     del whole
     totals = [total for layer in layers for total in zeros(layer)]
     for n in range(task.num_samples):
-        output, loss = _alone(task, n)
+        output, loss = _of_samples(task, [n])
         losses.append(loss.detach())
         g = _gradients(loss, replacements, create_graph=task.create_graph)
         own.append(sketch.of(g))
@@ -65,9 +66,24 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
     return collect(layers, totals, Strategy.LOOP)
 
 
-def _alone(task: Measurement, n: int) -> tuple[Any, Tensor]:
-    """Output and loss of a batch that holds one sample."""
-    inputs, targets, leaves = task.alone(n)
+def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "_Sketch", batch: Tensor) -> None:
+    """Raise if the loss, or its gradient, depends on the order of the samples: it holds what belongs to them."""
+    if task.num_samples == 1:
+        return
+    _, loss = _of_samples(task, [*range(1, task.num_samples), 0])
+    exchanged = sketch.of(_gradients(loss, replacements))
+    if not bool(((exchanged - batch).abs() <= sketch.rounding * batch.abs().amax()).all()):
+        raise CouplingError(
+            "the model and loss_fn do not treat the samples of a batch alike: in another order, inputs and targets "
+            "together, the loss has another gradient. If the loss holds tensors of the batch itself (weights, a "
+            "teacher's outputs), pass them in targets; if model or loss draw random numbers, call model.eval(), or "
+            "pass such numbers in targets; hessian_diagonal goes by the loss as it is."
+        )
+
+
+def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
+    """Output and loss of a batch that holds these samples."""
+    inputs, targets, leaves = task.part(index)
     try:
         with warnings.catch_warnings(), task.isolated.loss_holds(leaves):
             warnings.simplefilter("ignore")  # of a batch of one, such as that it has no standard deviation
@@ -76,20 +92,25 @@ def _alone(task: Measurement, n: int) -> tuple[Any, Tensor]:
     except SecorderError:
         raise
     except Exception as error:
+        which = _which(index)
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             raise
         raise CouplingError(
-            f"the model and loss_fn work on the batch and fail on sample {n} alone ({type(error).__name__}: "
+            f"the model and loss_fn work on the batch and fail on {which} ({type(error).__name__}: "
             f"{str(error).strip()[:200]}): if the loss holds tensors of the batch itself, pass them in targets (also "
             "the inputs, where it differentiates by them), or let the model return what loss_fn is to take the mean of."
         ) from error
     if not bool(loss.detach().isfinite()):
         raise NonFiniteError(
-            f"the loss of sample {n} taken alone is {loss.item()}, though that of the batch is finite: it divides by "
+            f"the loss of {_which(index)} is {loss.item()}, though that of the batch is finite: it divides by "
             "what only a batch has, so that there is no per-sample gradient; compute such statistics beforehand and "
             "pass them in targets."
         )
     return output, loss
+
+
+def _which(index: list[int]) -> str:
+    return f"sample {index[0]} alone" if len(index) == 1 else "its samples in another order"
 
 
 def _gradients(loss: Tensor, replacements: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
@@ -109,7 +130,7 @@ def _columns(
     num_draws: int,
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
     """The pairs of gradients on the parameters that one sample contributes to a Fisher of second order."""
-    _, targets, _ = task.alone(index)
+    _, targets, _ = task.part([index])
     found = loss_of_output(task.loss_fn, output, targets, None, loss) if loss.requires_grad else None
     model_outputs = [t for t in tensors_in(output) if t.requires_grad]
     if loss.requires_grad and (

@@ -115,8 +115,8 @@ class Measurement:
         (targets,) = take_samples([self.targets], index, self.num_samples, self.sample_dim, rows=rows)
         return output, targets
 
-    def alone(self, index: int) -> tuple[Any, Any, dict[int, Tensor]]:
-        """Inputs and targets of one sample, in leaves of their own, and these leaves by the ``id`` of the batch's.
+    def part(self, index: Sequence[int]) -> tuple[Any, Any, dict[int, Tensor]]:
+        """Inputs and targets of some samples, in leaves of their own, and these leaves by the ``id`` of the batch's.
 
         One tensor that is both stays one.
         """
@@ -132,11 +132,11 @@ class Measurement:
 
         if isinstance(self.inputs, (tuple, list)):  # arguments of the model, and no list of samples
             parts = [*self.inputs, self.targets]
-            taken = take_samples(parts, [index], self.num_samples, self.sample_dim, **how)
+            taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
             inputs: Any = tuple(taken[:-1])
         else:
             parts = [self.inputs, self.targets]
-            inputs, *taken = take_samples(parts, [index], self.num_samples, self.sample_dim, **how)
+            inputs, *taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
         inputs, targets = map_tensors(leaf, inputs), map_tensors(leaf, taken[-1])
         return inputs, targets, {key: leaves[id(t)] for key, t in cut.items() if id(t) in leaves}
 

@@ -16,13 +16,13 @@ from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates
 from ..recorded_layer import layout_options
-from ..recording import Recording
+from ..recording import Recording, recorded
 from .budget import Budget
 from .choice import choose
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["Findings", "investigate", "verify_samples"]
+__all__ = ["Findings", "facts", "investigate", "verify_samples"]
 
 
 @dataclass
@@ -42,6 +42,12 @@ class Findings:
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
         self.facts[name] = replace(self.facts[name], **facts)
+
+
+def facts(task: Measurement) -> dict[str, Facts]:
+    """All that is to be known of every layer."""
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        return investigate(task, recording, Budget("exact"), columns=True).facts
 
 
 def investigate(task: Measurement, recording: Recording, budget: Budget, *, columns: bool) -> Findings:
