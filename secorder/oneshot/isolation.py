@@ -63,6 +63,7 @@ class IsolatedModel:
         ambient: AutocastState,
         cuda: Sequence[int] = (),
         loss_state: State | None = None,
+        take_loss_state: Callable[[State | None], State] | None = None,
     ) -> None:
         self.model = model
         self._replacements = replacements
@@ -71,7 +72,9 @@ class IsolatedModel:
         self._ambient = ambient
         self._cuda = cuda
         self._loss_state = loss_state
+        self._take_loss_state = take_loss_state
         self._after: RandomState | None = None
+        self._after_forward: State | None = None  # hooks of the model may write what the loss reads
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
         """The leaf that stands in for a parameter of a selected layer."""
@@ -107,8 +110,8 @@ class IsolatedModel:
 
         with autocast(self._ambient if ambient is None else ambient):
             result = forward(map_tensors(copied, arguments))
-        if self._loss_state is not None:
-            self._loss_state.restore()
+        if self._take_loss_state is not None:
+            self._after_forward = self._take_loss_state(self._loss_state)
             self._after = get_random_state(self._cuda)
         return result
 
@@ -119,8 +122,8 @@ class IsolatedModel:
         Args:
             seed: of other random numbers.
         """
-        if self._loss_state is not None:
-            self._loss_state.restore()
+        if self._after_forward is not None:
+            self._after_forward.restore()
         state = get_random_state(self._cuda)
         try:
             if seed is not None:
@@ -223,7 +226,9 @@ def isolate(
         stack.callback(_restore, buffers)
         tensors = [*model.parameters(), *model.buffers(), *replacements.values()]
         own = State(modules, tensors)
-        loss_state = None if loss_fn is None or known_loss(loss_fn) else State([loss_fn], [*modules, *tensors])
+        simple = loss_fn is None or known_loss(loss_fn)
+        take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
+        loss_state = None if take_loss_state is None else take_loss_state(None)
         for state in (own, loss_state):
             if state is not None:
                 stack.callback(state.restore)
@@ -231,6 +236,8 @@ def isolate(
 
         def restart(random_state: RandomState | None) -> None:
             own.restore()
+            if loss_state is not None:
+                loss_state.restore()
             set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
             for place in buffers:
@@ -240,7 +247,7 @@ def isolate(
                 place.put(copies[id(buffer)])
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state)
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state)
 
 
 def _as_leaf(parameter: Tensor) -> Tensor:

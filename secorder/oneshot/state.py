@@ -31,8 +31,40 @@ MAX_ELEMENTS = 10_000
 #: Elements of a tensor that are compared one by one, since changes through ``.data`` are not counted.
 MAX_COMPARED = 1_000_000
 
-_ATOMS = (str, bytes, int, float, complex, bool, type(None), type, types.ModuleType, types.CodeType, types.FrameType)
-_FOREIGN = frozenset({"torch", "numpy", "builtins", "logging", "threading", "io", "_io", "weakref", "typing"})
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
+_FOREIGN = frozenset(
+    {
+        "torch",
+        "numpy",
+        "builtins",
+        "logging",
+        "threading",
+        "io",
+        "_io",
+        "weakref",
+        "typing",
+        "collections",
+        "functools",
+        "re",
+        "json",
+        "datetime",
+        "pathlib",
+        "contextlib",
+        "abc",
+        "enum",
+        "decimal",
+        "fractions",
+        "inspect",
+    }
+)
+
+
+_METHODS = (types.FunctionType, classmethod, staticmethod, property, types.MemberDescriptorType)
+
+
+def _foreign(kind: Any) -> bool:
+    """Whether a type or function is of a library that no loss keeps a state in."""
+    return (getattr(kind, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
 
 
 class State:
@@ -41,9 +73,12 @@ class State:
     Args:
         roots: functions, bound methods, partials, modules and other objects.
         known: objects that are not to be looked at: their state is somebody else's.
+        base: an earlier state of the same roots, whose copies of tensors will do.
     """
 
-    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = ()) -> None:
+    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), base: "State | None" = None) -> None:
+        self._base = base
+        self._saved: dict[int, tuple[Tensor, list[int]]] = {}
         self._restores: list[Callable[[], None]] = []
         self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held
         self._exchanged: list[tuple[Callable[[Any], None], Tensor]] = []
@@ -99,25 +134,57 @@ class State:
             return x if len(x) <= MAX_ELEMENTS else ()
         elif (generator := _generator(x)) is not None:
             self._restores.append(generator)
-        elif type(x).__module__.partition(".")[0] not in _FOREIGN and hasattr(x, "__dict__"):
-            return self._container(vars(x))
+        elif isinstance(x, type):
+            return self._class(x)
+        elif not _foreign(type(x)):
+            return self._object(x)
         return ()
 
-    def _tensor(self, x: Tensor) -> None:
-        if x.requires_grad or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
+    def _class(self, kind: type) -> Iterator[Any]:
+        """What methods may keep on their class."""
+        if _foreign(kind):
             return
-        saved, compared = x.detach().clone(), x.numel() <= MAX_COMPARED
-        last = [version(x)]
+        for name, value in list(vars(kind).items()):
+            if not name.startswith("__") and not isinstance(value, _METHODS):
+                self._restores.append(partial(_set_on_class, kind, name, value))
+                yield value
+
+    def _object(self, x: Any) -> Iterator[Any]:
+        yield type(x)
+        yield from self._container(vars(x)) if hasattr(x, "__dict__") else ()
+        for kind in type(x).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if not name.startswith("__") and hasattr(x, name):
+                    value = getattr(x, name)
+                    self._restores.append(partial(object.__setattr__, x, name, value))
+                    self._hold(value, partial(object.__setattr__, x, name))
+                    yield value
+
+    def _tensor(self, x: Tensor) -> None:
+        if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
+            return
+        saved = self._base.unchanged(x) if self._base is not None else None
+        saved = x.detach().clone() if saved is None else saved
+        last, compared, flag = [version(x)], x.numel() <= MAX_COMPARED, x.requires_grad
+        self._saved[id(x)] = saved, last
 
         def restore() -> None:
             if version(x) != last[0] or (compared and not _same(x, saved)):
                 with torch.no_grad():
                     if x.grad_fn is not None:  # something that requires a gradient was added to it
                         x.detach_()
-                    x.requires_grad_(False).copy_(saved)
+                    x.requires_grad_(flag).copy_(saved)
                 last[0] = version(x)
 
         self._restores.append(restore)
+
+    def unchanged(self, x: Tensor) -> Tensor | None:
+        """What a tensor holds, if that was saved and it holds it still."""
+        saved, last = self._saved.get(id(x), (None, [-1]))
+        if saved is None or version(x) != last[0]:
+            return None
+        return saved if x.numel() > MAX_COMPARED or _same(x, saved) else None
 
     def _module(self, module: nn.Module) -> Iterator[Any]:
         for table in (vars(module), *tables_of(module)):
@@ -127,11 +194,11 @@ class State:
             yield from table.values()
 
     def _function(self, function: types.FunctionType) -> Iterator[Any]:
-        if function.__module__ is not None and function.__module__.partition(".")[0] in _FOREIGN:
+        if function.__module__ is not None and _foreign(function):
             return
         yield from function.__defaults__ or ()
         yield from (function.__kwdefaults__ or {}).values()
-        yield from vars(function).values()
+        yield vars(function)
         for cell in function.__closure__ or ():
             try:
                 held = cell.cell_contents
@@ -165,12 +232,20 @@ class State:
         return () if isinstance(x, bytearray) else list(x)
 
 
+def _set_on_class(kind: type, name: str, value: Any) -> None:
+    if vars(kind).get(name) is not value:
+        setattr(kind, name, value)
+
+
 def _same(x: Tensor, saved: Tensor) -> bool:
     return torch.equal(x, saved) or bool(((x == saved) | ((x != x) & (saved != saved))).all())
 
 
 def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    if len(table) != len(saved) or any(table.get(key, table) is not value for key, value in saved.items()):
+    if len(table) != len(saved) or any(
+        key is not other or value is not held
+        for (key, value), (other, held) in zip(table.items(), saved.items(), strict=True)
+    ):
         table.clear()
         table.update(saved)
 

@@ -343,6 +343,21 @@ def test_a_model_that_differentiates_itself() -> None:
     assert_all_close(found, hessian_by_element(model, loss_fn, X, targets))
 
 
+def test_a_loss_that_reads_what_a_hook_of_the_model_wrote() -> None:
+    held: dict[str, Tensor] = {}
+    model = make()
+    model[1].register_forward_hook(lambda module, args, output: held.__setitem__("features", output))
+    loss_fn = lambda f, t: F.mse_loss(f, t) + held["features"].square().sum(1).mean()  # noqa: E731
+    assert_all_close(
+        per_layer_fisher_diagonal(model, loss_fn, X, VALUES).by_parameter(),
+        fisher_by_sample(model, loss_fn, X, VALUES, N),
+    )
+    held.clear()
+    found = per_layer_hessian_diagonal(model, loss_fn, X, VALUES).by_parameter()
+    assert held == {}
+    assert_all_close(found, hessian_by_element(model, loss_fn, X, VALUES))
+
+
 # ---- losses with a state
 
 
