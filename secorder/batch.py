@@ -137,7 +137,7 @@ def take_samples(
 
 def _taken(tensor: Tensor, index: Sequence[int], count: int, sample_dim: int, rows: bool) -> Tensor:
     dim = sample_dimension(tensor, count, sample_dim)
-    if dim is not None and len(index) == 1:
+    if dim is not None and len(index) == 1 and tensor.layout == torch.strided:
         return tensor.narrow(dim, index[0], 1)
     chosen = torch.tensor(index, device=tensor.device)
     if dim is not None:

@@ -28,7 +28,6 @@ from torch import Tensor
 
 from .._torch.pytree import tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp, zero_tether
-from ..batch import require_agreement
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.selection import Layer
@@ -161,7 +160,6 @@ def losses_by_output(
         NonFiniteError: its gradient is nan or infinite.
         InvalidArgumentError: it holds tensors of the batch itself, or is random.
     """
-    require_agreement(output, task.targets, task.num_samples, task.sample_dim)
     differentiable = [t for t in tensors_in(output) if t.requires_grad]
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
@@ -188,10 +186,10 @@ def losses_by_output(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
         )
-    require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
+    checked = require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
     if task.create_graph:  # the cotangents must stay connected to the model
-        points, exposed = list(model_outputs), output
-    losses = own_losses(task, exposed)
+        points, exposed, checked = list(model_outputs), output, None
+    losses, points = (own_losses(task, exposed), points) if checked is None else checked
     if not losses.requires_grad:  # all of them constant
         losses = losses + sum(x.sum() for x in points) * 0
     return SampleLosses(losses, points, model_outputs)

@@ -102,6 +102,8 @@ def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor) -
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:
         return tensor
+    if tensor.layout != torch.strided:
+        return with_neighbours(mask, count, sample_dim, tensor.to_dense()).to_sparse(layout=tensor.layout)
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
     other = tensor.roll(1, dim)
     return torch.where(

@@ -114,7 +114,7 @@ def require_own_losses(
     output_gradients: Sequence[Tensor | None],
     *,
     second_order: bool,
-) -> None:
+) -> tuple[Tensor, list[Tensor]] | None:
     """Raise unless the batch's loss treats its samples alike, and is made of their own losses.
 
     Args:
@@ -122,29 +122,36 @@ def require_own_losses(
         output: the model's output, made of ``points``.
         points: samples in dim 0.
         output_gradients: of the batch's loss in ``points``, differentiable.
-        second_order: whether second derivatives are to be compared too.
+        second_order: whether second derivatives must be unchanged, too, when samples are exchanged.
+
+    Returns:
+        the losses alone and the leaves that they were computed from, where that was done.
 
     Raises:
         InvalidArgumentError: samples that are exchanged together with their targets get other losses.
         CouplingError: the gradients of the losses alone are not multiples of the batch's.
     """
     if task.num_samples == 1 or (task.known_loss and not _holds_tensors(task.loss_fn)):
-        return
+        return None
     r = [task.random(x.shape, x) for x in points]
     batch = _derivatives(output_gradients, points, r if second_order else None)
     _require_invariance(task, output, batch, r if second_order else None)
     leaves: list[Tensor] = []
     alone = own_losses(task, expose_output(output, leaves, task.dimension, detach=True))
-    gradient = gradients(alone.sum(), leaves) if alone.requires_grad else [None] * len(leaves)
-    own, batch = _derivatives(gradient, leaves, None), _derivatives(output_gradients, points, None)
+    nothing: list[Tensor | None] = [None] * len(leaves)
+    gradient = gradients(alone.sum(), leaves, create_graph=True) if alone.requires_grad else nothing
+    # With second derivatives too: single numbers are always multiples of one another.
+    own, batch = _derivatives(gradient, leaves, r), _derivatives(output_gradients, points, r)
     square = (own * own).sum(1)
     factor = torch.where(square > 0, (own * batch).sum(1) / square, torch.zeros_like(square))
-    if not _close(own * factor[:, None], batch, factor.abs()[:, None]):
+    same = _close(own * factor[:, None], batch, factor.abs()[:, None])
+    if not same or bool((factor < -rounding(factor.dtype) * factor.abs().amax()).any()):
         raise CouplingError(
-            "the loss uses a statistic of the batch (perhaps detached): in some sample's output, its gradient is not a "
-            "multiple of that of the sample's loss alone, so that per-sample gradients are not what the batch does; "
-            "compute the statistic beforehand and pass it in targets; hessian_diagonal stays exact."
+            "the loss uses a statistic of the batch (perhaps detached): in some sample's output, its gradient is no "
+            "positive multiple of that of the sample's loss alone, so that per-sample gradients are not what the batch "
+            "does; compute the statistic beforehand and pass it in targets; hessian_diagonal stays exact."
         )
+    return alone, leaves
 
 
 def _holds_tensors(loss_fn: Any) -> bool:

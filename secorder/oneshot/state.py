@@ -32,32 +32,10 @@ MAX_ELEMENTS = 10_000
 MAX_COMPARED = 1_000_000
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
-_FOREIGN = frozenset(
-    {
-        "torch",
-        "numpy",
-        "builtins",
-        "logging",
-        "threading",
-        "io",
-        "_io",
-        "weakref",
-        "typing",
-        "collections",
-        "functools",
-        "re",
-        "json",
-        "datetime",
-        "pathlib",
-        "contextlib",
-        "abc",
-        "enum",
-        "decimal",
-        "fractions",
-        "inspect",
-    }
-)
-
+_FOREIGN = frozenset({
+    "torch", "numpy", "builtins", "logging", "threading", "io", "_io", "weakref", "typing", "collections", "functools",
+    "re", "json", "datetime", "pathlib", "contextlib", "abc", "enum", "decimal", "fractions", "inspect",
+})  # fmt: skip
 
 _METHODS = (types.FunctionType, classmethod, staticmethod, property, types.MemberDescriptorType)
 

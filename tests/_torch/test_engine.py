@@ -10,6 +10,7 @@ from secorder._torch.engine import (
     after_backward,
     current_backward,
     in_backward,
+    leaf_variables,
     will_accumulate,
 )
 
@@ -81,3 +82,11 @@ def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:
     assert answers.pop() == (False, False)
     z.sum().backward(inputs=[used.weight], retain_graph=True)
     assert answers.pop() == (True, False)
+
+
+def test_leaves_that_a_graph_ends_in() -> None:
+    a, b = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
+    found = leaf_variables((a * b.detach()).sum() + a.exp().sum())
+    assert [id(t) for t in found] == [id(a)]
+    assert {id(t) for t in leaf_variables((a * b).sum())} == {id(a), id(b)}
+    assert leaf_variables(torch.zeros(())) == []

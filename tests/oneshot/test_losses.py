@@ -182,6 +182,10 @@ def centred(f: Tensor, t: Tensor) -> Tensor:
     return ((f - f.mean(0).detach() - t) ** 2).mean()
 
 
+def centred_targets(f: Tensor, t: Tensor) -> Tensor:
+    return ((f[:, 0] - (t[:, 0] - t[:, 0].mean())) ** 2).mean()
+
+
 def sinkhorn(f: Tensor, t: Tensor) -> Tensor:
     codes = f.detach().softmax(0)
     return -((codes / codes.sum(1, keepdim=True)) * f.log_softmax(1)).sum(1).mean()
@@ -210,6 +214,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Any, type[SecorderError], str]] 
     "noise": (own_noise, VALUES, InvalidArgumentError, "random numbers.*pass them in targets"),
     "random_weights": (scale_of_noise, VALUES, InvalidArgumentError, "random numbers"),
     "standard_deviation": (standardised, VALUES, NonFiniteError, "statistics beforehand"),
+    "centred_targets_of_one_output": (centred_targets, VALUES, CouplingError, "statistic of the batch"),
     "detached_mean": (centred, VALUES, CouplingError, "statistic of the batch"),
     "detached_codes": (sinkhorn, None, CouplingError, "statistic of the batch"),
     "contrastive": (contrastive, None, CouplingError, "couples the samples"),
