@@ -34,6 +34,10 @@ def diagnose(
     layers: str | Iterable[str] | None = None,
     method: HessianMethod = "auto",
     num_draws: int | None = None,
+    rtol: float | None = None,
+    max_draws: int = 10_000,
+    max_hvps: int | None = None,
+    chunk_size: int | None = None,
     reduction: Literal["mean", "sum"] | None = None,
     sample_dim: int = 0,
     generator: torch.Generator | None = None,
@@ -51,6 +55,10 @@ def diagnose(
         layers: as for :class:`secorder.CurvatureProbe`.
         method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
         num_draws: draws of an estimate.
+        rtol: relative error that an estimate is drawn down to.
+        max_draws: draws at most, with ``rtol``.
+        max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
+        chunk_size: products batched at most.
         reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
             on; by default it is found out from the loss of a batch and of its halves.
         sample_dim: the dimension of the inputs that holds the samples.
@@ -73,7 +81,14 @@ def diagnose(
     """
     batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
     total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
-    options: dict[str, Any] = {"method": method, "num_draws": num_draws, "generator": generator}
+    common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
+    options: dict[str, Any] = {
+        "method": method,
+        "num_draws": num_draws,
+        "rtol": rtol,
+        "max_draws": max_draws,
+        "max_hvps": max_hvps,
+    }
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None
@@ -96,13 +111,13 @@ def diagnose(
             loss = losses(model, loss_fn, [(x, t)]).item()
             if not refused:
                 try:
-                    part = probe.fisher_diagonal(loss_fn, x, t, generator=generator)
+                    part = probe.fisher_diagonal(loss_fn, x, t, **common)
                     fisher = weighted_sum(fisher, part, count)
                 except (CouplingError, NonFiniteError) as error:
                     refused = True  # of the second, the Hessian's findings tell
                     coupled = error if isinstance(error, CouplingError) else None
             weight = 1.0 if reduction == "sum" else float(count)
-            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options), weight)
+            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options, **common), weight)
             whole_loss += weight * loss
             seen += count
             advance(1)
@@ -111,9 +126,8 @@ def diagnose(
     if reduction != "sum":
         hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
     fisher = None if fisher is None or refused else _scaled(fisher, 1 / seen)
-    statistics = {"hessian": layer_statistics(hessian)}
-    if fisher is not None:
-        statistics["fisher"] = layer_statistics(fisher)
+    measured = {"hessian": hessian} | ({} if fisher is None else {"fisher": fisher})
+    statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
     samples = seen if reduction == "sum" else 1
     if method == "auto":
         warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})

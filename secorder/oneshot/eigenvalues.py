@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..layers.dtypes import compute_dtype
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
 from .measurement import Measurement
 from .operators import Curvature, Operator, operators
 from .trace import By
@@ -42,26 +45,44 @@ def eigenvalues(
     See :meth:`secorder.CurvatureProbe.hessian_eigenvalues`, which this function carries out.
     """
     found: dict[str, Eigenvalues] = {}
-    for layer, product in operators(task, of):
-        sizes = [p.numel() for p in layer.parameters.values()]
-        blocks = {layer.name: slice(0, sum(sizes))}
-        if by == "parameter":
-            starts = [sum(sizes[:index]) for index in range(len(sizes))]
-            blocks = {
-                layer.parameter_name(local): slice(start, start + size)
-                for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
-            }
-        like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
-        for name, block in blocks.items():
-            size = block.stop - block.start
-            if product is None or not size:
-                found[name] = Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
-                continue
-            start = task.random((size,), like)
-            part = product if len(blocks) == 1 else _restricted(product, block, sum(sizes))
-            found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size))
+    bar = progress_bar(task.progress, "Eigenvalues", len(task.layers), unit="layers")
+    with bar as advance, closing(operators(task, of)) as blocks:
+        for layer, product in blocks:
+            found |= _of_layer(task, layer, product, by, count, tolerance, max_iterations)
+            advance(1)
     order = {x.name if by == "layer" else x.parameter_name(y): 0 for x in task.layers for y in x.parameters}
     return {name: found[name] for name in order}
+
+
+def _of_layer(
+    task: Measurement,
+    layer: Layer,
+    product: Operator | None,
+    by: By,
+    count: int,
+    tolerance: float,
+    max_iterations: int,
+) -> dict[str, Eigenvalues]:
+    """Of one layer's block, or of its parameters'."""
+    found: dict[str, Eigenvalues] = {}
+    sizes = [p.numel() for p in layer.parameters.values()]
+    blocks = {layer.name: slice(0, sum(sizes))}
+    if by == "parameter":
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        blocks = {
+            layer.parameter_name(local): slice(start, start + size)
+            for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
+        }
+    like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
+    for name, block in blocks.items():
+        size = block.stop - block.start
+        if product is None or not size:
+            found[name] = Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
+            continue
+        start = task.random((size,), like)
+        part = product if len(blocks) == 1 else _restricted(product, block, sum(sizes))
+        found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size))
+    return found
 
 
 def _restricted(product: Operator, block: slice, size: int) -> Operator:

@@ -21,6 +21,7 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp, zer
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_pairs import FisherType, Found, collect, second_order_pairs
@@ -257,12 +259,14 @@ def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, lin
         )
         return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
 
-    for k in range(len(pairs.u)):
-        for ids in chunks(task.num_samples, size):
+    total = len(pairs.u) * task.num_samples
+    with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
+        for k, ids in product(range(len(pairs.u)), chunks(task.num_samples, size)):
             left = pull_back(pairs.u[k], ids)
             right = left if pairs.v is None else pull_back(pairs.v[k], ids)
             sign = None if pairs.sign is None else pairs.sign[k, ids.start : ids.stop]
             for index, (u, v) in enumerate(zip(left, right, strict=True)):
                 weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
                 totals[index] = totals[index] + (u * weighted).sum(0)
+            advance(len(ids))
     return collect(layers, totals, Strategy.PER_SAMPLE)

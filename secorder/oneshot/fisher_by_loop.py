@@ -13,6 +13,7 @@ from .._torch.vjp import gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.dtypes import rounding, zeros
 from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
 from ..results import Strategy
 from .fisher_pairs import FisherType, Found, collect, second_order_pairs
 from .loss import require_dependence
@@ -45,15 +46,17 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
     value, own, losses = whole.detach(), [], []
     del whole
     totals = [total for layer in layers for total in zeros(layer)]
-    for n in range(task.num_samples):
-        output, loss = _of_samples(task, [n])
-        losses.append(loss.detach())
-        g = _gradients(loss, replacements, create_graph=task.create_graph)
-        own.append(sketch.of(g))
-        pairs = [(g, g)] if fisher_type == "empirical" else None
-        for u, v in pairs or _columns(task, output, loss, n, replacements, fisher_type, num_draws):
-            for index, total in enumerate(totals):
-                totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
+    with progress_bar(task.progress, "Fisher by batches of one", task.num_samples, unit="samples") as advance:
+        for n in range(task.num_samples):
+            output, loss = _of_samples(task, [n])
+            losses.append(loss.detach())
+            g = _gradients(loss, replacements, create_graph=task.create_graph)
+            own.append(sketch.of(g))
+            pairs = [(g, g)] if fisher_type == "empirical" else None
+            for u, v in pairs or _columns(task, output, loss, n, replacements, fisher_type, num_draws):
+                for index, total in enumerate(totals):
+                    totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
+            advance(1)
     if not sketch.combines(batch, torch.stack(own)):
         every = torch.stack(losses)
         raise CouplingError(

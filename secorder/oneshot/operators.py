@@ -7,7 +7,7 @@ and of the empirical Fisher are ``(1/N) Jᵀ M J`` with J the Jacobian of the mo
 M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal
 
 import torch
@@ -37,6 +37,10 @@ Curvature = Literal["hessian", "ggn", "fisher"]
 Operator = Callable[[Tensor], Tensor]
 
 
+#: Each layer with its block.
+Blocks = Generator[tuple[Layer, Operator | None], None, None]
+
+
 def check_curvature(of: str, by: str) -> None:
     """Raise unless both are what they may be.
 
@@ -49,12 +53,17 @@ def check_curvature(of: str, by: str) -> None:
         raise InvalidArgumentError(f'by must be "layer" or "parameter", got {by!r}.')
 
 
-def operators(task: Measurement, of: Curvature) -> Iterator[tuple[Layer, Operator | None]]:
-    """Each layer with its block as an operator, None where that is zero. To be used while it is iterated over."""
+def operators(task: Measurement, of: Curvature) -> Blocks:
+    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed.
+
+    Args:
+        task: the measurement.
+        of: which curvature.
+    """
     return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)
 
 
-def _hessian_operators(task: Measurement) -> Iterator[tuple[Layer, Operator | None]]:
+def _hessian_operators(task: Measurement) -> Blocks:
     rest = []
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, Budget("hutchinson"), columns=False)
@@ -120,7 +129,7 @@ def _flat(found: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.cat([u.flatten() for u in found]).to(like.dtype)
 
 
-def _output_operators(task: Measurement, of: Curvature) -> Iterator[tuple[Layer, Operator | None]]:
+def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     output, loss = task.loss()
     side = losses_by_output(task, output, loss, [], second_order=of == "ggn") if loss.requires_grad else None
     if side is None:

@@ -1,5 +1,6 @@
 """Traces of each layer's block, by the same strategies as diagonals."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -48,10 +49,11 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     if of == "hessian":
         estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
     elif budget.method == "hutchinson":
-        estimates = {
-            layer.name: Estimate(_nothing(layer, by)) if product is None else _drawn(task, budget, layer, product, by)
-            for layer, product in operators(task, of)
-        }
+        estimates = {}
+        with closing(operators(task, of)) as blocks:
+            for layer, product in blocks:
+                nothing = Estimate(_nothing(layer, by))
+                estimates[layer.name] = nothing if product is None else _drawn(task, budget, layer, product, by)
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import secorder.oneshot.eigenvalues
 from secorder import CurvatureProbe, InvalidArgumentError
 
 from ..helpers import Twice, data, make, mlp, seeded
@@ -155,6 +156,26 @@ def test_blocks_by_parameter(of: Any) -> None:
             true = torch.linalg.eigvalsh(part)
             assert values[f"{layer}.{name}"].top[0] == pytest.approx(true[-1].item(), rel=1e-7, abs=1e-12)
             assert traces[f"{layer}.{name}"].value == pytest.approx(part.trace().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn"])
+def test_the_model_is_left_as_it_was_after_an_exception_between_layers(
+    of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = mlp(), data()
+    parameters = [id(p) for p in model.parameters()]
+
+    def failing(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(secorder.oneshot.eigenvalues, "lanczos", failing)
+    probe = CurvatureProbe(model)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        probe.hessian_eigenvalues(F.cross_entropy, *batch, of=of)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [id(p) for p in model.parameters()] == parameters
+    assert caught.value is not None
 
 
 def test_what_may_be_asked() -> None:
