@@ -234,10 +234,14 @@ def isolate(
                 stack.callback(state.restore)
         start = get_random_state(cuda)
 
+        ran = False
+
         def restart(random_state: RandomState | None) -> None:
-            own.restore()
-            if loss_state is not None:
-                loss_state.restore()
+            nonlocal ran
+            for state in (own, loss_state) if ran else ():
+                if state is not None:
+                    state.restore()
+            ran = True
             set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
             for place in buffers:
