@@ -26,7 +26,7 @@ from .oneshot.trace import Trace
 from .online.reduction import token_weights
 from .online.verification import Verification
 from .probe import CurvatureProbe
-from .results import Diagonals, LayerInfo
+from .results import Diagonals, LayerInfo, Strategy
 
 if TYPE_CHECKING:
     from .core.diagnosis import diagnose
@@ -54,6 +54,7 @@ __all__ = [
     "Report",
     "RuleError",
     "SecorderError",
+    "Strategy",
     "Trace",
     "Verification",
     "diagnose",

@@ -1,20 +1,28 @@
 """How many samples a batch holds, and where they are in its tensors."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ._torch.pytree import tensors_in
+from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
+    "BatchMismatch",
     "batch_size",
     "preferred_size",
     "require_agreement",
     "sample_dimension",
     "sample_sizes",
+    "take_samples",
 ]
+
+
+class BatchMismatch(InvalidArgumentError):
+    """Inputs and targets do not agree on the number of samples."""
 
 
 def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
@@ -24,6 +32,8 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
         InvalidTypeError: there is no tensor among the inputs.
         InvalidArgumentError: the batch is empty, or inputs and targets have different sizes.
     """
+    if any(t.is_nested for tree in (inputs, targets) for t in tensors_in(tree)):
+        raise InvalidTypeError("nested tensors have no dimension that samples could be cut along: pass padded ones.")
     sizes = sample_sizes(inputs, sample_dim)
     if not sizes:
         raise InvalidTypeError(
@@ -55,8 +65,8 @@ def require_agreement(output: Any, targets: Any, count: int, sample_dim: int) ->
         raise _mismatch(count, targets, sample_dim)
 
 
-def _mismatch(count: int, targets: Tensor, sample_dim: int) -> InvalidArgumentError:
-    return InvalidArgumentError(
+def _mismatch(count: int, targets: Tensor, sample_dim: int) -> BatchMismatch:
+    return BatchMismatch(
         f"inputs hold {count} samples and targets {targets.shape[0]}: they must agree in dim {sample_dim} "
         "(pass sample_dim= if samples are in another dimension)."
     )
@@ -78,3 +88,71 @@ def sample_dimension(tensor: Tensor, count: int, sample_dim: int = 0) -> int | N
         if tensor.dim() > dim and tensor.shape[dim] == count:
             return dim
     return None
+
+
+def take_samples(
+    trees: Sequence[Any],
+    index: Sequence[int],
+    count: int,
+    sample_dim: int = 0,
+    *,
+    rows: bool = False,
+    cut: dict[int, Tensor] | None = None,
+) -> list[Any]:
+    """The batch that holds some of the samples, in this order: of inputs, outputs or targets.
+
+    Tensors and arrays are cut in the dimension that holds the samples; lists of one entry a sample (numbers, texts,
+    ragged tensors, dicts) by their entries; what has no such dimension is shared by all samples. A tensor that is in
+    the trees twice stays one.
+
+    Args:
+        trees: any structures.
+        index: which samples.
+        count: how many samples there are.
+        sample_dim: where they are.
+        rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
+        cut: receives by ``id`` what became of each tensor.
+    """
+    cut = {} if cut is None else cut
+
+    def one(tensor: Tensor) -> Tensor:
+        if id(tensor) not in cut:
+            cut[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
+        return cut[id(tensor)]
+
+    def walk(tree: Any) -> Any:
+        if _one_entry_a_sample(tree, count, sample_dim):
+            return type(tree)(tree[n] for n in index)
+        if type(tree) in (list, tuple):
+            return type(tree)(walk(x) for x in tree)
+        if type(tree) is dict:
+            return {key: walk(value) for key, value in tree.items()}
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(tree, numpy.ndarray):
+            return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
+        return map_tensors(one, tree)
+
+    return [walk(tree) for tree in trees]
+
+
+def _taken(tensor: Tensor, index: Sequence[int], count: int, sample_dim: int, rows: bool) -> Tensor:
+    dim = sample_dimension(tensor, count, sample_dim)
+    if dim is not None and len(index) == 1 and tensor.layout == torch.strided:
+        return tensor.narrow(dim, index[0], 1)
+    chosen = torch.tensor(index, device=tensor.device)
+    if dim is not None:
+        return tensor.index_select(dim, chosen)
+    if rows and tensor.dim() and tensor.shape[0] and tensor.shape[0] % count == 0:
+        by_sample = tensor.view(count, tensor.shape[0] // count, *tensor.shape[1:])
+        return by_sample.index_select(0, chosen).flatten(0, 1)
+    return tensor
+
+
+def _one_entry_a_sample(tree: Any, count: int, sample_dim: int) -> bool:
+    """Whether a list holds one entry for each sample, and not tensors that hold all of them."""
+    if type(tree) not in (list, tuple) or len(tree) != count:
+        return False
+    tensors = list(tensors_in(tree))
+    if tensors:
+        return not all(sample_dimension(t, count, sample_dim) is not None for t in tensors)
+    return type(tree) is list and not any(isinstance(x, (list, tuple, Mapping)) for x in tree)

@@ -11,16 +11,21 @@ from torch import Tensor, nn
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
-from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
-from .layers.selection import Layer, LayerTypes, select_layers
-from .oneshot.eigenvalues import Eigenvalues, layer_eigenvalues
-from .oneshot.fisher import FisherType, fisher_diagonal
-from .oneshot.hessian.cost import LayerCost, estimate_cost
+from .errors import InvalidArgumentError, ProbeStateError
+from .layers.selection import Layer, LayerTypes, present, select_layers
+from .oneshot.eigenvalues import Eigenvalues, eigenvalues
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
+from .oneshot.hessian.budget import Budget, HessianMethod
+from .oneshot.hessian.cost import LayerCost
 from .oneshot.hessian.diagonal import hessian_diagonal
-from .oneshot.hessian.policy import HessianMethod, Policy
-from .oneshot.hessian.problem import Problem, on_problem
+from .oneshot.hessian.facts import Facts
+from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.trace import Trace, layer_traces
+from .oneshot.measurement import Measurement, measure
+from .oneshot.operators import Curvature, check_curvature
+from .oneshot.quantity import Quantity, quantity_cost
+from .oneshot.told import warn_if_estimated, warn_if_not_finite
+from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import OnlineFisher
 from .online.hooks import Attachment
@@ -266,6 +271,7 @@ class CurvatureProbe:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
+        progress: bool = False,
         synchronize: bool = False,
     ) -> Diagonals: ...
 
@@ -281,6 +287,7 @@ class CurvatureProbe:
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
+        progress: bool = False,
         synchronize: bool = False,
         missing: Literal["raise", "skip"] = "raise",
     ) -> Diagonals:
@@ -304,6 +311,7 @@ class CurvatureProbe:
             generator: random numbers of ``"mc"``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
+            progress: show a ``rich`` progress bar.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
             missing: without ``loss_fn``, what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"``
                 to return the others.
@@ -340,20 +348,19 @@ class CurvatureProbe:
                     "let probe.verify(loss_fn, inputs, targets) find out."
                 )
             return found
-        with self._on_whole_layers() as layers:
-            fisher = fisher_diagonal(
-                self._model,
-                layers,
-                _callable(loss_fn),
-                inputs,
-                targets,
-                fisher_type=fisher_type,
-                num_draws=num_draws,
-                generator=generator,
-                create_graph=create_graph,
-                chunk_size=chunk_size,
-                sample_dim=self._one_shot_dim,
-            )
+        check_fisher_type(fisher_type, num_draws)
+        fisher = self._measure(
+            lambda task: fisher_diagonal(task, fisher_type, num_draws),
+            loss_fn,
+            inputs,
+            targets,
+            by_sample=True,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
+        warn_if_not_finite(fisher, "Fisher")
         return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     @tells_renamed_keywords
@@ -414,7 +421,7 @@ class CurvatureProbe:
         :mod:`secorder.oneshot.hessian`; the result's ``info`` tells which). ``"hutchinson"`` estimates without bias
         from random signs v on the layer's output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where
         samples are coupled. ``"auto"`` is exact for layers that take at most ``max_hvps`` products, and an estimate for
-        the others; ``info`` says so.
+        the others; ``info`` says so, and so does a :class:`~secorder.CurvatureWarning`.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
@@ -446,11 +453,11 @@ class CurvatureProbe:
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
         self._attached()
-        policy = Policy.checked(method, num_draws, rtol, max_draws, max_hvps)
+        budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
-        return self._measure(
-            lambda problem: hessian_diagonal(problem, policy, create_graph=create_graph),
+        hessian = self._measure(
+            lambda task: hessian_diagonal(task, budget),
             loss_fn,
             inputs,
             targets,
@@ -459,6 +466,10 @@ class CurvatureProbe:
             chunk_size=chunk_size,
             progress=progress,
         )
+        if method == "auto":
+            warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
+        warn_if_not_finite(hessian, "Hessian")
+        return hessian
 
     @tells_renamed_keywords
     def hessian_trace(
@@ -467,46 +478,63 @@ class CurvatureProbe:
         inputs: Any,
         targets: Any = None,
         *,
+        of: Curvature = "hessian",
+        by: By = "layer",
+        method: HessianMethod = "auto",
         num_draws: int | None = None,
         rtol: float | None = None,
         max_draws: int = 10_000,
+        max_hvps: int | None = None,
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
+        progress: bool = False,
     ) -> dict[str, Trace]:
-        """The trace ``tr ∂²L/∂θ²`` of each layer's Hessian block, with its standard error.
+        """The trace of each layer's block of a curvature matrix, with its standard error.
 
-        From random signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or exactly where the model is
-        piecewise linear after the layer and has fewer outputs than draws; on the parameters where samples are coupled.
+        By the strategies of :meth:`hessian_diagonal`, whose sum it is: exact where that is affordable, else from random
+        signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or on the parameters.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
             inputs: as for :meth:`hessian_diagonal`.
             targets: as for :meth:`hessian_diagonal`.
+            of: ``"hessian"``, ``∂²L/∂θ²``; ``"ggn"``, its generalised Gauss-Newton part ``(1/N) Σ_n J_nᵀ ∂²ℓ_n/∂f_n²
+                J_n`` (the type-2 Fisher); ``"fisher"``, the empirical one ``(1/N) Σ_n ∂ℓ_n/∂θ ∂ℓ_n/∂θᵀ``.
+            by: ``"layer"`` for the block of all of a layer's parameters, ``"parameter"`` for each parameter's own.
+            method: as for :meth:`hessian_diagonal`.
             num_draws: draws, 100 by default; with ``rtol`` the least number, 16 by default.
-            rtol: draw until a layer's standard error relative to its trace is at most this.
+            rtol: draw until the standard error relative to the trace is at most this; ``"auto"`` asks 0.05.
             max_draws: draws at most, with ``rtol``.
+            max_hvps: as for :meth:`hessian_diagonal`.
             generator: random numbers.
             chunk_size: products batched at most.
+            progress: show a ``rich`` progress bar.
 
         Returns:
-            layer name → :class:`~secorder.Trace`.
+            layer name, or parameter name → :class:`~secorder.Trace`.
 
         Raises:
-            SecorderError: as :meth:`hessian_diagonal`.
+            SecorderError: as :meth:`hessian_diagonal`; with ``of`` other than ``"hessian"`` as :meth:`fisher_diagonal`.
 
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
         """
         self._attached()
-        policy = Policy.checked("hutchinson", num_draws, rtol, max_draws, None)
-        return self._measure(
-            lambda problem: layer_traces(problem, policy),
+        check_curvature(of, by)
+        budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
+        found = self._measure(
+            lambda task: traces(task, budget, of=of, by=by),
             loss_fn,
             inputs,
             targets,
+            by_sample=of != "hessian",
             generator=generator,
             chunk_size=chunk_size,
+            progress=progress,
         )
+        if method == "auto":
+            warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
+        return found
 
     def hessian_eigenvalues(
         self,
@@ -514,44 +542,74 @@ class CurvatureProbe:
         inputs: Any,
         targets: Any = None,
         *,
+        of: Curvature = "hessian",
+        by: By = "layer",
         count: int = 1,
         tolerance: float = 1e-3,
         max_iterations: int = 200,
         generator: torch.Generator | None = None,
+        chunk_size: int | None = None,
+        progress: bool = False,
     ) -> dict[str, Eigenvalues]:
-        """The largest and smallest eigenvalues of each layer's Hessian block ``∂²L/∂θ²``, by Lanczos iteration.
+        """The largest and smallest eigenvalues of each layer's block of a curvature matrix, by Lanczos iteration.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
             inputs: as for :meth:`hessian_diagonal`.
             targets: as for :meth:`hessian_diagonal`.
+            of: as for :meth:`hessian_trace`.
+            by: as for :meth:`hessian_trace`.
             count: how many at each end.
             tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus.
-            max_iterations: Hessian-vector products of a layer at most.
+            max_iterations: products of a block at most.
             generator: random numbers of the start.
+            chunk_size: products batched at most, in the checks.
+            progress: show a ``rich`` progress bar.
 
         Returns:
-            layer name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met. An eigenvalue of
-            higher multiplicity is told once.
+            layer name, or parameter name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met.
+            An eigenvalue of higher multiplicity is told once.
 
         Raises:
-            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_diagonal`.
+            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         self._attached()
+        check_curvature(of, by)
         if count < 1 or max_iterations < 1:
             raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
-        policy = Policy.checked("hutchinson", None, None, 100, None)
         return self._measure(
-            lambda problem: layer_eigenvalues(
-                problem, policy, count=count, tolerance=tolerance, max_iterations=max_iterations
+            lambda task: eigenvalues(
+                task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
             ),
             loss_fn,
             inputs,
             targets,
+            by_sample=of != "hessian",
             generator=generator,
+            chunk_size=chunk_size,
+            progress=progress,
         )
+
+    def hessian_facts(
+        self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
+    ) -> dict[str, Facts]:
+        """What is known of each layer: from it :func:`secorder.oneshot.hessian.choice.choose` tells its strategy.
+
+        Args:
+            loss_fn: as for :meth:`hessian_diagonal`.
+            inputs: as for :meth:`hessian_diagonal`.
+            targets: as for :meth:`hessian_diagonal`.
+            chunk_size: as for :meth:`hessian_diagonal`.
+
+        Returns:
+            layer name → :class:`~secorder.oneshot.hessian.facts.Facts`, to be printed.
+
+        Raises:
+            SecorderError: as :meth:`hessian_diagonal`.
+        """
+        return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
     @tells_renamed_keywords
     def estimate_cost(
@@ -560,13 +618,17 @@ class CurvatureProbe:
         inputs: Any,
         targets: Any = None,
         *,
+        quantity: Quantity = "hessian",
         method: HessianMethod = "auto",
         num_draws: int | None = None,
         rtol: float | None = None,
+        max_draws: int = 10_000,
         max_hvps: int | None = None,
+        fisher_type: FisherType = "empirical",
+        max_iterations: int = 200,
         chunk_size: int | None = None,
     ) -> dict[str, LayerCost]:
-        """What :meth:`hessian_diagonal` with the same arguments would take, before it is paid.
+        """What a measurement with the same arguments would take, before it is paid.
 
         One forward, one backward and the checks are run, no basis and no draws.
 
@@ -574,36 +636,56 @@ class CurvatureProbe:
             loss_fn: as for :meth:`hessian_diagonal`.
             inputs: as for :meth:`hessian_diagonal`.
             targets: as for :meth:`hessian_diagonal`.
+            quantity: of which measurement: ``"hessian"``, ``"trace"`` (of the Hessian), ``"eigenvalues"`` or
+                ``"fisher"``.
             method: as for :meth:`hessian_diagonal`.
-            num_draws: as for :meth:`hessian_diagonal`.
+            num_draws: as for :meth:`hessian_diagonal`, or :meth:`fisher_diagonal`.
             rtol: as for :meth:`hessian_diagonal`.
+            max_draws: as for :meth:`hessian_diagonal`.
             max_hvps: as for :meth:`hessian_diagonal`.
+            fisher_type: as for :meth:`fisher_diagonal`.
+            max_iterations: as for :meth:`hessian_eigenvalues`.
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
             layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
 
         Raises:
-            SecorderError: as :meth:`hessian_diagonal`.
+            SecorderError: as the measurement itself.
         """
         self._attached()
-        policy = Policy.checked(method, num_draws, rtol, 1 << 62, max_hvps)
+        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
+        check_fisher_type(fisher_type, num_draws or 1)
+        asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         return self._measure(
-            lambda problem: estimate_cost(problem, policy), loss_fn, inputs, targets, chunk_size=chunk_size
+            lambda task: quantity_cost(task, *asked),
+            loss_fn,
+            inputs,
+            targets,
+            by_sample=quantity == "fisher",
+            chunk_size=chunk_size,
         )
 
     def _measure(
-        self, work: Callable[[Problem], Result], loss_fn: LossFunction, inputs: Any, targets: Any, **options: Any
+        self,
+        work: Callable[[Measurement], Result],
+        loss_fn: LossFunction,
+        inputs: Any,
+        targets: Any,
+        *,
+        by_sample: bool = False,
+        **options: Any,
     ) -> Result:
-        """A measurement of second order: ``work`` on the isolated model."""
+        """``work`` on the isolated model."""
         with self._on_whole_layers() as layers:
-            return on_problem(
+            return measure(
                 work,
                 self._model,
                 layers,
-                _callable(loss_fn),
+                loss_fn,
                 inputs,
                 targets,
+                by_sample=by_sample,
                 sample_dim=self._one_shot_dim,
                 **options,
             )
@@ -668,8 +750,9 @@ class CurvatureProbe:
     def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
         """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
         self._attached()
-        if not any(layer.sharded for layer in self._fisher.layers):
-            yield self._fisher.layers
+        layers = self._fisher.layers
+        if not any(layer.sharded for layer in layers):
+            yield [present(layer) for layer in layers]
             return
         with gathered(self._model):
             yield [
@@ -712,9 +795,3 @@ class CurvatureProbe:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
         synchronize(self._fisher, group)
-
-
-def _callable(loss_fn: LossFunction) -> LossFunction:
-    if not callable(loss_fn):
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}.")
-    return loss_fn

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -11,7 +12,34 @@ from .layers.selection import Layer
 from .parallel.all_reduce import add_up
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "weighted_mean", "weighted_sum"]
+__all__ = ["Diagonals", "LayerInfo", "Strategy", "weighted_mean", "weighted_sum"]
+
+
+class Strategy(str, Enum):
+    """How a layer's curvature was come by; prints as its string, and is equal to it."""
+
+    UNUSED = "unused"
+    COLUMNS = "columns"
+    OUTPUT_BASIS = "output-basis"
+    PARAMETER_BASIS = "parameter-basis"
+    OUTPUT_DRAWS = "output-draws"
+    COLUMNS_AND_OUTPUT_DRAWS = "columns+output-draws"
+    PARAMETER_DRAWS = "parameter-draws"
+    OUTPUT_PRODUCTS = "output-products"
+    PARAMETER_PRODUCTS = "parameter-products"
+    ONLINE = "online"
+    RULE = "rule"
+    PER_SAMPLE = "per-sample"
+    LOOP = "loop"
+
+    def __str__(self) -> str:
+        return self.value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+    def __format__(self, specification: str) -> str:
+        return format(self.value, specification)
 
 
 @dataclass(frozen=True)
@@ -27,10 +55,11 @@ class LayerInfo:
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.
         relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact.
-        converged: whether an estimate met ``rtol`` before it ran out of draws.
+        converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
+            its relative error is below one half.
     """
 
-    strategy: str
+    strategy: Strategy
     num_hvps: int = 0
     checks: Mapping[str, bool] = field(default_factory=dict)
     num_draws: int = 0

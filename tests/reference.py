@@ -2,12 +2,16 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secorder._torch.pytree import call_model, map_tensors
+
+#: Reentrant checkpoints as plain calls.
+PLAIN_CHECKPOINTS = patch("torch.utils.checkpoint.CheckpointFunction.apply", lambda f, preserve, *args: f(*args))
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -22,7 +26,7 @@ def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: An
         p.requires_grad_(True)
     for name, p in parameters.items():
         torch.set_rng_state(state)
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no double backward
+        with sdpa_kernel(SDPBackend.MATH), PLAIN_CHECKPOINTS:  # the others have no double backward
             loss = loss_fn(call_model(model, inputs), targets)
         (gradient,) = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
         diagonal = torch.zeros(p.numel(), dtype=p.dtype)

@@ -16,6 +16,7 @@ __all__ = [
     "current_backward",
     "first_gradient_hook",
     "in_backward",
+    "leaf_variables",
     "will_accumulate",
 ]
 
@@ -72,6 +73,24 @@ def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Re
             del hooks[key]
         hooks.update(others)
     return handle
+
+
+def leaf_variables(output: Tensor) -> list[Tensor]:
+    """The leaves that a graph would accumulate gradients into."""
+    seen = {output.grad_fn}
+    waiting, found = [output.grad_fn], []
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            found.append(variable)
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
 
 
 def will_accumulate(node: Any) -> bool:

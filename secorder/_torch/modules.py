@@ -8,10 +8,12 @@ from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
     "Place",
+    "backward_hooks",
     "backward_hooks_removed",
     "buffer_places",
     "computes_as",
@@ -22,9 +24,12 @@ __all__ = [
     "gradient_hooks_removed",
     "held_parameter",
     "is_running",
+    "is_scripted",
     "kept_out_of_copies",
+    "own_attributes",
     "parameter_places",
     "parameters_replaced",
+    "tables_of",
     "threads_running",
 ]
 
@@ -244,3 +249,27 @@ class _State:
             if isinstance(state.get(name), dict):
                 state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ids)
         return state
+
+
+#: What a module keeps for PyTorch itself.
+_OWN = frozenset(vars(nn.Module()))
+
+
+def own_attributes(module: nn.Module) -> dict[str, Any]:
+    """What was stored on a module beyond parameters, buffers, modules and hooks."""
+    return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+def tables_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps its parameters, buffers and modules, by name."""
+    return [module._parameters, module._buffers, module._modules]
+
+
+def backward_hooks(module: nn.Module) -> list[Any]:
+    """The hooks that the module calls on gradients."""
+    return [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether TorchScript runs the module: nothing can be hooked or replaced in it."""
+    return isinstance(module, torch.jit.ScriptModule)

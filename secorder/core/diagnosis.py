@@ -1,5 +1,6 @@
 """One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from .._keywords import tells_renamed_keywords
 from .._torch.pytree import map_tensors
 from ..batch import batch_size, sample_dimension
-from ..errors import CouplingError, InvalidArgumentError, InvalidTypeError
+from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, InvalidTypeError, NonFiniteError
 from ..layers.selection import LayerTypes
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
-from ..oneshot.hessian.policy import HessianMethod
+from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
+from ..oneshot.told import warn_if_estimated
 from ..probe import CurvatureProbe
 from ..results import Diagonals, weighted_sum
 
@@ -34,6 +36,10 @@ def diagnose(
     layers: str | Iterable[str] | None = None,
     method: HessianMethod = "auto",
     num_draws: int | None = None,
+    rtol: float | None = None,
+    max_draws: int = 10_000,
+    max_hvps: int | None = None,
+    chunk_size: int | None = None,
     reduction: Literal["mean", "sum"] | None = None,
     sample_dim: int = 0,
     generator: torch.Generator | None = None,
@@ -51,6 +57,10 @@ def diagnose(
         layers: as for :class:`secorder.CurvatureProbe`.
         method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
         num_draws: draws of an estimate.
+        rtol: relative error that an estimate is drawn down to.
+        max_draws: draws at most, with ``rtol``.
+        max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
+        chunk_size: products batched at most.
         reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
             on; by default it is found out from the loss of a batch and of its halves.
         sample_dim: the dimension of the inputs that holds the samples.
@@ -73,12 +83,22 @@ def diagnose(
     """
     batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
     total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
-    options: dict[str, Any] = {"method": method, "num_draws": num_draws, "generator": generator}
+    common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
+    options: dict[str, Any] = {
+        "method": method,
+        "num_draws": num_draws,
+        "rtol": rtol,
+        "max_draws": max_draws,
+        "max_hvps": max_hvps,
+    }
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None
+    refused = False
     seen, whole_loss, first = 0, 0.0, None
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
         probe = stack.enter_context(CurvatureProbe(model, layer_types, layers=layers, sample_dim=sample_dim))
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:
@@ -91,14 +111,15 @@ def diagnose(
                     assert hessian is not None
                     hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
             loss = losses(model, loss_fn, [(x, t)]).item()
-            if coupled is None:
+            if not refused:
                 try:
-                    part = probe.fisher_diagonal(loss_fn, x, t, generator=generator)
+                    part = probe.fisher_diagonal(loss_fn, x, t, **common)
                     fisher = weighted_sum(fisher, part, count)
-                except CouplingError as error:
-                    coupled = error
+                except (CouplingError, NonFiniteError) as error:
+                    refused = True  # of the second, the Hessian's findings tell
+                    coupled = error if isinstance(error, CouplingError) else None
             weight = 1.0 if reduction == "sum" else float(count)
-            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options), weight)
+            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options, **common), weight)
             whole_loss += weight * loss
             seen += count
             advance(1)
@@ -106,11 +127,12 @@ def diagnose(
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
     if reduction != "sum":
         hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
-    fisher = None if fisher is None or coupled is not None else _scaled(fisher, 1 / seen)
-    statistics = {"hessian": layer_statistics(hessian)}
-    if fisher is not None:
-        statistics["fisher"] = layer_statistics(fisher)
+    fisher = None if fisher is None or refused else _scaled(fisher, 1 / seen)
+    measured = {"hessian": hessian} | ({} if fisher is None else {"fisher": fisher})
+    statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
     samples = seen if reduction == "sum" else 1
+    if method == "auto":
+        warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
     findings = find(fisher, hessian, statistics, samples, coupled)
     return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
 

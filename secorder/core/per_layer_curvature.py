@@ -10,7 +10,7 @@ from .._keywords import tells_renamed_keywords
 from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
-from ..oneshot.hessian.policy import HessianMethod
+from ..oneshot.hessian.budget import HessianMethod
 from ..probe import CurvatureProbe, NoLayerError
 from ..results import Diagonals
 
@@ -26,7 +26,7 @@ def per_layer_hessian_diagonal(
     layer_types: LayerTypes = None,
     create_graph: bool = False,
     *,
-    method: HessianMethod = "exact",
+    method: HessianMethod = "auto",
     num_draws: int | None = None,
     rtol: float | None = None,
     max_draws: int = 10_000,
@@ -45,7 +45,8 @@ def per_layer_hessian_diagonal(
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
-        method: ``"exact"``; ``"hutchinson"`` for an unbiased estimate; ``"auto"`` for exact where that is affordable.
+        method: ``"auto"``, exact where that is affordable, else an estimate, of which a warning tells; ``"exact"``;
+            ``"hutchinson"`` for an unbiased estimate.
         num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.
         max_draws: draws at most, with ``rtol``.
@@ -105,6 +106,7 @@ def per_layer_fisher_diagonal(
     num_draws: int = 1,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
+    progress: bool = False,
     sample_dim: int = 0,
 ) -> Diagonals:
     """The diagonal of the Fisher matrix ``(1/N) Σ_n (∂ℓ_n/∂θ)²``, layer by layer: squared *per-sample* gradients.
@@ -120,6 +122,7 @@ def per_layer_fisher_diagonal(
         num_draws: draws of ``"mc"``.
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
+        progress: show a progress bar.
         sample_dim: the dimension of the inputs that holds the samples.
 
     Returns:
@@ -153,4 +156,5 @@ def per_layer_fisher_diagonal(
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
+            progress=progress,
         )

@@ -1,7 +1,7 @@
 """Which layers of a model are looked at: selection by type and by name."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Literal
@@ -9,12 +9,13 @@ from typing import Literal
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._torch.modules import is_scripted
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel.fsdp import fully_sharded, managed
 from .per_sample import Rule
 from .rules import rule_for
 
-__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "select_layers", "sharded_parameter"]
+__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "present", "select_layers", "sharded_parameter"]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
@@ -97,6 +98,11 @@ def select_layers(
         ]
         if lazy:
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
+        if is_scripted(module):
+            raise InvalidArgumentError(
+                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
+                "or keep the module that it was made of."
+            )
         option = _special_option(module)
         if option and not unchecked:
             raise AttributionError(
@@ -114,9 +120,18 @@ def select_layers(
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         enclosing = readers.get(module, module)
-        rule = rule_for(module) if enclosing is module and not shared else None
+        empty = any(not p.numel() for p in parameters.values())  # a dimension of no elements: not what rules are for
+        rule = rule_for(module) if enclosing is module and not shared and not empty else None
         selected.append(Layer(name, module, parameters, rule, enclosing))
     return selected
+
+
+def present(layer: Layer) -> Layer:
+    """The layer with the parameters that its module holds now, which may have been exchanged since it was selected."""
+    now = dict(layer.module.named_parameters())
+    if all(now.get(name) is p for name, p in layer.parameters.items()) or not layer.parameters.keys() <= now.keys():
+        return layer
+    return replace(layer, parameters={name: now[name] for name in layer.parameters})
 
 
 def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from .._torch.modules import forward_hooks
+from .._torch.modules import backward_hooks, forward_hooks
 from .._torch.own_hooks import OwnHook
 
 __all__ = ["independent_by_structure", "linear_by_structure"]
@@ -22,7 +22,9 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
     """Whether samples are in dim 0 and the model is a chain of torch's own layers that all treat its rows alone."""
 
     def rowwise(module: nn.Module) -> bool:
-        if "forward" in module.__dict__ or not all(isinstance(hook, OwnHook) for hook in forward_hooks(module)):
+        if "forward" in module.__dict__ or backward_hooks(module):
+            return False
+        if not all(isinstance(hook, OwnHook) for hook in forward_hooks(module)):
             return False
         if type(module) is nn.Flatten:
             return module.start_dim >= 1

@@ -1,40 +1,32 @@
-"""Traces and extreme eigenvalues of each layer's Hessian block, from the same Hessian-vector products.
-
-The block of a layer is ∂²L/∂θ² for its parameters θ together. Where the layer is linear in θ, and θ acts only through
-the layer's calls, the block is ``Jᵀ H_z J``: a product with a vector takes the layer itself (J v), one Hessian-vector
-product on the graph after the layer, and the layer's rule (Jᵀ u). Elsewhere it is a product on the parameters.
-"""
+"""Extreme eigenvalues of each layer's block, by products with vectors."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .._torch.modules import parameters_replaced
-from .._torch.vjp import stacked_vjp
 from ..layers.dtypes import compute_dtype
-from ..layers.per_sample import total_gradient, with_cotangents
-from .hessian.bases import in_parameter_space
-from .hessian.choice import choose_strategies
-from .hessian.plan import Plan
-from .hessian.policy import Policy
-from .hessian.problem import Problem, ruled
-from .recording import recorded
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
+from .measurement import Measurement
+from .operators import Curvature, Operator, operators
+from .trace import By
 
-__all__ = ["Eigenvalues", "lanczos", "layer_eigenvalues"]
+__all__ = ["Eigenvalues", "eigenvalues", "lanczos"]
 
 
 @dataclass(frozen=True)
 class Eigenvalues:
-    """Extreme eigenvalues of a layer's Hessian block.
+    """Extreme eigenvalues of a layer's block of the Hessian, the GGN or the Fisher.
 
     Attributes:
         top: the largest eigenvalues, descending.
         bottom: the smallest eigenvalues, ascending.
         residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block.
-        num_hvps: Hessian-vector products taken.
+        num_hvps: products taken.
         converged: whether the residual met the tolerance.
     """
 
@@ -45,80 +37,63 @@ class Eigenvalues:
     converged: bool
 
 
-def layer_eigenvalues(
-    problem: Problem, policy: Policy, *, count: int, tolerance: float, max_iterations: int
+def eigenvalues(
+    task: Measurement, *, of: Curvature, by: By, count: int, tolerance: float, max_iterations: int
 ) -> dict[str, Eigenvalues]:
-    """Largest and smallest eigenvalues of each layer's block.
+    """Largest and smallest eigenvalues of each block.
 
     See :meth:`secorder.CurvatureProbe.hessian_eigenvalues`, which this function carries out.
     """
-    plans = [Plan(layer) for layer in problem.layers]
     found: dict[str, Eigenvalues] = {}
-
-    def solve(plan: Plan, product: Callable[[Tensor], Tensor]) -> None:
-        kind = compute_dtype(plan.layer)
-        start = problem.random((plan.numel,), plan.layer_like(kind))
-        found[plan.layer.name] = lanczos(product, start, count, tolerance, min(max_iterations, plan.numel))
-
-    with recorded(problem.isolated, ruled(problem), own_parameters=False) as recording:
-        choose_strategies(problem, plans, recording, policy, columns=False)
-        for plan in plans:
-            if plan.strategy == "unused":
-                found[plan.layer.name] = Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
-            elif plan.checks.get("own_use") and plan.layouts:
-                solve(plan, _product_in_z(plan))
-
-    def work(plan: Plan, output_gradients: list[Tensor | None]) -> list[Tensor]:
-        solve(plan, _product_on_parameters(problem, plan, output_gradients))
-        return []
-
-    in_parameter_space(problem, [plan for plan in plans if plan.layer.name not in found], work)
-    return {layer.name: found[layer.name] for layer in problem.layers}
+    bar = progress_bar(task.progress, "Eigenvalues", len(task.layers), unit="layers")
+    with bar as advance, closing(operators(task, of)) as blocks:
+        for layer, product in blocks:
+            found |= _of_layer(task, layer, product, by, count, tolerance, max_iterations)
+            advance(1)
+    order = {x.name if by == "layer" else x.parameter_name(y): 0 for x in task.layers for y in x.parameters}
+    return {name: found[name] for name in order}
 
 
-def _product_in_z(plan: Plan) -> Callable[[Tensor], Tensor]:
-    """v ↦ Jᵀ H_z J v."""
-    sizes = [p.numel() for p in plan.layer.parameters.values()]
-
-    def product(v: Tensor) -> Tensor:
-        parts = v.split(sizes)
-        along = {
-            name: part.view_as(p).to(p.dtype)
-            for (name, p), part in zip(plan.layer.parameters.items(), parts, strict=True)
+def _of_layer(
+    task: Measurement,
+    layer: Layer,
+    product: Operator | None,
+    by: By,
+    count: int,
+    tolerance: float,
+    max_iterations: int,
+) -> dict[str, Eigenvalues]:
+    """Of one layer's block, or of its parameters'."""
+    found: dict[str, Eigenvalues] = {}
+    sizes = [p.numel() for p in layer.parameters.values()]
+    blocks = {layer.name: slice(0, sum(sizes))}
+    if by == "parameter":
+        starts = [sum(sizes[:index]) for index in range(len(sizes))]
+        blocks = {
+            layer.parameter_name(local): slice(start, start + size)
+            for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
         }
-        zero = {name: torch.zeros_like(p) for name, p in along.items()}
-        with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
-            tangents = [_call(plan, along, call) - _call(plan, zero, call) for call in plan.inputs]
-        found = stacked_vjp(plan.output_gradients, plan.leaves, [t[None] for t in tangents])
-        gradients = plan.gradients(found)
-        flat = [
-            total_gradient(with_cotangents(gradients[name], lambda g: g[0]), size)
-            for (name, _), size in zip(plan.layer.parameters.items(), sizes, strict=True)
-        ]
-        return torch.cat(flat).to(v.dtype)
-
-    return product
+    like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
+    for name, block in blocks.items():
+        size = block.stop - block.start
+        if product is None or not size:
+            found[name] = Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
+            continue
+        start = task.random((size,), like)
+        part = product if len(blocks) == 1 else _restricted(product, block, sum(sizes))
+        found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size))
+    return found
 
 
-def _call(plan: Plan, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    """The layer's output with other parameters, past its hooks, which would record the call."""
-    module = plan.layer.module
-    with parameters_replaced(module, parameters):
-        output: Tensor = module.forward(*inputs)
-        return output
+def _restricted(product: Operator, block: slice, size: int) -> Operator:
+    """The operator on some of the elements, the others left as they are."""
 
+    def restricted(v: Tensor) -> Tensor:
+        whole = v.new_zeros(size)
+        whole[block] = v
+        return product(whole)[block]
 
-def _product_on_parameters(
-    problem: Problem, plan: Plan, output_gradients: Sequence[Tensor | None]
-) -> Callable[[Tensor], Tensor]:
-    replacements = problem.isolated.replacements(plan.layer)
-    sizes = [s.numel() for s in replacements]
-
-    def product(v: Tensor) -> Tensor:
-        vectors = [part.view_as(s).to(s.dtype)[None] for part, s in zip(v.split(sizes), replacements, strict=True)]
-        return torch.cat([u.flatten() for u in stacked_vjp(output_gradients, replacements, vectors)]).to(v.dtype)
-
-    return product
+    return restricted
 
 
 def lanczos(
@@ -133,7 +108,7 @@ def lanczos(
         tolerance: on residuals, relative to the largest eigenvalue in modulus.
         iterations: products at most.
 
-    Source: Golub, Van IsolatedModel, "Matrix computations", 4th edition, section 10.3.
+    Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """
     basis = [start / start.norm()]
     alphas: list[Tensor] = []

@@ -15,228 +15,210 @@ A layer's cotangents belong to samples only if a row of z influences its own sam
 with one more vjp: random cotangents on the outputs, weighted sample by sample with random factors, must come back
 weighted by the same factors, to rounding. A coupling is missed only if it is below rounding. Where a layer fails for
 its layout, each sample's gradient is taken on the parameters, one vjp a sample; where samples are coupled, per-sample
-gradients do not exist, and :class:`~secorder.CouplingError` says so.
+gradients do not exist, and :class:`~secorder.CouplingError` says so. Where the loss does not go by the model's output
+alone (a weight penalty, the network inside of the loss), the model and the loss run on batches of one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._torch.autocast import autocast_state, under_autocast
-from .._torch.failures import is_out_of_memory, is_vmap_failure
-from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import (
-    check_chunk_size,
-    chunks,
-    default_chunk_size,
-    fresh_generator,
-    gradients,
-    stacked_vjp,
-    zero_tether,
-)
-from ..batch import batch_size, require_agreement
-from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
+from .._torch.pytree import tensors_in
+from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp, zero_tether
+from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.selection import Layer
-from ..layers.structure import independent_by_structure
-from ..results import Diagonals, LayerInfo
+from ..monitor.progress import progress_bar
+from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
-from .fisher_task import FisherType, Found, Task, collect, second_order_pairs
+from .fisher_pairs import FisherType, Found, collect, second_order_pairs
 from .independence import outputs_independent
-from .isolation import IsolatedModel, isolate, run_isolated
-from .loss import check_loss, require_dependence
-from .output_hessian import (
-    Pairs,
-    expose_output,
-    loss_of_output,
-    loss_separates,
-)
-from .recorded_layer import RecordedLayer, contract_pairs
+from .loss import require_dependence
+from .measurement import Measurement
+from .output_hessian import Pairs, as_samples, expose_output, filled, loss_of_output, loss_separates
+from .recorded_layer import RecordedLayer, contract_pairs, require_linear_backward
 from .recording import recorded
+from .sample_losses import own_losses, require_own_losses
 
-__all__ = ["FisherType", "Found", "Task", "collect", "fisher_diagonal", "second_order_pairs"]
+__all__ = [
+    "FisherType",
+    "SampleLosses",
+    "check_fisher_type",
+    "fisher_diagonal",
+    "losses_by_output",
+    "require_independent_samples",
+]
 
 
-def fisher_diagonal(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    loss_fn: Callable[[Any, Any], Tensor],
-    inputs: Any,
-    targets: Any,
-    *,
-    fisher_type: FisherType = "empirical",
-    num_draws: int = 1,
-    generator: torch.Generator | None = None,
-    create_graph: bool = False,
-    chunk_size: int | None = None,
-    sample_dim: int = 0,
-) -> Diagonals:
-    """The Fisher diagonal of one batch for every parameter of the layers.
+def check_fisher_type(fisher_type: str, num_draws: int) -> None:
+    """Raise unless it is one of the three, with draws enough.
 
-    See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
+    Raises:
+        InvalidArgumentError: it is not.
     """
     if fisher_type not in ("empirical", "type-2", "mc"):
         raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
     if num_draws < 1:
         raise InvalidArgumentError(f"num_draws must be at least 1, got {num_draws}.")
-    check_chunk_size(chunk_size)
-    count = batch_size(inputs, targets, sample_dim)
-    generator = generator or fresh_generator()
-    loss_fn = under_autocast(loss_fn)
-    task = Task(
-        model,
-        layers,
-        loss_fn,
-        inputs,
-        targets,
-        count,
-        sample_dim,
-        fisher_type,
-        num_draws,
-        generator,
-        create_graph,
-        chunk_size,
-        bool(autocast_state()),
-        independent_by_structure(model, sample_dim),
-    )
-    found = run_isolated(lambda direct: _measure(task, direct))
-    if create_graph:
-        tether = zero_tether(model)
+
+
+def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", num_draws: int = 1) -> Diagonals:
+    """The Fisher diagonal of one batch for every parameter of the layers.
+
+    See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
+    """
+    asked = fisher_type, num_draws
+    try:
+        found = _batched(task, *asked)
+    except DoubleBackwardError:  # of the checks; the definition needs one derivative
+        found = {}
+    rest = [layer for layer in task.layers if layer.name not in found]
+    if rest:
+        found |= by_loop(task, rest, *asked)
+    count = task.num_samples
+    if task.create_graph:
+        tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
         values = {name: [v.detach() / count for v in parts] for name, (parts, _) in found.items()}
-    return Diagonals(layers, values, {name: info for name, (_, info) in found.items()})
+    return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()})
 
 
-def _measure(task: "Task", direct: bool) -> "Found":
-    try:
-        found = _batched(task, direct)
-    except DoubleBackwardError:  # reentrant checkpoints only go with .backward(); anything else is named again there
-        found = {}
-    rest = [layer for layer in task.layers if layer.name not in found]
-    return found | (by_loop(task, rest, direct) if rest else {})
-
-
-def _batched(task: Task, direct: bool) -> Found:
+def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
-    ruled = [layer for layer in task.layers if layer.rule is not None]
-    with isolate(task.model, task.loss_fn, task.layers, create_graph=task.create_graph, direct=direct) as isolated:
-        with recorded(isolated, ruled, own_parameters=task.create_graph) as recording:
-            output = isolated.forward(task.inputs)
-            require_agreement(output, task.targets, task.count, task.sample_dim)
-            loss = check_loss(task.loss_fn(output, task.targets), isolated, task.inputs)
-            recording.close()
-            isolated.require_replacements((loss, output))
-            if not loss.requires_grad:
-                require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-                return {layer.name: (zeros(layer), LayerInfo("unused")) for layer in task.layers}
-            if not any(t.requires_grad for t in tensors_in(output)):
-                return {}
-            if any(t.requires_grad and task.dimension(t) is None for t in tensors_in(output)):
-                return {}
-            unusable = recording.unusable()
-            layers = [
-                RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
-                for x in ruled
-                if x.name in recording.leaves and x.name not in unusable
-            ]
-            model_outputs: list[Tensor] = []
-            output = expose_output(output, model_outputs, task.dimension, detach=False)
-            pairs = _pairs(task, output, loss, model_outputs, isolated, layers)
-            if pairs is None:
-                return {}
-            found = _by_rules(task, model_outputs, pairs, layers, isolated)
-        rest = [layer for layer in task.layers if layer.name not in found]
-        if not task.certain and not outputs_independent(
-            isolated, task.inputs, task.count, task.sample_dim, isolated.forward_in_full_precision
-        ):
-            raise CouplingError(
-                "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
-                "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "
-                "leave the layers before it out; hessian_diagonal stays exact."
-            )
-        return found | (_by_samples(task, isolated, rest, pairs) if rest else {})
+    with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
+        output, loss = task.loss()
+        recording.close()
+        if not loss.requires_grad:
+            require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+            return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
+        unusable = recording.unusable()
+        layers = [
+            RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
+            for x in task.ruled
+            if x.name in recording.leaves and x.name not in unusable
+        ]
+        side = losses_by_output(task, output, loss, layers, second_order=fisher_type != "empirical")
+        if side is None:
+            return {}
+        pairs = _pairs(task, side, fisher_type, num_draws)
+        linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
+        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear)
+        recording.require_seen(loss)
+    rest = [layer for layer in task.layers if layer.name not in found]
+    require_independent_samples(task)
+    return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
 
 
-def _pairs(
-    task: Task,
-    output: Any,
-    loss: Tensor,
-    model_outputs: Sequence[Tensor],
-    isolated: IsolatedModel,
-    layers: Sequence[RecordedLayer],
-) -> Pairs | None:
-    """The cotangents of every sample's loss on its output, or None where the loss does not go by the output alone."""
-    by_output = loss_of_output(task.loss_fn, output, task.targets, task.dimension, loss)
+def require_independent_samples(task: Measurement) -> None:
+    """Raise unless no sample influences another one's output.
+
+    Raises:
+        CouplingError: some do.
+    """
+    if not task.certain and not outputs_independent(
+        task.isolated, task.inputs, task.num_samples, task.sample_dim, task.isolated.forward_in_full_precision
+    ):
+        raise CouplingError(
+            "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
+            "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "
+            "leave the layers before it out; hessian_diagonal stays exact."
+        )
+
+
+@dataclass
+class SampleLosses:
+    """The losses ℓ_n of samples taken alone, as functions of the model's output.
+
+    Attributes:
+        losses: shape (N,).
+        points: what they were computed from, samples in dim 0.
+        model_outputs: the model's output tensors in the same form.
+    """
+
+    losses: Tensor
+    points: list[Tensor]
+    model_outputs: list[Tensor]
+
+
+def losses_by_output(
+    task: Measurement, output: Any, loss: Tensor, layers: Sequence[RecordedLayer], *, second_order: bool
+) -> SampleLosses | None:
+    """The losses of samples, where the batch's is made of them by the model's output alone; else None.
+
+    Args:
+        task: the measurement.
+        output: the model's.
+        loss: the batch's.
+        layers: the recorded ones, from inside of which the loss must take nothing.
+        second_order: whether second derivatives of the loss are to be those of samples too.
+
+    Raises:
+        CouplingError: the loss couples the samples.
+        NonFiniteError: its gradient is nan or infinite.
+        InvalidArgumentError: it holds tensors of the batch itself, or is random.
+    """
+    differentiable = [t for t in tensors_in(output) if t.requires_grad]
+    if not differentiable or any(task.dimension(t) is None for t in differentiable):
+        return None
+    model_outputs: list[Tensor] = []
+    output = expose_output(output, model_outputs, task.dimension, detach=False)
+    by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None
     whole, points, exposed = by_output
     inside = [leaf for z in layers for leaf in z.leaves]
-    inside += [s for layer in task.layers for s in isolated.replacements(layer)]
+    inside += [s for layer in task.layers for s in task.isolated.replacements(layer)]
     output_gradients = gradients(whole, points, create_graph=True)
     if any(g is not None for g in gradients(whole, inside)):
-        return None  # a weight penalty, or features taken from inside the model
+        return None  # a weight penalty, features taken from inside the model, the model itself
     if all(g is None for g in output_gradients):
-        require_dependence(isolated.model, task.loss_fn, task.inputs, task.targets)
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    if not all(bool(g.detach().isfinite().all()) for g in output_gradients if g is not None):
+        raise NonFiniteError(
+            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
+            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
+        )
     if not loss_separates(output_gradients, points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
         )
+    checked = require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
     if task.create_graph:  # the cotangents must stay connected to the model
-        points, exposed = list(model_outputs), output
-    losses = _per_sample_losses(task, exposed)
-    if task.fisher_type == "empirical":
-        output_gradients = gradients(losses.sum(), points, create_graph=task.create_graph)
-        filled = [torch.zeros_like(x) if g is None else g for x, g in zip(points, output_gradients, strict=True)]
-        return Pairs(torch.cat([g.reshape(task.count, -1) for g in filled], 1)[None])
-    return second_order_pairs(task, gradients(losses.sum(), points, create_graph=True), points)
+        points, exposed, checked = list(model_outputs), output, None
+    losses, points = (own_losses(task, exposed), points) if checked is None else checked
+    if not losses.requires_grad:  # all of them constant
+        losses = losses + sum(x.sum() for x in points) * 0
+    return SampleLosses(losses, points, model_outputs)
 
 
-def _per_sample_losses(task: Task, output: Any) -> Tensor:
-    """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target."""
-    tensors = list(tensors_in((output, task.targets)))
-    dims = [task.dimension(t) for t in tensors]
-    per_sample = [t for t, dim in zip(tensors, dims, strict=True) if dim is not None]
-    kept = [dim for dim in dims if dim is not None]
-
-    def one(*samples: Tensor) -> Tensor:
-        rest = iter(zip(samples, kept, strict=True))
-
-        def alone(tensor: Tensor) -> Tensor:
-            if task.dimension(tensor) is None:
-                return tensor
-            sample, dim = next(rest)
-            return sample.unsqueeze(dim)
-
-        return task.loss_fn(*map_tensors(alone, (output, task.targets))).reshape(())
-
-    if not task.autocast:  # whose casts differ inside of vmap (cross entropy stays in half precision)
-        try:
-            return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
-        except RuntimeError as error:  # control flow by value, or an operator without a batching rule
-            if not is_out_of_memory(error) and not is_vmap_failure(error):
-                raise
-    return torch.stack(
-        [one(*(t.select(dim, n) for t, dim in zip(per_sample, kept, strict=True))) for n in range(task.count)]
-    )
+def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Pairs:
+    """The cotangents of every sample's loss on its output."""
+    if fisher_type == "empirical":
+        found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
+        return Pairs(torch.cat([as_samples(g) for g in found], 1)[None])
+    output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
+    return second_order_pairs(task, output_gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(
-    task: Task, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer], isolated: IsolatedModel
+    task: Measurement, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer], *, linear: bool
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
-        with recorded(isolated, [z.layer for z in layers], own_parameters=False):
-            ends = [t for t in tensors_in(isolated.forward(task.inputs)) if t.requires_grad]
+        with recorded(task.isolated, [z.layer for z in layers], own_parameters=False):
+            ends = [t for t in tensors_in(task.isolated.forward(task.inputs)) if t.requires_grad]
     else:
         ends = list(model_outputs)
-    replacements = [s for z in layers for s in isolated.replacements(z.layer)]
+    replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]
     reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
     used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
-    alone = [z for z in layers if not any(id(s) in used for s in isolated.replacements(z.layer))]
+    alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
     found = contract_pairs(
         model_outputs,
         alone,
@@ -245,17 +227,22 @@ def _by_rules(
         generator=task.generator,
         chunk_size=task.chunk_size,
         create_graph=task.create_graph,
+        linear=linear,
     )
-    info = LayerInfo("rule", checks={"own_use": True, "rows_are_samples": True})
+    info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
 
 
-def _by_samples(task: Task, isolated: IsolatedModel, layers: Sequence[Layer], pairs: Pairs) -> Found:
+def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, linear: bool) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs: list[Tensor] = []
-    expose_output(isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
-    replacements = [s for layer in layers for s in isolated.replacements(layer)]
-    totals = [torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in isolated.replacements(layer)]
+    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
+    replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
+    totals = [
+        torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)
+    ]
+    if linear and not task.certain:
+        require_linear_backward(model_outputs, replacements, pairs, task.generator)
     elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
     size = default_chunk_size(elements, totals[0], task.chunk_size)
     sizes = [f[0].numel() for f in model_outputs]
@@ -267,17 +254,19 @@ def _by_samples(task: Task, isolated: IsolatedModel, layers: Sequence[Layer], pa
         found = stacked_vjp(
             model_outputs,
             replacements,
-            [c.reshape(-1, *f.shape).to(f.dtype) for c, f in split],
+            [c.reshape(len(ids), *f.shape).to(f.dtype) for c, f in split],
             create_graph=task.create_graph,
         )
         return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
 
-    for k in range(len(pairs.u)):
-        for ids in chunks(task.count, size):
+    total = len(pairs.u) * task.num_samples
+    with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
+        for k, ids in product(range(len(pairs.u)), chunks(task.num_samples, size)):
             left = pull_back(pairs.u[k], ids)
             right = left if pairs.v is None else pull_back(pairs.v[k], ids)
             sign = None if pairs.sign is None else pairs.sign[k, ids.start : ids.stop]
             for index, (u, v) in enumerate(zip(left, right, strict=True)):
                 weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
                 totals[index] = totals[index] + (u * weighted).sum(0)
-    return collect(layers, totals, "per-sample")
+            advance(len(ids))
+    return collect(layers, totals, Strategy.PER_SAMPLE)

@@ -1,83 +1,164 @@
 """The Fisher by definition: the model and the loss on batches of one."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .._torch.failures import is_out_of_memory
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, stacked_vjp
-from ..batch import require_agreement
-from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
-from ..layers.dtypes import zeros
-from ..layers.selection import Layer, select_layers
-from .fisher_task import Found, Task, collect, second_order_pairs
-from .isolation import IsolatedModel, isolate
-from .loss import check_loss, require_dependence
-from .output_hessian import expose_output
+from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
+from ..layers.dtypes import rounding, zeros
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
+from ..results import Strategy
+from .fisher_pairs import FisherType, Found, collect, second_order_pairs
+from .loss import require_dependence
+from .measurement import Measurement
+from .output_hessian import expose_output, loss_of_output
+from .recording import seen
 
 __all__ = ["by_loop"]
 
 
-def by_loop(task: Task, layers: Sequence[Layer], direct: bool) -> Found:
-    """By definition: the model and the loss on batches of one, for outputs that cannot be cut into samples."""
-    totals = [total for layer in layers for total in zeros(layer)]
-    losses = []
-    # All parameters are replaced: reentrant checkpoints run under .backward() only, which accumulates into each.
-    everything = select_layers(task.model, "all", unchecked=True)
-    with isolate(task.model, task.loss_fn, everything, create_graph=task.create_graph, direct=direct) as isolated:
-        replacements = [isolated.replacement(p) for layer in layers for p in layer.parameters.values()]
-        output = isolated.forward(task.inputs)
-        require_agreement(output, task.targets, task.count, task.sample_dim)
-        whole = check_loss(task.loss_fn(output, task.targets), isolated, task.inputs)
-        isolated.require_replacements(whole)
+def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
+    """By definition: the model and the loss on batches of one, for losses that cannot be cut into those of samples.
+
+    That the batch's loss is made of theirs is checked by its gradient: it must be a combination of theirs.
+
+    Raises:
+        CouplingError: it is not, or the model or the loss does not take a sample alone.
+        NonFiniteError: the loss of a sample alone is nan or infinite.
+        InvalidArgumentError: a Fisher of second order of a loss that does not go by the model's output.
+    """
+    replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
+    sketch = _Sketch(replacements, task.num_samples, task.autocast)
+    with seen(layers) as recording:
+        _, whole = task.loss()
         if not whole.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-        for n in range(task.count):
-            output = isolated.forward(task.cut(task.inputs, n))
-            loss = task.loss_fn(output, task.cut(task.targets, n, rows=True)).reshape(())
+        batch = sketch.of(_gradients(whole, replacements))
+        recording.require_seen(whole)
+    _require_invariance(task, replacements, sketch, batch)
+    value, own, losses = whole.detach(), [], []
+    del whole
+    totals = [total for layer in layers for total in zeros(layer)]
+    with progress_bar(task.progress, "Fisher by batches of one", task.num_samples, unit="samples") as advance:
+        for n in range(task.num_samples):
+            output, loss = _of_samples(task, [n])
             losses.append(loss.detach())
-            for u, v in _one_sample(task, isolated, output, loss, n, replacements):
+            g = _gradients(loss, replacements, create_graph=task.create_graph)
+            own.append(sketch.of(g))
+            pairs = [(g, g)] if fisher_type == "empirical" else None
+            for u, v in pairs or _columns(task, output, loss, n, replacements, fisher_type, num_draws):
                 for index, total in enumerate(totals):
                     totals[index] = total + u[index].to(total).flatten() * v[index].to(total).flatten()
-    whole = whole.detach()
-    mean, total_loss = torch.stack(losses).mean(), torch.stack(losses).sum()
-    if not any(torch.allclose(whole, x, rtol=1024 * torch.finfo(whole.dtype).eps) for x in (mean, total_loss)):
+            advance(1)
+    if not sketch.combines(batch, torch.stack(own)):
+        every = torch.stack(losses)
         raise CouplingError(
-            f"the loss of the batch ({whole.item():.6g}) is neither the mean nor the sum of the losses of its samples "
-            f"taken alone ({mean.item():.6g}, {total_loss.item():.6g}): samples are coupled, or the model is random; "
-            "call model.eval(), or pass a loss_fn that works on the model's output."
+            f"the loss of the batch ({value.item():.6g}) is not made of the losses of its samples taken alone (their "
+            f"mean is {every.mean().item():.6g}, their sum {every.sum().item():.6g}), nor its gradient of theirs: "
+            "samples are coupled, the loss holds tensors of the batch itself, or model or loss are random; call "
+            "model.eval(), pass such tensors (and random numbers) in targets, or let the model return what loss_fn is "
+            "to take the mean of."
         )
-    return collect(layers, totals, "loop")
+    return collect(layers, totals, Strategy.LOOP)
 
 
-def _one_sample(
-    task: Task, isolated: IsolatedModel, output: Any, loss: Tensor, index: int, replacements: list[Tensor]
+def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "_Sketch", batch: Tensor) -> None:
+    """Raise if the loss, or its gradient, depends on the order of the samples: it holds what belongs to them."""
+    if task.num_samples == 1:
+        return
+    _, loss = _of_samples(task, [*range(1, task.num_samples), 0])
+    exchanged = sketch.of(_gradients(loss, replacements))
+    if not bool(((exchanged - batch).abs() <= sketch.rounding * batch.abs().amax()).all()):
+        raise CouplingError(
+            "the model and loss_fn do not treat the samples of a batch alike: in another order, inputs and targets "
+            "together, the loss has another gradient. If the loss holds tensors of the batch itself (weights, a "
+            "teacher's outputs), pass them in targets; if model or loss draw random numbers, call model.eval(), or "
+            "pass such numbers in targets; hessian_diagonal goes by the loss as it is."
+        )
+
+
+def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
+    """Output and loss of a batch that holds these samples."""
+    inputs, targets, leaves = task.part(index)
+    try:
+        with warnings.catch_warnings(), task.isolated.loss_holds(leaves):
+            warnings.simplefilter("ignore")  # of a batch of one, such as that it has no standard deviation
+            output = task.isolated.forward(inputs)
+            loss: Tensor = task.loss_fn(output, targets).reshape(())
+    except SecorderError:
+        raise
+    except Exception as error:
+        which = _which(index)
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise CouplingError(
+            f"the model and loss_fn work on the batch and fail on {which} ({type(error).__name__}: "
+            f"{str(error).strip()[:200]}): if the loss holds tensors of the batch itself, pass them in targets (also "
+            "the inputs, where it differentiates by them), or let the model return what loss_fn is to take the mean of."
+        ) from error
+    if not bool(loss.detach().isfinite()):
+        raise NonFiniteError(
+            f"the loss of {_which(index)} is {loss.item()}, though that of the batch is finite: it divides by "
+            "what only a batch has, so that there is no per-sample gradient; compute such statistics beforehand and "
+            "pass them in targets."
+        )
+    return output, loss
+
+
+def _which(index: list[int]) -> str:
+    return f"sample {index[0]} alone" if len(index) == 1 else "its samples in another order"
+
+
+def _gradients(loss: Tensor, replacements: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    found = (
+        gradients(loss, replacements, create_graph=create_graph) if loss.requires_grad else [None] * len(replacements)
+    )
+    return [torch.zeros_like(s) if g is None else g for s, g in zip(replacements, found, strict=True)]
+
+
+def _columns(
+    task: Measurement,
+    output: Any,
+    loss: Tensor,
+    index: int,
+    replacements: list[Tensor],
+    fisher_type: FisherType,
+    num_draws: int,
 ) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """The pairs of gradients on the parameters that one sample contributes."""
-    if task.fisher_type == "empirical":
-        g = _parameter_gradients(task, loss, replacements)
-        return [(g, g)]
-    points: list[Tensor] = []
-    again = task.loss_fn(expose_output(output, points, None, detach=True), task.cut(task.targets, index, rows=True))
+    """The pairs of gradients on the parameters that one sample contributes to a Fisher of second order."""
+    _, targets, _ = task.part([index])
+    found = loss_of_output(task.loss_fn, output, targets, None, loss) if loss.requires_grad else None
     model_outputs = [t for t in tensors_in(output) if t.requires_grad]
-    output_gradients = gradients(again, points, create_graph=True) if again.requires_grad else [None] * len(points)
-    if any(f.dim() == 0 and g is not None for f, g in zip(model_outputs, output_gradients, strict=True)) or (
-        again.requires_grad and any(g is not None for g in gradients(again, replacements))
+    if loss.requires_grad and (
+        found is None
+        or any(g is not None for g in gradients(found[0], replacements))
+        or any(
+            f.dim() == 0 and g is not None for f, g in zip(model_outputs, gradients(found[0], found[1]), strict=True)
+        )
     ):
         raise InvalidArgumentError(
-            f"fisher_type={task.fisher_type!r} needs a loss that is computed by loss_fn from the model's output: "
-            "here it comes from inside the model."
+            f"fisher_type={fisher_type!r} needs a loss that is computed by loss_fn from the model's output: here it "
+            "comes from inside the model, or the network is inside of the loss."
         )
-    pairs = second_order_pairs(task, output_gradients, points)
-    sizes = [f.numel() for f in model_outputs]
+    if found is None:
+        return []
+    again, points, _ = found
+    pairs = second_order_pairs(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
+    exposed: list[Tensor] = []
+    expose_output(output, exposed, None, detach=False)
+    sizes = [f.numel() for f in exposed]
 
     def pull_back(stack: Tensor) -> list[Tensor]:
-        split = zip(stack[:, 0].split(sizes, 1), model_outputs, strict=True)
-        return stacked_vjp(
-            model_outputs, replacements, [c.reshape(-1, *f.shape) for c, f in split], create_graph=task.create_graph
-        )
+        split = zip(stack[:, 0].split(sizes, 1), exposed, strict=True)
+        cotangents = [c.reshape(len(stack), *f.shape) for c, f in split]
+        return stacked_vjp(exposed, replacements, cotangents, create_graph=task.create_graph)
 
     u = pull_back(pairs.u)
     v = u if pairs.v is None and pairs.sign is None else pull_back(pairs.v if pairs.v is not None else pairs.u)
@@ -85,16 +166,49 @@ def _one_sample(
     return [([x[k] * factor[k] for x in u], [x[k] for x in v]) for k in range(len(pairs.u))]
 
 
-def _parameter_gradients(task: Task, loss: Tensor, replacements: list[Tensor]) -> list[Tensor]:
-    try:
-        found = gradients(loss, replacements, create_graph=task.create_graph)
-    except (
-        DoubleBackwardError
-    ):  # reentrant checkpoints: .backward(), which reaches .grad, so on replacement parameters only
-        if task.create_graph or any(isinstance(s, nn.Parameter) for s in replacements):
-            raise
-        loss.backward()
-        found = [s.grad for s in replacements]
-        for s in replacements:
-            s.grad = None
-    return [torch.zeros_like(s) if g is None else g for s, g in zip(replacements, found, strict=True)]
+class _Sketch:
+    """Gradients in a few random directions, enough to tell whether one is a combination of others.
+
+    Args:
+        like: the parameters.
+        count: how many gradients there will be.
+        autocast: they are rounded to half precision.
+    """
+
+    def __init__(self, like: Sequence[Tensor], count: int, autocast: bool) -> None:
+        self.numel = sum(t.numel() for t in like)
+        self.size = 2 * count + 8
+        self.count = count
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        self.signs = torch.randint(0, 2, (self.numel,), generator=generator, device="cpu") * 2 - 1
+        kinds = [t.dtype for t in like] + ([torch.bfloat16] if autocast else [])
+        self.rounding = max(rounding(kind) for kind in kinds)
+
+    def of(self, gradient: Sequence[Tensor]) -> Tensor:
+        """The gradient's components: all of them where they are few, else random sums of them."""
+        flat = torch.cat([g.detach().flatten().double() for g in gradient]) * self.signs.to(gradient[0].device)
+        if self.numel <= self.size:
+            return flat
+        padding = -self.numel % self.size
+        return torch.nn.functional.pad(flat, (0, padding)).view(-1, self.size).sum(0)
+
+    def combines(self, whole: Tensor, own: Tensor) -> bool:
+        """Whether ``whole`` is the mean or sum of the rows of ``own``, or another combination without negative parts.
+
+        The other is only told where there are more components than rows.
+        """
+        ones = own.new_ones(self.count)
+        candidates = [ones / self.count, ones]
+        if self.numel > self.count:
+            scale = own.abs().amax(1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+            solved = torch.linalg.lstsq(
+                (own / scale).T, whole[:, None], driver="gelsd" if own.device.type == "cpu" else None
+            )
+            candidates.append(solved.solution[:, 0] / scale[:, 0])
+        for factors in candidates:
+            size = (factors.abs()[:, None] * own.abs()).sum(0).amax()
+            if bool((factors >= -self.rounding * factors.abs().amax()).all()) and bool(
+                ((factors @ own - whole).abs() <= self.rounding * torch.maximum(size, whole.abs().amax())).all()
+            ):
+                return True
+        return False

@@ -1,16 +1,18 @@
-"""The user's model on isolated for passes of our own: everything it owns is put back, also after an exception.
+"""The user's model, isolated for passes of our own: everything it owns is put back, also after an exception.
 
-Inside :func:`isolate`, the parameters that are looked at are stood in for by leaves of our own that share their memory
-(so that frozen layers work, no ``.grad`` is touched and no hook on a parameter fires), buffers by copies, the random
-state is forked, gradients are enabled, attention runs under the math kernel (the fused ones have no double backward),
-and no attached probe records anything. It stays so through all backward work, since checkpointed parts of a model run
-again there.
+Inside :func:`isolate`, the parameters that are looked at are replaced by leaves of our own that share their memory (so
+that frozen layers work, no ``.grad`` is touched and no hook on a parameter fires), buffers by copies, the random state
+is forked, gradients are enabled, compiled parts run as they were written, reentrant checkpoints as plain calls,
+attention under the math kernel (the fused ones have no double backward), and no attached probe records anything. What
+the model and the loss keep in Python objects (counters, caches, metrics, generators) is put back before each run, and
+at the end. It stays so through all backward work, since checkpointed parts of a model run again there.
 """
 
-import copy
-from collections import deque
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -18,14 +20,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
-from .._torch.modules import Place, buffer_places, gradient_hooks_removed, parameter_places
+from .._torch.checkpoint import plain_checkpoints
+from .._torch.compiler import eager
+from .._torch.modules import (
+    Place,
+    backward_hooks,
+    buffer_places,
+    forward_hooks,
+    gradient_hooks_removed,
+    is_scripted,
+    parameter_places,
+)
 from .._torch.own_hooks import suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
+from .state import State
 
-__all__ = ["IsolatedModel", "ReplacementsBypassed", "Result", "isolate", "run_isolated"]
+__all__ = ["IsolatedModel", "ReplacementsBypassed", "Result", "isolate", "known_loss", "run_isolated"]
 
 Result = TypeVar("Result")
 
@@ -34,8 +47,12 @@ class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
 
+#: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
+_BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
 class IsolatedModel:
-    """A borrowed model: runs it again and again from one and the same state."""
+    """An isolated model: runs it again and again from one and the same state."""
 
     def __init__(
         self,
@@ -44,12 +61,20 @@ class IsolatedModel:
         originals: Sequence[nn.Parameter],
         restart: Callable[[RandomState | None], None],
         ambient: AutocastState,
+        cuda: Sequence[int] = (),
+        loss_state: State | None = None,
+        take_loss_state: Callable[[State | None], State] | None = None,
     ) -> None:
         self.model = model
         self._replacements = replacements
         self._originals = originals
         self._restart = restart
         self._ambient = ambient
+        self._cuda = cuda
+        self._loss_state = loss_state
+        self._take_loss_state = take_loss_state
+        self._after: RandomState | None = None
+        self._after_forward: State | None = None  # hooks of the model may write what the loss reads
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
         """The leaf that stands in for a parameter of a selected layer."""
@@ -84,7 +109,39 @@ class IsolatedModel:
             return copies[id(tensor)]
 
         with autocast(self._ambient if ambient is None else ambient):
-            return forward(map_tensors(copied, arguments))
+            result = forward(map_tensors(copied, arguments))
+        if self._take_loss_state is not None:
+            self._after_forward = self._take_loss_state(self._loss_state)
+            self._after = get_random_state(self._cuda)
+        return result
+
+    @contextmanager
+    def loss_once_more(self, seed: int | None = None) -> Iterator[None]:
+        """Inside, the loss runs from the state in which it ran at first: its own, and that of random numbers.
+
+        Args:
+            seed: of other random numbers.
+        """
+        if self._after_forward is not None:
+            self._after_forward.restore()
+        state = get_random_state(self._cuda)
+        try:
+            if seed is not None:
+                torch.manual_seed(seed)
+            elif self._after is not None:
+                set_random_state(self._after, self._cuda)
+            yield
+        finally:
+            set_random_state(state, self._cuda)
+
+    @contextmanager
+    def loss_holds(self, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+        """Inside, the loss holds other tensors, given by ``id``, wherever it held the batch's own (a closure, say)."""
+        if self._loss_state is None:
+            yield
+            return
+        with self._loss_state.exchanged(tensors):
+            yield
 
     def require_replacements(self, result: Any) -> None:
         """Raise :class:`ReplacementsBypassed` if tensors of the result depend on a parameter that was replaced."""
@@ -95,12 +152,33 @@ class IsolatedModel:
                 raise ReplacementsBypassed
 
 
-def run_isolated(work: Callable[[bool], Result]) -> Result:
-    """``work(direct)`` with replacement parameters and, where they turn out to be bypassed, again directly."""
-    try:
-        return work(False)
-    except ReplacementsBypassed:
-        return work(True)
+def run_isolated(work: Callable[[bool], Result], model: nn.Module | None = None) -> Result:
+    """``work(direct)`` with replacement parameters and, where they turn out to be bypassed, again directly.
+
+    Of a model that is named, this is found out once.
+    """
+    if model is None or model not in _BYPASSING:
+        try:
+            return work(False)
+        except ReplacementsBypassed:
+            if model is not None:
+                _BYPASSING.add(model)
+    return work(True)
+
+
+def known_loss(loss_fn: Any) -> bool:
+    """Whether a loss is a function or module of PyTorch's own: without state, without random numbers, with no tensors.
+
+    Of all samples alike it is then, whatever their order, and vmap may run it.
+    """
+    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
+    if isinstance(loss_fn, nn.Module):
+        plain = type(loss_fn).__module__ == "torch.nn.modules.loss" and not forward_hooks(loss_fn)
+        return plain and not backward_hooks(loss_fn) and "forward" not in vars(loss_fn)
+    if isinstance(loss_fn, partial):
+        given = (*loss_fn.args, *loss_fn.keywords.values())
+        return known_loss(loss_fn.func) and all(isinstance(x, (str, int, float, bool)) for x in given)
+    return isinstance(loss_fn, FunctionType) and loss_fn.__module__ == "torch.nn.functional"
 
 
 @contextmanager
@@ -116,40 +194,54 @@ def isolate(
 
     Args:
         model: the model.
-        loss_fn: the loss; where it is a module, its buffers are protected too.
+        loss_fn: the loss; its state is protected too, wherever it keeps it.
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
         direct: leave all of them in their places.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    owners = [model, loss_fn] if isinstance(loss_fn, nn.Module) else [model]
-    modules = list({id(m): m for owner in owners for m in owner.modules()}.values())
+    modules = [m for m in model.modules() if not is_scripted(m)]
+    everything = {id(m): m for m in (*modules, *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ()))}
+    parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
+    themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(eager())
+        stack.enter_context(plain_checkpoints())
         ambient = autocast_state()
         stack.enter_context(no_autocast())
         cuda = cuda_devices(model)
         stack.callback(set_random_state, get_random_state(cuda), cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
-        themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
+        stack.enter_context(_gradients_put_aside(list(model.parameters())))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
-            key: p if key in themselves else p.detach().requires_grad_(True) for key, p in parameters.items()
+            key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
-        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, and so is what
-        # it puts into their lists and dicts (losses of experts, features that hooks collect).
-        stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
-        stack.callback(_restore_containers, _containers([list(_own_attributes(m)) for m in modules]))
-        stack.enter_context(_parameters_swapped(modules, replacements))
-        buffers = [place for m in modules for place in buffer_places(m)]
-        stack.enter_context(_tables_copied(modules))
+        stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(model, replacements)))
+        buffers = [place for m in everything.values() for place in buffer_places(m)]
+        stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
+        tensors = [*model.parameters(), *model.buffers(), *replacements.values()]
+        own = State(modules, tensors)
+        simple = loss_fn is None or known_loss(loss_fn)
+        take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
+        loss_state = None if take_loss_state is None else take_loss_state(None)
+        for state in (own, loss_state):
+            if state is not None:
+                stack.callback(state.restore)
         start = get_random_state(cuda)
 
+        ran = False
+
         def restart(random_state: RandomState | None) -> None:
+            nonlocal ran
+            for state in (own, loss_state) if ran else ():
+                if state is not None:
+                    state.restore()
+            ran = True
             set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
             for place in buffers:
@@ -159,7 +251,34 @@ def isolate(
                 place.put(copies[id(buffer)])
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield IsolatedModel(model, replacements, originals, restart, ambient)
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state)
+
+
+def _as_leaf(parameter: Tensor) -> Tensor:
+    """A leaf of the same memory; of an inference tensor, which autograd does not take, a copy."""
+    detached = parameter.detach()
+    return (detached.clone() if parameter.is_inference() else detached).requires_grad_(True)
+
+
+def _usable(model: nn.Module, replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Copies of the parameters that are inference tensors and have no replacement."""
+    rest = [p for p in model.parameters() if p.is_inference() and id(p) not in replacements]
+    return {id(p): p.detach().clone() for p in rest}
+
+
+@contextmanager
+def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """What a backward of the model's own accumulates inside is forgotten."""
+    kept = [(p, p.grad) for p in parameters]
+    for p, grad in kept:
+        if grad is not None:
+            p.grad = None
+    try:
+        yield
+    finally:
+        for p, grad in kept:
+            if p.grad is not grad:
+                p.grad = grad
 
 
 @contextmanager
@@ -203,53 +322,6 @@ def _parameters_swapped(modules: Iterable[nn.Module], replacements: Mapping[int,
         yield
     finally:
         _restore(places)
-
-
-def _restore_attributes(attributes: Sequence[tuple[nn.Module, dict[str, Any]]]) -> None:
-    for module, saved in attributes:
-        for name in [name for name in vars(module) if name not in saved]:
-            del vars(module)[name]
-        vars(module).update(saved)
-
-
-def _own_attributes(module: nn.Module) -> Iterator[Any]:
-    """What the user's code has made attributes of a module."""
-    return (value for name, value in vars(module).items() if name not in _OF_MODULES)
-
-
-_OF_MODULES = set(vars(nn.Module()))
-
-#: Containers with more entries are taken to hold data, not what a forward collects: what is in their entries is left.
-_LARGE = 1000
-
-
-def _containers(found: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> list[tuple[Any, Any]]:
-    """The lists, dicts, sets and deques in a structure, each with what it holds."""
-    seen = {} if seen is None else seen
-    if isinstance(found, (list, dict, set, deque)) and id(found) not in seen:
-        seen[id(found)] = found, copy.copy(found)
-    elif not isinstance(found, tuple):
-        return list(seen.values())
-    if len(found) <= _LARGE:
-        for part in found.values() if isinstance(found, dict) else found:
-            if isinstance(part, (list, dict, set, deque, tuple)) and id(part) not in seen:
-                _containers(part, seen)
-    return list(seen.values())
-
-
-def _restore_containers(containers: Sequence[tuple[Any, Any]]) -> None:
-    for container, before in containers:
-        if len(container) == len(before) and all(
-            x is y for x, y in zip(_entries(container), _entries(before), strict=True)
-        ):
-            continue
-        container.clear()
-        (container.update if isinstance(container, (dict, set)) else container.extend)(before)
-
-
-def _entries(container: Any) -> Iterator[Any]:
-    """What a container holds, for comparison by identity."""
-    return (part for pair in container.items() for part in pair) if isinstance(container, dict) else iter(container)
 
 
 def _restore(places: Sequence[Place]) -> None:

@@ -1,6 +1,7 @@
 """The loss, checked: is it a finite scalar, does it depend on the model?"""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from ..layers.selection import select_layers
+from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 
 __all__ = ["check_loss", "losses", "require_dependence"]
@@ -37,8 +39,16 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
 
 def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -> Tensor:
     """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``."""
-    with isolate(model, loss_fn, []) as isolated, torch.no_grad():
-        return torch.stack([check_loss(loss_fn(isolated.forward(x), t), isolated, x) for x, t in batches])
+    found = []
+    with isolate(model, loss_fn, []) as isolated:
+        for x, t in batches:
+            value = without_gradients(partial(_loss_of_batch, isolated, loss_fn, t), x)
+            found.append(check_loss(value, isolated, x).detach())
+    return torch.stack(found)
+
+
+def _loss_of_batch(isolated: IsolatedModel, loss_fn: Any, targets: Any, inputs: Any) -> Any:
+    return loss_fn(isolated.forward(inputs), targets)
 
 
 def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
@@ -58,8 +68,7 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
     handles = [m.register_forward_hook(watch(name)) for name, m in isolated.model.named_modules() if name]
     try:
-        with torch.no_grad():
-            isolated.forward(inputs)
+        without_gradients(isolated.forward, inputs)
     finally:
         for handle in handles:
             handle.remove()

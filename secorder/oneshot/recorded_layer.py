@@ -1,7 +1,8 @@
 """Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +16,17 @@ from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .independence import over_samples
-from .output_hessian import Pairs
+from .output_hessian import Pairs, as_samples
 
-__all__ = ["RecordedLayer", "contract_pairs", "layout_options", "scale_draws", "scales"]
+__all__ = [
+    "RecordedLayer",
+    "contract_pairs",
+    "layout_options",
+    "require_linear_backward",
+    "scale_draws",
+    "scales",
+    "settle_layouts",
+]
 
 
 @dataclass
@@ -92,6 +101,8 @@ def contract_pairs(
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
+    linear: bool = False,
+    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, slice], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
@@ -107,48 +118,29 @@ def contract_pairs(
         generator: for the random factors.
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
+        linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
+        watch: called with the layers that are served and the pulled back pairs, a few at a time.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
     """
-    leaves = [leaf for z in layers for leaf in z.leaves]
-    count = model_outputs[0].shape[0]
-    sizes = [f[0].numel() for f in model_outputs]
-
-    def pull_back(stack: Tensor) -> dict[int, Tensor]:
-        cotangents = [
-            part.reshape(-1, *f.shape).to(f.dtype) for part, f in zip(stack.split(sizes, 2), model_outputs, strict=True)
-        ]
-        found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
-        return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
-
-    def random(size: int) -> Tensor:
-        return torch.randn(size, generator=generator, dtype=torch.float64).to(pairs.u)
-
     plain: dict[int, Tensor] = {}
     if certain:
         for z in layers:
             z.layouts = [DIM_ZERO] * len(z.leaves)
     else:
-        mixture = pairs.u if len(pairs.u) == 1 else torch.einsum("k,kno->no", random(len(pairs.u)), pairs.u)[None]
-        plain = pull_back(mixture)
-        options = [layout_options(z, count) for z in layers]
-        for _ in range(scale_draws(leaves)):
-            weights = 0.5 + random(count).abs()
-            weighted = {key: u.detach() for key, u in pull_back(mixture.detach() * weights[:, None]).items()}
-            options = [
-                [c for c in choices if scales(z.leaves, c, plain, weighted, weights)]
-                for z, choices in zip(layers, options, strict=True)
-            ]
-        for z, choices in zip(layers, options, strict=True):
-            z.layouts = next(iter(choices), [])
+        mixture = pairs.u if len(pairs.u) == 1 else _mixture(pairs.u, generator)[None]
+        plain = settle_layouts(model_outputs, layers, mixture, generator, create_graph=create_graph, linear=linear)
+    leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts or not z.leaves]
     totals: dict[tuple[int, str], Tensor] = {}
     elements = sum(leaf.numel() for leaf in leaves)
     for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
         here = slice(ids.start, ids.stop)
-        u = plain if plain and len(pairs.u) == 1 else pull_back(pairs.u[here])
-        v = None if pairs.v is None else pull_back(pairs.v[here])
+        u = plain if plain and len(pairs.u) == 1 else _pull_back(model_outputs, leaves, pairs.u[here], create_graph)
+        v = None if pairs.v is None else _pull_back(model_outputs, leaves, pairs.v[here], create_graph)
+        if watch is not None:
+            watch(good, u, v, here)
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
@@ -158,6 +150,71 @@ def contract_pairs(
                 key = (id(z), name)
                 totals[key] = totals[key] + part if key in totals else part
     return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
+
+
+def _pull_back(
+    model_outputs: Sequence[Tensor], leaves: Sequence[Tensor], stack: Tensor, create_graph: bool
+) -> dict[int, Tensor]:
+    """Cotangents (K, N, C) on the outputs at the leaves, by ``id(leaf)``."""
+    sizes = [f[0].numel() for f in model_outputs]
+    cotangents = [
+        part.reshape(len(stack), *f.shape).to(f.dtype)
+        for part, f in zip(stack.split(sizes, 2), model_outputs, strict=True)
+    ]
+    found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
+    return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
+
+
+def _mixture(stack: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.einsum("k,kno->no", _random(len(stack), generator, stack), stack)
+
+
+def _random(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randn(size, generator=generator, dtype=torch.float64, device=generator.device).to(like)
+
+
+def settle_layouts(
+    model_outputs: Sequence[Tensor],
+    layers: Sequence[RecordedLayer],
+    mixture: Tensor,
+    generator: torch.Generator,
+    *,
+    create_graph: bool = False,
+    linear: bool = False,
+) -> dict[int, Tensor]:
+    """Enter into every layer the first layout under which its rows are found to be samples, or none.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        layers: layers with recorded calls.
+        mixture: a cotangent on the outputs, shape (1, N, C).
+        generator: for the random factors.
+        create_graph: make what is returned differentiable.
+        linear: demand that the backward pass be linear, too.
+
+    Returns:
+        the cotangent pulled back to the leaves, by ``id(leaf)``.
+
+    Raises:
+        AttributionError: the backward pass is not linear.
+    """
+    leaves = [leaf for z in layers for leaf in z.leaves]
+    count = model_outputs[0].shape[0]
+    plain = _pull_back(model_outputs, leaves, mixture, create_graph)
+    options = [layout_options(z, count) for z in layers]
+    for _ in range(scale_draws(leaves)):
+        weights = 0.5 + _random(count, generator, mixture).abs()
+        scaled = _pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
+        options = [
+            [c for c in choices if scales(z.leaves, c, plain, scaled, weights)]
+            for z, choices in zip(layers, options, strict=True)
+        ]
+    if linear:
+        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 + weights)[:, None], False)
+        _require_sum(leaves, plain, scaled, both)
+    for z, choices in zip(layers, options, strict=True):
+        z.layouts = next(iter(choices), [])
+    return plain
 
 
 def scales(
@@ -178,7 +235,9 @@ def scales(
     """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
-        expected, found = (layout.split(t).reshape(len(weights), -1) for t in (expected, weighted[id(leaf)][0]))
+        expected, found = (as_samples(layout.split(t)) for t in (expected, weighted[id(leaf)][0]))
+        if not found.numel():
+            continue
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
         if not bool(((found - expected).abs() <= bound).all()):
             return False
@@ -195,3 +254,38 @@ def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample 
         return None
     weights = sign[here]
     return with_cotangents(gradient, lambda g: g * weights.view(*weights.shape, *(1,) * (g.dim() - 2)))
+
+
+def require_linear_backward(
+    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Pairs, generator: torch.Generator
+) -> None:
+    """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        ends: where the backward pass ends.
+        pairs: the cotangents that are to be pulled back, of which the two are made.
+        generator: of what they are made with.
+
+    Raises:
+        AttributionError: it is not, so that it is not multiplication with a Jacobian.
+    """
+    one, other = (_mixture(pairs.u.detach(), generator)[None] for _ in range(2))
+    found = [_pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
+    _require_sum(ends, *found)
+
+
+def _require_sum(
+    ends: Sequence[Tensor], one: dict[int, Tensor], other: dict[int, Tensor], both: dict[int, Tensor]
+) -> None:
+    for end in ends:
+        first, second, together = (found[id(end)].detach() for found in (one, other, both))
+        if not first.numel():
+            continue
+        bound = rounding(together.dtype) * torch.maximum(first.abs(), second.abs()).amax()
+        if bool(((first + second - together).abs() > bound).any()):
+            raise AttributionError(
+                "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "
+                "or scales gradients, a custom autograd.Function), so that there is no Jacobian to multiply with: "
+                'remove it, or ask for the empirical Fisher; hessian_diagonal(method="exact") takes it as it is.'
+            )

@@ -1,7 +1,7 @@
 """Recording the calls of layers in passes of our own."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import in_backward
+from .._torch.engine import in_backward, leaf_variables
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import version
+from .._torch.vjp import gradients
+from ..errors import AttributionError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, _restore
 
-__all__ = ["Recording", "recorded"]
+__all__ = ["Recording", "recorded", "seen"]
 
 
 class Recording:
@@ -27,25 +29,69 @@ class Recording:
         inputs: by layer, the input tensors of each call.
         leaves: by layer, the leaf ε of each call.
         versions: recorded inputs, to find those that are overwritten later.
-        differentiated: layers through which the model took a derivative itself (``torch.autograd.grad`` or a
-            ``torch.func`` transform inside of a forward or loss): their parameters then act not only through z.
+        watch: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
+            transform inside of a forward or loss): their parameters then act not only through z.
+        without_graph: layers that were called where no gradients were wanted.
+        hidden: layers of these that ran again, with gradients, inside of a backward pass.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}
         self.leaves: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []
-        self.differentiated: set[str] = set()
-        self.open = True
+        self.watch = _Watch()
+        self.without_graph: set[str] = set()
+        self.hidden: set[str] = set()
+
+    @property
+    def open(self) -> bool:
+        """Whether calls are still recorded."""
+        return self.watch.open
+
+    @property
+    def differentiated(self) -> set[str]:
+        """Layers through which the model took a derivative itself."""
+        return self.watch.differentiated
 
     def close(self) -> None:
-        """The forward and the loss ran: derivatives taken from now on are ours."""
-        self.open = False
+        """The forward and the loss ran: what is differentiated, or called, from now on is work of ours."""
+        self.watch.open = False
 
     def unusable(self) -> set[str]:
         """Layers whose recorded calls do not tell all: input overwritten after the call, or differentiated inside."""
         overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
         return overwritten | self.differentiated
+
+    def require_seen(self, loss: Tensor) -> None:
+        """Raise if a layer ran without a graph, and runs again with one inside of the loss's whole backward pass.
+
+        Raises:
+            AttributionError: so do checkpoints that run a backward of their own, which hides the layer from ours.
+        """
+        if self.without_graph and loss.requires_grad:
+            gradients(loss, leaf_variables(loss))
+        if self.hidden:
+            raise AttributionError(
+                f"layer {min(self.hidden)!r} runs inside an activation checkpoint that starts a backward pass of its "
+                "own, which hides it from torch.autograd.grad: use torch.utils.checkpoint.checkpoint with "
+                "use_reentrant=False."
+            )
+
+
+class _Watch:
+    """What hooks on tensors may hold on to: no tensor, and nothing that leads to one.
+
+    A hook that leads to a tensor of the graph that it hangs on closes a cycle through C++, which is never freed.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+        self.differentiated: set[str] = set()
+
+    def seen(self, name: str, _: Tensor) -> None:
+        """The model differentiates itself, if a gradient passes while it still runs."""
+        if self.open:
+            self.differentiated.add(name)
 
 
 @contextmanager
@@ -77,6 +123,28 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
             _restore(tap.places)
 
 
+@contextmanager
+def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
+    """Records of layers nothing but whether they hide: of such come no gradients, and they would pass for unused."""
+    recording = Recording()
+
+    def hook(name: str) -> Callable[..., None]:
+        def after(*_: Any) -> None:
+            if not torch.is_grad_enabled():
+                recording.without_graph.add(name)
+            elif in_backward() and name in recording.without_graph:
+                recording.hidden.add(name)
+
+        return after
+
+    handles = [layer.enclosing.register_forward_hook(hook(layer.name)) for layer in layers]
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Tap:
     """The hooks by which one layer's calls are recorded."""
 
@@ -89,9 +157,13 @@ class _Tap:
         """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
         return threading.get_ident() != self.owner and not in_backward()
 
+    def idle(self) -> bool:
+        """Whether the calls are of no interest any more: such as those of a loss that is computed once more."""
+        return not self.recording.open and not in_backward()
+
     def before(self, module: nn.Module, _: Any) -> None:
         """Detached parameters take the place of the replacement parameters."""
-        if self.foreign():
+        if self.foreign() or self.idle():
             return
         self.displaced.append([place.holder[place.key] for place in self.places])
         if inside_transform():
@@ -101,7 +173,7 @@ class _Tap:
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call is recorded, and a leaf added to its output."""
-        if self.foreign():
+        if self.foreign() or self.idle():
             return None
         if self.places:
             for place, value in zip(self.places, self.displaced.pop(), strict=True):
@@ -113,6 +185,10 @@ class _Tap:
         if inside_transform():
             recording.differentiated.add(name)
             return None
+        if not torch.is_grad_enabled():
+            recording.without_graph.add(name)
+        elif in_backward() and name in recording.without_graph:
+            recording.hidden.add(name)
         if not in_backward():
             tensors = tuple(tensors_in((args, kwargs)))
             recording.versions.extend((name, x, version(x)) for x in tensors)
@@ -126,13 +202,8 @@ class _Tap:
         leaves.append(torch.zeros_like(tensor, requires_grad=True))
         result = tensor + leaves[-1]
         if torch.is_grad_enabled():
-            result.register_hook(self.watch)
+            result.register_hook(partial(self.recording.watch.seen, self.layer.name))
         return result
-
-    def watch(self, _: Tensor) -> None:
-        """The model differentiates itself, if a gradient passes while it still runs."""
-        if self.recording.open:
-            self.recording.differentiated.add(self.layer.name)
 
 
 def _places(isolated: IsolatedModel, layer: Layer) -> list[Place]:

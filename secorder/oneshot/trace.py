@@ -1,32 +1,38 @@
-"""Traces of each layer's Hessian block, from the same Hessian-vector products."""
+"""Traces of each layer's block, by the same strategies as diagonals."""
 
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..layers.dtypes import zeros
-from .hessian.bases import in_parameter_space
-from .hessian.choice import choose_strategies
-from .hessian.draws import average, parameter_draws, z_draws
-from .hessian.plan import Plan
-from .hessian.policy import Policy
-from .hessian.problem import Problem, ruled
-from .recording import recorded
+from .._torch.vjp import default_chunk_size
+from ..layers.dtypes import compute_dtype
+from ..layers.selection import Layer
+from .fisher import fisher_diagonal
+from .hessian.budget import Budget
+from .hessian.estimate import ENOUGH, Estimate, average
+from .hessian.output_draws import Reduce
+from .hessian.run import carry_out
+from .measurement import Measurement
+from .operators import Curvature, operators
 
-__all__ = ["Trace", "layer_traces"]
+__all__ = ["By", "Trace", "traces"]
+
+#: What a block is made of: a layer's parameters together, or one parameter.
+By = Literal["layer", "parameter"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The trace of a layer's Hessian block.
+    """The trace of a layer's block of the Hessian, the GGN or the Fisher.
 
     Attributes:
         value: an unbiased estimate, or the exact number.
         standard_error: of the estimate; 0 where it is exact, inf after one draw.
-        num_draws: draws.
-        converged: whether ``rtol`` was met.
+        num_draws: draws; 0 where it is exact.
+        converged: whether ``rtol`` was met; where none was asked for, whether the error is below half the value.
     """
 
     value: float
@@ -35,38 +41,74 @@ class Trace:
     converged: bool
 
 
-def layer_traces(problem: Problem, policy: Policy) -> dict[str, Trace]:
-    """The trace of each layer's block, drawn in z where samples are independent, else on the parameters.
+def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: By = "layer") -> dict[str, Trace]:
+    """The trace of each block.
 
     See :meth:`secorder.CurvatureProbe.hessian_trace`, which this function carries out.
     """
-    plans = [Plan(layer) for layer in problem.layers]
-    found: dict[str, Trace] = {}
+    if of == "hessian":
+        estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
+    elif budget.method == "hutchinson":
+        estimates = {}
+        with closing(operators(task, of)) as blocks:
+            for layer, product in blocks:
+                nothing = Estimate(_nothing(layer, by))
+                estimates[layer.name] = nothing if product is None else _drawn(task, budget, layer, product, by)
+    else:
+        diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
+        estimates = {
+            layer.name: Estimate(
+                [v[0] for v in _sums(by)([part[None] for part in diagonals[layer.name].split(_sizes(layer))])]
+            )
+            for layer in task.layers
+        }
+    found = {}
+    for layer in task.layers:
+        estimate = estimates[layer.name]
+        names = [layer.name] if by == "layer" else [layer.parameter_name(local) for local in layer.parameters]
+        for index, name in enumerate(names):
+            found[name] = _trace(estimate, index, budget)
+    return found
 
-    def traced(draw: Callable[[int], list[Tensor]]) -> Callable[[int], list[Tensor]]:
-        return lambda k: [torch.stack([v.flatten(1).sum(1) for v in draw(k)]).sum(0)[:, None]]
 
-    def take(plan: Plan, draw: Callable[[int], list[Tensor]], size: int) -> None:
-        like = zeros(plan.layer)[0]
-        means, errors = average(plan, policy, lambda _: None, traced(draw), size, like=[like.new_zeros(1)])
-        found[plan.layer.name] = Trace(means[0].item(), errors[0].item(), plan.num_draws, plan.converged)
+def _sizes(layer: Layer) -> list[int]:
+    return [p.numel() for p in layer.parameters.values()]
 
-    with recorded(problem.isolated, ruled(problem), own_parameters=False) as recording:
-        choose_strategies(problem, plans, recording, policy, columns=True)
-        for plan in plans:
-            if plan.strategy == "columns":
-                found[plan.layer.name] = Trace(sum(v.sum().item() for v in plan.values), 0.0, 0, True)
-            elif plan.strategy == "unused":
-                found[plan.layer.name] = Trace(0.0, 0.0, 0, True)
-            elif plan.strategy == "output-draws":
-                take(plan, *z_draws(problem, plan, plan.output_gradients))
 
-    def work(plan: Plan, output_gradients: list[Tensor | None]) -> list[Tensor]:
-        if plan.strategy == "unused":
-            found[plan.layer.name] = Trace(0.0, 0.0, 0, True)
-        else:
-            take(plan, *parameter_draws(problem, plan, output_gradients))
-        return []
+def _sums(by: By) -> Reduce:
+    """Sums of stacked diagonals: of all parameters together, or of each; in shape ``(k, 1)``."""
 
-    in_parameter_space(problem, [plan for plan in plans if plan.layer.name not in found], work)
-    return {layer.name: found[layer.name] for layer in problem.layers}
+    def sums(values: list[Tensor]) -> list[Tensor]:
+        each = [v.flatten(1).sum(1, keepdim=True) for v in values]
+        return each if by == "parameter" else [torch.stack(each).sum(0)]
+
+    return sums
+
+
+def _nothing(layer: Layer, by: By) -> list[Tensor]:
+    like = next(iter(layer.parameters.values()))
+    one = torch.zeros(1, dtype=compute_dtype(layer), device=like.device)
+    return [one] * (len(layer.parameters) if by == "parameter" else 1)
+
+
+def _drawn(task: Measurement, budget: Budget, layer: Layer, product: object, by: By) -> Estimate:
+    """From random signs v on the parameters, vᵀ B v."""
+    assert callable(product)
+    like = _nothing(layer, "layer")[0].expand(sum(_sizes(layer)))
+
+    def draw(count: int) -> list[Tensor]:
+        (vectors,) = task.signs(count, [like])
+        products = torch.stack([v * product(v) for v in vectors])
+        return _sums(by)(list(products.split(_sizes(layer), 1)))
+
+    size = default_chunk_size(sum(_sizes(layer)), like, task.chunk_size)
+    return average(draw, _nothing(layer, by), budget, size, lambda _: None)
+
+
+def _trace(estimate: Estimate, index: int, budget: Budget) -> Trace:
+    value = estimate.values[index].item()
+    if not estimate.errors:
+        return Trace(value, 0.0, 0, True)
+    error = estimate.errors[index].item()
+    enough = ENOUGH if budget.rtol is None else budget.rtol
+    return Trace(value, error, estimate.num_draws, error <= enough * abs(value))

@@ -3,7 +3,7 @@
 from typing import Literal
 
 from ..errors import AttributionError, NonFiniteError, ProbeStateError, SecorderError
-from ..results import Diagonals, LayerInfo
+from ..results import Diagonals, LayerInfo, Strategy
 from .fisher import OnlineFisher
 from .troubles import OUTSIDE, sentence
 
@@ -49,7 +49,7 @@ def diagonals(fisher: OnlineFisher, missing: Literal["raise", "skip"] = "raise")
         elif missing == "raise":
             raise _unseen(fisher, layer.name)
     chosen = [layer for layer in fisher.layers if layer.name in values]
-    return Diagonals(chosen, values, {layer.name: LayerInfo("online") for layer in chosen})
+    return Diagonals(chosen, values, {layer.name: LayerInfo(Strategy.ONLINE) for layer in chosen})
 
 
 def _unseen(fisher: OnlineFisher, name: str) -> SecorderError:

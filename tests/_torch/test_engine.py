@@ -11,6 +11,7 @@ from secorder._torch.engine import (
     current_backward,
     first_gradient_hook,
     in_backward,
+    leaf_variables,
     will_accumulate,
 )
 
@@ -96,3 +97,11 @@ def test_a_hook_before_all_others_that_change_the_gradient() -> None:
     assert torch.equal(seen[0], torch.ones(2))
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((2,), 12.0))
+
+
+def test_leaves_that_a_graph_ends_in() -> None:
+    a, b = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
+    found = leaf_variables((a * b.detach()).sum() + a.exp().sum())
+    assert [id(t) for t in found] == [id(a)]
+    assert {id(t) for t in leaf_variables((a * b).sum())} == {id(a), id(b)}
+    assert leaf_variables(torch.zeros(())) == []

@@ -8,14 +8,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder._torch.modules import (
+    backward_hooks,
     buffer_places,
     computes_as,
     convolution_padding,
     forward_hooks,
     forward_hooks_removed,
     gradient_hooks_removed,
+    is_scripted,
+    own_attributes,
     parameter_places,
     parameters_replaced,
+    tables_of,
 )
 from secorder._torch.pytree import tensors_in
 
@@ -113,3 +117,24 @@ def test_what_overrides_a_forward_is_seen() -> None:
     patched = nn.Linear(1, 1)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     assert not computes_as(patched, nn.Linear)
+
+
+def test_what_is_stored_on_a_module_besides_its_own() -> None:
+    module = nn.Linear(2, 2)
+    module.kept = [1]  # type: ignore[assignment]
+    assert own_attributes(module) == {"in_features": 2, "out_features": 2, "kept": [1]}
+    assert [list(table) for table in tables_of(module)] == [["weight", "bias"], [], []]
+
+
+def test_hooks_on_gradients() -> None:
+    module = nn.Linear(2, 2)
+    assert backward_hooks(module) == []
+    module.register_full_backward_hook(lambda *_: None)
+    module.register_full_backward_pre_hook(lambda *_: None)
+    assert len(backward_hooks(module)) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_are_known() -> None:
+    assert is_scripted(torch.jit.script(nn.Linear(2, 2)))
+    assert not is_scripted(nn.Linear(2, 2))

@@ -156,12 +156,14 @@ def exact_hessian(results: Results, key: str, repeats: int) -> None:
     """The exact Hessian diagonal of all layers."""
     work = WORKLOADS[key]()
     model, inputs = double(work)
-    exact = flat(per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all"))
+    exact = flat(per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all", method="exact"))
     compared(
         results,
         "Exact Hessian diagonal",
         work,
-        lambda: flat(per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets, "all")),
+        lambda: flat(
+            per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets, "all", method="exact")
+        ),
         exact,
         {"BackPACK DiagHessian": peers.backpack_hessian},
         repeats,
@@ -174,7 +176,7 @@ def hessian_against_type_2(results: Results, key: str, repeats: int) -> None:
     batch = (work.model, work.loss_fn, work.inputs, work.targets)
     contestants: Contestants = {
         "type-2 Fisher": lambda: per_layer_fisher_diagonal(*batch, fisher_type="type-2"),
-        "exact Hessian": lambda: per_layer_hessian_diagonal(*batch),
+        "exact Hessian": lambda: per_layer_hessian_diagonal(*batch, method="exact"),
     }
     results.show("Exact Hessian against type-2 Fisher", work.name, alternate(contestants, repeats, warm_up=1))
 
@@ -183,7 +185,7 @@ def stochastic_hessian(results: Results, key: str, repeats: int) -> None:
     """Estimates at about equal time: secorder's 100 draws set the clock."""
     work = WORKLOADS[key]()
     model, inputs = double(work)
-    exact = per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all")
+    exact = per_layer_hessian_diagonal(model, work.loss_fn, inputs, work.targets, "all", method="exact")
     sizes = [d.numel() for d in exact.values()]
 
     def ours() -> Tensor:
@@ -226,7 +228,7 @@ def against_torch_secorder(results: Results) -> None:
         results,
         "Exact Hessian diagonal",
         work,
-        lambda: flat(per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets)),
+        lambda: flat(per_layer_hessian_diagonal(work.model, work.loss_fn, work.inputs, work.targets, method="exact")),
         None,
         {"torch-secorder": peers.torch_secorder_hessian},
         1,

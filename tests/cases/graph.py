@@ -228,7 +228,7 @@ def dropout_in_lstm() -> Any:
 
 
 @case("checkpoint_non_reentrant", False)
-@case("checkpoint_reentrant", True, refused={"hessian": DoubleBackwardError})
+@case("checkpoint_reentrant", True)
 def checkpointed_block(reentrant: bool) -> Any:
     model = Net(
         lambda m, x: m.head(checkpoint(m.block, m.first(x), use_reentrant=reentrant)),

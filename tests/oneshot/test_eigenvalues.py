@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import secorder.oneshot.eigenvalues
 from secorder import CurvatureProbe, InvalidArgumentError
 
 from ..helpers import Twice, data, make, mlp, seeded
@@ -45,7 +46,9 @@ def test_trace_against_dense_blocks(name: str) -> None:
     model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
     dense = blocks(model, F.cross_entropy, inputs, targets)
     probe = CurvatureProbe(model)
-    found = probe.hessian_trace(F.cross_entropy, inputs, targets, num_draws=300, generator=seeded())
+    found = probe.hessian_trace(
+        F.cross_entropy, inputs, targets, method="hutchinson", num_draws=300, generator=seeded()
+    )
     for layer, trace in found.items():
         true = dense[layer].trace().item()
         if trace.standard_error == 0 or trace.num_draws == 0:
@@ -53,7 +56,7 @@ def test_trace_against_dense_blocks(name: str) -> None:
         else:
             assert abs(trace.value - true) < 4 * trace.standard_error + 1e-9
             assert trace.standard_error < 0.5 * abs(true) + 0.1
-    close = probe.hessian_trace(F.cross_entropy, inputs, targets, rtol=0.2, max_draws=5_000)
+    close = probe.hessian_trace(F.cross_entropy, inputs, targets, method="hutchinson", rtol=0.2, max_draws=5_000)
     for layer, trace in close.items():
         assert trace.converged == (trace.standard_error <= 0.2 * abs(trace.value))
         assert trace.converged or trace.num_draws == 5_000  # a trace of about zero has no relative error
@@ -87,3 +90,102 @@ def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
     assert found["2"].num_hvps == 3
     with pytest.raises(InvalidArgumentError, match="at least 1"):
         probe.hessian_eigenvalues(F.cross_entropy, *data(), count=0)
+
+
+def ggn_blocks(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, of: str) -> dict[str, Tensor]:
+    """Each layer's dense block of the GGN or the Fisher, sample by sample."""
+    result = {}
+    for path, layer in model.named_modules():
+        parameters = list(layer.parameters(recurse=False))
+        if not parameters:
+            continue
+        total = torch.zeros(sum(p.numel() for p in parameters), sum(p.numel() for p in parameters))
+        for n in range(len(inputs)):
+            f = model(inputs[n : n + 1])
+            rows = [torch.autograd.grad(v, parameters, retain_graph=True) for v in f.flatten()]
+            j = torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+            leaf = f.detach().requires_grad_()
+            loss = loss_fn(leaf, targets[n : n + 1])
+            (g,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            if of == "fisher":
+                total += torch.outer(j.T @ g.flatten().detach(), j.T @ g.flatten().detach()) / len(inputs)
+            else:
+                h = torch.stack([torch.autograd.grad(v, leaf, retain_graph=True)[0].flatten() for v in g.flatten()])
+                total += j.T @ h @ j / len(inputs)
+        result[path] = total
+    return result
+
+
+@pytest.mark.parametrize("of", ["ggn", "fisher"])
+@pytest.mark.parametrize("name", ["mlp", "relu_cnn", "twice"])
+def test_ggn_and_fisher_against_dense_blocks(name: str, of: Any) -> None:
+    build, shape = MODELS[name]
+    model, inputs, targets = build(), torch.randn(N, *shape), torch.randint(3, (N,))
+    dense = ggn_blocks(model, F.cross_entropy, inputs, targets, of)
+    probe = CurvatureProbe(model)
+    values = probe.hessian_eigenvalues(F.cross_entropy, inputs, targets, of=of, tolerance=1e-10, generator=seeded())
+    traces = probe.hessian_trace(F.cross_entropy, inputs, targets, of=of)
+    drawn = probe.hessian_trace(
+        F.cross_entropy, inputs, targets, of=of, method="hutchinson", num_draws=600, generator=seeded()
+    )
+    for layer, block in dense.items():
+        assert values[layer].top[0] == pytest.approx(torch.linalg.eigvalsh(block)[-1].item(), rel=1e-7)
+        assert traces[layer].value == pytest.approx(block.trace().item(), rel=1e-9)
+        assert traces[layer].num_draws == 0
+        assert abs(drawn[layer].value - block.trace().item()) < 4 * drawn[layer].standard_error
+        assert drawn[layer].num_draws == 600
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+def test_blocks_by_parameter(of: Any) -> None:
+    model, inputs, targets = mlp(), torch.randn(N, 4), torch.randint(3, (N,))
+    dense = (
+        blocks(model, F.cross_entropy, inputs, targets)
+        if of == "hessian"
+        else ggn_blocks(model, F.cross_entropy, inputs, targets, of)
+    )
+    probe = CurvatureProbe(model)
+    values = probe.hessian_eigenvalues(
+        F.cross_entropy, inputs, targets, of=of, by="parameter", tolerance=1e-10, generator=seeded()
+    )
+    traces = probe.hessian_trace(F.cross_entropy, inputs, targets, of=of, by="parameter")
+    assert list(values) == list(traces) == [name for name, _ in model.named_parameters()]
+    for layer, block in dense.items():
+        size = model.get_parameter(f"{layer}.weight").numel()
+        for name, part in (("weight", block[:size, :size]), ("bias", block[size:, size:])):
+            true = torch.linalg.eigvalsh(part)
+            assert values[f"{layer}.{name}"].top[0] == pytest.approx(true[-1].item(), rel=1e-7, abs=1e-12)
+            assert traces[f"{layer}.{name}"].value == pytest.approx(part.trace().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn"])
+def test_the_model_is_left_as_it_was_after_an_exception_between_layers(
+    of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = mlp(), data()
+    parameters = [id(p) for p in model.parameters()]
+
+    def failing(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(secorder.oneshot.eigenvalues, "lanczos", failing)
+    probe = CurvatureProbe(model)
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    with pytest.raises(KeyboardInterrupt) as caught:
+        probe.hessian_eigenvalues(F.cross_entropy, *batch, of=of)
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert [id(p) for p in model.parameters()] == parameters
+    assert caught.value is not None
+
+
+def test_what_may_be_asked() -> None:
+    probe = CurvatureProbe(mlp())
+    for options in ({"of": "gauss"}, {"by": "row"}):
+        for measure in (probe.hessian_trace, probe.hessian_eigenvalues):
+            with pytest.raises(InvalidArgumentError, match="must be"):
+                measure(F.cross_entropy, *data(), **options)
+    with pytest.raises(InvalidArgumentError, match="quantity must be"):
+        probe.estimate_cost(F.cross_entropy, *data(), quantity="rank")
+    penalty = lambda f, t: F.cross_entropy(f, t) + probe._model[0].weight.square().sum()  # noqa: E731
+    with pytest.raises(InvalidArgumentError, match='of="hessian"'):
+        probe.hessian_eigenvalues(penalty, *data(), of="ggn")

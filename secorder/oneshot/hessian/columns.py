@@ -1,111 +1,111 @@
-"""Columns of a root of the output Hessian, where the model is piecewise linear after the layer."""
+"""Columns of a root of the output Hessian, where the model is piecewise linear after the layer: all layers at once."""
 
-from typing import Any
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from ..._torch.pytree import tensors_in
-from ..._torch.vjp import gradients, stacked_vjp
-from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates, signed_roots
+from ..._torch.vjp import stacked_vjp
+from ...layers.dtypes import rounding
+from ...results import Strategy
+from ..measurement import Measurement
+from ..output_hessian import Pairs, as_samples, roots
 from ..recorded_layer import contract_pairs
-from .plan import Plan
-from .policy import Policy
-from .problem import Problem
+from .budget import Budget
+from .facts import Facts
+from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["by_columns"]
+__all__ = ["NAME", "applies", "products", "run"]
+
+NAME = Strategy.COLUMNS
 
 
-def by_columns(
-    problem: Problem, output: Any, loss: Tensor, plans: list[Plan], known: list[Plan], policy: Policy, dry: bool
-) -> None:
-    """Finish the layers after which the model is piecewise linear; for others, split off what columns give exactly."""
-    count = problem.num_samples
-    if any(t.requires_grad and problem.dimension(t) is None for t in tensors_in(output)):
-        return
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, problem.dimension, detach=False)
-    if not model_outputs:
-        return
-    outputs = sum(t[0].numel() for t in model_outputs)
+def applies(facts: Facts) -> bool:
+    """Where parameters act through z alone, and the model is piecewise linear from there to outputs that do."""
+    return bool(facts.own_use and facts.piecewise_linear and facts.num_columns)
 
-    def worth_it(candidates: list[Plan]) -> bool:  # against the products of the layers' own bases, or draws
-        bases = sum(min(sum(x.numel() for x in p.leaves) // count, p.numel) for p in candidates)
-        return outputs <= (policy.num_draws if policy.method == "hutchinson" else bases) and (
-            policy.method != "auto" or policy.affords(outputs, sum(f.numel() for f in model_outputs))
-        )
 
-    if not worth_it(plans):
-        return
-    known = [p for p in plans if p in known]
-    found = loss_of_output(problem.loss_fn, output, problem.targets, problem.dimension, loss)
-    if found is None:
-        return
-    again, points, _ = found
-    if any(g is not None for g in gradients(again, [leaf for plan in plans for leaf in plan.leaves])):
-        return  # the loss reaches into the model past its output
-    output_gradients = gradients(again, points, create_graph=True)
-    for plan in known:
-        plan.checks["piecewise_linear"] = True
-    certified = known + _piecewise_linear(
-        problem, model_outputs, output_gradients, [p for p in plans if p not in known]
-    )
-    served = plans if policy.method == "hutchinson" else certified  # the rest of these is drawn
-    if not served or not worth_it(served):
-        return
-    pairs = known_roots(output_gradients, points)
-    if pairs is None and not loss_separates(output_gradients, points, problem.generator):
-        return
-    if dry:
-        for plan in certified:
-            plan.strategy, plan.num_columns = "columns", outputs
-        return
-    pairs = pairs or signed_roots(output_gradients, points, problem.chunk_size)
-    diagonals = contract_pairs(
-        model_outputs,
-        served,
+def products(facts: Facts, budget: Budget) -> int:
+    """One for each output of a sample, for all layers together."""
+    return facts.num_columns
+
+
+def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> list[list[Tensor] | None]:
+    """For each layer the diagonal of Jᵀ H_out J by parameter, or None where its rows do not belong to samples.
+
+    Pulled-back columns are only what they are taken for where the backward pass multiplies with the Jacobian. So they
+    must explain the Hessian: for random v and v', ``v'ᵀ H_z v`` is, sample by sample, that of the columns and of what
+    they do not give (nothing, after which the model is piecewise linear). Where they do not, none is served.
+
+    Args:
+        task: the measurement.
+        side: the loss as a function of the output.
+        graphs: of the layers.
+    """
+    pairs = roots(side.output_gradients, side.points, task.chunk_size)
+    check = None if task.certain else _Bilinear(task, graphs, pairs)
+    found = contract_pairs(
+        side.model_outputs,
+        graphs,
         pairs,
-        certain=problem.certain,
-        generator=problem.generator,
-        chunk_size=problem.chunk_size,
+        certain=task.certain,
+        generator=task.generator,
+        chunk_size=task.chunk_size,
+        watch=check,
     )
-    for plan, values in zip(served, diagonals, strict=True):
-        plan.checks["outputs_by_sample"] = values is not None
-        plan.num_columns = len(pairs.u)
-        plan.num_hvps += len(pairs.u) + (0 if problem.certain else 2)
-        if values is None:
-            continue
-        plan.values = values
-        if plan in certified:
-            plan.strategy = "columns"
+    for graph in graphs:
+        graph.num_hvps += len(pairs.u) + (0 if task.certain else 3)
+    served = [g for g, values in zip(graphs, found, strict=True) if values is not None]
+    if check is not None and served and not check.holds(served):
+        return [None] * len(graphs)
+    return found
 
 
-def _piecewise_linear(
-    problem: Problem, model_outputs: list[Tensor], output_gradients: list[Tensor | None], plans: list[Plan]
-) -> list[Plan]:
-    """The plans with ∂²⟨w, f⟩/∂z² = 0 exactly, w = ∂L/∂f fixed."""
-    if not plans:
-        return []
-    weighted = [
-        (f, w.detach().requires_grad_(True))
-        for f, w in zip(model_outputs, output_gradients, strict=True)
-        if w is not None
-    ]
-    leaves = [leaf for plan in plans for leaf in plan.leaves]
-    first = gradients([f for f, _ in weighted], leaves, [w for _, w in weighted], create_graph=True)
-    by_leaf = dict(zip((id(x) for x in leaves), first, strict=True))
-    for plan in plans:
-        plan.residual = [by_leaf[id(leaf)] for leaf in plan.leaves]
+class _Bilinear:
+    """``v'ᵀ H_z v`` by columns, layer by layer and sample by sample, added up while they pass."""
 
-    def residual_is_zero(group: list[Plan]) -> list[bool]:
-        inside = [leaf for plan in group for leaf in plan.leaves]
-        for plan in group:
-            plan.num_hvps += 1
-        vectors = [problem.random(leaf.shape, leaf)[None] for leaf in inside]
-        found = stacked_vjp([by_leaf[id(leaf)] for leaf in inside], inside, vectors)
-        zero = {id(leaf): not bool((r != 0).any()) for leaf, r in zip(inside, found, strict=True)}
-        return [all(zero[id(leaf)] for leaf in plan.leaves) for plan in group]
+    def __init__(self, task: Measurement, graphs: Sequence[LayerGraph], pairs: Pairs) -> None:
+        self.pairs = pairs
+        leaves = [leaf for graph in graphs for leaf in graph.leaves]
+        self.vectors = {id(x): (task.random(x.shape, x), task.random(x.shape, x)) for x in leaves}
+        self.found: dict[int, Tensor] = {}
+        self.size: dict[int, Tensor] = {}
 
-    for plan, zero in zip(plans, residual_is_zero(plans), strict=True):
-        # Jointly non-zero may be the doing of another layer's perturbation: ask the layer alone.
-        plan.checks["piecewise_linear"] = zero or (len(plans) > 1 and residual_is_zero([plan])[0])
-    return [plan for plan in plans if plan.checks["piecewise_linear"]]
+    def __call__(
+        self, layers: Sequence[LayerGraph], u: dict[int, Tensor], v: dict[int, Tensor] | None, here: slice
+    ) -> None:
+        """Some columns pass."""
+        for graph in layers:
+            products = self._dot(graph, u, 0) * self._dot(graph, u if v is None else v, 1)
+            if v is None and self.pairs.sign is not None:
+                products = products * self.pairs.sign[here]
+            for total, part in ((self.found, products.sum(0)), (self.size, products.abs().sum(0))):
+                total[id(graph)] = total[id(graph)] + part if id(graph) in total else part
+
+    def _dot(self, graph: LayerGraph, u: dict[int, Tensor], which: int) -> Tensor:
+        """⟨u_n, v_n⟩ over all calls, shape (K, N)."""
+        calls = []
+        for leaf, layout in zip(graph.leaves, graph.layouts, strict=True):
+            weighted = u[id(leaf)].detach() * self.vectors[id(leaf)][which]
+            calls.append(torch.stack([as_samples(layout.split(w)).sum(1) for w in weighted]))
+        return torch.stack(calls).sum(0)
+
+    def holds(self, graphs: Sequence[LayerGraph]) -> bool:
+        """Whether the Hessian says the same, to rounding."""
+        for graph in graphs:
+            whole = self._by_hessian(graph, graph.output_gradients)
+            rest = self._by_hessian(graph, graph.residual)
+            bound = torch.maximum(self.size[id(graph)], torch.maximum(whole.abs(), rest.abs()))
+            bound = bound * rounding(graph.leaves[0].dtype) * max(1.0, len(self.pairs.u) ** 0.5)
+            if not bool(((whole - rest - self.found[id(graph)]).abs() <= bound).all()):
+                return False
+            graph.num_hvps += 1
+        return True
+
+    def _by_hessian(self, graph: LayerGraph, output_gradients: Sequence[Tensor | None]) -> Tensor:
+        if not output_gradients:
+            return torch.zeros_like(self.found[id(graph)])
+        vectors = [self.vectors[id(leaf)] for leaf in graph.leaves]
+        found = stacked_vjp(output_gradients, graph.leaves, [v[None] for v, _ in vectors])
+        parts = zip(found, vectors, graph.layouts, strict=True)
+        return torch.stack([as_samples(layout.split(u[0] * w)).sum(1) for u, (_, w), layout in parts]).sum(0)

@@ -4,102 +4,62 @@ from torch import Tensor
 
 from ..._torch.vjp import gradients, zero_tether
 from ...layers.dtypes import zeros
-from ...monitor.progress import progress_bar
 from ...results import Diagonals, LayerInfo
+from ..measurement import Measurement
 from ..recording import recorded
-from .bases import in_parameter_space, parameter_basis, z_basis
-from .choice import choose_strategies
-from .draws import average, draw_in_z, parameter_draws, relative_error
-from .plan import Plan
-from .policy import Policy
-from .problem import Problem, ruled
+from . import output_basis, parameter_basis
+from .budget import Budget
+from .choice import choose
+from .investigate import investigate
+from .run import carry_out, on_parameters
 
-__all__ = ["hessian_diagonal"]
+__all__ = ["differentiable_hessian_diagonal", "hessian_diagonal"]
 
 
-def hessian_diagonal(problem: "Problem", policy: Policy, *, create_graph: bool = False) -> Diagonals:
+def hessian_diagonal(task: Measurement, budget: Budget) -> Diagonals:
     """∂²L/∂θ_i² of ``L = loss_fn(model(inputs), targets)`` for every parameter of the layers.
 
     See :meth:`secorder.CurvatureProbe.hessian_diagonal`, which this function carries out.
     """
-    plans = [Plan(layer) for layer in problem.layers]
-    if create_graph:
-        policy = Policy("exact", policy.num_draws, None, policy.max_draws, None)
-    with recorded(problem.isolated, ruled(problem), own_parameters=False) as recording:
-        choose_strategies(problem, plans, recording, policy, columns=not create_graph)
-        if not create_graph:
-            _in_z(problem, plans, policy)
-    if create_graph:
-        return _differentiable(problem, plans)
-    _in_parameters(problem, plans, policy)
-    return _assemble(plans)
-
-
-def _in_z(problem: Problem, plans: list[Plan], policy: Policy) -> None:
-    """The values of the plans that go by z, on the graph that was recorded."""
-    exact = [plan for plan in plans if plan.strategy == "output-basis"]
-    drawn = [plan for plan in plans if plan.strategy == "output-draws"]
-    total = sum(sum(plan.sizes) for plan in exact) + policy.num_draws * len(drawn)
-    with progress_bar(problem.progress and bool(total), "Hessian in z", total) as advance:
-        for plan in exact:
-            plan.values = z_basis(problem, plan, advance)
-            plan.output_gradients = plan.residual = []  # frees the graph as far as no other layer needs it
-        for plan in drawn:
-            draw_in_z(problem, plan, policy, advance)
-            plan.output_gradients = plan.residual = []
-
-
-def _in_parameters(problem: Problem, plans: list[Plan], policy: Policy) -> None:
-    """The values of the plans that go by the parameters, on a graph of their own."""
-    rest = [plan for plan in plans if plan.strategy in ("parameter-basis", "parameter-draws")]
-    total = sum(plan.numel if plan.strategy == "parameter-basis" else policy.num_draws for plan in rest)
-    with progress_bar(problem.progress and bool(total), "Hessian on parameters", total) as advance:
-
-        def work(plan: Plan, output_gradients: list[Tensor | None]) -> list[Tensor]:
-            if plan.strategy == "parameter-basis":
-                return parameter_basis(problem, plan, output_gradients, advance)
-            if plan.strategy == "parameter-draws":
-                draw, size = parameter_draws(problem, plan, output_gradients)
-                means, plan.errors = average(plan, policy, advance, draw, size)
-                return means
-            return []
-
-        in_parameter_space(problem, rest, work)
-
-
-def _differentiable(problem: Problem, plans: list[Plan]) -> Diagonals:
-    """The exact diagonal with a graph: the ways of the plan again, on a graph that reaches the parameters."""
-    in_z = [plan for plan in plans if plan.strategy == "output-basis"]
-    with recorded(problem.isolated, [plan.layer for plan in in_z], own_parameters=True) as recording:
-        _, loss = problem.loss()
-        for plan in in_z:
-            plan.inputs, plan.leaves = recording.inputs[plan.layer.name], recording.leaves[plan.layer.name]
-            plan.with_graph = True
-            plan.output_gradients = gradients(loss, plan.leaves, create_graph=True)
-            plan.values = z_basis(problem, plan, lambda _: None, create_graph=True)
-    rest = [plan for plan in plans if plan.strategy == "parameter-basis"]
-    in_parameter_space(
-        problem, rest, lambda plan, g: parameter_basis(problem, plan, g, lambda _: None, create_graph=True)
-    )
-    # A diagonal that happens to be constant must still be differentiable: its gradient is zero, not an error.
-    tether = zero_tether(problem.isolated.model)
-    for plan in plans:
-        plan.values = [value + tether for value in plan.values or zeros(plan.layer)]
-    return _assemble(plans, detach=False)
-
-
-def _assemble(plans: list[Plan], *, detach: bool = True) -> Diagonals:
-    values = {p.layer.name: p.values or zeros(p.layer) for p in plans}
-    if detach:
-        values = {name: [v.detach() for v in parts] for name, parts in values.items()}
+    if task.create_graph:
+        return differentiable_hessian_diagonal(task)
+    outcomes = carry_out(task, budget, lambda values: values)
     info = {
-        p.layer.name: LayerInfo(p.strategy, p.num_hvps, dict(p.checks), p.num_draws, _relative_error(p), p.converged)
-        for p in plans
+        name: LayerInfo(o.strategy, o.num_hvps, o.checks, e.num_draws, e.relative_error, e.converged)
+        for name, o in outcomes.items()
+        for e in (o.estimate,)
     }
-    drawn = any(p.errors for p in plans)
-    standard_error = {p.layer.name: p.errors or zeros(p.layer) for p in plans} if drawn else None
-    return Diagonals([p.layer for p in plans], values, info, standard_error)
+    drawn = any(o.estimate.errors for o in outcomes.values())
+    errors = {x.name: outcomes[x.name].estimate.errors or zeros(x) for x in task.layers} if drawn else None
+    return Diagonals(task.layers, {name: o.estimate.values for name, o in outcomes.items()}, info, errors)
 
 
-def _relative_error(plan: Plan) -> float:
-    return relative_error(plan.values, plan.errors) if plan.errors else 0.0
+def differentiable_hessian_diagonal(task: Measurement) -> Diagonals:
+    """The exact diagonal with a graph: strategies are found out, then run where the graph reaches the parameters."""
+    budget = Budget("exact")
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        found = investigate(task, recording, budget, columns=False)
+    chosen = choose(list(found.facts.values()), budget)
+    values: dict[str, list[Tensor]] = {x.name: zeros(x) for x in task.layers}
+    in_z = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == output_basis.NAME]
+    with recorded(task.isolated, [graph.layer for graph in in_z], own_parameters=True) as recording:
+        _, loss = task.loss(second_order=True)
+        recording.close()
+        for graph in in_z:
+            name = graph.layer.name
+            graph.inputs, graph.leaves = recording.inputs[name], recording.leaves[name]
+            graph.with_graph = True
+            graph.output_gradients = gradients(loss, graph.leaves, create_graph=True)
+            values[name] = output_basis.run(task, graph, found.facts[name].output_elements, lambda _: None)
+    rest = [x for x in task.layers if chosen[x.name].strategy == parameter_basis.NAME]
+    for layer, own in on_parameters(task, rest):
+        elements = found.facts[layer.name].parameter_elements
+        if any(g is not None for g in own):
+            values[layer.name] = parameter_basis.run(task, layer, own, elements, lambda _: None)
+    # A diagonal that happens to be constant must still be differentiable: its gradient is zero, not an error.
+    tether = zero_tether(task.model)
+    info = {
+        x.name: LayerInfo(chosen[x.name].strategy, chosen[x.name].products, found.facts[x.name].checks)
+        for x in task.layers
+    }
+    return Diagonals(task.layers, {name: [v + tether for v in parts] for name, parts in values.items()}, info)

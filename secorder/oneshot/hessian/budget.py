@@ -6,7 +6,7 @@ from typing import Literal
 
 from ...errors import InvalidArgumentError
 
-__all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "HessianMethod", "Policy"]
+__all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "Budget", "HessianMethod"]
 
 HessianMethod = Literal["auto", "exact", "hutchinson"]
 
@@ -24,7 +24,7 @@ AUTO_RTOL = 0.05
 
 
 @dataclass(frozen=True)
-class Policy:
+class Budget:
     """How exact a measurement is to be, and what it may cost.
 
     Attributes:
@@ -32,15 +32,15 @@ class Policy:
         num_draws: draws of an estimate; the least number where ``rtol`` is given.
         rtol: draw until a layer's relative error ``‖standard error‖ / ‖diagonal‖`` is at most this.
         max_draws: draws at most.
-        max_hvps: Hessian-vector products that an exact way may take for one layer.
+        max_hvps: Hessian-vector products that an exact strategy may take for one layer.
         max_work: such products times the numbers that each passes through.
     """
 
-    method: HessianMethod
-    num_draws: int
-    rtol: float | None
-    max_draws: int
-    max_hvps: int | None
+    method: HessianMethod = "exact"
+    num_draws: int = 100
+    rtol: float | None = None
+    max_draws: int = 10_000
+    max_hvps: int | None = None
     max_work: float = math.inf
 
     @classmethod
@@ -51,8 +51,8 @@ class Policy:
         rtol: float | None,
         max_draws: int,
         max_hvps: int | None,
-    ) -> "Policy":
-        """The policy of arguments as users pass them.
+    ) -> "Budget":
+        """The budget of arguments as users pass them.
 
         Raises:
             InvalidArgumentError: one is out of its range, or they contradict each other.
@@ -78,8 +78,8 @@ class Policy:
             raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {max_draws}.")
         return cls(method, draws, rtol, max_draws, max_hvps, max_work)
 
-    def affords(self, num_hvps: int, elements: int) -> bool:
-        """Whether an exact way may be taken: so many products, each through so many numbers."""
+    def affords(self, num_products: int, elements: int) -> bool:
+        """Whether an exact strategy may be taken: so many products, each through so many numbers."""
         if self.method == "exact":
             return True
-        return self.max_hvps is not None and num_hvps <= self.max_hvps and num_hvps * elements <= self.max_work
+        return self.max_hvps is not None and num_products <= self.max_hvps and num_products * elements <= self.max_work

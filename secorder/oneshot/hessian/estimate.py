@@ -1,0 +1,92 @@
+"""Means of draws with their standard errors."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..._torch.vjp import chunks
+from .budget import Budget
+
+__all__ = ["ENOUGH", "Draw", "Estimate", "average", "relative_error"]
+
+#: ``draw(k)`` gives k draws of each value, stacked.
+Draw = Callable[[int], list[Tensor]]
+
+#: The relative error above which an estimate does not pass for one where nothing was asked of it.
+ENOUGH = 0.5
+
+
+@dataclass
+class Estimate:
+    """Values, exact or estimated.
+
+    Attributes:
+        values: by parameter, or what was asked for.
+        errors: their standard errors; nothing where they are exact.
+        num_draws: draws that they are the mean of.
+        converged: whether ``rtol`` was met; where none was asked for, whether the error is below :data:`ENOUGH`.
+    """
+
+    values: list[Tensor]
+    errors: list[Tensor] = field(default_factory=list)
+    num_draws: int = 0
+    converged: bool = True
+
+    @property
+    def relative_error(self) -> float:
+        """``‖standard error‖ / ‖values‖``."""
+        return relative_error(self.values, self.errors) if self.errors else 0.0
+
+
+def average(
+    draw: Draw,
+    like: Sequence[Tensor],
+    budget: Budget,
+    size: int,
+    advance: Callable[[int], None],
+    known: Sequence[Tensor] = (),
+) -> Estimate:
+    """Mean of draws and its standard error (Welford's update), until the budget is content.
+
+    Args:
+        draw: the draws.
+        like: zeros of the shapes of one draw.
+        budget: how many draws, or how exact.
+        size: draws at a time.
+        advance: of the progress bar.
+        known: what is known exactly and added to the mean.
+    """
+    means = [z.clone() for z in like]
+    squares, seen = [z.clone() for z in means], 0
+    known = list(known) or [z.clone() for z in means]
+    wanted = budget.num_draws
+    while True:
+        for ids in chunks(wanted - seen, size):
+            for index, values in enumerate(draw(len(ids))):
+                for at, value in enumerate(values, start=1):
+                    delta = value - means[index]
+                    means[index] += delta / (seen + at)
+                    squares[index] += delta * (value - means[index])
+            seen += len(ids)
+            advance(len(ids))
+        # One draw tells nothing of its error.
+        errors = [(s / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(s, torch.inf) for s in squares]
+        total = [m + k for m, k in zip(means, known, strict=True)]
+        error = relative_error(total, errors)
+        if budget.rtol is None:
+            return Estimate(total, errors, seen, error <= ENOUGH)
+        if error <= budget.rtol or seen >= budget.max_draws:
+            return Estimate(total, errors, seen, error <= budget.rtol)
+        # The error falls with the root of the draws: go most of the way there.
+        factor = min(4.0, max(1.2, (error / budget.rtol) ** 2))
+        wanted = min(budget.max_draws, math.ceil(seen * factor))
+
+
+def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
+    """``‖standard error‖ / ‖values‖`` of a layer; 0 where both vanish."""
+    error = torch.cat([e.flatten() for e in errors]).norm().item()
+    norm = torch.cat([v.flatten() for v in values]).norm().item()
+    return 0.0 if error == 0 else error / norm if norm else math.inf

@@ -1,0 +1,256 @@
+"""Finding out the facts about every layer, as far as something depends on them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch.pytree import tensors_in
+from ..._torch.vjp import gradients, stacked_vjp
+from ...layers.selection import Layer
+from ...layers.structure import linear_by_structure
+from ..independence import block_diagonal, linear_products, sample_bits
+from ..loss import require_dependence
+from ..measurement import Measurement
+from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates
+from ..recorded_layer import layout_options
+from ..recording import Recording, recorded
+from .budget import Budget
+from .choice import choose
+from .facts import Facts
+from .layer_graph import LayerGraph, OutputSide
+
+__all__ = ["Findings", "facts", "investigate", "verify_samples"]
+
+
+@dataclass
+class Findings:
+    """What an investigation found.
+
+    Attributes:
+        facts: by layer.
+        graphs: by layer, of those that have a rule.
+        output_side: for columns; None where they are not to be had, or would not pay.
+    """
+
+    facts: dict[str, Facts]
+    graphs: dict[str, LayerGraph]
+    output_side: OutputSide | None = None
+
+    def learn(self, name: str, **facts: Any) -> None:
+        """Replace facts about a layer."""
+        self.facts[name] = replace(self.facts[name], **facts)
+
+
+def facts(task: Measurement) -> dict[str, Facts]:
+    """All that is to be known of every layer."""
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        return investigate(task, recording, Budget("exact"), columns=True).facts
+
+
+def investigate(task: Measurement, recording: Recording, budget: Budget, *, columns: bool) -> Findings:
+    """Run the model once, and find out what the choice of strategies depends on.
+
+    Args:
+        task: the measurement.
+        recording: of the layers that have a rule; the forward is run in it.
+        budget: how exact, how expensive: what cannot matter is not looked at.
+        columns: whether columns may be used.
+    """
+    output, loss = task.loss(second_order=True)
+    recording.close()
+    if not loss.requires_grad:
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
+    found = Findings({x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {})
+    known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
+    second_order = len(known) < len(task.layers)
+    _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
+    recording.require_seen(loss)
+    if columns:
+        found.output_side = _output_side(task, found, output, loss, known, budget)
+    if not second_order and found.output_side is None:
+        _attach(task, found, recording, loss, task.ruled, create_graph=True)
+    verify_samples(task, found, budget)
+    return found
+
+
+def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
+    numel = sum(p.numel() for p in layer.parameters.values())
+    z = sum(leaf.numel() for leaf in recording.leaves.get(layer.name, []))
+    return Facts(
+        layer.name,
+        numel,
+        used=numel > 0,
+        outputs=z // task.num_samples,
+        passed=passed,
+        passed_by_column=outputs,
+        output_elements=max(2 * z, outputs),
+        parameter_elements=max(4 * (numel + sum(t.numel() for t in tensors_in(task.inputs))), passed),
+    )
+
+
+def _attach(
+    task: Measurement,
+    found: Findings,
+    recording: Recording,
+    loss: Tensor,
+    ruled: Sequence[Layer],
+    *,
+    create_graph: bool,
+) -> None:
+    """Read the recorded calls and gradients of the layers: whether they are used, and by their calls alone."""
+    unusable = recording.unusable()
+    leaves = [leaf for x in ruled for leaf in recording.leaves.get(x.name, [])]
+    replacements = [s for x in ruled for s in task.isolated.replacements(x)]
+    reached: list[Tensor | None] = [None] * (len(leaves) + len(replacements))
+    if loss.requires_grad:
+        reached = gradients(loss, leaves + replacements, create_graph=create_graph)
+    if len(ruled) == len(task.layers) and all(g is None for g in reached):
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    by_leaf = dict(zip((id(x) for x in leaves + replacements), reached, strict=True))
+    for layer in ruled:
+        name = layer.name
+        graph = LayerGraph(layer, recording.inputs.get(name, []), recording.leaves.get(name, []))
+        graph.output_gradients = [by_leaf[id(leaf)] for leaf in graph.leaves]
+        found.graphs[name] = graph
+        outside = any(by_leaf[id(s)] is not None for s in task.isolated.replacements(layer))
+        told = not outside and name not in unusable
+        found.learn(name, own_use=told and not _feeds_itself(graph))
+        if told and all(g is None for g in graph.output_gradients):
+            found.learn(name, used=False)
+
+
+def _feeds_itself(graph: LayerGraph) -> bool:
+    """Whether a call's input depends on the output of another call of the layer."""
+    if len(graph.leaves) == 1:
+        return False
+    ends = [x for call in graph.inputs for x in call if x.requires_grad]
+    reached = gradients(ends, graph.leaves, [torch.ones_like(x) for x in ends]) if ends else []
+    return any(r is not None for r in reached)
+
+
+def _candidates(found: Findings) -> list[LayerGraph]:
+    """The layers that act through z alone."""
+    return [g for name, g in found.graphs.items() if found.facts[name].used and found.facts[name].own_use]
+
+
+def _output_side(
+    task: Measurement, found: Findings, output: Any, loss: Tensor, known: Sequence[str], budget: Budget
+) -> OutputSide | None:
+    """Whether columns of a root of the loss's Hessian in the model's output may be pulled back, and would pay."""
+    candidates = _candidates(found)
+    if any(t.requires_grad and task.dimension(t) is None for t in tensors_in(output)):
+        return None
+    model_outputs: list[Tensor] = []
+    expose_output(output, model_outputs, task.dimension, detach=False)
+    if not candidates or not model_outputs:
+        return None
+    size = sum(t[0].numel() for t in model_outputs)
+
+    def pays(layers: Sequence[str]) -> bool:
+        supposed = [replace(found.facts[x], piecewise_linear=True, num_columns=size) for x in layers]
+        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
+
+    if not pays([g.layer.name for g in candidates]):
+        return None
+    by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+    if by_output is None:
+        return None
+    again, points, _ = by_output
+    inside = [leaf for g in candidates for leaf in g.leaves]
+    inside += [s for layer in task.layers for s in task.isolated.replacements(layer)]
+    if any(g is not None for g in gradients(again, inside)):
+        return None  # the loss reaches into the model past its output
+    side = OutputSide(model_outputs, points, gradients(again, points, create_graph=True))
+    for graph in candidates:
+        if graph.layer.name in known:
+            found.learn(graph.layer.name, piecewise_linear=True)
+    _piecewise_linear(task, found, side, [g for g in candidates if g.layer.name not in known])
+    certified = [g.layer.name for g in candidates if found.facts[g.layer.name].piecewise_linear]
+    # Draws take the Gauss-Newton part of all candidates from columns.
+    if not pays([g.layer.name for g in candidates] if budget.method == "hutchinson" else certified):
+        return None
+    separate = known_roots(side.output_gradients, points) is not None or loss_separates(
+        side.output_gradients, points, task.generator
+    )
+    if not separate:
+        return None
+    for graph in candidates:
+        found.learn(graph.layer.name, num_columns=size)
+    return side
+
+
+def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, graphs: list[LayerGraph]) -> None:
+    """Whether ∂²⟨w, f⟩/∂z² = 0 exactly, w = ∂L/∂f fixed; what it is made of is kept as the graphs' residual."""
+    if not graphs:
+        return
+    weighted = [
+        (f, w.detach().requires_grad_(True))
+        for f, w in zip(side.model_outputs, side.output_gradients, strict=True)
+        if w is not None
+    ]
+    leaves = [leaf for graph in graphs for leaf in graph.leaves]
+    first = gradients([f for f, _ in weighted], leaves, [w for _, w in weighted], create_graph=True)
+    by_leaf = dict(zip((id(x) for x in leaves), first, strict=True))
+    for graph in graphs:
+        graph.residual = [by_leaf[id(leaf)] for leaf in graph.leaves]
+
+    def residual_is_zero(group: list[LayerGraph]) -> list[bool]:
+        inside = [leaf for graph in group for leaf in graph.leaves]
+        for graph in group:
+            graph.num_hvps += 1
+        vectors = [task.random(leaf.shape, leaf)[None] for leaf in inside]
+        products = stacked_vjp([by_leaf[id(leaf)] for leaf in inside], inside, vectors)
+        zero = {id(leaf): not bool((r != 0).any()) for leaf, r in zip(inside, products, strict=True)}
+        return [all(zero[id(leaf)] for leaf in graph.leaves) for graph in group]
+
+    for graph, zero in zip(graphs, residual_is_zero(graphs), strict=True):
+        # Jointly non-zero may be the doing of another layer's perturbation: ask the layer alone.
+        alone = zero or (len(graphs) > 1 and residual_is_zero([graph])[0])
+        found.learn(graph.layer.name, piecewise_linear=alone)
+
+
+def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
+    """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
+    chosen = choose(list(found.facts.values()), budget)
+    names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
+    graphs = [g for g in _candidates(found) if g.layer.name in names and chosen[g.layer.name].strategy != "columns"]
+    if budget.method == "exact":  # draws go by z wherever they may
+        graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]
+    options = {id(graph): layout_options(graph, task.num_samples) for graph in graphs}
+    unsettled = [graph for graph in graphs if options[id(graph)]]
+    for graph in graphs:
+        found.learn(graph.layer.name, samples_independent=False)
+    if not task.certain and unsettled:
+        leaves = [leaf for graph in unsettled for leaf in graph.leaves]
+        products = [g for graph in unsettled for g in graph.output_gradients]
+        if not linear_products(products, leaves, task.generator):
+            return
+    for graph in unsettled:
+        graph.layouts = options[id(graph)][0]
+    if len(unsettled) > 1 and _independent(task, unsettled):  # one joint check serves all
+        for graph in unsettled:
+            found.learn(graph.layer.name, samples_independent=True)
+        return
+    for graph in unsettled:
+        for layouts in options[id(graph)]:
+            graph.layouts = layouts
+            if _independent(task, [graph]):
+                found.learn(graph.layer.name, samples_independent=True)
+                break
+
+
+def _independent(task: Measurement, graphs: list[LayerGraph]) -> bool:
+    """Whether the joint H_z of the layers is block diagonal over samples."""
+    for graph in graphs:
+        graph.num_hvps += len(sample_bits(task.num_samples))
+    return block_diagonal(
+        [g for graph in graphs for g in graph.output_gradients],
+        [leaf for graph in graphs for leaf in graph.leaves],
+        [layout for graph in graphs for layout in graph.layouts],
+        task.generator,
+    )

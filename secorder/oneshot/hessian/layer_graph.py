@@ -1,0 +1,44 @@
+"""A layer with its recorded calls, and the derivatives of the loss in them."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..recorded_layer import RecordedLayer
+
+__all__ = ["LayerGraph", "OutputSide"]
+
+
+@dataclass(eq=False)
+class LayerGraph(RecordedLayer):
+    """A layer's part of the graph.
+
+    Attributes:
+        output_gradients: ∂L/∂z by call, differentiable.
+        residual: ∂⟨w, f⟩/∂z by call with w = ∂L/∂f fixed, differentiable: of it, columns give nothing.
+        num_hvps: products spent on it.
+    """
+
+    output_gradients: list[Tensor | None] = field(default_factory=list)
+    residual: list[Tensor | None] = field(default_factory=list)
+    num_hvps: int = 0
+
+
+@dataclass(eq=False)
+class OutputSide:
+    """The loss as a function of the model's output.
+
+    Attributes:
+        model_outputs: the output tensors, samples in dim 0.
+        points: leaves in their place.
+        output_gradients: of the loss in the leaves, differentiable.
+    """
+
+    model_outputs: list[Tensor]
+    points: list[Tensor]
+    output_gradients: list[Tensor | None]
+
+    @property
+    def size(self) -> int:
+        """Elements of one sample's output."""
+        return sum(t[0].numel() for t in self.model_outputs)

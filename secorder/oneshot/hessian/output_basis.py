@@ -1,0 +1,63 @@
+"""Exact diagonals by the basis of one sample's z, all samples at once, call by call."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from ...layers.contraction import contract_basis
+from ...layers.dtypes import zeros
+from ...layers.layout import DIM_ZERO, Layout
+from ...results import Strategy
+from ..measurement import Measurement
+from .budget import Budget
+from .facts import Facts
+from .layer_graph import LayerGraph
+
+__all__ = ["NAME", "applies", "products", "run"]
+
+NAME = Strategy.OUTPUT_BASIS
+
+
+def applies(facts: Facts) -> bool:
+    """Where parameters act through z alone and samples do not interact after it."""
+    return bool(facts.own_use and facts.samples_independent and facts.outputs)
+
+
+def products(facts: Facts, budget: Budget) -> int:
+    """One for each element of one sample's z."""
+    return facts.outputs
+
+
+def run(task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[int], None]) -> list[Tensor]:
+    """The diagonal, by parameter.
+
+    Args:
+        task: the measurement.
+        graph: of the layer; its layouts tell where samples are.
+        elements: numbers that one product keeps.
+        advance: of the progress bar.
+    """
+    totals: list[Tensor] = zeros(graph.layer)
+    size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
+    for call, basis_size in enumerate(graph.sizes):
+        for ids in chunks(basis_size, size):
+            vectors = [leaf.new_zeros(()).expand(len(ids), *leaf.shape) for leaf in graph.leaves]
+            vectors[call] = _basis(graph.leaves[call], graph.layouts[call], ids)
+            found = stacked_vjp(graph.output_gradients, graph.leaves, vectors, create_graph=task.create_graph)
+            u, v = graph.gradients(found), graph.gradients(vectors)
+            for index, (name, p) in enumerate(graph.layer.parameters.items()):
+                totals[index] = totals[index] + contract_basis(u[name], v[name], numel=p.numel())
+            advance(len(ids))
+    return totals
+
+
+def _basis(leaf: Tensor, layout: Layout, ids: range) -> Tensor:
+    """Basis vectors ``ids`` of one sample's output, the same for every sample, shape ``(K, *leaf.shape)``."""
+    split = layout.split(leaf.detach())
+    rest = split.shape[1:]
+    flat = leaf.new_zeros(len(ids), rest.numel())
+    flat[range(len(ids)), list(ids)] = 1
+    vectors = flat.view(len(ids), 1, *rest).expand(-1, split.shape[0], *rest)
+    return vectors if layout == DIM_ZERO else torch.stack([layout.join(v) for v in vectors])

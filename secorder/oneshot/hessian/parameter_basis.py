@@ -1,0 +1,60 @@
+"""Exact diagonals by the basis of the parameters: for any layer."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from ...layers.dtypes import compute_dtype
+from ...layers.selection import Layer
+from ...results import Strategy
+from ..measurement import Measurement
+from .budget import Budget
+from .facts import Facts
+
+__all__ = ["NAME", "applies", "products", "run"]
+
+NAME = Strategy.PARAMETER_BASIS
+
+
+def applies(facts: Facts) -> bool:
+    """Everywhere."""
+    return True
+
+
+def products(facts: Facts, budget: Budget) -> int:
+    """One for each element of the parameters."""
+    return facts.numel
+
+
+def run(
+    task: Measurement,
+    layer: Layer,
+    output_gradients: Sequence[Tensor | None],
+    elements: int,
+    advance: Callable[[int], None],
+) -> list[Tensor]:
+    """The diagonal, by parameter.
+
+    Args:
+        task: the measurement.
+        layer: the layer.
+        output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
+        elements: numbers that one product keeps.
+        advance: of the progress bar.
+    """
+    replacements = task.isolated.replacements(layer)
+    kind = compute_dtype(layer)
+    sizes = [s.numel() for s in replacements]
+    diagonal = []
+    for ids in chunks(sum(sizes), default_chunk_size(elements, replacements[0], task.chunk_size)):
+        flat = replacements[0].new_zeros(len(ids), sum(sizes))
+        flat[range(len(ids)), list(ids)] = 1
+        parts = zip(flat.split(sizes, 1), replacements, strict=True)
+        vectors = [part.reshape(len(ids), *s.shape).to(s) for part, s in parts]
+        found = stacked_vjp(output_gradients, replacements, vectors, create_graph=task.create_graph)
+        joined = torch.cat([u.flatten(1).to(kind) for u in found], 1)
+        diagonal.append(joined[range(len(ids)), list(ids)])
+        advance(len(ids))
+    return list(torch.cat(diagonal).split(sizes))

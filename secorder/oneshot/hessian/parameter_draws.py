@@ -1,0 +1,62 @@
+"""Unbiased estimates from random signs on the parameters: for any layer."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from ..._torch.vjp import default_chunk_size, stacked_vjp
+from ...layers.dtypes import compute_dtype, zeros
+from ...layers.selection import Layer
+from ...results import Strategy
+from ..measurement import Measurement
+from .budget import Budget
+from .estimate import Estimate, average
+from .facts import Facts
+from .output_draws import Reduce
+
+__all__ = ["NAME", "applies", "products", "run"]
+
+NAME = Strategy.PARAMETER_DRAWS
+
+
+def applies(facts: Facts) -> bool:
+    """Everywhere."""
+    return True
+
+
+def products(facts: Facts, budget: Budget) -> int:
+    """One for each draw."""
+    return budget.num_draws
+
+
+def run(
+    task: Measurement,
+    layer: Layer,
+    output_gradients: Sequence[Tensor | None],
+    budget: Budget,
+    elements: int,
+    advance: Callable[[int], None],
+    reduce: Reduce,
+) -> Estimate:
+    """An estimate.
+
+    Args:
+        task: the measurement.
+        layer: the layer.
+        output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
+        budget: how many draws, or how exact.
+        elements: numbers that one product keeps.
+        advance: of the progress bar.
+        reduce: of draws of the diagonal, what is wanted.
+    """
+    replacements = task.isolated.replacements(layer)
+    kind = compute_dtype(layer)
+
+    def draw(count: int) -> list[Tensor]:
+        vectors = task.signs(count, replacements)
+        found = stacked_vjp(output_gradients, replacements, vectors)
+        return reduce([(u * v).flatten(1).to(kind) for u, v in zip(found, vectors, strict=True)])
+
+    like = [v[0] for v in reduce([z[None] for z in zeros(layer)])]
+    size = default_chunk_size(elements, replacements[0], task.chunk_size)
+    return average(draw, like, budget, size, advance)

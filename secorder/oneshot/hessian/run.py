@@ -1,0 +1,179 @@
+"""Carrying out what was chosen, layer by layer: for diagonals, and for traces of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..._torch.vjp import gradients
+from ...layers.selection import Layer
+from ...monitor.progress import progress_bar
+from ...results import Strategy
+from ..loss import require_dependence
+from ..measurement import Measurement
+from ..recording import recorded, seen
+from . import columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from .budget import Budget
+from .choice import Choice, choose
+from .estimate import Estimate
+from .investigate import Findings, investigate, verify_samples
+from .output_draws import Reduce
+
+__all__ = ["Outcome", "carry_out", "on_parameters"]
+
+
+@dataclass
+class Outcome:
+    """What became of a layer.
+
+    Attributes:
+        strategy: by which it went.
+        estimate: the values.
+        checks: what was looked at before.
+        num_hvps: products spent on it.
+    """
+
+    strategy: Strategy
+    estimate: Estimate
+    checks: dict[str, bool]
+    num_hvps: int
+
+
+def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Outcome]:
+    """Find out the facts, choose, and run; nothing here is differentiable.
+
+    Args:
+        task: the measurement.
+        budget: how exact, how expensive.
+        reduce: of a stack of diagonals by parameter, each ``(k, numel)``, what is wanted.
+    """
+    outcomes: dict[str, Outcome] = {}
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        found = investigate(task, recording, budget, columns=True)
+        exact = _columns(task, found, budget, reduce, outcomes)
+        chosen = choose(list(found.facts.values()), budget)
+        _in_z(task, found, chosen, budget, reduce, exact, outcomes)
+    _on_parameters(task, found, chosen, budget, reduce, outcomes)
+    return {layer.name: outcomes[layer.name] for layer in task.layers}
+
+
+def _whole(reduce: Reduce, values: Sequence[Tensor]) -> list[Tensor]:
+    return [v[0] for v in reduce([value.detach()[None] for value in values])]
+
+
+def _columns(
+    task: Measurement, found: Findings, budget: Budget, reduce: Reduce, outcomes: dict[str, Outcome]
+) -> dict[str, list[Tensor]]:
+    """Finish the layers that columns serve; returns what they give of those that are drawn."""
+    side = found.output_side
+    chosen = choose(list(found.facts.values()), budget)
+    certified = {name for name, choice in chosen.items() if choice.strategy == Strategy.COLUMNS}
+    exact: dict[str, list[Tensor]] = {}
+    if side is None:
+        return exact
+    served = [
+        graph
+        for name, graph in found.graphs.items()
+        if name in certified or (budget.method == "hutchinson" and found.facts[name].num_columns and graph.residual)
+    ]
+    for graph, values in zip(served, columns.run(task, side, served) if served else [], strict=True):
+        name = graph.layer.name
+        if values is None:
+            found.learn(name, num_columns=0)
+        elif name in certified:
+            checks = found.facts[name].checks | {"outputs_by_sample": True}
+            outcomes[name] = Outcome(columns.NAME, Estimate(_whole(reduce, values)), checks, graph.num_hvps)
+        else:
+            exact[name] = _whole(reduce, values)
+    if any(name not in outcomes for name in certified):
+        verify_samples(task, found, budget)
+    return exact
+
+
+def _in_z(
+    task: Measurement,
+    found: Findings,
+    chosen: dict[str, Choice],
+    budget: Budget,
+    reduce: Reduce,
+    exact: dict[str, list[Tensor]],
+    outcomes: dict[str, Outcome],
+) -> None:
+    """The layers that go by z, on the graph that was recorded."""
+    ways = (output_basis.NAME, output_draws.NAME)
+    todo = [name for name, choice in chosen.items() if choice.strategy in ways and name not in outcomes]
+    todo.sort(key=lambda name: ways.index(chosen[name].strategy))
+    total = sum(chosen[name].products for name in todo)
+    with progress_bar(task.progress and bool(total), "Hessian in z", total) as bar:
+        for name in todo:
+            graph, facts = found.graphs[name], found.facts[name]
+            spent: list[int] = [graph.num_hvps]
+            advance = _counted(bar, spent)
+            if chosen[name].strategy == output_basis.NAME:
+                values = output_basis.run(task, graph, facts.output_elements, advance)
+                result = output_basis.NAME, Estimate(_whole(reduce, values))
+            else:
+                elements = facts.output_elements + facts.numel
+                how = budget, elements, advance, reduce
+                result = output_draws.run(task, graph, *how, exact.get(name, ()))
+            outcomes[name] = Outcome(*result, facts.checks, sum(spent))
+            graph.output_gradients = graph.residual = []  # frees the graph as far as no other layer needs it
+
+
+def _on_parameters(
+    task: Measurement,
+    found: Findings,
+    chosen: dict[str, Choice],
+    budget: Budget,
+    reduce: Reduce,
+    outcomes: dict[str, Outcome],
+) -> None:
+    """The layers that go by the parameters, on a graph of their own, and those that are not used."""
+    todo = []
+    for layer in task.layers:
+        if layer.name in outcomes:
+            continue
+        if chosen[layer.name].strategy == unused.NAME:
+            nothing = Estimate(_whole(reduce, unused.run(layer)))
+            outcomes[layer.name] = Outcome(unused.NAME, nothing, found.facts[layer.name].checks, 0)
+        else:
+            todo.append(layer)
+    total = sum(chosen[layer.name].products for layer in todo)
+    with progress_bar(task.progress and bool(total), "Hessian on parameters", total) as bar:
+        for layer, own in on_parameters(task, todo):
+            facts = found.facts[layer.name]
+            graph = found.graphs.get(layer.name)
+            spent: list[int] = [graph.num_hvps if graph else 0]
+            advance = _counted(bar, spent)
+            if all(g is None for g in own):
+                result = unused.NAME, Estimate(_whole(reduce, unused.run(layer)))
+            elif chosen[layer.name].strategy == parameter_basis.NAME:
+                values = parameter_basis.run(task, layer, own, facts.parameter_elements, advance)
+                result = parameter_basis.NAME, Estimate(_whole(reduce, values))
+            else:
+                how = budget, facts.parameter_elements, advance, reduce
+                result = parameter_draws.NAME, parameter_draws.run(task, layer, own, *how)
+            outcomes[layer.name] = Outcome(*result, facts.checks, sum(spent))
+
+
+def _counted(bar: Callable[[int], None], spent: list[int]) -> Callable[[int], None]:
+    def advance(count: int) -> None:
+        spent.append(count)
+        bar(count)
+
+    return advance
+
+
+def on_parameters(task: Measurement, layers: Sequence[Layer]) -> list[tuple[Layer, list[Tensor | None]]]:
+    """Each layer with the loss's gradient in its replacement parameters, all uses of them counted, differentiable."""
+    if not layers:
+        return []
+    with seen(layers) as recording:
+        _, loss = task.loss(second_order=True)
+        replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
+        found = gradients(loss, replacements, create_graph=True) if loss.requires_grad else [None] * len(replacements)
+        recording.require_seen(loss)
+    if all(g is None for g in found):
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    by_replacement = dict(zip((id(s) for s in replacements), found, strict=True))
+    return [(layer, [by_replacement[id(s)] for s in task.isolated.replacements(layer)]) for layer in layers]

@@ -1,0 +1,240 @@
+"""One measurement: the isolated model, the loss, the batch, and how to work."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.autocast import autocast_state, under_autocast
+from .._torch.pytree import map_tensors, tensors_in
+from .._torch.vjp import check_chunk_size, fresh_generator
+from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimension, take_samples
+from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
+from ..layers.selection import Layer
+from ..layers.structure import independent_by_structure
+from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
+from .loss import check_loss
+
+__all__ = ["Measurement", "measure"]
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass
+class Measurement:
+    """What was asked for, on an isolated model.
+
+    Attributes:
+        isolated: the isolated model.
+        layers: the layers to measure.
+        loss_fn: the loss, under the autocast state of the call.
+        inputs: what the model takes.
+        targets: what the loss takes second.
+        num_samples: the samples of the batch; 1 where it cannot be cut into samples, which a Hessian needs not.
+        sample_dim: where they are in the inputs.
+        generator: random numbers of draws and checks.
+        create_graph: whether results are to be differentiable.
+        chunk_size: products batched at most.
+        progress: whether to show progress bars.
+        certain: whether samples are independent, and in dim 0, by the model's structure.
+        known_loss: whether the loss is PyTorch's own, without any state.
+        autocast: whether the user's code runs under autocast.
+        mismatch: what is wrong with the sizes of inputs and targets, to be told if the loss fails.
+    """
+
+    isolated: IsolatedModel
+    layers: Sequence[Layer]
+    loss_fn: LossFunction
+    inputs: Any
+    targets: Any
+    num_samples: int
+    sample_dim: int
+    generator: torch.Generator
+    create_graph: bool
+    chunk_size: int | None
+    progress: bool
+    certain: bool
+    known_loss: bool
+    autocast: bool
+    mismatch: InvalidArgumentError | None = field(default=None, repr=False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model."""
+        return self.isolated.model
+
+    @property
+    def ruled(self) -> list[Layer]:
+        """The layers that have a rule."""
+        return [layer for layer in self.layers if layer.rule is not None]
+
+    def loss(self, *, second_order: bool = False) -> tuple[Any, Tensor]:
+        """The model's output and the loss, from the same state each time.
+
+        Args:
+            second_order: the loss's gradient is going to be differentiated.
+        """
+        output = self.isolated.forward(self.inputs)
+        try:
+            loss = self.loss_fn(output, self.targets)
+        except Exception as error:
+            if self.mismatch is not None:
+                raise self.mismatch from error
+            require_agreement(output, self.targets, self.num_samples, self.sample_dim)
+            raise
+        loss = check_loss(loss, self.isolated, self.inputs)
+        self.isolated.require_replacements((loss, output))
+        if second_order and loss.requires_grad:
+            # A factor that requires a gradient lets functions without a double backward see that there will be one:
+            # where the gradient is constant, they would pass for linear.
+            loss = loss * torch.ones_like(loss, requires_grad=True)
+        return output, loss
+
+    def loss_again(self, output: Any, targets: Any, seed: int | None = None) -> Tensor:
+        """The loss of an output, from the state in which it ran first.
+
+        Args:
+            output: in place of the model's.
+            targets: in place of the batch's.
+            seed: of other random numbers than at first.
+        """
+        if self.known_loss:
+            return self.loss_fn(output, targets)
+        with self.isolated.loss_once_more(seed):
+            return self.loss_fn(output, targets)
+
+    def dimension(self, tensor: Tensor) -> int | None:
+        """Where a tensor's samples are; what has none is shared by all samples."""
+        return sample_dimension(tensor, self.num_samples, self.sample_dim)
+
+    def cut(self, output: Any, index: Sequence[int], *, rows: bool = False) -> tuple[Any, Any]:
+        """Output and targets of some samples."""
+        (output,) = take_samples([output], index, self.num_samples, self.sample_dim)
+        (targets,) = take_samples([self.targets], index, self.num_samples, self.sample_dim, rows=rows)
+        return output, targets
+
+    def part(self, index: Sequence[int]) -> tuple[Any, Any, dict[int, Tensor]]:
+        """Inputs and targets of some samples, in leaves of their own, and these leaves by the ``id`` of the batch's.
+
+        One tensor that is both stays one.
+        """
+        rows = any(t.dim() and t.shape[0] > self.num_samples for t in tensors_in(self.targets))
+        leaves: dict[int, Tensor] = {}
+        cut: dict[int, Tensor] = {}
+        how: Any = {"rows": rows, "cut": cut}
+
+        def leaf(tensor: Tensor) -> Tensor:
+            if id(tensor) not in leaves:
+                leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
+            return leaves[id(tensor)]
+
+        if isinstance(self.inputs, (tuple, list)):  # arguments of the model, and no list of samples
+            parts = [*self.inputs, self.targets]
+            taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
+            inputs: Any = tuple(taken[:-1])
+        else:
+            parts = [self.inputs, self.targets]
+            inputs, *taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
+        inputs, targets = map_tensors(leaf, inputs), map_tensors(leaf, taken[-1])
+        return inputs, targets, {key: leaves[id(t)] for key, t in cut.items() if id(t) in leaves}
+
+    def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Standard normal numbers."""
+        device = self.generator.device
+        return torch.randn(tuple(shape), generator=self.generator, dtype=like.dtype, device=device).to(like.device)
+
+    def signs(self, count: int, like: Sequence[Tensor]) -> list[Tensor]:
+        """For each tensor ``count`` draws of random signs, stacked; the same whether they are drawn at once or not."""
+        sizes = [t.numel() for t in like]
+        device = self.generator.device
+        bits = torch.stack(
+            [torch.randint(0, 2, (sum(sizes),), generator=self.generator, device=device) for _ in range(count)]
+        )
+        parts = zip(bits.split(sizes, 1), like, strict=True)
+        return [b.to(t.device).mul_(2).sub_(1).to(t.dtype).reshape(count, *t.shape) for b, t in parts]
+
+
+def measure(
+    work: Callable[[Measurement], Result],
+    model: nn.Module,
+    layers: Sequence[Layer],
+    loss_fn: LossFunction,
+    inputs: Any,
+    targets: Any,
+    *,
+    by_sample: bool,
+    generator: torch.Generator | None = None,
+    create_graph: bool = False,
+    chunk_size: int | None = None,
+    progress: bool = False,
+    sample_dim: int = 0,
+) -> Result:
+    """Run ``work`` on an isolated model.
+
+    Args:
+        work: what to do.
+        model: the model.
+        layers: the layers to measure.
+        loss_fn: the loss.
+        inputs: what the model takes.
+        targets: what the loss takes second.
+        by_sample: whether the quantity is made of samples, so that inputs and targets must agree on them.
+        generator: random numbers of draws and checks.
+        create_graph: whether results are to be differentiable.
+        chunk_size: products batched at most.
+        progress: whether to show progress bars.
+        sample_dim: where the samples are in the inputs.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: an unusable argument.
+        ProbeStateError: a layer is not in the model any more.
+    """
+    if not callable(loss_fn) or isinstance(loss_fn, type):
+        what = f"the class {loss_fn.__name__}, not made yet" if isinstance(loss_fn, type) else type(loss_fn).__name__
+        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {what}.")
+    check_chunk_size(chunk_size)
+    for layer in layers:
+        _require_present(model, layer)
+    mismatch = None
+    try:
+        count = batch_size(inputs, targets, sample_dim)
+    except BatchMismatch as error:
+        if by_sample:
+            raise
+        count, mismatch = 1, error
+    if any(t.is_inference() for t in tensors_in(targets)):  # which autograd does not take
+        targets = map_tensors(_usable, targets)
+    generator = generator or fresh_generator()
+    under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
+    certain = mismatch is None and independent_by_structure(model, sample_dim)
+
+    def on_isolated(direct: bool) -> Result:
+        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct) as isolated:
+            batch = inputs, targets, count, sample_dim
+            how = generator, create_graph, chunk_size, progress
+            return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch))
+
+    return run_isolated(on_isolated, model)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):
+        return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _require_present(model: nn.Module, layer: Layer) -> None:
+    try:
+        present = model.get_submodule(layer.name) is layer.module
+    except AttributeError:
+        present = False
+    if not present:
+        raise ProbeStateError(
+            f"layer {layer.name!r} is no longer the module that was selected: it was replaced or taken out; make a new "
+            "probe."
+        )
+    if any(p.is_meta for p in layer.parameters.values()):
+        raise InvalidArgumentError(
+            f"layer {layer.name!r} has its weights on the meta device, where there are no numbers: load them first."
+        )

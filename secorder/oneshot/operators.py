@@ -1,0 +1,187 @@
+"""Curvature as an operator: products of each layer's block with a vector, for the Hessian, the GGN and the Fisher.
+
+The Hessian's block of a layer is ∂²L/∂θ² for its parameters θ together. Where the layer is linear in θ, and θ acts only
+through the layer's calls, it is ``Jᵀ H_z J``: a product takes the layer itself (J v), one Hessian-vector product on the
+graph after the layer, and the layer's rule (Jᵀ u). Elsewhere it is a product on the parameters. The blocks of the GGN
+and of the empirical Fisher are ``(1/N) Jᵀ M J`` with J the Jacobian of the model's output, and, sample by sample,
+M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._torch.modules import parameters_replaced
+from .._torch.vjp import gradients, stacked_vjp
+from ..errors import InvalidArgumentError
+from ..layers.per_sample import total_gradient, with_cotangents
+from ..layers.selection import Layer
+from .fisher import SampleLosses, losses_by_output, require_independent_samples
+from .hessian.budget import Budget
+from .hessian.investigate import investigate
+from .hessian.layer_graph import LayerGraph
+from .hessian.run import on_parameters
+from .measurement import Measurement
+from .output_hessian import Pairs, as_samples, filled
+from .recorded_layer import require_linear_backward
+from .recording import recorded
+
+__all__ = ["Curvature", "Operator", "check_curvature", "operators"]
+
+#: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
+Curvature = Literal["hessian", "ggn", "fisher"]
+
+#: A layer's block times a flat vector.
+Operator = Callable[[Tensor], Tensor]
+
+
+#: Each layer with its block.
+Blocks = Generator[tuple[Layer, Operator | None], None, None]
+
+
+def check_curvature(of: str, by: str) -> None:
+    """Raise unless both are what they may be.
+
+    Raises:
+        InvalidArgumentError: one is not.
+    """
+    if of not in ("hessian", "ggn", "fisher"):
+        raise InvalidArgumentError(f'of must be "hessian", "ggn" or "fisher", got {of!r}.')
+    if by not in ("layer", "parameter"):
+        raise InvalidArgumentError(f'by must be "layer" or "parameter", got {by!r}.')
+
+
+def operators(task: Measurement, of: Curvature) -> Blocks:
+    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed.
+
+    Args:
+        task: the measurement.
+        of: which curvature.
+    """
+    return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)
+
+
+def _hessian_operators(task: Measurement) -> Blocks:
+    rest = []
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        found = investigate(task, recording, Budget("hutchinson"), columns=False)
+        for layer in task.layers:
+            facts, graph = found.facts[layer.name], found.graphs.get(layer.name)
+            if not facts.used:
+                yield layer, None
+            elif facts.own_use and graph is not None and graph.layouts:
+                yield layer, _product_in_z(graph)
+            else:
+                rest.append(layer)
+    del found
+    for layer, own in on_parameters(task, rest):
+        yield layer, None if all(g is None for g in own) else _product_on_parameters(task, layer, own)
+
+
+def _product_in_z(graph: LayerGraph) -> Operator:
+    """v ↦ Jᵀ H_z J v."""
+    sizes = [p.numel() for p in graph.layer.parameters.values()]
+
+    def product(v: Tensor) -> Tensor:
+        parts = v.split(sizes)
+        along = {
+            name: part.view_as(p).to(p.dtype)
+            for (name, p), part in zip(graph.layer.parameters.items(), parts, strict=True)
+        }
+        zero = {name: torch.zeros_like(p) for name, p in along.items()}
+        with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
+            tangents = [_call(graph, along, call) - _call(graph, zero, call) for call in graph.inputs]
+        found = graph.gradients(stacked_vjp(graph.output_gradients, graph.leaves, [t[None] for t in tangents]))
+        flat = [
+            total_gradient(with_cotangents(found[name], lambda g: g[0]), size)
+            for (name, _), size in zip(graph.layer.parameters.items(), sizes, strict=True)
+        ]
+        return torch.cat(flat).to(v.dtype)
+
+    return product
+
+
+def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+    """The layer's output with other parameters, past its hooks, which would record the call."""
+    module = graph.layer.module
+    with parameters_replaced(module, parameters):
+        output: Tensor = module.forward(*inputs)
+        return output
+
+
+def _product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+    replacements = task.isolated.replacements(layer)
+
+    def product(v: Tensor) -> Tensor:
+        return _flat(stacked_vjp(output_gradients, replacements, _stacked(v, replacements)), v)
+
+    return product
+
+
+def _stacked(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = v.split([s.numel() for s in like])
+    return [part.view_as(s).to(s.dtype)[None] for part, s in zip(parts, like, strict=True)]
+
+
+def _flat(found: Sequence[Tensor], like: Tensor) -> Tensor:
+    return torch.cat([u.flatten() for u in found]).to(like.dtype)
+
+
+def _output_operators(task: Measurement, of: Curvature) -> Blocks:
+    output, loss = task.loss()
+    side = losses_by_output(task, output, loss, [], second_order=of == "ggn") if loss.requires_grad else None
+    if side is None:
+        raise InvalidArgumentError(
+            f"of={of!r} needs a loss that is computed by loss_fn from the model's output, cut into samples: here it "
+            'does not go by that alone; take of="hessian".'
+        )
+    require_independent_samples(task)
+    metric = _metric(task, side, of)
+    outputs = side.model_outputs
+    weights = [torch.zeros_like(f).requires_grad_() for f in outputs]
+    replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
+    if not task.certain:
+        random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
+        require_linear_backward(outputs, replacements, Pairs(random[None]), task.generator)
+    for layer in task.layers:
+        yield layer, _product_by_output(task, layer, outputs, weights, metric)
+
+
+def _metric(task: Measurement, side: SampleLosses, of: Curvature) -> Callable[[list[Tensor]], list[Tensor]]:
+    """v ↦ M v / N on the model's output, sample by sample."""
+    output_gradients = gradients(side.losses.sum(), side.points, create_graph=of == "ggn")
+    count = task.num_samples
+
+    def ggn(vectors: list[Tensor]) -> list[Tensor]:
+        return [u / count for u in stacked_vjp(output_gradients, side.points, vectors)]
+
+    fixed = filled(output_gradients, side.points)
+
+    def fisher(vectors: list[Tensor]) -> list[Tensor]:
+        inner = sum(as_samples(g * v[0]).sum(1) for g, v in zip(fixed, vectors, strict=True))
+        assert isinstance(inner, Tensor)
+        return [(g * inner.view(-1, *(1,) * (g.dim() - 1)) / count)[None] for g in fixed]
+
+    return ggn if of == "ggn" else fisher
+
+
+def _product_by_output(
+    task: Measurement,
+    layer: Layer,
+    outputs: list[Tensor],
+    weights: list[Tensor],
+    metric: Callable[[list[Tensor]], list[Tensor]],
+) -> Operator | None:
+    """v ↦ Jᵀ M J v, with J v the derivative of wᵀJ v by w."""
+    replacements = task.isolated.replacements(layer)
+    reached = gradients(outputs, replacements, weights, create_graph=True)
+    if all(g is None for g in reached):
+        return None
+
+    def product(v: Tensor) -> Tensor:
+        tangents = stacked_vjp(reached, weights, _stacked(v, replacements))
+        return _flat(stacked_vjp(outputs, replacements, metric(tangents)), v)
+
+    return product

@@ -1,0 +1,274 @@
+"""What a model or a loss keeps in Python objects: found, and put back as it was.
+
+A loss may count its calls, move a centre, feed a metric, append to a list; a model may fill a cache or own a random
+generator. A measurement calls both many times, each time from the same state, and leaves the state that it found.
+"""
+
+import dis
+import random
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.modules import is_scripted, own_attributes, tables_of
+from .._torch.versions import version
+
+__all__ = ["State"]
+
+#: Objects that are looked at, at most: who keeps more keeps a data set, not a state.
+MAX_OBJECTS = 20_000
+
+#: Containers of more elements are data, too: of a list, what was appended is taken off again.
+MAX_ELEMENTS = 10_000
+
+#: Elements of a tensor that are compared one by one, since changes through ``.data`` are not counted.
+MAX_COMPARED = 1_000_000
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
+_FOREIGN = frozenset({
+    "torch", "numpy", "builtins", "logging", "threading", "io", "_io", "weakref", "typing", "collections", "functools",
+    "re", "json", "datetime", "pathlib", "contextlib", "abc", "enum", "decimal", "fractions", "inspect",
+})  # fmt: skip
+
+_METHODS = (types.FunctionType, classmethod, staticmethod, property, types.MemberDescriptorType)
+
+
+def _foreign(kind: Any) -> bool:
+    """Whether a type or function is of a library that no loss keeps a state in."""
+    return (getattr(kind, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+
+
+class State:
+    """The mutable state that some objects hold or lead to, as it was when this was made.
+
+    Args:
+        roots: functions, bound methods, partials, modules and other objects.
+        known: objects that are not to be looked at: their state is somebody else's.
+        base: an earlier state of the same roots, whose copies of tensors will do.
+    """
+
+    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), base: "State | None" = None) -> None:
+        self._base = base
+        self._saved: dict[int, tuple[Tensor, list[int]]] = {}
+        self._restores: list[Callable[[], None]] = []
+        self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held
+        self._exchanged: list[tuple[Callable[[Any], None], Tensor]] = []
+        self._seen: dict[int, Any] = {id(x): x for x in known}  # kept: no other object may get the id
+        waiting = deque(roots)
+        while waiting and len(self._seen) < MAX_OBJECTS:
+            here = waiting.popleft()
+            if isinstance(here, _ATOMS) or id(here) in self._seen:
+                continue
+            self._seen[id(here)] = here
+            waiting.extend(self._taken(here))
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for restore in self._restores:
+            restore()
+        for put, value in self._exchanged:
+            put(value)
+
+    @contextmanager
+    def exchanged(self, tensors: Mapping[int, Tensor]) -> Iterator[None]:
+        """Inside, other tensors are held in place of some, given by ``id``."""
+        changed = [(held, put) for held, put in self._slots if id(held) in tensors]
+        self._exchanged = [(put, tensors[id(held)]) for held, put in changed]
+        try:
+            for put, value in self._exchanged:
+                put(value)
+            yield
+        finally:
+            self._exchanged = []
+            for held, put in changed:
+                put(held)
+
+    def _hold(self, held: Any, put: Callable[[Any], None]) -> None:
+        if isinstance(held, Tensor):
+            self._slots.append((held, put))
+
+    def _taken(self, x: Any) -> Iterable[Any]:
+        """Take down how to put an object back; returns what it leads to."""
+        if isinstance(x, Tensor):
+            self._tensor(x)
+        elif isinstance(x, nn.Module):
+            return () if is_scripted(x) else self._module(x)
+        elif isinstance(x, partial):
+            return (x.func, *x.args, *x.keywords.values())
+        elif isinstance(x, types.MethodType):
+            return (x.__func__, x.__self__)
+        elif isinstance(x, types.FunctionType):
+            return self._function(x)
+        elif isinstance(x, (dict, list, set, deque, bytearray)):
+            return self._container(x)
+        elif isinstance(x, (tuple, frozenset)):
+            return x if len(x) <= MAX_ELEMENTS else ()
+        elif (generator := _generator(x)) is not None:
+            self._restores.append(generator)
+        elif isinstance(x, type):
+            return self._class(x)
+        elif not _foreign(type(x)):
+            return self._object(x)
+        return ()
+
+    def _class(self, kind: type) -> Iterator[Any]:
+        """What methods may keep on their class."""
+        if _foreign(kind):
+            return
+        for name, value in list(vars(kind).items()):
+            if not name.startswith("__") and not isinstance(value, _METHODS):
+                self._restores.append(partial(_set_on_class, kind, name, value))
+                yield value
+
+    def _object(self, x: Any) -> Iterator[Any]:
+        yield type(x)
+        yield from self._container(vars(x)) if hasattr(x, "__dict__") else ()
+        for kind in type(x).__mro__:
+            slots = vars(kind).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if not name.startswith("__") and hasattr(x, name):
+                    value = getattr(x, name)
+                    self._restores.append(partial(object.__setattr__, x, name, value))
+                    self._hold(value, partial(object.__setattr__, x, name))
+                    yield value
+
+    def _tensor(self, x: Tensor) -> None:
+        if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
+            return
+        saved = self._base.unchanged(x) if self._base is not None else None
+        saved = x.detach().clone() if saved is None else saved
+        last, compared, flag = [version(x)], x.numel() <= MAX_COMPARED, x.requires_grad
+        self._saved[id(x)] = saved, last
+
+        def restore() -> None:
+            if version(x) != last[0] or (compared and not _same(x, saved)):
+                with torch.no_grad():
+                    if x.grad_fn is not None:  # something that requires a gradient was added to it
+                        x.detach_()
+                    x.requires_grad_(flag).copy_(saved)
+                last[0] = version(x)
+
+        self._restores.append(restore)
+
+    def unchanged(self, x: Tensor) -> Tensor | None:
+        """What a tensor holds, if that was saved and it holds it still."""
+        saved, last = self._saved.get(id(x), (None, [-1]))
+        if saved is None or version(x) != last[0]:
+            return None
+        return saved if x.numel() > MAX_COMPARED or _same(x, saved) else None
+
+    def _module(self, module: nn.Module) -> Iterator[Any]:
+        for table in (vars(module), *tables_of(module)):
+            self._restores.append(partial(_restore_dict, table, dict(table)))
+        yield from own_attributes(module).values()
+        for table in tables_of(module):
+            yield from table.values()
+
+    def _function(self, function: types.FunctionType) -> Iterator[Any]:
+        if function.__module__ is not None and _foreign(function):
+            return
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        yield vars(function)
+        for cell in function.__closure__ or ():
+            try:
+                held = cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+            self._restores.append(partial(setattr, cell, "cell_contents", held))
+            self._hold(held, partial(setattr, cell, "cell_contents"))
+            yield held
+        names, rebound = _global_names(function.__code__)
+        for name in names & function.__globals__.keys():
+            held = function.__globals__[name]
+            if name in rebound:
+                self._restores.append(partial(function.__globals__.__setitem__, name, held))
+            self._hold(held, partial(function.__globals__.__setitem__, name))
+            yield held
+
+    def _container(self, x: Any) -> Iterable[Any]:
+        if len(x) > MAX_ELEMENTS:
+            if isinstance(x, list):
+                self._restores.append(partial(_truncate, x, len(x)))
+            return ()
+        if isinstance(x, dict):
+            self._restores.append(partial(_restore_dict, x, dict(x)))
+            for key, value in x.items():
+                self._hold(value, partial(x.__setitem__, key))
+            return list(x.values())
+        self._restores.append(partial(_restore_elements, x, list(x)))
+        if isinstance(x, list):
+            for index, value in enumerate(x):
+                self._hold(value, partial(x.__setitem__, index))
+        return () if isinstance(x, bytearray) else list(x)
+
+
+def _set_on_class(kind: type, name: str, value: Any) -> None:
+    if vars(kind).get(name) is not value:
+        setattr(kind, name, value)
+
+
+def _same(x: Tensor, saved: Tensor) -> bool:
+    return torch.equal(x, saved) or bool(((x == saved) | ((x != x) & (saved != saved))).all())
+
+
+def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> None:
+    if len(table) != len(saved) or any(
+        key is not other or value is not held
+        for (key, value), (other, held) in zip(table.items(), saved.items(), strict=True)
+    ):
+        table.clear()
+        table.update(saved)
+
+
+def _restore_elements(x: Any, saved: list[Any]) -> None:
+    if len(x) == len(saved) and all(a is b for a, b in zip(x, saved, strict=True)):
+        return
+    x.clear()
+    (x.update if isinstance(x, set) else x.extend)(saved)
+
+
+def _truncate(x: list[Any], length: int) -> None:
+    del x[length:]
+
+
+def _global_names(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """The names that a function, and those in it, read from its module, and those that it assigns there."""
+    names, rebound = set(code.co_names), set()
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            rebound.add(instruction.argval)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            more, also = _global_names(inner)
+            names, rebound = names | more, rebound | also
+    return names, rebound
+
+
+def _set_generator(generator: torch.Generator, state: Tensor) -> None:
+    generator.set_state(state)
+
+
+def _generator(x: Any) -> Callable[[], None] | None:
+    """How to put a source of random numbers, or an array of NumPy's, back; None for anything else."""
+    if isinstance(x, torch.Generator):
+        return partial(_set_generator, x, x.get_state())
+    if isinstance(x, random.Random):
+        return partial(x.setstate, x.getstate())
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    if isinstance(x, numpy.random.RandomState):
+        return partial(x.set_state, x.get_state())
+    if isinstance(x, numpy.random.Generator):
+        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
+    if isinstance(x, numpy.ndarray) and x.size <= MAX_COMPARED and x.flags.writeable:
+        return partial(numpy.copyto, x, x.copy())
+    return None

@@ -1,0 +1,22 @@
+"""Compiled functions step aside."""
+
+import pytest
+import torch
+
+from secorder._torch.compiler import eager
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 has no such switch")
+def test_compiled_functions_run_as_they_were_written() -> None:
+    calls: list[bool] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        calls.append(torch.compiler.is_compiling())
+        return x.exp()
+
+    compiled = torch.compile(lambda x: x.exp(), backend="aot_eager")
+    x = torch.randn(3, requires_grad=True)
+    assert "CompiledFunction" in compiled(x).grad_fn.name()
+    with eager():
+        assert compiled(x).grad_fn.name() == "ExpBackward0"
+    assert "CompiledFunction" in compiled(x).grad_fn.name()

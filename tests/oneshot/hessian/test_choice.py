@@ -1,0 +1,122 @@
+"""The choice is a pure function of facts and a budget."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secorder import CurvatureProbe, Strategy
+from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.choice import choose
+from secorder.oneshot.hessian.facts import Facts
+
+from ...helpers import make, mlp, seeded
+
+BASIS = Budget("exact")
+FREE = Facts("a", numel=40, own_use=True, outputs=5, samples_independent=True, passed=100, passed_by_column=10)
+LINEAR = dataclasses.replace(FREE, piecewise_linear=True, num_columns=3)
+
+CHOICES: dict[str, tuple[list[Facts], Budget, dict[str, tuple[str, int]]]] = {
+    "basis_of_outputs": ([FREE], BASIS, {"a": ("output-basis", 5)}),
+    "fewer_parameters": ([dataclasses.replace(FREE, numel=4)], BASIS, {"a": ("parameter-basis", 4)}),
+    "coupled": (
+        [dataclasses.replace(FREE, samples_independent=False)],
+        BASIS,
+        {"a": ("parameter-basis", 40)},
+    ),
+    "used_outside": ([dataclasses.replace(LINEAR, own_use=False)], BASIS, {"a": ("parameter-basis", 40)}),
+    "columns": ([LINEAR], BASIS, {"a": ("columns", 3)}),
+    "too_many_columns": ([dataclasses.replace(LINEAR, num_columns=6)], BASIS, {"a": ("output-basis", 5)}),
+    "columns_that_serve_two": (
+        [dataclasses.replace(LINEAR, layer=name, num_columns=6) for name in "ab"],
+        BASIS,
+        {"a": ("columns", 6), "b": ("columns", 6)},
+    ),
+    "one_is_not_linear": (
+        [LINEAR, dataclasses.replace(FREE, layer="b", num_columns=3, piecewise_linear=False)],
+        BASIS,
+        {"a": ("columns", 3), "b": ("output-basis", 5)},
+    ),
+    "unused": ([dataclasses.replace(LINEAR, used=False)], Budget("hutchinson"), {"a": ("unused", 0)}),
+    "draws": ([FREE], Budget("hutchinson", num_draws=7), {"a": ("output-draws", 7)}),
+    "draws_on_parameters": (
+        [dataclasses.replace(FREE, samples_independent=False)],
+        Budget("hutchinson", num_draws=7),
+        {"a": ("parameter-draws", 7)},
+    ),
+    "columns_cheaper_than_draws": ([LINEAR], Budget("hutchinson", num_draws=7), {"a": ("columns", 3)}),
+    "affordable": ([FREE], Budget("auto", max_hvps=5), {"a": ("output-basis", 5)}),
+    "not_affordable": ([FREE], Budget("auto", num_draws=16, max_hvps=4), {"a": ("output-draws", 16)}),
+    "too_much_work": ([FREE], Budget("auto", num_draws=16, max_hvps=5, max_work=499), {"a": ("output-draws", 16)}),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choices(name: str) -> None:
+    facts, budget, expected = CHOICES[name]
+    before = [dataclasses.asdict(f) for f in facts]
+    chosen = choose(facts, budget)
+    assert {layer: (c.strategy, c.products) for layer, c in chosen.items()} == expected
+    assert choose(facts, budget) == chosen
+    assert [dataclasses.asdict(f) for f in facts] == before
+    assert str(chosen["a"].strategy) in repr(chosen["a"])
+
+
+def test_strategies_print_as_their_strings() -> None:
+    assert str(Strategy.OUTPUT_BASIS) == f"{Strategy.OUTPUT_BASIS}" == Strategy.OUTPUT_BASIS == "output-basis"
+    assert repr((Strategy.COLUMNS,)) == "('columns',)"
+    assert f"{Strategy.RULE:>6}" == "  rule"
+
+
+MODELS = {"smooth": mlp, "relu": lambda: make(nn.ReLU()), "coupled": lambda: make(nn.BatchNorm1d(5), nn.Tanh())}
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"method": "hutchinson", "num_draws": 4}, {"max_hvps": 3, "num_draws": 4}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
+def test_the_cost_is_that_of_what_runs(name: str, options: dict[str, Any]) -> None:
+    model, x, y = MODELS[name](), torch.randn(6, 4), torch.randint(3, (6,))
+    with CurvatureProbe(model, "all") as probe:
+        cost = probe.estimate_cost(F.cross_entropy, x, y, **options)
+        info = probe.hessian_diagonal(F.cross_entropy, x, y, **options).info
+        trace = probe.estimate_cost(F.cross_entropy, x, y, quantity="trace", **options)
+        for layer, c in cost.items():
+            assert c.strategy == info[layer].strategy or info[layer].strategy == "columns+output-draws"
+            assert c.num_hvps <= info[layer].num_hvps <= c.num_hvps + 24
+            assert trace[layer] == c
+        values = probe.hessian_eigenvalues(F.cross_entropy, x, y, max_iterations=9, tolerance=1e-12)
+        cost = probe.estimate_cost(F.cross_entropy, x, y, quantity="eigenvalues", max_iterations=9)
+        for layer, c in cost.items():
+            assert values[layer].num_hvps <= c.num_hvps
+        if name == "coupled":
+            return
+        for kind in ("empirical", "type-2", "mc"):
+            cost = probe.estimate_cost(F.cross_entropy, x, y, quantity="fisher", fisher_type=kind, num_draws=4)
+            info = probe.fisher_diagonal(F.cross_entropy, x, y, fisher_type=kind, num_draws=4).info
+            assert {layer: c.strategy for layer, c in cost.items()} == {k: i.strategy for k, i in info.items()}
+
+
+def test_estimates_that_are_bad_do_not_pass_for_converged() -> None:
+    model, x, y = make(nn.BatchNorm1d(5), nn.Tanh()), torch.randn(6, 4), torch.randint(3, (6,))
+    with CurvatureProbe(model) as probe:
+        bad = probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=2, generator=seeded())
+        assert any(i.relative_error > 0.5 for i in bad.info.values())
+        assert all(i.converged == (i.relative_error <= 0.5) for i in bad.info.values())
+        good = probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=4000)
+        assert all(i.converged for i in good.info.values())
+
+
+def test_a_user_can_choose() -> None:
+    model, x, y = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
+    with CurvatureProbe(model) as probe:
+        facts = probe.hessian_facts(F.cross_entropy, x, y)
+        chosen = choose(list(facts.values()), Budget("exact"))
+        info = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact").info
+    assert {name: c.strategy for name, c in chosen.items()} == {name: i.strategy for name, i in info.items()}
+    assert "piecewise_linear=True" in repr(facts["4"])
