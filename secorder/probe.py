@@ -399,6 +399,7 @@ class CurvatureProbe:
         self._verified = bool(found)
         return found
 
+    @tells_renamed_keywords
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,

@@ -103,7 +103,7 @@ def _scalar(loss: Tensor) -> Tensor:
     return loss.reshape(())
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: Exception | None) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
@@ -136,6 +136,7 @@ def require_own_losses(
     r = [task.random(x.shape, x) for x in points]
     batch = _derivatives(output_gradients, points, r if second_order else None)
     _require_invariance(task, output, batch, r if second_order else None)
+    _require_any_size(task, output)
     leaves: list[Tensor] = []
     alone = own_losses(task, expose_output(output, leaves, task.dimension, detach=True))
     nothing: list[Tensor | None] = [None] * len(leaves)
@@ -202,6 +203,26 @@ def _require_invariance(task: Measurement, output: Any, batch: Tensor, vectors: 
         "loss_fn does not treat the samples of a batch alike: exchanged together with their targets, they get other "
         f"losses{why}; {HELD}."
     )
+
+
+def _require_any_size(task: Measurement, output: Any) -> None:
+    """Numbers of all samples meet a batch of one without an error, and multiply its loss; not one of another size."""
+    index = [0, 1] if task.num_samples > 2 else [0, 1, 0]
+    error: Exception | None = None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for rows in (False, True):  # several rows a sample, perhaps
+            try:
+                task.loss_again(*task.cut(output, index, rows=rows))
+                return
+            except SecorderError:
+                raise
+            except Exception as found:
+                error = error or found
+    raise InvalidArgumentError(
+        f"loss_fn works on the batch and fails on {len(index)} samples ({type(error).__name__}: {_first_line(error)}): "
+        f"{HELD}."
+    ) from error
 
 
 def _value(task: Measurement, output: Any, seed: int | None = None) -> Tensor:

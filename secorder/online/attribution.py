@@ -218,12 +218,13 @@ def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
     return module
 
 
+_BATCH_NORMALISATION = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
 def _batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that normalise by the statistics of the batch of now, and have others."""
     return tuple(
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None
+        m for m in model.modules() if isinstance(m, _BATCH_NORMALISATION) and m.training and m.running_mean is not None
     )
 
 
