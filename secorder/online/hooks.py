@@ -152,6 +152,7 @@ class Attachment:
         if eager.whole_graph_wanted():
             causes["compiled"] = causes.get("compiled", 0) + 1
             return
+        eager.run_compiled_code_eagerly()  # also where the model is looked at
         record = open_record(self, args, kwargs)
         if record is None:
             return
@@ -163,7 +164,6 @@ class Attachment:
             raise
         self._running[thread] = record
         record.eager = eager
-        eager.run_compiled_code_eagerly()
         causes["forward"] = causes.get("forward", 0) + 1
 
     def step_aside(self) -> None:
