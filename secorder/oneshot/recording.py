@@ -27,25 +27,45 @@ class Recording:
         inputs: by layer, the input tensors of each call.
         leaves: by layer, the leaf ε of each call.
         versions: recorded inputs, to find those that are overwritten later.
-        differentiated: layers through which the model took a derivative itself (``torch.autograd.grad`` or a
-            ``torch.func`` transform inside of a forward or loss): their parameters then act not only through z.
+        watch: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
+            transform inside of a forward or loss): their parameters then act not only through z.
     """
 
     def __init__(self) -> None:
         self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}
         self.leaves: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []
-        self.differentiated: set[str] = set()
-        self.open = True
+        self.watch = _Watch()
+
+    @property
+    def differentiated(self) -> set[str]:
+        """Layers through which the model took a derivative itself."""
+        return self.watch.differentiated
 
     def close(self) -> None:
         """The forward and the loss ran: derivatives taken from now on are ours."""
-        self.open = False
+        self.watch.open = False
 
     def unusable(self) -> set[str]:
         """Layers whose recorded calls do not tell all: input overwritten after the call, or differentiated inside."""
         overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
         return overwritten | self.differentiated
+
+
+class _Watch:
+    """What hooks on tensors may hold on to: no tensor, and nothing that leads to one.
+
+    A hook that leads to a tensor of the graph that it hangs on closes a cycle through C++, which is never freed.
+    """
+
+    def __init__(self) -> None:
+        self.open = True
+        self.differentiated: set[str] = set()
+
+    def seen(self, name: str, _: Tensor) -> None:
+        """The model differentiates itself, if a gradient passes while it still runs."""
+        if self.open:
+            self.differentiated.add(name)
 
 
 @contextmanager
@@ -126,13 +146,8 @@ class _Tap:
         leaves.append(torch.zeros_like(tensor, requires_grad=True))
         result = tensor + leaves[-1]
         if torch.is_grad_enabled():
-            result.register_hook(self.watch)
+            result.register_hook(partial(self.recording.watch.seen, self.layer.name))
         return result
-
-    def watch(self, _: Tensor) -> None:
-        """The model differentiates itself, if a gradient passes while it still runs."""
-        if self.recording.open:
-            self.recording.differentiated.add(self.layer.name)
 
 
 def _places(isolated: IsolatedModel, layer: Layer) -> list[Place]:
