@@ -179,11 +179,11 @@ def _contract_rows(
     """:func:`contract` of :class:`Rows`, on the rows of each sample that are not zero."""
     count, width = len(u.ids), u.g.shape[-1]
     offset = torch.arange(count, device=u.ids.device)[:, None] * u.rows
-    places, where = (u.ids + offset).unique(return_inverse=True)  # one for each sample and row
+    places, where = _distinct((u.ids + offset).flatten())  # one for each sample and row
 
     def compact(g: Tensor) -> Tensor:
         flat = g.flatten(-3, -2)
-        return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where.flatten(), flat)
+        return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where, flat)
 
     left = compact(u.g)
     products = _kept(left * (left if v is None else compact(v.g)), keep)
@@ -196,6 +196,14 @@ def _contract_rows(
         out.mul_(beta)
     out.view(u.rows, width).index_add_(0, places % u.rows, products, alpha=alpha)
     return out
+
+
+def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct keys, zeros behind them, and which of them each key is: of a size that no host has to wait for."""
+    ordered, order = keys.sort()
+    number = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)[: len(keys)]
+    distinct, where = torch.zeros_like(keys), torch.empty_like(keys)
+    return distinct.scatter_(0, number, ordered), where.scatter_(0, order, number)
 
 
 def contract_sum(

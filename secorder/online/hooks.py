@@ -153,6 +153,7 @@ class Attachment:
         if eager.whole_graph_wanted():
             saw("compiled")
             return
+        eager.run_compiled_code_eagerly()  # also where the model is looked at
         record = open_record(self, args, kwargs)
         if record is None:
             return
@@ -164,7 +165,6 @@ class Attachment:
             raise
         self._running[thread] = record
         record.eager = eager
-        eager.run_compiled_code_eagerly()
         saw("forward")
 
     def step_aside(self) -> None:
