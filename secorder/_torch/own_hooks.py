@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-
 from torch.nn.modules.module import register_module_forward_hook
 
 from .modules import forward_hook_dicts, forward_hooks

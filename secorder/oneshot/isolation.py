@@ -139,8 +139,8 @@ def isolate(
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else p.detach().requires_grad_(True) for key, p in parameters.items()
         }
-        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, and so is what it
-        # puts into their lists and dicts (losses of experts, features that hooks collect).
+        # What a forward stores on its modules (old-style weight_norm keeps its weight so) is put back, and so is what
+        # it puts into their lists and dicts (losses of experts, features that hooks collect).
         stack.callback(_restore_attributes, [(m, dict(vars(m))) for m in modules])
         stack.callback(_restore_containers, _containers([list(_own_attributes(m)) for m in modules]))
         stack.enter_context(_parameters_swapped(modules, replacements))
@@ -239,7 +239,9 @@ def _containers(found: Any, seen: dict[int, tuple[Any, Any]] | None = None) -> l
 
 def _restore_containers(containers: Sequence[tuple[Any, Any]]) -> None:
     for container, before in containers:
-        if len(container) == len(before) and all(x is y for x, y in zip(_entries(container), _entries(before))):
+        if len(container) == len(before) and all(
+            x is y for x, y in zip(_entries(container), _entries(before), strict=True)
+        ):
             continue
         container.clear()
         (container.update if isinstance(container, (dict, set)) else container.extend)(before)

@@ -71,7 +71,10 @@ class Looks:
         if before is not None and before.provisional:
             before = None
         # The user's backward hooks are for the user's backward.
-        with backward_hooks_removed(self._model.modules()), no_autocast():  # what belongs to which sample shows best in full precision
+        with (
+            backward_hooks_removed(self._model.modules()),
+            no_autocast(),
+        ):  # what belongs to which sample shows best in full precision
             found = run_isolated(
                 lambda direct: attribute(
                     self._model,

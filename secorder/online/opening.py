@@ -169,7 +169,7 @@ def _coupled(fisher: OnlineFisher, found: Attribution) -> None:
 
 def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
-    fisher, looks = attachment.fisher, attachment.looks
+    fisher = attachment.fisher
     start, record.start = record.start, None
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.saw("no gradient")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, CurvatureWarning
+from secorder import CurvatureProbe
 
 from ..helpers import Net, data, mlp, step
 from .test_host_reads import KINDS

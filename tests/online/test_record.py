@@ -126,9 +126,7 @@ class Breaks(nn.Module):
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("first", [True, False])
-def test_what_breaks_off_half_way_leaves_the_numbers_right(
-    where: str, kind: type[BaseException], first: bool
-) -> None:
+def test_what_breaks_off_half_way_leaves_the_numbers_right(where: str, kind: type[BaseException], first: bool) -> None:
     """The layers that had their gradient are counted, each by itself, and the others are not."""
     breaks, whole, broken = Breaks(kind), data(), data(5)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), breaks, nn.Linear(5, 3))
@@ -228,7 +226,8 @@ def test_forwards_of_several_threads(name: str) -> None:
         assert not failures
         found = probe.fisher_diagonal().by_parameter()
     expected = {
-        n: sum(25 * len(b[0]) * reference(model, b)[n] for b in batches) / (25 * 18) for n in reference(model, batches[0])
+        n: sum(25 * len(b[0]) * reference(model, b)[n] for b in batches) / (25 * 18)
+        for n in reference(model, batches[0])
     }
     assert probe.num_samples == 25 * 18
     assert_all_close(found, expected)
