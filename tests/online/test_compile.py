@@ -152,11 +152,14 @@ def test_whole_graphs_never_stop_training(name: str, attached: str, every: int) 
     try:
         found = probe.fisher_diagonal().by_parameter()
     except ProbeStateError as error:
-        assert "torch.compile" in str(error)
-        assert backend.runs == 4
+        told = str(error)
     else:
+        told = ""
         expected = reference(MODELS[name](), batch)
         assert_all_close({n.removeprefix("_orig_mod."): f for n, f in found.items()}, expected)
+    if told:
+        assert "torch.compile" in told
+        assert backend.runs == 4
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,7 +168,7 @@ def test_whole_graphs_never_stop_training(name: str, attached: str, every: int) 
 @pytest.mark.parametrize("order", ["attached first", "compiled first"])
 def test_steps_that_are_not_recorded_run_compiled(name: str, attached: str, order: str) -> None:
     backend, batch = Counting(), data()
-    called, model, probe = setup(name, attached, backend, every=4)
+    called, _, probe = setup(name, attached, backend, every=4)
     if order == "compiled first":
         probe.detach()
         F.cross_entropy(called(batch[0]), batch[1]).backward()

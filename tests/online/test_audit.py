@@ -1,0 +1,44 @@
+"""The audit: what captured calls explain of a whole gradient is that gradient, or it is seen that it is not."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.layers.per_sample import Outer, PerSample, Rows, dense
+from secorder.online.audit import Signs, actual, allowed, explained
+
+
+def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
+    return {
+        "outer": (Outer(torch.randn(5, 1, 3, 4), torch.randn(5, 1, 3, 6)), (6, 4)),
+        "groups": (Outer(torch.randn(5, 2, 3, 4), torch.randn(5, 2, 3, 3)), (6, 4)),
+        "bias": (Outer(None, torch.randn(5, 1, 3, 6)), (6,)),
+        "rows": (Rows(torch.randint(6, (5, 3)), torch.randn(5, 3, 4), 6), (6, 4)),
+        "dense": (torch.randn(5, 6, 4), (6, 4)),
+    }
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("form", forms())
+def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if block:
+        monkeypatch.setattr("secorder.online.audit.WHOLE_ELEMENTS", 0)
+        monkeypatch.setattr("secorder.online.audit.BLOCK", 2)
+    part, shape = forms()[form]
+    whole: Tensor = dense(part, torch.Size(shape).numel()).sum(0).view(shape)
+    for _ in range(5):
+        vectors = Signs().vectors(torch.zeros(shape))
+        value, size = explained(part, vectors)
+        bound = allowed(size, [torch.float64])
+        assert (actual(whole, vectors) - value).abs() <= bound
+        other = whole + 1e-3 * torch.randn(shape)
+        assert (actual(other, vectors) - value).abs() > bound
+
+
+def test_signs_are_private_and_copies_have_their_own() -> None:
+    before = torch.get_rng_state()
+    signs = Signs()
+    assert signs.vectors(torch.zeros(3, 4)).r.abs().eq(1).all()
+    assert len(signs.some(["a", "b", "c"], 2)) == 2
+    assert signs.some(["a", "b"], 2) == {"a", "b"}
+    assert torch.equal(before, torch.get_rng_state())

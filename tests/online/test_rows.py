@@ -1,0 +1,27 @@
+"""Which rows of a layer's output belong to which sample."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder.layers.layout import Layout
+from secorder.layers.selection import select_layers
+from secorder.online.attribution import attribute
+
+from ..helpers import Net
+
+
+@pytest.mark.parametrize("returns_loss", [False, True])
+def test_by_cotangents_and_by_change_the_same_rows_are_found(returns_loss: bool) -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden = torch.tanh(m.first(x)).flatten(0, 1)
+        out = m.second(hidden).view(*x.shape[:2], -1).mean(1)
+        return F.mse_loss(out, torch.zeros_like(out)) if returns_loss else out
+
+    model = Net(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 3))
+    found = attribute(model, select_layers(model), (torch.randn(5, 3, 4),), {}, 0)
+    assert {name: calls[0].layout for name, calls in found.known.items()} == {
+        "first": Layout(),
+        "second": Layout(0, 3, True),
+    }
