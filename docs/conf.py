@@ -6,7 +6,7 @@ import secorder
 
 project = "secorder"
 author = "the secorder maintainers"
-release = version = "0.2.0"
+release = version = secorder.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -40,4 +40,3 @@ def reachable(host: str) -> bool:
 
 PYTORCH = "docs.pytorch.org"
 intersphinx_mapping = {"torch": (f"https://{PYTORCH}/docs/stable", None)} if reachable(PYTORCH) else {}
-assert secorder.__doc__

@@ -21,9 +21,7 @@ sys.path.insert(0, str(DOCS.parent / "examples"))
 
 from digits import DigitsNet, load_data  # noqa: E402
 
-from secorder import CurvatureProbe
-from secorder import CurvatureRecorder
-from secorder import report
+from secorder import CurvatureProbe, CurvatureRecorder, report  # noqa: E402
 
 
 def train(logdir: Path) -> None:

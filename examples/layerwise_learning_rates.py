@@ -1,7 +1,7 @@
 """Layer-wise learning rates from the Fisher trace, against a single rate, both tuned over the same grid.
 
 A layer with a large Fisher bounds the step of plain gradient descent for all of them. Here each layer gets the rate
-``η / sqrt(mean Fisher of the layer)``, normalised to a mean of η, from the passive Fisher of a few warm-up steps.
+``η / sqrt(mean Fisher of the layer)``, normalised to a mean of η, from the online Fisher of a few warm-up steps.
 Run ``python examples/layerwise_learning_rates.py``.
 """
 

@@ -64,8 +64,8 @@ def main() -> None:
     console.print(f"Fisher trace since the first epoch: {change}.")
     share = ", ".join(f"{name} {row['negative']:.0%}" for name, row in negative.items())
     console.print(f"Share of negative entries in the Hessian diagonal on 64 held-out digits: {share}.")
-    ways = ", ".join(f"{name} by {info.way} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
-    console.print(f"Exact Hessian: {ways}.")
+    spent = ", ".join(f"{name} by {info.strategy} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
+    console.print(f"Exact Hessian: {spent}.")
     console.print(f"TensorBoard log: {arguments.logdir}  (tensorboard --logdir {arguments.logdir.parent})")
 
 

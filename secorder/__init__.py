@@ -1,6 +1,8 @@
 """Per-layer curvature of live PyTorch models: exact Fisher and Hessian diagonals, gathered by hooks."""
 
-from .core.diagnosis import diagnose
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .core.per_layer_curvature import (
     get_layer_curvature_stats,
     per_layer_fisher_diagonal,
@@ -18,14 +20,19 @@ from .errors import (
     RuleError,
     SecorderError,
 )
-from .monitor.findings import Diagnosis, Finding
-from .monitor.recorder import CurvatureRecorder
-from .monitor.table import Report, report
 from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
+from .online.reduction import token_weights
+from .online.verification import Verification
 from .probe import CurvatureProbe
 from .results import Diagonals, LayerInfo, Strategy
+
+if TYPE_CHECKING:
+    from .core.diagnosis import diagnose
+    from .monitor.findings import Diagnosis, Finding
+    from .monitor.recorder import CurvatureRecorder
+    from .monitor.table import Report, report
 
 __all__ = [
     "AttributionError",
@@ -49,9 +56,35 @@ __all__ = [
     "SecorderError",
     "Strategy",
     "Trace",
+    "Verification",
     "diagnose",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",
     "per_layer_hessian_diagonal",
     "report",
+    "token_weights",
 ]
+
+__version__ = "0.2.0"
+
+#: What shows results, and where it is: with it come rich and numpy, which a model that only trains does not need.
+_WHEN_USED = {
+    "CurvatureRecorder": ".monitor.recorder",
+    "Diagnosis": ".monitor.findings",
+    "Finding": ".monitor.findings",
+    "Report": ".monitor.table",
+    "diagnose": ".core.diagnosis",
+    "report": ".monitor.table",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what shows results when it is used for the first time."""
+    if name not in _WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_WHEN_USED[name], __name__), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .core.diagnosis import diagnose
 from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .monitor.findings import Diagnosis
+from .monitor.terminal import Console
 
 __all__ = ["main"]
 

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._caution import caution
+from ._keywords import tells_renamed_keywords
 from .batch import batch_size
-from .errors import (
-    InvalidArgumentError,
-    ProbeStateError,
-)
+from .errors import InvalidArgumentError, ProbeStateError
 from .layers.selection import Layer, LayerTypes, present, select_layers
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
@@ -27,9 +26,14 @@ from .oneshot.operators import Curvature, check_curvature
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.told import warn_if_estimated, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
-from .online.fisher import Accumulation
-from .online.hooks import Capture
-from .online.loss_scale import LossScale
+from .online.checkpoint import load_state, state_of, synchronize
+from .online.fisher import OnlineFisher
+from .online.hooks import Attachment
+from .online.looks import Looks
+from .online.reading import diagonals, num_samples, num_skipped, untold
+from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
+from .online.samples import SampleDim, check_sample_dim
+from .online.verification import Verification, verify
 from .parallel.fsdp import gathered
 from .results import Diagonals, weighted_mean
 
@@ -64,18 +68,32 @@ class CurvatureProbe:
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
-        reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, or
-            ``"sum"``. Only the online Fisher needs to be told.
+        reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
+            loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
+            L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
+            Only the online Fisher needs to be told; where it is not, a mean is assumed, and the first read says so.
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
         sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
-            samples. Where they are in each layer is found and verified.
-        strict: raise :class:`~secorder.CouplingError` where samples are coupled while training (batch normalisation
-            in train mode), so that online per-sample gradients are not defined; by default a warning says so once.
+            samples, or a mapping of argument names to dimensions (None for an argument without samples). By default it
+            is
+            found: the dimension along which the model's outputs do not influence one another. Where they are in each
+            layer is found and verified.
+        strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
+            coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
+            probe's own. By default training goes on, a warning says it once, and reading the number raises.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
-            function that returns the number. It is divided out of every gradient.
+            function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
+            gradient that training puts on it. It is divided out of every gradient.
+        forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
+            its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
+            rollout), whose gradients are added before they are squared. By default they are separate where their
+            numbers of samples differ, and where these are the same, the layers are not told.
+        penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
+            gradient then belongs to each ℓ_n. By default a layer that gets gradient from outside of its calls is not
+            told.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -107,40 +125,59 @@ class CurvatureProbe:
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = None,
         every: int = 1,
         decay: float | None = None,
-        sample_dim: int = 0,
+        sample_dim: SampleDim = None,
         strict: bool = False,
         loss_scale: LossScale = None,
+        forwards: Literal["separate", "joined"] | None = None,
+        penalty: Literal["shared"] | None = None,
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
-        self._layers = select_layers(model, layer_types, layers)
-        if not self._layers:
+        selected = select_layers(model, layer_types, layers)
+        if not selected:
             raise NoLayerError(
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
+        if decay is not None and not 0.0 < decay < 1.0:
+            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if on_nonfinite not in ("skip", "raise", "keep"):
+            raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
+        if forwards not in (None, "separate", "joined"):
+            raise InvalidArgumentError(f'forwards must be "separate", "joined" or None, got {forwards!r}.')
+        if penalty not in (None, "shared"):
+            raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
+        check_sample_dim(sample_dim)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
-        self._accumulation = Accumulation(
+        self._fisher = OnlineFisher(
             model,
-            self._layers,
-            reduction=reduction,
+            selected,
+            reduction=check_reduction(reduction),
             decay=decay,
-            sample_dim=sample_dim,
             strict=strict,
-            loss_scale=loss_scale,
+            loss_scale=loss_scale_of(loss_scale),
+            returned=loss_scale == "returned",
             on_nonfinite=on_nonfinite,
+            forwards=forwards,
+            penalty=penalty,
             device=accumulator_device,
             dtype=accumulator_dtype,
         )
-        self._capture: Capture | None = None
+        if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
+            raise InvalidArgumentError(
+                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
+            )
+        self._looks = Looks(model, sample_dim, self._fisher.signs)
+        self._attachment: Attachment | None = None
+        self._verified = reduction is not None  # told, or found to be right
         self._log: CurvatureLog | None = None
         self.attach()
 
@@ -152,23 +189,25 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: the probe is attached.
         """
-        if self._capture is not None:
+        if self._attachment is not None:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
-        self._capture = Capture(self._model, self._layers, self._every, self._accumulation)
-        self._accumulation.capture = self._capture
-        self._capture.attach()
+        self._attachment = Attachment(self._model, self._fisher, self._looks, self._every)
+        self._attachment.attach()
 
     def detach(self) -> None:
         """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
-        if self._capture is not None:
-            self._capture.detach()
-            self._capture = None
-            self._accumulation.capture = None
+        if self._attachment is not None:
+            self._attachment.detach()
+            self._attachment = None
 
     @property
     def attached(self) -> bool:
         """Whether the hooks are on the model."""
-        return self._capture is not None
+        return self._attachment is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles hold what was accumulated, and are detached: their model is another one."""
+        return {**vars(self), "_attachment": None, "_log": None}
 
     def __enter__(self) -> "CurvatureProbe":
         return self
@@ -183,40 +222,42 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: the probe is detached.
         """
-        capture = self._attached_capture()
-        capture.suspensions += 1
+        attachment = self._attached()
+        attachment.pauses += 1
         try:
             yield
         finally:
-            capture.suspensions -= 1
+            attachment.pauses -= 1
 
     def reset(self) -> None:
         """Forget everything accumulated."""
-        self._accumulation.reset()
+        self._fisher.reset()
 
     @property
     def layer_names(self) -> list[str]:
         """Names of the layers looked at, in ``model.named_modules()`` order."""
-        return [layer.name for layer in self._layers]
+        return [layer.name for layer in self._fisher.layers]
 
     @property
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
-        return self._accumulation.num_samples
+        return num_samples(self._fisher)
 
     @property
     def num_skipped(self) -> dict[str, int]:
         """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
-        return self._accumulation.num_skipped
+        return num_skipped(self._fisher)
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"CurvatureProbe({len(self._layers)} layers, {self.num_samples} samples, {state})"
+        return f"CurvatureProbe({len(self._fisher.layers)} layers, {self.num_samples} samples, {state})"
 
     # ---- measurements
 
     @overload
-    def fisher_diagonal(self, *, synchronize: bool = False) -> Diagonals: ...
+    def fisher_diagonal(
+        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
+    ) -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -234,6 +275,7 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
+    @tells_renamed_keywords
     def fisher_diagonal(
         self,
         loss_fn: LossFunction | None = None,
@@ -247,6 +289,7 @@ class CurvatureProbe:
         chunk_size: int | None = None,
         progress: bool = False,
         synchronize: bool = False,
+        missing: Literal["raise", "skip"] = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -270,6 +313,8 @@ class CurvatureProbe:
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
+            missing: without ``loss_fn``, what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"``
+                to return the others.
 
         Returns:
             layer name → 1-D tensor (weight flattened, then bias), in the parameters' dtype, float32 for half precision.
@@ -285,9 +330,24 @@ class CurvatureProbe:
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
         """
         if loss_fn is None:
+            given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+                raise InvalidArgumentError(
+                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
+                    "pass loss_fn, inputs and targets to measure a batch."
+                )
             if synchronize:
                 self.synchronize()
-            return self._accumulation.diagonals()
+            if missing not in ("raise", "skip"):
+                raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
+            found = diagonals(self._fisher, missing)
+            if not self._verified:
+                self._verified = True
+                caution(
+                    "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
+                    "let probe.verify(loss_fn, inputs, targets) find out."
+                )
+            return found
         check_fisher_type(fisher_type, num_draws)
         fisher = self._measure(
             lambda task: fisher_diagonal(task, fisher_type, num_draws),
@@ -301,8 +361,45 @@ class CurvatureProbe:
             progress=progress,
         )
         warn_if_not_finite(fisher, "Fisher")
-        return weighted_mean(fisher, batch_size(inputs, targets, self._sample_dim)) if synchronize else fisher
+        return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
+    @tells_renamed_keywords
+    def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
+        """Check on one batch that the online Fisher is told right: how the loss reduces samples, and its scale.
+
+        One forward and backward are run with hooks of their own, told as this probe is, and held against the one-shot
+        empirical Fisher of the batch, which need not be told anything. Where parameters hold gradients that training
+        left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and the random
+        state are put back.
+
+        Args:
+            loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
+            inputs: of one batch.
+            targets: what ``loss_fn`` takes second.
+
+        Returns:
+            a :class:`~secorder.Verification`: true where both agree; ``print`` it for a sentence that says what to
+            pass.
+
+        Raises:
+            SecorderError: as :meth:`fisher_diagonal` with the same arguments.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss(reduction="sum")
+            >>> with CurvatureProbe(model) as probe:
+            ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
+            your loss is a sum: pass reduction="sum".
+        """
+        one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
+        count = batch_size(inputs, targets, self._one_shot_dim)
+        with self.paused():
+            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+        self._verified = bool(found)
+        return found
+
+    @tells_renamed_keywords
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,
@@ -374,6 +471,7 @@ class CurvatureProbe:
         warn_if_not_finite(hessian, "Hessian")
         return hessian
 
+    @tells_renamed_keywords
     def hessian_trace(
         self,
         loss_fn: LossFunction,
@@ -511,6 +609,7 @@ class CurvatureProbe:
         """
         return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
+    @tells_renamed_keywords
     def estimate_cost(
         self,
         loss_fn: LossFunction,
@@ -584,7 +683,7 @@ class CurvatureProbe:
                 inputs,
                 targets,
                 by_sample=by_sample,
-                sample_dim=self._sample_dim,
+                sample_dim=self._one_shot_dim,
                 **options,
             )
 
@@ -608,8 +707,8 @@ class CurvatureProbe:
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
 
     def __str__(self) -> str:
-        if self.num_samples == 0 or self._accumulation.unattributed:
-            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._layers)])
+        if self.num_samples == 0 or untold(self._fisher):
+            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 
     def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
@@ -631,22 +730,30 @@ class CurvatureProbe:
         if hessian is not None:
             self._log.log("hessian", hessian, step)
 
-    def _attached_capture(self) -> Capture:
-        if self._capture is None:
+    def _attached(self) -> Attachment:
+        if self._attachment is None:
             raise ProbeStateError("the probe is detached: call attach(), or make a new probe.")
-        return self._capture
+        return self._attachment
+
+    @property
+    def _one_shot_dim(self) -> int:
+        """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
+        if isinstance(self._sample_dim, int):
+            return self._sample_dim
+        known = self._looks.any_known()
+        return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
     @contextmanager
     def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
         """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
-        self._attached_capture()
-        if not any(layer.sharded for layer in self._layers):
-            yield [present(layer) for layer in self._layers]
+        self._attached()
+        if not any(layer.sharded for layer in self._fisher.layers):
+            yield [present(layer) for layer in self._fisher.layers]
             return
         with gathered(self._model):
             yield [
                 replace(layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters})
-                for layer in self._layers
+                for layer in self._fisher.layers
             ]
 
     # ---- checkpoints
@@ -656,7 +763,7 @@ class CurvatureProbe:
 
         A run that is resumed from it accumulates bit for bit what one that was not interrupted does.
         """
-        return self._accumulation.state_dict()
+        return state_of(self._fisher, self._attachment)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what :meth:`state_dict` returned; replaces what is accumulated.
@@ -664,7 +771,7 @@ class CurvatureProbe:
         Raises:
             InvalidArgumentError: the state is of another version, other layers, shapes or settings; nothing is changed.
         """
-        self._accumulation.load_state_dict(state)
+        load_state(self._fisher, self._attachment, state)
 
     # ---- many processes
 
@@ -683,4 +790,4 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
-        self._accumulation.synchronize(group)
+        synchronize(self._fisher, group)

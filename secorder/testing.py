@@ -42,7 +42,8 @@ def check_rule(module: nn.Module, *inputs: Tensor, rule: Rule | None = None, tol
     """
     rule = rule or rule_for(module)
     if rule is None:
-        raise RuleError(f"no rule is entered for {type(module).__name__}: RULES[{type(module).__name__}] = my_rule.")
+        kind = type(module).__name__
+        raise RuleError(f"no rule is entered for {kind}: decorate one with @rule_of({kind}).")
     if not inputs or any(x.dim() == 0 or len(x) < 2 for x in inputs):
         raise RuleError("a rule is checked on at least two samples: pass input tensors with samples in dim 0.")
     module = copy.deepcopy(module).double()
@@ -95,8 +96,8 @@ def _require_linear(module: nn.Module, inputs: Any, z: Tensor, tolerance: float)
         _compare("output, moved along the parameters,", (moved[0] + moved[1]) / 2, z, tolerance)
     except RuleError as error:
         raise RuleError(
-            f"{type(module).__name__} is not linear in its parameters ({error}): leave it without a rule, and the "
-            "generic way is taken."
+            f"{type(module).__name__} is not linear in its parameters ({error}): leave it without a rule; it is "
+            "measured all the same, by its module."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Run by torchrun from tests/test_distributed.py: compares ranks with what one process gets on all the data."""
+"""Run by torchrun from tests/parallel: compares ranks with what one process gets on all the data."""
 
 import os
 import sys
@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from secorder.distributed import weighted_mean
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
+from secorder.results import weighted_mean
 
 from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
@@ -30,10 +30,10 @@ def main(case: str) -> None:
     model = make()
     expected = fisher_by_sample(make(), F.cross_entropy, inputs, targets, 24)
     # Uneven: the first rank gets most; with three ranks, the last gets nothing.
-    cuts = [0, 16, 24, 24][: ranks + 1] if ranks == 3 else [0, 16, 24]
-    mine = slice(cuts[rank], cuts[rank + 1])
+    bounds = [0, 16, 24, 24][: ranks + 1] if ranks == 3 else [0, 16, 24]
+    mine = slice(bounds[rank], bounds[rank + 1])
     x, t = inputs[mine], targets[mine]
-    if case == "passive":
+    if case == "online":
         wrapped = DistributedDataParallel(model)
         with CurvatureProbe(model) as probe:
             for part in (slice(0, 3), slice(3, None)):
@@ -72,8 +72,8 @@ def main(case: str) -> None:
         mesh = init_device_mesh("cpu", (ranks,))
         for layer in (model[0], model[2], model):
             fully_shard(layer, mesh=mesh)
-        cuts = [0, 14, 24] if ranks == 2 else [0, 10, 21, 24]
-        x, t = inputs[cuts[rank] : cuts[rank + 1]], targets[cuts[rank] : cuts[rank + 1]]
+        bounds = [0, 14, 24] if ranks == 2 else [0, 10, 21, 24]
+        x, t = inputs[bounds[rank] : bounds[rank + 1]], targets[bounds[rank] : bounds[rank + 1]]
         # A batch whose ranks have different numbers of samples is one batch of all of them.
         for decay in (None, 0.9):
             with CurvatureProbe(model, decay=decay) as probe:

@@ -14,6 +14,18 @@ from .reference import fisher_by_sample
 
 ROOT = Path(__file__).parent.parent
 
+#: What :func:`run_after_torch` runs first: torch alone may load numpy, and do with random numbers what it likes.
+AFTER_TORCH = """
+import random, sys
+import torch
+def random_states():
+    numpy = sys.modules.get("numpy")
+    drawn = None if numpy is None else numpy.random.get_state()[1].tobytes()
+    return random.getstate(), drawn, torch.get_rng_state().tolist()
+before = random_states()
+known = set(sys.modules)
+"""
+
 
 class Fn(nn.Module):
     """A function as a module, for ``nn.Sequential``."""
@@ -49,6 +61,10 @@ class Shared(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.fc(x)) * self.shift(self.condition)
+
+
+#: Before 2.7, PyTorch's fully_shard gathers parameters by what the streams of a CPU do not have.
+FULLY_SHARD_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 class Twice(nn.Module):
@@ -118,3 +134,11 @@ def run_ranks(case: str, ranks: int) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     assert done.stdout.count("agrees") == ranks
+
+
+def run_after_torch(script: str) -> str:
+    """What a script prints, in a process of its own that has imported torch."""
+    command = [sys.executable, "-c", AFTER_TORCH + script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -114,6 +114,17 @@ def ggn_by_sample(model: nn.Module, loss_fn: Loss, inputs: Tensor, targets: Tens
     return total
 
 
+def gradient_by_sample(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, Tensor]:
+    """J_nᵀ g_n of a layer by one backward a sample, samples in dim 0, by parameter name: shape (N, parameter)."""
+    output, parameters = module(*inputs), dict(module.named_parameters())
+    rows = []
+    for n in range(len(output)):
+        alone = torch.zeros_like(output)
+        alone[n] = g[n]
+        rows.append(torch.autograd.grad(output, list(parameters.values()), alone, retain_graph=True))
+    return {name: torch.stack([row[i].flatten() for row in rows]) for i, name in enumerate(parameters)}
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest entry of the reference."""
     if not expected.numel():

@@ -12,10 +12,26 @@ ROOT = Path(secorder.__file__).parent
 #: From the top of the house to its foundation: a package imports from itself and from what stands below it.
 FLOORS = (
     ("__init__",), ("__main__", "integrations"), ("core",), ("probe",), ("online",), ("oneshot",), ("monitor",),
-    ("results", "testing"), ("layers",), ("parallel", "batch"), ("_torch",), ("errors",),
+    ("results", "testing"), ("layers",), ("parallel", "batch"), ("_torch",), ("_caution", "_keywords"), ("errors",),
 )  # fmt: skip
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if "_alias" not in p.parts)
+
+TESTS = Path(__file__).parent
+
+#: What is longer than it should be, and why: files by the module's name, classes and functions by theirs in it.
+LONG = {
+    "probe": "the facade, whose methods are documented in full",
+    "probe.CurvatureProbe": "the same",
+    "online.fisher": "to be divided where its subjects part",
+    "online.fisher.Accumulation": "the same",
+    "online.hooks": "the same",
+    "online.hooks.Capture": "the same",
+    "online.attribution._by_replacement": "the same",
+}
+
+#: Packages whose modules do not each have their tests at the mirrored place yet.
+NOT_MIRRORED = ("online", "oneshot")
 
 
 def name_of(path: Path) -> str:
@@ -45,10 +61,42 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
     for path in (ROOT / "monitor").glob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= {"monitor", "results", "errors"}
+        assert {name.split(".")[0] for name in imports(path)} <= {"monitor", "results", "_keywords", "errors"}
         assert "import autograd" not in path.read_text()
     for path in (ROOT / "layers").rglob("*.py"):
         assert "register_" not in path.read_text()
+
+
+def lines_of_code(node: ast.ClassDef | ast.FunctionDef) -> int:
+    """Lines of a class or function without its docstrings."""
+    texts = [
+        part
+        for part in ast.walk(node)
+        if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
+    ]
+    whole, *parts = (part.end_lineno - part.lineno + 1 for part in [node, *texts])
+    return whole - sum(parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_nothing_is_long_without_a_reason(path: Path) -> None:
+    """Files of 400 lines; of code, classes of 250 and functions of 60."""
+    name, text = name_of(path), path.read_text()
+    long = {name} if text.count("\n") > 400 else set()
+    for node in ast.walk(ast.parse(text)):
+        limit = {ast.ClassDef: 250, ast.FunctionDef: 60}.get(type(node))
+        if limit and lines_of_code(node) > limit:
+            long.add(f"{name}.{node.name}")
+    assert long == {part for part in LONG if part == name or part.startswith(f"{name}.")}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_tests_mirror_the_package(path: Path) -> None:
+    here = path.relative_to(ROOT)
+    package_itself = here.name == "__init__.py" and len(here.parts) > 1  # which tells what is in it, and no more
+    if not package_itself and here.parts[0] not in NOT_MIRRORED:
+        place = here.with_name(f"test_{here.stem.strip('_')}.py")
+        assert (TESTS / place).exists(), f"{name_of(path)} has no tests in tests/{place}"
 
 
 def foreign_private_names(path: Path) -> set[str]:

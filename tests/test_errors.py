@@ -184,3 +184,18 @@ def test_batch_statistics_have_no_per_sample_gradient() -> None:
     model = make(nn.BatchNorm1d(5))
     with pytest.raises(CouplingError, match="eval"):
         per_layer_fisher_diagonal(model, F.cross_entropy, *data())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"fisher_type": "type-2"}, {"inputs": torch.zeros(3, 4)}, {"targets": torch.zeros(3)}, {"num_draws": 5},
+     {"generator": torch.Generator()}, {"create_graph": True}, {"chunk_size": 2}],
+    ids=lambda arguments: next(iter(arguments)),
+)  # fmt: skip
+def test_arguments_of_a_measurement_without_a_loss(arguments: dict[str, Any]) -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model) as probe:
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(InvalidArgumentError, match="without loss_fn"):
+            probe.fisher_diagonal(**arguments)
+        assert set(probe.fisher_diagonal()) == {"0", "2"}

@@ -214,7 +214,7 @@ def test_chunks_do_not_change_the_result(chunk_size: int) -> None:
 
 
 def test_ways_are_as_expected() -> None:
-    """The matrix must exercise each exact way, not one of them alone."""
+    """The matrix must exercise each exact strategy, not one of them alone."""
     inputs, targets = torch.randn(N, 4), torch.randint(3, (N,))
     tanh = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info

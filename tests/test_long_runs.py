@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online.fisher import Accumulation
-from secorder.online.hooks import Capture
+from secorder.online.fisher import OnlineFisher
+from secorder.online.hooks import Attachment
+from secorder.online.looks import Looks
 
 from .helpers import data, make, reference, step
 from .reference import assert_all_close
@@ -147,43 +148,63 @@ def test_create_graph_at_every_step_does_not_leak() -> None:
     assert probe.num_samples == 360
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "begin",
-        "end",
-        "called",
-        "_record",
-        "_deliver",
-        "_leave",
-        *("prepare", "expected", "layouts", "receive", "finish"),
-    ],
-)
+PLACES = {
+    "begin": Attachment,
+    "end": Attachment,
+    "register": Attachment,
+    "due": Looks,
+    "look": Looks,
+    "deliver": OnlineFisher,
+    "_gradients": OnlineFisher,
+    "_explain": OnlineFisher,
+    "check_together": OnlineFisher,
+    "close": OnlineFisher,
+    "add": OnlineFisher,
+    "_audit": OnlineFisher,
+}
+
+
+@pytest.mark.parametrize("place", list(PLACES))
 @pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_fault_in_any_hook_leaves_model_and_means_as_they_were(
+@pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
+def test_a_fault_in_any_hook_stops_no_training_and_leaves_means_as_they_were(
     place: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory may run out anywhere: the step fails, what was accumulated and what comes after is right."""
+    """Memory may run out anywhere: the step goes on, what was accumulated and what comes after is right."""
     model, batch = make(), data()
     expected = reference(model, batch)
     modules = list(model.modules())
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in modules]
-    owner = Accumulation if place in ("prepare", "expected", "layouts", "receive", "finish") else Capture
-    intact = getattr(owner, place)
+    intact, faults = getattr(PLACES[place], place), 0
+    gradients: list[Tensor] = []
 
-    def fault(*_: Any) -> None:
+    def fault(*_: Any, **__: Any) -> None:
+        nonlocal faults
+        faults += 1
         raise MemoryError(place)
 
     with CurvatureProbe(model) as probe:
         for index in range(1, 6):
-            if index != at:
-                step(model, batch)
-                continue
-            monkeypatch.setattr(owner, place, fault)
-            with pytest.raises(MemoryError, match=place):
-                step(model, batch)
-            monkeypatch.setattr(owner, place, intact)
+            model.zero_grad()
+            if index == at:
+                monkeypatch.setattr(PLACES[place], place, fault)
+            step(model, batch)
+            monkeypatch.setattr(PLACES[place], place, intact)
+            gradients = gradients or [p.grad.clone() for p in model.parameters()]
+            assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+        assert faults or (place == "look" and at > 1)  # the structure of this model leaves no doubt after the first
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
         assert 24 <= probe.num_samples <= 30
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in modules] == before
-    assert all(p._backward_hooks is None for p in model.parameters())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_strict_lets_a_fault_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make(), data()
+
+    def fault(*_: Any, **__: Any) -> None:
+        raise MemoryError("deliver")
+
+    monkeypatch.setattr(OnlineFisher, "deliver", fault)
+    with CurvatureProbe(model, strict=True), pytest.raises(MemoryError, match="deliver"):
+        step(model, batch)

@@ -34,7 +34,7 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
     model, loss_fn, inputs, targets = batch
     layer_types = None if "layers" in case.options else "all"
     with warnings.catch_warnings(), CurvatureProbe(model, **{"layer_types": layer_types, **case.options}) as probe:
-        warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured the slow way
+        warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
         if what == "hessian":
             return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()
         if what == "fisher":
@@ -44,7 +44,7 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
 
 
 def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
-    """The case's batch, the same at every call, and the random state from which each way of measuring it starts."""
+    """The case's batch, the same at every call, and the random state from which each measurement of it starts."""
     seed(0)
     with default_dtype(torch.float64):
         batch = case.make()

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
+from torch.utils.hooks import RemovableHandle
 
 __all__ = [
     "accumulate_node",
     "accumulates_into",
+    "accumulates_untouched",
     "after_backward",
     "current_backward",
+    "first_gradient_hook",
     "in_backward",
     "leaf_variables",
     "will_accumulate",
@@ -67,6 +70,27 @@ def leaf_variables(output: Tensor) -> list[Tensor]:
                 seen.add(following)
                 waiting.append(following)
     return found
+
+
+def accumulates_untouched(parameter: Tensor) -> bool:
+    """Whether, at the end of a backward that begins, ``parameter.grad`` is what that backward brought.
+
+    It has no gradient now, and no hooks that would change it, or take it away as soon as it is there.
+    """
+    hooks: Any = parameter
+    return parameter.grad is None and not hooks._backward_hooks and not hooks._post_accumulate_grad_hooks
+
+
+def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call a hook with the whole gradient of a leaf, before other hooks on the leaf change it."""
+    handle: RemovableHandle = parameter.register_hook(hook)
+    hooks: Any = parameter._backward_hooks
+    if len(hooks) > 1:  # by the order of insertion: the engine does not see move_to_end
+        others = {key: other for key, other in hooks.items() if key != handle.id}
+        for key in others:
+            del hooks[key]
+        hooks.update(others)
+    return handle
 
 
 def will_accumulate(node: Any) -> bool:

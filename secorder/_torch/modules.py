@@ -1,7 +1,11 @@
 """What hangs on a module: its hooks, where it holds parameters and buffers, which forward it computes by."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from threading import get_ident
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -10,17 +14,23 @@ from torch import Tensor, nn
 __all__ = [
     "Place",
     "backward_hooks",
+    "backward_hooks_removed",
     "buffer_places",
     "computes_as",
     "convolution_padding",
+    "forward_hook_dicts",
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
+    "held_parameter",
+    "is_running",
     "is_scripted",
+    "kept_out_of_copies",
     "own_attributes",
     "parameter_places",
     "parameters_replaced",
     "tables_of",
+    "threads_running",
 ]
 
 
@@ -37,6 +47,11 @@ class Place(NamedTuple):
     key: Any
     value: Tensor
 
+    def held(self) -> Tensor:
+        """What it holds now."""
+        found: Tensor = self.holder[self.key]
+        return found
+
     def put(self, value: Tensor) -> None:
         """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
         self.holder[self.key] = value
@@ -49,6 +64,17 @@ def parameter_places(module: nn.Module) -> list[Place]:
         flat: list[Any] = module._flat_weights
         places += [Place(flat, index, w) for index, w in enumerate(flat) if w is not None]
     return places
+
+
+def held_parameter(module: nn.Module, name: str) -> Any:
+    """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
+    *path, last = name.split(".")
+    for part in path:
+        found = module._modules.get(part)
+        if found is None:
+            return None
+        module = found
+    return module._parameters.get(last)
 
 
 def buffer_places(module: nn.Module) -> list[Place]:
@@ -67,9 +93,14 @@ def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> 
         module._parameters.update(own)
 
 
+def forward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    """Where a module holds the hooks that it calls after and before its forward."""
+    return [module._forward_hooks, module._forward_pre_hooks]
+
+
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that the module calls after and before its forward."""
-    return [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return [hook for hooks in forward_hook_dicts(module) for hook in hooks.values()]
 
 
 @contextmanager
@@ -78,7 +109,7 @@ def forward_hooks_removed(modules: Iterable[nn.Module], unwanted: Callable[[Any]
     kept: list[tuple[Any, dict[int, Any]]] = []
     try:
         for module in modules:
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hooks in forward_hook_dicts(module):
                 kept.append((hooks, dict(hooks)))
                 for key in [key for key, hook in hooks.items() if unwanted(hook)]:
                     del hooks[key]
@@ -93,6 +124,20 @@ def forward_hooks_removed(modules: Iterable[nn.Module], unwanted: Callable[[Any]
 def gradient_hooks_removed(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, nothing runs that was registered with ``register_hook`` on the parameters."""
     hooks: list[Any] = [p._backward_hooks for p in parameters if p._backward_hooks]
+    kept = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, content in zip(hooks, kept, strict=True):
+            h.update(content)
+
+
+@contextmanager
+def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, nothing runs that was registered for the backward of the modules."""
+    hooks = [h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks) if h]
     kept = [dict(h) for h in hooks]
     for h in hooks:
         h.clear()
@@ -152,3 +197,79 @@ def backward_hooks(module: nn.Module) -> list[Any]:
 def is_scripted(module: nn.Module) -> bool:
     """Whether TorchScript runs the module: nothing can be hooked or replaced in it."""
     return isinstance(module, torch.jit.ScriptModule)
+
+
+def is_running(module: nn.Module) -> bool:
+    """Whether another call of the module, besides the innermost, runs in this thread: it calls itself."""
+    return len(list(islice(_calls(module, sys._getframe(1)), 2))) == 2
+
+
+def threads_running(module: nn.Module) -> set[int]:
+    """The other threads in which a call of the module runs now."""
+    frames = {thread: frame for thread, frame in sys._current_frames().items() if thread != get_ident()}
+    return {thread for thread, frame in frames.items() if any(True for _ in _calls(module, frame))}
+
+
+def _calls(module: nn.Module, frame: FrameType | None) -> Iterator[FrameType]:
+    """The calls of a module that a frame is in, the innermost first."""
+    while frame is not None:
+        if frame.f_code is _CALL and frame.f_locals.get("self") is module:
+            yield frame
+        frame = frame.f_back
+
+
+_CALL = nn.Module._call_impl.__code__
+
+
+class kept_out_of_copies:  # a handle, as hooks have them
+    """Copies and pickles of a module are made without the hooks of the library that it has, until :meth:`remove`.
+
+    By an attribute of the instance, which the copies do not have either.
+    """
+
+    def __init__(self, module: nn.Module, own: type) -> None:
+        self._module = module
+        held = vars(module)
+        before = held.get("__getstate__")
+        self._users: list[kept_out_of_copies] = before.users if isinstance(before, _State) else []
+        if not self._users:
+            held["__getstate__"] = _State(module, own, self._users, before)
+        self._users.append(self)
+
+    def remove(self) -> None:
+        """The module is copied as it is, unless another one of these is left."""
+        if self in self._users:
+            self._users.remove(self)
+            state = vars(self._module).get("__getstate__")
+            if not self._users and isinstance(state, _State):
+                state.restore()
+
+
+class _State:
+    """What a module is pickled and copied by."""
+
+    def __init__(self, module: nn.Module, own: type, users: list[Any], before: Any) -> None:
+        self.module, self.own, self.users, self.before = module, own, users, before
+
+    def restore(self) -> None:
+        if self.before is None:
+            del vars(self.module)["__getstate__"]
+        else:
+            vars(self.module)["__getstate__"] = self.before
+
+    def __call__(self) -> Any:
+        module = self.module
+        kind: Any = type(module)
+        if self.before is not None:
+            state = self.before()
+        else:
+            state = kind.__getstate__(module) if hasattr(kind, "__getstate__") else dict(vars(module))
+        if not isinstance(state, dict):
+            return state
+        state = {name: value for name, value in state.items() if name != "__getstate__"}
+        hooks = [h for name in ("_forward_hooks", "_forward_pre_hooks") for h in vars(module)[name].items()]
+        ids = {key for key, hook in hooks if isinstance(hook, self.own)}
+        for name in [name for name in state if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]:
+            if isinstance(state.get(name), dict):
+                state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ids)
+        return state

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from .modules import forward_hooks
+from .modules import forward_hook_dicts, forward_hooks
 
-__all__ = ["OwnHook", "suspended"]
+__all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "suspended"]
 
 
 class OwnHook:
@@ -31,6 +32,40 @@ def _ignore(*_: Any) -> None:
 
 def _no_hook() -> Callable[..., None]:
     return _ignore
+
+
+class Aside:  # a handle
+    """From the middle of a module's call to its end the module has no hook of the library's.
+
+    For modules whose own forward asks whether they have hooks, and computes otherwise if so.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._kept = [(hooks, dict(hooks)) for hooks in forward_hook_dicts(module)]
+        for hooks, before in self._kept:
+            for key in [key for key, hook in before.items() if isinstance(hook, OwnHook)]:
+                del hooks[key]
+        self._handle = register_module_forward_hook(self._ended, always_call=True)
+
+    def _ended(self, module: nn.Module, *_: Any) -> None:
+        if module is self._module:
+            self.remove()
+
+    def remove(self) -> None:
+        """The hooks are back."""
+        self._handle.remove()
+        for hooks, before in self._kept:
+            now = {key: hook for key, hook in hooks.items() if key not in before}
+            gone = [key for key, hook in before.items() if key not in hooks and not isinstance(hook, OwnHook)]
+            hooks.clear()
+            hooks.update({key: hook for key, hook in before.items() if key not in gone} | now)
+        self._kept = []
+
+
+def computes_by_its_hooks(module: nn.Module) -> bool:
+    """Whether the module's forward depends on whether it has hooks: the fused path of an encoder layer."""
+    return isinstance(module, nn.TransformerEncoderLayer) and not module.training
 
 
 @contextmanager

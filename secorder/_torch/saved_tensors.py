@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .versions import version
 
-__all__ = ["Kept", "OverwrittenError", "keep", "saved_tensor_hooks_active"]
+__all__ = ["Kept", "OverwrittenError", "keep", "saved_tensor_hooks_active", "stops_recomputation"]
 
 
 class OverwrittenError(Exception):
@@ -84,3 +84,8 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
         raise AssertionError
+
+
+def stops_recomputation(error: BaseException) -> bool:
+    """Whether an exception is a checkpoint's own, by which it stops computing again what it has got by now."""
+    return type(error).__name__ == "_StopRecomputationError"

@@ -54,14 +54,14 @@ def stacked_vjp(
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not live:
         return [x.new_zeros((count, *x.shape)) for x in inputs]
-    model_outputs = [o for o, _ in live]
+    reached = [o for o, _ in live]
     if count > 1:
         halve = False
         try:
             with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 results = torch.autograd.grad(
-                    model_outputs,
+                    reached,
                     list(inputs),
                     [c for _, c in live],
                     retain_graph=True,
@@ -77,12 +77,12 @@ def stacked_vjp(
         if halve:  # outside of the handler, which holds on to what filled the memory
             half = count // 2
             parts = [
-                stacked_vjp(model_outputs, inputs, [c[rows] for _, c in live], create_graph=create_graph)
+                stacked_vjp(reached, inputs, [c[rows] for _, c in live], create_graph=create_graph)
                 for rows in (slice(half), slice(half, None))
             ]
             return [torch.cat(pair) for pair in zip(*parts, strict=True)]
         # An operator that vmap cannot run: the loop works, or names the operator.
-    single = [_vjp(model_outputs, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
+    single = [_vjp(reached, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 

@@ -4,14 +4,14 @@ Needs ``pip install secorder[transformers]``.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
-from ..errors import InvalidArgumentError
 from ..layers.selection import LayerTypes
 from ..monitor.recorder import CurvatureRecorder
+from ..online.reduction import Reduction, token_weights
 from ..probe import CurvatureProbe
 
 try:
@@ -31,16 +31,15 @@ class CurvatureCallback(TrainerCallback):
         logdir: folder of the log; ``args.output_dir/runs/curvature`` by default.
         layer_types: as for :class:`secorder.CurvatureProbe`.
         layers: as for :class:`secorder.CurvatureProbe`.
-        reduction: as for :class:`secorder.CurvatureProbe`; the losses of transformers' models are means.
+        reduction: as for :class:`secorder.CurvatureProbe`; by default by the labels that the model is called
+            with: means over tokens, where some are padding too, divided by ``num_items_in_batch`` where the
+            trainer passes it.
         every: log the Fisher at each ``every``-th step.
         hessian_every: measure and log the Hessian at each ``hessian_every``-th step; never by default.
         loss_fn: the loss of the Hessian; by default the model's own, ``lambda output, _: output.loss``.
         batch: the inputs (a dict with labels) that the Hessian is measured on.
-        probe_options: further arguments of :class:`secorder.CurvatureProbe`; ``loss_scale`` is asked for where
-            gradients are accumulated.
-
-    Raises:
-        InvalidArgumentError: gradients are accumulated and ``loss_scale`` is not given, when training begins.
+        probe_options: further arguments of :class:`secorder.CurvatureProbe`. The scale of the loss, where gradients are
+            accumulated or scaled, is found (``loss_scale="returned"``).
 
     Attributes:
         probe: the probe, from the start of training on; its numbers stay readable after it.
@@ -58,7 +57,7 @@ class CurvatureCallback(TrainerCallback):
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
-        reduction: Literal["mean", "sum"] = "mean",
+        reduction: Reduction = None,
         every: int = 10,
         hessian_every: int | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
@@ -80,13 +79,10 @@ class CurvatureCallback(TrainerCallback):
     ) -> None:
         """Attach the probe."""
         model: nn.Module = kwargs["model"]
-        if args.gradient_accumulation_steps > 1 and "loss_scale" not in self._probe_arguments:
-            raise InvalidArgumentError(
-                "with gradient accumulation, the trainer divides the loss of some models and not of others: pass "
-                f"loss_scale=1 / {args.gradient_accumulation_steps} where it does (language models), loss_scale=1 "
-                "where it does not (models that ignore num_items_in_batch, such as BERT's classifiers)."
-            )
-        self.probe = CurvatureProbe(model, **self._probe_arguments)
+        options = {"loss_scale": "returned", **self._probe_arguments}
+        if options["reduction"] is None:
+            options["reduction"] = _ByLabels(model)
+        self.probe = CurvatureProbe(model, **options)
         self._writer = SummaryWriter(self._logdir or f"{args.output_dir}/runs/curvature")
         self._recorder = CurvatureRecorder(self.probe, self._writer, **self._schedule)
 
@@ -104,3 +100,19 @@ class CurvatureCallback(TrainerCallback):
         if self._writer is not None:
             self._writer.close()
         self._recorder = None
+
+
+class _ByLabels:
+    """The weights c_n of a batch, by the labels among the model's arguments; None, for a mean over samples, without.
+
+    A causal language model leaves out the first label of each sequence.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        causal = any(kind in type(model).__name__ for kind in ("CausalLM", "LMHead"))
+        self._weights = token_weights(shift=int(causal))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        labels = kwargs.get("labels")
+        tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
+        return self._weights(*args, **kwargs) if tokens else None

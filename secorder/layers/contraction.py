@@ -23,6 +23,7 @@ __all__ = [
     "contract_sum",
 ]
 
+#: As :data:`~secorder.layers.per_sample.CHUNK_ELEMENTS`, where memory is plenty and each call costs a launch.
 ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 
 
@@ -30,7 +31,7 @@ ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
 IN_PLACE_ELEMENTS = 1 << 22
 
 
-#: Elements of per-sample gradients of one grouped convolution, likewise measured.
+#: Elements of per-sample gradients of one grouped convolution, measured on a CPU.
 CONVOLUTION_ELEMENTS = 1 << 18
 
 
@@ -42,6 +43,7 @@ def contract(
     out: Tensor | None = None,
     beta: float = 1.0,
     alpha: float = 1.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Σ_n u_n ⊙ v_n of two per-sample gradients, the one contraction of the library.
 
@@ -53,16 +55,17 @@ def contract(
             :data:`IN_PLACE_ELEMENTS`.
         beta: factor of what ``out`` held.
         alpha: factor of the result.
+        keep: where given, a bool on the device: whether squares count, or are zero whatever they are (nan).
 
     Returns:
         1-D tensor of ``numel`` elements, in the order of the flattened parameter.
     """
     if isinstance(u, Tensor):
         assert v is None or isinstance(v, Tensor)
-        return _add((u * (u if v is None else v)).reshape(-1, numel).sum(0), out, beta, alpha)
+        return _add(_kept((u * (u if v is None else v)).reshape(-1, numel).sum(0), keep), out, beta, alpha)
     if isinstance(u, Rows):
         assert v is None or isinstance(v, Rows)
-        return _contract_rows(u, v, numel, out, beta, alpha)
+        return _contract_rows(u, v, numel, out, beta, alpha, keep)
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
     groups, positions = gu.shape[-3], gu.shape[-2]
@@ -73,13 +76,16 @@ def contract(
         if pairs.dim() == 4:
             pairs = pairs.sum(0)
         if a is None:
-            return _add(pairs.sum(0).reshape(numel), out, beta, alpha)
+            return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
+        pairs = _kept(pairs, keep)
         a = whole_input(a)
         if groups == 1 and out is not None:
             squares = a[:, 0, 0] * a[:, 0, 0]
+            squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
             out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
             return out
         squares = (a * a).squeeze(2)
+        squares = squares if keep is None else squares.nan_to_num_()
         if out is None:
             total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
             return total if alpha == 1.0 else total * alpha
@@ -91,16 +97,21 @@ def contract(
         if beta != 1.0:
             out.mul_(beta)
         for gu_k, gv_k in pairs_of_k:
-            _accumulate_products(out, a, gu_k, gv_k if gv is not gu else None, alpha)
+            _accumulate_products(out, a, gu_k, gv_k if gv is not gu else None, alpha, keep)
         return out
     total = gu.new_zeros(numel)
     for gu_k, gv_k in pairs_of_k:
-        _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None)
+        _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
     return _add(total, out, beta, alpha)
 
 
 def _accumulate_products(
-    total: Tensor, a: Tensor | Patches | None, gu: Tensor, gv: Tensor | None, alpha: float = 1.0
+    total: Tensor,
+    a: Tensor | Patches | None,
+    gu: Tensor,
+    gv: Tensor | None,
+    alpha: float,
+    keep: Tensor | None,
 ) -> None:
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
@@ -109,7 +120,7 @@ def _accumulate_products(
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
             right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
-            total.add_((left * right).sum(0), alpha=alpha)
+            total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
         return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
@@ -119,15 +130,22 @@ def _accumulate_products(
         for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
-            _add_products(target, left, right, alpha)
+            _add_products(target, left, right, alpha, keep)
             del left, right  # before the next are formed
         return
     for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
-        _add_matrix_products(target, a, gu, gv, rows, n, alpha)
+        _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
 def _add_matrix_products(
-    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, rows: int, n: range, alpha: float
+    target: Tensor,
+    a: Tensor | Patches,
+    gu: Tensor,
+    gv: Tensor | None,
+    rows: int,
+    n: range,
+    alpha: float,
+    keep: Tensor | None,
 ) -> None:
     """:func:`_accumulate_products` of some samples, by matrix products of so many rows of the parameter."""
     # bmm on three dimensions: matmul on four copies what is not contiguous
@@ -137,20 +155,27 @@ def _add_matrix_products(
     for r in chunks(target.shape[1], rows):
         left = torch.bmm(left_t[:, r.start : r.stop], inputs)
         right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
-        _add_products(target[:, r.start : r.stop], left, right, alpha)
+        _add_products(target[:, r.start : r.stop], left, right, alpha, keep)
         del left, right  # before the next are formed
 
 
-def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, keep: Tensor | None) -> None:
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
-    if len(left) == 1:
+    if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
-        target.add_(products.unflatten(0, (-1, len(target))).sum(0), alpha=alpha)
+        target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
 
 
-def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:
+    """Squares, or zeros whatever they are where they are not to be kept: ``torch.where`` is seven times as slow."""
+    return squares if keep is None else squares.nan_to_num_().mul_(keep)
+
+
+def _contract_rows(
+    u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float, keep: Tensor | None
+) -> Tensor:
     """:func:`contract` of :class:`Rows`, on the rows of each sample that are not zero."""
     count, width = len(u.ids), u.g.shape[-1]
     offset = torch.arange(count, device=u.ids.device)[:, None] * u.rows
@@ -161,7 +186,7 @@ def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta
         return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where.flatten(), flat)
 
     left = compact(u.g)
-    products = left * (left if v is None else compact(v.g))
+    products = _kept(left * (left if v is None else compact(v.g)), keep)
     if products.dim() == 3:
         products = products.sum(0)
     if out is None:
@@ -174,7 +199,13 @@ def _contract_rows(u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta
 
 
 def contract_sum(
-    parts: Sequence[PerSample], *, numel: int, out: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+    parts: Sequence[PerSample],
+    *,
+    numel: int,
+    out: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Σ_n (Σ_i u_{i, n})²: :func:`contract` for a parameter that gets its gradient from several layers.
 
@@ -184,24 +215,25 @@ def contract_sum(
         out: as for :func:`contract`.
         beta: as for :func:`contract`.
         alpha: as for :func:`contract`.
+        keep: as for :func:`contract`.
     """
     if len(parts) == 1:
-        return contract(parts[0], numel=numel, out=out, beta=beta, alpha=alpha)
+        return contract(parts[0], numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     forms: dict[type, list[PerSample]] = {}
     for part in parts:
         forms.setdefault(type(part), []).append(part)
     merged = {form: merge(same) for form, same in forms.items()}
     if len(merged) == 1:
-        return contract(next(iter(merged.values())), numel=numel, out=out, beta=beta, alpha=alpha)
+        return contract(next(iter(merged.values())), numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     outer, rows = merged.get(Outer), merged.get(Rows)
     if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
         total = torch.stack([dense(part, numel) for part in merged.values()]).sum(0)
-        return contract(total, numel=numel, out=out, beta=beta, alpha=alpha)
+        return contract(total, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     # An embedding and a head: (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B.
-    out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha)
-    contract(rows, numel=numel, out=out, alpha=alpha)
+    out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
+    contract(rows, numel=numel, out=out, alpha=alpha, keep=keep)
     columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
-    cross = torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g
+    cross = _kept(torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g, keep)
     out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
     return out
 

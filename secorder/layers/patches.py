@@ -77,7 +77,8 @@ class Patches:
         return patches
 
 
-def whole_input(a: "Tensor | Patches") -> Tensor:
+def whole_input(a: Tensor | Patches) -> Tensor:
+    """An input factor as a tensor: patches copied out."""
     return a[:] if isinstance(a, Patches) else a
 
 

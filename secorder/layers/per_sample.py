@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 #: Elements of patches and of per-sample gradients that one step of a contraction may form: what stays in the caches
-#: of a CPU (measured on convolutions: up to twice as fast as four times as many), more on an accelerator.
+#: of a CPU (measured on convolutions: up to twice as fast as four times as many).
 CHUNK_ELEMENTS = 1 << 20
 
 

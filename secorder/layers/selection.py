@@ -32,7 +32,7 @@ class Layer:
         name: the module's path in ``model.named_modules()`` (``""`` for the model itself).
         module: the module.
         parameters: its parameters by name relative to the module, in registration order (weight, then bias).
-        rule: the layer type's per-sample gradient rule; None where only the generic way is exact.
+        rule: the layer type's per-sample gradient rule; None where the layer is measured without one, by its module.
         enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
             directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
     """
@@ -45,7 +45,7 @@ class Layer:
 
     @cached_property
     def sharded(self) -> bool:
-        """Whether FSDP2 cuts the parameters over the ranks."""
+        """Whether FSDP2 shards the parameters over the ranks."""
         return any(hasattr(p, "device_mesh") for p in self.parameters.values())
 
     def parameter_name(self, local: str) -> str:
@@ -135,7 +135,7 @@ def present(layer: Layer) -> Layer:
 
 
 def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:
-    """A parameter that FSDP2 cuts over the ranks, if one of the layers has any: it tells which ranks these are."""
+    """A parameter that FSDP2 shards over the ranks, if one of the layers has any: it tells which ranks these are."""
     return next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
 
 
@@ -154,8 +154,8 @@ def _special_option(module: nn.Module) -> str | None:
 def _require_fully_sharded(model: nn.Module, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
     if not managed(model) or not all(fully_sharded(p) for p in parameters.values()):
         raise InvalidArgumentError(
-            f"layer {name!r} has parameters that are cut by tensor parallelism, which is not supported yet: leave the "
-            "layer out with layers=, or train under fully_shard or DistributedDataParallel alone."
+            f"layer {name!r} has parameters that are sharded by tensor parallelism, which is not supported yet: leave "
+            "the layer out with layers=, or train under fully_shard or DistributedDataParallel alone."
         )
     if rule_for(module) is None or not all(p.requires_grad for p in parameters.values()):
         raise InvalidArgumentError(

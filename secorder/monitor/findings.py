@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.text import Text
-
 from ..errors import CouplingError
 from ..results import Diagonals
 from .table import Report, report
+from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
 __all__ = ["THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find"]
 
@@ -86,8 +84,8 @@ class Diagnosis:
         yield Group(self.report(), *found)
 
     def to_json(self, **options: Any) -> str:
-        """Statistics, findings, sizes and ways as JSON; ``options`` as for ``json.dumps``."""
-        ways = {
+        """Statistics, findings, sizes and strategies as JSON; ``options`` as for ``json.dumps``."""
+        strategies = {
             name: {"strategy": info.strategy, "num_hvps": info.num_hvps} for name, info in self.hessian.info.items()
         }
         return json.dumps(
@@ -95,7 +93,7 @@ class Diagnosis:
                 "num_samples": self.num_samples,
                 "loss": self.loss,
                 "statistics": self.statistics,
-                "hessian_strategies": ways,
+                "hessian_strategies": strategies,
                 "findings": [asdict(finding) for finding in self.findings],
             },
             **options,
@@ -109,6 +107,15 @@ def find(
     samples: int,
     coupled: CouplingError | None,
 ) -> list[Finding]:
+    """What stands out, the model's before its layers'.
+
+    Args:
+        fisher: the Fisher diagonal, if there is one.
+        hessian: the Hessian diagonal.
+        statistics: of both, as in :class:`Diagnosis`.
+        samples: how many samples the Hessian is a sum over: 1 for a mean loss.
+        coupled: why there is no Fisher, where samples are coupled.
+    """
     curved, gathered = statistics["hessian"], statistics.get("fisher", {})
     traces = {name: row["trace"] for name, row in (gathered or curved).items()}
     whole = sum(traces.values()) if len(traces) > 2 else 0.0

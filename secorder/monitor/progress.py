@@ -14,16 +14,16 @@ def progress_bar(
     if not shown:
         yield lambda _: None
         return
-    from rich.progress import (
+    from .terminal import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
         ProgressColumn,
         Task,
+        Text,
         TextColumn,
         TimeRemainingColumn,
     )
-    from rich.text import Text
 
     class Rate(ProgressColumn):
         def render(self, task: Task) -> Text:

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError
 from .tensorboard import Writer
 
@@ -39,7 +40,8 @@ class CurvatureRecorder:
         hessian_options: further arguments of :meth:`secorder.CurvatureProbe.hessian_diagonal`, such as ``method``.
 
     Raises:
-        InvalidArgumentError: an interval is below 1, or ``hessian_every`` comes without a loss or a batch.
+        InvalidArgumentError: an interval is below 1, ``hessian_every`` comes without a loss or a batch, or an option
+            had another name.
 
     Example:
         >>> import tempfile, torch
@@ -68,6 +70,7 @@ class CurvatureRecorder:
     ) -> None:
         if every < 1 or (hessian_every is not None and hessian_every < 1):
             raise InvalidArgumentError(f"intervals must be at least 1, got {every} and {hessian_every}.")
+        refuse_renamed(hessian_options, "hessian_diagonal()")
         if hessian_every is not None and (loss_fn is None or batch is None):
             raise InvalidArgumentError("hessian_every needs loss_fn= and batch=(inputs, targets) to measure on.")
         self._probe = probe

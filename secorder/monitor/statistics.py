@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import InvalidTypeError
 from ..results import Diagonals
 
 __all__ = ["BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "summarize"]
@@ -22,12 +23,16 @@ def get_layer_curvature_stats(layer_curvatures: Mapping[str, Tensor]) -> dict[st
     """Mean, standard deviation, maximum and minimum of each layer's diagonal.
 
     Args:
-        layer_curvatures: layer name → tensor of any shape and real dtype, as the diagonal functions return it.
+        layer_curvatures: layer name → tensor of any shape and floating-point dtype, as the diagonal functions return
+            it.
 
     Returns:
         layer name → ``{"mean", "std", "max", "min"}``, Python floats. ``std`` is the sample standard deviation
         ``sqrt(Σ (d − mean)² / (n − 1))``, 0 for a single element; an empty tensor gives nan. All layers travel to
         the host in one transfer.
+
+    Raises:
+        InvalidTypeError: ``layer_curvatures`` is no mapping, or a value is not a tensor of real floating-point numbers.
 
     Example:
         >>> import torch
@@ -45,11 +50,14 @@ def layer_statistics(layer_curvatures: Mapping[str, Tensor]) -> dict[str, dict[s
     """All :data:`STATISTICS` of each layer's diagonal.
 
     Args:
-        layer_curvatures: layer name → tensor of any shape and real dtype.
+        layer_curvatures: layer name → tensor of any shape and floating-point dtype.
 
     Returns:
         layer name → the four of :func:`get_layer_curvature_stats`, the ``trace`` (sum of the entries) and the shares of
         ``negative``, ``zero`` and ``nonfinite`` entries; Python floats, from one transfer.
+
+    Raises:
+        InvalidTypeError: as :func:`get_layer_curvature_stats`.
     """
     return {name: summary.statistics for name, summary in _summaries(layer_curvatures, histograms=False).items()}
 
@@ -78,6 +86,12 @@ class LayerSummary:
 def summarize(layer_curvatures: Mapping[str, Tensor]) -> dict[str, LayerSummary]:
     """Statistics and a histogram on a logarithmic scale of each layer's diagonal, in one transfer.
 
+    Args:
+        layer_curvatures: layer name → tensor of any shape and floating-point dtype.
+
+    Raises:
+        InvalidTypeError: as :func:`get_layer_curvature_stats`.
+
     Example:
         >>> import torch
         >>> from secorder.monitor.statistics import summarize
@@ -89,6 +103,7 @@ def summarize(layer_curvatures: Mapping[str, Tensor]) -> dict[str, LayerSummary]
 
 
 def _summaries(layer_curvatures: Mapping[str, Tensor], *, histograms: bool) -> dict[str, LayerSummary]:
+    _require_real_tensors(layer_curvatures)
     if not layer_curvatures:
         return {}
     device = next(iter(layer_curvatures.values())).device
@@ -103,6 +118,16 @@ def _summaries(layer_curvatures: Mapping[str, Tensor], *, histograms: bool) -> d
         statistics = dict(zip(STATISTICS, row[:known], strict=True))
         result[name] = LayerSummary(statistics, low, high, counts, total, squares)
     return result
+
+
+def _require_real_tensors(layer_curvatures: Mapping[str, Tensor]) -> None:
+    if not isinstance(layer_curvatures, Mapping):
+        got = type(layer_curvatures).__name__
+        raise InvalidTypeError(f"curvatures must be a mapping of layer names to tensors, got {got}.")
+    for name, diagonal in layer_curvatures.items():
+        if not isinstance(diagonal, Tensor) or not diagonal.is_floating_point():
+            got = diagonal.dtype if isinstance(diagonal, Tensor) else type(diagonal).__name__
+            raise InvalidTypeError(f"the curvature of layer {name!r} must be a tensor of real numbers, got {got}.")
 
 
 def _numbers(values: Tensor, histograms: bool) -> Tensor:

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Literal
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .statistics import LayerSummary, summarize
+from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
 
 __all__ = ["Report", "SortKey", "report"]
 

@@ -93,6 +93,7 @@ def _statistics(kind: str) -> list[str]:
 
 
 def shown(name: str) -> str:
+    """How a layer is called in tags: the model itself has no name."""
     return name or "model"
 
 

@@ -136,6 +136,7 @@ def require_own_losses(
     r = [task.random(x.shape, x) for x in points]
     batch = _derivatives(output_gradients, points, r if second_order else None)
     _require_invariance(task, output, batch, r if second_order else None)
+    _require_any_size(task, output)
     leaves: list[Tensor] = []
     alone = own_losses(task, expose_output(output, leaves, task.dimension, detach=True))
     nothing: list[Tensor | None] = [None] * len(leaves)
@@ -174,6 +175,27 @@ def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
     """Equal to rounding of each row, or of losses of size one: of a probability near one, little is left."""
     bound = rounding(expected.dtype) * expected.abs().amax(1, keepdim=True)
     return bool(((found - expected).abs() <= bound + 16 * torch.finfo(expected.dtype).eps * scale).all())
+
+
+def _require_any_size(task: Measurement, output: Any) -> None:
+    """Raise unless the loss takes another number of samples: what fits the batch alone was made for the batch.
+
+    One that holds a number for each sample may take them alike, and a batch of one then meets all of them.
+    """
+    index = [*range(task.num_samples), 0]
+    failed: Exception | None = None
+    for rows in (False, True):  # a label for each token, perhaps
+        try:
+            with torch.no_grad():
+                task.loss_again(*task.cut(output, index, rows=rows))
+            return
+        except Exception as error:
+            failed = failed or error
+    assert failed is not None
+    raise InvalidArgumentError(
+        f"loss_fn takes a batch of {task.num_samples} samples and not one of {task.num_samples + 1} "
+        f"({_first_line(failed)}): {HELD}."
+    ) from failed
 
 
 def _require_invariance(task: Measurement, output: Any, batch: Tensor, vectors: Sequence[Tensor] | None) -> None:

@@ -1,71 +1,130 @@
-"""Where the samples are in each layer: found and verified by passes of our own on one batch."""
+"""Where the samples are in each layer: found and verified by passes of our own on one batch.
 
-from collections.abc import Callable, Sequence
+Random cotangents on the model's outputs, weighted sample by sample, must come back weighted by the same factors in the
+rows of every layer's output. Where the model returns no tensor with samples (a loss alone), changing samples must
+change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls are found
+by the structure of the autograd graph.
+
+A layer whose own calls do not do (a row that all samples share, rows that depend on data, a parameter that is used
+elsewhere, a frozen layer with nothing trainable before it) is looked for in the calls of the module that contains it,
+up to the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import combinations, islice
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch.pytree import map_tensors, tensors_in
-from .._torch.transforms import inside_transform
+from .._torch.modules import Place, buffer_places
+from .._torch.pytree import tensors_in
+from .._torch.versions import version
 from .._torch.vjp import fresh_generator, gradients
-from ..batch import preferred_size, sample_dimension, sample_sizes
 from ..errors import DoubleBackwardError, InvalidArgumentError
 from ..layers.layout import Layout
 from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..layers.tying import Ties, tied_layers
-from ..oneshot.independence import changed_entries, outputs_independent, separating_masks, with_neighbours
+from ..oneshot.independence import separating_masks
 from ..oneshot.isolation import IsolatedModel, isolate
-from ..oneshot.output_hessian import expose_output
-from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.fsdp import over_ranks
+from .relation import Shape, Verified
+from .routes import Selections, layers_of_routed_rows, unowned_arguments
+from .rows import rows_of_layers
+from .samples import (
+    Hypothesis,
+    SampleDim,
+    any_layout,
+    equivariant,
+    floating,
+    hypotheses,
+    separates,
+    shapes_of,
+    told,
+)
 
-__all__ = ["Attribution", "attribute"]
+__all__ = ["Attribution", "attribute", "merged"]
+
+#: Later looks change some samples so often.
+TRIALS = 2
 
 
-@dataclass
+@dataclass(frozen=True)
 class Attribution:
-    """Where the samples are in the layers of a model that trains.
+    """What is known of where samples are, for one combination of train and eval modes.
 
     Attributes:
-        layouts: by layer, for each output tensor of each call.
-        unknown: layers of whose output no dimension was found to hold the samples.
+        layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
+        dims: for each tensor among the model's arguments, the dimension that holds the samples.
+        known: by layer, the calls that were verified.
+        outputs: for each of the model's outputs in this batch, where the samples are in it.
+        unknown: layers of whose calls no dimension was found to hold the samples.
         outside: layers whose parameters the model also uses outside of the calls of their enclosing modules.
         reached: layers whose calls the model's output depends on.
-        layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
-        calls: by layer, how many calls were seen.
         coupled: whether samples influence one another in the model.
-        argument: index, among the tensors of the model's arguments, of one whose size tells the number of samples.
+        normalised: whether they do by its batch normalisation alone; the rest is then known for fixed statistics.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
-        ambiguous: sizes of arguments that may all be the number of samples, where nothing tells which is.
+        provisional: whether the batch could not tell where samples are (a batch of one).
+        undecided: why it cannot be told which dimension holds the samples; empty where it can.
+        separable: another dimension that separates, where the one that was told does not.
+        alternative: another dimension that would do as well as the one that was taken.
+        certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
+        changing: the buffers that a forward overwrites.
     """
 
-    layouts: dict[str, list[Layout]] = field(default_factory=dict)
-    unknown: set[str] = field(default_factory=set)
-    outside: set[str] = field(default_factory=set)
-    reached: set[str] = field(default_factory=set)
-    layers: list[Layer] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
+    dims: tuple[int | None, ...] = ()
+    known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)
+    outputs: tuple[Layout | None, ...] = ()
+    unknown: frozenset[str] = frozenset()
+    outside: frozenset[str] = frozenset()
+    reached: frozenset[str] = frozenset()
     coupled: bool = False
-    argument: int = 0
+    normalised: bool = False
     unclear: bool = False
-    ambiguous: list[int] = field(default_factory=list)
+    provisional: bool = False
+    undecided: str = ""
+    separable: int | None = None
+    alternative: int | None = None
+    certain: bool = False
     ties: Ties = field(default_factory=dict)
+    changing: tuple[Place, ...] = ()
+
+    def holders(self, name: str) -> set[str]:
+        """The layers that hold a parameter of a layer whose gradient is put together."""
+        return {holder for by in self.ties.get(name, {}).values() for holder, _ in by}
 
     def sharing(self, name: str) -> list[str]:
         """The layers whose gradient is put together, and takes part of what a layer's calls bring."""
         return [own for own, by in self.ties.items() if any(name == h for holders in by.values() for h, _ in holders)]
 
-    def count(self, arguments: Any, dim: int) -> int:
-        """The number of samples of a batch."""
-        tensor = next(islice(tensors_in(arguments), self.argument, None))
-        return tensor.shape[dim] if tensor.dim() > dim else 0
+    def count(self, shapes: Sequence[Shape]) -> int | None:
+        """The number of samples of a batch, by its arguments' shapes; None where they do not agree with what is "
+        "known."""
+        if len(shapes) != len(self.dims) or any(
+            dim is not None and len(shape) <= dim for shape, dim in zip(shapes, self.dims, strict=True)
+        ):
+            return None
+        sizes = {shape[dim] for shape, dim in zip(shapes, self.dims, strict=True) if dim is not None}
+        if 0 in sizes:
+            return 0
+        return max(sizes) if len(sizes - {1}) <= 1 and sizes else None
+
+
+def merged(before: Attribution, after: Attribution) -> Attribution:
+    """What a new look found, with what earlier ones verified of the layers that are captured as they were."""
+    same = {x.name for x in before.layers} & {x.name for x in after.layers if x in before.layers}
+    known = {
+        name: (*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ()))[:16]
+        for name in {**before.known, **after.known}
+    }
+    return replace(after, known=known, reached=before.reached | after.reached)
 
 
 def attribute(
@@ -73,58 +132,97 @@ def attribute(
     layers: Sequence[Layer],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    dim: int,
+    sample_dim: SampleDim = None,
     *,
+    before: Attribution | None = None,
     direct: bool = False,
 ) -> Attribution:
-    """Find and verify where samples are in each layer, by passes of our own on one batch.
-
-    Random cotangents on the model's output, weighted sample by sample, must come back weighted by the same factors in
-    the rows of every layer's output. Where the model returns no tensor with samples (a loss alone), replacing samples
-    must change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls
-    are found by the structure of the autograd graph.
-
-    A layer whose own calls do not do (a row that all samples share, a parameter that is used elsewhere, a frozen layer
-    with nothing trainable before it) is looked for in the calls of the module that contains it, up to the model.
+    """Find and verify where samples are in each layer.
 
     Args:
         model: the model.
         layers: the layers to find samples in.
         args: positional arguments of one forward.
         kwargs: keyword arguments of it.
-        dim: where the samples are in the arguments.
-        direct: on a direct isolated (see :func:`secorder.oneshot.isolation.run_isolated`).
+        sample_dim: where the samples are in the arguments, if it is told.
+        before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
+            begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
+        direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
     """
+    asked = _Question(model, (args, kwargs), sample_dim, before, direct)
+    if before is not None:
+        return replace(_escalate(asked, before.layers), ties=before.ties)
     together, ties = tied_layers(model, layers)
     if ties:
-        found = _escalate(model, together, args, kwargs, dim, direct)
+        found = _escalate(asked, together)
         members = {name for by in ties.values() for holders in by.values() for name, _ in holders}
         if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
-            found.ties = ties
-            return found
-    return _escalate(model, layers, args, kwargs, dim, direct)
+            return replace(found, ties=ties)
+    return _escalate(asked, layers)
 
 
-def _escalate(
-    model: nn.Module, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, direct: bool
-) -> Attribution:
+@dataclass(frozen=True)
+class _Question:
+    """One look: at what, and how thoroughly."""
+
+    model: nn.Module
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    sample_dim: SampleDim
+    before: Attribution | None
+    direct: bool
+    fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
+
+    @staticmethod
+    def masks(count: int, trials: int | None = None) -> list[Tensor]:
+        """Which samples are changed in each trial: every ordered pair is told apart, or so many trials, drawn."""
+        masks = separating_masks(count)
+        if trials is None or len(masks) <= trials:
+            return list(masks)
+        drawn = torch.rand(trials, count, generator=fresh_generator(), device="cpu") < 0.5
+        drawn[:, 0], drawn[:, 1] = True, False  # never all, never none
+        order = torch.argsort(torch.rand(trials, count, generator=fresh_generator(), device="cpu"), 1)
+        return list(drawn.gather(1, order))
+
+
+def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
+    model = asked.model
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    layers = list(layers)
-    independent = independent_by_structure(model, dim)
+    chosen: _Choice | None = None
+    first, layers = layers, list(layers)
     while True:
-        found = _attribute(model, layers, (args, kwargs), dim, independent, direct)
-        found.layers = layers
-        independent = True  # or the search ends here: the samples are no less so when other modules are looked at
+        found, chosen = _attribute(asked, layers, chosen)
+        found = replace(found, layers=tuple(layers))
         missing = found.unknown | found.outside
-        if found.unclear:
+        if found.unclear or found.undecided:
             return found
+        if found.coupled and not asked.fixed and (fixed := _batch_normalisation(model)):
+            without = _escalate(replace(asked, fixed=fixed), first)
+            if not (without.coupled or without.unclear or without.undecided):
+                return replace(without, coupled=True, normalised=True, changing=found.changing)
         if not found.coupled and not any(x.sharded for x in layers):
-            missing |= found.reached & _without_gradient(model, layers, (args, kwargs))
+            missing |= found.reached & _without_gradient(model, layers, asked.arguments)
         movable = {x.name for x in layers if x.name in missing and x.enclosing is not model and not x.sharded}
         if found.coupled or not movable:
             return found
-        layers = [replace(x, enclosing=parents[id(x.enclosing)], rule=None) if x.name in movable else x for x in layers]
+        layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
+
+
+def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
+    """The module around a layer's enclosing module that is itself called: not a mere list of modules."""
+    module = parents[id(layer.enclosing)]
+    while isinstance(module, (nn.ModuleList, nn.ModuleDict)) and id(module) in parents:
+        module = parents[id(module)]
+    return module
+
+
+def _batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that normalise by the statistics of the batch of now, and have others."""
+    return tuple(
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None
+    )
 
 
 def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
@@ -151,93 +249,184 @@ def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any)
     return missing
 
 
-def _attribute(
-    model: nn.Module, layers: Sequence[Layer], arguments: Any, dim: int, independent: bool, direct: bool
-) -> Attribution:
-    found = Attribution()
+#: A hypothesis that holds, with the layouts that it leaves open of each output.
+_Choice = tuple[Hypothesis, list[list[Layout]]]
+
+
+def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None) -> tuple[Attribution, _Choice | None]:
+    """One look, at the layers in their present enclosing modules."""
+    model, arguments = asked.model, asked.arguments
     # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
-    # layers shows in the probe's check of whole gradients.
-    cut = sharded_parameter(layers)
-    with isolate(model, None, [] if cut is not None else layers, direct=direct) as isolated:
+    # layers shows in the audit.
+    shard = sharded_parameter(layers)
+    with isolate(model, None, [] if shard is not None else layers, direct=asked.direct) as isolated:
+        for module in asked.fixed:
+            module.training = False  # until the isolation ends
 
-        def forward(arguments: Any) -> Any:
-            with torch.set_grad_enabled(cut is None):  # FSDP2 expects a backward to follow
-                return isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+        def forward(arguments: Any, begins: Callable[[Any], None] = lambda _: None) -> Any:
+            def run(copied: Any) -> Any:
+                begins(copied)
+                return model(*copied[0], **copied[1])
 
-        with recorded(isolated, layers, own_parameters=cut is not None) as recording:
-            output = forward(arguments)
+            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()):  # FSDP2 expects a backward
+                return isolated.run(run, arguments)
+
+        with recorded(isolated, layers, own_parameters=shard is not None) as recording:
+            with Selections() as selections:
+                output = forward(arguments)
+            changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
-            # Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing.
-            found.unclear = any(
-                bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point()
-            )
-            if cut is not None:
-                found.unclear = bool(over_ranks(found.unclear, cut, "max"))
-            if found.unclear:
-                return found
-            found.calls = {name: len(calls) for name, calls in recording.inputs.items()}
-            count = _count(found, arguments, output, dim)
-            if cut is not None and over_ranks(count == 0, cut, "max"):
+            if _not_finite(output, shard):
+                return Attribution(unclear=True), None
+            base = floating(output)
+            seen = [  # now: further forwards are recorded too
+                RecordedLayer(x, list(recording.inputs[x.name]), list(recording.leaves[x.name]))
+                for x in layers
+                if recording.leaves.get(x.name)
+            ]
+            choice = _choose(asked, forward, base, shard) if chosen is None else chosen
+            if isinstance(choice, Attribution):
+                return replace(choice, changing=changing), None
+            hypothesis, options = choice
+            if shard is not None and over_ranks(hypothesis.num_samples == 0, shard, "max"):
                 raise InvalidArgumentError(
                     "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
                 )
-            if count == 0:
-                return found
-            if cut is None:
-                _uses_outside(found, isolated, [x for x in layers if x.enclosing is not model], output)
-            found.outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
-            by_layer = [
-                RecordedLayer(layer, recording.inputs[layer.name], recording.leaves[layer.name])
-                for layer in layers
-                if recording.leaves.get(layer.name)
-            ]
-            model_outputs: list[Tensor] = []
-            expose_output(
-                [t for t in tensors_in(output) if t.requires_grad and sample_dimension(t, count, dim) is not None],
-                model_outputs,
-                lambda t: sample_dimension(t, count, dim),
-                detach=False,
+            outside = (
+                set()
+                if shard is not None
+                else _uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
-            try:
-                if model_outputs:
-                    _by_cotangents(found, by_layer, model_outputs, count)
-            except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
-                model_outputs = []
-        if not model_outputs:
-            _by_replacement(found, layers, forward, arguments, count, dim, cut)
-        else:
-            found.coupled = not independent and not outputs_independent(isolated, arguments, count, dim, forward)
-    return found
+            outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
+            found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
+        routed = set()
+        if shard is None and (selections.any or any(unowned_arguments(arguments, hypothesis))):
+            routed = layers_of_routed_rows(layers, forward, arguments, hypothesis)
+    known, unknown, reached = found
+    unknown |= routed
+    shapes = shapes_of(arguments)
+    count = hypothesis.num_samples
+    verified = {
+        name: tuple(Verified(layout, i, tuple(t.shape), shapes, count) for i, (layout, t) in enumerate(calls))
+        for name, calls in known.items()
+    }
+    return Attribution(
+        dims=hypothesis.dims,
+        known=verified if count > 1 else {},
+        outputs=tuple(o[0] if o else None for o in options),
+        unknown=frozenset(unknown),
+        outside=frozenset(outside),
+        reached=frozenset(reached),
+        provisional=count == 1,
+        changing=changing,
+        alternative=hypothesis.alternative,
+        certain=hypothesis.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
+    ), choice
 
 
-def _count(found: Attribution, arguments: Any, output: Any, dim: int) -> int:
-    """The number of samples: a size that the arguments agree on, or that the output has too."""
-    sizes = sample_sizes(arguments, dim)
-    known = {t.shape[d] for t in tensors_in(output) for d in (dim, 0) if t.dim() > d}
-    count = preferred_size([size for size in sizes if size in known] or sizes) if sizes else 0
-    if count not in known and len(set(sizes) - {1}) > 1:
-        found.ambiguous = sizes
-        return 0
-    tensors = list(tensors_in(arguments))
-    found.argument = next((i for i, t in enumerate(tensors) if t.dim() > dim and t.shape[dim] == count), 0)
-    return count
+def _not_finite(output: Any, shard: Tensor | None) -> bool:
+    """Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing."""
+    bad = any(bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point())
+    return bool(over_ranks(bad, shard, "max")) if shard is not None else bad
 
 
-def _uses_outside(found: Attribution, isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> None:
+def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | None) -> _Choice | Attribution:
+    """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
+    model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
+    tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
+    if not tried:
+        return Attribution(undecided="none of the model's arguments has a dimension for samples")
+    usual = tried[0]
+    certain = len(tried) == 1 and usual.dim == 0 and independent_by_structure(model, 0)
+    if (usual.num_samples <= 1 and len(tried) == 1) or certain or shard is not None:
+        return usual, [any_layout(f, usual.num_samples) for f in base]
+    before = asked.before
+    if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
+        known = Hypothesis(before.dims, count, before.alternative)
+        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
+        if options is not None:
+            return known, options
+    if not any(any_layout(f, h.num_samples) for f in base for h in tried):
+        return _by_size_alone(asked, forward, base, tried)
+    holding = []
+    for hypothesis in tried:
+        if hypothesis.num_samples > 1:
+            options = separates(forward, arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
+            if options is not None:
+                holding.append((hypothesis, options))
+        if holding and dim is not None:
+            break
+    if usual.num_samples == 1 and dim is None:
+        if holding:  # one sample of many positions, or many samples of one
+            return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
+        return usual, [any_layout(f, 1) for f in base]
+    if not holding:
+        return _nothing_separates(asked, forward, base, usual)
+    if len(holding) == 1:
+        return holding[0]
+    with _evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
+        alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
+    first, options = alike[0]
+    return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _by_size_alone(
+    asked: _Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis]
+) -> _Choice | Attribution:
+    """Where the outputs tell nothing of the number of samples (a loss alone)."""
+    if base and all(f.numel() > 1 for f in base):
+        return _nothing_separates(asked, forward, base, tried[0])
+    sizes = {h.num_samples for h in tried if h.dim == tried[0].dim} - {1}
+    if len(sizes) > 1:
+        return Attribution(
+            undecided=f"the model's arguments have sizes {sorted(sizes)} in dim {tried[0].dim}, and its output does "
+            "not tell which of them is the number of samples: pass sample_dim= with a mapping of argument names to "
+            "dimensions, or let the model return a tensor of that size"
+        )
+    return tried[0], []
+
+
+def _nothing_separates(asked: _Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> Attribution:
+    """No dimension holds samples that do not influence one another, or not the one that was told: another one?"""
+    others = [] if asked.sample_dim is None else hypotheses(asked.arguments, base, None)
+    separable = None
+    for other in others:
+        if other.num_samples > 1 and other.dim != usual.dim:
+            masks = asked.masks(other.num_samples)
+            if separates(forward, asked.arguments, base, other, masks) is not None:
+                separable = other.dim
+    return Attribution(dims=usual.dims, coupled=True, separable=separable)
+
+
+def _uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> set[str]:
+    """Layers whose parameters the output depends on other than through their calls."""
+    outside: set[str] = set()
     for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
         together = one.rule is not None and other.rule is not None  # see tied_layers
         if not together and _apart(one.enclosing, other.enclosing) and _share(one, other):
-            found.outside |= {one.name, other.name}
+            outside |= {one.name, other.name}
     ends = [t for t in tensors_in(output) if t.requires_grad]
-    if not ends:
-        return
     replacements = [(layer.name, s) for layer in layers for s in isolated.replacements(layer)]
+    if not ends or not replacements:
+        return outside
     try:
         reached = gradients(ends, [s for _, s in replacements], [torch.ones_like(t) for t in ends])
-    except DoubleBackwardError:  # a reentrant checkpoint; the probe's own check of whole gradients remains
-        return
-    found.outside |= {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
+    except DoubleBackwardError:  # a reentrant checkpoint; the audit remains
+        return outside
+    return outside | {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
 
 
 def _share(one: Layer, other: Layer) -> bool:
@@ -246,119 +435,3 @@ def _share(one: Layer, other: Layer) -> bool:
 
 def _apart(one: nn.Module, other: nn.Module) -> bool:
     return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())
-
-
-def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
-    """For each output tensor of the layer its candidate layouts."""
-    if z.layer.rule is None:
-        return [_any_dimension(leaf, count) for leaf in z.leaves]
-    joint = layout_options(z, count)
-    return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
-
-
-def _any_dimension(tensor: Tensor, count: int) -> list[Layout]:
-    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
-    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
-        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
-    return options
-
-
-def _by_cotangents(
-    found: Attribution, layers: Sequence[RecordedLayer], model_outputs: list[Tensor], count: int
-) -> None:
-    generator = fresh_generator()
-    leaves = [leaf for z in layers for leaf in z.leaves]
-
-    def random(shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32).to(like)
-
-    cotangents = [random(f.shape, f) for f in model_outputs]
-
-    def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
-        pulled = gradients(model_outputs, leaves, stack)
-        return {
-            id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
-        }
-
-    plain = pull_back(cotangents)
-    options = [_options(z, count) for z in layers]
-    for _ in range(scale_draws(leaves)):
-        weights = 0.5 + random((count,), model_outputs[0]).abs()
-        scaled = pull_back([c * weights.to(c).view(-1, *(1,) * (c.dim() - 1)) for c in cotangents])
-        options = [
-            [
-                [o for o in choices if scales([leaf], [o], plain, scaled, weights)]
-                for leaf, choices in zip(z.leaves, by_leaf, strict=True)
-            ]
-            for z, by_leaf in zip(layers, options, strict=True)
-        ]
-    for z, by_leaf in zip(layers, options, strict=True):
-        if any(bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves):
-            found.reached.add(z.layer.name)
-        if all(by_leaf):
-            found.layouts[z.layer.name] = [choices[0] for choices in by_leaf]
-        else:
-            found.unknown.add(z.layer.name)
-
-
-def _by_replacement(
-    found: Attribution,
-    layers: Sequence[Layer],
-    forward: Callable[[Any], Any],
-    arguments: Any,
-    count: int,
-    dim: int,
-    cut: Tensor | None,
-) -> None:
-    outputs: dict[str, list[Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if inside_transform():
-                found.outside.add(name)
-                return
-            found.reached.add(name)
-            tensors = [t.detach().clone() for t in tensors_in(output) if t.is_floating_point()]
-            outputs.setdefault(name, []).extend(tensors)
-
-        return hook
-
-    handles = [layer.enclosing.register_forward_hook(keep(layer.name)) for layer in layers]
-
-    def run(mask: Tensor | None) -> dict[str, list[Tensor]]:
-        outputs.clear()
-        with torch.no_grad():
-            forward(arguments if mask is None else map_tensors(partial(with_neighbours, mask, count, dim), arguments))
-        return dict(outputs)
-
-    try:
-        base = run(None)
-        masks = list(separating_masks(count))
-        # Every rank that shares the parameters runs the model as often, whatever its number of samples.
-        turns = len(masks) if cut is None else int(over_ranks(len(masks), cut, "max"))
-        changed = [run(mask) for mask in masks]
-        for _ in range(turns - len(masks)):
-            run(None)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    def holds(layout: Layout, before: Tensor, after: list[Tensor]) -> bool:
-        changed = False
-        for mask, tensor in zip(masks, after, strict=True):
-            moved = layout.split(changed_entries(before, tensor))
-            mask = mask.to(before.device)
-            if bool(moved[~mask].any()):
-                return False
-            changed = changed or bool(moved[mask].any())
-        return changed or count == 1
-
-    for name, tensors in base.items():
-        layouts = [
-            next((o for o in _any_dimension(t, count) if holds(o, t, [c[name][i] for c in changed])), None)
-            for i, t in enumerate(tensors)
-        ]
-        if any(layout is None for layout in layouts):
-            found.unknown.add(name)
-        else:
-            found.layouts[name] = [layout for layout in layouts if layout is not None]

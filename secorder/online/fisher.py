@@ -1,86 +1,54 @@
-"""The online Fisher: what the hooks of a probe tell, attributed to samples, checked, and added up."""
+"""The Fisher of the user's own passes: what records bring is made into squares and added up.
 
-import math
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+The squares of a layer are added as soon as its gradient is complete, so that its inputs are freed while the backward
+goes on; :meth:`OnlineFisher.add` closes a record when its backward has ended: what tied layers brought is put together,
+layers that the loss does not depend on get their zeros, and the audit is compared.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .._torch.autocast import no_autocast
-from ..batch import sample_sizes
-from ..errors import (
-    AttributionError,
-    CouplingError,
-    CurvatureWarning,
-    InvalidArgumentError,
-    NonFiniteError,
-    ProbeStateError,
-)
-from ..layers.contraction import IN_PLACE_ELEMENTS, contract, contract_sum
-from ..layers.dtypes import cast, compute_dtype, rounding, zeros
+from .._torch.autocast import autocast_state, no_autocast
+from .._torch.versions import version
+from ..errors import NonFiniteError
+from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
-from ..layers.per_sample import PerSample, magnitude, per_sample_gradients, total_gradient
+from ..layers.patches import Patches
+from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
+from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
-from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
-from ..parallel.fsdp import Shard, local, over_ranks, shard_of_sum
-from ..results import Diagonals, LayerInfo, Strategy
-from .attribution import Attribution, attribute
-from .calls import Call, ModuleCall
-from .hooks import Capture
-from .loss_scale import LossScale, loss_scale_of
+from ..parallel.fsdp import local, over_ranks
+from .audit import Signs
+from .penalty import add_shared, explain
+from .record import Backward, Backwards, Call, ForwardRecord
+from .reduction import Weights
 from .rerun import rerun_gradients
+from .sums import LayerSums
+from .troubles import Troubles
 
-__all__ = ["Accumulation"]
-
-
-@dataclass
-class _Accumulator:
-    """Σ of squared per-sample gradients of one layer (or their moving average), by parameter."""
-
-    sums: list[Tensor] = field(default_factory=list)
-    samples: float = 0
-    batches: int = 0
-
-
-#: Why a layer has no online Fisher.
-_OUTSIDE = (
-    "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), or a derivative that the model takes of itself), which belongs to no sample "
-    "that a hook can see: leave the layer out with layers=, or measure it with a one-shot call."
-)
-
+__all__ = ["OnlineFisher", "quietly", "total_of"]
 
 _INTERRUPTED = (
-    "adding a batch to its sums was broken off (out of memory, or an interrupt), so that they hold a part of it: call "
-    "reset(), or load_state_dict() with a state that was saved before."
+    "adding a batch to its sums was broken off ({}), so that they hold a part of it: call reset(), or "
+    "load_state_dict() with a state that was saved before."
 )
 
+_SECOND = (
+    "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
+    "losses and call backward once."
+)
 
-#: Of the layout of :meth:`CurvatureProbe.state_dict`.
-_STATE_VERSION = 2
-
-
-class _Part(NamedTuple):
-    """What one layer brings to the gradients of tied parameters, and what passes for rounding in it."""
-
-    gradients: Mapping[str, PerSample]
-    rounded: float
+#: Threads add to the sums one after the other.
+_ADDING = threading.Lock()
 
 
-class _Sums(NamedTuple):
-    """Sums over samples of one parameter's per-sample gradients: squares, themselves, absolute values."""
-
-    squares: Tensor
-    whole: Tensor
-    size: Tensor
-
-
-class Accumulation:
-    """The online Fisher of a probe: what the hooks tell is checked, and added up.
+class OnlineFisher:
+    """Σ of squared per-sample gradients of a model's layers, over the records of its forwards.
 
     See :class:`secorder.CurvatureProbe` for the arguments.
     """
@@ -90,473 +58,384 @@ class Accumulation:
         model: nn.Module,
         layers: Sequence[Layer],
         *,
-        reduction: Literal["mean", "sum"],
+        reduction: Literal["mean", "sum"] | Weights,
         decay: float | None,
-        sample_dim: int,
         strict: bool,
-        loss_scale: LossScale,
+        loss_scale: Callable[[], float],
+        returned: bool,
         on_nonfinite: Literal["skip", "raise", "keep"],
+        forwards: Literal["separate", "joined"] | None,
+        penalty: Literal["shared"] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        if reduction not in ("mean", "sum"):
-            raise InvalidArgumentError(f'reduction must be "mean" or "sum", got {reduction!r}.')
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
-        if isinstance(sample_dim, bool) or not isinstance(sample_dim, int) or sample_dim < 0:
-            raise InvalidArgumentError(f"sample_dim must be an integer of at least 0, got {sample_dim!r}.")
-        if on_nonfinite not in ("skip", "raise", "keep"):
-            raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         self.model = model
-        self.layers = layers
-        self.layer_names = [layer.name for layer in layers]
+        self.layers = list(layers)
         self.reduction = reduction
         self.decay = decay
-        self.sample_dim = sample_dim
-        self.strict = strict
-        self.loss_scale = loss_scale_of(loss_scale)
+        self.loss_scale = loss_scale
+        self.returned = returned  # whether it is the gradient on the loss that the model returns
         self.on_nonfinite = on_nonfinite
-        self.accumulator_device, self.accumulator_dtype = device, dtype
-        self.capture: Capture | None = None
-        self.attributions: dict[tuple[bool, ...], Attribution] = {}
-        self.warned = self.warned_slow = False
-        self.explained: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.modules = list(model.modules())
-        self.certain = independent_by_structure(model, sample_dim)
-        self.skipped: set[str] = set()
-        self.parts: dict[str, _Part] = {}  # of tied layers, until the backward has brought them all
-        self.mode: tuple[bool, ...] = ()
-        #: A parameter that FSDP2 cuts over the ranks, if any is: then sums and counts are those of all ranks.
-        self.cut = sharded_parameter(layers)
-        if self.cut is not None and not all(layer.sharded for layer in layers):
-            raise InvalidArgumentError(
-                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
-            )
-        self.together = 0  # samples of the latest batch on all these ranks
-        self.arguments: Any = None
+        self.forwards = forwards
+        self.penalty = penalty
+        self.device, self.dtype = device, dtype
+        self.signs = Signs()
+        self.backwards = Backwards()
+        self._strict = strict
+        self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
+
+    def fresh(self) -> "OnlineFisher":
+        """One with the same settings that has seen nothing."""
+        return OnlineFisher(
+            self.model,
+            self.layers,
+            reduction=self.reduction,
+            decay=None,
+            strict=False,
+            loss_scale=self.loss_scale,
+            returned=self.returned,
+            on_nonfinite=self.on_nonfinite,
+            forwards=self.forwards,
+            penalty=self.penalty,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "backwards": Backwards()}
 
     def reset(self) -> None:
         """Forget everything accumulated."""
-        self.accumulators = {layer.name: _Accumulator(self._zeros(layer)) for layer in self.layers}
-        self.num_skipped: dict[str, int] = {}
-        self.num_samples = 0
-        self.share = 0.0  # of the samples: all of them, unless ranks were synchronised
-        self.unattributed: dict[str, str] = {}
+        #: A parameter that FSDP2 shards over the ranks, if any is: then sums and counts are those of all ranks.
+        self.shard = sharded_parameter(self.layers)
+        self.sums = {layer.name: LayerSums.empty(layer, self.device, self.dtype) for layer in self.layers}
+        first = next(iter(self.sums.values())).counts.device
+        device = torch.device("cpu") if first.type == "meta" else first
+        self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
+        self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
+        self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.batches = 0
+        self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
+        self.called: set[str] = set()  # layers, in some recorded forward
 
-    def _zeros(self, layer: Layer) -> list[Tensor]:
-        return [z.to(self.accumulator_device, self.accumulator_dtype) for z in zeros(layer)]
-
-    def diagonals(self) -> Diagonals:
-        """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`."""
-        if self.num_samples == 0:
-            raise ProbeStateError(
-                "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), "
-                "or pass loss_fn, inputs and targets for a one-shot measurement. A model that torch.compile had run "
-                "before the probe was attached ignores hooks: attach first, or call torch._dynamo.reset()."
-            )
-        for name, reason in self.unattributed.items():
-            raise AttributionError(f"layer {name!r}: {reason}")
-        unseen = [n for n in self.layer_names if self.capture is not None and n in self.capture.without_gradient]
-        if unseen:
-            raise AttributionError(
-                f"no gradient reaches the layers {unseen} in training (they are frozen, with nothing trainable before "
-                "them): leave them out with layers=, or pass loss_fn, inputs and targets for a one-shot measurement."
-            )
-        values = {}
+    def follow(self) -> None:
+        """Keep what is counted where the parameters are."""
         for layer in self.layers:
-            accumulator = self.accumulators[layer.name]
-            if accumulator.samples == 0:
-                raise NonFiniteError(
-                    f"every gradient of layer {layer.name!r} so far held nan or inf: lower the learning rate or the "
-                    'loss scale, or pass on_nonfinite="keep" to see them.'
-                )
-            weight = accumulator.samples if self.decay is None else 1 - self.decay**accumulator.batches
-            values[layer.name] = [total / weight for total in accumulator.sums]
-        return Diagonals(self.layers, values, {name: LayerInfo(Strategy.ONLINE) for name in self.layer_names})
+            self.sums[layer.name].follow(layer, self.device, self.dtype)
+        first = self.sums[self.layers[0].name].counts
+        if self.seen.device != first.device:
+            self.seen = self.seen.to(first)
+            self.failures = self.failures.to(first.device)
 
-    # ---- what the hooks tell
+    # ---- what records bring
 
-    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
-        """Where samples are: found once for each combination of train and eval modes, checked again now and then."""
-        self.parts, self.explained, self.skipped = {}, {}, set()  # of a backward that was broken off
-        layers, count = self._prepare(args, kwargs)
-        if self.cut is not None:
-            self.together = round(over_ranks(max(count, 0), self.cut))
-        return layers, count
+    def factor(self, record: ForwardRecord) -> float:
+        """What squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n."""
+        scale = float(record.num_samples**2) if record.mean else 1.0
+        return scale / float(self.loss_scale()) ** 2
 
-    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Layer], int]:
-        self.mode = tuple(module.training for module in self.modules)
-        self.arguments = (args, kwargs)
-        if self.mode not in self.attributions or (self.wants_gradients() and not self.certain):
-            if self.cut is None and 0 in sample_sizes(self.arguments, self.sample_dim):
-                return self.layers, 0
-            found = self._attribution(args, kwargs)
-            if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
-                self._all_skipped()
-                return self.layers, -1
-            self.attributions[self.mode] = found
-        found = self.attributions[self.mode]
-        return found.layers, found.count(self.arguments, self.sample_dim)
+    def of_all(self, record: ForwardRecord) -> int:
+        """Samples of the batch on all ranks that share the sums."""
+        return record.num_samples if self.shard is None else record.together
 
-    def expected(self, calls: dict[str, int]) -> bool:
-        """Whether the calls of a forward are those that were seen when samples were looked for; else look again."""
-        arguments = self.arguments
-        self.arguments = None  # not to be kept alive
-        found = self.attributions.get(self.mode)
-        if found is None or found.coupled or all(n <= found.calls.get(name, 0) for name, n in calls.items()):
-            return True
-        again = self._attribution(*arguments)
-        for name, layouts in found.layouts.items():
-            again.layouts.setdefault(name, layouts)
-        again.calls = {
-            name: max(again.calls.get(name, 0), found.calls.get(name, 0)) for name in again.calls | found.calls
-        }
-        self.attributions[self.mode] = again
-        return again.layers == found.layers  # enclosing changed: the next forward is recorded by them
+    def deliver(self, records: Sequence[ForwardRecord], layer: Layer) -> None:
+        """Add the squares of a layer's per-sample gradients: all its calls of one backward have come.
 
-    def _attribution(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
-        with no_autocast():  # what belongs to which sample shows best in full precision
-            found = run_isolated(
-                lambda direct: attribute(self.model, self.layers, args, kwargs, self.sample_dim, direct=direct)
-            )
-        if found.coupled:
-            names = [name for name in self.layer_names if name in found.unknown] or self.layer_names
-            message = (
-                f"the samples of a batch influence one another in the model (batch normalisation in train mode?), so "
-                f"that the per-sample gradients of the layers {names} hold parts of other samples': train with "
-                "model.eval() statistics, or leave the layers out with layers=."
-            )
-            if self.strict:
-                raise CouplingError(message)
-            if not self.warned:
-                warnings.warn(message, CurvatureWarning, stacklevel=2)
-                self.warned = True
-        enclosing = {layer.name: layer.enclosing for layer in self.layers}
-        slow = [x.name for x in found.layers if x.enclosing is not enclosing.get(x.name, x.enclosing)]
-        if slow and not self.warned_slow:
-            warnings.warn(
-                f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
-                "a parameter used outside of them, nothing trainable before them): a module that contains them runs "
-                "once more a step. That is exact and slow; leave them out with layers= if it is too slow.",
-                CurvatureWarning,
-                stacklevel=2,
-            )
-            self.warned_slow = True
-        return found
+        Args:
+            records: the forward, or those whose row n is one sample.
+            layer: a layer with a rule.
+        """
+        record = records[0]
+        came = [
+            (call, one.layouts[layer.name][index][0], total)
+            for one in records
+            for index, call, total in sorted(one.captured.pop(layer.name, []), key=lambda found: found[0])
+            if layer.name not in record.troubled
+        ]
+        if not came:
+            return
+        calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
+        gradients = self._gradients(layer, calls, layouts)
+        products = self._explain(record, layer, gradients)
+        witnesses = [] if self.on_nonfinite == "keep" else [witness(p, products.get(n)) for n, p in gradients.items()]
+        good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
+        if record.weights is not None:
+            gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
+        record.received.add(layer.name)
+        if record.attribution.sharing(layer.name):
+            record.parts[layer.name] = (gradients, good)
+        else:
+            self._add(record, layer, [[gradients[name]] for name in layer.parameters], good)
 
-    def layouts(self, layer: Layer, index: int, tensors: Sequence[Tensor | None], num_samples: int) -> list[Layout]:
-        """Where the samples are in a call's output tensors: as found, checked against this batch's size."""
-        found = self.attributions[self.mode]
-        known = found.layouts.get(layer.name, [])
-        chosen = known[index * len(tensors) : (index + 1) * len(tensors)] or known[: len(tensors)]
-        if layer.name in found.unknown and not found.coupled:
-            chosen = []
-        elif found.coupled and not chosen:
-            chosen = [DIM_ZERO] * len(tensors)
-        for position, (tensor, layout) in enumerate(zip(tensors, chosen, strict=False)):
-            if tensor is None:
-                continue
-            if layout.rows > 1 and num_samples:
-                chosen[position] = layout = layout._replace(rows=max(1, tensor.shape[0] // num_samples))
-            if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != layout.rows * num_samples:
-                chosen = []
-                break
-        if layer.name in found.outside:
-            raise AttributionError(f"layer {layer.name!r}: {_OUTSIDE}")
-        if found.ambiguous:
-            raise AttributionError(
-                f"the model's arguments have sizes {found.ambiguous} in dim {self.sample_dim}, and its output "
-                "does not tell which of them is the number of samples: let the model return a tensor of that size, or "
-                "measure with one-shot calls."
-            )
-        if not chosen:
-            shapes = [tuple(t.shape) for t in tensors if t is not None]
-            raise AttributionError(
-                f"layer {layer.name!r} returned {shapes} for a batch of {num_samples} samples, and no dimension of it "
-                "holds them (a row that all samples share, or samples in another dimension of the model's inputs: see "
-                "sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
-            )
-        return list(chosen)
+    def _gradients(self, layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
+        """Per-sample gradients of a layer with a rule."""
+        assert layer.rule is not None
+        kind = compute_dtype(layer)
+        cleaned = []
+        for index, (inputs, g) in enumerate(calls):
+            inputs = tuple(cast(x if x.layout is torch.strided else x.to_dense(), kind) for x in inputs)
+            g = cast(g, kind)
+            if g.dim() == 1 and takes_any_leading_dim(layer.rule):  # one sample, without a dimension for it
+                inputs, g, layouts[index] = tuple(x.unsqueeze(0) for x in inputs), g.unsqueeze(0), DIM_ZERO
+            cleaned.append((inputs, g))
+        return per_sample_gradients(layer.rule, layer.module, cleaned, layouts)
 
-    def _factors(self, count: int) -> tuple[float, float]:
-        # g is ∂L/∂z, and L the mean of the ℓ_n: ∂ℓ_n/∂z_n is N times as large.
-        scale = float(count**2) if self.reduction == "mean" else 1.0
-        scale /= self.loss_scale() ** 2
-        return (1.0, scale) if self.decay is None else (self.decay, (1 - self.decay) * scale / self._of_all(count))
+    def deliver_module(self, records: Sequence[ForwardRecord], key: Layer) -> None:
+        """The same for layers that are parts of a module that is run again."""
+        record = records[0]
+        layers = [x for x in record.parts_of(key) if x.name not in record.troubled]
+        calls = []
+        for one in records:
+            for call in one.modules.pop(key.name, []):
+                call.layouts = one.layouts[key.name][call.index] if layers else []
+                calls.append(call)
+        if not layers or not calls:
+            return
+        totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
+        squares: list[list[Tensor]] = run_isolated(lambda direct: self._rerun(record, layers, calls, direct))
+        for layer, own in zip(layers, squares, strict=True):
+            self._add(record, layer, own, self._good(layer, totals + [square.sum() for square in own]))
+            record.received.add(layer.name)
 
-    def _of_all(self, count: int) -> int:
-        """Samples of the batch on all ranks that share the accumulators, for so many on this one."""
-        return count if self.cut is None else self.together
+    def _rerun(self, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool) -> list[list[Tensor]]:
+        """Σ of squares by layer and parameter; the audit's side of them on the way."""
+        sums = [
+            [p.new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()] for layer in layers
+        ]
+        at = 0
+        for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
+            for layer, own, gradients in zip(layers, sums, chunk, strict=True):
+                self._explain(record, layer, dict(zip(layer.parameters, gradients, strict=True)))
+                for total, g in zip(own, gradients, strict=True):
+                    flat = g.flatten(1)
+                    if record.weights is not None:
+                        flat = flat * record.weights[at : at + len(flat), None].to(flat)
+                    total.add_((flat * flat).sum(0))
+            at += len(chunk[0][0]) if chunk and chunk[0] else 0
+        return sums
 
-    def _rounding(self, tensors: Iterable[Tensor]) -> float:
-        capture = self.capture
-        low = None if capture is None else capture.autocast_dtype
-        return max(rounding(dtype) for dtype in [*(t.dtype for t in tensors), *([low] if low is not None else [])])
+    def _add(
+        self,
+        record: ForwardRecord,
+        layer: Layer,
+        parts: Sequence[Tensor | Sequence[PerSample]],
+        good: Tensor | None,
+    ) -> None:
+        """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
+        sums = self.sums[layer.name]
+        alpha = self.factor(record)
+        if self.decay is not None:
+            alpha *= (1 - self.decay) / self.of_all(record)
+        before: list[int] = []
+        try:
+            with _ADDING:
+                before = [version(total) for total in sums.sums]
+                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
+                sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
+            if good is not None:
+                record.goods.append(good)
+        except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
+            if before and before != [version(total) for total in sums.sums]:
+                self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
+            raise
 
-    def _all_skipped(self) -> None:
-        if self.on_nonfinite == "raise":
-            raise NonFiniteError(
-                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
-                'pass on_nonfinite="skip" to leave such batches out.'
-            )
-        self._count_skipped(self.layer_names)
-
-    def _count_skipped(self, names: Iterable[str]) -> None:
-        for name in names:
-            self.num_skipped[name] = self.num_skipped.get(name, 0) + 1
-
-    def _skips(self, layer: Layer, gradients: Sequence[Tensor]) -> bool:
-        """Whether a layer's gradient holds nan or inf and is left out."""
-        if self.on_nonfinite == "keep":
-            return False
-        bad = not all(math.isfinite(g.sum(dtype=torch.float32)) for g in gradients)
-        bad = bad and not all(bool(g.isfinite().all()) for g in gradients)  # or finite numbers whose sum overflowed
-        if self.cut is not None:  # all ranks leave the batch out, or none
-            bad = bool(over_ranks(bad, self.cut, "max"))
-        if not bad:
-            return False
-        if self.on_nonfinite == "raise":
+    def _good(self, layer: Layer, totals: Sequence[Tensor]) -> Tensor | None:
+        """Whether a layer's gradients are finite, by the sums of their elements; None where every batch counts."""
+        if self.on_nonfinite == "keep" or not totals:
+            return None
+        total = totals[0] if len(totals) == 1 else torch.stack([t.to(totals[0]) for t in totals]).sum()
+        good = total.isfinite()
+        if self.shard is not None:  # all ranks leave the batch out, or none
+            good = good.new_tensor(not over_ranks(float(not bool(good)), self.shard, "max"))
+        if self.on_nonfinite == "raise" and not bool(good):
             raise NonFiniteError(
                 f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
-        names = set(self.attributions[self.mode].sharing(layer.name) or [layer.name]) - self.skipped
-        self._count_skipped(names)
-        self.skipped |= names
-        return True
+        return good
 
-    def receive(self, layer: Layer, calls: list[Call], layouts: list[Layout], count: int) -> None:
-        """Add the squares of a layer's per-sample gradients."""
-        assert layer.rule is not None
-        if self._skips(layer, [g for _, g in calls]):
-            return
-        kind = compute_dtype(layer)
-        rounded = self._rounding(g for _, g in calls) if self.wants_gradients() else 0.0
-        if any(g.dtype is not kind or inputs[0].dtype is not kind for inputs, g in calls):
-            calls = [(tuple(cast(x, kind) for x in inputs), cast(g, kind)) for inputs, g in calls]
-        gradients = per_sample_gradients(layer.rule, layer.module, calls, layouts)
-        if self.attributions[self.mode].sharing(layer.name):
-            self.parts[layer.name] = _Part(gradients, rounded)
+    # ---- the audit
+
+    # ---- the end of a backward
+
+    def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, Tensor]:
+        """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
+        if self.penalty is not None:
+            explain(record, layer, gradients)
+        elif record.backward is not None:
+            return record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
+        return {}
+
+    def _audit(self, backward: Backward) -> None:
+        """Compare the whole gradients of a backward that has ended with what its records explain."""
+        if not backward.alone:
+            return  # what reached the parameters meanwhile may be another thread's
+        troubled = {name for record in backward.records for name in record.troubled}
+        chosen = [(i, layer) for i, layer in enumerate(self.layers) if layer.name not in troubled]
+        asked = [
+            (
+                layer.name,
+                layer.parameters,
+                {layer.name}.union(*(r.attribution.holders(layer.name) for r in backward.records)),
+            )
+            for _, layer in chosen
+        ]
+        found = backward.audit.failures(asked)
+        if found is not None:
+            indices = [chosen[i][0] for i in found[0]]
+            if indices == list(range(len(self.layers))):
+                self.failures.add_(found[1])
+            else:
+                self.failures.index_add_(0, torch.tensor(indices, device=self.failures.device), found[1].long())
+
+    def second_backward(self, record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor) -> None:
+        """A second backward reaches layers through a forward whose samples are counted.
+
+        The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
+        """
+        owners = [own for name in names for own in (record.attribution.sharing(name) or [name]) if own in self.sums]
+        if before is None:
+            self.troubles.mark(owners, _SECOND)
         else:
-            self._add(layer, {name: [gradient] for name, gradient in gradients.items()}, rounded, count)
+            names = [layer.name for layer in self.layers]
+            for name in owners:
+                self.failures[names.index(name)].add_(before != now)
 
-    def _add(self, layer: Layer, gradients: Mapping[str, list[PerSample]], rounded: float, count: int) -> None:
-        """Add the squares of a layer's per-sample gradients, each parameter's the sum of those listed."""
-        accumulator = self.accumulators[layer.name]
-        begun = False
-        try:
-            for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-                begun = begun or p.numel() > IN_PLACE_ELEMENTS
-                self._add_parameter(layer, p, total, gradients[name], count)
-                begun = True
-        except BaseException:  # out of memory, an interrupt: a part of the batch must not stay in unseen
-            if begun:
-                self.unattributed[layer.name] = _INTERRUPTED
-            raise
-        if self.wants_gradients():
-            self.explained[layer.name] = [
-                (
-                    _total([total_gradient(g, p.numel()) for g in gradients[name]]),
-                    rounded * _total([magnitude(g, p.numel()) for g in gradients[name]]),
+    def check_together(self, backward: Backward, record: ForwardRecord) -> None:
+        """Another forward takes part in a backward: are its samples its own, or those of the others?"""
+        others = [one for one in backward.records if one is not record]
+        same = [one for one in others if one.num_samples == record.num_samples]
+        if not others or self.forwards == "separate" or (self.forwards is None and not same):
+            return
+        if self.forwards == "joined":
+            if len(same) < len(others):
+                self.troubles.mark(
+                    record.calls,
+                    'the forwards of one backward hold different numbers of samples, so that forwards="joined" cannot '
+                    "be: "
+                    'say forwards="separate".',
                 )
-                for name, p in layer.parameters.items()
-            ]
-        accumulator.samples += self._of_all(count)
-        accumulator.batches += 1
-
-    def _add_parameter(
-        self, layer: Layer, p: nn.Parameter, total: Tensor, gradients: list[PerSample], count: int
-    ) -> None:
-        beta, alpha = self._factors(count)
-        if not gradients:
-            total.mul_(beta)
-        elif layer.sharded:
-            part = contract_sum(gradients, numel=p.numel(), alpha=alpha)  # by this rank's samples
-            total.mul_(beta).add_(shard_of_sum(part, p).to(total))
-        elif total.dtype is compute_dtype(layer) and total.device == p.device:
-            contract_sum(gradients, numel=p.numel(), out=total, beta=beta, alpha=alpha)
-        else:
-            total.mul_(beta).add_(contract_sum(gradients, numel=p.numel()).to(total), alpha=alpha)
-
-    def receive_module(self, layers: list[Layer], calls: list[ModuleCall], count: int) -> None:
-        """The same for layers that are parts of a module without a rule."""
-        known = [g for call in calls for g in call.gradients if g is not None]
-        if sum(self._skips(layer, known) for layer in layers):  # each is counted
             return
-        beta, alpha = self._factors(count)
-        parts: list[list[_Sums]] = run_isolated(lambda direct: self._module_sums(layers, calls, count, direct))
-        for layer, sums in zip(layers, parts, strict=True):
-            accumulator = self.accumulators[layer.name]
-            for part, total in zip(sums, accumulator.sums, strict=True):
-                total.mul_(beta).add_(part.squares.to(total), alpha=alpha)
-            rounded = self._rounding(g for call in calls for g in call.gradients if g is not None)
-            self.explained[layer.name] = [(part.whole, rounded * part.size.amax()) for part in sums]
-            accumulator.samples += self._of_all(count)
-            accumulator.batches += 1
+        both = [name for name in record.calls if any(name in one.calls for one in same)]
+        self.troubles.mark(
+            [own for name in both for own in (record.attribution.sharing(name) or [name])],
+            "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
+            'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
+            "or "
+            'forwards="separate" where each forward has samples of its own.',
+        )
 
-    @staticmethod
-    def _module_sums(layers: list[Layer], calls: list[ModuleCall], count: int, direct: bool) -> list[list["_Sums"]]:
-        sums = [[_Sums(*(torch.zeros_like(t) for _ in range(3))) for t in zeros(layer)] for layer in layers]
-        for chunk in rerun_gradients(layers, calls, count, direct=direct):
-            for own, gradients in zip(sums, chunk, strict=True):
-                for part, dense in zip(own, gradients, strict=True):
-                    part.squares.add_(contract(dense, numel=part.squares.numel()))
-                    part.whole.add_(dense.sum(0).flatten())
-                    part.size.add_(dense.abs().sum(0).flatten())
-        return sums
+    def close(self, backward: Backward, records: Sequence[ForwardRecord]) -> None:
+        """A backward has ended: add what its records still hold, and audit it."""
+        groups = [list(records)] if self.forwards == "joined" and records else [[record] for record in records]
+        for group in groups:
+            for layer in group[0].attribution.layers:
+                if layer.rule is not None and any(layer.name in record.captured for record in group):
+                    self.troubles.guarded(group[0], (layer.name,), self.deliver, group, layer)
+            for key in dict.fromkeys(name for record in group for name in record.modules):
+                parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]
+                names = [x.name for x in group[0].parts_of(parts[0])]
+                self.troubles.guarded(group[0], names, self.deliver_module, group, parts[0])
+            for record in group[1:]:
+                record.closed = True
+            self.add(group[0])
+        if self.penalty is None:
+            self._audit(backward)
+        elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
+            record = groups[0][0]
+            inverse = float(record.num_samples) if record.mean else 1.0
+            alpha = 1.0 if self.decay is None else (1 - self.decay) / record.num_samples
+            scale = float(self.loss_scale())
+            add_shared(self.layers, self.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
+        elif groups:
+            self.troubles.mark(
+                self.sums,
+                'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
+            )
 
-    def wants_gradients(self) -> bool:
-        """At the recorded batches 1, 2, 4, 8, …: whether the captured calls explain the whole gradient."""
-        batch = self.batches + 1
-        return batch & (batch - 1) == 0
-
-    def finish(self, count: int, received: set[str], gradients: dict[int, Tensor]) -> None:
-        """Count the batch, with zeros for the layers that its loss does not depend on."""
-        found = self.attributions.get(self.mode, Attribution())
-        for layer in found.layers:
-            if layer.name not in received and layer.name in found.outside:
-                self.unattributed[layer.name] = _OUTSIDE
-        skipped, self.skipped = self.skipped, set()
-        received = received | skipped | self._add_tied(found, skipped, count)
-        explained, self.explained = self.explained, {}
-        if self.wants_gradients() and not skipped:
-            self._check(explained, gradients)
-        for name, accumulator in self.accumulators.items():
-            if name not in received:
+    def add(self, record: ForwardRecord) -> None:
+        """Close a record whose backward has ended: tied layers, zeros, counts."""
+        record.closed = True
+        self.called.update(record.calls)
+        self._add_tied(record)
+        for index, layer in enumerate(self.layers):
+            name = layer.name
+            if name in record.received or name in record.troubled or name in record.without_gradient:
+                continue
+            if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
+                continue
+            sums = self.sums[name]
+            if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
+                for p in layer.parameters.values():
+                    if p.requires_grad and p.grad is not None:
+                        self.failures[index].add_(local(p.grad).abs().sum() != 0)
+            with _ADDING:
                 if self.decay is not None:
-                    for total in accumulator.sums:
+                    for total in sums.sums:
                         total.mul_(self.decay)
-                accumulator.samples += self._of_all(count)
-                accumulator.batches += 1
-        if skipped < set(self.accumulators):
-            self.num_samples += self._of_all(count)
-            self.share += self._of_all(count)
-        self.batches += 1
-        if self.unattributed:
-            name, reason = next(iter(self.unattributed.items()))
-            raise AttributionError(f"layer {name!r}: {reason}")
+                sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
+        with _ADDING:
+            self.batches += 1
+            self._count(record)
 
-    def _add_tied(self, found: Attribution, skipped: set[str], count: int) -> set[str]:
-        """Add what the layers that share a parameter brought in this backward; returns the layers that got it."""
-        parts, self.parts = self.parts, {}
-        added = set()
+    def _count(self, record: ForwardRecord) -> None:
+        """Count the samples of a batch, unless every layer left it out."""
+        count: float | Tensor = self.of_all(record) if record.counted is None else record.counted
+        if len(record.goods) < len(self.layers):
+            self.seen.add_(count)
+        else:
+            self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
+
+    def _add_tied(self, record: ForwardRecord) -> None:
+        """Add what the layers that share a parameter brought in this backward."""
+        parts, record.parts = record.parts, {}
         for layer in self.layers:
-            holders = found.ties.get(layer.name, {})
+            holders = record.attribution.ties.get(layer.name, {})
             brought = {
                 local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()
             }
             here = [part for pairs in brought.values() for part, _ in pairs]
-            if here and layer.name not in skipped:
-                gradients = {local: [part.gradients[own] for part, own in pairs] for local, pairs in brought.items()}
-                self._add(layer, gradients, max(part.rounded for part in here), count)
-                added.add(layer.name)
-        return added
-
-    def _check(self, explained: dict[str, list[tuple[Tensor, Tensor]]], gradients: dict[int, Tensor]) -> None:
-        for layer in self.layers:
-            for index, parameter in enumerate(layer.parameters.values()):
-                whole = gradients.get(id(parameter))
-                if whole is None:
-                    continue
-                if layer.name in explained:
-                    known, bound = explained[layer.name][index]
-                    allowed = bound + self._rounding([whole]) * whole.abs().amax()
-                    strange = (whole.flatten() - known).abs().amax() > allowed
-                else:  # no call of the layer was seen
-                    strange = (whole != 0).any()
-                if bool(strange):
-                    self.unattributed[layer.name] = _OUTSIDE
-
-    # ---- checkpoints and ranks
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """See :meth:`secorder.CurvatureProbe.state_dict`."""
-        capture = self.capture
-        counts = [0, 0] if capture is None else [capture.counts[True], capture.counts[False]]
-        header = [_STATE_VERSION, int(self.reduction == "sum"), self.num_samples, self.batches, *counts]
-        state = {
-            "header": torch.tensor(header),
-            "decay": torch.tensor(self.decay or 0.0, dtype=torch.float64),
-            "share": torch.tensor(self.share, dtype=torch.float64),
-        }
-        for layer in self.layers:
-            accumulator = self.accumulators[layer.name]
-            skipped = self.num_skipped.get(layer.name, 0)
-            state[f"counts/{layer.name}"] = torch.tensor(
-                [accumulator.samples, accumulator.batches, skipped], dtype=torch.float64
-            )
-            for (name, p), total in zip(layer.parameters.items(), accumulator.sums, strict=True):
-                state[f"sums/{layer.parameter_name(name)}"] = (
-                    Shard.of(p).place(total.clone()) if layer.sharded else total.clone()
-                )
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """See :meth:`secorder.CurvatureProbe.load_state_dict`."""
-        header = state.get("header") if isinstance(state, Mapping) else None
-        if not isinstance(header, Tensor) or int(header[0]) != _STATE_VERSION:
-            raise InvalidArgumentError(
-                f"the state is not one of CurvatureProbe.state_dict(), version {_STATE_VERSION}."
-            )
-        _, is_sum, num_samples, batches, *counts = header.tolist()
-        theirs = ("sum" if is_sum else "mean", float(state["decay"]) or None)
-        for key, own, other in zip(("reduction", "decay"), (self.reduction, self.decay), theirs, strict=True):
-            if own != other:
-                raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
-        sizes = {
-            f"sums/{layer.parameter_name(name)}": p.numel()
-            for layer in self.layers
-            for name, p in layer.parameters.items()
-        }
-        found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
-        different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
-        if different:
-            raise InvalidArgumentError(f"the state and the probe differ in the parameters {different}.")
-        different = sorted(key.removeprefix("sums/") for key, size in sizes.items() if found[key] != size)
-        if different:
-            raise InvalidArgumentError(f"the state has other shapes of the parameters {different}.")
-        for layer in self.layers:
-            samples, seen, skipped = state[f"counts/{layer.name}"].tolist()
-            sums = [
-                local(state[f"sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
-                for name, like in zip(layer.parameters, self._zeros(layer), strict=True)
-            ]
-            self.accumulators[layer.name] = _Accumulator(sums, samples, int(seen))
-            if skipped:
-                self.num_skipped[layer.name] = int(skipped)
-        self.unattributed = {}
-        self.share = float(state["share"])
-        self.num_samples, self.batches = num_samples, batches
-        if self.capture is not None:
-            self.capture.counts[True], self.capture.counts[False] = counts
-
-    def synchronize(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
-        """See :meth:`secorder.CurvatureProbe.synchronize`."""
-        import torch.distributed as dist
-
-        from ..parallel.all_reduce import add_up
-
-        if self.cut is not None:
-            return  # sums are those of all ranks at every step
-        accumulators = [self.accumulators[layer.name] for layer in self.layers]
-        weights = [a.samples if self.decay is None else 1 - self.decay**a.batches for a in accumulators]
-        numbers = torch.tensor([self.share, self.batches, *weights], dtype=torch.float64)
-        add_up([numbers, *(total for a in accumulators for total in a.sums)], group)
-        ranks = dist.get_world_size(group)
-        share, batches, *totals = numbers.tolist()
-        self.share, self.num_samples, self.batches = share / ranks, round(share), round(batches)
-        for accumulator, weight in zip(accumulators, totals, strict=True):
-            if self.decay is None:
-                accumulator.samples = weight / ranks
-                factor = 1 / ranks
-            else:  # the weight of a moving average of that many batches, on every rank
-                accumulator.batches = max(self.batches, 1)
-                factor = (1 - self.decay**accumulator.batches) / weight if weight else 0.0
-            for total in accumulator.sums:
-                total.mul_(factor)
+            if here and layer.name not in record.troubled:
+                gradients = [[part[0][own] for part, own in brought[local]] for local in layer.parameters]
+                goods = [good for _, good in here if good is not None]
+                all_good = torch.stack(goods).all() if goods else None
+                self._add(record, layer, gradients, all_good)
+                record.received.add(layer.name)
+            elif holders:
+                record.received.discard(layer.name)
 
 
-def _total(tensors: list[Tensor]) -> Tensor:
-    return torch.stack(tensors).sum(0) if tensors else torch.zeros(())
+def total_of(g: Tensor) -> Tensor:
+    """The sum of a gradient's elements, which is finite where the squares of all of them are."""
+    return g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
+
+
+def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
+    """A number that is finite where what multiplies the cotangents is: an infinite input makes nan of a zero of them.
+
+    Args:
+        part: a per-sample gradient.
+        product: what the audit made of it, if it did: it has seen all of the input.
+    """
+    if isinstance(part, Tensor):
+        return total_of(part)
+    if isinstance(part, Rows) or part.a is None:
+        return None
+    if product is not None and product.dtype in (torch.float32, torch.float64):
+        return product
+    return total_of(part.a.image if isinstance(part.a, Patches) else part.a)
+
+
+def weighted(part: PerSample, weights: Tensor) -> PerSample:
+    """A per-sample gradient with each sample's multiplied by a number."""
+    return with_cotangents(part, lambda g: g * weights.to(g).view(-1, *(1,) * (g.dim() - 1)))
+
+
+def quietly(work: Callable[..., Any], *arguments: Any) -> None:
+    """Do work that is not to be differentiated, in the dtypes that tensors have, inside of the user's backward."""
+    if torch.is_grad_enabled() or autocast_state():
+        with torch.no_grad(), no_autocast():
+            work(*arguments)
+    else:
+        work(*arguments)

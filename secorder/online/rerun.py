@@ -1,29 +1,30 @@
 """Per-sample gradients of any module's parameters, from the module's own calls in training.
 
-The module runs again on the inputs it was called with, from the random state of that call, and one vector-Jacobian
-product per sample pulls the gradients on its outputs back to its parameters. Slower than a rule, for any module.
+The module runs again on the inputs it was called with, from the random state and the buffers of that call, and one
+vector-Jacobian product per sample pulls the gradients on its outputs back to its parameters. Slower than a rule, for
+any module.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import over_samples
-from ..oneshot.isolation import isolate
-from .calls import ModuleCall
+from ..oneshot.isolation import IsolatedModel, isolate
+from .record import ModuleCall, State
 
 __all__ = ["rerun_gradients"]
 
-
-def _next(rest: Iterator[Tensor], _: Tensor) -> Tensor:
-    return next(rest)
+#: An output of a call that ran again, the gradient on it that comes from outside, and where its samples are.
+End = tuple[Tensor, Tensor, Layout]
 
 
 def rerun_gradients(
@@ -35,36 +36,79 @@ def rerun_gradients(
         layers: layers that are parts of one module, the one that was called.
         calls: its calls in one forward of the model.
         count: number of samples of the batch.
-        direct: on a direct isolated (see :func:`secorder.oneshot.isolation.run_isolated`).
+        direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
     """
-    enclosing = layers[0].enclosing
     kinds = [compute_dtype(layer) for layer in layers for _ in layer.parameters]
     elements = 4 * sum(p.numel() for layer in layers for p in layer.parameters.values())
-    with isolate(enclosing, None, layers, direct=direct) as isolated:
+    with buffers_of(calls[0].state), isolate(layers[0].enclosing, None, layers, direct=direct) as isolated:
         replacements = [s for layer in layers for s in isolated.replacements(layer)]
-        graphs: list[tuple[list[Tensor], list[tuple[Tensor, Layout]]]] = []
-        for call in calls:
-            rest = iter(call.tensors)
-            arguments = map_tensors(partial(_next, rest), call.arguments)
-            outputs = isolated.run(
-                lambda copied: enclosing(*copied[0], **copied[1]), arguments, call.random_state, call.autocast
-            )
-            isolated.require_replacements(outputs)
-            floating = [t for t in tensors_in(outputs) if t.is_floating_point()]
-            pairs = [
-                (f, g, layout)
-                for f, g, layout in zip(floating, call.gradients, call.layouts, strict=True)
-                if g is not None and f.requires_grad
-            ]
-            graphs.append(([f for f, _, _ in pairs], [(g, layout) for _, g, layout in pairs]))
+        graphs = [_run_again(isolated, layers[0], call) for call in calls]
         for ids in chunks(count, default_chunk_size(elements, replacements[0], None)):
             masks = torch.zeros(len(ids), count, dtype=torch.bool)
             masks[range(len(ids)), list(ids)] = True
             total = [s.new_zeros(len(ids), *s.shape, dtype=kind) for s, kind in zip(replacements, kinds, strict=True)]
-            for model_outputs, gradients in graphs:
-                if model_outputs:
-                    cotangents = [g * over_samples(masks.to(g.device), g, layout) for g, layout in gradients]
-                    for part, g in zip(total, stacked_vjp(model_outputs, replacements, cotangents), strict=True):
+            for ends in graphs:
+                if ends:
+                    outputs = [f for f, _, _ in ends]
+                    cotangents = [g * over_samples(masks.to(g.device), g, layout) for _, g, layout in ends]
+                    for part, g in zip(total, stacked_vjp(outputs, replacements, cotangents), strict=True):
                         part += g
             rest = iter(total)
             yield [[next(rest) for _ in layer.parameters] for layer in layers]
+
+
+def _next(rest: Iterator[Tensor], _: Tensor) -> Tensor:
+    return next(rest)
+
+
+def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[End]:
+    """One call, run again: the outputs that the loss depends on."""
+    rest = iter(call.tensors)
+    arguments = map_tensors(partial(_next, rest), call.arguments)
+    outputs = isolated.run(
+        lambda copied: layer.enclosing(*copied[0], **copied[1]), arguments, call.state.random_state, call.state.autocast
+    )
+    isolated.require_replacements(outputs)
+    tensors = [t for t in tensors_in(outputs) if t.is_floating_point()]
+    ends = [
+        (f, g, layout)
+        for i, (f, g, layout) in enumerate(zip(tensors, call.gradients, call.layouts, strict=True))
+        if g is not None and f.requires_grad and not any(f is other for other in tensors[:i])  # what is returned twice
+    ]
+    return _from_outside(ends) if len(ends) > 1 else ends
+
+
+def _from_outside(ends: list[End]) -> list[End]:
+    """The gradients less what comes through other outputs: a module may return what it goes on computing with.
+
+    A hook on an output sees the whole gradient, such as that on the cell of an LSTM, part of which comes through the
+    hidden state that the module computes from it. That part is the module's own affair.
+    """
+    outputs = [f for f, _, _ in ends]
+    reached = [gradients(f, [other for other in outputs if other is not f], [torch.ones_like(f)]) for f in outputs]
+    for i, found in enumerate(reached):
+        found.insert(i, None)
+    # For each output, those that depend on it.
+    behind = [[j for j, found in enumerate(reached) if found[i] is not None] for i in range(len(outputs))]
+    own: dict[int, Tensor] = {}
+    while len(own) < len(ends):
+        i = next(i for i, later in enumerate(behind) if i not in own and all(j in own for j in later))
+        g = ends[i][1]
+        if behind[i]:
+            (through,) = gradients([outputs[j] for j in behind[i]], [outputs[i]], [own[j] for j in behind[i]])
+            g = g if through is None else g - through.to(g.dtype)
+        own[i] = g
+    return [(f, own[i], layout) for i, (f, _, layout) in enumerate(ends)]
+
+
+@contextmanager
+def buffers_of(state: State) -> Iterator[None]:
+    """Inside, the module has the buffers that it had when a call started."""
+    now = [(place, place.held()) for place, _ in state.buffers]
+    try:
+        for place, before in state.buffers:
+            place.put(before)
+        yield
+    finally:
+        for place, value in now:
+            place.put(value)

@@ -1,4 +1,4 @@
-"""Parameters that FSDP2 (``fully_shard``) cuts over the ranks: what belongs to a rank, and sums over ranks.
+"""Parameters that FSDP2 (``fully_shard``) shards over the ranks: what belongs to a rank, and sums over ranks.
 
 PyTorch's own ``DTensor`` does the work: a rank's part of a sum is a *partial* tensor, and redistributing it to the
 parameter's placements is the reduce-scatter (under hybrid sharding, with an all-reduce) that leaves each rank its own.
@@ -49,7 +49,7 @@ def over_ranks(value: float, parameter: Any, how: Literal["sum", "max"] = "sum")
 
 
 class Shard(NamedTuple):
-    """How a parameter is cut over the ranks.
+    """How a parameter is sharded over the ranks.
 
     Attributes:
         mesh: the ranks.
@@ -85,10 +85,10 @@ class Shard(NamedTuple):
         )
 
 
-def shards(flat: Tensor, kinds: Sequence[Shard]) -> list[Tensor]:
+def shards(flat: Tensor, sharded: Sequence[Shard]) -> list[Tensor]:
     """For each parameter of a layer a ``DTensor``, from this rank's shards of them in one flat tensor."""
-    parts = flat.split([kind.local_shape.numel() for kind in kinds])
-    return [kind.place(part) for part, kind in zip(parts, kinds, strict=True)]
+    parts = flat.split([shard.local_shape.numel() for shard in sharded])
+    return [shard.place(part) for part, shard in zip(parts, sharded, strict=True)]
 
 
 @contextmanager
@@ -117,7 +117,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 
 def fully_sharded(parameter: Any) -> bool:
-    """Whether a parameter is cut over all its ranks, or over groups of ranks that have the same: not by tensors too."""
+    """Whether a parameter is sharded over all its ranks, or over groups that have the same: not by tensors too."""
     *outer, inner = getattr(parameter, "placements", [None])
     return inner is not None and inner.is_shard() and all(placement.is_replicate() for placement in outer)
 

@@ -9,6 +9,7 @@ from secorder._torch.engine import (
     accumulates_into,
     after_backward,
     current_backward,
+    first_gradient_hook,
     in_backward,
     leaf_variables,
     will_accumulate,
@@ -90,3 +91,17 @@ def test_leaves_that_a_graph_ends_in() -> None:
     assert [id(t) for t in found] == [id(a)]
     assert {id(t) for t in leaf_variables((a * b).sum())} == {id(a), id(b)}
     assert leaf_variables(torch.zeros(())) == []
+
+
+def test_a_hook_before_all_others_that_change_the_gradient() -> None:
+    x, seen = torch.ones(2, requires_grad=True), []
+    x.register_hook(lambda g: g * 2)
+    x.register_hook(lambda g: g * 3)
+    handle = first_gradient_hook(x, lambda g: seen.append(g.clone()))
+    x.sum().backward()
+    handle.remove()
+    x.sum().backward()
+    assert len(seen) == 1
+    assert torch.equal(seen[0], torch.ones(2))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full((2,), 12.0))

@@ -92,7 +92,7 @@ def compared(
     others: dict,
     repeats: int,
 ) -> None:
-    """Our way against those of the peers, with errors against float64."""
+    """Ours and those of the peers, with errors against float64."""
     contestants: Contestants = {"secorder": ours}
     refused = {}
     for name, make in others.items():

@@ -21,16 +21,16 @@ from .timing import alternate
 class Block(nn.Module):
     """A causal transformer block."""
 
-    def __init__(self, width: int, model_outputs: int) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.model_outputs = model_outputs
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.model_outputs, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -38,10 +38,10 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """GPT-2 small: 12 blocks of width 768, 50,257 words, head and embedding one table."""
 
-    def __init__(self, words: int = 50257, width: int = 768, depth: int = 12, model_outputs: int = 12) -> None:
+    def __init__(self, words: int = 50257, width: int = 768, depth: int = 12, heads: int = 12) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Embedding(1024, width)
-        self.blocks = nn.Sequential(*(Block(width, model_outputs) for _ in range(depth)))
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, words, bias=False)
         for table in (self.words, self.places):

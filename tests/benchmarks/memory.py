@@ -57,7 +57,7 @@ class Checkpointed(nn.Module):
         """One block, on all tokens."""
         block: Any = self.blocks[index]
         q, k, v = block.qkv(block.norm1(x)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (block.model_outputs, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (block.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = x + block.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + block.down(F.gelu(block.up(block.norm2(x))))
 

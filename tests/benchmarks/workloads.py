@@ -91,9 +91,9 @@ def resnet18(width: int = 64) -> nn.Sequential:
 class TransformerBlock(nn.Module):
     """A GELU transformer block on 64 tokens, its mean classified."""
 
-    def __init__(self, width: int = 256, model_outputs: int = 4) -> None:
+    def __init__(self, width: int = 256, heads: int = 4) -> None:
         super().__init__()
-        self.model_outputs = model_outputs
+        self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
@@ -101,7 +101,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.model_outputs, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.down(F.gelu(self.up(self.norm2(x))))
         return self.head(x.mean(1))

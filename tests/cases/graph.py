@@ -307,7 +307,7 @@ def input_of_a_layer_overwritten() -> Any:
     return model, nn.CrossEntropyLoss(), torch.randn(N, 3), classes()
 
 
-def output_gradient(m: Any, x: Tensor) -> Tensor:
+def force(m: Any, x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         energy = torch.tanh(m.b(torch.tanh(m.a(x)))).sum()
@@ -316,7 +316,7 @@ def output_gradient(m: Any, x: Tensor) -> Tensor:
 
 @case()
 def model_returns_its_own_derivative() -> Any:
-    model = Net(output_gradient, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    model = Net(force, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     return model, nn.MSELoss(), torch.randn(N, 3), torch.randn(N, 3)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from secorder import CurvatureProbe, CurvatureWarning, InvalidArgumentError
+from secorder import CurvatureProbe, CurvatureWarning
 
 from ..reference import assert_all_close, fisher_by_sample
 
@@ -56,8 +56,6 @@ def test_hugging_face(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
-        with pytest.raises(InvalidArgumentError, match="loss_scale=1 / 2"):
-            transformers.Trainer(model, arguments, train_dataset=data, callbacks=[CurvatureCallback()]).train()
     assert callback.probe is not None
     assert not callback.probe.attached
     assert callback.probe.num_samples == 8
@@ -116,3 +114,42 @@ def test_language_models_with_tied_embeddings(name: str, layers: str | None) -> 
     largest = max(t.max().item() for t in expected.values())  # some are zero in exact arithmetic (biases of keys)
     for key, total in expected.items():
         torch.testing.assert_close(found[key], total, rtol=1e-4, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_a_language_model_with_padding_and_accumulation_is_told_by_itself(tmp_path: Path, steps: int) -> None:
+    """Token means, the number of items that the trainer divides by, and the scale of micro-batches."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=13, n_positions=8, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.GPT2LMHeadModel(config)
+    ids = torch.randint(13, (8, 6))
+    labels = ids.clone()
+    for n, length in enumerate((6, 3, 4, 2, 6, 5, 2, 4)):
+        labels[n, length:] = -100
+    rows = [{"input_ids": i, "labels": one} for i, one in zip(ids, labels, strict=True)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=steps, num_train_epochs=1,
+        learning_rate=0.0, max_grad_norm=0.0, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    callback = CurvatureCallback(layers="*.c_fc")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+        assert callback.probe is not None
+        found = callback.probe.fisher_diagonal().by_parameter()
+    model.eval()
+    total = {name: torch.zeros_like(p) for name, p in model.named_parameters() if name in found}
+    for n in range(8):
+        model.zero_grad()
+        model(input_ids=ids[n : n + 1], labels=labels[n : n + 1]).loss.backward()
+        for name, p in model.named_parameters():
+            if name in found:
+                total[name] += p.grad**2 / 8
+    assert_all_close(found, total, 1e-4)

@@ -1,9 +1,15 @@
 """Statistics of diagonals."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
-from secorder import get_layer_curvature_stats
+from secorder import InvalidTypeError, get_layer_curvature_stats
+from secorder.monitor.statistics import layer_statistics, summarize
 
 
 def test_statistics() -> None:
@@ -26,3 +32,38 @@ def test_statistics_take_one_transfer_to_the_host(monkeypatch: pytest.MonkeyPatc
         )
     get_layer_curvature_stats({str(i): torch.randn(5) for i in range(20)})
     assert transfers == ["tolist"]
+
+
+def test_an_empty_tensor_has_no_statistics() -> None:
+    assert all(math.isnan(value) for value in get_layer_curvature_stats({"a": torch.zeros(0)})["a"].values())
+
+
+@pytest.mark.parametrize(
+    ("curvatures", "message"),
+    [
+        ([torch.zeros(2)], "must be a mapping of layer names to tensors, got list"),
+        (torch.zeros(2), "must be a mapping of layer names to tensors, got Tensor"),
+        (None, "must be a mapping of layer names to tensors, got NoneType"),
+        ({"fc": [1.0, 2.0]}, "layer 'fc' must be a tensor of real numbers, got list"),
+        ({"fc": torch.zeros(2), "fc2": 1.0}, "layer 'fc2' must be a tensor of real numbers, got float"),
+        ({"fc": torch.zeros(2, dtype=torch.complex64)}, r"layer 'fc' .* got torch\.complex64"),
+        ({"fc": torch.zeros(2, dtype=torch.int64)}, r"layer 'fc' .* got torch\.int64"),
+        ({"fc": torch.zeros(2, dtype=torch.bool)}, r"layer 'fc' .* got torch\.bool"),
+    ],
+)
+@pytest.mark.parametrize("function", [get_layer_curvature_stats, layer_statistics, summarize])
+def test_what_is_no_mapping_of_real_tensors(function: Callable[..., Any], curvatures: Any, message: str) -> None:
+    with pytest.raises(InvalidTypeError, match=message):
+        function(curvatures)
+
+
+def test_summaries_against_numpy() -> None:
+    values = torch.randn(1000) ** 3
+    summary = summarize({"a": values})["a"]
+    logs = np.log10(np.abs(values.numpy()))
+    assert summary.statistics["std"] == pytest.approx(np.std(values.numpy(), ddof=1))
+    assert summary.statistics["negative"] == pytest.approx((values < 0).double().mean().item())
+    assert (summary.low, summary.high) == (pytest.approx(logs.min()), pytest.approx(logs.max()))
+    assert summary.sum == pytest.approx(logs.sum())
+    expected, _ = np.histogram(logs, bins=len(summary.counts))
+    assert np.abs(np.array(summary.counts) - expected).sum() <= 2  # an entry on the border of two bins

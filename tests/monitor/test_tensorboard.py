@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from secorder import CurvatureProbe, CurvatureRecorder
-from secorder.monitor.heat_map import heat_map
-from secorder.monitor.statistics import summarize
 from secorder.monitor.tensorboard import CurvatureLog, log_diagonals
 
 from ..helpers import Recording, make
@@ -100,28 +97,6 @@ def test_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.Tensor, name, counted)
     log_diagonals(Recording(), {str(i): torch.rand(7) for i in range(20)}, 0, "fisher")
     assert len(transfers) == 1
-
-
-def test_summaries_against_numpy() -> None:
-    values = torch.randn(1000) ** 3
-    summary = summarize({"a": values})["a"]
-    logs = np.log10(np.abs(values.numpy()))
-    assert summary.statistics["std"] == pytest.approx(np.std(values.numpy(), ddof=1))
-    assert summary.statistics["negative"] == pytest.approx((values < 0).double().mean().item())
-    assert (summary.low, summary.high) == (pytest.approx(logs.min()), pytest.approx(logs.max()))
-    assert summary.sum == pytest.approx(logs.sum())
-    expected, _ = np.histogram(logs, bins=len(summary.counts))
-    assert np.abs(np.array(summary.counts) - expected).sum() <= 2  # an entry on the border of two bins
-
-
-def test_heat_map() -> None:
-    image = heat_map([[1.0, 10.0, 100.0], [float("nan"), 0.0, 1e-3]], ["first", "second"], [0, 10, 20], "fisher")
-    assert image.dtype == np.uint8
-    assert image.ndim == 3
-    assert image.shape[2] == 3
-    assert (image == 120).all(-1).any()  # nan and zero are grey
-    many = heat_map([[1.0, 2.0]] * 1000, [str(i) for i in range(1000)], [0, 1])
-    assert many.shape[0] < 2200
 
 
 def test_many_layers_are_listed_in_a_text() -> None:

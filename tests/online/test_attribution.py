@@ -22,11 +22,11 @@ def test_a_row_that_all_samples_share_is_refused_where_the_model_returns_no_samp
             return F.cross_entropy(super().forward(x), t)
 
     model = Loss()
-    CurvatureProbe(model, layers="shift")
-    with pytest.warns(CurvatureWarning):
-        loss = model(*data())
+    probe = CurvatureProbe(model, layers="shift")
+    with pytest.warns(CurvatureWarning, match="'shift'"):
+        model(*data()).backward()
     with pytest.raises(AttributionError, match="'shift'"):
-        loss.backward()
+        probe.fisher_diagonal()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
@@ -89,7 +89,7 @@ def test_layouts_are_found() -> None:
     found = attribute(model, select_layers(model), (torch.randn(5, 3, 4),), {}, 0)
     assert not found.coupled
     assert not found.unknown | found.outside
-    assert {name: layouts[0] for name, layouts in found.layouts.items()} == {
+    assert {name: calls[0].layout for name, calls in found.known.items()} == {
         "first": Layout(),
         "second": Layout(1),
         "third": Layout(0, 3, True),

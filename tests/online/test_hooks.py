@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe, ProbeStateError
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError
 
 from ..helpers import Net, data, make, reference, step
 from ..reference import assert_all_close, assert_close, fisher_by_sample
@@ -151,24 +151,31 @@ def test_frozen_layer_behind_a_trainable_one() -> None:
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
-def test_two_forwards_in_one_backward_are_refused() -> None:
+def test_two_forwards_in_one_backward_are_refused_where_it_is_not_told_what_a_sample_is() -> None:
     model, (inputs, targets) = make(), data()
     probe = CurvatureProbe(model)
     loss = F.cross_entropy(model(inputs), targets) + F.cross_entropy(model(inputs * 2), targets)
-    with pytest.raises(AttributionError, match="two forwards"):
+    with pytest.warns(CurvatureWarning, match="several forwards"):
         loss.backward()
+    with pytest.raises(AttributionError, match="forwards="):
+        probe.fisher_diagonal()
+    probe.reset()
     step(model, (inputs, targets))
     assert probe.num_samples == 6
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (inputs, targets)))
 
 
 def test_heads_in_separate_backwards_are_refused_not_zero() -> None:
-    model_outputs = {name: nn.Linear(4, 3) for name in "ab"}
-    model, (inputs, targets) = Net(lambda m, x: (m.a(x), m.b(x)), **model_outputs), data()
-    CurvatureProbe(model)
+    heads = {name: nn.Linear(4, 3) for name in "ab"}
+    model, (inputs, targets) = Net(lambda m, x: (m.a(x), m.b(x)), **heads), data()
+    probe = CurvatureProbe(model)
     a, b = model(inputs)
     F.cross_entropy(a, targets).backward()
-    with pytest.raises(AttributionError, match="second backward"):
+    with pytest.warns(CurvatureWarning, match="second backward"):
         F.cross_entropy(b, targets).backward()
+    with pytest.raises(AttributionError, match="second backward"):
+        probe.fisher_diagonal()
+    assert probe.fisher_diagonal(missing="skip").keys() == {"a"}
 
 
 def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:

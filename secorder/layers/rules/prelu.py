@@ -1,4 +1,4 @@
-"""Activations with a output_gradient that is learnt."""
+"""Activations with a slope that is learnt."""
 
 from torch import Tensor, nn
 

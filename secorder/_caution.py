@@ -1,0 +1,21 @@
+"""Warnings of the library, told to the user's line that led to them."""
+
+import warnings
+from contextlib import suppress
+from inspect import currentframe
+
+from .errors import CurvatureWarning
+
+__all__ = ["caution"]
+
+
+def caution(message: str) -> None:
+    """Warn, at the innermost line that is none of the library's or of PyTorch's.
+
+    Where the user's filters make an error of it, nothing is raised: it may be in the middle of a training step.
+    """
+    level, frame = 1, currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("secorder", "torch"):
+        frame, level = frame.f_back, level + 1
+    with suppress(CurvatureWarning):
+        warnings.warn(message, CurvatureWarning, stacklevel=max(1, level))

@@ -1,0 +1,41 @@
+"""Keywords that had another name: an error that tells the new one, where Python would only say that it knows none."""
+
+from collections.abc import Callable, Iterable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from .errors import InvalidArgumentError
+
+__all__ = ["RENAMED", "refuse_renamed", "tells_renamed_keywords"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: Old name → new name. ``num_samples`` is the number of samples in data everywhere, and never that of draws.
+RENAMED = {"num_samples": "num_draws", "max_num_samples": "max_draws"}
+
+
+def refuse_renamed(keywords: Iterable[str], function: str) -> None:
+    """Raise if one of the keywords passed to a function is an old name.
+
+    Args:
+        keywords: names of keyword arguments.
+        function: what they were passed to, for the message.
+
+    Raises:
+        InvalidArgumentError: names the new keyword.
+    """
+    for keyword in keywords:
+        if keyword in RENAMED:
+            raise InvalidArgumentError(f"{function} takes {RENAMED[keyword]}= in place of {keyword}=.")
+
+
+def tells_renamed_keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """The same function, which answers an old keyword by the new one's name."""
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        refuse_renamed(kwargs, f"{function.__name__}()")
+        return function(*args, **kwargs)
+
+    return checked

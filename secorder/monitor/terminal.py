@@ -1,0 +1,38 @@
+"""``rich``, loaded so that nobody notices: at import it draws from Python's ``random``, whose state is the user's."""
+
+import random
+
+_state = random.getstate()
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult  # noqa: E402
+from rich.measure import Measurement  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+random.setstate(_state)
+
+__all__ = [
+    "BarColumn",
+    "Console",
+    "ConsoleOptions",
+    "Group",
+    "Measurement",
+    "MofNCompleteColumn",
+    "Progress",
+    "ProgressColumn",
+    "RenderResult",
+    "Table",
+    "Task",
+    "Text",
+    "TextColumn",
+    "TimeRemainingColumn",
+]

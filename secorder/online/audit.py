@@ -1,0 +1,299 @@
+"""The audit of each recorded backward: do the captured calls explain the whole gradient of a parameter?
+
+Freivalds' check of a matrix identity. For a parameter seen as a matrix and random vectors r, s of signs::
+
+    rᵀ G s = Σ_{n,p} (r · g_{n,p}) (a_{n,p} · s),
+
+G the whole gradient of this backward, before hooks on the parameter change it, and the right side what the captured
+calls bring. It sees every gradient that they do not explain: a penalty at some steps only, a use of the parameter
+outside of the layer, a gradient that is counted twice. Of large parameters a block of rows is looked at, another one
+each time. It is blind to *which* sample a row belongs to. Nothing is read on the host.
+
+Source: Freivalds (1977), "Probabilistic machines can use less running time".
+"""
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..layers.patches import Patches
+from ..layers.per_sample import Outer, PerSample, Rows
+
+__all__ = ["Audit", "Signs", "Vectors", "actual", "explained"]
+
+#: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
+WHOLE_ELEMENTS = 1 << 17
+BLOCK = 64
+#: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
+FEW = 32
+#: What passes for rounding, in units in the last place of the products' size.
+UNITS = 256
+
+
+class Vectors(NamedTuple):
+    """The random vectors of one parameter in one backward.
+
+    Attributes:
+        r: signs, one a row of the block.
+        s: signs, one a column.
+        start: the first row of the block.
+        rows: rows of the parameter.
+    """
+
+    r: Tensor
+    s: Tensor
+    start: int
+    rows: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether the block is all of the parameter."""
+        return len(self.r) == self.rows
+
+
+class Signs:
+    """Random signs, drawn once and looked at from random places: a private stream that costs nothing."""
+
+    def __init__(self) -> None:
+        self._places = random.Random()
+        self._generator = torch.Generator()
+        self._generator.seed()
+        self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Signs, ()  # a copy draws numbers of its own
+
+    def _take(self, size: int, like: Tensor) -> Tensor:
+        key = (like.device, like.dtype)
+        pool = self._pool.get(key)
+        if pool is None or len(pool) < 2 * size:
+            bits = torch.randint(0, 2, (max(2 * size, 1 << 13),), generator=self._generator, device="cpu")
+            pool = self._pool[key] = (bits * 2 - 1).to(like)
+        start = self._places.randrange(len(pool) - size + 1)
+        return pool[start : start + size]
+
+    def vectors(self, parameter: Tensor) -> Vectors:
+        """Those of one parameter, for one backward."""
+        rows = parameter.shape[0] if parameter.dim() else 1
+        columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
+        block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
+        start = self._places.randrange(rows - block + 1)
+        like = parameter.detach()
+        s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
+        return Vectors(self._take(block, like), s, start, rows)
+
+    def some(self, names: Sequence[str], most: int) -> set[str]:
+        """So many of the names at most, drawn anew."""
+        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
+
+    def chance(self, one_in: int) -> bool:
+        """True one time in so many."""
+        return self._places.randrange(one_in) == 0
+
+
+def actual(gradient: Tensor, vectors: Vectors) -> Tensor:
+    """rᵀ G s, of the parameter's whole gradient."""
+    matrix = gradient.detach().reshape(vectors.rows, -1)[vectors.start : vectors.start + len(vectors.r)]
+    r, s = vectors.r, vectors.s
+    if matrix.dtype is not r.dtype:
+        matrix = matrix.to(r.dtype)
+    return torch.dot(torch.mv(matrix, s), r)
+
+
+def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False) -> tuple[Tensor, Tensor]:
+    """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the square of the size that its rounding is relative to.
+
+    Args:
+        gradient: of one parameter.
+        vectors: the random ones.
+        with_bias: of an :class:`~secorder.layers.per_sample.Outer`, with that of the bias that has the same cotangents.
+    """
+    r, s = vectors.r, vectors.s
+    if isinstance(gradient, Tensor):
+        matrix = gradient.reshape(len(gradient), vectors.rows, -1)[:, vectors.start : vectors.start + len(r)].to(
+            r.dtype
+        )
+        products = torch.matmul(matrix, s) @ r
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
+    if isinstance(gradient, Rows):
+        weights = r.new_zeros(vectors.rows)
+        weights[vectors.start : vectors.start + len(r)] = r
+        seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
+        left = weights[gradient.ids].flatten()
+        return torch.dot(left, right), _size(seen, right) * len(right)
+    seen, left = _cotangents(gradient.g, vectors)
+    if gradient.a is None:
+        return left.sum(), _size(seen, left) * len(left)
+    right = _inputs(gradient, s).flatten()
+    whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
+    size = _size(whole, right)
+    if with_bias:  # whose input is one
+        right, size = right + 1, size + len(right)
+    return torch.dot(left, right), _size(seen, left) * size
+
+
+def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """The part of a cotangent factor ``(N, groups, positions, out)`` that the block sees, and ``g · r`` of its rows."""
+    r = vectors.r
+    if g.shape[1] == 1:
+        rows = g.reshape(-1, g.shape[3])
+        if not vectors.whole:
+            rows = rows[:, vectors.start : vectors.start + len(r)]
+        rows = rows if rows.dtype is r.dtype else rows.to(r.dtype)
+        return rows, torch.mv(rows, r)
+    weights = r.new_zeros(vectors.rows)
+    weights[vectors.start : vectors.start + len(r)] = r
+    seen = g.to(r.dtype)
+    return seen, (seen * weights.view(g.shape[1], 1, -1)).sum(3).flatten()
+
+
+def _inputs(gradient: Outer, s: Tensor) -> Tensor:
+    """``a · s`` at every position, shape ``(N, groups, positions)``."""
+    a = gradient.a
+    if not isinstance(a, Patches):
+        assert a is not None
+        if a.shape[1] > 1:
+            return torch.matmul(a.to(s.dtype), s.view(1, -1)[0])
+        return torch.mv(a.reshape(-1, a.shape[3]).to(s.dtype), s)
+    image, kernel = a.image.to(s.dtype), s.view(1, -1, *a.kernel).expand(a.groups, -1, *a.kernel)
+    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(a.kernel) - 1]
+    found: Tensor = convolve(image, kernel, stride=a.stride, dilation=a.dilation, groups=a.groups)
+    return found.flatten(2)
+
+
+def _size(whole: Tensor, product: Tensor) -> Tensor:
+    """The square of a factor's norm, by its product with random signs where that has rows enough to tell."""
+    flat = product if len(product) > FEW else whole.to(product.dtype).flatten()
+    return torch.dot(flat, flat)
+
+
+class Explained(NamedTuple):
+    """What captured calls bring to one side of the identity.
+
+    Attributes:
+        value: Σ (r · g)(a · s).
+        size: the square of what rounding is relative to.
+        tolerance: of it, what may be rounding.
+    """
+
+    value: Tensor
+    size: Tensor
+    tolerance: float
+
+
+class Audit:
+    """Both sides of the identity for the parameters of one backward; weight and bias of a layer are one number."""
+
+    def __init__(self, signs: Signs) -> None:
+        self._signs = signs
+        self._vectors: dict[int, Vectors] = {}
+        self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
+        self._actual: dict[int, Tensor] = {}
+        self._explained: dict[tuple[str, int], list[Explained]] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether no whole gradient has come."""
+        return not self._actual
+
+    def watch(self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool) -> list[str]:
+        """Look at parameters of a layer from now on; the names of those whose gradient is to be seen for it.
+
+        Args:
+            parameters: of the layer.
+            graph: the same as the autograd graph knows them.
+            apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
+        """
+        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in self._vectors]
+        one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
+        for name in chosen:
+            key = id(parameters[name])
+            if one and name == "bias" and graph["weight"].dim() > 1:
+                weight = self._vectors[id(parameters["weight"])]
+                self._vectors[key] = weight._replace(s=weight.r.new_ones(1))
+                self._home[key] = id(parameters["weight"])
+            else:
+                self._vectors[key] = self._signs.vectors(graph[name])
+        return chosen
+
+    def see(self, parameter: Tensor, gradient: Tensor) -> None:
+        """The whole gradient of a parameter is here."""
+        vectors = self._vectors[id(parameter)]
+        value = actual(gradient.detach(), vectors)
+        key = self._home.get(id(parameter), id(parameter))
+        self._actual[key] = self._actual[key] + value if key in self._actual else value
+
+    def explain(
+        self,
+        name: str,
+        parameters: Mapping[str, Tensor],
+        gradients: Mapping[str, PerSample],
+        low: torch.dtype | None,
+    ) -> dict[str, Tensor]:
+        """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
+
+        Args:
+            name: of the layer.
+            parameters: of the layer.
+            gradients: by the parameters' names.
+            low: the dtype that autocast computes in, where it does.
+        """
+        brought = {}
+        for local, p in parameters.items():
+            vectors, part = self._vectors.get(id(p)), gradients[local]
+            if vectors is None:
+                continue
+            joined = self._home.get(id(parameters["bias"])) == id(p) if "bias" in parameters else False
+            same = joined and _same_cotangents(part, gradients["bias"])
+            home = self._home.get(id(p))
+            if home is not None and _same_cotangents(gradients["weight"], part):
+                continue  # in the weight's number
+            value, size = explained(part, vectors, with_bias=same)
+            brought[local] = value
+            dtypes = [p.dtype, part.dtype if isinstance(part, Tensor) else part.g.dtype, *([low] if low else [])]
+            found = Explained(value, size, min(UNITS * max(torch.finfo(d).eps for d in dtypes), 1 / 16))
+            self._explained.setdefault((name, home or id(p)), []).append(found)
+        return brought
+
+    def failures(self, layers: Sequence[tuple[str, Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
+        """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
+
+        Args:
+            layers: of each its name, its parameters, and the layers that bring gradients of these, itself among them.
+        """
+        indices: list[int] = []
+        wholes: list[Tensor] = []
+        values: list[Tensor] = []
+        bounds: list[Tensor] = []
+        for index, (_, parameters, holders) in enumerate(layers):
+            for key in {self._home.get(id(p), id(p)) for p in parameters.values()} & self._actual.keys():
+                known = [found for name in holders for found in self._explained.get((name, key), ())]
+                whole = self._actual[key]
+                indices.append(index)
+                wholes.append(whole)
+                values.append(_sum([found.value for found in known], whole))
+                bounds.append(_sum([found.size * found.tolerance**2 for found in known], whole))
+        if not indices:
+            return None
+        whole = _stack(wholes)
+        difference = whole - _stack(values)
+        return indices, (difference * difference > _stack(bounds)) & whole.isfinite()
+
+
+def _same_cotangents(weight: PerSample, bias: PerSample) -> bool:
+    return isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g
+
+
+def _stack(numbers: Sequence[Tensor]) -> Tensor:
+    like = numbers[0]
+    return torch.stack([x if x.dtype is like.dtype and x.device == like.device else x.to(like) for x in numbers])
+
+
+def _sum(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
+    return torch.stack([part.to(like) for part in parts]).sum() if parts else like.new_zeros(())

@@ -1,0 +1,133 @@
+"""The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import (
+    accumulate_node,
+    accumulates_untouched,
+    after_backward,
+    current_backward,
+    first_gradient_hook,
+    will_accumulate,
+)
+from ..layers.selection import Layer
+from .audit import Audit
+from .fisher import quietly
+from .penalty import watch
+from .record import Backward, ForwardRecord
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+__all__ = ["enter", "leave"]
+
+#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time.
+LEAST, MOST = 3, 24
+
+
+def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
+    """A gradient has come to a record's forward; False where that is a second backward, through the same graph."""
+    number = current_backward()
+    if number is None:
+        return False
+    fisher = attachment.fisher
+    if record.backward is not None:
+        # A checkpoint of the reentrant kind runs a backward of its own inside of the one that is on its way.
+        return not record.closed and (record.backward.number == number or record.recomputes)
+    if record.closed:
+        return False
+    backward = fisher.backwards.get(number)
+    if backward is None:
+        backward = Backward(number, Audit(fisher.signs))
+        for other in fisher.backwards.values():  # of another thread: what is in .grad may be either's
+            other.alone = backward.alone = False
+        fisher.backwards[number] = backward
+        after_backward(partial(leave, attachment, backward))
+    record.backward = backward
+    fisher.check_together(backward, record)
+    backward.records.append(record)
+    _watch(attachment, backward, record)
+    if record.recomputes:
+        attachment.register(record)
+    return True
+
+
+def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:
+    """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
+    fisher = attachment.fisher
+    if fisher.penalty is not None:
+        watch(backward, fisher.layers)
+        return
+    names = [layer.name for layer in fisher.layers]
+    audited = fisher.signs.some(names, min(MOST, max(LEAST, len(names) // 2)))
+    captured = {name for name, _ in record.hooked}
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    for layer in fisher.layers:
+        if layer.name not in audited and layer.name in captured:
+            continue
+        graph = record.parameters(layer)
+        apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
+        for name in backward.audit.watch(layer.parameters, graph, apart=apart):
+            parameter = layer.parameters[name]
+            if not layer.sharded and not shared and accumulates_untouched(parameter):
+                backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
+                continue
+            node = accumulate_node(graph[name])
+            saw = partial(_saw, backward, record, layer, parameter, node)
+            if layer.sharded:
+                backward.handles.append(node.register_prehook(partial(_first, saw)))
+            else:
+                backward.handles.append(first_gradient_hook(graph[name], saw))
+
+
+def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
+    if gradients[0] is not None:
+        saw(gradients[0])
+
+
+def _saw(
+    backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
+) -> None:
+    """The whole gradient of a parameter: what is compared with what the captured calls explain."""
+    if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
+        backward.audit.see(parameter, gradient)
+
+
+def _runs(backward: Backward) -> bool:
+    """Whether it is this backward that runs now, and no other thread's; those of reentrant checkpoints belong to it."""
+    inner = any(record.recomputes for record in backward.records) and backward.thread == threading.get_ident()
+    return inner or current_backward() == backward.number
+
+
+def leave(attachment: "Attachment", backward: Backward) -> None:
+    """The backward has ended: close its records."""
+    fisher = attachment.fisher
+    fisher.backwards.let_go([backward])
+    if attachment.pauses:
+        return
+    for parameter in backward.fresh:
+        if parameter.grad is not None and backward.alone:
+            backward.audit.see(parameter, parameter.grad)
+    backward.fresh.clear()
+    reached = [record for record in backward.records if _reached(record, backward)]
+    for record in backward.records:
+        if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
+            record.backward = None
+    fisher.troubles.guarded(None, list(fisher.sums), quietly, fisher.close, backward, reached)
+
+
+def _reached(record: ForwardRecord, backward: Backward) -> bool:
+    return bool(
+        record.received
+        or record.captured
+        or record.modules
+        or record.parts
+        or not backward.audit.empty
+        or backward.whole
+    )

@@ -1,0 +1,209 @@
+"""Calls of layers, as their hooks see them: what is kept of a call, and what its gradient does when it comes."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import accumulate_node, accumulates_into, in_backward, will_accumulate
+from .._torch.pytree import map_tensors, tensors_in
+from .._torch.saved_tensors import Kept, OverwrittenError, keep, saved_tensor_hooks_active
+from .._torch.transforms import inside_transform
+from ..errors import AttributionError
+from ..layers.selection import Layer
+from .backward import enter
+from .fisher import quietly, total_of
+from .record import ForwardRecord, ModuleCall, Start
+from .relation import Shape
+from .samples import floating
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+__all__ = ["layer_called", "module_called", "module_starts"]
+
+
+def layer_called(
+    attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor
+) -> None:
+    """A layer with a rule ran."""
+    index = _call(record, layer, (tuple(output.shape),))
+    if not _recordable(record, layer, [output]):
+        return
+    kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
+    if (layer.name, index) in record.hooked:
+        return
+    record.hooked.add((layer.name, index))
+    if layer.sharded:
+        record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
+    node = accumulates_into(record.parameters(layer).values(), output)
+    _on_gradient(attachment, record, output, _LayerGradient(attachment, record, layer, index, kept, node))
+
+
+def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:
+    """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
+    calls = record.calls.setdefault(layer.name, [])
+    if not in_backward() or record.backward is None:
+        calls.append(shapes)
+        return len(calls) - 1
+    again = record.recomputed.setdefault(layer.name, set())
+    index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in again), len(calls) - 1)
+    again.add(index)
+    return max(index, 0)
+
+
+def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) -> bool:
+    """Whether a call's gradient will come, by its own node or, under a checkpoint, when it is computed again."""
+    kind = outputs[0].device.type if outputs else "cpu"
+    if torch.is_autocast_enabled(kind):
+        record.autocast_dtype = torch.get_autocast_dtype(kind)
+    if not torch.is_grad_enabled():
+        record.recomputes = True  # by a reentrant checkpoint; or never, under torch.no_grad
+        return False
+    if not in_backward() and saved_tensor_hooks_active():
+        record.recomputes = True
+    if any(t.requires_grad for t in outputs):
+        return True
+    if not any(p.requires_grad for p in layer.parameters.values()):
+        record.without_gradient.add(layer.name)
+    return False
+
+
+def module_starts(record: ForwardRecord, layer: Layer, start: Start) -> None:
+    """An enclosing module without a rule is about to run."""
+    record.starts.setdefault(layer.name, []).append(start)
+
+
+def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer, output: Any) -> None:
+    """An enclosing module ran whose parts are layers without a rule of their own."""
+    starts = record.starts.get(layer.name)
+    if not starts:
+        return
+    start = starts.pop()
+    tensors = floating(output)
+    parts = record.parts_of(layer)
+    index = _call(record, layer, tuple(tuple(t.shape) for t in tensors))
+    for part in parts[1:]:
+        record.calls[part.name] = record.calls[layer.name]
+    recordable = [_recordable(record, part, tensors) for part in parts]
+    if not recordable[0]:
+        return
+    if start.overwritten():
+        raise AttributionError(
+            f"the layers {[part.name for part in parts]} are measured by running a module of the model again, which "
+            "overwrites its input in place: use an out-of-place operation, leave the layers out with layers=, or "
+            "measure "
+            "them with one-shot calls."
+        )
+    kept = keep(tensors_in(start.arguments))
+    if (layer.name, index) in record.hooked:
+        return
+    record.hooked.add((layer.name, index))
+    arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
+    call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
+    gradient = _ModuleGradient(attachment, record, layer, call, kept)
+    for position, tensor in enumerate(tensors):
+        if tensor.requires_grad:
+            _on_gradient(attachment, record, tensor, partial(gradient, position))
+
+
+def _on_gradient(attachment: "Attachment", record: ForwardRecord, tensor: Tensor, received: Any) -> None:
+    """Call with the gradient on a tensor, as it goes on from there: after every hook on the tensor has changed it."""
+    number = tensor.output_nr
+
+    def prehook(gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[number]
+        if g is not None and not attachment.pauses and not inside_transform():
+            received(g)
+
+    assert tensor.grad_fn is not None
+    tensor.grad_fn.register_prehook(prehook)
+
+
+class _LayerGradient:
+    """What the gradient on a layer's output does."""
+
+    def __init__(
+        self, attachment: "Attachment", record: ForwardRecord, layer: Layer, index: int, kept: Kept, node: Any
+    ) -> None:
+        self.attachment, self.record, self.layer = attachment, record, layer
+        self.index, self.node = index, node
+        self.kept: Kept | None = kept
+        self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
+
+    def __call__(self, g: Tensor) -> None:
+        self.attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
+
+    def receive(self, g: Tensor) -> None:
+        fisher, record, layer = self.attachment.fisher, self.record, self.layer
+        if layer.name in record.replaced or not _counts_in(fisher.model, record, [layer], self.node):
+            return
+        total = total_of(g)
+        if not enter(self.attachment, record):
+            fisher.second_backward(record, [layer.name], self.total, total)
+            return
+        kept, self.kept, self.total = self.kept, None, total
+        if kept is None:
+            return
+        calls = record.captured.setdefault(layer.name, [])
+        calls.append((self.index, (_unpacked(kept, layer), g.detach()), total))
+        if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
+            fisher.deliver([record], layer)
+
+
+class _ModuleGradient:
+    """What the gradients on an enclosing module's outputs do."""
+
+    def __init__(
+        self, attachment: "Attachment", record: ForwardRecord, layer: Layer, call: ModuleCall, kept: Kept
+    ) -> None:
+        self.attachment, self.record, self.layer, self.call = attachment, record, layer, call
+        self.kept: Kept | None = kept
+        self.totals: dict[int, Tensor] = {}
+
+    def __call__(self, position: int, g: Tensor) -> None:
+        names = [layer.name for layer in self.record.parts_of(self.layer)]
+        self.attachment.fisher.troubles.guarded(self.record, names, quietly, self.receive, position, g)
+
+    def receive(self, position: int, g: Tensor) -> None:
+        fisher, record = self.attachment.fisher, self.record
+        parts = record.parts_of(self.layer)
+        fallen_back = any(x is self.layer for x in record.fallback)
+        if not fallen_back:
+            parts = [x for x in parts if x.name not in record.replaced]
+        if not parts or not _counts_in(fisher.model, record, parts):
+            return
+        total = total_of(g)
+        if not enter(self.attachment, record):
+            fisher.second_backward(record, [layer.name for layer in parts], self.totals.get(position), total)
+            return
+        self.totals[position] = total
+        kept, self.kept = self.kept, None
+        if kept is not None:
+            self.call.tensors = _unpacked(kept, self.layer)
+            record.modules.setdefault(self.layer.name, []).append(self.call)
+        if self.call.gradients[position] is None:
+            self.call.gradients[position] = g.detach()
+
+
+def _unpacked(kept: Kept, layer: Layer) -> tuple[Tensor, ...]:
+    try:
+        return kept.tensors()
+    except OverwrittenError as error:
+        raise AttributionError(
+            "its input was overwritten in place before backward: use an out-of-place operation after it, or leave the "
+            "layer out with layers=."
+        ) from error
+
+
+def _counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
+    """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
+
+    For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.
+    """
+    if node is not None:
+        return will_accumulate(node)
+    own = [p for layer in layers for p in record.parameters(layer).values() if p.requires_grad]
+    return any(will_accumulate(accumulate_node(p)) for p in own or model.parameters() if p.requires_grad)

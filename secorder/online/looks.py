@@ -1,0 +1,112 @@
+"""What is known of where samples are, by the combination of train and eval modes, and when it is looked at again."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .._torch.autocast import no_autocast
+from .._torch.modules import backward_hooks_removed
+from ..layers.selection import Layer
+from ..layers.structure import independent_by_structure
+from ..oneshot.isolation import run_isolated
+from .attribution import Attribution, attribute, merged
+from .audit import Signs
+from .relation import explain
+from .samples import SampleDim
+
+__all__ = ["Looks"]
+
+#: One recorded batch in so many is looked at again.
+ONE_IN = 100
+
+
+class Looks:
+    """Attributions of one model's layers.
+
+    Args:
+        model: the model.
+        sample_dim: where the samples are in the arguments, if it is told.
+        signs: the private random numbers.
+    """
+
+    def __init__(self, model: nn.Module, sample_dim: SampleDim, signs: Signs) -> None:
+        self._model = model
+        self._sample_dim = sample_dim
+        self._signs = signs
+        self._modules = list(model.modules())
+        self._known: dict[tuple[bool, ...], Attribution] = {}
+        self._batches: dict[tuple[bool, ...], int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_known": {}, "_batches": {}}  # what is known of a model is not carried to its copy
+
+    def known(self) -> Attribution | None:
+        """For the modes of now."""
+        return self._known.get(self._mode())
+
+    def any_known(self) -> Attribution | None:
+        """For any modes."""
+        return next(iter(self._known.values()), None)
+
+    def _mode(self) -> tuple[bool, ...]:
+        return tuple([module.training for module in self._modules])
+
+    def due(self) -> bool:
+        """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then at random)."""
+        mode = self._mode()
+        found = self._known.get(mode)
+        batch = self._batches[mode] = self._batches.get(mode, 0) + 1
+        if found is None or found.provisional:
+            return True
+        scheduled = batch & (batch - 1) == 0 or self._signs.chance(ONE_IN)
+        return scheduled and not (self._sample_dim in (None, 0) and independent_by_structure(self._model, 0))
+
+    def look(self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
+        """Look at a batch; what it tells of the layers is kept for the modes of now."""
+        mode = self._mode()
+        before = self._known.get(mode)
+        if before is not None and before.provisional:
+            before = None
+        # The user's backward hooks are for the user's backward.
+        with (
+            backward_hooks_removed(self._model.modules()),
+            no_autocast(),
+        ):  # what belongs to which sample shows best in full precision
+            found = run_isolated(
+                lambda direct: attribute(
+                    self._model,
+                    layers,
+                    args,
+                    kwargs,
+                    self._sample_dim,
+                    before=before,
+                    direct=direct,
+                )
+            )
+        if found.unclear or (found.undecided and found.provisional):
+            return found
+        self._known[mode] = found if before is None or found.undecided else merged(before, found)
+        return found
+
+    @staticmethod
+    def moved(before: Attribution, after: Attribution) -> list[str]:
+        """Layers whose rows a new look does not find where they were verified before."""
+        by_name = {x.name: x for x in after.layers}
+        moved = []
+        for layer in before.layers:
+            calls = before.known.get(layer.name, ())
+            if not calls or layer.name in before.unknown | before.outside:
+                continue
+            if (by_name.get(layer.name) != layer and layer.name in by_name) or any(
+                explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
+                for now in after.known.get(layer.name, ())
+            ):
+                moved.append(layer.name)
+        return moved
+
+    def forget(self) -> None:
+        """The model is not what it was: look again."""
+        self._modules = list(self._model.modules())
+        self._known.clear()
+        self._batches.clear()

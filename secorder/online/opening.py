@@ -1,0 +1,314 @@
+"""The beginning and the end of a recorded forward: a record is opened, and it is settled where its samples are."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .._torch.modules import held_parameter
+from .._torch.pytree import tensors_in
+from ..errors import CouplingError, NonFiniteError, SecorderError
+from ..layers.layout import DIM_ZERO, Layout
+from ..layers.selection import Layer
+from ..parallel.fsdp import over_ranks
+from .attribution import Attribution
+from .capture import module_called, module_starts
+from .fisher import OnlineFisher
+from .looks import Looks
+from .record import ForwardRecord, Start
+from .reduction import weights_of
+from .relation import Shape, Verified, explain
+from .samples import shapes_of
+from .troubles import OUTSIDE
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+__all__ = ["open_record", "settle"]
+
+
+def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
+    """The record of a forward that begins; None where there is nothing to record."""
+    fisher, looks = attachment.fisher, attachment.looks
+    if not _refresh(fisher, looks):
+        return None
+    shapes = shapes_of((args, kwargs))
+    due, known = looks.due(), looks.known()
+    count = None if known is None else known.count(shapes)
+    verified = False
+    needed = known is None or count is None or (known.provisional and count != 0)
+    if needed or (due and count is not None and count > 1):
+        if _empty(shapes):
+            fisher.troubles.saw("empty")
+            return None
+        with attachment.alone() as alone:
+            if alone:
+                verified = True
+                known = _look(fisher, looks, known, args, kwargs)
+                count = None if known is None else known.count(shapes)
+            elif needed:
+                fisher.troubles.saw("other threads")
+                return None
+    if fisher.shard is not None:
+        together = round(over_ranks(max(count or 0, 0), fisher.shard))
+    if known is None or count is None:
+        return None
+    if count == 0 and fisher.shard is None:
+        fisher.troubles.saw("empty")
+        return None
+    # Of a chain of torch's own layers nothing is ever run again.
+    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
+    record = ForwardRecord(known, count, shapes, verified, start)
+    record.together = count if fisher.shard is None else together
+    weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
+    record.mean = weights is None and fisher.reduction != "sum"
+    if weights is not None:
+        weights = weights.double()
+        record.counted = (weights != 0).sum()
+        record.weights = torch.where(weights != 0, 1 / weights, 0.0)
+    return record
+
+
+def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
+    """Take note of parameters that were exchanged since; whether the layers can be recorded."""
+    changed = False
+    for index, layer in enumerate(fisher.layers):
+        if any(held_parameter(layer.module, name) is not p for name, p in layer.parameters.items()):
+            now = dict(layer.module.named_parameters(remove_duplicate=False))
+            shapes = {name: p.shape for name, p in layer.parameters.items()}
+            found = {name: now[name] for name in shapes if name in now}
+            if {name: p.shape for name, p in found.items()} != shapes:
+                fisher.troubles.mark(
+                    [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
+                )
+                continue
+            fisher.layers[index] = replace(layer, parameters=found)
+            changed = True
+    if changed:
+        looks.forget()
+    meta = [x.name for x in fisher.layers if any(p.is_meta for p in x.parameters.values())]
+    if not meta:
+        fisher.follow()
+    else:
+        fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
+    return len(meta) < len(fisher.layers)
+
+
+def _empty(shapes: Sequence[Shape]) -> bool:
+    return any(0 in shape[:2] for shape in shapes)
+
+
+def _look(
+    fisher: OnlineFisher, looks: Looks, before: Attribution | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Attribution | None:
+    """Look at this batch, and say what was found; None where it cannot be recorded."""
+    try:
+        found = looks.look(fisher.layers, args, kwargs)
+    except SecorderError:
+        raise
+    except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
+        fisher.troubles.saw("look failed")
+        fisher.troubles.warn(
+            f"a batch is left out, since running the model on it to see where samples are failed "
+            f"({type(error).__name__}: "
+            f"{error}); the next one is looked at."
+        )
+        return None
+    names = [layer.name for layer in fisher.layers]
+    if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
+        fisher.troubles.saw("not finite")
+        if fisher.on_nonfinite == "raise":
+            raise NonFiniteError(
+                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
+                "pass "
+                'on_nonfinite="skip" to leave such batches out.'
+            )
+        for sums in fisher.sums.values():
+            sums.batches += 1
+        return None
+    if found.undecided and found.provisional:
+        fisher.troubles.saw("one sample")
+        return None
+    if found.undecided:
+        fisher.troubles.mark(names, f"{found.undecided}.")
+        return None
+    if found.alternative is not None and not fisher.assumed:
+        usual = next(dim for dim in found.dims if dim is not None)
+        fisher.assumed = (
+            f"dim {usual} of the model's arguments, of shapes {list(shapes_of((args, kwargs)))}, was taken to hold the "
+            f"samples, and dim {found.alternative} would do as well: pass sample_dim={usual} or "
+            f"sample_dim={found.alternative}."
+        )
+    if found.coupled:
+        _coupled(fisher, found, shapes_of((args, kwargs)))
+    elif before is not None:
+        fisher.troubles.mark(
+            looks.moved(before, found),
+            "the rows of its output belong to other samples than they did when they were looked at before, so that "
+            "what "
+            "was accumulated since then may be wrong (rows that depend on data): measure it with one-shot calls, or "
+            "leave it out with layers=.",
+        )
+    slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
+    if slow:
+        fisher.troubles.warn(
+            f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
+            f"rows "
+            "that depend on data, a parameter used outside of them, nothing trainable before them): a module that "
+            "contains them runs once more a step. That is exact and slow; leave them out with layers= if it is too "
+            "slow."
+        )
+    return looks.known()
+
+
+def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
+    names = [layer.name for layer in fisher.layers]
+    if found.normalised:
+        message = (
+            "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
+            f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
+            "model.eval() statistics, or leave the layers out with layers=."
+        )
+        if fisher.troubles.strict:
+            raise CouplingError(message)
+        fisher.troubles.warn(message)
+        return
+    if found.separable is not None:
+        reason = (
+            "the dimension that is told to hold the samples does not separate them in the model, and dim "
+            f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
+        )
+    else:
+        reason = (
+            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
+            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
+            "for an argument without samples), or measure the layers with one-shot calls."
+        )
+    if fisher.troubles.strict:
+        raise CouplingError(reason)
+    fisher.troubles.mark(names, reason)
+
+
+def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+    """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
+    fisher = attachment.fisher
+    start, record.start = record.start, None
+    if not any(t.requires_grad for t in tensors_in(output)):
+        fisher.troubles.saw("no gradient")
+        record.closed = True
+        return
+    _require_present(fisher, record)
+    unexplained = _explain(record, record.attribution)
+    if unexplained and not record.attribution.coupled and start is not None:
+        found = record.attribution if record.verified else _look_again(attachment, start)
+        if found is not None and not (found.unclear or found.undecided):
+            same = {x.name for x in record.attribution.layers if x in found.layers}
+            unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
+            _fall_back(attachment, record, found, unexplained, start, output)
+            return
+    for layer in unexplained:
+        _unknown(fisher, record, record.attribution, layer)
+
+
+def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:
+    """Another look at the batch; None where other threads run the model."""
+    with attachment.alone() as alone:
+        return attachment.looks.look(attachment.fisher.layers, *start.arguments) if alone else None
+
+
+def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
+    """Decide on the layouts of the record's calls; the layers of which some cannot be explained."""
+    unexplained = []
+    for layer in record.attribution.layers:
+        calls = record.calls.get(layer.name)
+        if not calls:
+            continue
+        known = attribution.known.get(layer.name, ())
+        if layer.name in attribution.outside or (layer.name in attribution.unknown and not attribution.coupled):
+            known = ()
+        indices = itertools.count()
+        layouts = [[_layout(known, next(indices), shape, record, attribution) for shape in shapes] for shapes in calls]
+        if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
+            unexplained.append(layer)
+        else:
+            record.layouts[layer.name] = [[x for x in row if x is not None] for row in layouts]
+    return unexplained
+
+
+def _layout(
+    known: Sequence[Verified], index: int, shape: Shape, record: ForwardRecord, attribution: Attribution
+) -> Layout | None:
+    found = explain(known, index, shape, record.shapes, record.num_samples)
+    if found is None and attribution.coupled and shape and shape[0] == record.num_samples:
+        return DIM_ZERO
+    return found
+
+
+def _fall_back(
+    attachment: "Attachment",
+    record: ForwardRecord,
+    found: Attribution,
+    layers: Sequence[Layer],
+    start: Start,
+    output: Any,
+) -> None:
+    """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
+    fisher, model = attachment.fisher, attachment.model
+    able = [
+        x for x in layers if not x.sharded and found.count(record.shapes) and not record.attribution.sharing(x.name)
+    ]
+    for layer in layers:
+        if layer not in able:
+            _unknown(fisher, record, found, layer)
+    if not able:
+        return
+    record.calls = {name: calls for name, calls in record.calls.items() if name not in {x.name for x in able}}
+    record.hooked = {(name, index) for name, index in record.hooked if name not in {x.name for x in able}}
+    record.replaced = {x.name for x in able}
+    record.fallback = [replace(x, enclosing=model, rule=None) for x in able]
+    module_starts(record, record.fallback[0], start)
+    module_called(attachment, record, record.fallback[0], output)
+    outputs = record.calls.get(record.fallback[0].name, [()])[0]
+    layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
+    if any(layout is None for layout in layouts):
+        fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
+        return
+    for layer in record.fallback:
+        record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+
+
+def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
+    """Where samples are in an output of the model: verified by the look at this batch."""
+    if record.num_samples == 1:
+        return Layout(0, shape[0]) if shape else None
+    return found.outputs[index] if index < len(found.outputs) else None
+
+
+def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
+    reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
+    record.troubled.add(layer.name)
+    fisher.troubles.leave_out(record, record.attribution.sharing(layer.name) or [layer.name], reason)
+
+
+def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
+    shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
+    return (
+        f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
+        f"that "
+        "all samples share, rows that depend on data, or samples in another dimension of the model's inputs: see "
+        "sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+    )
+
+
+def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:
+    """Mark layers that were not called since they are no longer in the model."""
+    missing = [x for x in record.attribution.layers if x.name not in record.calls and x.name in fisher.sums]
+    if not missing:
+        return
+    modules: dict[str, nn.Module] = dict(fisher.model.named_modules())
+    gone = [x.name for x in missing if modules.get(x.name) is not x.module]
+    fisher.troubles.mark(gone, "it is no longer in the model (another module has taken its place): make a new probe.")
+    record.troubled |= set(gone)

@@ -1,0 +1,81 @@
+"""A penalty in the loss that is the same for each sample, such as an L2 term: it belongs to every ℓ_n.
+
+An outside gradient R, the whole gradient less what the captured calls bring, is added to each sample's::
+
+    Σ_n (g_n/c_n + R)² = Σ_n (g_n/c_n)² + 2 R Σ_n g_n/c_n + N R²
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
+from ..layers.per_sample import PerSample, total_gradient
+from ..layers.selection import Layer
+from .record import Backward, ForwardRecord
+from .sums import LayerSums
+
+__all__ = ["add_shared", "explain", "watch"]
+
+
+def watch(backward: Backward, layers: list[Layer]) -> None:
+    """Keep the whole gradients of the layers' parameters, as they are before hooks on the parameters change them."""
+    if not backward.handles:
+        parameters = {id(p): p for layer in layers for p in layer.parameters.values() if p.requires_grad}
+        for parameter in parameters.values():
+            keep = partial(_keep, backward, parameter, accumulate_node(parameter))
+            backward.handles.append(first_gradient_hook(parameter, keep))
+
+
+def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) -> None:
+    if will_accumulate(node):
+        before = backward.whole.get(id(parameter))
+        backward.whole[id(parameter)] = gradient.detach().clone() if before is None else before + gradient.detach()
+
+
+def explain(record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:
+    """Sum up what the calls of a layer bring of the whole gradient."""
+    for name, p in layer.parameters.items():
+        part = total_gradient(gradients[name], p.numel())
+        key = id(p)
+        record.totals[key] = record.totals[key] + part if key in record.totals else part
+
+
+def add_shared(
+    layers: Sequence[Layer],
+    sums: Mapping[str, LayerSums],
+    backward: Backward,
+    record: ForwardRecord,
+    *,
+    inverse: float,
+    scale: float,
+    alpha: float,
+) -> None:
+    """Add what a penalty adds to the squares of each layer.
+
+    Args:
+        layers: of the probe.
+        sums: by layer.
+        backward: with the whole gradients.
+        record: of the one forward that it runs through.
+        inverse: 1 / c_n, the same for every sample.
+        scale: of the loss.
+        alpha: weight of the batch in the sums.
+    """
+    count = record.num_samples
+    for layer in layers:
+        if layer.name in record.troubled:
+            continue
+        for total, p in zip(sums[layer.name].sums, layer.parameters.values(), strict=True):
+            whole = backward.whole.get(id(p))
+            if whole is None:
+                continue
+            explained = record.totals.get(id(p))
+            explained = torch.zeros_like(total) if explained is None else explained.to(total)
+            outside = (whole.flatten().to(total) - explained) / scale
+            extra = outside * (2 * inverse * explained / scale + count * outside)
+            good = extra.sum().isfinite()
+            total.add_(extra.nan_to_num_().mul_(good), alpha=alpha)

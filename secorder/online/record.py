@@ -1,0 +1,225 @@
+"""All that is known of one forward of the model, from its beginning to the end of its backward: one record.
+
+The phases of a record, and what ends it::
+
+    begin ──► running ──► waiting ──► entered ──► added
+                │            │           │
+                │            │           ├─ the backward is broken off: the layers that had their gradient are counted,
+                │            │           │  each by itself, and the others are not
+                │            │           └─ a second backward through the same graph: the layers it reaches are marked
+                │            └─ the backward never comes, or is torch.autograd.grad's: dropped with the graph
+                └─ an exception, an empty batch, nothing to differentiate: dropped
+
+Records know nothing of one another. Two forwards in flight, train and eval mixed, threads: each fills its own, since a
+hook holds the record that it was made for. What several forwards share that one backward runs through is a
+:class:`Backward`.
+"""
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .._torch.autocast import AutocastState, autocast_state
+from .._torch.compile import EagerSection
+from .._torch.modules import Place
+from .._torch.pytree import tensors_in
+from .._torch.random_state import RandomState, cuda_devices, get_random_state
+from .._torch.versions import version
+from ..layers.layout import Layout
+from ..layers.selection import Layer
+from .attribution import Attribution
+from .audit import Audit
+from .relation import Shape
+
+__all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start"]
+
+#: One use of a layer: the tensors it was called with, and the gradient on its output.
+Call = tuple[tuple[Tensor, ...], Tensor]
+
+
+class State(NamedTuple):
+    """What a call of a module starts from.
+
+    Attributes:
+        random_state: the global one.
+        autocast: what is enabled.
+        buffers: those that the call overwrites, as they were.
+    """
+
+    random_state: RandomState
+    autocast: AutocastState
+    buffers: tuple[tuple[Place, Tensor], ...]
+
+
+class Start:
+    """How a module was called: its arguments, before its other hooks see them, and what the call starts from."""
+
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], changing: Sequence[Place] = ()
+    ) -> None:
+        self.arguments = (args, kwargs)
+        buffers = tuple((place, place.held().detach().clone()) for place in changing)
+        self.state = State(get_random_state(cuda_devices(module)), autocast_state(), buffers)
+        self._versions = [version(t) for t in tensors_in(self.arguments)]
+
+    def overwritten(self) -> bool:
+        """Whether the call changed its arguments in place, so that it cannot be run again."""
+        return self._versions != [version(t) for t in tensors_in(self.arguments)]
+
+
+@dataclass(eq=False)
+class ModuleCall:
+    """One use of an enclosing module, to be run again: how it was called, and the gradients on its outputs.
+
+    Attributes:
+        arguments: positional and keyword arguments, tensors replaced by empty ones.
+        state: what it started from.
+        index: the call's number in the forward.
+        tensors: the tensors of the arguments.
+        gradients: dL/d(output tensor), None where the loss does not depend on it.
+        layouts: where each output tensor's samples are.
+    """
+
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    state: State
+    index: int
+    tensors: tuple[Tensor, ...] = ()
+    gradients: list[Tensor | None] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)
+
+
+class Backward:
+    """One backward pass, and the records of the forwards that it runs through.
+
+    Attributes:
+        number: the engine's number of the pass.
+        thread: that it runs in.
+        ended: whether it has ended, or is known to have been broken off.
+        alone: whether no other thread ran a backward at the same time.
+        records: in the order in which their gradients came.
+        handles: of what is hung on parameters while it runs.
+        fresh: parameters without a gradient when it began: what they have at its end is this pass's.
+        whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
+        audit: of the parameters' whole gradients.
+    """
+
+    def __init__(self, number: int, audit: Audit) -> None:
+        self.number = number
+        self.thread = threading.get_ident()
+        self.ended = False
+        self.alone = True
+        self.records: list[ForwardRecord] = []
+        self.handles: list[RemovableHandle] = []
+        self.fresh: list[Tensor] = []
+        self.whole: dict[int, Tensor] = {}
+        self.audit = audit
+
+    def let_go(self) -> None:
+        """It has ended, or was broken off: nothing of ours stays on the model."""
+        self.ended = True
+        for handles in (self.handles, *(record.handles for record in self.records)):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
+
+
+class Backwards(dict[int, Backward]):
+    """The backward passes that run, by the engine's number."""
+
+    def here(self) -> list[Backward]:
+        """Those of this thread."""
+        return [backward for backward in self.values() if backward.thread == threading.get_ident()]
+
+    def let_go(self, backwards: Iterable[Backward]) -> None:
+        """These have ended, or were broken off."""
+        for backward in list(backwards):
+            self.pop(backward.number, None)
+            backward.let_go()
+
+
+@dataclass(eq=False)
+class ForwardRecord:
+    """One forward; see the module's text for its phases.
+
+    Attributes:
+        attribution: where samples are in the layers, as it was known when the forward began.
+        num_samples: of the batch.
+        shapes: of the tensors among the model's arguments.
+        verified: whether this very batch was looked at.
+        start: how the model was called; forgotten at the forward's end unless the model is to run again.
+        handles: of the layers' hooks, while the forward runs.
+        calls: by layer, the shapes of the outputs of each of its calls.
+        hooked: calls, by layer and number, whose gradient will come.
+        recomputed: by layer, the calls that were computed again in backward.
+        starts: by layer, how the enclosing module's calls that are running were started.
+        layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
+        fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
+        replaced: the names of these: what their own calls bring is not to be counted.
+        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements.
+        modules: by layer, the calls of enclosing modules whose gradient has come.
+        received: layers whose squares are added.
+        troubled: layers that are marked: nothing more is done for them in this record.
+        parts: what tied layers have brought, until all have.
+        totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
+        without_gradient: layers that ran with nothing to differentiate.
+        gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
+        autocast_dtype: of the latest call.
+        mean: whether the loss is a mean over the samples.
+        weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
+        counted: how many samples have a loss at all, where the reduction tells.
+        goods: of each layer that was added, whether its gradient is finite.
+        together: samples on all ranks that share sharded parameters.
+        recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
+        backward: the pass that is running through this forward.
+        closed: nothing is to be added any more.
+        eager: the section in which nothing is compiled, while the forward runs.
+    """
+
+    attribution: Attribution
+    num_samples: int
+    shapes: tuple[Shape, ...]
+    verified: bool
+    start: Start | None = None
+    training: bool = True
+    thread: int = field(default_factory=threading.get_ident)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
+    hooked: set[tuple[str, int]] = field(default_factory=set)
+    recomputed: dict[str, set[int]] = field(default_factory=dict)
+    starts: dict[str, list[Start]] = field(default_factory=dict)
+    layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
+    fallback: list[Layer] = field(default_factory=list)
+    replaced: set[str] = field(default_factory=set)
+    captured: dict[str, list[tuple[int, Call, Tensor]]] = field(default_factory=dict)
+    modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
+    received: set[str] = field(default_factory=set)
+    troubled: set[str] = field(default_factory=set)
+    parts: dict[str, Any] = field(default_factory=dict)
+    totals: dict[int, Tensor] = field(default_factory=dict)
+    without_gradient: set[str] = field(default_factory=set)
+    gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
+    autocast_dtype: torch.dtype | None = None
+    mean: bool = True
+    weights: Tensor | None = None
+    counted: Tensor | None = None
+    goods: list[Tensor] = field(default_factory=list)
+    together: int = 0
+    recomputes: bool = False
+    backward: Backward | None = None
+    closed: bool = False
+    eager: EagerSection | None = None
+
+    def parts_of(self, layer: Layer) -> list[Layer]:
+        """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""
+        if any(x is layer for x in self.fallback):
+            return self.fallback
+        return [x for x in self.attribution.layers if x.rule is None and x.enclosing is layer.enclosing]
+
+    def parameters(self, layer: Layer) -> dict[str, Any]:
+        """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""
+        return self.gathered.get(layer.name, layer.parameters)

@@ -1,0 +1,154 @@
+"""How the training loss is made of the samples' losses: L = Σ_n c_n ℓ_n, so that ∂ℓ_n/∂z_n = g_n / c_n."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidArgumentError
+
+__all__ = [
+    "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights", "weights_of",
+]  # fmt: skip
+
+
+class HasScale(Protocol):
+    """A loss scaler, such as ``torch.amp.GradScaler``."""
+
+    def get_scale(self) -> float:
+        """The factor of now."""
+
+
+LossScale = float | HasScale | Callable[[], float] | Literal["returned"] | None
+
+#: The weights c_n of one batch: from the arguments of the model's call, a 1-D tensor of N numbers.
+Weights = Callable[..., Tensor | None]
+
+Reduction = Literal["mean", "sum"] | nn.Module | Weights | None
+
+
+def loss_scale_of(given: LossScale) -> Callable[[], float]:
+    """What tells the loss scale of now.
+
+    Raises:
+        InvalidArgumentError: it is neither a positive number nor tells one.
+    """
+    if given is None or given == "returned":  # then it is found in each backward
+        return _Constant(1.0)
+    if hasattr(given, "get_scale"):
+        return given.get_scale
+    if callable(given):
+        return given
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+        raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {given!r}.")
+    return _Constant(float(given))
+
+
+class _Constant:
+    """A function that returns one number, and can be pickled."""
+
+    def __init__(self, value: float) -> None:
+        self._value = value
+
+    def __call__(self) -> float:
+        return self._value
+
+
+def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
+    """``"mean"``, ``"sum"``, or a function that tells the weights of a batch.
+
+    Raises:
+        InvalidArgumentError: it is none of these.
+    """
+    if given is None:
+        return "mean"
+    kind = getattr(given, "reduction", None) if isinstance(given, nn.Module) else given
+    if kind in ("mean", "sum"):
+        if kind == "mean" and isinstance(given, nn.Module) and _is_weighted(given):
+            raise InvalidArgumentError(
+                f"{type(given).__name__} with weight= or ignored targets weights samples by their targets, which the "
+                f"model "
+                "does not get: pass reduction= with a function of the model's arguments that returns the weights c_n "
+                "of "
+                "L = Σ_n c_n ℓ_n."
+            )
+        return "mean" if kind == "mean" else "sum"
+    if callable(given) and not isinstance(given, nn.Module):
+        return given
+    raise InvalidArgumentError(
+        'reduction must be "mean", "sum", a loss module with one of these, or a function of the model\'s arguments '
+        "that "
+        f"returns the weights of the samples' losses, got {given!r}."
+    )
+
+
+def _is_weighted(loss: nn.Module) -> bool:
+    return getattr(loss, "weight", None) is not None
+
+
+def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor | None:
+    """The weights c_n of a batch; None where the function returns none, for a mean over the samples.
+
+    Raises:
+        InvalidArgumentError: they are not one real number a sample.
+    """
+    with torch.no_grad():
+        weights = function(*args, **kwargs)
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != (num_samples,) or weights.is_complex():
+        shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise InvalidArgumentError(
+            f"reduction= returned {shape} for a batch of {num_samples} samples: it must return a 1-D tensor of the "
+            f"weights "
+            "c_n of L = Σ_n c_n ℓ_n, one a sample."
+        )
+    return weights.detach()
+
+
+def token_weights(
+    labels: str | int = "labels",
+    *,
+    ignore_index: int = -100,
+    shift: int = 0,
+    items: str = "num_items_in_batch",
+) -> Weights:
+    """The weights c_n of a loss that is a mean over tokens, from labels that the model is called with.
+
+    With padding, samples have different numbers of tokens: L = Σ_n c_n ℓ_n, ℓ_n the mean over the tokens of sample n,
+    c_n = tokens_n / Σ_m tokens_m. Where the loss is divided by a number of tokens of several batches
+    (``num_items_in_batch``, as Hugging Face's ``Trainer`` passes it), c_n = tokens_n / that number.
+
+    Args:
+        labels: name or position of the argument that holds them: integers of shape ``(N, …)``.
+        ignore_index: the label of what does not count.
+        shift: how many labels of each sequence the loss leaves out at the start: 1 for a causal language model.
+        items: name of the argument that holds the number that the loss is divided by.
+
+    Example:
+        >>> import torch
+        >>> from secorder import token_weights
+        >>> labels = torch.tensor([[1, 2, -100, -100], [3, 4, 5, 6]])
+        >>> token_weights()(labels=labels)
+        tensor([0.3333, 0.6667])
+    """
+    return _TokenWeights(labels, ignore_index, shift, items)
+
+
+class _TokenWeights:
+    """What :func:`token_weights` returns: a function that can be pickled."""
+
+    def __init__(self, labels: str | int, ignore_index: int, shift: int, items: str) -> None:
+        self._labels, self._ignore_index, self._shift, self._items = labels, ignore_index, shift, items
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
+        labels = args[self._labels] if isinstance(self._labels, int) else kwargs.get(self._labels)
+        if not isinstance(labels, Tensor) or not labels.dim():
+            raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {self._labels!r}.")
+        counted = labels if labels.dim() == 1 else labels[:, self._shift :].flatten(1)
+        tokens = (counted != self._ignore_index).to(torch.get_default_dtype())
+        tokens = tokens if labels.dim() == 1 else tokens.sum(1)
+        items = kwargs.get(self._items)
+        return tokens / (tokens.sum() if items is None else items)

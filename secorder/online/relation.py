@@ -1,0 +1,88 @@
+"""Where samples are in a layer's calls, as a relation between shapes that was verified and explains those of now.
+
+A relation is learnt from a batch that can tell the candidates apart, and used only where it explains the shape of now.
+The same shapes of the model's arguments with another number of rows mean rows that depend on data (routed tokens), for
+which no relation of shapes holds.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import prod
+from typing import NamedTuple
+
+from ..layers.layout import Layout
+
+__all__ = ["Shape", "Verified", "explain", "whole_call"]
+
+Shape = tuple[int, ...]
+
+
+class Verified(NamedTuple):
+    """One output of a call whose samples were found, and the arguments of the model that it belongs to.
+
+    Attributes:
+        layout: where the samples are in it.
+        place: of it among all that the layer's calls returned in one forward.
+        shape: of the output.
+        arguments: shapes of the tensors among the model's arguments.
+        num_samples: of the batch.
+    """
+
+    layout: Layout
+    place: int
+    shape: Shape
+    arguments: tuple[Shape, ...]
+    num_samples: int
+
+
+def explain(
+    known: Sequence[Verified], place: int, shape: Shape, arguments: tuple[Shape, ...], num_samples: int
+) -> Layout | None:
+    """The layout of a call by what was verified before; None where that does not explain its shape, or not in one way.
+
+    Args:
+        known: verified calls of the same layer.
+        place: of the output among those of the layer's calls.
+        shape: of it.
+        arguments: shapes of the tensors among the model's arguments.
+        num_samples: of the batch.
+    """
+    if num_samples == 1:
+        return whole_call(shape)
+    known = [seen for seen in known if seen.place == place] or known  # or a layer that is called more often
+    known = [seen for seen in known if seen.arguments == arguments] or known
+    layouts = {_explained(seen, shape, arguments, num_samples) for seen in known} - {None}
+    return layouts.pop() if len(layouts) == 1 else None
+
+
+def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_samples: int) -> Layout | None:
+    layout, dim = seen.layout, seen.layout.dim
+    if len(shape) != len(seen.shape) or len(shape) <= dim:
+        return None
+    if arguments == seen.arguments:
+        return layout if shape == seen.shape and num_samples == seen.num_samples else None
+    if layout.rows == 1:
+        return layout if shape[dim] == num_samples else None
+    rows, rest = divmod(shape[0], num_samples)
+    return layout._replace(rows=rows) if not rest and rows in _rows(seen, arguments) else None
+
+
+def whole_call(shape: Shape) -> Layout | None:
+    """The layout of a call of a batch of one, all of whose rows are that sample's; None for a call without rows."""
+    return Layout(0, shape[0]) if shape else None
+
+
+def _rows(seen: Verified, arguments: tuple[Shape, ...]) -> Iterator[int]:
+    """How many rows a sample may have: as many as before, or as the sizes tell that were behind the number before."""
+    yield seen.layout.rows
+    for before, now in zip(seen.arguments, arguments, strict=False):
+        if len(before) == len(now):
+            yield from (
+                size for was, size in zip(_products(before), _products(now), strict=True) if was == seen.layout.rows
+            )
+
+
+def _products(shape: Sequence[int]) -> Iterator[int]:
+    """The sizes of a shape, and the products of two of them."""
+    yield from shape
+    yield from (prod(pair) for pair in combinations(shape, 2))

@@ -1,0 +1,197 @@
+"""Rows whose samples depend on data: routed tokens, nodes of graphs, sequences that are sorted by length.
+
+That the rows of a layer belong to samples in the same way whenever the shapes are the same cannot be seen in one batch:
+by chance each expert may have had as many tokens of each sample. So one forward is followed: what indices that depend
+on data select, and arguments whose rows are not the samples', give rows that no shape tells of, until they are put back
+(added or copied into their places, or selected by the inverse permutation). Layers that see such rows are measured by a
+module around them whose own rows are told by shape.
+"""
+
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._torch.pytree import tensors_in
+from ..layers.selection import Layer
+from .samples import Hypothesis
+
+__all__ = ["Selections", "layers_of_routed_rows", "unowned_arguments"]
+
+#: What was selected, the latest last: by which indices, or None for what no inverse is known of.
+State = tuple[Tensor | None, ...]
+
+_OPAQUE: State = (None,)
+
+
+def _named(*names: str) -> frozenset[Any]:
+    return frozenset(
+        f for name in names for owner in (torch, Tensor) for f in [getattr(owner, name, None)] if f is not None
+    )
+
+
+_GET = Tensor.__getitem__
+_SELECT = _named("index_select", "masked_select", "take", "gather", "take_along_dim", "sort", "topk")
+_FIND = _named("nonzero", "argwhere", "unique", "unique_consecutive", "repeat_interleave")
+_RECURRENT = _named("lstm", "gru", "rnn_tanh", "rnn_relu")  # of packed sequences, they return states of sequences
+_PACK, _UNPACK = _named("_pack_padded_sequence"), _named("_pad_packed_sequence")
+_PUT = _named(
+    "index_add", "index_add_", "index_copy", "index_copy_", "index_put", "index_put_", "scatter", "scatter_",
+    "scatter_add", "scatter_add_", "scatter_reduce", "scatter_reduce_", "masked_scatter", "masked_scatter_",
+    "index_reduce", "index_reduce_",
+) | {Tensor.__setitem__}  # fmt: skip
+_RANDOM = _named("rand", "randn", "randperm", "randint", "rand_like", "randn_like", "bernoulli", "multinomial")
+_PRODUCTS = _named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
+_SELECTING = _SELECT | _FIND | _PACK | {_GET}
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return list(tensors_in(tree))
+
+
+def _by_tensors(func: Any, args: Sequence[Any]) -> bool:
+    return func in _SELECTING and (func is not _GET or bool(_tensors(args[1:])))
+
+
+class Selections(TorchFunctionMode):
+    """Notes whether a forward selects rows at all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.any = self.any or _by_tensors(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def unowned_arguments(arguments: Any, hypothesis: Hypothesis) -> list[bool]:
+    """For each tensor among the arguments, whether it has rows, and no dimension for the samples."""
+    return [
+        dim is None and tensor.dim() > 0 and tensor.shape[0] > 1
+        for tensor, dim in zip(tensors_in(arguments), hypothesis.dims, strict=True)
+    ]
+
+
+def layers_of_routed_rows(
+    layers: Sequence[Layer],
+    forward: Callable[[Any, Callable[[Any], None]], Any],
+    arguments: Any,
+    hypothesis: Hypothesis,
+) -> set[str]:
+    """Names of layers whose enclosing module returns rows that no shape tells the samples of.
+
+    Args:
+        layers: the layers.
+        forward: runs the model on the arguments, and calls its second argument with the copies that the model gets.
+        arguments: of the model.
+        hypothesis: where samples are in them.
+    """
+    found: set[str] = set()
+    routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if any(routes.states.get(t) for t in tensors_in(output)):
+                found.add(name)
+
+        return hook
+
+    handles = [layer.enclosing.register_forward_hook(watch(layer.name)) for layer in layers]
+    try:
+        with torch.no_grad(), routes:
+            forward(arguments, routes.begin)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+class _Routes(TorchFunctionMode):
+    """Follows what depends on the arguments: for each such tensor, what was selected and is not yet put back."""
+
+    def __init__(self, hypothesis: Hypothesis, unowned: Sequence[bool]) -> None:
+        super().__init__()
+        self.dim, self.unowned = hypothesis.dim or 0, unowned
+        self.states: MutableMapping[Tensor, State] = WeakTensorKeyDictionary()
+
+    def begin(self, arguments: Any) -> None:
+        """The model is about to run on these."""
+        for tensor, unowned in zip(tensors_in(arguments), self.unowned, strict=True):
+            self.states[tensor] = _OPAQUE if unowned else ()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = _tensors((args, kwargs))
+        kwargs = kwargs or {}
+        state = self._after(func, args, kwargs, given)
+        result = func(*args, **kwargs)
+        if state is not None:
+            for index, tensor in enumerate(tensors_in(args[0] if func is Tensor.__setitem__ else result)):
+                packed = func in _RECURRENT and index > 0 and isinstance(args[1], Tensor)
+                self.states[tensor] = state[:-1] if packed else state
+        return result
+
+    def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> State | None:
+        """The state of what a function returns; None for what depends on no argument."""
+        if func in _RANDOM:
+            return ()
+        states = [(t, self.states[t]) for t in given if t in self.states]
+        if not states:
+            return None
+        source = self.states.get(given[0])
+        if func in _PUT and (func is not Tensor.__setitem__ or _tensors(args[1])):
+            selected = any(state for _, state in states if state is not source)
+            return source if source is not None else () if selected else _OPAQUE
+        if func is F.embedding_bag and isinstance(offsets := kwargs.get("offsets"), Tensor):
+            return self.states.get(offsets, ())
+        if func in _PRODUCTS and source is not None and given[0].dim() > 1:
+            return source
+        if func in _UNPACK:
+            return source[:-1] if source else source
+        if func in _PACK or (func in _FIND and len(given) > (func not in _named("nonzero", "argwhere", "unique"))):
+            return (*(source or ()), None)
+        if _by_tensors(func, args) and source is not None:
+            return self._selected(func, args, given, source)
+        widest = max(t.dim() for t, _ in states)
+        carriers = [(t, state) for t, state in states if t.dim() == widest]
+        carriers = [(t, state) for t, state in carriers if t.dim() and t.shape[0] != 1] or carriers
+        return max((state for _, state in carriers), key=len)
+
+    def _selected(self, func: Any, args: tuple[Any, ...], given: Sequence[Tensor], source: State) -> State:
+        if func in _named("sort", "topk"):
+            return source  # along one dimension of each row by itself, or values that say nothing of where they were
+        indices = given[1:]
+        if not any(index in self.states for index in indices):
+            return source  # the same for all batches
+        index, place = indices[0], _place(func, args)
+        if place > 0 and self.dim == 0:
+            return source
+        rows = given[0].shape[0] if given[0].dim() else 0
+        if func is _GET and len(indices) > 1 and index.shape == (rows,) and _is_order(index.tolist(), range(rows)):
+            return source  # one entry of each row
+        if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
+            return (*source, None)
+        before = source[-1] if source else None
+        if before is not None and len(before) == len(index) and _is_order(before[index].tolist(), range(len(index))):
+            return source[:-1]
+        return (*source, index.detach().clone())
+
+
+def _is_order(found: Iterable[int], expected: Iterable[int]) -> bool:
+    return list(found) == list(expected)
+
+
+def _place(func: Any, args: tuple[Any, ...]) -> int:
+    """The dimension that is selected from."""
+    if func is not _GET:
+        return next((int(a) for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), 0)
+    keys = args[1] if isinstance(args[1], tuple) else (args[1],)
+    return next((i for i, key in enumerate(keys) if isinstance(key, (Tensor, list))), 0)

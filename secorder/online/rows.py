@@ -1,0 +1,211 @@
+"""The rows of each layer's output, and the samples that they belong to: by weighted cotangents, or by change."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.transforms import inside_transform
+from .._torch.vjp import fresh_generator, gradients
+from ..errors import DoubleBackwardError
+from ..layers.layout import Layout
+from ..layers.selection import Layer
+from ..oneshot.independence import changed_entries, over_samples, separating_masks
+from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ..parallel.fsdp import over_ranks
+from .samples import Hypothesis, any_layout, floating, run_changed
+
+__all__ = ["Rows", "rows_of_layers"]
+
+
+#: By layer the calls with their layouts, the layers without, the layers that the output depends on.
+Rows = tuple[dict[str, list[tuple[Layout, Tensor]]], set[str], set[str]]
+
+
+def rows_of_layers(
+    seen: Sequence[RecordedLayer],
+    layers: Sequence[Layer],
+    arguments: Any,
+    forward: Callable[[Any], Any],
+    chosen: Hypothesis,
+    base: list[Tensor],
+    options: list[list[Layout]],
+    shard: Tensor | None,
+) -> Rows:
+    """Which rows of each layer's output belong to which sample.
+
+    Args:
+        seen: the layers with their calls in one forward.
+        layers: the layers.
+        arguments: of the model.
+        forward: the model on its arguments, from one and the same state.
+        chosen: where samples are in the arguments.
+        base: the model's outputs.
+        options: where samples may be in each of them.
+        shard: a sharded parameter, whose ranks do the same together.
+    """
+    ends = [(f, o[0]) for f, o in zip(base, options, strict=False) if o and f.requires_grad and not f.is_complex()]
+    if ends:
+        try:
+            return _by_cotangents(seen, ends, chosen.num_samples)
+        except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
+            pass
+    return _by_change(layers, arguments, forward, chosen, shard)
+
+
+def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
+    """For each output tensor of the layer its candidate layouts."""
+    if z.layer.rule is None:
+        return [any_layout(leaf, count) for leaf in z.leaves]
+    joint = layout_options(z, count)
+    return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
+
+
+def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor, Layout]], count: int) -> Rows:
+    generator = fresh_generator()
+    leaves = [leaf for z in layers for leaf in z.leaves]
+    outputs = [f for f, _ in ends]
+
+    def random(shape: Sequence[int], like: Tensor) -> Tensor:
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").to(like)
+
+    def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
+        pulled = gradients(outputs, leaves, stack)
+        return {
+            id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
+        }
+
+    cotangents = [random(f.shape, f) for f in outputs]
+    plain = pull_back(cotangents)
+    options = [_options(z, count) for z in layers]
+    for _ in range(scale_draws(leaves)):
+        weights = 0.5 + random((count,), outputs[0]).abs()
+        scaled = pull_back(
+            [c * over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
+        )
+        options = [
+            [
+                [o for o in choices if scales([leaf], [o], plain, scaled, weights)]
+                for leaf, choices in zip(z.leaves, by_leaf, strict=True)
+            ]
+            for z, by_leaf in zip(layers, options, strict=True)
+        ]
+    known, unknown, reached = _none_yet()
+    for z, by_leaf in zip(layers, options, strict=True):
+        name = z.layer.name
+        moved = [bool((plain[id(leaf)] != 0).any()) for leaf in z.leaves]
+        if any(moved):
+            reached.add(name)
+        if all(by_leaf):
+            known[name] = [(choices[0], leaf) for choices, leaf in zip(by_leaf, z.leaves, strict=True)]
+        else:
+            unknown.add(name)
+    return known, unknown, reached
+
+
+def _none_yet() -> Rows:
+    return {}, set(), set()
+
+
+def _by_change(
+    layers: Sequence[Layer],
+    arguments: Any,
+    forward: Callable[[Any], Any],
+    chosen: Hypothesis,
+    shard: Tensor | None,
+) -> Rows:
+    """By the rows of each layer's output that change where samples are changed."""
+    outputs: dict[str, list[Tensor]] = {}
+    values: dict[str, list[Tensor]] = {}
+    known, unknown, reached = _none_yet()
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if inside_transform():
+                unknown.add(name)
+                return
+            reached.add(name)
+            outputs.setdefault(name, []).extend(floating(output))
+            values.setdefault(name, []).extend(t.detach().clone() for t in floating(output))
+
+        return hook
+
+    def run(mask: Tensor | None) -> _Seen:
+        outputs.clear()
+        values.clear()
+        with torch.enable_grad() if shard is None else torch.no_grad():
+            result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
+        return _Seen(dict(values), _slopes(result, outputs) if shard is None else {})
+
+    handles = [layer.enclosing.register_forward_hook(keep(layer.name)) for layer in layers]
+    masks = list(separating_masks(chosen.num_samples))
+    try:
+        base = run(None)
+        # Every rank that shares the parameters runs the model as often, whatever its number of samples.
+        turns = len(masks) if shard is None else int(over_ranks(len(masks), shard, "max"))
+        changed = [run(mask) for mask in masks]
+        for _ in range(turns - len(masks)):
+            run(None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, tensors in base.values.items():
+        layouts = [
+            next((o for o in any_layout(t, chosen.num_samples) if _belong(o, name, i, base, changed, masks)), None)
+            for i, t in enumerate(tensors)
+        ]
+        if name in unknown or any(layout is None for layout in layouts):
+            unknown.add(name)
+        else:
+            known[name] = [(layout, t) for layout, t in zip(layouts, tensors, strict=True) if layout is not None]
+    return known, unknown, reached
+
+
+class _Seen(NamedTuple):
+    """One forward: by layer the outputs of its calls, and the gradients on them of the sum of the model's outputs."""
+
+    values: dict[str, list[Tensor]]
+    gradients: dict[str, list[Tensor]]
+
+
+def _slopes(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    ends = [t for t in floating(result) if t.requires_grad]
+    inside = [t for tensors in outputs.values() for t in tensors if t.requires_grad]
+    try:
+        pulled = gradients(ends, inside, [torch.ones_like(t) for t in ends]) if ends else [None] * len(inside)
+    except DoubleBackwardError:
+        return {}
+    by_id = {id(t): torch.zeros_like(t) if g is None else g for t, g in zip(inside, pulled, strict=True)}
+    return {name: [by_id[id(t)] for t in tensors if id(t) in by_id] for name, tensors in outputs.items()}
+
+
+def _belong(
+    layout: Layout, name: str, index: int, base: _Seen, changed: Sequence[_Seen], masks: Sequence[Tensor]
+) -> bool:
+    """Whether rows of changed samples change, and no others, nor what the model's outputs make of the others."""
+    if not _holds(layout, base.values[name][index], _nth([c.values for c in changed], name, index), masks):
+        return False
+    slopes = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
+    return all(
+        not bool(layout.split(changed_entries(slopes[0], after))[~mask.to(after.device)].any())
+        for after, mask in zip(slopes[1:], masks, strict=False)
+    )
+
+
+def _nth(seen: Iterable[dict[str, list[Tensor]]], name: str, index: int) -> list[Tensor]:
+    return [found[name][index] for found in seen if index < len(found.get(name, ()))]
+
+
+def _holds(layout: Layout, before: Tensor, after: Sequence[Tensor], masks: Sequence[Tensor]) -> bool:
+    """Whether the rows of the changed samples have changed, and no others, in every trial."""
+    if len(after) != len(masks) or any(tensor.shape != before.shape for tensor in after):
+        return False
+    changed = False
+    for mask, tensor in zip(masks, after, strict=True):
+        moved = layout.split(changed_entries(before, tensor))
+        here = mask.to(before.device)
+        if bool(moved[~here].any()):
+            return False
+        changed = changed or bool(moved[here].any())
+    return changed or not masks

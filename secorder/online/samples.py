@@ -1,0 +1,248 @@
+"""Which dimension of the model's arguments holds the samples: told, or found.
+
+A hypothesis says where samples are in the arguments and, for each differentiable output, where they may be there. It
+holds where samples do not influence one another: while some of them are changed, the outputs of the others stay.
+Integer arguments (offsets, lengths, edges, token ids) are structure and are never changed: where a model takes nothing
+else, the rows that it looks up are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from inspect import signature
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._torch.pytree import map_tensors, tensors_in
+from ..errors import InvalidArgumentError
+from ..layers.layout import Layout
+from ..oneshot.independence import changed_entries
+
+__all__ = [
+    "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "run_changed",
+    "separates", "shapes_of", "told",
+]  # fmt: skip
+
+#: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), or None.
+SampleDim = int | Mapping[str, int | None] | None
+
+Forward = Callable[[Any], Any]
+
+
+class Hypothesis(NamedTuple):
+    """Where samples may be.
+
+    Attributes:
+        dims: for each tensor among the arguments, the dimension that holds its samples; None for one without.
+        num_samples: how many there are.
+        alternative: another dimension of which the same holds.
+    """
+
+    dims: tuple[int | None, ...]
+    num_samples: int
+    alternative: int | None = None
+
+    @property
+    def dim(self) -> int | None:
+        """The dimension of the first argument that has samples."""
+        return next((dim for dim in self.dims if dim is not None), None)
+
+
+def check_sample_dim(sample_dim: SampleDim) -> None:
+    """Raise unless it is None, a dimension, or a mapping to dimensions.
+
+    Raises:
+        InvalidArgumentError: it is not.
+    """
+    dims = list(sample_dim.values()) if isinstance(sample_dim, Mapping) else [sample_dim]
+    for dim in dims:
+        if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 0):
+            raise InvalidArgumentError(
+                "sample_dim must be an integer of at least 0, a mapping of argument names to such integers or None, or "
+                f"None, got {sample_dim!r}."
+            )
+
+
+def told(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: Mapping[str, int | None]
+) -> Hypothesis:
+    """The hypothesis that a mapping of argument names states.
+
+    Raises:
+        InvalidArgumentError: a name is not one of the model's arguments, or the sizes differ.
+    """
+    bound = signature(model.forward).bind_partial(*args, **kwargs).arguments
+    unknown = [name for name in sample_dim if name not in bound and name not in kwargs]
+    if unknown:
+        raise InvalidArgumentError(f"sample_dim names {unknown}, but the model was called with {list(bound)}.")
+    of_tensor: dict[int, int | None] = {}
+    for name, dim in sample_dim.items():
+        of_tensor.update((id(t), dim) for t in tensors_in(bound.get(name, kwargs.get(name))))
+    dims = tuple(of_tensor.get(id(t)) for t in tensors_in((args, kwargs)))
+    sizes = {t.shape[d] for t, d in zip(tensors_in((args, kwargs)), dims, strict=True) if d is not None and t.dim() > d}
+    if len(sizes - {1}) > 1 or not sizes:
+        raise InvalidArgumentError(f"in the dimensions of sample_dim the arguments have sizes {sorted(sizes)}.")
+    return Hypothesis(dims, max(sizes))
+
+
+def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> list[Hypothesis]:
+    """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
+
+    Args:
+        arguments: of the model.
+        outputs: its tensors.
+        dim: the dimension, where it was told.
+    """
+    tensors = list(tensors_in(arguments))
+    found = []
+    for d in (0, 1) if dim is None else (dim,):
+        sizes = list(dict.fromkeys(t.shape[d] for t in tensors if t.dim() > d))
+        known = [size for size in sizes if size != 1 and any(_may_hold(f, size) for f in outputs)]
+        rest = [size for size in sizes if size not in known]
+        for size in known if known or (d and dim is None) else [s for s in rest if s != 1] or rest:
+            found.append(Hypothesis(tuple(_dim_of(t, size, d) for t in tensors), size))
+    return found[:4]
+
+
+def _may_hold(output: Tensor, size: int) -> bool:
+    return size in output.shape or bool(output.dim() and size and output.shape[0] and output.shape[0] % size == 0)
+
+
+def _dim_of(tensor: Tensor, size: int, dim: int) -> int | None:
+    """Where a tensor holds so many samples: in the dimension of all, or the only one of that size."""
+    if tensor.dim() > dim and tensor.shape[dim] == size:
+        return dim
+    places = [d for d, s in enumerate(tensor.shape) if s == size]
+    return places[0] if places else None
+
+
+def any_layout(tensor: Tensor, count: int) -> list[Layout]:
+    """Every layout that a tensor's shape admits for so many samples, the usual first."""
+    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
+    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
+        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
+    return options
+
+
+def separates(
+    forward: Forward, arguments: Any, base: Sequence[Tensor], hypothesis: Hypothesis, masks: Sequence[Tensor]
+) -> list[list[Layout]] | None:
+    """The layouts of each output under which samples do not influence one another; None where some do.
+
+    Args:
+        forward: the model on its arguments, from one and the same state.
+        arguments: of the model.
+        base: the floating-point outputs for them.
+        hypothesis: where the samples are in the arguments.
+        masks: for each trial the samples to change, bool, shape (N,).
+    """
+    options = [any_layout(f, hypothesis.num_samples) for f in base]
+    if not any(options):
+        return None
+    changes = False
+    for mask in masks:
+        try:
+            with torch.no_grad():
+                changed = floating(run_changed(forward, arguments, hypothesis, mask))
+        except Exception:  # inputs that the model does not accept tell nothing
+            return None if hypothesis.dim else options
+        if len(changed) != len(base):
+            return None
+        for index, (before, after) in enumerate(zip(base, changed, strict=True)):
+            if not options[index]:
+                continue
+            if before.shape != after.shape:
+                return None
+            moved = changed_entries(before, after)
+            kept = ~mask.to(before.device)
+            changes = changes or bool(moved.any())
+            options[index] = [o for o in options[index] if not bool(o.split(moved)[kept].any())]
+            if not options[index]:
+                return None
+    return options if changes or not hypothesis.dim else None  # nothing that changes nothing makes an unusual dimension
+
+
+def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
+    """Whether the model treats what may be its samples alike: exchanged there, they are so in its outputs."""
+    order = torch.arange(hypothesis.num_samples).roll(1)
+    dims = iter(hypothesis.dims)
+
+    def exchanged(tensor: Tensor) -> Tensor:
+        dim = next(dims)
+        return tensor if dim is None or _sparse(tensor) else tensor.index_select(dim, order.to(tensor.device))
+
+    try:
+        with torch.no_grad():
+            base, after = floating(forward(arguments)), floating(forward(map_tensors(exchanged, arguments)))
+    except Exception:  # an order that the model does not accept
+        return False
+    for before, now in zip(base, after, strict=True):
+        options = any_layout(before, hypothesis.num_samples)
+        if options and not any(
+            not bool(changed_entries(o.split(before)[order.to(before.device)], o.split(now)).any()) for o in options
+        ):
+            return False
+    return True
+
+
+def floating(tree: Any) -> list[Tensor]:
+    """The tensors of real or complex numbers in a structure."""
+    return [t for t in tensors_in(tree) if (t.is_floating_point() or t.is_complex()) and not _sparse(t)]
+
+
+def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Any:
+    """The model's output with other numbers for some samples: those of their neighbours, a little scaled."""
+    dims = iter(hypothesis.dims)
+
+    def changed(tensor: Tensor) -> Tensor:
+        dim = next(dims)
+        if dim is None or not (tensor.is_floating_point() or tensor.is_complex()) or _sparse(tensor):
+            return tensor
+        return _mixed(tensor, dim, mask)
+
+    look_up = _LookedUpRows(mask, hypothesis) if _only_integers(arguments, hypothesis) else nullcontext()
+    with look_up:
+        return forward(map_tensors(changed, arguments))
+
+
+def _mixed(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+    here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
+    return torch.where(here, tensor.roll(1, dim) * 1.03125, tensor)
+
+
+def _sparse(tensor: Tensor) -> bool:
+    return tensor.layout is not torch.strided or tensor.is_nested
+
+
+def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
+    return not any(
+        dim is not None and (t.is_floating_point() or t.is_complex())
+        for t, dim in zip(tensors_in(arguments), hypothesis.dims, strict=True)
+    )
+
+
+class _LookedUpRows(TorchFunctionMode):
+    """Changes the rows that some samples look up in a table, in place of the ids that they look up by."""
+
+    def __init__(self, mask: Tensor, hypothesis: Hypothesis) -> None:
+        super().__init__()
+        self.mask, self.count, self.dim = mask, hypothesis.num_samples, hypothesis.dim or 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func not in (F.embedding, F.embedding_bag) or not isinstance(result, Tensor):
+            return result
+        # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
+        if result.dim() > self.dim + 1 and result.shape[self.dim] == self.count:
+            return _mixed(result, self.dim, self.mask)
+        return result
+
+
+def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors among the arguments."""
+    return tuple(tuple(t.shape) for t in tensors_in(arguments))

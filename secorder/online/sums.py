@@ -1,0 +1,101 @@
+"""The sums of one layer: squared per-sample gradients, and how many samples are in them. Nothing is read on the "
+"host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..layers.contraction import contract_sum
+from ..layers.dtypes import compute_dtype, zeros
+from ..layers.per_sample import PerSample
+from ..layers.selection import Layer
+from ..parallel.fsdp import shard_of_sum
+
+__all__ = ["LayerSums"]
+
+
+@dataclass
+class LayerSums:
+    """Σ of squared per-sample gradients of one layer (or their moving average), by parameter.
+
+    Attributes:
+        sums: 1-D, one a parameter.
+        counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
+        batches: that were handed in, bad ones among them.
+    """
+
+    sums: list[Tensor]
+    counts: Tensor
+    batches: int = 0
+    _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> "LayerSums":
+        """Of a layer that has seen nothing."""
+        parts = zeros(layer)
+        counts = torch.zeros(3, dtype=torch.float64, device=parts[0].device)
+        return cls([z.to(device, dtype) for z in parts], counts)
+
+    def follow(self, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Move to where the layer's parameters are by now: a model may be moved after a probe was attached to it."""
+        here = self.counts.device
+        there = next(iter(layer.parameters.values())).device
+        if here == there:
+            return
+        fresh = LayerSums.empty(layer, device, dtype)
+        if here.type != "meta":  # where there is no memory, nothing was added
+            fresh.counts = self.counts.to(fresh.counts)
+            fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
+        self.sums, self.counts = fresh.sums, fresh.counts
+        self._increments.clear()
+
+    def add(
+        self,
+        layer: Layer,
+        parts_of: Sequence[Tensor | Sequence[PerSample]],
+        *,
+        decay: float | None,
+        alpha: float,
+        good: Tensor | None = None,
+    ) -> None:
+        """Add to each parameter's sum α times a sum of squares, or α Σ_n (Σ_i u_{i, n})² of per-sample gradients."""
+        for p, total, parts in zip(layer.parameters.values(), self.sums, parts_of, strict=True):
+            beta = 1.0 if decay is None else decay
+            if isinstance(parts, Tensor):
+                kept = parts if good is None else torch.where(good, parts, 0.0)
+                total.mul_(beta).add_(kept.to(total), alpha=alpha)
+            elif not parts:
+                if decay is not None:
+                    total.mul_(decay)
+            elif layer.sharded:
+                part = contract_sum(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
+                total.mul_(beta).add_(shard_of_sum(part, p).to(total))
+            elif total.dtype is compute_dtype(layer) and total.device == p.device:
+                contract_sum(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
+            else:
+                total.mul_(beta).add_(contract_sum(parts, numel=p.numel(), keep=good).to(total), alpha=alpha)
+
+    def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None) -> None:
+        """Count a batch of so many samples; not where it is not good (a bool on the layer's device)."""
+        self.batches += 1
+        if decay is not None:
+            self.counts[1].mul_(decay)
+        increment = self._increment(samples, decay)
+        if good is None:
+            self.counts.add_(increment)
+        else:
+            self.counts.addcmul_(increment, good.to(torch.float64))
+
+    def _increment(self, samples: float | Tensor, decay: float | None) -> Tensor:
+        weight = samples if decay is None else 1 - decay
+        if isinstance(samples, Tensor):  # counted on the device
+            parts = [torch.as_tensor(x, dtype=torch.float64, device=self.counts.device) for x in (samples, weight, 1.0)]
+            return torch.stack(parts)
+        key = (float(samples), float(weight))
+        if key not in self._increments:
+            if len(self._increments) > 8:
+                self._increments.clear()
+            self._increments[key] = self.counts.new_tensor([samples, weight, 1.0])
+        return self._increments[key]

@@ -1,0 +1,137 @@
+"""What cannot be told, and why: training goes on, and the reason is raised when the number is read."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from .._caution import caution
+from .._torch.saved_tensors import stops_recomputation
+from ..errors import AttributionError, NonFiniteError, SecorderError
+from .record import ForwardRecord
+
+__all__ = ["OUTSIDE", "Troubles", "sentence"]
+
+#: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
+OUTSIDE = (
+    "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
+    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or another loss in a second "
+    "backward through one forward), which belongs to no sample that a hook can see; what was accumulated since the "
+    "last check that passed may hold some of it: leave the layer out with layers=, or measure it with a one-shot call."
+)
+
+#: What may be behind it where nothing is accumulated, by what the hooks saw.
+CAUSES = {
+    "compiled": (
+        "The model was compiled with what is around it (fullgraph=True, or a compiled training step), so that no hook "
+        "can run: attach to what torch.compile returned for the model, or run every k-th step uncompiled."
+    ),
+    "traced": "The model was traced or exported while the probe was attached, which is not recorded.",
+    "no grad": "It was called under torch.no_grad or in inference mode.",
+    "paused": "It was called inside of probe.paused().",
+    "no gradient": "Its output did not depend on any parameter that requires a gradient.",
+    "forward": "It was called, and no backward has reached its parameters since (torch.autograd.grad does not count).",
+    "empty": "A batch was empty.",
+    "look failed": "Running the model to see where samples are failed; see the warning.",
+    "not finite": "The model's output held nan or inf.",
+    "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
+    "one sample": (
+        "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
+        "sample_dim=."
+    ),
+}
+
+_NEVER_CALLED = (
+    "The model that the probe is attached to was not called: methods of it that are called in its place (such as "
+    "model.forward(x), or agent.get_value(x)), and a parent that calls its parts, run no hook of it: attach to the "
+    "module that is called. A model that torch.compile had run before the probe was attached ignores hooks, too: "
+    "attach to what torch.compile returned."
+)
+
+
+class Troubles:
+    """What happened to each layer that keeps its number from being told.
+
+    Args:
+        names: of the layers.
+        strict: raise where something happens, also inside of the user's passes.
+    """
+
+    def __init__(self, names: Sequence[str], strict: bool) -> None:
+        self._names = frozenset(names)
+        self.strict = strict
+        #: By layer, why what was accumulated is not to be told.
+        self.marks: dict[str, str] = {}
+        #: By layer, why its batches were left out.
+        self.left_out: dict[str, str] = {}
+        self._causes: set[str] = set()
+        self._warned: set[str] = set()
+
+    def mark(self, names: Iterable[str], reason: str) -> None:
+        """Tell these layers no more, for a reason that is warned of once, and raised when they are read.
+
+        Raises:
+            AttributionError: at once, where the probe is strict.
+        """
+        new = [name for name in names if name in self._names and name not in self.marks]
+        self.marks.update(dict.fromkeys(new, reason))
+        if self.strict and new:
+            raise AttributionError(sentence(new, reason))
+        if new:
+            self.warn(sentence(new, reason))
+
+    def leave_out(self, record: ForwardRecord | None, names: Iterable[str], reason: str) -> None:
+        """Leave this batch out of layers' means, and warn of it once.
+
+        Raises:
+            AttributionError: in its place, where the probe is strict.
+        """
+        names = [name for name in names if name in self._names]
+        self.left_out.update(dict.fromkeys(names, reason))
+        if record is not None:
+            record.troubled |= set(names)
+        if self.strict and names:
+            raise AttributionError(sentence(names, reason))
+        if names:
+            self.warn(f"{sentence(names, reason)} This batch is left out of it.")
+
+    def warn(self, message: str) -> None:
+        """Warn once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            caution(message)
+
+    def saw(self, cause: str) -> None:
+        """Take note of what keeps a forward from being recorded, or that one was: a key of :data:`CAUSES`."""
+        self._causes.add(cause)
+
+    def guarded(
+        self, record: ForwardRecord | None, names: Iterable[str], work: Callable[..., Any], *arguments: Any
+    ) -> None:
+        """Do work of ours inside of the user's pass, which goes on whatever happens to it: the batch is left out.
+
+        Raises:
+            Exception: what the work raised, where the probe is strict, or is to raise on non-finite gradients.
+        """
+        try:
+            work(*arguments)
+        except NonFiniteError:  # asked for by on_nonfinite="raise"
+            raise
+        except Exception as error:
+            if stops_recomputation(error) or self.strict:
+                raise
+            own = isinstance(error, SecorderError)
+            reason = str(error) if own else f"looking at it failed ({type(error).__name__}: {error})."
+            self.leave_out(record, names, reason)
+
+    def nothing_accumulated(self) -> str:
+        """Why nothing is accumulated, by what the hooks saw."""
+        told = [text for key, text in CAUSES.items() if key in self._causes] or [_NEVER_CALLED]
+        return (
+            "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), or "
+            f"pass loss_fn, inputs and targets for a one-shot measurement. {' '.join(told)}"
+        )
+
+
+def sentence(names: Sequence[str], reason: str) -> str:
+    """A reason, with the layers that it is of."""
+    which = f"layer {names[0]!r}" if len(names) == 1 else f"layers {list(names)}"
+    return f"{which}: {reason}"

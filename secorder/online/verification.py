@@ -1,0 +1,170 @@
+"""Is the online Fisher told right? One batch both ways: by the hooks, and by passes of our own that are told "
+"nothing."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.pytree import call_model
+from ..results import Diagonals
+from .fisher import OnlineFisher
+from .hooks import Attachment
+from .looks import Looks
+from .reading import diagonals, untold
+
+__all__ = ["Verification", "verify"]
+
+#: Relative differences that are no rounding.
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :meth:`secorder.CurvatureProbe.verify` found; true where the probe is told right.
+
+    Attributes:
+        agrees: whether both ways agree.
+        message: one sentence: as told, or what to pass.
+        ratios: by layer, the online Fisher over the one-shot one, by their traces; nan where one of them cannot be
+            told.
+        differing: by layer, why it differs.
+    """
+
+    agrees: bool
+    message: str
+    ratios: dict[str, float] = field(default_factory=dict)
+    differing: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.agrees
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def verify(
+    fisher: OnlineFisher,
+    sample_dim: Any,
+    loss_fn: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    one_shot: Mapping[str, Tensor],
+    num_samples: int,
+) -> Verification:
+    """See :meth:`secorder.CurvatureProbe.verify`, which this function carries out.
+
+    Args:
+        fisher: of the probe, whose settings are in question; nothing is added to it.
+        sample_dim: where the samples are in the arguments, if it is told.
+        loss_fn: of the training.
+        inputs: of one batch.
+        targets: what the loss takes second.
+        one_shot: the empirical Fisher of the batch.
+        num_samples: of the batch.
+    """
+    scale = _scale_of_training(fisher, loss_fn, inputs, targets)
+    told = float(fisher.loss_scale())
+    if scale is not None and abs(scale / told - 1) > TOLERANCE:
+        return Verification(False, f"gradients are scaled by {_fraction(scale)}: pass loss_scale={_fraction(scale)}.")
+    online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)
+    ratios = {name: _ratio(online.get(name), value) for name, value in one_shot.items()}
+    known = [ratio for ratio in ratios.values() if ratio == ratio]
+    if known and all(abs(ratio / num_samples**2 - 1) < TOLERANCE for ratio in known) and num_samples > 1:
+        return Verification(False, 'your loss is a sum: pass reduction="sum".', ratios)
+    if known and all(abs(ratio * num_samples**2 - 1) < TOLERANCE for ratio in known) and num_samples > 1:
+        return Verification(False, 'your loss is a mean: pass reduction="mean".', ratios)
+    differing = {
+        name: reasons.get(name) or f"the online Fisher is {ratio:.3g} times the one-shot one"
+        for name, ratio in ratios.items()
+        if not abs(ratio - 1) < TOLERANCE
+    }
+    if not differing:
+        return Verification(True, "the Fisher of training is as told.", ratios)
+    if known and len(known) == len(ratios) and max(known) / min(known) - 1 < TOLERANCE:
+        message = (
+            f"the online Fisher is {known[0]:.3g} times the one-shot one in every layer: the loss does not reduce "
+            f"samples as told; pass reduction= with a function of the model's arguments that returns the weights c_n "
+            f"of L = Σ_n c_n ℓ_n."
+        )
+        return Verification(False, message, ratios, differing)
+    told_of = "; ".join(f"{name!r}: {reason}" for name, reason in differing.items())
+    return Verification(False, f"some layers differ ({told_of}).", ratios, differing)
+
+
+def _ratio(online: Tensor | None, one_shot: Tensor) -> float:
+    if online is None:
+        return float("nan")
+    found, expected = online.double(), one_shot.double()
+    ratio = float(found.sum() / expected.sum()) if float(expected.sum()) else (1.0 if not float(found.sum()) else 1e30)
+    error = float((found - ratio * expected).norm() / (ratio * expected).norm().clamp(min=1e-300))
+    return ratio if error < TOLERANCE else float("nan")  # else not a matter of a factor
+
+
+def _fraction(scale: float) -> str:
+    inverse = round(1 / scale) if scale else 0
+    return f"1/{inverse}" if inverse > 1 and abs(scale * inverse - 1) < TOLERANCE else f"{scale:.4g}"
+
+
+def _online(
+    fisher: OnlineFisher, sample_dim: Any, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
+) -> tuple[Diagonals, dict[str, str]]:
+    """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
+    trial = fisher.fresh()
+    attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim, trial.signs), 1)
+    attachment.attach()
+    try:
+        _step(fisher.model, loss_fn, inputs, targets, float(fisher.loss_scale()))
+    finally:
+        attachment.detach()
+    reasons = {**trial.troubles.left_out, **untold(trial)}
+    return diagonals(trial, "skip"), reasons
+
+
+def _step(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, scale: float) -> None:
+    with _gradients_kept(model), torch.enable_grad():
+        (loss_fn(call_model(model, inputs), targets) * scale).backward()
+
+
+def _scale_of_training(
+    fisher: OnlineFisher, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
+) -> float | None:
+    """What the gradients that training left in ``.grad`` are multiples of this batch's by; None where they are not."""
+    parameters = [p for p in fisher.model.parameters() if p.grad is not None and not p.grad.is_sparse]
+    if not parameters:
+        return None
+    left = torch.cat([p.grad.detach().flatten().double() for p in parameters if p.grad is not None])
+    with _gradients_kept(fisher.model), torch.enable_grad():
+        loss = loss_fn(call_model(fisher.model, inputs), targets)
+        found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    own = torch.cat(
+        [
+            (torch.zeros_like(p) if g is None else g).detach().flatten().double()
+            for p, g in zip(parameters, found, strict=True)
+        ]
+    )
+    scale = float(left @ own / (own @ own).clamp(min=1e-300))
+    if scale <= 0 or float((left - scale * own).norm()) > TOLERANCE * float(left.norm()):
+        return None  # of another batch, or of several
+    return scale
+
+
+@contextmanager
+def _gradients_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters have no gradient; those they had, buffers and the random state are put back."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    with torch.random.fork_rng():
+        try:
+            for p, _ in gradients:
+                p.grad = None
+            yield
+        finally:
+            for p, g in gradients:
+                p.grad = g
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
