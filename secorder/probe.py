@@ -453,7 +453,6 @@ class CurvatureProbe:
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
-        self._attached()
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
@@ -520,7 +519,6 @@ class CurvatureProbe:
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
         """
-        self._attached()
         check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
         found = self._measure(
@@ -576,7 +574,6 @@ class CurvatureProbe:
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
-        self._attached()
         check_curvature(of, by)
         if count < 1 or max_iterations < 1:
             raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
@@ -654,7 +651,6 @@ class CurvatureProbe:
         Raises:
             SecorderError: as the measurement itself.
         """
-        self._attached()
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations

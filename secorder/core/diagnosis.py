@@ -84,13 +84,7 @@ def diagnose(
     batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
     total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
-    options: dict[str, Any] = {
-        "method": method,
-        "num_draws": num_draws,
-        "rtol": rtol,
-        "max_draws": max_draws,
-        "max_hvps": max_hvps,
-    }
+    drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None
@@ -112,29 +106,51 @@ def diagnose(
                     hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
             loss = losses(model, loss_fn, [(x, t)]).item()
             if not refused:
-                try:
-                    part = probe.fisher_diagonal(loss_fn, x, t, **common)
-                    fisher = weighted_sum(fisher, part, count)
-                except (CouplingError, NonFiniteError) as error:
-                    refused = True  # of the second, the Hessian's findings tell
-                    coupled = error if isinstance(error, CouplingError) else None
+                part = _fisher_of_batch(probe, loss_fn, x, t, common)
+                coupled, refused = part if isinstance(part, CouplingError) else None, not isinstance(part, Diagonals)
+                fisher = weighted_sum(fisher, part, count) if isinstance(part, Diagonals) else fisher
             weight = 1.0 if reduction == "sum" else float(count)
-            hessian = weighted_sum(hessian, probe.hessian_diagonal(loss_fn, x, t, **options, **common), weight)
+            hessian = weighted_sum(
+                hessian, probe.hessian_diagonal(loss_fn, x, t, method=method, **drawn, **common), weight
+            )
             whole_loss += weight * loss
             seen += count
             advance(1)
+    if method == "auto" and hessian is not None:
+        warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
+    return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduction == "sum", coupled)
+
+
+def _concluded(
+    fisher: Diagonals | None,
+    hessian: Diagonals | None,
+    seen: int,
+    whole_loss: float,
+    summed: bool,
+    coupled: CouplingError | None,
+) -> Diagnosis:
+    """What was added up over the batches, as means where the loss is one, and what stands out."""
     if hessian is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    if reduction != "sum":
+    if not summed:
         hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
-    fisher = None if fisher is None or refused else _scaled(fisher, 1 / seen)
+    fisher = None if fisher is None else _scaled(fisher, 1 / seen)
     measured = {"hessian": hessian} | ({} if fisher is None else {"fisher": fisher})
     statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
-    samples = seen if reduction == "sum" else 1
-    if method == "auto":
-        warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
-    findings = find(fisher, hessian, statistics, samples, coupled)
+    findings = find(fisher, hessian, statistics, seen if summed else 1, coupled)
     return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
+
+
+def _fisher_of_batch(
+    probe: CurvatureProbe, loss_fn: Any, inputs: Any, targets: Any, options: dict[str, Any]
+) -> Diagonals | CouplingError | None:
+    """The Fisher of a batch, or why there is none; of gradients that are not finite, the Hessian's findings tell."""
+    try:
+        return probe.fisher_diagonal(loss_fn, inputs, targets, **options)
+    except CouplingError as error:
+        return error
+    except NonFiniteError:
+        return None
 
 
 def _is_loader(inputs: Any) -> bool:

@@ -73,6 +73,7 @@ def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "
     """Raise if the loss, or its gradient, depends on the order of the samples: it holds what belongs to them."""
     if task.num_samples == 1:
         return
+    _of_samples(task, [*range(task.num_samples), 0])  # what holds a number for each sample takes no other batch
     _, loss = _of_samples(task, [*range(1, task.num_samples), 0])
     exchanged = sketch.of(_gradients(loss, replacements))
     if not bool(((exchanged - batch).abs() <= sketch.rounding * batch.abs().amax()).all()):
@@ -113,7 +114,7 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
 
 
 def _which(index: list[int]) -> str:
-    return f"sample {index[0]} alone" if len(index) == 1 else "its samples in another order"
+    return f"sample {index[0]} alone" if len(index) == 1 else f"another one of {len(index)} samples"
 
 
 def _gradients(loss: Tensor, replacements: list[Tensor], *, create_graph: bool = False) -> list[Tensor]:

@@ -205,17 +205,8 @@ def isolate(
     parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
     themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
     with ExitStack() as stack:
-        stack.enter_context(suspended(model))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(eager())
-        stack.enter_context(plain_checkpoints())
-        ambient = autocast_state()
-        stack.enter_context(no_autocast())
-        cuda = cuda_devices(model)
-        stack.callback(set_random_state, get_random_state(cuda), cuda)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_gradients_put_aside(list(model.parameters())))
+        ambient, cuda = autocast_state(), cuda_devices(model)
+        stack.enter_context(_own_settings(model, cuda))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
@@ -252,6 +243,22 @@ def isolate(
 
         originals = [p for key, p in parameters.items() if key not in themselves]
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state)
+
+
+@contextmanager
+def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under."""
+    with ExitStack() as stack:
+        stack.enter_context(suspended(model))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(eager())
+        stack.enter_context(plain_checkpoints())
+        stack.enter_context(no_autocast())
+        stack.callback(set_random_state, get_random_state(cuda), cuda)
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_gradients_put_aside(list(model.parameters())))
+        yield
 
 
 def _as_leaf(parameter: Tensor) -> Tensor:

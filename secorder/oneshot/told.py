@@ -1,27 +1,12 @@
 """What is said of a result besides its numbers."""
 
-import inspect
-import os
-import warnings
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import CurvatureWarning
+from .._caution import caution
 
 __all__ = ["warn_if_estimated", "warn_if_not_finite"]
-
-
-_LIBRARY = f"{Path(__file__).parent.parent}{os.sep}"
-
-
-def _warn(message: str) -> None:
-    """Where the library was called."""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_code.co_filename.startswith(_LIBRARY):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, CurvatureWarning, stacklevel=level)
 
 
 def warn_if_estimated(draws: Mapping[str, int]) -> None:
@@ -32,7 +17,7 @@ def warn_if_estimated(draws: Mapping[str, int]) -> None:
     """
     drawn = [name for name, count in draws.items() if count]
     if drawn:
-        _warn(
+        caution(
             f"{len(drawn)} of {len(draws)} layers were estimated ({_some(drawn)}), since exact ones would take long: "
             'pass method="exact" for exact ones, or see estimate_cost; their errors are in the result.'
         )
@@ -47,7 +32,7 @@ def warn_if_not_finite(found: Mapping[str, Tensor], what: str) -> None:
     """
     bad = [name for name, values in found.items() if not _finite(values.detach())]
     if bad:
-        _warn(
+        caution(
             f"the {what} of {_some(bad)} holds nan or infinite entries: the loss, or the model, has no such derivative "
             "at this point (a root or norm of zero, an overflow)."
         )

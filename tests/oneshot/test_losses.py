@@ -200,6 +200,12 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Any, type[SecorderError], str]] 
     "weights_in_a_closure": (
         lambda f, t: (WEIGHTS * (f - t).square().sum(1)).mean(), VALUES, InvalidArgumentError, "pass them in targets",
     ),
+    "equal_weights_in_a_closure": (
+        lambda f, t: (torch.ones_like(WEIGHTS) * (f - t).square().sum(1)).sum(),
+        VALUES,
+        InvalidArgumentError,
+        "not one of 6.*pass them in targets",
+    ),
     "weights_that_fit_any_batch": (HoldsAsAttribute(), VALUES, InvalidArgumentError, "pass them in targets"),
     "teacher_in_a_closure": (
         lambda f, t: F.kl_div(f.log_softmax(1), TEACHER.softmax(1)), None, InvalidArgumentError, "pass them in targets",

@@ -314,6 +314,13 @@ def test_containers_of_outputs() -> None:
         exact(model, lambda f, t, get=get: F.cross_entropy(get(f), t), x, y)
 
 
+def test_distributions_as_outputs() -> None:
+    model = Net(
+        lambda m, x: torch.distributions.Normal(*m.a(x).chunk(2, 1)), a=nn.Sequential(nn.Linear(4, 2), nn.Softplus())
+    )
+    exact(model, lambda d, t: -d.log_prob(t).mean(), torch.randn(N, 4), torch.randn(N, 1))
+
+
 def test_nested_tensors_are_refused_in_a_sentence() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
