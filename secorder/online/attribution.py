@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
+from .._torch.attention import attention_kernels
 from .._torch.modules import Place, buffer_places
 from .._torch.pytree import tensors_in
 from .._torch.versions import version
@@ -50,8 +52,8 @@ from .samples import (
 
 __all__ = ["Attribution", "attribute", "merged"]
 
-#: Later looks change some samples so often.
-TRIALS = 2
+#: Later looks change some samples so often: enough to see a coupling that is new; rows are verified besides.
+TRIALS = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Attribution:
         alternative: another dimension that would do as well as the one that was taken.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
+        selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -95,6 +98,7 @@ class Attribution:
     alternative: int | None = None
     ties: Ties = field(default_factory=dict)
     changing: tuple[Place, ...] = ()
+    selections: int = 0
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
@@ -188,10 +192,9 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    chosen: _Choice | None = None
     first, layers = layers, list(layers)
+    found, chosen = _attribute(asked, layers, layers, None)
     while True:
-        found, chosen = _attribute(asked, layers, chosen)
         found = replace(found, layers=tuple(layers))
         missing = found.unknown | found.outside
         if found.unclear or found.undecided:
@@ -206,6 +209,22 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
         if found.coupled or not movable:
             return found
         layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
+        moved = [x for x in layers if x.name in movable]
+        again = [x for x in layers if any(x is y or _share(x, y) for y in moved)]
+        found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
+
+
+def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribution:
+    """What was found, with what was found anew of some layers."""
+    if again.unclear:
+        return again
+    return replace(
+        found,
+        known={**{name: calls for name, calls in found.known.items() if name not in names}, **again.known},
+        unknown=found.unknown - names | again.unknown,
+        outside=found.outside - names | again.outside,
+        reached=found.reached - names | again.reached,
+    )
 
 
 def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
@@ -253,12 +272,15 @@ def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any)
 _Choice = tuple[Hypothesis, list[list[Layout]]]
 
 
-def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None) -> tuple[Attribution, _Choice | None]:
-    """One look, at the layers in their present enclosing modules."""
+def _attribute(
+    asked: _Question, layers: Sequence[Layer], every: Sequence[Layer], chosen: _Choice | None
+) -> tuple[Attribution, _Choice | None]:
+    """One look at layers, of every one that is asked about, in their present enclosing modules."""
     model, arguments = asked.model, asked.arguments
     # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
     # layers shows in the audit.
     shard = sharded_parameter(layers)
+    kernels = attention_kernels()  # those of now: no second derivatives are taken here, for which some have none
     with isolate(model, None, [] if shard is not None else layers, direct=asked.direct) as isolated:
         for module in asked.fixed:
             module.training = False  # until the isolation ends
@@ -268,7 +290,8 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
                 begins(copied)
                 return model(*copied[0], **copied[1])
 
-            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()):  # FSDP2 expects a backward
+            # FSDP2 expects a backward after a forward with gradients.
+            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()), sdpa_kernel(kernels):
                 return isolated.run(run, arguments)
 
         with recorded(isolated, layers, own_parameters=shard is not None) as recording:
@@ -301,7 +324,9 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
             found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
         routed = set()
-        if shard is None and (selections.any or any(unowned_arguments(arguments, hypothesis))):
+        before = asked.before
+        followed = before is not None and before.layers == tuple(every) and before.selections == selections.count
+        if shard is None and not followed and (selections.count or any(unowned_arguments(arguments, hypothesis))):
             routed = layers_of_routed_rows(layers, forward, arguments, hypothesis)
     known, unknown, reached = found
     unknown |= routed
@@ -321,6 +346,7 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
         reached=frozenset(reached),
         provisional=count == 1,
         changing=changing,
+        selections=selections.count,
         alternative=hypothesis.alternative,
     ), choice
 
@@ -344,7 +370,7 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
     before = asked.before
     if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
         known = Hypothesis(before.dims, count, before.alternative)
-        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
+        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS), usual=True)
         if options is not None:
             return known, options
     if not any(any_layout(f, h.num_samples) for f in base for h in tried):
@@ -352,7 +378,9 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
     holding = []
     for hypothesis in tried:
         if hypothesis.num_samples > 1:
-            options = separates(forward, arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
+            masks = asked.masks(hypothesis.num_samples)
+            alone = hypothesis is usual and (dim is not None or len(tried) == 1)
+            options = separates(forward, arguments, base, hypothesis, masks, usual=alone)
             if options is not None:
                 holding.append((hypothesis, options))
         if holding and dim is not None:
@@ -361,6 +389,11 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
+    if (
+        not holding and dim is None and usual.dim == 0
+    ):  # perhaps nothing changes anything, as where weights start at zero
+        options = separates(forward, arguments, base, usual, asked.masks(usual.num_samples), usual=True)
+        holding = [] if options is None else [(usual, options)]
     if not holding:
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
@@ -406,7 +439,7 @@ def _nothing_separates(asked: _Question, forward: Any, base: Sequence[Tensor], u
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
             masks = asked.masks(other.num_samples)
-            if separates(forward, asked.arguments, base, other, masks) is not None:
+            if separates(forward, asked.arguments, base, other, masks, usual=False) is not None:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)
 
