@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "Place",
+    "batch_normalisation",
     "buffer_places",
     "computes_as",
     "convolution_padding",
+    "evaluating",
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
@@ -200,3 +202,22 @@ class _State:
             if isinstance(state.get(name), dict):
                 state[name] = type(state[name])((k, v) for k, v in state[name].items() if k not in ids)
         return state
+
+
+def batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that normalise by the statistics of the batch of now, and have running ones."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return tuple(m for m in model.modules() if isinstance(m, kinds) and m.training and m.running_mean is not None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

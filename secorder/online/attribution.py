@@ -10,10 +10,8 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -21,20 +19,21 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
-from .._torch.modules import Place, buffer_places
+from .._torch.modules import Place, batch_normalisation, buffer_places, evaluating
 from .._torch.pytree import tensors_in
 from .._torch.versions import version
-from .._torch.vjp import fresh_generator, gradients
-from ..errors import DoubleBackwardError, InvalidArgumentError
+from .._torch.vjp import fresh_generator
+from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..layers.tying import Ties, tied_layers
 from ..oneshot.independence import separating_masks
-from ..oneshot.isolation import IsolatedModel, isolate
+from ..oneshot.isolation import isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.fsdp import over_ranks
+from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Shape, Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import rows_of_layers
@@ -199,18 +198,18 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
         missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := _batch_normalisation(model)):
+        if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
         if not found.coupled and not any(x.sharded for x in layers):
-            missing |= found.reached & _without_gradient(model, layers, asked.arguments)
+            missing |= found.reached & without_gradient(model, layers, asked.arguments)
         movable = {x.name for x in layers if x.name in missing and x.enclosing is not model and not x.sharded}
         if found.coupled or not movable:
             return found
         layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
         moved = [x for x in layers if x.name in movable]
-        again = [x for x in layers if any(x is y or _share(x, y) for y in moved)]
+        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
         found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
 
 
@@ -233,39 +232,6 @@ def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
     while isinstance(module, (nn.ModuleList, nn.ModuleDict)) and id(module) in parents:
         module = parents[id(module)]
     return module
-
-
-def _batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that normalise by the statistics of the batch of now, and have others."""
-    return tuple(
-        m
-        for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training and m.running_mean is not None
-    )
-
-
-def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
-    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""
-    frozen = [x for x in layers if not any(p.requires_grad for p in x.parameters.values())]
-    if not frozen:
-        return set()
-    missing = {layer.name for layer in frozen}
-
-    def watch(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if any(t.requires_grad for t in tensors_in(output)):
-                missing.discard(layer.name)
-
-        return hook
-
-    with isolate(model, None, []) as isolated:
-        handles = [layer.enclosing.register_forward_hook(watch(layer)) for layer in frozen]
-        try:
-            isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return missing
 
 
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
@@ -319,7 +285,7 @@ def _attribute(
             outside = (
                 set()
                 if shard is not None
-                else _uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
+                else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
             found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
@@ -398,22 +364,10 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]
-    with _evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
+    with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
         alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
     first, options = alike[0]
     return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _by_size_alone(
@@ -442,29 +396,3 @@ def _nothing_separates(asked: _Question, forward: Any, base: Sequence[Tensor], u
             if separates(forward, asked.arguments, base, other, masks, usual=False) is not None:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)
-
-
-def _uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> set[str]:
-    """Layers whose parameters the output depends on other than through their calls."""
-    outside: set[str] = set()
-    for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
-        together = one.rule is not None and other.rule is not None  # see tied_layers
-        if not together and _apart(one.enclosing, other.enclosing) and _share(one, other):
-            outside |= {one.name, other.name}
-    ends = [t for t in tensors_in(output) if t.requires_grad]
-    replacements = [(layer.name, s) for layer in layers for s in isolated.replacements(layer)]
-    if not ends or not replacements:
-        return outside
-    try:
-        reached = gradients(ends, [s for _, s in replacements], [torch.ones_like(t) for t in ends])
-    except DoubleBackwardError:  # a reentrant checkpoint; the audit remains
-        return outside
-    return outside | {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
-
-
-def _share(one: Layer, other: Layer) -> bool:
-    return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
-
-
-def _apart(one: nn.Module, other: nn.Module) -> bool:
-    return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())

@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder._torch.modules import (
+    batch_normalisation,
     buffer_places,
     computes_as,
     convolution_padding,
+    evaluating,
     forward_hooks,
     forward_hooks_removed,
     gradient_hooks_removed,
@@ -113,3 +115,16 @@ def test_what_overrides_a_forward_is_seen() -> None:
     patched = nn.Linear(1, 1)
     patched.forward = lambda x: x  # type: ignore[method-assign]
     assert not computes_as(patched, nn.Linear)
+
+
+def test_batch_normalisation_that_goes_by_the_batch_of_now() -> None:
+    norm, still = nn.BatchNorm2d(3), nn.BatchNorm1d(3)
+    model = nn.Sequential(norm, still.eval(), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3))
+    assert batch_normalisation(model) == (norm,)
+
+
+def test_a_model_is_evaluated_for_a_while() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, True, False]
