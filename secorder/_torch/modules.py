@@ -15,9 +15,11 @@ __all__ = [
     "Place",
     "backward_hooks",
     "backward_hooks_removed",
+    "batch_normalisation",
     "buffer_places",
     "computes_as",
     "convolution_padding",
+    "evaluating",
     "forward_hook_dicts",
     "forward_hooks",
     "forward_hooks_removed",
@@ -273,3 +275,22 @@ def backward_hooks(module: nn.Module) -> list[Any]:
 def is_scripted(module: nn.Module) -> bool:
     """Whether TorchScript runs the module: nothing can be hooked or replaced in it."""
     return isinstance(module, torch.jit.ScriptModule)
+
+
+def batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that normalise by the statistics of the batch of now, and have running ones."""
+    kinds = nn.modules.batchnorm._BatchNorm
+    return tuple(m for m in model.modules() if isinstance(m, kinds) and m.training and m.running_mean is not None)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, all modules are in eval mode."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

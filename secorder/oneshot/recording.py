@@ -179,6 +179,8 @@ class _Tap:
             for place, value in zip(self.places, self.displaced.pop(), strict=True):
                 place.put(value)
         recording, name = self.recording, self.layer.name
+        if not recording.open and not torch.is_grad_enabled():
+            return None  # a forward whose outputs alone are looked at
         leaves: list[Tensor] = []
         if not in_backward():  # a checkpoint recomputes in backward what is recorded already
             leaves = recording.leaves.setdefault(name, [])

@@ -10,29 +10,30 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
-from .._torch.modules import Place, buffer_places
+from .._torch.attention import attention_kernels
+from .._torch.modules import Place, batch_normalisation, buffer_places, evaluating
 from .._torch.pytree import tensors_in
 from .._torch.versions import version
-from .._torch.vjp import fresh_generator, gradients
-from ..errors import DoubleBackwardError, InvalidArgumentError
+from .._torch.vjp import fresh_generator
+from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..layers.tying import Ties, tied_layers
 from ..oneshot.independence import separating_masks
-from ..oneshot.isolation import IsolatedModel, isolate
+from ..oneshot.isolation import isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.fsdp import over_ranks
+from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Shape, Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import rows_of_layers
@@ -50,8 +51,8 @@ from .samples import (
 
 __all__ = ["Attribution", "attribute", "merged"]
 
-#: Later looks change some samples so often.
-TRIALS = 2
+#: Later looks change some samples so often: enough to see a coupling that is new; rows are verified besides.
+TRIALS = 1
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class Attribution:
         certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
+        selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -97,6 +99,7 @@ class Attribution:
     certain: bool = False
     ties: Ties = field(default_factory=dict)
     changing: tuple[Place, ...] = ()
+    selections: int = 0
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
@@ -190,24 +193,39 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
     parents = {id(child): module for module in model.modules() for child in module.children()}
-    chosen: _Choice | None = None
     first, layers = layers, list(layers)
+    found, chosen = _attribute(asked, layers, layers, None)
     while True:
-        found, chosen = _attribute(asked, layers, chosen)
         found = replace(found, layers=tuple(layers))
         missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := _batch_normalisation(model)):
+        if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
         if not found.coupled and not any(x.sharded for x in layers):
-            missing |= found.reached & _without_gradient(model, layers, asked.arguments)
+            missing |= found.reached & without_gradient(model, layers, asked.arguments)
         movable = {x.name for x in layers if x.name in missing and x.enclosing is not model and not x.sharded}
         if found.coupled or not movable:
             return found
         layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
+        moved = [x for x in layers if x.name in movable]
+        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
+        found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
+
+
+def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribution:
+    """What was found, with what was found anew of some layers."""
+    if again.unclear:
+        return again
+    return replace(
+        found,
+        known={**{name: calls for name, calls in found.known.items() if name not in names}, **again.known},
+        unknown=found.unknown - names | again.unknown,
+        outside=found.outside - names | again.outside,
+        reached=found.reached - names | again.reached,
+    )
 
 
 def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
@@ -218,50 +236,19 @@ def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
     return module
 
 
-_BATCH_NORMALISATION = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def _batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that normalise by the statistics of the batch of now, and have others."""
-    return tuple(
-        m for m in model.modules() if isinstance(m, _BATCH_NORMALISATION) and m.training and m.running_mean is not None
-    )
-
-
-def _without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
-    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""
-    frozen = [x for x in layers if not any(p.requires_grad for p in x.parameters.values())]
-    if not frozen:
-        return set()
-    missing = {layer.name for layer in frozen}
-
-    def watch(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if any(t.requires_grad for t in tensors_in(output)):
-                missing.discard(layer.name)
-
-        return hook
-
-    with isolate(model, None, []) as isolated:
-        handles = [layer.enclosing.register_forward_hook(watch(layer)) for layer in frozen]
-        try:
-            isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
-        finally:
-            for handle in handles:
-                handle.remove()
-    return missing
-
-
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
 _Choice = tuple[Hypothesis, list[list[Layout]]]
 
 
-def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None) -> tuple[Attribution, _Choice | None]:
-    """One look, at the layers in their present enclosing modules."""
+def _attribute(
+    asked: _Question, layers: Sequence[Layer], every: Sequence[Layer], chosen: _Choice | None
+) -> tuple[Attribution, _Choice | None]:
+    """One look at layers, of every one that is asked about, in their present enclosing modules."""
     model, arguments = asked.model, asked.arguments
     # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
     # layers shows in the audit.
     shard = sharded_parameter(layers)
+    kernels = attention_kernels()  # those of now: no second derivatives are taken here, for which some have none
     with isolate(model, None, [] if shard is not None else layers, direct=asked.direct) as isolated:
         for module in asked.fixed:
             module.training = False  # until the isolation ends
@@ -271,7 +258,8 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
                 begins(copied)
                 return model(*copied[0], **copied[1])
 
-            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()):  # FSDP2 expects a backward
+            # FSDP2 expects a backward after a forward with gradients.
+            with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()), sdpa_kernel(kernels):
                 return isolated.run(run, arguments)
 
         with recorded(isolated, layers, own_parameters=shard is not None) as recording:
@@ -299,12 +287,14 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
             outside = (
                 set()
                 if shard is not None
-                else _uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
+                else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
             found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
         routed = set()
-        if shard is None and (selections.any or any(unowned_arguments(arguments, hypothesis))):
+        before = asked.before
+        followed = before is not None and before.layers == tuple(every) and before.selections == selections.count
+        if shard is None and not followed and (selections.count or any(unowned_arguments(arguments, hypothesis))):
             routed = layers_of_routed_rows(layers, forward, arguments, hypothesis)
     known, unknown, reached = found
     unknown |= routed
@@ -324,6 +314,7 @@ def _attribute(asked: _Question, layers: Sequence[Layer], chosen: _Choice | None
         reached=frozenset(reached),
         provisional=count == 1,
         changing=changing,
+        selections=selections.count,
         alternative=hypothesis.alternative,
         certain=hypothesis.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
     ), choice
@@ -348,7 +339,7 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
     before = asked.before
     if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
         known = Hypothesis(before.dims, count, before.alternative)
-        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
+        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS), usual=True)
         if options is not None:
             return known, options
     if not any(any_layout(f, h.num_samples) for f in base for h in tried):
@@ -356,7 +347,9 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
     holding = []
     for hypothesis in tried:
         if hypothesis.num_samples > 1:
-            options = separates(forward, arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
+            masks = asked.masks(hypothesis.num_samples)
+            alone = hypothesis is usual and (dim is not None or len(tried) == 1)
+            options = separates(forward, arguments, base, hypothesis, masks, usual=alone)
             if options is not None:
                 holding.append((hypothesis, options))
         if holding and dim is not None:
@@ -365,26 +358,19 @@ def _choose(asked: _Question, forward: Any, base: list[Tensor], shard: Tensor | 
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
+    if (
+        not holding and dim is None and usual.dim == 0
+    ):  # perhaps nothing changes anything, as where weights start at zero
+        options = separates(forward, arguments, base, usual, asked.masks(usual.num_samples), usual=True)
+        holding = [] if options is None else [(usual, options)]
     if not holding:
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]
-    with _evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
+    with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
         alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
     first, options = alike[0]
     return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _by_size_alone(
@@ -410,32 +396,6 @@ def _nothing_separates(asked: _Question, forward: Any, base: Sequence[Tensor], u
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
             masks = asked.masks(other.num_samples)
-            if separates(forward, asked.arguments, base, other, masks) is not None:
+            if separates(forward, asked.arguments, base, other, masks, usual=False) is not None:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)
-
-
-def _uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> set[str]:
-    """Layers whose parameters the output depends on other than through their calls."""
-    outside: set[str] = set()
-    for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
-        together = one.rule is not None and other.rule is not None  # see tied_layers
-        if not together and _apart(one.enclosing, other.enclosing) and _share(one, other):
-            outside |= {one.name, other.name}
-    ends = [t for t in tensors_in(output) if t.requires_grad]
-    replacements = [(layer.name, s) for layer in layers for s in isolated.replacements(layer)]
-    if not ends or not replacements:
-        return outside
-    try:
-        reached = gradients(ends, [s for _, s in replacements], [torch.ones_like(t) for t in ends])
-    except DoubleBackwardError:  # a reentrant checkpoint; the audit remains
-        return outside
-    return outside | {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
-
-
-def _share(one: Layer, other: Layer) -> bool:
-    return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
-
-
-def _apart(one: nn.Module, other: nn.Module) -> bool:
-    return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())

@@ -11,7 +11,7 @@ from torch import nn
 from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
 from ..errors import CouplingError, NonFiniteError, SecorderError
-from ..layers.layout import DIM_ZERO, Layout
+from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..parallel.fsdp import over_ranks
 from .attribution import Attribution
@@ -20,7 +20,7 @@ from .fisher import OnlineFisher
 from .looks import Looks
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
-from .relation import Shape, Verified, explain
+from .relation import Shape, explain
 from .samples import shapes_of
 from .troubles import OUTSIDE
 
@@ -54,6 +54,9 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
                 return None
     if fisher.shard is not None:
         together = round(over_ranks(max(count or 0, 0), fisher.shard))
+    if known is not None and known.coupled and not known.normalised:
+        _coupled(fisher, known, shapes)
+        return None
     if known is None or count is None:
         return None
     if count == 0 and fisher.shard is None:
@@ -142,9 +145,9 @@ def _look(
             f"samples, and dim {found.alternative} would do as well: pass sample_dim={usual} or "
             f"sample_dim={found.alternative}."
         )
-    if found.coupled:
-        _coupled(fisher, found, shapes_of((args, kwargs)))
-    elif before is not None:
+    if found.normalised:
+        _normalised(fisher)
+    if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
             "the rows of its output belong to other samples than they did when they were looked at before, so that "
@@ -164,18 +167,19 @@ def _look(
     return looks.known()
 
 
-def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
+def _normalised(fisher: OnlineFisher) -> None:
     names = [layer.name for layer in fisher.layers]
-    if found.normalised:
-        message = (
-            "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
-            f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
-            "model.eval() statistics, or leave the layers out with layers=."
-        )
-        if fisher.troubles.strict:
-            raise CouplingError(message)
-        fisher.troubles.warn(message)
-        return
+    message = (
+        "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
+        f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
+        "model.eval() statistics, or leave the layers out with layers=."
+    )
+    if fisher.troubles.strict:
+        raise CouplingError(message)
+    fisher.troubles.warn(message)
+
+
+def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
     if found.separable is not None:
         reason = (
             "the dimension that is told to hold the samples does not separate them in the model, and dim "
@@ -189,7 +193,7 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
         )
     if fisher.troubles.strict:
         raise CouplingError(reason)
-    fisher.troubles.mark(names, reason)
+    fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -203,7 +207,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
-    if unexplained and not record.attribution.coupled and start is not None:
+    if unexplained and start is not None:
         found = record.attribution if record.verified else _look_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
@@ -228,24 +232,18 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
         if not calls:
             continue
         known = attribution.known.get(layer.name, ())
-        if layer.name in attribution.outside or (layer.name in attribution.unknown and not attribution.coupled):
+        if layer.name in attribution.outside | attribution.unknown:
             known = ()
         indices = itertools.count()
-        layouts = [[_layout(known, next(indices), shape, record, attribution) for shape in shapes] for shapes in calls]
+        layouts = [
+            [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
+            for shapes in calls
+        ]
         if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
             unexplained.append(layer)
         else:
             record.layouts[layer.name] = [[x for x in row if x is not None] for row in layouts]
     return unexplained
-
-
-def _layout(
-    known: Sequence[Verified], index: int, shape: Shape, record: ForwardRecord, attribution: Attribution
-) -> Layout | None:
-    found = explain(known, index, shape, record.shapes, record.num_samples)
-    if found is None and attribution.coupled and shape and shape[0] == record.num_samples:
-        return DIM_ZERO
-    return found
 
 
 def _fall_back(

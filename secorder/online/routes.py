@@ -58,16 +58,16 @@ def _by_tensors(func: Any, args: Sequence[Any]) -> bool:
 
 
 class Selections(TorchFunctionMode):
-    """Notes whether a forward selects rows at all."""
+    """Counts how often a forward selects rows."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.any = False
+        self.count = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.any = self.any or _by_tensors(func, args)
+        self.count += _by_tensors(func, args)
         return func(*args, **(kwargs or {}))
 
 

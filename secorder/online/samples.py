@@ -129,9 +129,17 @@ def any_layout(tensor: Tensor, count: int) -> list[Layout]:
 
 
 def separates(
-    forward: Forward, arguments: Any, base: Sequence[Tensor], hypothesis: Hypothesis, masks: Sequence[Tensor]
+    forward: Forward,
+    arguments: Any,
+    base: Sequence[Tensor],
+    hypothesis: Hypothesis,
+    masks: Sequence[Tensor],
+    *,
+    usual: bool,
 ) -> list[list[Layout]] | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
+
+    Where nothing changes at all nothing is told: that is no evidence for a dimension other than the usual one.
 
     Args:
         forward: the model on its arguments, from one and the same state.
@@ -139,6 +147,7 @@ def separates(
         base: the floating-point outputs for them.
         hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
+        usual: whether the hypothesis is to be taken where nothing tells.
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
@@ -149,7 +158,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return None if hypothesis.dim else options
+            return options if usual else None
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -163,7 +172,7 @@ def separates(
             options[index] = [o for o in options[index] if not bool(o.split(moved)[kept].any())]
             if not options[index]:
                 return None
-    return options if changes or not hypothesis.dim else None  # nothing that changes nothing makes an unusual dimension
+    return options if changes or usual else None
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
@@ -213,7 +222,10 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
 def _mixed(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    return torch.where(here, tensor.roll(1, dim) * 1.03125, tensor)
+    other = tensor.roll(1, dim) * 1.03125
+    if not bool(tensor.any()):  # a state that starts at zero
+        other = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
+    return torch.where(here, other, tensor)
 
 
 def _sparse(tensor: Tensor) -> bool:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from secorder._torch.modules import (
     backward_hooks,
+    batch_normalisation,
     buffer_places,
     computes_as,
     convolution_padding,
+    evaluating,
     forward_hooks,
     forward_hooks_removed,
     gradient_hooks_removed,
@@ -138,3 +140,16 @@ def test_hooks_on_gradients() -> None:
 def test_scripted_modules_are_known() -> None:
     assert is_scripted(torch.jit.script(nn.Linear(2, 2)))
     assert not is_scripted(nn.Linear(2, 2))
+
+
+def test_batch_normalisation_that_goes_by_the_batch_of_now() -> None:
+    norm, still = nn.BatchNorm2d(3), nn.BatchNorm1d(3)
+    model = nn.Sequential(norm, still.eval(), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3))
+    assert batch_normalisation(model) == (norm,)
+
+
+def test_a_model_is_evaluated_for_a_while() -> None:
+    model = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    assert [m.training for m in model.modules()] == [True, True, False]

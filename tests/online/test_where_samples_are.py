@@ -555,3 +555,43 @@ def test_a_coupling_over_time_is_not_called_batch_normalisation() -> None:
     assert not any("batch norm" in str(w.message) for w in caught)
     with pytest.raises(AttributionError, match="sample_dim=1"):
         probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("form", ["dim 0", "time"])
+def test_batch_normalisation_is_said_and_what_is_around_it_is_found(form: str) -> None:
+    """Per-sample gradients are those for the statistics as they are: rows of the gradient that training has."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        hidden = m.a(x if form == "dim 0" else x.transpose(0, 1))
+        hidden = hidden if form == "dim 0" else hidden.transpose(0, 1)
+        return m.b(torch.tanh(m.norm(hidden.transpose(1, 2)).transpose(1, 2)).mean(1))
+
+    model = Net(forward, a=nn.Linear(4, 5), norm=nn.BatchNorm1d(5), b=nn.Linear(5, 3))
+    probe = CurvatureProbe(model)
+    x, y = sequences((4, 7))[0]
+    seen: list[Tensor] = []
+    with probe.paused():
+        handle = model.a.register_forward_hook(lambda m, a, out: out.register_hook(seen.append) and None)
+        classify(model, (x, y)).backward()
+        handle.remove()
+    g = 4 * (seen[0] if form == "dim 0" else seen[0].transpose(0, 1))
+    expected = torch.einsum("nti,ntj->nij", g, x).square().mean(0)
+    with pytest.warns(CurvatureWarning, match="batch normalisation in train mode"):
+        classify(model, (x, y)).backward()
+    found = probe.fisher_diagonal().by_parameter()["a.weight"]
+    assert torch.allclose(found, expected, rtol=1e-9)
+    probe.reset()
+    classify(model, sequences((3, 7))[0]).backward()
+    assert probe.num_samples == 3
+    probe.fisher_diagonal()
+
+
+def test_what_is_refused_is_refused_again_after_a_reset() -> None:
+    model = Net(lambda m, x: m.b(torch.tanh(m.a(x)) - m.a(x).mean()), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    probe = CurvatureProbe(model)
+    for _ in range(6):
+        with pytest.warns(CurvatureWarning, match="no dimension"):
+            per_token(model, tokens((4, 6))[0]).backward()
+        with pytest.raises(AttributionError, match="no dimension"):
+            probe.fisher_diagonal()
+        probe.reset()

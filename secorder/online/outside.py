@@ -1,0 +1,67 @@
+"""Layers whose own calls do not tell all: their parameters are used elsewhere, or no gradient comes to them."""
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._torch.pytree import tensors_in
+from .._torch.vjp import gradients
+from ..errors import DoubleBackwardError
+from ..layers.selection import Layer
+from ..oneshot.isolation import IsolatedModel, isolate
+
+__all__ = ["share_parameters", "uses_outside", "without_gradient"]
+
+
+def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
+    """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""
+    frozen = [x for x in layers if not any(p.requires_grad for p in x.parameters.values())]
+    if not frozen:
+        return set()
+    missing = {layer.name for layer in frozen}
+
+    def watch(layer: Layer) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if any(t.requires_grad for t in tensors_in(output)):
+                missing.discard(layer.name)
+
+        return hook
+
+    with isolate(model, None, []) as isolated:
+        handles = [layer.enclosing.register_forward_hook(watch(layer)) for layer in frozen]
+        try:
+            isolated.run(lambda copied: model(*copied[0], **copied[1]), arguments)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return missing
+
+
+def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> set[str]:
+    """Layers whose parameters the output depends on other than through their calls."""
+    outside: set[str] = set()
+    for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
+        together = one.rule is not None and other.rule is not None  # see tied_layers
+        if not together and _apart(one.enclosing, other.enclosing) and share_parameters(one, other):
+            outside |= {one.name, other.name}
+    ends = [t for t in tensors_in(output) if t.requires_grad]
+    replacements = [(layer.name, s) for layer in layers for s in isolated.replacements(layer)]
+    if not ends or not replacements:
+        return outside
+    try:
+        reached = gradients(ends, [s for _, s in replacements], [torch.ones_like(t) for t in ends])
+    except DoubleBackwardError:  # a reentrant checkpoint; the audit remains
+        return outside
+    return outside | {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
+
+
+def share_parameters(one: Layer, other: Layer) -> bool:
+    """Whether two layers hold one and the same parameter."""
+    return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
+
+
+def _apart(one: nn.Module, other: nn.Module) -> bool:
+    return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())
