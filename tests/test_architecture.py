@@ -23,9 +23,11 @@ TESTS = Path(__file__).parent
 LONG = {
     "probe": "the facade, whose methods are documented in full",
     "probe.CurvatureProbe": "the same",
+    "probe.__init__": "the same",
     "online.fisher": "to be divided where its subjects part",
     "online.fisher.OnlineFisher": "the same",
-    "oneshot.hessian.columns.by_columns": "the same",
+    "online.attribution": "the same",
+    "online.attribution._attribute": "the same",
 }
 
 #: Packages whose modules do not each have their tests at the mirrored place yet.

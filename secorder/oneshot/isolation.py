@@ -207,6 +207,8 @@ def isolate(
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
         stack.enter_context(_own_settings(model, cuda))
+        if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
+            stack.enter_context(_gradients_put_aside(list(model.parameters())))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
@@ -217,6 +219,7 @@ def isolate(
         stack.callback(_restore, buffers)
         tensors = [*model.parameters(), *model.buffers(), *replacements.values()]
         own = State(modules, tensors)
+        stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
@@ -257,7 +260,6 @@ def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
         stack.enter_context(no_autocast())
         stack.callback(set_random_state, get_random_state(cuda), cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_gradients_put_aside(list(model.parameters())))
         yield
 
 
@@ -300,6 +302,11 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         finally:
             for p in frozen:
                 p.requires_grad_(False)
+
+
+def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
 
 
 @contextmanager

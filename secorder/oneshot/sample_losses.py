@@ -222,8 +222,8 @@ def _require_any_size(task: Measurement, output: Any) -> None:
             except Exception as found:
                 error = error or found
     raise InvalidArgumentError(
-        f"loss_fn works on the batch and fails on {len(index)} samples ({type(error).__name__}: {_first_line(error)}): "
-        f"{HELD}."
+        f"loss_fn works on the batch and not on {len(index)} of its samples ({type(error).__name__}: "
+        f"{_first_line(error)}): {HELD}."
     ) from error
 
 

@@ -165,7 +165,8 @@ class State:
         return saved if x.numel() > MAX_COMPARED or _same(x, saved) else None
 
     def _module(self, module: nn.Module) -> Iterator[Any]:
-        for table in (vars(module), *tables_of(module)):
+        self._restores.append(partial(_restore_attributes, module, dict(vars(module))))
+        for table in tables_of(module):
             self._restores.append(partial(_restore_dict, table, dict(table)))
         yield from own_attributes(module).values()
         for table in tables_of(module):
@@ -217,6 +218,11 @@ def _set_on_class(kind: type, name: str, value: Any) -> None:
 
 def _same(x: Tensor, saved: Tensor) -> bool:
     return torch.equal(x, saved) or bool(((x == saved) | ((x != x) & (saved != saved))).all())
+
+
+def _restore_attributes(module: nn.Module, saved: dict[str, Any]) -> None:
+    """All but the mode, which a measurement may set itself."""
+    _restore_dict(vars(module), {**saved, "training": module.training})
 
 
 def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> None:

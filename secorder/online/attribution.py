@@ -196,7 +196,8 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
     first, layers = layers, list(layers)
     found, chosen = _attribute(asked, layers, layers, None)
     while True:
-        found = replace(found, layers=tuple(layers))
+        certain = found.certain and all(x.rule is not None for x in layers)
+        found = replace(found, layers=tuple(layers), certain=certain)
         missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found

@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[..., Tensor], Any, type[SecorderError], str]] 
         lambda f, t: (torch.ones_like(WEIGHTS) * (f - t).square().sum(1)).sum(),
         VALUES,
         InvalidArgumentError,
-        "not one of 6.*pass them in targets",
+        "not on 2 of its samples.*pass them in targets",
     ),
     "weights_that_fit_any_batch": (HoldsAsAttribute(), VALUES, InvalidArgumentError, "pass them in targets"),
     "teacher_in_a_closure": (

@@ -22,7 +22,7 @@ def test_a_record_of_a_batch() -> None:
         assert record.verified
         assert record.shapes == ((6, 4),)
         assert open_record(probe._attachment, (inputs[:0],), {}) is None
-        assert probe._fisher.causes == {"empty": 1}
+        assert probe._fisher.troubles._causes == {"empty"}
 
 
 def test_a_layer_that_has_left_the_model_raises_at_once_where_the_probe_is_strict() -> None:

@@ -5,8 +5,8 @@ import pytest
 from secorder.layers.layout import Layout
 from secorder.online.relation import Verified, explain, whole_call
 
-ROWS = Verified(Layout(0, 3, True), (18, 4), ((6, 3, 4),), 6)
-COLUMN = Verified(Layout(1), (3, 6, 4), ((6, 3, 4),), 6)
+ROWS = Verified(Layout(0, 3, True), 0, (18, 4), ((6, 3, 4),), 6)
+COLUMN = Verified(Layout(1), 0, (3, 6, 4), ((6, 3, 4),), 6)
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,9 @@ COLUMN = Verified(Layout(1), (3, 6, 4), ((6, 3, 4),), 6)
 def test_what_is_explained(
     seen: Verified, shape: tuple[int, ...], arguments: tuple, count: int, expected: object
 ) -> None:
-    assert explain([seen], shape, arguments, count) == expected
+    assert explain([seen], 0, shape, arguments, count) == expected
 
 
 def test_all_of_a_call_belongs_to_the_only_sample() -> None:
-    assert explain([], (7, 4), ((1, 7, 4),), 1) == whole_call((7, 4)) == Layout(0, 7)
+    assert explain([], 0, (7, 4), ((1, 7, 4),), 1) == whole_call((7, 4)) == Layout(0, 7)
     assert whole_call(()) is None

@@ -1,0 +1,45 @@
+"""Layers whose own calls do not tell all."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder.layers.selection import select_layers
+from secorder.oneshot.isolation import isolate
+from secorder.oneshot.recording import recorded
+from secorder.online.outside import share_parameters, uses_outside, without_gradient
+
+from ..helpers import Net
+
+
+def outside(model: nn.Module, x: Tensor) -> set[str]:
+    layers = select_layers(model)
+    with isolate(model, None, layers) as isolated, recorded(isolated, layers, own_parameters=False):
+        return isolated.run(lambda x: uses_outside(isolated, layers, model(x)), x)
+
+
+def test_a_use_of_a_weight_outside_of_its_layer_is_seen() -> None:
+    x = torch.randn(3, 4)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.a(x)) + F.linear(x, m.a.weight) @ torch.ones(4, 4)
+
+    assert outside(Net(lambda m, x: m.b(m.a(x)), a=nn.Linear(4, 4), b=nn.Linear(4, 4)), x) == set()
+    assert outside(Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 4)), x) == {"a"}
+
+
+def test_frozen_layers_with_nothing_to_differentiate_before_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    model[2].requires_grad_(False)
+    assert without_gradient(model, select_layers(model), ((torch.randn(3, 4),), {})) == {"0"}
+
+
+def test_layers_that_share_a_parameter() -> None:
+    a, b, c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+    b.weight = a.weight
+    one, other, third = select_layers(nn.Sequential(a, b, c))
+    assert share_parameters(one, other)
+    assert not share_parameters(one, third)

@@ -1,0 +1,41 @@
+"""What was accumulated is told as a mean, or it is said why it is not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from secorder import AttributionError, CurvatureProbe, ProbeStateError
+from secorder.online.reading import diagonals, num_samples, num_skipped, untold
+
+from ..helpers import data, make, reference
+from ..reference import assert_all_close
+
+
+def test_the_mean_over_all_samples() -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        assert num_samples(probe._fisher) == len(batch[0])
+        assert num_skipped(probe._fisher) == {}
+        assert untold(probe._fisher) == {}
+        assert_all_close(diagonals(probe._fisher).by_parameter(), reference(model, batch))
+
+
+def test_nothing_seen_raises() -> None:
+    with CurvatureProbe(make()) as probe, pytest.raises(ProbeStateError, match="was not called"):
+        diagonals(probe._fisher)
+
+
+def test_layers_that_cannot_be_told_are_raised_for_or_left_out() -> None:
+    model, batch = make(), data()
+    first = next(module for module in model if isinstance(module, nn.Linear))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        loss = F.cross_entropy(model(batch[0]), batch[1]) + first.weight.square().sum()
+        loss.backward()
+        (name,) = untold(probe._fisher)
+        with pytest.raises(AttributionError, match=f"layer '{name}'"):
+            diagonals(probe._fisher)
+        told = diagonals(probe._fisher, "skip")
+        assert set(told) == set(probe.layer_names) - {name}
+        assert all(torch.isfinite(value).all() for value in told.values())
