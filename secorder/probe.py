@@ -175,7 +175,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(
                 "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
             )
-        self._looks = Looks(model, sample_dim, self._fisher.signs)
+        self._looks = Looks(model, sample_dim, self._fisher.directions)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
         self._log: CurvatureLog | None = None

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
 
-__all__ = ["Audit", "Signs", "Vectors", "actual", "explained"]
+__all__ = ["Audit", "Directions", "Vectors", "actual", "explained"]
 
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
 WHOLE_ELEMENTS = 1 << 17
@@ -60,7 +60,7 @@ class Vectors(NamedTuple):
         return len(self.r) == self.rows
 
 
-class Signs:
+class Directions:
     """Random numbers, drawn once and looked at from random places: a private stream that costs nothing."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Signs:
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Signs, ()  # a copy draws numbers of its own
+        return Directions, ()  # a copy draws numbers of its own
 
     def _take(self, size: int, like: Tensor) -> Tensor:
         key = (like.device, like.dtype)
@@ -172,7 +172,7 @@ def _inputs(gradient: Outer, s: Tensor) -> Tensor:
 
 
 def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The square of a factor's norm, by its product with random signs where that has rows enough to tell."""
+    """The square of a factor's norm, by its product with random numbers where that has rows enough to tell."""
     flat = product if len(product) > FEW else whole.to(product.dtype).flatten()
     return torch.dot(flat, flat)
 
@@ -194,8 +194,8 @@ class Explained(NamedTuple):
 class Audit:
     """Both sides of the identity for the parameters of one backward; weight and bias of a layer are one number."""
 
-    def __init__(self, signs: Signs) -> None:
-        self._signs = signs
+    def __init__(self, directions: Directions) -> None:
+        self._directions = directions
         self._vectors: dict[int, Vectors] = {}
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
@@ -223,7 +223,7 @@ class Audit:
                 self._vectors[key] = weight._replace(s=weight.r.new_ones(1))
                 self._home[key] = id(parameters["weight"])
             else:
-                self._vectors[key] = self._signs.vectors(graph[name])
+                self._vectors[key] = self._directions.vectors(graph[name])
         return chosen
 
     def see(self, parameter: Tensor, gradient: Tensor) -> None:

@@ -44,7 +44,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         return False
     backward = fisher.backwards.get(number)
     if backward is None:
-        backward = Backward(number, Audit(fisher.signs))
+        backward = Backward(number, Audit(fisher.directions))
         for other in fisher.backwards.values():  # of another thread: what is in .grad may be either's
             other.alone = backward.alone = False
         fisher.backwards[number] = backward
@@ -65,7 +65,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         watch(backward, fisher.layers)
         return
     names = [layer.name for layer in fisher.layers]
-    audited = fisher.signs.some(names, min(MOST, max(LEAST, len(names) // 2)))
+    audited = fisher.directions.some(names, min(MOST, max(LEAST, len(names) // 2)))
     captured = {name for name, _ in record.hooked}
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
     for layer in fisher.layers:

@@ -96,8 +96,7 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
         raise AttributionError(
             f"the layers {[part.name for part in parts]} are measured by running a module of the model again, which "
             "overwrites its input in place: use an out-of-place operation, leave the layers out with layers=, or "
-            "measure "
-            "them with one-shot calls."
+            "measure them with one-shot calls."
         )
     kept = keep(tensors_in(start.arguments))
     if (layer.name, index) in record.hooked:

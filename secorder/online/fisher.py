@@ -25,7 +25,7 @@ from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import local, over_ranks
-from .audit import Signs
+from .audit import Directions
 from .penalty import add_shared, explain
 from .record import Backward, Backwards, Call, ForwardRecord, slot
 from .reduction import Weights
@@ -81,7 +81,7 @@ class OnlineFisher:
         self.forwards = forwards
         self.penalty = penalty
         self.device, self.dtype = device, dtype
-        self.signs = Signs()
+        self.directions = Directions()
         self.backwards = Backwards()
         self._strict = strict
         self.others: deque[int] = deque(maxlen=8)  # backwards, the latest, that reached a forward that was not recorded
@@ -329,8 +329,7 @@ class OnlineFisher:
                 self.troubles.mark(
                     record.calls,
                     'the forwards of one backward hold different numbers of samples, so that forwards="joined" cannot '
-                    "be: "
-                    'say forwards="separate".',
+                    'be: say forwards="separate".',
                 )
             return
         both = [name for name in record.calls if any(name in one.calls for one in same)]
@@ -338,8 +337,7 @@ class OnlineFisher:
             [own for name in both for own in (record.attribution.sharing(name) or [name])],
             "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
             'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
-            "or "
-            'forwards="separate" where each forward has samples of its own.',
+            'or forwards="separate" where each forward has samples of its own.',
         )
 
     def unrecorded(self) -> None:

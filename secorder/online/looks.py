@@ -11,7 +11,7 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, attribute, merged
-from .audit import Signs
+from .audit import Directions
 from .relation import explain
 from .samples import SampleDim
 
@@ -27,13 +27,13 @@ class Looks:
     Args:
         model: the model.
         sample_dim: where the samples are in the arguments, if it is told.
-        signs: the private random numbers.
+        directions: the private random numbers.
     """
 
-    def __init__(self, model: nn.Module, sample_dim: SampleDim, signs: Signs) -> None:
+    def __init__(self, model: nn.Module, sample_dim: SampleDim, directions: Directions) -> None:
         self._model = model
         self._sample_dim = sample_dim
-        self._signs = signs
+        self._directions = directions
         self._modules = list(model.modules())
         self._known: dict[tuple[bool, ...], Attribution] = {}
         self._batches: dict[tuple[bool, ...], int] = {}
@@ -59,7 +59,7 @@ class Looks:
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
             return True
-        scheduled = batch & (batch - 1) == 0 or self._signs.chance(ONE_IN)
+        scheduled = batch & (batch - 1) == 0 or self._directions.chance(ONE_IN)
         return scheduled and not (self._sample_dim in (None, 0) and independent_by_structure(self._model, 0))
 
     def look(self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:

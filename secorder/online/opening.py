@@ -126,8 +126,7 @@ def _look(
         if fisher.on_nonfinite == "raise":
             raise NonFiniteError(
                 "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
-                "pass "
-                'on_nonfinite="skip" to leave such batches out.'
+                'pass on_nonfinite="skip" to leave such batches out.'
             )
         for sums in fisher.sums.values():
             sums.batches += 1
@@ -151,18 +150,16 @@ def _look(
         fisher.troubles.mark(
             looks.moved(before, found),
             "the rows of its output belong to other samples than they did when they were looked at before, so that "
-            "what "
-            "was accumulated since then may be wrong (rows that depend on data): measure it with one-shot calls, or "
-            "leave it out with layers=.",
+            "what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
+            "calls, or leave it out with layers=.",
         )
     slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
             f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
-            f"rows "
-            "that depend on data, a parameter used outside of them, nothing trainable before them): a module that "
-            "contains them runs once more a step. That is exact and slow; leave them out with layers= if it is too "
-            "slow."
+            "rows that depend on data, a parameter used outside of them, nothing trainable before them): a module "
+            "that contains them runs once more a step. That is exact and slow; leave them out with layers= if it is "
+            "too slow."
         )
     return looks.known()
 
@@ -296,9 +293,8 @@ def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
     shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
     return (
         f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
-        f"that "
-        "all samples share, rows that depend on data, or samples in another dimension of the model's inputs: see "
-        "sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+        "that all samples share, rows that depend on data, or samples in another dimension of the model's inputs: "
+        "see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
     )
 
 

@@ -58,8 +58,7 @@ def _unseen(fisher: OnlineFisher, name: str) -> SecorderError:
     if fisher.sums[name].batches and reason is None:
         return NonFiniteError(
             f"every gradient of layer {name!r} so far held nan or inf: lower the learning rate or the loss scale, or "
-            f"pass "
-            'on_nonfinite="keep" to see them.'
+            'pass on_nonfinite="keep" to see them.'
         )
     if reason is None:
         reason = (

@@ -68,18 +68,15 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
         if kind == "mean" and isinstance(given, nn.Module) and _is_weighted(given):
             raise InvalidArgumentError(
                 f"{type(given).__name__} with weight= or ignored targets weights samples by their targets, which the "
-                f"model "
-                "does not get: pass reduction= with a function of the model's arguments that returns the weights c_n "
-                "of "
-                "L = Σ_n c_n ℓ_n."
+                "model does not get: pass reduction= with a function of the model's arguments that returns the "
+                "weights c_n of L = Σ_n c_n ℓ_n."
             )
         return "mean" if kind == "mean" else "sum"
     if callable(given) and not isinstance(given, nn.Module):
         return given
     raise InvalidArgumentError(
         'reduction must be "mean", "sum", a loss module with one of these, or a function of the model\'s arguments '
-        "that "
-        f"returns the weights of the samples' losses, got {given!r}."
+        f"that returns the weights of the samples' losses, got {given!r}."
     )
 
 
@@ -101,8 +98,7 @@ def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any],
         shape = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InvalidArgumentError(
             f"reduction= returned {shape} for a batch of {num_samples} samples: it must return a 1-D tensor of the "
-            f"weights "
-            "c_n of L = Σ_n c_n ℓ_n, one a sample."
+            "weights c_n of L = Σ_n c_n ℓ_n, one a sample."
         )
     return weights.detach()
 

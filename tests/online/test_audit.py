@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
-from secorder.online.audit import UNITS, Signs, actual, explained
+from secorder.online.audit import UNITS, Directions, actual, explained
 
 
 def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
@@ -27,7 +27,7 @@ def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.Mo
     part, shape = forms()[form]
     whole: Tensor = dense(part, torch.Size(shape).numel()).sum(0).view(shape)
     for _ in range(5):
-        vectors = Signs().vectors(torch.zeros(shape))
+        vectors = Directions().vectors(torch.zeros(shape))
         value, square = explained(part, vectors)
         bound = UNITS * torch.finfo(torch.float64).eps * square.sqrt()
         assert (actual(whole, vectors) - value).abs() <= bound
@@ -35,10 +35,10 @@ def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.Mo
         assert (actual(other, vectors) - value).abs() > bound
 
 
-def test_signs_are_private_and_copies_have_their_own() -> None:
+def test_directions_are_private_and_copies_have_their_own() -> None:
     before = torch.get_rng_state()
-    signs = Signs()
-    assert not torch.equal(signs.vectors(torch.zeros(3, 4)).r, Signs().vectors(torch.zeros(3, 4)).r)
-    assert len(signs.some(["a", "b", "c"], 2)) == 2
-    assert signs.some(["a", "b"], 2) == {"a", "b"}
+    directions = Directions()
+    assert not torch.equal(directions.vectors(torch.zeros(3, 4)).r, Directions().vectors(torch.zeros(3, 4)).r)
+    assert len(directions.some(["a", "b", "c"], 2)) == 2
+    assert directions.some(["a", "b"], 2) == {"a", "b"}
     assert torch.equal(before, torch.get_rng_state())
