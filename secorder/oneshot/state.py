@@ -56,6 +56,9 @@ class State:
 
     def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), base: "State | None" = None) -> None:
         self._base = base
+        roots = list(roots)
+        held = [p for root in roots if isinstance(root, nn.Module) for p in root.parameters(recurse=False)]
+        self._sharded = any(hasattr(p, "placements") for p in held)
         self._saved: dict[int, tuple[Tensor, list[int]]] = {}
         self._restores: list[Callable[[], None]] = []
         self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held
@@ -167,7 +170,8 @@ class State:
     def _module(self, module: nn.Module) -> Iterator[Any]:
         self._restores.append(partial(_restore_attributes, module, dict(vars(module))))
         for table in tables_of(module):
-            self._restores.append(partial(_restore_dict, table, dict(table)))
+            if not self._sharded:  # FSDP exchanges parameters in the tables, as it gathers them
+                self._restores.append(partial(_restore_dict, table, dict(table)))
         yield from own_attributes(module).values()
         for table in tables_of(module):
             yield from table.values()

@@ -40,7 +40,11 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     count = None if known is None else known.count(shapes)
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
-    if needed or (due and count is not None and count > 1):
+    wanted = due and count is not None and count > 1
+    if fisher.shard is not None:  # a look gathers parameters: all ranks take it, or none
+        needed = bool(over_ranks(float(needed), fisher.shard, "max"))
+        wanted = not over_ranks(float(not wanted), fisher.shard, "max")
+    if needed or wanted:
         if _empty(shapes):
             fisher.troubles.saw("empty")
             return None
