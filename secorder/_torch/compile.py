@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
 from torch._C._dynamo import eval_frame
 
-__all__ = ["MAY_BREAK", "NONE", "WHOLE", "EagerSection", "being_compiled", "is_traced", "leave_graph", "uncompiled"]
+__all__ = ["EagerSection", "Graph", "being_compiled", "is_traced", "leave_graph", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,20 +24,23 @@ def uncompiled(function: Function) -> Function:
     return function
 
 
-#: How ``torch.compile`` traces the caller: not at all, into a graph that may be broken, or (``fullgraph=True``, or
-#: ``torch.export``) into one that may not. Plain integers, which every tracer can compare.
-NONE, MAY_BREAK, WHOLE = 0, 1, 2
+class Graph(IntEnum):
+    """Whether ``torch.compile`` traces the caller into a graph."""
+
+    NONE = 0
+    MAY_BREAK = 1
+    WHOLE = 2  # fullgraph=True, or torch.export
 
 
 @uncompiled
 def being_compiled() -> int:
-    """How the caller is traced: a constant to the tracer, which evaluates it as it traces."""
+    """The :class:`Graph` that the caller is traced into: a constant to the tracer, which evaluates it as it traces."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        return WHOLE if InstructionTranslator.current_tx().one_graph else MAY_BREAK
+        return int(Graph.WHOLE if InstructionTranslator.current_tx().one_graph else Graph.MAY_BREAK)
     except Exception:  # nothing is traced
-        return NONE
+        return int(Graph.NONE)
 
 
 being_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result sets

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.compile import MAY_BREAK, EagerSection, being_compiled, is_traced, leave_graph, uncompiled
+from .._torch.compile import EagerSection, Graph, being_compiled, is_traced, leave_graph, uncompiled
 from .._torch.engine import in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import Aside, OwnHook, computes_by_its_hooks
@@ -272,8 +272,8 @@ class _Begin(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         graph = being_compiled()
-        if graph:
-            if graph == MAY_BREAK:
+        if graph != Graph.NONE:
+            if graph == Graph.MAY_BREAK:
                 leave_graph()
             return
         eager = EagerSection()
@@ -295,8 +295,8 @@ class _End(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         graph = being_compiled()
-        if graph:
-            if graph == MAY_BREAK:
+        if graph != Graph.NONE:
+            if graph == Graph.MAY_BREAK:
                 leave_graph()
             return
         sections = [EagerSection()]  # this hook's own, and then the forward's

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from secorder._torch.compile import NONE, EagerSection, being_compiled, is_traced
+from secorder._torch.compile import EagerSection, Graph, being_compiled, is_traced
 
 
 def test_what_is_written_down_is_known() -> None:
@@ -39,5 +39,5 @@ def test_nothing_is_compiled_in_an_eager_section() -> None:
     assert not graphs
     compiled(torch.ones(2))
     assert len(graphs) == 1
-    assert being_compiled() == NONE
+    assert being_compiled() == Graph.NONE
     torch._dynamo.reset()
