@@ -125,29 +125,28 @@ def forward_hooks_removed(modules: Iterable[nn.Module], unwanted: Callable[[Any]
 @contextmanager
 def gradient_hooks_removed(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Inside, nothing runs that was registered with ``register_hook`` on the parameters."""
-    hooks: list[Any] = [p._backward_hooks for p in parameters if p._backward_hooks]
-    kept = [dict(h) for h in hooks]
-    for h in hooks:
-        h.clear()
-    try:
+    with _emptied([hooks for p in parameters if (hooks := p._backward_hooks)]):
         yield
-    finally:
-        for h, content in zip(hooks, kept, strict=True):
-            h.update(content)
 
 
 @contextmanager
 def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, nothing runs that was registered for the backward of the modules."""
-    hooks = [h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks) if h]
-    kept = [dict(h) for h in hooks]
-    for h in hooks:
-        h.clear()
+    with _emptied([hooks for m in modules for hooks in (m._backward_hooks, m._backward_pre_hooks) if hooks]):
+        yield
+
+
+@contextmanager
+def _emptied(tables: list[Any]) -> Iterator[None]:
+    """Inside, tables of hooks are empty."""
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
     try:
         yield
     finally:
-        for h, content in zip(hooks, kept, strict=True):
-            h.update(content)
+        for table, content in zip(tables, kept, strict=True):
+            table.update(content)
 
 
 def convolution_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:

@@ -171,10 +171,8 @@ def losses_by_output(
     if by_output is None:
         return None
     whole, points, exposed = by_output
-    inside = [leaf for z in layers for leaf in z.leaves]
-    inside += [s for layer in task.layers for s in task.isolated.replacements(layer)]
     output_gradients = gradients(whole, points, create_graph=True)
-    if any(g is not None for g in gradients(whole, inside)):
+    if task.enters_model(whole, [leaf for z in layers for leaf in z.leaves]):
         return None  # a weight penalty, features taken from inside the model, the model itself
     if all(g is None for g in output_gradients):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import check_chunk_size, fresh_generator
+from .._torch.vjp import check_chunk_size, fresh_generator, gradients
 from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimension, take_samples
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer
@@ -104,6 +104,11 @@ class Measurement:
             return self.loss_fn(output, targets)
         with self.isolated.loss_once_more(seed):
             return self.loss_fn(output, targets)
+
+    def enters_model(self, loss: Tensor, leaves: Sequence[Tensor]) -> bool:
+        """Whether a loss of the output alone depends on leaves inside of the model, or on the layers' parameters."""
+        replacements = [s for layer in self.layers for s in self.isolated.replacements(layer)]
+        return any(g is not None for g in gradients(loss, [*leaves, *replacements]))
 
     def dimension(self, tensor: Tensor) -> int | None:
         """Where a tensor's samples are; what has none is shared by all samples."""

@@ -109,9 +109,12 @@ class Attribution:
         """The layers whose gradient is put together, and takes part of what a layer's calls bring."""
         return [own for own, by in self.ties.items() if any(name == h for holders in by.values() for h, _ in holders)]
 
+    def owners(self, name: str) -> list[str]:
+        """The layers whose number a layer's calls take part in: those that share a parameter with it, or it alone."""
+        return self.sharing(name) or [name]
+
     def count(self, shapes: Sequence[Shape]) -> int | None:
-        """The number of samples of a batch, by its arguments' shapes; None where they do not agree with what is "
-        "known."""
+        """The number of samples of a batch, by its arguments' shapes; None where these contradict what is known."""
         if len(shapes) != len(self.dims) or any(
             dim is not None and len(shape) <= dim for shape, dim in zip(shapes, self.dims, strict=True)
         ):

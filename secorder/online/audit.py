@@ -264,17 +264,17 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def failures(self, layers: Sequence[tuple[str, Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
+    def failures(self, layers: Sequence[tuple[Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
         """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
 
         Args:
-            layers: of each its name, its parameters, and the layers that bring gradients of these, itself among them.
+            layers: of each its parameters, and the layers that bring gradients of these, itself among them.
         """
         indices: list[int] = []
         wholes: list[Tensor] = []
         values: list[Tensor] = []
         bounds: list[Tensor] = []
-        for index, (_, parameters, holders) in enumerate(layers):
+        for index, (parameters, holders) in enumerate(layers):
             for key in {self._home.get(id(p), id(p)) for p in parameters.values()} & self._actual.keys():
                 known = [found for name in holders for found in self._explained.get((name, key), ())]
                 whole = self._actual[key]

@@ -142,6 +142,10 @@ class OnlineFisher:
         """Samples of the batch on all ranks that share the sums."""
         return record.num_samples if self.shard is None else record.together
 
+    def count_of(self, record: ForwardRecord) -> float | Tensor:
+        """Samples that a batch counts for: all of them, or those that have a weight."""
+        return self.of_all(record) if record.counted is None else record.counted
+
     def deliver(self, records: Sequence[ForwardRecord], layer: Layer) -> None:
         """Add the squares of a layer's per-sample gradients: all its calls of one backward have come.
 
@@ -235,7 +239,7 @@ class OnlineFisher:
             with _ADDING:
                 before = [version(total) for total in sums.sums]
                 sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
-                sums.count(self.of_all(record) if record.counted is None else record.counted, good, self.decay)
+                sums.count(self.count_of(record), good, self.decay)
             if good is not None:
                 record.goods.append(good)
         except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
@@ -260,8 +264,6 @@ class OnlineFisher:
 
     # ---- the audit
 
-    # ---- the end of a backward
-
     def _explain(self, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, Tensor]:
         """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
         if self.penalty is not None:
@@ -277,11 +279,7 @@ class OnlineFisher:
         troubled = {name for record in backward.records for name in record.troubled}
         chosen = [(i, layer) for i, layer in enumerate(self.layers) if layer.name not in troubled]
         asked = [
-            (
-                layer.name,
-                layer.parameters,
-                {layer.name}.union(*(r.attribution.holders(layer.name) for r in backward.records)),
-            )
+            (layer.parameters, {layer.name}.union(*(r.attribution.holders(layer.name) for r in backward.records)))
             for _, layer in chosen
         ]
         found = backward.audit.failures(asked)
@@ -305,12 +303,14 @@ class OnlineFisher:
             if p.grad is not None and slot(p) != before:
                 self.failures[index].add_((p.grad != 0).any())
 
+    # ---- the end of a backward
+
     def second_backward(self, record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor) -> None:
         """A second backward reaches layers through a forward whose samples are counted.
 
         The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
         """
-        owners = [own for name in names for own in (record.attribution.sharing(name) or [name]) if own in self.sums]
+        owners = [own for name in names for own in record.attribution.owners(name) if own in self.sums]
         if before is None:
             self.troubles.mark(owners, _SECOND)
         else:
@@ -334,7 +334,7 @@ class OnlineFisher:
             return
         both = [name for name in record.calls if any(name in one.calls for one in same)]
         self.troubles.mark(
-            [own for name in both for own in (record.attribution.sharing(name) or [name])],
+            [own for name in both for own in record.attribution.owners(name)],
             "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
             'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
             'or forwards="separate" where each forward has samples of its own.',
@@ -350,12 +350,7 @@ class OnlineFisher:
         """A backward has ended: add what its records still hold, and audit it."""
         if records and backward.number in self.others:
             self.troubles.mark(
-                [
-                    own
-                    for record in records
-                    for name in record.calls
-                    for own in record.attribution.sharing(name) or [name]
-                ],
+                [own for record in records for name in record.calls for own in record.attribution.owners(name)],
                 "one backward runs through several forwards of the model of which some are not recorded (every=), so "
                 "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
             )
@@ -406,14 +401,14 @@ class OnlineFisher:
                 if self.decay is not None:
                     for total in sums.sums:
                         total.mul_(self.decay)
-                sums.count(self.of_all(record) if record.counted is None else record.counted, None, self.decay)
+                sums.count(self.count_of(record), None, self.decay)
         with _ADDING:
             self.batches += 1
             self._count(record)
 
     def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
-        count: float | Tensor = self.of_all(record) if record.counted is None else record.counted
+        count = self.count_of(record)
         if len(record.goods) < len(self.layers):
             self.seen.add_(count)
         else:

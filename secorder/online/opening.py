@@ -120,8 +120,7 @@ def _look(
         fisher.troubles.saw("look failed")
         fisher.troubles.warn(
             f"a batch is left out, since running the model on it to see where samples are failed "
-            f"({type(error).__name__}: "
-            f"{error}); the next one is looked at."
+            f"({type(error).__name__}: {error}); the next one is looked at."
         )
         return None
     names = [layer.name for layer in fisher.layers]
@@ -290,7 +289,7 @@ def _output_layout(found: Attribution, index: int, shape: Shape, record: Forward
 def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
     reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
     record.troubled.add(layer.name)
-    fisher.troubles.leave_out(record, record.attribution.sharing(layer.name) or [layer.name], reason)
+    fisher.troubles.leave_out(record, record.attribution.owners(layer.name), reason)
 
 
 def _no_dimension(record: ForwardRecord, layer: Layer) -> str:

@@ -161,9 +161,7 @@ def _output_side(
     if by_output is None:
         return None
     again, points, _ = by_output
-    inside = [leaf for g in candidates for leaf in g.leaves]
-    inside += [s for layer in task.layers for s in task.isolated.replacements(layer)]
-    if any(g is not None for g in gradients(again, inside)):
+    if task.enters_model(again, [leaf for g in candidates for leaf in g.leaves]):
         return None  # the loss reaches into the model past its output
     side = OutputSide(model_outputs, points, gradients(again, points, create_graph=True))
     for graph in candidates:
