@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 
+from .compiler import run_eagerly
+
 __all__ = ["EagerSection", "Graph", "being_compiled", "is_traced", "leave_graph", "uncompiled"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -84,7 +86,7 @@ class EagerSection:
 
     def run_compiled_code_eagerly(self) -> None:
         """Neither is what was compiled run as such."""
-        self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+        self._stance.enter_context(run_eagerly())
 
     def end(self) -> None:
         """As it was before."""

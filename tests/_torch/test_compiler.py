@@ -1,9 +1,11 @@
 """Compiled functions step aside."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 
-from secorder._torch.compiler import eager
+from secorder._torch.compiler import eager, run_eagerly
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 has no such switch")
@@ -19,4 +21,17 @@ def test_compiled_functions_run_as_they_were_written() -> None:
     assert "CompiledFunction" in compiled(x).grad_fn.name()
     with eager():
         assert compiled(x).grad_fn.name() == "ExpBackward0"
+    assert "CompiledFunction" in compiled(x).grad_fn.name()
+
+
+def test_sections_that_overlap_leave_the_compiler_as_it_was() -> None:
+    """As those of threads do, which do not end in the order that they began in."""
+    compiled = torch.compile(torch.exp, backend="aot_eager")
+    x = torch.randn(3, requires_grad=True)
+    one, other = ExitStack(), ExitStack()
+    one.enter_context(run_eagerly())
+    other.enter_context(run_eagerly())
+    one.close()
+    assert compiled(x).grad_fn.name() == "ExpBackward0"
+    other.close()
     assert "CompiledFunction" in compiled(x).grad_fn.name()
