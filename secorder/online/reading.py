@@ -30,7 +30,7 @@ def untold(fisher: OnlineFisher) -> dict[str, str]:
 def diagonals(fisher: OnlineFisher, missing: Literal["raise", "skip"] = "raise") -> Diagonals:
     """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`."""
     troubles = untold(fisher)
-    if troubles and missing == "raise":
+    if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         reason = next(iter(troubles.values()))
         raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
     if fisher.assumed:
