@@ -220,7 +220,7 @@ class OnlineFisher:
             for layer, own, gradients in zip(layers, sums, chunk, strict=True):
                 self._explain(record, layer, dict(zip(layer.parameters, gradients, strict=True)))
                 for total, g in zip(own, gradients, strict=True):
-                    flat = g.flatten(1)
+                    flat = g.reshape(len(g), -1)  # of a scalar, too
                     if record.weights is not None:
                         flat = flat * record.weights[at : at + len(flat), None].to(flat)
                     total.add_((flat * flat).sum(0))

@@ -75,7 +75,7 @@ def told(
     """
     if missing not in ("raise", "skip"):
         raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
-    if troubles and missing == "raise":
+    if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         reason = next(iter(troubles.values()))
         raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
     if fisher.assumed:
