@@ -63,10 +63,6 @@ class Shared(nn.Module):
         return torch.tanh(self.fc(x)) * self.shift(self.condition)
 
 
-#: Before 2.7, PyTorch's fully_shard gathers parameters by what the streams of a CPU do not have.
-FULLY_SHARD_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
-
-
 class Twice(nn.Module):
     """A layer is used twice."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
     accumulates_untouched,
@@ -91,11 +92,13 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
                 backward.handles.append(first_gradient_hook(graph[name], saw))
 
 
+@never_compiled
 def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
     if gradients[0] is not None:
         saw(gradients[0])
 
 
+@never_compiled
 def _saw(
     backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
 ) -> None:
@@ -110,6 +113,7 @@ def _runs(backward: Backward) -> bool:
     return inner or current_backward() == backward.number
 
 
+@never_compiled
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
