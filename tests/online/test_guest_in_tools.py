@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 import subprocess
@@ -300,26 +301,27 @@ import torch
 from torch import nn
 kinds = [nn.Sequential, nn.Linear, nn.Tanh, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Flatten]
 torch.serialization.add_safe_globals(kinds)
-model = torch.load(sys.argv[1], weights_only=True)
-print(float(model(torch.ones(1, *[int(n) for n in sys.argv[2:]], dtype=torch.float64)).detach().sum()))
+for path, *shape in (argument.split(",") for argument in sys.argv[1:]):
+    model = torch.load(path, weights_only=True)
+    print(float(model(torch.ones(1, *map(int, shape), dtype=torch.float64)).detach().sum()))
 """
 
 
-@pytest.mark.parametrize("kind", ["mlp", "cnn"])
-@pytest.mark.parametrize("history", HISTORIES)
-def test_a_saved_model_is_loaded_by_the_users_own_safe_globals_where_secorder_is_not_installed(
-    kind: str, history: str, tmp_path: Path
-) -> None:
-    _, model, inputs, probe = probed(kind, history)
-    model.eval()
-    torch.save(model, tmp_path / "model.pt")
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "model.pt"), *map(str, inputs.shape[1:])]
+def test_a_saved_model_is_loaded_by_the_users_own_safe_globals_where_secorder_is_not_installed(tmp_path: Path) -> None:
+    arguments, expected = [], []
+    for index, (kind, history) in enumerate(itertools.product(["mlp", "cnn"], HISTORIES)):
+        _, model, inputs, probe = probed(kind, history)
+        model.eval()
+        path, shape = tmp_path / f"{index}.pt", inputs.shape[1:]
+        torch.save(model, path)
+        assert b"secorder" not in path.read_bytes()
+        arguments.append(",".join(map(str, (path, *shape))))
+        with probe.paused():
+            expected.append(float(model(torch.ones(1, *shape)).detach().sum()))
+    command = [sys.executable, "-c", LOAD, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    with probe.paused():
-        expected = float(model(torch.ones(1, *inputs.shape[1:])).detach().sum())
-    assert float(done.stdout) == pytest.approx(expected)
-    assert b"secorder" not in (tmp_path / "model.pt").read_bytes()
+    assert [float(line) for line in done.stdout.split()] == pytest.approx(expected)
 
 
 def test_a_saved_state_dict_and_the_module_tree_are_the_same() -> None:
