@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-@dataclass
+@dataclass(eq=False)
 class RecordedLayer:
     """A layer with its recorded calls.
 
