@@ -157,7 +157,7 @@ def test_a_run_goes_on_from_its_state() -> None:
         ({"hessian_every": 5}, "hessian_every needs loss_fn= and batch="),
         ({"eigenvalues_every": 5}, "eigenvalues_every needs loss_fn= and batch="),
         ({"every": 5}, "takes log_every= in place of every="),
-        ({"metod": "exact"}, "no option 'metod'"),
+        ({"methods": "exact"}, "no option 'methods'"),
     ],
 )
 def test_recorder_refuses(arguments: dict[str, Any], message: str) -> None:
