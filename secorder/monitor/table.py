@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
-from .blocks import shortened
+from .fitting import fitting
 from .html import html_table
 from .statistics import LayerSummary, merged, summarize
 from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
@@ -230,28 +230,8 @@ class Report:
         return table
 
     def _fitting(self, console: Console, width: int) -> Table:
-        """The table that fits: names give up what they share, then columns are left out, at last names are cut."""
-
-        def excess(table: Table) -> int:
-            return Measurement.get(console, console.options.update(width=10_000), table).maximum - width
-
-        columns, told = self._columns(), ""
         names = {row.name: row.name or "model" for row in self._rows}
-        table = self._table(columns, names)
-        if excess(table) > 0:
-            told, short = shortened(list(names))
-            names = dict(zip(names, short, strict=True)) if told else names
-            table = self._table(columns, names, told)
-        for level in sorted({c.gives_way for c in columns} - {0}, reverse=True):
-            if excess(table) <= 0:
-                return table
-            columns = [c for c in columns if c.gives_way < level]
-            table = self._table(columns, names, told)
-        if excess(table) > 0:
-            room = max(5, max(map(len, names.values())) - excess(table))
-            cut = {name: text if len(text) <= room else f"…{text[1 - room :]}" for name, text in names.items()}
-            table = self._table(columns, cut, told)
-        return table
+        return fitting(console, width, self._columns(), names, self._table)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._fitting(console, options.max_width)
