@@ -10,7 +10,7 @@ from ...layers.dtypes import rounding
 from ...results import Strategy
 from ..measurement import Measurement
 from ..output_hessian import Pairs, as_samples, roots
-from ..recorded_layer import contract_pairs
+from ..recorded_layer import contract_pairs, layouts_by_graph
 from .budget import Budget
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
@@ -43,7 +43,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
         graphs: of the layers.
     """
     pairs = roots(side.output_gradients, side.points, task.chunk_size)
-    check = None if task.certain else _Bilinear(task, graphs, pairs)
+    known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))
+    check = None if known else _Bilinear(task, graphs, pairs)
     found = contract_pairs(
         side.model_outputs,
         graphs,
@@ -51,10 +52,11 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
         certain=task.certain,
         generator=task.generator,
         chunk_size=task.chunk_size,
+        by_graph=side.by_graph,
         watch=check,
     )
     for graph in graphs:
-        graph.num_hvps += len(pairs.u) + (0 if task.certain else 3)
+        graph.num_hvps += len(pairs.u) + (0 if known else 3)
     served = [g for g, values in zip(graphs, found, strict=True) if values is not None]
     if check is not None and served and not check.holds(served):
         return [None] * len(graphs)

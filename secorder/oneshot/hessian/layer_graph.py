@@ -32,11 +32,13 @@ class OutputSide:
         model_outputs: the output tensors, samples in dim 0.
         points: leaves in their place.
         output_gradients: of the loss in the leaves, differentiable.
+        by_graph: whether the graph may tell where samples are: no hook of the model's changes gradients.
     """
 
     model_outputs: list[Tensor]
     points: list[Tensor]
     output_gradients: list[Tensor | None]
+    by_graph: bool = False
 
     @property
     def size(self) -> int:
