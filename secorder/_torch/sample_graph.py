@@ -62,10 +62,10 @@ def samples_in_graph(
     found: dict[int, int | None] = {}
     seen: set[tuple[Any, int, int | None]] = set()
     waiting: list[tuple[Any, int, int | None]] = []
-    for output, inner in zip(outputs, inner_sizes, strict=True):
+    for output, size in zip(outputs, inner_sizes, strict=True):
         if output.requires_grad:
             edge = get_gradient_edge(output)
-            waiting.append((edge.node, edge.output_nr, inner))
+            waiting.append((edge.node, edge.output_nr, size))
     while waiting:
         here = waiting.pop()
         if here in seen:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ __all__ = [
     "scales",
     "settle_layouts",
 ]
+
+
+Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 
 @dataclass
@@ -179,7 +182,7 @@ def _pull_back(
     return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
 
 
-def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer]) -> list[RecordedLayer]:
+def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:
     """Enter into every layer the layout that the graph shows to be right; returns those of which it does not tell.
 
     Args:

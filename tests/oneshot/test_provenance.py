@@ -104,10 +104,9 @@ def test_coupled_samples_are_refused(name: str) -> None:
 
 
 def test_hooks_that_couple_are_seen() -> None:
+    """One sample at a time, the hook does what it does to a batch of one."""
     found, expected = measured(hooked_together)
-    with pytest.raises((CouplingError, AttributionError, AssertionError)):
-        assert_all_close(found, expected)
-        raise AssertionError
+    assert_all_close(found, expected)
 
 
 def test_hooks_that_clamp_have_no_jacobian() -> None:
