@@ -25,6 +25,7 @@ from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
 from .online.reduction import token_weights
 from .online.verification import Verification
+from .online.window import Window
 from .probe import CurvatureProbe
 from .results import Diagonals, LayerInfo, Strategy
 
@@ -57,6 +58,7 @@ __all__ = [
     "Strategy",
     "Trace",
     "Verification",
+    "Window",
     "diagnose",
     "get_layer_curvature_stats",
     "per_layer_fisher_diagonal",

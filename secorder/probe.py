@@ -34,12 +34,13 @@ from .online.reading import diagonals, num_samples, num_skipped, untold
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
+from .online.window import Window, take_window
 from .parallel.fsdp import gathered
 from .results import Diagonals, weighted_mean
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
+    from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
-    from .monitor.tensorboard import CurvatureLog, Writer
 
 __all__ = ["CurvatureProbe", "NoLayerError"]
 
@@ -239,6 +240,21 @@ class CurvatureProbe:
         return [layer.name for layer in self._fisher.layers]
 
     @property
+    def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The parameters of each layer looked at, as they are in the model now."""
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._fisher.layers}
+
+    @property
+    def decay(self) -> float | None:
+        """Of the moving average over batches; None for the mean over all samples."""
+        return self._fisher.decay
+
+    @property
+    def every(self) -> int:
+        """Each ``every``-th forward is recorded."""
+        return self._every
+
+    @property
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
         return num_samples(self._fisher)
@@ -338,15 +354,8 @@ class CurvatureProbe:
                 )
             if synchronize:
                 self.synchronize()
-            if missing not in ("raise", "skip"):
-                raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
             found = diagonals(self._fisher, missing)
-            if not self._verified:
-                self._verified = True
-                caution(
-                    "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
-                    "let probe.verify(loss_fn, inputs, targets) find out."
-                )
+            self._tell_assumed()
             return found
         check_fisher_type(fisher_type, num_draws)
         fisher = self._measure(
@@ -362,6 +371,41 @@ class CurvatureProbe:
         )
         warn_if_not_finite(fisher, "Fisher")
         return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
+
+    def _tell_assumed(self) -> None:
+        """Say once what a number rests on that was neither told nor verified."""
+        if not self._verified:
+            self._verified = True
+            caution(
+                "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
+                "let probe.verify(loss_fn, inputs, targets) find out."
+            )
+
+    def window(self, *, keep_total: bool = True, synchronize: bool = False) -> Window:
+        """Take out what was accumulated since the last call of this method (or the start), and begin a new window.
+
+        The mean over a whole run is not what a chart over time should show: a :class:`~secorder.Window` holds the
+        samples between two looks alone. A step costs what it did. :meth:`fisher_diagonal` goes on to tell of all
+        samples: what is taken out is added to a sum of the same size in the host's memory, made at the first look.
+
+        Args:
+            keep_total: False forgets what is taken out, and takes no memory for it: :meth:`fisher_diagonal` and
+                :attr:`num_samples` then tell of what came since the last look alone.
+            synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
+
+        Returns:
+            a :class:`~secorder.Window`. With ``decay`` its moving average begins at the look. A layer whose number
+            cannot be told stays so until :meth:`reset`.
+
+        Raises:
+            ProbeStateError: ``synchronize`` without ``torch.distributed``. An empty window raises when it is read.
+        """
+        if synchronize:
+            self.synchronize()
+        taken = take_window(self._fisher, keep_total=keep_total)
+        if taken.num_samples:
+            self._tell_assumed()
+        return taken
 
     @tells_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
@@ -711,24 +755,25 @@ class CurvatureProbe:
             return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 
-    def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
-        """Write the accumulated Fisher (and a Hessian diagonal): see :mod:`secorder.monitor.tensorboard`.
+    def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
+        """Write the accumulated Fisher (and a Hessian diagonal): see :func:`secorder.monitor.log.log_diagonals`.
 
         Args:
-            writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
+            sinks: a ``torch.utils.tensorboard.SummaryWriter``, or another sink; several as a list.
             step: the training step.
             hessian: what :meth:`hessian_diagonal` returned, if it is to be logged too.
 
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+            InvalidTypeError: it is no sink.
         """
-        from .monitor.tensorboard import CurvatureLog
+        from .monitor.log import CurvatureLog
 
-        if self._log is None or self._log.writer is not writer:
-            self._log = CurvatureLog(writer)
-        self._log.log("fisher", self.fisher_diagonal(), step)
+        if self._log is None or self._log.given is not sinks:
+            self._log = CurvatureLog(sinks, strict=True)
+        self._log.diagonals("fisher", self.fisher_diagonal(), step)
         if hessian is not None:
-            self._log.log("hessian", hessian, step)
+            self._log.diagonals("hessian", hessian, step)
 
     def _attached(self) -> Attachment:
         if self._attachment is None:

@@ -46,6 +46,24 @@ def main(case: str) -> None:
             probe.synchronize()  # changes nothing more
             assert probe.num_samples == 24, probe.num_samples
             assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    elif case == "windows":  # some ranks have looked at a window of their own before
+        with CurvatureProbe(model) as probe:
+            for part in (slice(0, 3), slice(3, 5), slice(5, None)):
+                if len(x[part]):
+                    F.cross_entropy(model(x[part]), t[part]).backward()
+                if part.start == 0 and rank == 0:
+                    probe.window()
+                elif part.start == 3:
+                    probe.synchronize()
+            window = probe.window(synchronize=True)
+            held = 24 - 3  # less what the window of the first rank took out
+            assert (window.num_samples, probe.num_samples) == (held, 24), window
+            alone = fisher_by_sample(make(), F.cross_entropy, inputs[:3], targets[:3], 3)
+            rest = {name: (24 * f - 3 * alone[name]) / held for name, f in expected.items()}
+            assert_all_close(window.fisher_diagonal().by_parameter(), rest)
+            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+            probe.synchronize()
+            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
     elif case == "averaged":  # DDP's averaging of gradients must not enter
         wrapped = DistributedDataParallel(model)
         size = 24 // ranks

@@ -24,9 +24,10 @@ from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
 from .hessian.run import on_parameters
 from .measurement import Measurement
-from .output_hessian import Pairs, as_samples, filled
+from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
 from .recording import recorded
+from .roots import single
 
 __all__ = ["Curvature", "Operator", "check_curvature", "operators"]
 
@@ -144,7 +145,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
     if not task.certain:
         random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
-        require_linear_backward(outputs, replacements, Pairs(random[None]), task.generator)
+        require_linear_backward(outputs, replacements, single(random), task.generator)
     for layer in task.layers:
         yield layer, _product_by_output(task, layer, outputs, weights, metric)
 

@@ -199,6 +199,7 @@ class Audit:
         self._vectors: dict[int, Vectors] = {}
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
+        self._seen: set[int] = set()
         self._explained: dict[tuple[str, int], list[Explained]] = {}
 
     @property
@@ -228,10 +229,15 @@ class Audit:
 
     def see(self, parameter: Tensor, gradient: Tensor) -> None:
         """The whole gradient of a parameter is here."""
+        self._seen.add(id(parameter))
         vectors = self._vectors[id(parameter)]
         value = actual(gradient.detach(), vectors)
         key = self._home.get(id(parameter), id(parameter))
         self._actual[key] = self._actual[key] + value if key in self._actual else value
+
+    def saw(self, parameter: Tensor) -> bool:
+        """Whether the whole gradient of a parameter has come."""
+        return id(parameter) in self._seen
 
     def explain(
         self,

@@ -20,14 +20,15 @@ from ..layers.selection import Layer
 from .audit import Audit
 from .fisher import quietly
 from .penalty import watch
-from .record import Backward, ForwardRecord
+from .record import Backward, ForwardRecord, slot
 
 if TYPE_CHECKING:
     from .hooks import Attachment
 
 __all__ = ["enter", "leave"]
 
-#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time.
+#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
+#: looked at, all of them.
 LEAST, MOST = 3, 24
 
 
@@ -65,16 +66,20 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         watch(backward, fisher.layers)
         return
     names = [layer.name for layer in fisher.layers]
-    audited = fisher.directions.some(names, min(MOST, max(LEAST, len(names) // 2)))
+    most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
+    audited = fisher.directions.some(names, most)
     captured = {name for name, _ in record.hooked}
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
-    for layer in fisher.layers:
+    for index, layer in enumerate(fisher.layers):
         if layer.name not in audited and layer.name in captured:
             continue
+        slots = dict(zip(layer.parameters, record.slots.get(layer.name, ()), strict=False))
         graph = record.parameters(layer)
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         for name in backward.audit.watch(layer.parameters, graph, apart=apart):
             parameter = layer.parameters[name]
+            if not layer.sharded and name in slots and slot(parameter) not in (None, slots[name]):
+                backward.early.append((index, parameter))
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
@@ -115,6 +120,10 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
         if parameter.grad is not None and backward.alone:
             backward.audit.see(parameter, parameter.grad)
     backward.fresh.clear()
+    for index, parameter in backward.early:
+        if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
+            fisher.failures[index].add_((parameter.grad != 0).any())
+    backward.early.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters

@@ -11,7 +11,7 @@ from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
 from ..parallel.fsdp import Shard, local
 from .fisher import OnlineFisher
-from .sums import LayerSums
+from .sums import LayerSums, Stretch, put_aside
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["load_state", "state_of", "synchronize"]
 
 #: Of the layout of :meth:`CurvatureProbe.state_dict`.
-VERSION = 3
+VERSION = 4
+
+#: Before the keys of what was accumulated before the last look at a window.
+EARLIER = "earlier/"
 
 
 def _kind(fisher: OnlineFisher) -> str:
@@ -33,16 +36,25 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
     state = {
-        "header": torch.tensor([VERSION, _KINDS.index(_kind(fisher)), fisher.batches, *counts]),
+        "header": torch.tensor([VERSION, _KINDS.index(_kind(fisher)), *counts]),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64),
-        "seen": torch.stack([fisher.seen, fisher.seen.new_tensor(fisher.elsewhere)]),
+        "failures": fisher.failures.clone(),
+        **_state_of(fisher, fisher, ""),
     }
-    for layer, failures in zip(fisher.layers, fisher.failures, strict=True):
-        sums = fisher.sums[layer.name]
-        numbers = [sums.counts, sums.counts.new_tensor([sums.batches]), failures[None].to(sums.counts)]
-        state[f"counts/{layer.name}"] = torch.cat(numbers)
+    return state if fisher.earlier is None else {**state, **_state_of(fisher, fisher.earlier, EARLIER)}
+
+
+def _state_of(fisher: OnlineFisher, stretch: "OnlineFisher | Stretch", prefix: str) -> dict[str, Tensor]:
+    """Of what one stretch of training has brought."""
+    numbers = [stretch.seen, *(stretch.seen.new_tensor(x) for x in (stretch.elsewhere, stretch.batches))]
+    state = {f"{prefix}seen": torch.stack(numbers)}
+    for layer in fisher.layers:
+        sums = stretch.sums[layer.name]
+        state[f"{prefix}counts/{layer.name}"] = torch.cat(
+            [sums.counts, sums.counts.new_tensor([sums.batches, sums.decays])]
+        )
         for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=True):
-            key = f"sums/{layer.parameter_name(name)}"
+            key = f"{prefix}sums/{layer.parameter_name(name)}"
             state[key] = Shard.of(p).place(total.clone()) if layer.sharded else total.clone()
     return state
 
@@ -52,28 +64,38 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     header = state.get("header") if isinstance(state, Mapping) else None
     if not isinstance(header, Tensor) or int(header[0]) != VERSION:
         raise InvalidArgumentError(f"the state is not one of CurvatureProbe.state_dict(), version {VERSION}.")
-    _, kind, batches, *counts = (int(number) for number in header.tolist())
+    _, kind, *counts = (int(number) for number in header.tolist())
     theirs = (_KINDS[kind], float(state["decay"]) or None)
     for key, own, other in zip(("reduction", "decay"), (_kind(fisher), fisher.decay), theirs, strict=True):
         if own != other:
             raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
     _require_same_parameters(fisher, state)
+    now = _stretch_of(fisher, state, "")
+    earlier = _stretch_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
+    fisher.reset()
+    fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
+    fisher.seen.copy_(now.seen)
+    fisher.failures.copy_(state["failures"])
+    fisher.earlier = earlier
+    if attachment is not None:
+        attachment.counts[True], attachment.counts[False] = counts
+
+
+def _stretch_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -> Stretch:
+    """What :func:`_state_of` told."""
     loaded = {}
     for layer in fisher.layers:
         sums = loaded[layer.name] = LayerSums.empty(layer, fisher.device, fisher.dtype)
         sums.sums = [
-            local(state[f"sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
+            local(state[f"{prefix}sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
             for name, like in zip(layer.parameters, sums.sums, strict=True)
         ]
-        numbers = state[f"counts/{layer.name}"].to(sums.counts, copy=True)
-        sums.counts, sums.batches = numbers[:3].clone(), round(float(numbers[3]))
-    fisher.reset()
-    fisher.sums, fisher.batches = loaded, batches
-    fisher.seen.copy_(state["seen"][0])
-    fisher.elsewhere = float(state["seen"][1])
-    fisher.failures.copy_(torch.stack([state[f"counts/{layer.name}"][4] for layer in fisher.layers]))
-    if attachment is not None:
-        attachment.counts[True], attachment.counts[False] = counts
+        numbers = state[f"{prefix}counts/{layer.name}"].to(sums.counts, copy=True)
+        sums.counts = numbers[:3].clone()
+        sums.batches, sums.decays = (round(number) for number in numbers[3:].tolist())
+    seen, elsewhere, batches = state[f"{prefix}seen"].tolist()
+    stretch = Stretch(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches))
+    return put_aside(stretch) if prefix else stretch
 
 
 def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:
@@ -95,14 +117,30 @@ def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) 
     """See :meth:`secorder.CurvatureProbe.synchronize`."""
     if fisher.shard is not None:
         return  # sums are those of all ranks at every step
-    every = [fisher.sums[layer.name] for layer in fisher.layers]
-    # Each rank goes on with its share of what all have: a later call then adds what came since.
+    divided = fisher.seen.new_tensor(float(fisher.earlier is not None))
+    add_up([divided], group)
+    if float(divided):  # on some rank a window was looked at: then all of them add up what came before apart
+        earlier = fisher.earlier or Stretch(fisher.fresh().sums, torch.zeros_like(fisher.seen), 0.0, 0)
+        earlier = Stretch(
+            {name: sums.to(fisher.sums[name].counts.device, copy=True) for name, sums in earlier.sums.items()},
+            earlier.seen.to(fisher.seen, copy=True),
+            earlier.elsewhere,
+            earlier.batches,
+        )
+        _share(earlier, group)
+        fisher.earlier = put_aside(earlier)
+    _share(fisher, group)
+
+
+def _share(stretch: "OnlineFisher | Stretch", group: "dist.ProcessGroup | None") -> None:
+    """Leave each rank its share of what all have: a later call then adds what came since."""
+    every = list(stretch.sums.values())
     kept = [sums.counts[:2].clone() for sums in every]
-    add_up([fisher.seen, *kept, *(total for sums in every for total in sums.sums)], group)
+    add_up([stretch.seen, *kept, *(total for sums in every for total in sums.sums)], group)
     ranks = dist.get_world_size(group)
     for sums, counts in zip(every, kept, strict=True):
         sums.counts[:2] = counts / ranks
         for total in sums.sums:
             total.div_(ranks)
-    fisher.elsewhere = float(fisher.seen) * (1 - 1 / ranks)
-    fisher.seen.div_(ranks)
+    stretch.elsewhere = float(stretch.seen) * (1 - 1 / ranks)
+    stretch.seen.div_(ranks)

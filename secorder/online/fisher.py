@@ -30,10 +30,10 @@ from .penalty import add_shared, explain
 from .record import Backward, Backwards, Call, ForwardRecord, slot
 from .reduction import Weights
 from .rerun import rerun_gradients
-from .sums import LayerSums
+from .sums import LayerSums, Stretch
 from .troubles import Troubles
 
-__all__ = ["OnlineFisher", "quietly", "total_of"]
+__all__ = ["ADDING", "OnlineFisher", "quietly", "total_of"]
 
 _INTERRUPTED = (
     "adding a batch to its sums was broken off ({}), so that they hold a part of it: call reset(), or "
@@ -46,7 +46,7 @@ _SECOND = (
 )
 
 #: Threads add to the sums one after the other.
-_ADDING = threading.Lock()
+ADDING = threading.Lock()
 
 
 class OnlineFisher:
@@ -112,15 +112,20 @@ class OnlineFisher:
         """Forget everything accumulated."""
         #: A parameter that FSDP2 shards over the ranks, if any is: then sums and counts are those of all ranks.
         self.shard = sharded_parameter(self.layers)
+        self.renew()
+        self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
+        self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
+        self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
+        self.called: set[str] = set()  # layers, in some recorded forward
+
+    def renew(self) -> None:
+        """Go on with empty sums."""
         self.sums = {layer.name: LayerSums.empty(layer, self.device, self.dtype) for layer in self.layers}
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
-        self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
-        self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
-        self.called: set[str] = set()  # layers, in some recorded forward
 
     def follow(self) -> None:
         """Keep what is counted where the parameters are."""
@@ -215,7 +220,7 @@ class OnlineFisher:
             for layer, own, gradients in zip(layers, sums, chunk, strict=True):
                 self._explain(record, layer, dict(zip(layer.parameters, gradients, strict=True)))
                 for total, g in zip(own, gradients, strict=True):
-                    flat = g.flatten(1)
+                    flat = g.reshape(len(g), -1)  # of a scalar, too
                     if record.weights is not None:
                         flat = flat * record.weights[at : at + len(flat), None].to(flat)
                     total.add_((flat * flat).sum(0))
@@ -236,7 +241,7 @@ class OnlineFisher:
             alpha *= (1 - self.decay) / self.of_all(record)
         before: list[int] = []
         try:
-            with _ADDING:
+            with ADDING:
                 before = [version(total) for total in sums.sums]
                 sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
                 sums.count(self.count_of(record), good, self.decay)
@@ -397,12 +402,12 @@ class OnlineFisher:
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
                         self.failures[index].add_(local(p.grad).abs().sum() != 0)
-            with _ADDING:
+            with ADDING:
                 if self.decay is not None:
                     for total in sums.sums:
                         total.mul_(self.decay)
                 sums.count(self.count_of(record), None, self.decay)
-        with _ADDING:
+        with ADDING:
             self.batches += 1
             self._count(record)
 

@@ -107,6 +107,8 @@ class Backward:
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
         fresh: parameters without a gradient when it began: what they have at its end is this pass's.
+        early: parameters whose gradient has changed between the end of the forward and this pass's first gradient, and
+            the numbers of their layers: where no more comes, they are used in the loss alone.
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
         audit: of the parameters' whole gradients.
     """
@@ -119,6 +121,7 @@ class Backward:
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []
+        self.early: list[tuple[int, Tensor]] = []
         self.whole: dict[int, Tensor] = {}
         self.audit = audit
 

@@ -1,5 +1,8 @@
-"""The sums of one layer: squared per-sample gradients, and how many samples are in them. Nothing is read on the "
-"host."""
+"""The sums of each layer: squared per-sample gradients, and how many samples are in them. Nothing is read on the host.
+
+What one stretch of training brings is added up by itself; two of them, one after the other, are put :func:`together`
+when a number of both is asked for.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +16,7 @@ from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 
-__all__ = ["LayerSums"]
+__all__ = ["LayerSums", "Stretch", "together"]
 
 
 @dataclass
@@ -24,11 +27,13 @@ class LayerSums:
         sums: 1-D, one a parameter.
         counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
         batches: that were handed in, bad ones among them.
+        decays: how often a moving average has moved on.
     """
 
     sums: list[Tensor]
     counts: Tensor
     batches: int = 0
+    decays: int = 0
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -50,6 +55,11 @@ class LayerSums:
             fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
         self.sums, self.counts = fresh.sums, fresh.counts
         self._increments.clear()
+
+    def to(self, device: torch.device | str, *, copy: bool = False) -> "LayerSums":
+        """The same on another device."""
+        sums = [total.to(device, copy=copy) for total in self.sums]
+        return LayerSums(sums, self.counts.to(device, copy=copy), self.batches, self.decays)
 
     def add(
         self,
@@ -81,6 +91,7 @@ class LayerSums:
         """Count a batch of so many samples; not where it is not good (a bool on the layer's device)."""
         self.batches += 1
         if decay is not None:
+            self.decays += 1
             self.counts[1].mul_(decay)
         increment = self._increment(samples, decay)
         if good is None:
@@ -99,3 +110,36 @@ class LayerSums:
                 self._increments.clear()
             self._increments[key] = self.counts.new_tensor([samples, weight, 1.0])
         return self._increments[key]
+
+
+@dataclass
+class Stretch:
+    """What one stretch of training has brought.
+
+    Attributes:
+        sums: by layer.
+        seen: samples of all batches that count, float64.
+        elsewhere: samples that other ranks had seen when they were synchronised.
+        batches: recorded.
+    """
+
+    sums: dict[str, LayerSums]
+    seen: Tensor
+    elsewhere: float
+    batches: int
+
+
+def together(earlier: LayerSums | None, later: LayerSums, decay: float | None) -> LayerSums:
+    """What two stretches have brought of a layer, one after the other; where the later one is."""
+    if earlier is None:
+        return later
+    kept = 1.0 if decay is None else decay**later.decays
+    sums = [torch.add(new, old.to(new), alpha=kept) for old, new in zip(earlier.sums, later.sums, strict=True)]
+    counts = earlier.counts.to(later.counts) * later.counts.new_tensor([1.0, kept, 1.0]) + later.counts
+    return LayerSums(sums, counts, earlier.batches + later.batches, earlier.decays + later.decays)
+
+
+def put_aside(stretch: Stretch) -> Stretch:
+    """The same in the host's memory: an accelerator's is for what is added to."""
+    sums = {name: sums.to("cpu") for name, sums in stretch.sums.items()}
+    return Stretch(sums, stretch.seen.cpu(), stretch.elsewhere, stretch.batches)

@@ -26,6 +26,17 @@ class Raw(nn.Module):
         return x * torch.exp(self.scale) + torch.sin(self.shift)
 
 
+class Temperature(nn.Module):
+    """Parameters without a dimension: a temperature, a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature, self.gate = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor(-0.2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.exp(self.temperature) + torch.sigmoid(self.gate) * x.square()
+
+
 class Lora(nn.Module):
     """A frozen linear layer with a low-rank update."""
 
@@ -65,6 +76,7 @@ def pruned() -> nn.Module:
 
 
 wrapped("raw_parameters", Raw)
+wrapped("scalar_parameters", Temperature)
 wrapped("lora", Lora)
 wrapped("overridden_forward", lambda: Overridden(4, 4))
 wrapped("subclass", lambda: Custom(4, 4))

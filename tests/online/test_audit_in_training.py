@@ -250,6 +250,30 @@ def test_a_weight_that_is_used_in_the_loss() -> None:
     assert suspects(probe) == {"0"}
 
 
+@pytest.mark.parametrize("cleared", ["before the forward", "before the backward", "in place", "never"])
+@pytest.mark.parametrize("used", ["in the loss", "in both", "in the model"])
+def test_a_parameter_of_the_model_that_the_loss_uses(used: str, cleared: str) -> None:
+    """Such as the temperature of CLIP, or the weights of tasks: its gradient may all have come before the model's."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(x))) * (1 if used == "in the loss" else m.scale.exp())
+
+    model = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    model.scale = nn.Parameter(torch.ones(()))
+    probe = CurvatureProbe(model, layer_types="all")
+    for _ in range(3):
+        if cleared == "before the forward":
+            model.zero_grad()
+        x, y = data()
+        out = model(x)
+        if cleared in ("before the backward", "in place"):
+            model.zero_grad(set_to_none=cleared != "in place")
+        loss = F.cross_entropy(out, y)
+        (loss if used == "in the model" else loss * model.scale.exp()).backward()
+        assert suspects(probe) == (set() if used == "in the model" else {""})
+        assert not probe._fisher.troubles.left_out
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_an_optimizer_that_steps_inside_of_backward() -> None:
     model = make()

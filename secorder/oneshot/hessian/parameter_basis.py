@@ -54,7 +54,7 @@ def run(
         parts = zip(flat.split(sizes, 1), replacements, strict=True)
         vectors = [part.reshape(len(ids), *s.shape).to(s) for part, s in parts]
         found = stacked_vjp(output_gradients, replacements, vectors, create_graph=task.create_graph)
-        joined = torch.cat([u.flatten(1).to(kind) for u in found], 1)
+        joined = torch.cat([u.reshape(len(u), -1).to(kind) for u in found], 1)
         diagonal.append(joined[range(len(ids)), list(ids)])
         advance(len(ids))
     return list(torch.cat(diagonal).split(sizes))

@@ -55,7 +55,7 @@ def run(
     def draw(count: int) -> list[Tensor]:
         vectors = task.signs(count, replacements)
         found = stacked_vjp(output_gradients, replacements, vectors)
-        return reduce([(u * v).flatten(1).to(kind) for u, v in zip(found, vectors, strict=True)])
+        return reduce([(u * v).reshape(len(u), -1).to(kind) for u, v in zip(found, vectors, strict=True)])
 
     like = [v[0] for v in reduce([z[None] for z in zeros(layer)])]
     size = default_chunk_size(elements, replacements[0], task.chunk_size)
