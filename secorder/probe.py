@@ -42,8 +42,8 @@ from .parallel.fsdp import gathered
 from .results import Diagonals
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
+    from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
-    from .monitor.tensorboard import CurvatureLog, Writer
 
 __all__ = ["CurvatureProbe", "NoLayerError"]
 
@@ -243,6 +243,21 @@ class CurvatureProbe:
     def layer_names(self) -> list[str]:
         """Names of the layers looked at, in ``model.named_modules()`` order."""
         return [layer.name for layer in self._fisher.layers]
+
+    @property
+    def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The parameters of each layer looked at, as they are in the model now."""
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._fisher.layers}
+
+    @property
+    def decay(self) -> float | None:
+        """Of the moving average over batches; None for the mean over all samples."""
+        return self._fisher.decay
+
+    @property
+    def every(self) -> int:
+        """Each ``every``-th forward is recorded."""
+        return self._every
 
     @property
     def num_samples(self) -> int:
@@ -766,24 +781,25 @@ class CurvatureProbe:
             return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 
-    def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
-        """Write the accumulated Fisher (and a Hessian diagonal): see :mod:`secorder.monitor.tensorboard`.
+    def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
+        """Write the accumulated Fisher (and a Hessian diagonal): see :func:`secorder.monitor.log.log_diagonals`.
 
         Args:
-            writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
+            sinks: a ``torch.utils.tensorboard.SummaryWriter``, or another sink; several as a list.
             step: the training step.
             hessian: what :meth:`hessian_diagonal` returned, if it is to be logged too.
 
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+            InvalidTypeError: it is no sink.
         """
-        from .monitor.tensorboard import CurvatureLog
+        from .monitor.log import CurvatureLog
 
-        if self._log is None or self._log.writer is not writer:
-            self._log = CurvatureLog(writer)
-        self._log.log("fisher", self.fisher_diagonal(), step)
+        if self._log is None or self._log.given is not sinks:
+            self._log = CurvatureLog(sinks, strict=True)
+        self._log.diagonals("fisher", self.fisher_diagonal(), step)
         if hessian is not None:
-            self._log.log("hessian", hessian, step)
+            self._log.diagonals("hessian", hessian, step)
 
     def _attached(self) -> Attachment:
         if self._attachment is None:
