@@ -38,7 +38,7 @@ def test_a_parameter_is_an_item() -> None:
         assert torch.equal(found[name], part)
         assert name not in found
     with pytest.raises(KeyError, match="neither a layer nor a parameter"):
-        found["0.wieght"]
+        found["0.wait"]
 
 
 def test_totals_and_shares() -> None:
