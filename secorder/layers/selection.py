@@ -35,6 +35,7 @@ class Layer:
         rule: the layer type's per-sample gradient rule; None where the layer is measured without one, by its module.
         enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
             directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
+        by_operations: whether the layer is measured by the operations that take its parameters, without a rule.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Layer:
     parameters: dict[str, nn.Parameter]
     rule: Rule | None
     enclosing: nn.Module
+    by_operations: bool = False
 
     @cached_property
     def sharded(self) -> bool:
