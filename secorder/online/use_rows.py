@@ -92,7 +92,7 @@ def rows_of_uses(
         evidence = _ByChange(output, forward, arguments, chosen)
     result = UseRows(routes={name: frozenset(routes.get(name, ())) for name in parameters})
     try:
-        found = _follow(users, parameters, evidence, result)
+        found = _follow(users, parameters, evidence, result, known=parameters.keys() <= routes.keys())
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return UseRows(unknown=set(parameters))
     for name, uses in found.items():
@@ -115,9 +115,11 @@ def rows_of_uses(
     return result
 
 
-def _follow(users: Users, parameters: Parameters, evidence: "_Evidence", result: UseRows) -> dict[str, Uses | None]:
+def _follow(
+    users: Users, parameters: Parameters, evidence: "_Evidence", result: UseRows, *, known: bool
+) -> dict[str, Uses | None]:
     """The uses of each layer, once no operation is left that owns no samples; the routes go into the result."""
-    ahead = 0 if any(result.routes.values()) else AHEAD
+    ahead = 0 if known else AHEAD
     found: dict[str, Uses | None] = {}
     waiting = set(parameters)
     for _ in range(ROUNDS):
@@ -201,26 +203,41 @@ class _ByCotangents(_Evidence):
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         edges = _edges(outputs)
         plain = gradients(self.outputs, edges, self.plain)
+        alike: dict[tuple[int, ...], list[int]] = {}  # the steps of a recurrent layer are looked at together
+        for i, ((_, output), g) in enumerate(zip(outputs, plain, strict=True)):
+            if g is not None:
+                alike.setdefault(output.shape, []).append(i)
         options = [layouts_of(output.shape, self.count) for _, output in outputs]
+        before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
         for weights, cotangents in zip(self.weights, self.scaled, strict=True):
             scaled = gradients(self.outputs, edges, cotangents)
-            for i, (before, after) in enumerate(zip(plain, scaled, strict=True)):
-                if before is not None and after is not None:
-                    options[i] = [o for o in options[i] if _scales(before, after, weights, o)]
-        self.moved |= {
-            node for (node, _), g in zip(outputs, plain, strict=True) if g is not None and bool((g != 0).any())
-        }
+            for shape, ids in alike.items():
+                after = torch.stack([scaled[i] for i in ids])  # type: ignore[misc]
+                for layout in layouts_of(shape, self.count):
+                    holds = _scale(before[shape], after, weights, layout)
+                    for i, held in zip(ids, holds.tolist(), strict=True):
+                        if not held and layout in options[i]:
+                            options[i].remove(layout)
+        for shape, ids in alike.items():
+            moved = (before[shape].flatten(1) != 0).any(1).tolist()
+            self.moved |= {outputs[i][0] for i, here in zip(ids, moved, strict=True) if here}
         return [next(iter(choices), None) for choices in options]
 
 
-def _scales(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> bool:
-    """Whether weighting the samples has weighted their rows, to rounding."""
-    if not plain.numel():
-        return True
-    before, after = (s.reshape(len(s), -1) for s in (layout.split(plain), layout.split(scaled)))
+def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+    """Of each of stacked gradients, whether weighting the samples has weighted their rows, to rounding."""
+    inner = layout._replace(dim=layout.dim + 1)
+
+    def split(stacked: Tensor) -> Tensor:
+        by_sample = inner.split(stacked).movedim(1 if layout.rows == 1 else 2, 0)
+        return by_sample.reshape(*by_sample.shape[:2], -1)
+
+    before, after = split(plain), split(scaled)
+    if not before.numel():
+        return torch.ones(len(plain), dtype=torch.bool)
     expected = before * weights.to(before)[:, None]
-    bound = rounding(plain.dtype) * expected.abs().amax(1, keepdim=True)
-    return bool(((after - expected).abs() <= bound).all())
+    bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
+    return ((after - expected).abs() <= bound).flatten(1).all(1)
 
 
 class _ByChange(_Evidence):
