@@ -12,7 +12,7 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
-from .layers.selection import Layer, LayerTypes, present, select_layers
+from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -69,6 +69,8 @@ class CurvatureProbe:
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
+        frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
+            where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
             L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
@@ -126,6 +128,7 @@ class CurvatureProbe:
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
+        frozen: bool = False,
         reduction: Reduction = None,
         every: int = 1,
         decay: float | None = None,
@@ -144,6 +147,10 @@ class CurvatureProbe:
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
+        if layers is None and not frozen:
+            selected = trained(selected)
+        if layers is None and layer_types is None:
+            _tell_share(model, selected)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
         if decay is not None and not 0.0 < decay < 1.0:
@@ -821,3 +828,14 @@ class CurvatureProbe:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
         synchronize(self._fisher, group)
+
+
+def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Warn where the default layer types leave out most of what is trained."""
+    share = share_of_parameters(model, layers)
+    if share < 0.5:
+        every = trained(select_layers(model, "all", unchecked=True))
+        caution(
+            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
+            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+        )

@@ -33,7 +33,10 @@ MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "online": "fisher"}
 def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
     model, loss_fn, inputs, targets = batch
     layer_types = None if "layers" in case.options else "all"
-    with warnings.catch_warnings(), CurvatureProbe(model, **{"layer_types": layer_types, **case.options}) as probe:
+    with (
+        warnings.catch_warnings(),
+        CurvatureProbe(model, **{"layer_types": layer_types, "frozen": True, **case.options}) as probe,
+    ):
         warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
         if what == "hessian":
             return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()

@@ -19,7 +19,7 @@ from .capture import counts_in
 from .fisher import quietly, total_of
 from .record import ForwardRecord
 from .relation import Verified, explain
-from .uses import Piece, Use, Uses, carried, find_uses, hidden
+from .uses import Piece, Use, Uses, carried, find_uses, hidden, reentrant
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -29,13 +29,13 @@ __all__ = ["explain_uses", "follow", "hook_uses"]
 
 def follow(record: ForwardRecord, attribution: Attribution, users: Users) -> bool:
     """Find the uses of the layers that are measured by them; whether a checkpoint hides any."""
-    checkpoints = False
+    checkpoints, in_part = False, reentrant(users)
     for layer in record.attribution.layers:
         if not layer.by_operations:
             continue
         found = find_uses(users, layer.parameters, attribution.routes.get(layer.name, ()))
-        out_of_sight = hidden(users, found)
-        checkpoints |= found is not None and out_of_sight
+        out_of_sight = in_part or (found is not None and hidden(found))
+        checkpoints |= out_of_sight
         record.unfollowed.discard(layer.name)
         record.calls.pop(layer.name, None)
         if found is None or out_of_sight:

@@ -96,12 +96,11 @@ def rows_of_uses(
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return UseRows(unknown=set(parameters))
     for name, uses in found.items():
-        if hidden(users, uses):
+        if uses is None or hidden(uses):
             result.unknown.add(name)
             if uses is not None:
                 result.hidden.add(name)
             continue
-        assert uses is not None
         result.known[name] = [
             (layout, place, output.shape)
             for use in uses.uses

@@ -22,7 +22,7 @@ from ..layers.operations import MAPS
 from ..layers.operations.registry import each
 from ..layers.per_sample import Outer, PerSample, Rows, dense, merge
 
-__all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces"]
+__all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
 
 #: A parameter's name, and the operations from it on, each with the number of its input.
 Route = tuple[str, ...]
@@ -110,11 +110,14 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
     return found
 
 
-def hidden(users: Users, found: Uses | None) -> bool:
-    """Whether what operations saved cannot be read: a checkpoint computes them again, or their whole graph."""
-    if found is None or any("CheckpointFunction" in node.name() for node in users):
-        return True
-    return any(recomputed(node) is not False for node in (*(u.node for u in found.uses), *found.followed))
+def reentrant(users: Users) -> bool:
+    """Whether a checkpoint of the reentrant kind hides a part of the graph."""
+    return any("CheckpointFunction" in node.name() for node in users)
+
+
+def hidden(found: Uses) -> bool:
+    """Whether what operations saved cannot be read, since a checkpoint computes it again."""
+    return any(recomputed(node) is not False for node in (*(use.node for use in found.uses), *found.followed))
 
 
 def layouts_of(shape: Sequence[int], count: int) -> list[Layout]:

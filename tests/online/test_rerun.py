@@ -11,7 +11,7 @@ from ..reference import assert_all_close
 def test_frozen_layer_without_gradient_is_measured_by_the_module_around_it() -> None:
     model, batch = make(), data()
     model[0].requires_grad_(False)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, frozen=True)
     with pytest.warns(CurvatureWarning, match=r"\['0'\].*exact and slow"):
         step(model, batch)
     step(model, batch)  # warns once

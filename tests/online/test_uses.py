@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from secorder._torch.graph import users_of
 from secorder.layers.layout import Layout
 from secorder.layers.per_sample import Outer
-from secorder.online.uses import find_uses, hidden, layouts_of, pieces
+from secorder.online.uses import find_uses, hidden, layouts_of, pieces, reentrant
 
 
 def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
@@ -30,11 +31,14 @@ def test_a_parameter_that_reaches_the_output_has_no_use() -> None:
     assert routes(torch.randn(3, requires_grad=True).exp(), set(), w=w) == []
 
 
-def test_what_a_reentrant_checkpoint_computes_is_hidden() -> None:
+def test_what_a_checkpoint_computes_again_is_hidden() -> None:
     w, x = torch.randn(3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
-    z = torch.utils.checkpoint.checkpoint(lambda x: x * w, x, use_reentrant=True)
-    users = users_of([z])
-    assert hidden(users, find_uses(users, {"w": w}, set()))
+    z = checkpoint(lambda x: x * w, x, use_reentrant=True)
+    assert reentrant(users_of([z]))
+    z = checkpoint(lambda x: x * w, x, use_reentrant=False)
+    found = find_uses(users_of([z]), {"w": w}, set())
+    assert found is not None
+    assert hidden(found)
 
 
 def test_layouts_by_shape() -> None:
