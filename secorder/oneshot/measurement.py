@@ -16,6 +16,7 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
 from .loss import check_loss
+from .provenance import Traced
 
 __all__ = ["Measurement", "measure"]
 
@@ -70,13 +71,14 @@ class Measurement:
         """The layers that have a rule."""
         return [layer for layer in self.layers if layer.rule is not None]
 
-    def loss(self, *, second_order: bool = False) -> tuple[Any, Tensor]:
+    def loss(self, *, second_order: bool = False, forward: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same state each time.
 
         Args:
             second_order: the loss's gradient is going to be differentiated.
+            forward: how to run the model on the inputs; as it is by default.
         """
-        output = self.isolated.forward(self.inputs)
+        output = (forward or self.isolated.forward)(self.inputs)
         try:
             loss = self.loss_fn(output, self.targets)
         except Exception as error:
@@ -91,6 +93,15 @@ class Measurement:
             # where the gradient is constant, they would pass for linear.
             loss = loss * torch.ones_like(loss, requires_grad=True)
         return output, loss
+
+    def traced(self, *, inputs: bool) -> Traced:
+        """How to run the model so that its graph may tell where samples are.
+
+        Args:
+            inputs: whether it is to tell so of the inputs too.
+        """
+        inputs = inputs and not self.autocast  # under which numbers of full precision are compared
+        return Traced(self.isolated, self.dimension, self.num_samples, inputs=inputs, known=self.certain)
 
     def loss_again(self, output: Any, targets: Any, seed: int | None = None) -> Tensor:
         """The loss of an output, from the state in which it ran first.
@@ -113,6 +124,11 @@ class Measurement:
     def dimension(self, tensor: Tensor) -> int | None:
         """Where a tensor's samples are; what has none is shared by all samples."""
         return sample_dimension(tensor, self.num_samples, self.sample_dim)
+
+    def of_rows(self, output: Any) -> bool:
+        """Whether output and targets are tensors of a row a sample."""
+        rows = isinstance(output, Tensor) and isinstance(self.targets, Tensor) and bool(self.targets.dim())
+        return rows and output.shape[:1] == self.targets.shape[:1] == (self.num_samples,)
 
     def cut(self, output: Any, index: Sequence[int], *, rows: bool = False) -> tuple[Any, Any]:
         """Output and targets of some samples."""
