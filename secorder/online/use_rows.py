@@ -218,7 +218,7 @@ class _ByCotangents(_Evidence):
                         if not held and layout in options[i]:
                             options[i].remove(layout)
         for shape, ids in alike.items():
-            moved = (before[shape].flatten(1) != 0).any(1).tolist()
+            moved = (before[shape].reshape(len(ids), -1) != 0).any(1).tolist()
             self.moved |= {outputs[i][0] for i, here in zip(ids, moved, strict=True) if here}
         return [next(iter(choices), None) for choices in options]
 
