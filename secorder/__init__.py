@@ -20,6 +20,7 @@ from .errors import (
     RuleError,
     SecorderError,
 )
+from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
@@ -68,6 +69,7 @@ __all__ = [
     "per_layer_hessian_diagonal",
     "report",
     "token_weights",
+    "weighted_mean",
 ]
 
 __version__ = "0.2.0"

@@ -118,16 +118,14 @@ def _show(diagnosis: Diagnosis, options: argparse.Namespace) -> None:
     if options.svg:
         table.save_svg(options.svg)
     if options.logdir:
-        from torch.utils.tensorboard import SummaryWriter
+        from .monitor.log import CurvatureLog
 
-        from .monitor.tensorboard import log_diagonals, log_layout
-
-        with SummaryWriter(str(options.logdir)) as writer:
-            log_layout(writer)
-            if diagnosis.fisher is not None:
-                log_diagonals(writer, diagnosis.fisher, 0, "fisher")
-            log_diagonals(writer, diagnosis.hessian, 0, "hessian")
-            writer.add_text("findings", "\n".join(f"- {finding}" for finding in diagnosis.findings), 0)
+        log = CurvatureLog(options.logdir, strict=True)
+        if diagnosis.fisher is not None:
+            log.diagonals("fisher", diagnosis.fisher, 0)
+        log.diagonals("hessian", diagnosis.hessian, 0)
+        log.text("findings", "\n".join(f"- {finding}" for finding in diagnosis.findings), 0)
+        log.close()
 
 
 if __name__ == "__main__":

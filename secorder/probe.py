@@ -13,6 +13,9 @@ from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.selection import Layer, LayerTypes, present, select_layers
+from .means import mean_over_ranks
+from .oneshot.data_eigenvalues import eigenvalues_of_data
+from .oneshot.data_set import is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -37,11 +40,11 @@ from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.fsdp import gathered
-from .results import Diagonals, weighted_mean
+from .results import Diagonals
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
+    from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
-    from .monitor.tensorboard import CurvatureLog, Writer
 
 __all__ = ["CurvatureProbe", "NoLayerError"]
 
@@ -185,6 +188,8 @@ class CurvatureProbe:
         self._looks = Looks(model, sample_dim, self._fisher.directions)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
+        kind = self._fisher.reduction
+        self._told: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
         self._log: CurvatureLog | None = None
         self.attach()
 
@@ -246,6 +251,21 @@ class CurvatureProbe:
         return [layer.name for layer in self._fisher.layers]
 
     @property
+    def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
+        """The parameters of each layer looked at, as they are in the model now."""
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._fisher.layers}
+
+    @property
+    def decay(self) -> float | None:
+        """Of the moving average over batches; None for the mean over all samples."""
+        return self._fisher.decay
+
+    @property
+    def every(self) -> int:
+        """Each ``every``-th forward is recorded."""
+        return self._every
+
+    @property
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
         return num_samples(self._fisher)
@@ -282,6 +302,7 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
+    @takes_data_sets(by_sample=lambda options: True)
     @tells_renamed_keywords
     def fisher_diagonal(
         self,
@@ -312,6 +333,8 @@ class CurvatureProbe:
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
             inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
+                Or, in place of the batch, a data set: any iterable of ``(inputs, targets)``, such as a ``DataLoader``;
+                the result is that of all samples together, with the standard error over batches.
             targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
             fisher_type: which Fisher.
             num_draws: draws of ``"mc"``.
@@ -361,7 +384,7 @@ class CurvatureProbe:
             progress=progress,
         )
         warn_if_not_finite(fisher, "Fisher")
-        return weighted_mean(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
+        return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def _tell_assumed(self) -> None:
         """Say once what a number rests on that was neither told nor verified."""
@@ -505,6 +528,7 @@ class CurvatureProbe:
         self._verified = bool(found)
         return found
 
+    @takes_data_sets(by_sample=lambda options: False)
     @tells_renamed_keywords
     def hessian_diagonal(
         self,
@@ -533,6 +557,8 @@ class CurvatureProbe:
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
             inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
+                Or, in place of the batch, a data set: any iterable of ``(inputs, targets)``, such as a ``DataLoader``;
+                the result is that of all samples together, with the standard error over batches.
             targets: what ``loss_fn`` takes second.
             method: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
             num_draws: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
@@ -577,6 +603,7 @@ class CurvatureProbe:
         warn_if_not_finite(hessian, "Hessian")
         return hessian
 
+    @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
     @tells_renamed_keywords
     def hessian_trace(
         self,
@@ -666,7 +693,7 @@ class CurvatureProbe:
             by: as for :meth:`hessian_trace`.
             count: how many at each end.
             tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus.
-            max_iterations: products of a block at most.
+            max_iterations: products of a block at most; of a data set, passes through it, all blocks together.
             generator: random numbers of the start.
             chunk_size: products batched at most, in the checks.
             progress: show a ``rich`` progress bar.
@@ -683,6 +710,20 @@ class CurvatureProbe:
         check_curvature(of, by)
         if count < 1 or max_iterations < 1:
             raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
+        if is_data_set(inputs, targets):
+            options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
+            return eigenvalues_of_data(
+                lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
+                self,
+                loss_fn,
+                inputs,
+                of=of,
+                by=by,
+                count=count,
+                tolerance=tolerance,
+                max_iterations=max_iterations,
+                progress=progress,
+            )
         return self._measure(
             lambda task: eigenvalues(
                 task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
@@ -817,24 +858,25 @@ class CurvatureProbe:
             return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
         return str(self.summary())
 
-    def log(self, writer: "Writer", step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
-        """Write the accumulated Fisher (and a Hessian diagonal): see :mod:`secorder.monitor.tensorboard`.
+    def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
+        """Write the accumulated Fisher (and a Hessian diagonal): see :func:`secorder.monitor.log.log_diagonals`.
 
         Args:
-            writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
+            sinks: a ``torch.utils.tensorboard.SummaryWriter``, or another sink; several as a list.
             step: the training step.
             hessian: what :meth:`hessian_diagonal` returned, if it is to be logged too.
 
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+            InvalidTypeError: it is no sink.
         """
-        from .monitor.tensorboard import CurvatureLog
+        from .monitor.log import CurvatureLog
 
-        if self._log is None or self._log.writer is not writer:
-            self._log = CurvatureLog(writer)
-        self._log.log("fisher", self.fisher_diagonal(), step)
+        if self._log is None or self._log.given is not sinks:
+            self._log = CurvatureLog(sinks, strict=True)
+        self._log.diagonals("fisher", self.fisher_diagonal(), step)
         if hessian is not None:
-            self._log.log("hessian", hessian, step)
+            self._log.diagonals("hessian", hessian, step)
 
     def _attached(self) -> Attachment:
         if self._attachment is None:
@@ -848,6 +890,11 @@ class CurvatureProbe:
             return self._sample_dim
         known = self._looks.any_known()
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
+
+    @property
+    def data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
+        """For a data set: the model, where samples are in its inputs, and the reduction that was told."""
+        return self._model, self._one_shot_dim, self._told
 
     @contextmanager
     def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +142,17 @@ def run_after_torch(script: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Taking:
+    """A sink that remembers the numbers and texts that it got."""
+
+    def __init__(self) -> None:
+        self.points: list[tuple[int, dict[str, float]]] = []
+        self.texts: list[tuple[int, str, str]] = []
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.points.append((step, dict(numbers)))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        self.texts.append((step, name, text))

@@ -21,7 +21,6 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -35,13 +34,15 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
-from .fisher_pairs import FisherType, Found, collect, second_order_pairs
+from .fisher_pairs import FisherType, Found, collect, second_order_columns
+from .head import contract_head, head_outputs, known_heads
 from .independence import outputs_independent
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import Pairs, as_samples, expose_output, filled, loss_of_output, loss_separates
+from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
 from .recorded_layer import RecordedLayer, contract_pairs, require_linear_backward
 from .recording import recorded
+from .roots import Columns, Root, single
 from .sample_losses import own_losses, require_own_losses
 
 __all__ = [
@@ -195,17 +196,17 @@ def losses_by_output(
     return SampleLosses(losses, points, model_outputs)
 
 
-def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Pairs:
+def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
         found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
-        return Pairs(torch.cat([as_samples(g) for g in found], 1)[None])
+        return single(torch.cat([as_samples(g) for g in found], 1))
     output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
-    return second_order_pairs(task, output_gradients, side.points, fisher_type, num_draws)
+    return second_order_columns(task, output_gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(
-    task: Measurement, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer], *, linear: bool
+    task: Measurement, model_outputs: Sequence[Tensor], pairs: Columns, layers: Sequence[RecordedLayer], *, linear: bool
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
@@ -217,6 +218,8 @@ def _by_rules(
     reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
     used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
     alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
+    heads = _heads(task, model_outputs, alone, pairs)
+    alone = [z for z in alone if z.layer.name not in heads]
     found = contract_pairs(
         model_outputs,
         alone,
@@ -228,10 +231,25 @@ def _by_rules(
         linear=linear,
     )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
-    return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
+    by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
+    return {name: (values, info) for name, values in (heads | by_columns).items()}
 
 
-def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, linear: bool) -> Found:
+def _heads(
+    task: Measurement, model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], pairs: Columns
+) -> dict[str, list[Tensor]]:
+    """The layers whose output is the model's, which need no columns."""
+    if not isinstance(pairs, Root) or pairs.diagonal is None or task.create_graph:
+        return {}
+    which = known_heads(model_outputs, layers, head_outputs(model_outputs, layers, task.generator), pairs)
+    return {
+        z.layer.name: contract_head(z, model_outputs, which[z.layer.name], pairs)
+        for z in layers
+        if z.layer.name in which
+    }
+
+
+def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs: list[Tensor] = []
     expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
@@ -257,14 +275,16 @@ def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, lin
         )
         return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
 
-    total = len(pairs.u) * task.num_samples
+    total = pairs.num_columns * task.num_samples
     with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
-        for k, ids in product(range(len(pairs.u)), chunks(task.num_samples, size)):
-            left = pull_back(pairs.u[k], ids)
-            right = left if pairs.v is None else pull_back(pairs.v[k], ids)
-            sign = None if pairs.sign is None else pairs.sign[k, ids.start : ids.stop]
-            for index, (u, v) in enumerate(zip(left, right, strict=True)):
-                weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
-                totals[index] = totals[index] + (u * weighted).sum(0)
-            advance(len(ids))
+        for k in range(pairs.num_columns):
+            some = pairs.columns(range(k, k + 1))
+            for ids in chunks(task.num_samples, size):
+                left = pull_back(some.u[0], ids)
+                right = left if some.v is None else pull_back(some.v[0], ids)
+                sign = None if some.sign is None else some.sign[0, ids.start : ids.stop]
+                for index, (u, v) in enumerate(zip(left, right, strict=True)):
+                    weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
+                    totals[index] = totals[index] + (u * weighted).sum(0)
+                advance(len(ids))
     return collect(layers, totals, Strategy.PER_SAMPLE)

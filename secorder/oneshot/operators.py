@@ -24,11 +24,12 @@ from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
 from .hessian.run import on_parameters
 from .measurement import Measurement
-from .output_hessian import Pairs, as_samples, filled
+from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
 from .recording import recorded
+from .roots import single
 
-__all__ = ["Curvature", "Operator", "check_curvature", "operators"]
+__all__ = ["Curvature", "Operator", "check_curvature", "operators", "product_on_parameters"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
@@ -77,7 +78,7 @@ def _hessian_operators(task: Measurement) -> Blocks:
                 rest.append(layer)
     del found
     for layer, own in on_parameters(task, rest):
-        yield layer, None if all(g is None for g in own) else _product_on_parameters(task, layer, own)
+        yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
 
 
 def _product_in_z(graph: LayerGraph) -> Operator:
@@ -111,7 +112,8 @@ def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor
         return output
 
 
-def _product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+def product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+    """v ↦ H v by the loss's gradient in the layer's replacement parameters, differentiable."""
     replacements = task.isolated.replacements(layer)
 
     def product(v: Tensor) -> Tensor:
@@ -144,7 +146,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
     if not task.certain:
         random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
-        require_linear_backward(outputs, replacements, Pairs(random[None]), task.generator)
+        require_linear_backward(outputs, replacements, single(random), task.generator)
     for layer in task.layers:
         yield layer, _product_by_output(task, layer, outputs, weights, metric)
 

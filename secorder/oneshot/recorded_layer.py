@@ -16,7 +16,8 @@ from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .independence import over_samples
-from .output_hessian import Pairs, as_samples
+from .output_hessian import as_samples
+from .roots import Columns
 
 __all__ = [
     "RecordedLayer",
@@ -95,14 +96,14 @@ def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
 def contract_pairs(
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
-    pairs: Pairs,
+    pairs: Columns,
     *,
     certain: bool,
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
     linear: bool = False,
-    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, slice], None] | None = None,
+    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
@@ -119,7 +120,7 @@ def contract_pairs(
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
-        watch: called with the layers that are served and the pulled back pairs, a few at a time.
+        watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
@@ -129,23 +130,24 @@ def contract_pairs(
         for z in layers:
             z.layouts = [DIM_ZERO] * len(z.leaves)
     else:
-        mixture = pairs.u if len(pairs.u) == 1 else _mixture(pairs.u, generator)[None]
-        plain = settle_layouts(model_outputs, layers, mixture, generator, create_graph=create_graph, linear=linear)
+        plain = settle_layouts(
+            model_outputs, layers, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
+        )
     leaves = [leaf for z in layers for leaf in z.leaves]
-    good = [z for z in layers if z.layouts or not z.leaves]
+    good = [z for z in layers if z.layouts]
     totals: dict[tuple[int, str], Tensor] = {}
-    elements = sum(leaf.numel() for leaf in leaves)
-    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
-        here = slice(ids.start, ids.stop)
-        u = plain if plain and len(pairs.u) == 1 else _pull_back(model_outputs, leaves, pairs.u[here], create_graph)
-        v = None if pairs.v is None else _pull_back(model_outputs, leaves, pairs.v[here], create_graph)
+    elements = sum(t.numel() for t in (*leaves, *model_outputs))
+    for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
+        some = pairs.columns(ids)
+        u = plain if plain and pairs.num_columns == 1 else _pull_back(model_outputs, leaves, some.u, create_graph)
+        v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
-            watch(good, u, v, here)
+            watch(good, u, v, some.sign)
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
             for name, p in z.layer.parameters.items():
-                other = right[name] if right is not None else _signed(left[name], pairs.sign, here)
+                other = right[name] if right is not None else _signed(left[name], some.sign)
                 part = contract(left[name], other, numel=p.numel())
                 key = (id(z), name)
                 totals[key] = totals[key] + part if key in totals else part
@@ -163,10 +165,6 @@ def _pull_back(
     ]
     found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
     return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
-
-
-def _mixture(stack: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.einsum("k,kno->no", _random(len(stack), generator, stack), stack)
 
 
 def _random(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -210,8 +208,9 @@ def settle_layouts(
             for z, choices in zip(layers, options, strict=True)
         ]
     if linear:
-        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 + weights)[:, None], False)
-        _require_sum(leaves, plain, scaled, both)
+        # Of opposite signs, since what keeps positive gradients alone (guided backpropagation) is linear in those.
+        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
+        _require_sum(leaves, plain, {key: -2 * g for key, g in scaled.items()}, both)
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain
@@ -249,15 +248,14 @@ def scale_draws(leaves: Sequence[Tensor]) -> int:
     return 3 if any(torch.finfo(leaf.dtype).bits < 32 for leaf in leaves) else 1
 
 
-def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample | None:
+def _signed(gradient: PerSample, sign: Tensor | None) -> PerSample | None:
     if sign is None:
         return None
-    weights = sign[here]
-    return with_cotangents(gradient, lambda g: g * weights.view(*weights.shape, *(1,) * (g.dim() - 2)))
+    return with_cotangents(gradient, lambda g: g * sign.view(*sign.shape, *(1,) * (g.dim() - 2)))
 
 
 def require_linear_backward(
-    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Pairs, generator: torch.Generator
+    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Columns, generator: torch.Generator
 ) -> None:
     """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
 
@@ -270,7 +268,8 @@ def require_linear_backward(
     Raises:
         AttributionError: it is not, so that it is not multiplication with a Jacobian.
     """
-    one, other = (_mixture(pairs.u.detach(), generator)[None] for _ in range(2))
+    one = pairs.mixture(generator).detach()
+    other = one * -(1.5 + _random(one.shape[1], generator, one).abs())[:, None]
     found = [_pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
     _require_sum(ends, *found)
 

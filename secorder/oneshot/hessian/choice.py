@@ -55,7 +55,8 @@ def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
     Returns:
         layer name → its strategy.
     """
-    by_columns = {f.layer for f in facts if columns.applies(f)} if _columns_pay(facts, budget) else set()
+    pay = _columns_pay(facts, budget)
+    by_columns = {f.layer for f in facts if columns.applies(f) and (f.last or pay)}
     return {f.layer: _choose(f, budget, f.layer in by_columns) for f in facts}
 
 
@@ -63,7 +64,8 @@ def _choose(facts: Facts, budget: Budget, by_columns: bool) -> Choice:
     if unused.applies(facts):
         return Choice(unused.NAME, 0, 0)
     if by_columns:
-        return Choice(columns.NAME, facts.num_columns, facts.num_columns)
+        products = columns.products(facts, budget)
+        return Choice(columns.NAME, products, products)
     exact = cheapest(facts, budget)
     least = exact.products(facts, budget)
     if budget.affords(least, facts.passed):
@@ -79,7 +81,7 @@ def cheapest(facts: Facts, budget: Budget) -> StrategyModule:
 
 def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:
     """Whether columns, which serve all layers that they apply to at once, take no more than the other strategies."""
-    served = [f for f in facts if columns.applies(f)]
+    served = [f for f in facts if columns.applies(f) and not f.last]
     if not served:
         return False
     count, passed = served[0].num_columns, served[0].passed_by_column

@@ -11,10 +11,12 @@ from ..._torch.pytree import tensors_in
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
+from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
 from ..loss import require_dependence
 from ..measurement import Measurement
-from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates
+from ..output_hessian import expose_output, loss_of_output, loss_separates
+from ..output_root import output_root
 from ..recorded_layer import layout_options
 from ..recording import Recording, recorded
 from .budget import Budget
@@ -149,36 +151,44 @@ def _output_side(
     expose_output(output, model_outputs, task.dimension, detach=False)
     if not candidates or not model_outputs:
         return None
-    size = sum(t[0].numel() for t in model_outputs)
-
-    def pays(layers: Sequence[str]) -> bool:
-        supposed = [replace(found.facts[x], piecewise_linear=True, num_columns=size) for x in layers]
-        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
-
-    if not pays([g.layer.name for g in candidates]):
-        return None
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None
     again, points, _ = by_output
+    output_gradients = gradients(again, points, create_graph=True)
+    live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
+    side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
+    heads = head_outputs(side.model_outputs, candidates, task.generator) if live else {}
+
+    def pays(layers: Sequence[str]) -> bool:
+        supposed = [
+            replace(found.facts[x], piecewise_linear=True, num_columns=side.size, last=x in heads) for x in layers
+        ]
+        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
+
+    if not live or not pays([g.layer.name for g in candidates]):
+        return None
     if task.enters_model(again, [leaf for g in candidates for leaf in g.leaves]):
         return None  # the loss reaches into the model past its output
-    side = OutputSide(model_outputs, points, gradients(again, points, create_graph=True))
+    if not loss_separates(side.output_gradients, side.points, task.generator):
+        return None
+    if heads:
+        side.root = output_root(side.output_gradients, side.points, task.chunk_size)
+        side.heads = known_heads(side.model_outputs, candidates, heads, side.root)
+    size = side.root.num_columns if side.root else side.size
     for graph in candidates:
-        if graph.layer.name in known:
+        if graph.layer.name in known or graph.layer.name in side.heads:
             found.learn(graph.layer.name, piecewise_linear=True)
-    _piecewise_linear(task, found, side, [g for g in candidates if g.layer.name not in known])
-    certified = [g.layer.name for g in candidates if found.facts[g.layer.name].piecewise_linear]
-    # Draws take the Gauss-Newton part of all candidates from columns.
-    if not pays([g.layer.name for g in candidates] if budget.method == "hutchinson" else certified):
-        return None
-    separate = known_roots(side.output_gradients, points) is not None or loss_separates(
-        side.output_gradients, points, task.generator
-    )
-    if not separate:
-        return None
-    for graph in candidates:
-        found.learn(graph.layer.name, num_columns=size)
+        if graph.layer.name in side.heads:
+            found.learn(graph.layer.name, num_columns=size, last=True)
+    rest = [g for g in candidates if g.layer.name not in side.heads]
+    if pays([g.layer.name for g in rest]):
+        _piecewise_linear(task, found, side, [g for g in rest if g.layer.name not in known])
+        certified = [g.layer.name for g in rest if found.facts[g.layer.name].piecewise_linear]
+        # Draws take the Gauss-Newton part of all candidates from columns.
+        if budget.method == "hutchinson" or pays(certified):
+            for graph in rest:
+                found.learn(graph.layer.name, num_columns=size)
     return side
 
 

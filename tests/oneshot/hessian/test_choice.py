@@ -105,9 +105,15 @@ def test_the_cost_is_that_of_what_runs(name: str, options: dict[str, Any]) -> No
 def test_estimates_that_are_bad_do_not_pass_for_converged() -> None:
     model, x, y = make(nn.BatchNorm1d(5), nn.Tanh()), torch.randn(6, 4), torch.randint(3, (6,))
     with CurvatureProbe(model) as probe:
-        bad = probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=2, generator=seeded())
-        assert any(i.relative_error > 0.5 for i in bad.info.values())
-        assert all(i.converged == (i.relative_error <= 0.5) for i in bad.info.values())
+        told = [
+            info
+            for k in range(8)
+            for info in probe.hessian_diagonal(
+                F.cross_entropy, x, y, method="hutchinson", num_draws=2, generator=seeded(k)
+            ).info.values()
+        ]
+        assert any(i.relative_error > 0.5 for i in told)
+        assert all(i.converged == (i.relative_error <= 0.5) for i in told)
         good = probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=4000)
         assert all(i.converged for i in good.info.values())
 
