@@ -836,12 +836,19 @@ class CurvatureProbe:
 
     # ---- watching
 
-    def summary(self, hessian: Mapping[str, Tensor] | None = None, *, sort_by: "SortKey | None" = None) -> "Report":
+    def summary(
+        self,
+        hessian: Mapping[str, Tensor] | None = None,
+        *,
+        sort_by: "SortKey | None" = None,
+        depth: int | None = None,
+    ) -> "Report":
         """The table of layers: ``rich.print(probe.summary())``, or ``print``.
 
         Args:
             hessian: a Hessian diagonal to show beside the accumulated Fisher.
             sort_by: see :func:`secorder.report`.
+            depth: see :func:`secorder.report`.
 
         Returns:
             a :class:`~secorder.Report` of the accumulated Fisher.
@@ -851,7 +858,7 @@ class CurvatureProbe:
         """
         from .monitor.table import report
 
-        return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
+        return report(self.fisher_diagonal(), hessian, sort_by=sort_by, depth=depth, title=repr(self))
 
     def __str__(self) -> str:
         if self.num_samples == 0 or untold(self._fisher):

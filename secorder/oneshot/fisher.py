@@ -37,6 +37,7 @@ from .fisher_by_loop import by_loop
 from .fisher_pairs import FisherType, Found, collect, second_order_columns
 from .head import contract_head, head_outputs, known_heads
 from .independence import outputs_independent
+from .isolation import loss_of_rows
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
@@ -85,14 +86,15 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
         tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
-        values = {name: [v.detach() / count for v in parts] for name, (parts, _) in found.items()}
+        values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()})
 
 
 def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
-        output, loss = task.loss()
+        traced = task.traced(inputs=not task.create_graph)
+        output, loss = task.loss(forward=traced)
         recording.close()
         if not loss.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
@@ -108,21 +110,31 @@ def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Foun
             return {}
         pairs = _pairs(task, side, fisher_type, num_draws)
         linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear)
+        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear, by_graph=not traced.hooked)
         recording.require_seen(loss)
     rest = [layer for layer in task.layers if layer.name not in found]
-    require_independent_samples(task)
+    if not traced.independent:
+        require_independent_samples(task, output)
     return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
 
 
-def require_independent_samples(task: Measurement) -> None:
+def require_independent_samples(task: Measurement, output: Any) -> None:
     """Raise unless no sample influences another one's output.
+
+    Args:
+        task: the measurement.
+        output: of the batch.
 
     Raises:
         CouplingError: some do.
     """
     if not task.certain and not outputs_independent(
-        task.isolated, task.inputs, task.num_samples, task.sample_dim, task.isolated.forward_in_full_precision
+        task.isolated,
+        task.inputs,
+        task.num_samples,
+        task.sample_dim,
+        task.isolated.forward_in_full_precision,
+        None if task.autocast else output,
     ):
         raise CouplingError(
             "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
@@ -182,7 +194,8 @@ def losses_by_output(
             "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
             "(a root or norm of zero, an overflow): there are no per-sample gradients here."
         )
-    if not loss_separates(output_gradients, points, task.generator):
+    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
+    if not by_rows and not loss_separates(output_gradients, points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
@@ -206,7 +219,13 @@ def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_d
 
 
 def _by_rules(
-    task: Measurement, model_outputs: Sequence[Tensor], pairs: Columns, layers: Sequence[RecordedLayer], *, linear: bool
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    pairs: Columns,
+    layers: Sequence[RecordedLayer],
+    *,
+    linear: bool,
+    by_graph: bool,
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
@@ -229,6 +248,7 @@ def _by_rules(
         chunk_size=task.chunk_size,
         create_graph=task.create_graph,
         linear=linear,
+        by_graph=by_graph,
     )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}

@@ -72,7 +72,7 @@ def _by_rules(task: Measurement, output: object, loss: Tensor, layers: list[Reco
         side = None
     if side is None:
         return None
-    require_independent_samples(task)
+    require_independent_samples(task, output)
     ends = side.model_outputs
     replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]
     reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends])

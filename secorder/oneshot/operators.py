@@ -139,7 +139,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
             f"of={of!r} needs a loss that is computed by loss_fn from the model's output, cut into samples: here it "
             'does not go by that alone; take of="hessian".'
         )
-    require_independent_samples(task)
+    require_independent_samples(task, output)
     metric = _metric(task, side, of)
     outputs = side.model_outputs
     weights = [torch.zeros_like(f).requires_grad_() for f in outputs]
