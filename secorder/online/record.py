@@ -111,6 +111,9 @@ class Backward:
         early: parameters whose gradient has changed between the end of the forward and this pass's first gradient, and
             the numbers of their layers: where no more comes, they are used in the loss alone.
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
+        takes_norms: whether the norms of its per-sample gradients are taken.
+        norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
+        unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
     """
 
@@ -124,6 +127,9 @@ class Backward:
         self.fresh: list[Tensor] = []
         self.early: list[tuple[int, Tensor]] = []
         self.whole: dict[int, Tensor] = {}
+        self.takes_norms = False
+        self.norms: dict[int, Tensor | None] = {}
+        self.unread: list[Tensor] = []
         self.audit = audit
 
     def let_go(self) -> None:
@@ -179,6 +185,8 @@ class ForwardRecord:
         received: layers whose squares are added.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
+        norms: by layer, the squared norms of its per-sample gradients, where they are taken.
+        squares: by layer, the squared norm of their sum, where the whole gradient does not tell it.
         totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
         without_gradient: layers that ran with nothing to differentiate.
         gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
@@ -218,6 +226,8 @@ class ForwardRecord:
     received: set[str] = field(default_factory=set)
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[int, Tensor] = field(default_factory=dict)
     without_gradient: set[str] = field(default_factory=set)
     gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
