@@ -20,6 +20,7 @@ from .._torch.engine import (
 from ..layers.selection import Layer
 from .audit import Audit
 from .fisher import quietly
+from .norms import watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord, slot
 
@@ -55,6 +56,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     fisher.check_together(backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
+    if len(backward.records) == 1 and fisher.norms_due():
+        backward.takes_norms = True
+        watch_squares(fisher, backward, record)
     if record.recomputes:
         attachment.register(record)
     return True
@@ -79,7 +83,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         for name in backward.audit.watch(layer.parameters, graph, apart=apart):
             parameter = layer.parameters[name]
-            if not layer.sharded and name in slots and slot(parameter) not in (None, slots[name]):
+            moved = not layer.sharded and name in slots and slot(parameter) not in (None, slots[name])
+            if moved and will_accumulate(accumulate_node(graph[name])):  # and not torch.autograd.grad
                 backward.early.append((index, parameter))
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else

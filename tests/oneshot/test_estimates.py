@@ -12,7 +12,7 @@ from secorder import CurvatureProbe
 from ..helpers import make, mlp, seeded
 
 #: How often an estimate is repeated: the more, the smaller a bias that is seen.
-REPETITIONS = [50, pytest.param(400, marks=pytest.mark.slow)]
+REPETITIONS = [75, pytest.param(400, marks=pytest.mark.slow)]
 
 
 def z_scores(estimates: Tensor, errors: Tensor, exact: Tensor) -> Tensor:
