@@ -22,7 +22,7 @@ from .fisher import SampleLosses, losses_by_output, require_independent_samples
 from .hessian.budget import Budget
 from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
-from .hessian.run import on_parameters
+from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
