@@ -22,7 +22,7 @@ from .errors import (
 )
 from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost, LayerCost
 from .oneshot.trace import Trace
 from .online.reduction import token_weights
 from .online.verification import Verification
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttributionError",
+    "Cost",
     "CouplingError",
     "CurvatureProbe",
     "CurvatureRecorder",

@@ -83,6 +83,8 @@ def stacked_vjp(
             return [torch.cat(pair) for pair in zip(*parts, strict=True)]
         # An operator that vmap cannot run: the loop works, or names the operator.
     single = [_vjp(reached, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
+    if count == 1:
+        return [x[None] for x in single[0]]
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 

@@ -1,5 +1,6 @@
 """Where the samples of a layer's input and output are."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -23,6 +24,11 @@ class Layout(NamedTuple):
     def size(self, tensor: Tensor) -> int:
         """The number of samples in a tensor of this layout."""
         return tensor.shape[self.dim] // self.rows
+
+    def inner_size(self, tensor: Tensor) -> int:
+        """Elements, in row-major order, between two samples that follow each other."""
+        behind = math.prod(tensor.shape[self.dim + 1 :])
+        return behind * self.rows if self.sample_major else behind
 
     def split(self, tensor: Tensor) -> Tensor:
         """The tensor as ``(N, ...)``, a view where it can be."""

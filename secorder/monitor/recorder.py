@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._caution import caution
 from .._keywords import refuse_renamed
-from ..errors import InvalidArgumentError, SecorderError
+from ..errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
@@ -101,7 +101,7 @@ class CurvatureRecorder:
     Raises:
         InvalidArgumentError: an interval is below 1, a measurement comes without a loss or a batch, or an option is
             unknown or had another name.
-        InvalidTypeError: one of the sinks is none.
+        InvalidTypeError: one of the sinks is none, or the loss is no function.
 
     Example:
         >>> import tempfile, torch
@@ -152,6 +152,8 @@ class CurvatureRecorder:
         _check_intervals(self._every)
         if measured and (loss_fn is None or batch is None):
             raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
         self._options = _options(probe, hessian_options)

@@ -1,6 +1,7 @@
 """Summaries of diagonals: moments, shares and histograms of many layers, in one device-to-host transfer."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..errors import InvalidTypeError
 from ..results import Diagonals
 
-__all__ = ["BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "summarize"]
+__all__ = ["BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "merged", "summarize"]
 
 #: What is told of every diagonal. ``negative`` is the share of negative entries, ``zero`` and ``nonfinite`` likewise.
 STATISTICS = ("mean", "std", "max", "min", "trace", "negative", "zero", "nonfinite")
@@ -85,6 +86,50 @@ class LayerSummary:
     counts: list[float]
     sum: float
     sum_squares: float
+
+
+def merged(parts: Sequence[tuple[int, LayerSummary]]) -> LayerSummary:
+    """The summary of several diagonals as one, from their own: exact but for the bins of the histogram.
+
+    Args:
+        parts: of each diagonal its number of entries, and its summary; at least one.
+
+    Example:
+        >>> import torch
+        >>> from secorder.monitor.statistics import merged, summarize
+        >>> parts = summarize({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([8.0])})
+        >>> merged([(2, parts["a"]), (1, parts["b"])]).statistics["mean"]
+        4.0
+    """
+    rows = [(n, part.statistics) for n, part in parts if n] or [(n, part.statistics) for n, part in parts]
+    total = sum(n for n, _ in rows)
+    shared = {
+        key: sum(n * row[key] for n, row in rows) / total if total else math.nan
+        for key in ("mean", "negative", "zero", "nonfinite")
+    }
+    squares = sum((n - 1) * row["std"] ** 2 + n * (row["mean"] - shared["mean"]) ** 2 for n, row in rows)
+    statistics = {
+        **shared,
+        "std": math.sqrt(squares / (total - 1)) if total > 1 else 0.0,
+        "max": _extreme(max, [row["max"] for _, row in rows]),
+        "min": _extreme(min, [row["min"] for _, row in rows]),
+        "trace": sum(row["trace"] for _, row in rows),
+    }
+    known = [part for _, part in parts if not math.isnan(part.low)]
+    low, high = min((p.low for p in known), default=math.nan), max((p.high for p in known), default=math.nan)
+    counts = [0.0] * BINS
+    for part in known:
+        step = (part.high - part.low) / len(part.counts)
+        for index, count in enumerate(part.counts):
+            at = (part.low + step * (index + 0.5) - low) / max(high - low, 1e-12) * BINS
+            counts[min(int(at), BINS - 1)] += count
+    sums = sum(p.sum for p in known), sum(p.sum_squares for p in known)
+    return LayerSummary({key: statistics[key] for key in STATISTICS}, low, high, counts, *sums)
+
+
+def _extreme(choose: Callable[[list[float]], float], values: list[float]) -> float:
+    """The largest or smallest; nan where one is, as tensors tell it."""
+    return math.nan if any(map(math.isnan, values)) else choose(values)
 
 
 def summarize(layer_curvatures: Mapping[str, Tensor]) -> dict[str, LayerSummary]:

@@ -22,7 +22,7 @@ def seconds_per_product(trial: Callable[[int], object], most: int, allowance: fl
     trial(1)  # what happens the first time alone
     one = seconds_of(lambda: trial(1))
     count = max(1, min(most, int(allowance / max(one, 1e-9))))
-    return one if count == 1 else min(one, seconds_of(lambda: trial(count)) / count)
+    return one if count == 1 else seconds_of(lambda: trial(count)) / count
 
 
 def seconds_of(work: Callable[[], object]) -> float:

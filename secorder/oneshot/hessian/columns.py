@@ -7,12 +7,13 @@ from torch import Tensor
 
 from ..._torch.vjp import stacked_vjp
 from ...layers.dtypes import rounding
+from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..head import contract_head
 from ..measurement import Measurement
 from ..output_hessian import as_samples
 from ..output_root import output_root
-from ..recorded_layer import contract_pairs
+from ..recorded_layer import contract_pairs, layouts_by_graph
 from ..roots import Root
 from .budget import Budget
 from .facts import Facts
@@ -46,7 +47,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
         graphs: of the layers.
     """
     root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
-    check = None if task.certain else _Bilinear(task, graphs, side, root)
+    known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))
+    check = None if known else _Bilinear(task, graphs, side, root)
     found: dict[int, list[Tensor] | None] = {}
     for graph in graphs:
         if graph.layer.name in side.heads:
@@ -55,18 +57,21 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
             if check is not None:
                 check.head(graph, which)
     rest = [graph for graph in graphs if id(graph) not in found]
-    values = contract_pairs(
-        side.model_outputs,
-        rest,
-        root,
-        certain=task.certain,
-        generator=task.generator,
-        chunk_size=task.chunk_size,
-        watch=check,
-    )
+    with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
+        values = contract_pairs(
+            side.model_outputs,
+            rest,
+            root,
+            certain=task.certain,
+            generator=task.generator,
+            chunk_size=task.chunk_size,
+            by_graph=side.by_graph,
+            advance=advance,
+            watch=check,
+        )
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:
-        graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if task.certain else 3)
+        graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)
     served = [g for g in graphs if found[id(g)] is not None]
     if check is not None and served and not check.holds(served):
         return [None] * len(graphs)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
+from ..isolation import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, loss_of_output, loss_separates
 from ..output_root import output_root
-from ..recorded_layer import layout_options
+from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
 from .choice import choose
@@ -37,12 +38,15 @@ class Findings:
         graphs: by layer, of those that have a rule.
         output_side: for columns; None where they are not to be had, or would not pay.
         seconds: that the forward and the loss took.
+        outputs: the model's, samples in dim 0, where the loss is known to be a sum over them and the graph may tell
+            where the samples are.
     """
 
     facts: dict[str, Facts]
     graphs: dict[str, LayerGraph]
     output_side: OutputSide | None = None
     seconds: float = 0.0
+    outputs: list[Tensor] = field(default_factory=list)
 
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
@@ -65,7 +69,8 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
         columns: whether columns may be used.
     """
     start = time.perf_counter()
-    output, loss = task.loss(second_order=True)
+    traced = task.traced(inputs=False)
+    output, loss = task.loss(second_order=True, forward=traced)
     recording.close()
     seconds = time.perf_counter() - start
     if not loss.requires_grad:
@@ -81,8 +86,12 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
     recording.require_seen(loss)
     if columns:
         found.output_side = _output_side(task, found, output, loss, known, budget)
+    if found.output_side is not None:
+        found.output_side.by_graph = not traced.hooked
     if not second_order and found.output_side is None:
         _attach(task, found, recording, loss, task.ruled, create_graph=True)
+    if not traced.hooked and _unverified(found, budget):
+        found.outputs = _separate_outputs(task, found, output, loss)
     verify_samples(task, found, budget)
     return found
 
@@ -229,17 +238,43 @@ def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, grap
         found.learn(graph.layer.name, piecewise_linear=alone)
 
 
-def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
-    """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
+def _separate_outputs(task: Measurement, found: Findings, output: Any, loss: Tensor) -> list[Tensor]:
+    """The model's outputs, samples in dim 0, if the loss goes by them alone and is a sum over samples; else none."""
+    if found.output_side is not None:
+        return found.output_side.model_outputs
+    differentiable = [t for t in tensors_in(output) if t.requires_grad]
+    if task.num_samples == 1 or any(task.dimension(t) is None for t in differentiable):
+        return []
+    if not (loss_of_rows(task.loss_fn) and task.of_rows(output)):
+        by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+        if by_output is None or task.enters_model(by_output[0], [x for g in _candidates(found) for x in g.leaves]):
+            return []
+        again, points, _ = by_output
+        if not loss_separates(gradients(again, points, create_graph=True), points, task.generator):
+            return []
+    model_outputs: list[Tensor] = []
+    expose_output(output, model_outputs, task.dimension, detach=False)
+    return model_outputs
+
+
+def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
+    """The layers of which it matters whether samples interact after them, and is not known."""
     chosen = choose(list(found.facts.values()), budget)
     names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
     graphs = [g for g in _candidates(found) if g.layer.name in names and chosen[g.layer.name].strategy != "columns"]
     if budget.method == "exact":  # draws go by z wherever they may
         graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]
-    options = {id(graph): layout_options(graph, task.num_samples) for graph in graphs}
-    unsettled = [graph for graph in graphs if options[id(graph)]]
+    return graphs
+
+
+def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
+    """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
+    graphs = _unverified(found, budget)
+    rest = layouts_by_graph(found.outputs, graphs) if found.outputs else graphs
     for graph in graphs:
-        found.learn(graph.layer.name, samples_independent=False)
+        found.learn(graph.layer.name, samples_independent=graph not in rest)
+    options = {id(graph): layout_options(graph, task.num_samples) for graph in rest}
+    unsettled = [graph for graph in rest if options[id(graph)]]
     if not task.certain and unsettled:
         leaves = [leaf for graph in unsettled for leaf in graph.leaves]
         products = [g for graph in unsettled for g in graph.output_gradients]

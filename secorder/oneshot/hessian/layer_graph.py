@@ -35,6 +35,7 @@ class OutputSide:
         output_gradients: of the loss in the leaves, differentiable.
         root: of the loss's Hessian in the leaves, where it was found already.
         heads: layers whose output z is one of these, and whose part needs no columns (see :mod:`..head`).
+        by_graph: whether the graph may tell where samples are: no hook of the model's changes gradients.
     """
 
     model_outputs: list[Tensor]
@@ -42,6 +43,7 @@ class OutputSide:
     output_gradients: list[Tensor | None]
     root: Root | None = None
     heads: dict[str, int] = field(default_factory=dict)
+    by_graph: bool = False
 
     @property
     def size(self) -> int:
