@@ -35,7 +35,7 @@ __all__ = [
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 
-@dataclass
+@dataclass(eq=False)
 class RecordedLayer:
     """A layer with its recorded calls.
 
