@@ -24,6 +24,7 @@ from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import LayerCost
 from .oneshot.trace import Trace
+from .online.noise import NoiseScale, NoiseScales
 from .online.reduction import token_weights
 from .online.verification import Verification
 from .online.window import Window
@@ -51,6 +52,8 @@ __all__ = [
     "InvalidTypeError",
     "LayerCost",
     "LayerInfo",
+    "NoiseScale",
+    "NoiseScales",
     "NonFiniteError",
     "ProbeStateError",
     "Report",

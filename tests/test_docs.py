@@ -18,6 +18,8 @@ def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     if "fully_shard(" in "".join(blocks) and not FULLY_SHARD_RUNS_ON_CPU:
         pytest.skip("fully_shard of this PyTorch does not run on the CPU")
+    if "sklearn" in "".join(blocks):
+        pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     monkeypatch.chdir(tmp_path)
     torch.set_default_dtype(torch.float32)
     namespace: dict[str, object] = {"__name__": "__page__"}

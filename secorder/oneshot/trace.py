@@ -33,12 +33,15 @@ class Trace:
         standard_error: of the estimate; 0 where it is exact, inf after one draw.
         num_draws: draws; 0 where it is exact.
         converged: whether ``rtol`` was met; where none was asked for, whether the error is below half the value.
+        num_samples: of an empirical Fisher that training accumulated, the samples that the standard error is of; else
+            None. There, the error is that over samples, and nan where nothing tells it.
     """
 
     value: float
     standard_error: float
     num_draws: int
     converged: bool
+    num_samples: int | None = None
 
 
 def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: By = "layer") -> dict[str, Trace]:

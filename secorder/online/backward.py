@@ -19,6 +19,7 @@ from .._torch.engine import (
 from ..layers.selection import Layer
 from .audit import Audit
 from .fisher import quietly
+from .norms import watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord, slot
 
@@ -54,6 +55,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     fisher.check_together(backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
+    if len(backward.records) == 1 and fisher.norms_due():
+        backward.takes_norms = True
+        watch_squares(fisher, backward, record)
     if record.recomputes:
         attachment.register(record)
     return True

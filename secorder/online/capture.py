@@ -22,7 +22,7 @@ from .samples import floating
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["layer_called", "module_called", "module_starts"]
+__all__ = ["counts_in", "layer_called", "module_called", "module_starts"]
 
 
 def layer_called(
@@ -139,7 +139,7 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not _counts_in(fisher.model, record, [layer], self.node):
+        if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -174,7 +174,11 @@ class _ModuleGradient:
         fallen_back = any(x is self.layer for x in record.fallback)
         if not fallen_back:
             parts = [x for x in parts if x.name not in record.replaced]
-        if not parts or not _counts_in(fisher.model, record, parts):
+        if not parts:
+            return
+        # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
+        hidden = any(self.attachment.looks.gave_up_on(x.name) for x in parts)
+        if not counts_in(fisher.model, record, [] if hidden else parts):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -199,7 +203,7 @@ def _unpacked(kept: Kept, layer: Layer) -> tuple[Tensor, ...]:
         ) from error
 
 
-def _counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
+def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
     """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
     For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.

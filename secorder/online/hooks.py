@@ -196,7 +196,7 @@ class Attachment:
             sections.append(record.eager)
             record.eager = None
         self._drop(thread)
-        root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
+        root = next((x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations), None)
         if output is None or self.pauses:
             record.closed = True
             return
@@ -224,7 +224,7 @@ class Attachment:
         modules: set[int] = set()
         for layer in record.attribution.layers:
             module = layer.enclosing
-            if module is self.model:
+            if module is self.model or layer.by_operations:
                 continue
             if layer.rule is not None:
                 hook = _LayerCalled(self, record, layer)

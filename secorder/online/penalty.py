@@ -38,8 +38,9 @@ def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) ->
 
 def explain(record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:
     """Sum up what the calls of a layer bring of the whole gradient."""
-    for name, p in layer.parameters.items():
-        part = total_gradient(gradients[name], p.numel())
+    for name, gradient in gradients.items():
+        p = layer.parameters[name]
+        part = total_gradient(gradient, p.numel())
         key = id(p)
         record.totals[key] = record.totals[key] + part if key in record.totals else part
 
