@@ -1,6 +1,7 @@
 """A schedule: what is logged of a model that trains, and how often."""
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .._caution import caution
 from .._keywords import refuse_renamed
-from ..errors import InvalidArgumentError, InvalidTypeError, SecorderError
+from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
@@ -33,6 +34,10 @@ class Probe(Protocol):
     @property
     def every(self) -> int:
         """Each how many forwards are recorded."""
+
+    @property
+    def accumulate(self) -> str:
+        """What is accumulated, ``"diagonal"`` or ``"trace"``."""
 
     @property
     def layer_parameters(self) -> Mapping[str, Sequence[Tensor]]:
@@ -61,8 +66,9 @@ class CurvatureRecorder:
     Each point shows its time: the Fisher is the mean over the samples since the last point, the loss the mean over its
     steps. Of a probe with ``decay`` it is the moving average. Names are ``statistic/layer``:
 
-    - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max``, ``gradient_noise_scale``, and of
-      the whole model ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
+    - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max`` (the trace alone of a probe that
+      accumulates traces), ``gradient_noise_scale`` (in samples; where a batch tells it), and of the whole model
+      ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
     - ``norms_every``: ``gradient_norm`` and ``weight_norm`` of the layers' parameters, and ``update_to_weight``, the
       norm of the last update relative to theirs, for which the weights are copied from one step to the next;
     - ``histograms_every``: ``fisher_histogram``, of ``log10`` of the entries;
@@ -250,17 +256,36 @@ class CurvatureRecorder:
         rates = self._learning_rates()
         if rates:
             point.add({WHOLE_MODEL: {"learning_rate": max(rates.values())}})
-        window: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
+        source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
-        if not window.num_samples:
+        if not source.num_samples:
             return None
-        point.batch_size = window.num_samples * self._probe.every / steps if self._probe.decay is None else None
-        fisher = window.fisher_diagonal(missing="skip")
+        point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
+        self._see_noise(source, point)
+        if self._probe.accumulate == "trace":
+            traces = {shown(name): trace.value for name, trace in source.fisher_trace(missing="skip").items()}
+            # Of entries only this is known: all are zero, or one is not finite.
+            point.fisher = {
+                name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
+                for name, value in traces.items()
+            }
+            point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": sum(traces.values())}})
+            return None
+        fisher = source.fisher_diagonal(missing="skip")
         statistics = layer_statistics(fisher)
         point.fisher = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("fisher", statistics)
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
         return fisher
+
+    def _see_noise(self, source: Any, point: Observation) -> None:
+        """The gradient noise scale, where a batch of the window tells it: not every one does."""
+        try:
+            noise = source.gradient_noise_scale(missing="skip")
+        except AttributionError:
+            return
+        point.add({"gradient_noise_scale": {shown(name): scale.value for name, scale in noise.items()}})
+        point.add({WHOLE_MODEL: {"gradient_noise_scale": noise.total.value}})
 
     def _see_norms(self, point: Observation) -> None:
         assert self._norms is not None
