@@ -1,15 +1,13 @@
 """A schedule: what is logged of a model that trains, and how often."""
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .._caution import caution
-from .._keywords import refuse_renamed
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
@@ -17,47 +15,12 @@ from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics
+from .watched import Watched, measurement_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["CurvatureRecorder"]
-
-
-class Probe(Protocol):
-    """What is needed of a :class:`secorder.CurvatureProbe`."""
-
-    @property
-    def decay(self) -> float | None:
-        """Of the moving average; None for means."""
-
-    @property
-    def every(self) -> int:
-        """Each how many forwards are recorded."""
-
-    @property
-    def accumulate(self) -> str:
-        """What is accumulated, ``"diagonal"`` or ``"trace"``."""
-
-    @property
-    def layer_parameters(self) -> Mapping[str, Sequence[Tensor]]:
-        """Layer name → parameters."""
-
-    @property
-    def window(self) -> Callable[..., Any]:
-        """The method that takes out what was accumulated since the last look."""
-
-    @property
-    def hessian_diagonal(self) -> Callable[..., Any]:
-        """The method that measures the Hessian diagonal per layer."""
-
-    @property
-    def hessian_trace(self) -> Callable[..., Any]:
-        """The method that measures its trace."""
-
-    @property
-    def hessian_eigenvalues(self) -> Callable[..., Any]:
-        """The method that measures extreme eigenvalues."""
 
 
 class CurvatureRecorder:
@@ -128,7 +91,7 @@ class CurvatureRecorder:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Watched,
         sinks: Any = None,
         *,
         log_every: int | None = 10,
@@ -162,7 +125,7 @@ class CurvatureRecorder:
             raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
-        self._options = _options(probe, hessian_options)
+        self._options = measurement_options(probe, hessian_options)
         self._optimizer = optimizer
         self._window = {"keep_total": keep_total, "synchronize": synchronize}
         self._strict = strict
@@ -398,16 +361,3 @@ def _check_intervals(every: Mapping[str, int | None]) -> None:
         if interval is not None and not (whole and interval >= 1):
             keyword = "log_every" if name == "fisher" else f"{name}_every"
             raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")
-
-
-def _options(probe: Probe, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each measurement the options that it takes."""
-    refuse_renamed(given, "hessian_diagonal()")
-    methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
-    taken = {method: set(inspect.signature(getattr(probe, method)).parameters) for method in methods}
-    if "every" in given:
-        raise InvalidArgumentError("CurvatureRecorder takes log_every= in place of every=.")
-    unknown = sorted(given.keys() - set.union(*taken.values()))
-    if unknown:
-        raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
-    return {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
