@@ -31,9 +31,6 @@ LONG = {
     "online.attribution._attribute": "the same",
 }
 
-#: Packages whose modules do not each have their tests at the mirrored place yet.
-NOT_MIRRORED = ("oneshot",)
-
 
 def name_of(path: Path) -> str:
     """The dotted name of a module in the package."""
@@ -96,7 +93,7 @@ def test_nothing_is_long_without_a_reason(path: Path) -> None:
 def test_tests_mirror_the_package(path: Path) -> None:
     here = path.relative_to(ROOT)
     package_itself = here.name == "__init__.py" and len(here.parts) > 1  # which tells what is in it, and no more
-    if not package_itself and here.parts[0] not in NOT_MIRRORED:
+    if not package_itself:
         place = here.with_name(f"test_{here.stem.strip('_')}.py")
         assert (TESTS / place).exists(), f"{name_of(path)} has no tests in tests/{place}"
 
