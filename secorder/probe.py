@@ -269,6 +269,11 @@ class CurvatureProbe:
         return self._fisher.decay
 
     @property
+    def accumulate(self) -> Accumulate:
+        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        return self._fisher.accumulate
+
+    @property
     def every(self) -> int:
         """Each ``every``-th forward is recorded."""
         return self._every
