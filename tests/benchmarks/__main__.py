@@ -258,19 +258,28 @@ def against_torch_secorder(results: Results) -> None:
     results.show("Exact Hessian diagonal", work.name, times, refused=refused)
 
 
+def machine_of(device: str) -> str:
+    """What is measured on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--only", choices=("online", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--device", default="cpu", help="where everything is made and runs: cpu, cuda")
     parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--readme", type=Path, help="put the tables between the marks in this file")
     options = parser.parse_args()
     only, repeats = options.only or ("online", "fisher", "exact", "stochastic"), options.repeats
     warnings.filterwarnings("ignore")
+    torch.set_default_device(options.device)
     results = Results(Console(width=110))
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = machine_of(options.device)
     heading = f"{datetime.date.today()}, torch {torch.__version__}, {machine}, medians of {repeats} runs"
     results.console.print(heading)
 
