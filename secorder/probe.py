@@ -1,5 +1,6 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,14 +14,14 @@ from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
-from .layers.selection import Layer, LayerTypes, present, select_layers
+from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
@@ -74,6 +75,8 @@ class CurvatureProbe:
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
+        frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
+            where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
             L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
@@ -137,6 +140,7 @@ class CurvatureProbe:
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
+        frozen: bool = False,
         reduction: Reduction = None,
         every: int = 1,
         decay: float | None = None,
@@ -157,6 +161,10 @@ class CurvatureProbe:
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
+        if layers is None and not frozen:
+            selected = trained(selected)
+        if layers is None and layer_types is None:
+            _tell_share(model, selected)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
         if decay is not None and not 0.0 < decay < 1.0:
@@ -268,6 +276,11 @@ class CurvatureProbe:
     def decay(self) -> float | None:
         """Of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
+
+    @property
+    def accumulate(self) -> Accumulate:
+        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        return self._fisher.accumulate
 
     @property
     def every(self) -> int:
@@ -781,10 +794,10 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         max_iterations: int = 200,
         chunk_size: int | None = None,
-    ) -> dict[str, LayerCost]:
-        """What a measurement with the same arguments would take, before it is paid.
+    ) -> Cost:
+        """What a measurement with the same arguments would take, before it is paid: products, memory and seconds.
 
-        One forward, one backward and the checks are run, no basis and no draws.
+        A forward, a backward and the checks are run, and two short trials of each layer's products.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -802,22 +815,39 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
+            seconds; its ``seconds`` are those of the whole measurement. Of a data set, each batch counts as the first.
 
         Raises:
             SecorderError: as the measurement itself.
         """
+        count = 1
+        if is_data_set(inputs, targets):
+            (inputs, targets), count = first_of(inputs)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
-        return self._measure(
-            lambda task: quantity_cost(task, *asked),
+        inside = 0.0
+
+        def work(task: Measurement) -> Cost:
+            nonlocal inside
+            start = time.perf_counter()
+            found = quantity_cost(task, *asked)
+            inside = time.perf_counter() - start
+            return found
+
+        start = time.perf_counter()
+        cost = self._measure(
+            work,
             loss_fn,
             inputs,
             targets,
             by_sample=quantity == "fisher",
             chunk_size=chunk_size,
         )
+        cost.overhead += time.perf_counter() - start - inside  # what it takes to put everything back
+        cost.num_batches = count
+        return cost
 
     def _measure(
         self,
@@ -961,3 +991,14 @@ class CurvatureProbe:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
         synchronize(self._fisher, group)
+
+
+def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Warn where the default layer types leave out most of what is trained."""
+    share = share_of_parameters(model, layers)
+    if share < 0.5:
+        every = trained(select_layers(model, "all", unchecked=True))
+        caution(
+            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
+            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+        )

@@ -45,7 +45,10 @@ SAID_OF = {"norms": "online"}
 def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
     model, loss_fn, inputs, targets = batch
     layer_types = None if "layers" in case.options else "all"
-    with warnings.catch_warnings(), CurvatureProbe(model, **{"layer_types": layer_types, **case.options}) as probe:
+    with (
+        warnings.catch_warnings(),
+        CurvatureProbe(model, **{"layer_types": layer_types, "frozen": True, **case.options}) as probe,
+    ):
         warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
         if what == "hessian":
             return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()
@@ -231,6 +234,7 @@ def test_only_torch_without_a_bfloat16_lstm_skips(
 def test_lstm_cases_skip_without_avx512() -> None:
     """The real thing: oneDNN is told to use nothing above AVX2."""
     command = [sys.executable, "-m", "pytest", "tests/test_matrix.py", "-k", "bfloat16_autocast and lstm", "-rs"]
+    command += ["-n", "0"]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout

@@ -35,6 +35,7 @@ from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
+from .uses import pieces
 
 __all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly", "total_of"]
 
@@ -192,6 +193,9 @@ class OnlineFisher:
         if not came:
             return
         calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
+        if layer.by_operations:
+            self._deliver_pieces(record, layer, pieces(calls), [total for _, _, total in came])
+            return
         gradients = self._gradients(layer, calls, layouts)
         products = self._explain(record, layer, gradients)
         good = None
@@ -205,6 +209,23 @@ class OnlineFisher:
             record.parts[layer.name] = (gradients, good)
         else:
             self._add(record, layer, [[gradients[name]] for name in layer.parameters], good)
+
+    def _deliver_pieces(
+        self, record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
+    ) -> None:
+        """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
+        seen = list(totals)
+        for turn in range(max(map(len, parts.values()), default=0)):
+            gradients = {name: forms[turn] for name, forms in parts.items() if turn < len(forms)}
+            products = self._explain(record, layer, gradients)
+            if self.on_nonfinite != "keep":
+                seen += [w for n, p in gradients.items() if (w := witness(p, products.get(n))) is not None]
+        good = self._good(layer, seen)
+        if record.weights is not None:
+            weights = record.weights
+            parts = {name: [weighted(form, weights) for form in forms] for name, forms in parts.items()}
+        record.received.add(layer.name)
+        self._add(record, layer, [parts.get(name, []) for name in layer.parameters], good)
 
     def _gradients(self, layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
         """Per-sample gradients of a layer with a rule."""
@@ -411,7 +432,7 @@ class OnlineFisher:
         groups = [list(records)] if self.forwards == "joined" and records else [[record] for record in records]
         for group in groups:
             for layer in group[0].attribution.layers:
-                if layer.rule is not None and any(layer.name in record.captured for record in group):
+                if any(layer.name in record.captured for record in group):
                     self.troubles.guarded(group[0], (layer.name,), self.deliver, group, layer)
             for key in dict.fromkeys(name for record in group for name in record.modules):
                 parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]

@@ -38,6 +38,7 @@ from ..layers.selection import Layer
 from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
+from .uses import Uses
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 
@@ -174,6 +175,8 @@ class ForwardRecord:
         hooked: calls, by layer and number, whose gradient will come.
         recomputed: by layer, the calls that were computed again in backward.
         starts: by layer, how the enclosing module's calls that are running were started.
+        uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
+        unfollowed: layers whose operations could not be followed in this forward.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -213,10 +216,12 @@ class ForwardRecord:
     hooked: set[tuple[str, int]] = field(default_factory=set)
     recomputed: dict[str, set[int]] = field(default_factory=dict)
     starts: dict[str, list[Start]] = field(default_factory=dict)
+    uses: dict[str, Uses] = field(default_factory=dict)
+    unfollowed: set[str] = field(default_factory=set)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
-    captured: dict[str, list[tuple[int, Call, Tensor]]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     troubled: set[str] = field(default_factory=set)
@@ -248,7 +253,11 @@ class ForwardRecord:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""
         if any(x is layer for x in self.fallback):
             return self.fallback
-        return [x for x in self.attribution.layers if x.rule is None and x.enclosing is layer.enclosing]
+        return [
+            x
+            for x in self.attribution.layers
+            if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
+        ]
 
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""
