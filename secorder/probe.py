@@ -13,6 +13,7 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
+from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
@@ -104,6 +105,10 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
+        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+            ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
+            as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
+            bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -145,6 +150,7 @@ class CurvatureProbe:
         forwards: Literal["separate", "joined"] | None = None,
         penalty: Literal["shared"] | None = None,
         accumulate: Accumulate = "diagonal",
+        precision: Precision = "auto",
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
@@ -170,6 +176,8 @@ class CurvatureProbe:
         if penalty not in (None, "shared"):
             raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
         check_accumulate(accumulate, penalty)
+        if precision not in PRECISIONS:
+            raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
         self._model = model
         self._every = every
@@ -188,6 +196,7 @@ class CurvatureProbe:
             device=accumulator_device,
             dtype=accumulator_dtype,
             accumulate=accumulate,
+            precision=precision,
         )
         if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
             raise InvalidArgumentError(
