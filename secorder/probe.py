@@ -1,5 +1,6 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +13,15 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
+from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
@@ -103,6 +105,10 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
+        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+            ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
+            as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
+            bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -144,6 +150,7 @@ class CurvatureProbe:
         forwards: Literal["separate", "joined"] | None = None,
         penalty: Literal["shared"] | None = None,
         accumulate: Accumulate = "diagonal",
+        precision: Precision = "auto",
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
@@ -169,6 +176,8 @@ class CurvatureProbe:
         if penalty not in (None, "shared"):
             raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
         check_accumulate(accumulate, penalty)
+        if precision not in PRECISIONS:
+            raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
         self._model = model
         self._every = every
@@ -187,6 +196,7 @@ class CurvatureProbe:
             device=accumulator_device,
             dtype=accumulator_dtype,
             accumulate=accumulate,
+            precision=precision,
         )
         if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
             raise InvalidArgumentError(
@@ -268,6 +278,11 @@ class CurvatureProbe:
         return self._fisher.decay
 
     @property
+    def accumulate(self) -> Accumulate:
+        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        return self._fisher.accumulate
+
+    @property
     def every(self) -> int:
         """Each ``every``-th forward is recorded."""
         return self._every
@@ -302,6 +317,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -319,6 +336,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -345,7 +364,11 @@ class CurvatureProbe:
             targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
             fisher_type: which Fisher.
             num_draws: draws of ``"mc"``.
-            generator: random numbers of ``"mc"``; the global random state is never advanced.
+            rtol: of ``"type-2"`` with many outputs: exact for each sample's heaviest columns, until the rest's share of
+                the loss's own trace is at most this, and an unbiased estimate of the rest, drawn until its standard
+                error relative to the diagonal is.
+            max_draws: draws at most, with ``rtol``.
+            generator: random numbers of ``"mc"`` and ``rtol``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
@@ -368,7 +391,7 @@ class CurvatureProbe:
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
-            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
                     "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
                     "pass loss_fn, inputs and targets to measure a batch."
@@ -379,8 +402,11 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         check_fisher_type(fisher_type, num_draws)
+        if rtol is not None and (fisher_type != "type-2" or create_graph):
+            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
+        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
         fisher = self._measure(
-            lambda task: fisher_diagonal(task, fisher_type, num_draws),
+            lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
             loss_fn,
             inputs,
             targets,
@@ -779,10 +805,10 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         max_iterations: int = 200,
         chunk_size: int | None = None,
-    ) -> dict[str, LayerCost]:
-        """What a measurement with the same arguments would take, before it is paid.
+    ) -> Cost:
+        """What a measurement with the same arguments would take, before it is paid: products, memory and seconds.
 
-        One forward, one backward and the checks are run, no basis and no draws.
+        A forward, a backward and the checks are run, and two short trials of each layer's products.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -800,22 +826,39 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
+            seconds; its ``seconds`` are those of the whole measurement. Of a data set, each batch counts as the first.
 
         Raises:
             SecorderError: as the measurement itself.
         """
+        count = 1
+        if is_data_set(inputs, targets):
+            (inputs, targets), count = first_of(inputs)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
-        return self._measure(
-            lambda task: quantity_cost(task, *asked),
+        inside = 0.0
+
+        def work(task: Measurement) -> Cost:
+            nonlocal inside
+            start = time.perf_counter()
+            found = quantity_cost(task, *asked)
+            inside = time.perf_counter() - start
+            return found
+
+        start = time.perf_counter()
+        cost = self._measure(
+            work,
             loss_fn,
             inputs,
             targets,
             by_sample=quantity == "fisher",
             chunk_size=chunk_size,
         )
+        cost.overhead += time.perf_counter() - start - inside  # what it takes to put everything back
+        cost.num_batches = count
+        return cost
 
     def _measure(
         self,

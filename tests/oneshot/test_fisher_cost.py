@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.oneshot.fisher_cost import fisher_choices
+from secorder.oneshot.fisher_cost import fisher_cost
 
 from ..helpers import data, make, measured
 
@@ -27,16 +27,21 @@ def test_what_is_said_is_what_is_done(fisher_type: Any, products: int) -> None:
     for loops in (False, True):
         model, batch = make(), data()
         loss_fn = penalised(model) if loops else F.cross_entropy
-        chosen = measured(lambda task: fisher_choices(task, fisher_type, 5), model, batch, loss_fn)
-        assert {choice.products for _, choice in chosen.values()} == {products * (6 if loops else 1)}
+        chosen = measured(lambda task: fisher_cost(task, fisher_type, 5), model, batch, loss_fn)
+        assert {cost.num_hvps for cost in chosen.values()} == {products * (6 if loops else 1)}
         if loops and fisher_type != "empirical":
             continue  # refused, when it is measured
         with CurvatureProbe(model) as probe:
             info = probe.fisher_diagonal(loss_fn, *batch, fisher_type=fisher_type, num_draws=5).info
-        assert {name: i.strategy for name, i in info.items()} == {name: c.strategy for name, (_, c) in chosen.items()}
+        assert {name: i.strategy for name, i in info.items()} == {name: cost.strategy for name, cost in chosen.items()}
 
 
-def test_sizes_are_those_of_the_layers() -> None:
-    chosen = measured(lambda task: fisher_choices(task, "empirical", 5), make(), data())
-    assert {name: (facts.numel, facts.outputs) for name, (facts, _) in chosen.items()} == {"0": (25, 5), "2": (18, 3)}
+@pytest.mark.parametrize("loops", [False, True])
+def test_seconds_are_those_of_the_layers_and_of_what_is_done_anyway(loops: bool) -> None:
+    model = make()
+    cost = measured(
+        lambda task: fisher_cost(task, "empirical", 5), model, data(), penalised(model) if loops else F.cross_entropy
+    )
+    assert cost.overhead > 0
+    assert all((c.seconds > 0) == loops and c.num_bytes > 0 for c in cost.values())  # one column is done by the checks
     assert torch.is_grad_enabled()

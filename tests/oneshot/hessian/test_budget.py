@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from secorder import InvalidArgumentError
-from secorder.oneshot.hessian.budget import AUTO_RTOL, MAX_HVPS, MAX_WORK, Budget
+from secorder.oneshot.hessian.budget import AUTO_RTOL, AUTO_SECONDS, MAX_HVPS, MAX_WORK, Budget
 
 
 def checked(
@@ -16,11 +16,22 @@ def checked(
 
 
 def test_what_is_not_said_follows_from_the_method() -> None:
-    assert checked() == Budget("auto", 16, AUTO_RTOL, 10_000, MAX_HVPS, MAX_WORK)
-    assert checked(num_draws=5) == Budget("auto", 5, None, 10_000, MAX_HVPS, MAX_WORK)
+    seconds = AUTO_SECONDS, AUTO_SECONDS / 2
+    assert checked() == Budget("auto", 16, AUTO_RTOL, 10_000, MAX_HVPS, MAX_WORK, *seconds)
+    assert checked(num_draws=5) == Budget("auto", 5, None, 10_000, MAX_HVPS, MAX_WORK, *seconds)
+    assert checked(rtol=0.1) == Budget("auto", 16, 0.1, 10_000, MAX_HVPS, MAX_WORK, AUTO_SECONDS)
     assert checked(max_hvps=7) == Budget("auto", 16, AUTO_RTOL, 10_000, 7, math.inf)
     assert checked("hutchinson") == Budget("hutchinson", 100)
     assert checked("hutchinson", rtol=0.1) == Budget("hutchinson", 16, 0.1)
+
+
+def test_products_that_were_timed_are_afforded_by_their_seconds() -> None:
+    auto = checked()
+    assert auto.affords(100, 10**9, 0.09)  # not by the numbers that they pass through
+    assert not auto.affords(100, 1, 0.11)
+    assert not auto.affords(MAX_HVPS + 1, 1, 1e-9)
+    assert checked(max_hvps=100).affords(100, 10**9, 100.0)
+    assert not auto.affords(100, 10**9)
 
 
 @pytest.mark.parametrize(
