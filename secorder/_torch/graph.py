@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "Node", "Output", "Users", "can_be_run", "current_node", "outputs_of", "recomputed", "run_node", "saved",
-    "shape_of", "users_of",
+    "shape_of", "tells_recomputation", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -90,6 +90,11 @@ def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tens
     lead = g.dim() - len(shape)
     summed = [d for d in range(g.dim()) if d < lead or (shape[d - lead] == 1 and g.shape[d] != 1)]
     return (g.sum(summed) if summed else g).reshape(shape)
+
+
+def tells_recomputation() -> bool:
+    """Whether this PyTorch tells what a saved tensor is unpacked by, so that :func:`recomputed` has an answer."""
+    return hasattr(torch._C._autograd.SavedTensor, "unpack_hook")
 
 
 def recomputed(node: Node) -> bool | None:

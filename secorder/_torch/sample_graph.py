@@ -192,6 +192,11 @@ def _along(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[
     return [place if apart else None] * len(shapes)
 
 
+def _sliced(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """As others along a dimension, but for a slice that is all of it: older PyTorch has one for each colon."""
+    return [place] if shapes[0] == shape else _along(node, shape, place, shapes)
+
+
 def _flipped(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
     return [None if place.dim in {_dim(d, len(shape)) for d in node._saved_dims} else place]
 
@@ -261,7 +266,8 @@ _RULES: dict[str, Rule] = {
     **_names(_permuted, "Permute"),
     **_names(_product, "Mm Addmm Bmm Baddbmm"),
     **_names(_normalised_behind, "NativeLayerNorm FusedRmsNorm"),
-    **_names(_along, "Softmax LogSoftmax SafeSoftmax Slice Split SplitWithSizes Cat Narrow"),
+    **_names(_along, "Softmax LogSoftmax SafeSoftmax Split SplitWithSizes Cat Narrow"),
+    **_names(_sliced, "Slice"),
     **_names(_flipped, "Flip"),
     **_names(_selected, "Select Unbind"),
     **_names(_stacked, "Stack"),

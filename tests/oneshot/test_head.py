@@ -70,7 +70,7 @@ CASES: dict[str, Case] = {
     "images": (
         lambda: nn.Sequential(nn.Conv2d(2, 2, 3, padding=1)),
         (2, 3, 3),
-        F.mse_loss,
+        lambda f, t: F.mse_loss(f, t.to(f)),
         torch.ones(N, 2, 3, 3),
         {"0"},
     ),

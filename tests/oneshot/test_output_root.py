@@ -67,7 +67,7 @@ CASES: dict[str, Case] = {
     "some classes": Case(lambda f: F.cross_entropy(f[:, :3], LABELS % 3), columns=3),
     "temperature": Case(lambda f: F.kl_div((f / 3).log_softmax(1), VALUES.softmax(1), reduction="batchmean")),
     "focal": Case(lambda f: by_sample(f, (1 - f.softmax(1)[range(N), LABELS]) ** 2)),
-    "squared": Case(lambda f: F.mse_loss(f, VALUES)),
+    "squared": Case(lambda f: F.mse_loss(f, VALUES.to(f))),
     "binary": Case(lambda f: F.binary_cross_entropy_with_logits(f, VALUES.sigmoid(), WEIGHTS, pos_weight=WEIGHTS)),
     "probability": Case(lambda f: F.binary_cross_entropy(f.sigmoid(), VALUES.sigmoid())),
     "huber": Case(lambda f: F.huber_loss(f, VALUES, delta=0.7)),

@@ -13,10 +13,11 @@ from secorder.oneshot.independence import outputs_independent, separating_masks
 from secorder.oneshot.isolation import isolate
 from secorder.online.attribution import attribute
 
-from ..helpers import Shared, data
+from ..helpers import Shared, data, refused_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
 
 
+@refused_where_nothing_tells
 def test_a_row_that_all_samples_share_is_told_where_the_model_returns_no_samples() -> None:
     class Loss(Shared):
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
 
-from ..helpers import Shared, data, reference, step
+from ..helpers import Shared, data, reference, run_again_where_nothing_tells, step
 from ..reference import assert_all_close
 
 
@@ -46,6 +46,7 @@ def measured(probe: CurvatureProbe) -> dict[str, bool]:
     return {layer.name: layer.by_operations for layer in known.layers if layer.rule is None}
 
 
+@run_again_where_nothing_tells
 def test_a_row_that_all_samples_share_costs_no_run_of_its_own() -> None:
     model, examples = Shared(), data()
     with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
@@ -55,6 +56,7 @@ def test_a_row_that_all_samples_share_costs_no_run_of_its_own() -> None:
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, examples))
 
 
+@run_again_where_nothing_tells
 def test_batches_of_other_sizes_and_lengths() -> None:
     """Also a batch of one, and one of as many samples as places."""
     model = Words()
@@ -70,7 +72,7 @@ def test_batches_of_other_sizes_and_lengths() -> None:
     assert_all_close(found, {name: sum(one[name] for one in every) for name in every[0]})
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [True, pytest.param(False, marks=run_again_where_nothing_tells)])
 def test_checkpoints_hide_operations_and_modules_run_again(reentrant: bool) -> None:
     model, examples = Words(reentrant), batch()
     with CurvatureProbe(model, "all", reduction="mean") as probe:
@@ -120,6 +122,7 @@ def test_a_graph_without_backward_is_freed() -> None:
         assert gone() is None
 
 
+@run_again_where_nothing_tells
 def test_low_precision_passes_the_audit() -> None:
     model, (x, y) = Words().float(), batch()
     with CurvatureProbe(model, "all", reduction="mean") as probe:

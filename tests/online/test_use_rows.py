@@ -10,6 +10,8 @@ from secorder.layers.layout import Layout
 from secorder.online.samples import Hypothesis
 from secorder.online.use_rows import rows_of_uses
 
+from ..helpers import run_again_where_nothing_tells
+
 N, T = 4, 3
 
 
@@ -18,6 +20,7 @@ def places(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return torch.tanh(x + b @ w.t())
 
 
+@run_again_where_nothing_tells
 @pytest.mark.parametrize("loss", [False, True], ids=["rows", "loss"])
 def test_operations_without_samples_are_followed(loss: bool) -> None:
     x, w, b = torch.randn(N, T, 5), torch.randn(5, 2, requires_grad=True), torch.randn(T, 2, requires_grad=True)

@@ -12,6 +12,9 @@ from secorder.layers.operations import MAPS
 from secorder.layers.per_sample import Outer, dense
 from secorder.online.uses import carried
 
+#: Operations that a colon is: none, where PyTorch leaves out what changes nothing.
+COLON = len(users_of([torch.zeros(1, 1, requires_grad=True)[:, 0]])) - 2
+
 MAPPED: list[tuple[Callable[[Tensor], Tensor], int]] = [
     (lambda p: p.t(), 1),
     (lambda p: p.transpose(-1, 0), 1),
@@ -20,9 +23,9 @@ MAPPED: list[tuple[Callable[[Tensor], Tensor], int]] = [
     (lambda p: p.view(2, 3, 2).transpose(1, 2), 2),
     (lambda p: p.clone().reshape(-1), 2),
     (lambda p: p[1:], 1),
-    (lambda p: p[:, -2:-1], 1),
+    (lambda p: p[:, -2:-1], 1 + COLON),
     (lambda p: p[0], 1),
-    (lambda p: p[:, -1], 1),
+    (lambda p: p[:, -1], 1 + COLON),
     (lambda p: p.split([3, 1], 1)[1] if p.shape[1] == 4 else p.split([4, 2])[1], 1),
     (lambda p: p.chunk(2)[1].t(), 2),
     (lambda p: p.unbind(1)[1], 1),
