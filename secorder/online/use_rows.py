@@ -28,7 +28,7 @@ from .uses import Route, Uses, find_uses, hidden, layouts_of
 
 __all__ = ["UseRows", "rows_of_uses"]
 
-#: How far ahead operations are looked at together, and how often further ones are.
+#: How far ahead operations are looked at together, where each look runs the model again; how often further ones are.
 AHEAD = 2
 ROUNDS = 24
 
@@ -118,7 +118,7 @@ def _follow(
     users: Users, parameters: Parameters, evidence: "_Evidence", result: UseRows, *, known: bool
 ) -> dict[str, Uses | None]:
     """The uses of each layer, once no operation is left that owns no samples; the routes go into the result."""
-    ahead = 0 if known else AHEAD
+    ahead = 0 if known else evidence.ahead
     found: dict[str, Uses | None] = {}
     waiting = set(parameters)
     for _ in range(ROUNDS):
@@ -126,7 +126,7 @@ def _follow(
             found[name] = find_uses(users, parameters[name], result.routes[name])
         nodes = [use.node for name in waiting for use in (found[name] or Uses({}, {})).uses]
         evidence.judge(_with_users(users, nodes, ahead))
-        ahead = AHEAD
+        ahead = evidence.ahead
         further = set()
         for name in waiting:
             uses = found[name]
@@ -155,7 +155,10 @@ class _Evidence:
     Attributes:
         layouts: by operation, the layout of each output; None where there is none, so that no sample owns its rows.
         moved: operations that the model's output depends on.
+        ahead: how many operations behind those that are asked about are looked at with them.
     """
+
+    ahead = 0
 
     def __init__(self) -> None:
         self.layouts: dict[Node, list[Layout | None]] = {}
@@ -241,6 +244,8 @@ def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Te
 
 class _ByChange(_Evidence):
     """By what the gradients of the model's loss do where samples are changed."""
+
+    ahead = AHEAD
 
     def __init__(self, output: Any, forward: Forward, arguments: Any, chosen: Hypothesis) -> None:
         super().__init__()
