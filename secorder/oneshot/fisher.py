@@ -34,6 +34,7 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
+from .fisher_by_uses import by_uses
 from .fisher_pairs import FisherType, Found, collect, second_order_columns
 from .head import contract_head, head_outputs, known_heads
 from .independence import outputs_independent
@@ -115,6 +116,9 @@ def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Foun
     rest = [layer for layer in task.layers if layer.name not in found]
     if not traced.independent:
         require_independent_samples(task, output)
+    if rest and not traced.hooked:  # what is followed through the graph passes by its hooks
+        found |= by_uses(task, rest, pairs, linear=linear)
+        rest = [layer for layer in rest if layer.name not in found]
     return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
 
 

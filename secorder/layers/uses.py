@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Output, Users, can_be_run, outputs_of, recomputed, run_node, shape_of
-from ..layers.layout import Layout
-from ..layers.operations import MAPS
-from ..layers.operations.registry import each
-from ..layers.per_sample import Outer, PerSample, Rows, dense, merge
+from .layout import Layout
+from .operations import MAPS
+from .operations.registry import each
+from .per_sample import Outer, PerSample, Rows, dense, merge
 
 __all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
 

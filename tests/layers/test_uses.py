@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder._torch.graph import users_of
 from secorder.layers.layout import Layout
 from secorder.layers.per_sample import Outer
-from secorder.online.uses import find_uses, hidden, layouts_of, pieces, reentrant
+from secorder.layers.uses import find_uses, hidden, layouts_of, pieces, reentrant
 
 
 def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
