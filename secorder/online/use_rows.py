@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
@@ -73,7 +74,8 @@ def rows_of_uses(
         routes: by layer, those that were found to be followed before.
         routed: the forward for :func:`~secorder.online.routes.routed_nodes`, where rows may depend on data.
     """
-    output = forward(arguments)
+    with _Hooks() as hooks:
+        output = forward(arguments)
     users = users_of(tensors_in(output))
     ends = [
         (f, o[0])
@@ -93,9 +95,10 @@ def rows_of_uses(
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return UseRows(unknown=set(parameters))
     for name, uses in found.items():
-        if uses is None or hidden(uses):
+        passed_by = hooks.put and bool(result.routes[name])  # hooks on what is followed are not called
+        if uses is None or passed_by or hidden(uses):
             result.unknown.add(name)
-            if uses is not None:
+            if uses is not None and not passed_by:
                 result.hidden.add(name)
             continue
         result.known[name] = [
@@ -109,6 +112,20 @@ def rows_of_uses(
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)
     return result
+
+
+class _Hooks(TorchFunctionMode):
+    """Sees whether the model puts hooks on its tensors' gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.put |= func is Tensor.register_hook
+        return func(*args, **(kwargs or {}))
 
 
 class _OneSample(Evidence):
