@@ -22,7 +22,7 @@ from .errors import (
 )
 from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost, LayerCost
 from .oneshot.trace import Trace
 from .online.noise import NoiseScale, NoiseScales
 from .online.reduction import token_weights
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttributionError",
+    "Cost",
     "CouplingError",
     "CurvatureProbe",
     "CurvatureRecorder",

@@ -1,5 +1,6 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +16,11 @@ from .errors import InvalidArgumentError, ProbeStateError
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
@@ -266,6 +267,11 @@ class CurvatureProbe:
     def decay(self) -> float | None:
         """Of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
+
+    @property
+    def accumulate(self) -> Accumulate:
+        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        return self._fisher.accumulate
 
     @property
     def every(self) -> int:
@@ -779,10 +785,10 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         max_iterations: int = 200,
         chunk_size: int | None = None,
-    ) -> dict[str, LayerCost]:
-        """What a measurement with the same arguments would take, before it is paid.
+    ) -> Cost:
+        """What a measurement with the same arguments would take, before it is paid: products, memory and seconds.
 
-        One forward, one backward and the checks are run, no basis and no draws.
+        A forward, a backward and the checks are run, and two short trials of each layer's products.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -800,22 +806,39 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
+            seconds; its ``seconds`` are those of the whole measurement. Of a data set, each batch counts as the first.
 
         Raises:
             SecorderError: as the measurement itself.
         """
+        count = 1
+        if is_data_set(inputs, targets):
+            (inputs, targets), count = first_of(inputs)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
-        return self._measure(
-            lambda task: quantity_cost(task, *asked),
+        inside = 0.0
+
+        def work(task: Measurement) -> Cost:
+            nonlocal inside
+            start = time.perf_counter()
+            found = quantity_cost(task, *asked)
+            inside = time.perf_counter() - start
+            return found
+
+        start = time.perf_counter()
+        cost = self._measure(
+            work,
             loss_fn,
             inputs,
             targets,
             by_sample=quantity == "fisher",
             chunk_size=chunk_size,
         )
+        cost.overhead += time.perf_counter() - start - inside  # what it takes to put everything back
+        cost.num_batches = count
+        return cost
 
     def _measure(
         self,

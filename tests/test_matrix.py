@@ -234,6 +234,7 @@ def test_only_torch_without_a_bfloat16_lstm_skips(
 def test_lstm_cases_skip_without_avx512() -> None:
     """The real thing: oneDNN is told to use nothing above AVX2."""
     command = [sys.executable, "-m", "pytest", "tests/test_matrix.py", "-k", "bfloat16_autocast and lstm", "-rs"]
+    command += ["-n", "0"]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout

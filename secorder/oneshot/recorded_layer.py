@@ -35,7 +35,7 @@ __all__ = [
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 
-@dataclass
+@dataclass(eq=False)
 class RecordedLayer:
     """A layer with its recorded calls.
 
@@ -114,6 +114,7 @@ def contract_pairs(
     create_graph: bool = False,
     linear: bool = False,
     by_graph: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
@@ -132,6 +133,7 @@ def contract_pairs(
         create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
+        advance: of a progress bar.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
 
     Returns:
@@ -160,6 +162,7 @@ def contract_pairs(
         v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
             watch(good, u, v, some.sign)
+        advance(len(ids))
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])

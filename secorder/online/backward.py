@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
     accumulates_untouched,
@@ -82,7 +83,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         for name in backward.audit.watch(layer.parameters, graph, apart=apart):
             parameter = layer.parameters[name]
-            if not layer.sharded and name in slots and slot(parameter) not in (None, slots[name]):
+            moved = not layer.sharded and name in slots and slot(parameter) not in (None, slots[name])
+            if moved and will_accumulate(accumulate_node(graph[name])):  # and not torch.autograd.grad
                 backward.early.append((index, parameter))
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
@@ -95,11 +97,13 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
                 backward.handles.append(first_gradient_hook(graph[name], saw))
 
 
+@never_compiled
 def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
     if gradients[0] is not None:
         saw(gradients[0])
 
 
+@never_compiled
 def _saw(
     backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
 ) -> None:
@@ -114,6 +118,7 @@ def _runs(backward: Backward) -> bool:
     return inner or current_backward() == backward.number
 
 
+@never_compiled
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher

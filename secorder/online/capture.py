@@ -1,12 +1,13 @@
 """Calls of layers, as their hooks see them: what is kept of a call, and what its gradient does when it comes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, accumulates_into, in_backward, will_accumulate
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
@@ -112,15 +113,17 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
 
 def _on_gradient(attachment: "Attachment", record: ForwardRecord, tensor: Tensor, received: Any) -> None:
     """Call with the gradient on a tensor, as it goes on from there: after every hook on the tensor has changed it."""
-    number = tensor.output_nr
-
-    def prehook(gradients: tuple[Tensor | None, ...]) -> None:
-        g = gradients[number]
-        if g is not None and not attachment.pauses and not inside_transform():
-            received(g)
-
     assert tensor.grad_fn is not None
-    tensor.grad_fn.register_prehook(prehook)
+    tensor.grad_fn.register_prehook(partial(_pass_on, attachment, tensor.output_nr, received))
+
+
+@never_compiled
+def _pass_on(
+    attachment: "Attachment", number: int, received: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]
+) -> None:
+    g = gradients[number]
+    if g is not None and not attachment.pauses and not inside_transform():
+        received(g)
 
 
 class _LayerGradient:

@@ -1,5 +1,6 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,6 +37,7 @@ class Findings:
         facts: by layer.
         graphs: by layer, of those that have a rule.
         output_side: for columns; None where they are not to be had, or would not pay.
+        seconds: that the forward and the loss took.
         outputs: the model's, samples in dim 0, where the loss is known to be a sum over them and the graph may tell
             where the samples are.
     """
@@ -43,6 +45,7 @@ class Findings:
     facts: dict[str, Facts]
     graphs: dict[str, LayerGraph]
     output_side: OutputSide | None = None
+    seconds: float = 0.0
     outputs: list[Tensor] = field(default_factory=list)
 
     def learn(self, name: str, **facts: Any) -> None:
@@ -65,14 +68,18 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
         budget: how exact, how expensive: what cannot matter is not looked at.
         columns: whether columns may be used.
     """
+    start = time.perf_counter()
     traced = task.traced(inputs=False)
     output, loss = task.loss(second_order=True, forward=traced)
     recording.close()
+    seconds = time.perf_counter() - start
     if not loss.requires_grad:
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
-    found = Findings({x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {})
+    found = Findings(
+        {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {}, None, seconds
+    )
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
