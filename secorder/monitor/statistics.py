@@ -162,7 +162,7 @@ def _summaries(
         diagonals = layer_curvatures.whole() if isinstance(layer_curvatures, Diagonals) else layer_curvatures.values()
         for alike, stacked in stacks(d.detach().flatten() for d in diagonals):
             places += alike
-            parts.append(_numbers(stacked, histograms).to(device))
+            parts.append(_numbers(stacked, histograms, entries).to(device))
         numbers = torch.cat(parts).tolist()
     known = len(STATISTICS)
     result = {}
@@ -183,7 +183,7 @@ def _require_real_tensors(layer_curvatures: Mapping[str, Tensor]) -> None:
             raise InvalidTypeError(f"the curvature of layer {name!r} must be a tensor of real numbers, got {got}.")
 
 
-def _numbers(given: Tensor, histograms: bool) -> Tensor:
+def _numbers(given: Tensor, histograms: bool, entries: int | None = None) -> Tensor:
     """Of each row, in float64: statistics, then low, high, sum, sum of squares and counts of the histogram.
 
     Nothing is read on the host. The operations are those that take least: of a million entries on a CPU, ``std`` and
