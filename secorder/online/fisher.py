@@ -19,6 +19,7 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
+from ..layers.low_precision import Precision, is_low
 from ..layers.norms import DenseNorms
 from ..layers.patches import Patches
 from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
@@ -80,6 +81,7 @@ class OnlineFisher:
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         accumulate: Accumulate = "diagonal",
+        precision: Precision = "auto",
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -92,6 +94,7 @@ class OnlineFisher:
         self.penalty = penalty
         self.device, self.dtype = device, dtype
         self.accumulate = accumulate
+        self.precision = precision
         self.directions = Directions()
         self.backwards = Backwards()
         self._strict = strict
@@ -115,6 +118,7 @@ class OnlineFisher:
             device=self.device,
             dtype=self.dtype,
             accumulate=accumulate or self.accumulate,
+            precision=self.precision,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -302,11 +306,13 @@ class OnlineFisher:
         alpha = self.factor(record)
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
+        first = next(iter(layer.parameters.values()))
+        low = is_low(self.precision, first.device, record.autocast_dtype or first.dtype)
         before: list[int] = []
         try:
             with ADDING:
                 before = [version(total) for total in sums.sums]
-                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
+                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good, low=low)
                 sums.count(self.count_of(record), good, self.decay, self.of_all(record))
             if good is not None:
                 record.goods.append(good)

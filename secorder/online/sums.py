@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
+from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
@@ -72,8 +73,13 @@ class LayerSums:
         decay: float | None,
         alpha: float,
         good: Tensor | None = None,
+        low: bool = False,
     ) -> None:
-        """Add to each parameter's sum α times a sum of squares, or α Σ_n (Σ_i u_{i, n})² of per-sample gradients."""
+        """Add to each parameter's sum α times a sum of squares, or α Σ_n (Σ_i u_{i, n})² of per-sample gradients.
+
+        With ``low``, by matrix products of factors in bfloat16.
+        """
+        contract = contract_sum_low if low else contract_sum
         for p, total, parts in zip(layer.parameters.values(), self.sums, parts_of, strict=True):
             beta = 1.0 if decay is None else decay
             if isinstance(parts, Tensor):
@@ -83,12 +89,12 @@ class LayerSums:
                 if decay is not None:
                     total.mul_(decay)
             elif layer.sharded:
-                part = contract_sum(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
+                part = contract(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
                 total.mul_(beta).add_(shard_of_sum(part, p).to(total))
             elif total.dtype is compute_dtype(layer) and total.device == p.device:
-                contract_sum(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
+                contract(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
             else:
-                total.mul_(beta).add_(contract_sum(parts, numel=p.numel(), keep=good).to(total), alpha=alpha)
+                total.mul_(beta).add_(contract(parts, numel=p.numel(), keep=good).to(total), alpha=alpha)
 
     def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None, size: int | None = None) -> None:
         """Count a batch of so many samples, of ``size``; not where it is not good (a bool on the layer's device)."""
