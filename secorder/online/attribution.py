@@ -79,6 +79,7 @@ class Attribution:
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
+        explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.
     """
 
     layers: tuple[Layer, ...] = ()
@@ -100,6 +101,7 @@ class Attribution:
     ties: Ties = field(default_factory=dict)
     changing: tuple[Place, ...] = ()
     selections: int = 0
+    explained: dict[tuple[Any, ...], list[list[Layout]]] = field(default_factory=dict, compare=False)
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
@@ -132,7 +134,7 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
         name: (*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ()))[:16]
         for name in {**before.known, **after.known}
     }
-    return replace(after, known=known, reached=before.reached | after.reached)
+    return replace(after, known=known, reached=before.reached | after.reached, explained={})
 
 
 def attribute(

@@ -18,7 +18,7 @@ from .._torch.engine import (
 )
 from ..layers.selection import Layer
 from .audit import Audit
-from .fisher import quietly
+from .fisher import OnlineFisher, quietly
 from .penalty import watch
 from .record import Backward, ForwardRecord, slot
 
@@ -78,7 +78,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         for name in backward.audit.watch(layer.parameters, graph, apart=apart):
             parameter = layer.parameters[name]
-            if not layer.sharded and name in slots and slot(parameter) not in (None, slots[name]):
+            if parameter.grad is not None and not layer.sharded and slot(parameter) != slots.get(name, slot(parameter)):
                 backward.early.append((index, parameter))
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
@@ -114,21 +114,25 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
     fisher.backwards.let_go([backward])
-    if attachment.pauses:
-        return
+    if not attachment.pauses:
+        fisher.troubles.guarded(None, fisher.sums, quietly, _leave, fisher, backward)
+
+
+def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     for parameter in backward.fresh:
         if parameter.grad is not None and backward.alone:
             backward.audit.see(parameter, parameter.grad)
     backward.fresh.clear()
-    for index, parameter in backward.early:
+    reached = [record for record in backward.records if _reached(record, backward)]
+    for index, parameter in backward.early if reached else ():
         if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
             fisher.failures[index].add_((parameter.grad != 0).any())
     backward.early.clear()
-    reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
-    fisher.troubles.guarded(None, list(fisher.sums), quietly, fisher.close, backward, reached)
+    fisher.close(backward, reached)
+    backward.records.clear()  # which refer to it
 
 
 def _reached(record: ForwardRecord, backward: Backward) -> bool:
