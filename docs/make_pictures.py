@@ -33,7 +33,7 @@ def train(logdir: Path) -> None:
     batch = tuple(tensor[:64] for tensor in test.tensors)
     with SummaryWriter(str(logdir)) as writer, CurvatureProbe(model, decay=0.9) as probe:
         recorder = CurvatureRecorder(
-            probe, writer, every=5, hessian_every=20, loss_fn=F.cross_entropy, batch=(batch[0], batch[1])
+            probe, writer, log_every=5, hessian_every=20, loss_fn=F.cross_entropy, batch=(batch[0], batch[1])
         )
         for _ in range(10):
             for images, labels in DataLoader(data, batch_size=64, shuffle=True):

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import secorder
 from secorder.monitor.heat_map import heat_map
-from secorder.monitor.tensorboard import log_diagonals, log_layout
+from secorder.monitor.log import log_diagonals
 
 
 def main() -> None:
@@ -35,7 +35,6 @@ def main() -> None:
         console.print(diagnosis)
         assert diagnosis.fisher is not None
         with SummaryWriter(str(arguments.logdir / name.replace(" ", "-"))) as writer:
-            log_layout(writer)
             log_diagonals(writer, diagnosis.fisher, 0, "fisher")
             log_diagonals(writer, diagnosis.hessian, 0, "hessian")
             for layer, row in diagnosis.statistics["fisher"].items():

@@ -20,9 +20,11 @@ from .errors import (
     RuleError,
     SecorderError,
 )
+from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost, LayerCost
 from .oneshot.trace import Trace
+from .online.noise import NoiseScale, NoiseScales
 from .online.reduction import token_weights
 from .online.verification import Verification
 from .online.window import Window
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttributionError",
+    "Cost",
     "CouplingError",
     "CurvatureProbe",
     "CurvatureRecorder",
@@ -50,6 +53,8 @@ __all__ = [
     "InvalidTypeError",
     "LayerCost",
     "LayerInfo",
+    "NoiseScale",
+    "NoiseScales",
     "NonFiniteError",
     "ProbeStateError",
     "Report",
@@ -65,6 +70,7 @@ __all__ = [
     "per_layer_hessian_diagonal",
     "report",
     "token_weights",
+    "weighted_mean",
 ]
 
 __version__ = "0.2.0"

@@ -1,18 +1,22 @@
 """What every measurement returns: one diagonal per layer, and how it was come by."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .errors import InvalidArgumentError
 from .layers.selection import Layer
-from .parallel.all_reduce import add_up
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "Strategy", "weighted_mean", "weighted_sum"]
+__all__ = ["Diagonals", "LayerInfo", "Strategy"]
+
+
+#: On operands, or on operands and their errors.
+Operation = Callable[..., Tensor]
 
 
 class Strategy(str, Enum):
@@ -57,6 +61,7 @@ class LayerInfo:
         relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact.
         converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
             its relative error is below one half.
+        num_batches: batches that it is the mean of, or the sum.
     """
 
     strategy: Strategy
@@ -65,6 +70,7 @@ class LayerInfo:
     num_draws: int = 0
     relative_error: float = 0.0
     converged: bool = True
+    num_batches: int = 1
 
 
 class Diagonals(dict[str, Tensor]):
@@ -72,11 +78,16 @@ class Diagonals(dict[str, Tensor]):
 
     It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it. Of a model that
     ``fully_shard`` cuts over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
-    the parameters' own shapes and placements, and :meth:`whole` gathers.
+    the parameters' own shapes and placements, and :meth:`whole` gathers. A parameter's name (``"fc1.weight"``) gives
+    its part, in its shape.
+
+    ``+`` and ``-`` take another of the same layers, ``*`` and ``/`` also a number; standard errors go along to first
+    order, as those of independent estimates. :func:`secorder.weighted_mean` makes one of several.
 
     Attributes:
         info: per layer, how its diagonal was computed (:class:`LayerInfo`).
-        standard_error: per layer, the standard error of every entry; None for exact results.
+        standard_error: per layer, the standard error of every entry: of an estimate, or over the batches of a data set;
+            None for exact results of one batch.
         layer_types: per layer, the name of its type.
 
     Example:
@@ -87,6 +98,8 @@ class Diagonals(dict[str, Tensor]):
         >>> fisher = probe.fisher_diagonal(torch.nn.functional.mse_loss, torch.randn(4, 3), torch.randn(4, 2))
         >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape
         (torch.Size([8]), torch.Size([2, 3]))
+        >>> (2 * fisher)["0.bias"].shape, round((fisher / fisher.total).total, 4)
+        (torch.Size([2]), 1.0)
     """
 
     info: dict[str, LayerInfo]
@@ -117,30 +130,165 @@ class Diagonals(dict[str, Tensor]):
             for layer in layers
         }
 
+    def __missing__(self, name: str) -> Tensor:
+        for layer, parameters in self._parameters.items():
+            if any(name == parameter for parameter, _ in parameters):
+                return self._of_layer(layer)[name]
+        raise KeyError(f"{name!r} is neither a layer nor a parameter that was measured: there are {list(self)}.")
+
     def parameter_shapes(self) -> dict[str, dict[str, torch.Size]]:
         """Per layer, the shapes of its parameters by their names in the model."""
         return {name: dict(parameters) for name, parameters in self._parameters.items()}
 
     def by_parameter(self) -> dict[str, Tensor]:
         """The same values by parameter name, each in the shape of its parameter (``"fc1.weight"`` …)."""
-        result: dict[str, Tensor] = {}
-        for name, diagonal in self.items():
-            if name in self._shards:
-                placed = shards(diagonal, self._shards[name])
-                result.update(
-                    (parameter, part) for (parameter, _), part in zip(self._parameters[name], placed, strict=True)
-                )
-                continue
-            parts = diagonal.split([shape.numel() for _, shape in self._parameters[name]])
-            for (parameter, shape), part in zip(self._parameters[name], parts, strict=True):
-                result[parameter] = part.view(shape)
-        return result
+        return {name: part for layer in self for name, part in self._of_layer(layer).items()}
+
+    def _of_layer(self, layer: str) -> dict[str, Tensor]:
+        diagonal, parameters = self[layer], self._parameters[layer]
+        if layer in self._shards:
+            placed = shards(diagonal, self._shards[layer])
+            return {name: part for (name, _), part in zip(parameters, placed, strict=True)}
+        parts = diagonal.split([shape.numel() for _, shape in parameters])
+        return {name: part.view(shape) for (name, shape), part in zip(parameters, parts, strict=True)}
 
     def whole(self) -> Iterator[Tensor]:
         """Layer by layer the whole diagonal: gathered where it is sharded, so that every rank must iterate over it."""
         for name, diagonal in self.items():
             sharded = self._shards.get(name)
             yield (diagonal if sharded is None else torch.cat([whole(t).flatten() for t in shards(diagonal, sharded)]))
+
+    @property
+    def total(self) -> float:
+        """The sum of all entries of all layers: the trace of the whole matrix (of sharded parameters, gathered)."""
+        return sum(self._traces().values())
+
+    def shares(self) -> dict[str, float]:
+        """Per layer, its part of :attr:`total`."""
+        traces = self._traces()
+        whole = sum(traces.values())
+        return {name: trace / whole if whole else 0.0 for name, trace in traces.items()}
+
+    def _traces(self) -> dict[str, float]:
+        sums = [d.detach().double().sum().cpu() for d in self.whole()]
+        return dict(zip(self, torch.stack(sums).tolist() if sums else [], strict=True))
+
+    def to(self, *args: Any, **kwargs: Any) -> "Diagonals":
+        """On another device or in another dtype, as :meth:`torch.Tensor.to`; standard errors as well."""
+        return self._mapped(lambda t: t.to(*args, **kwargs))
+
+    def detach(self) -> "Diagonals":
+        """The same numbers without a graph."""
+        return self._mapped(lambda t: t.detach())
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Diagonals":
+        errors = self.standard_error
+        return self.replaced(
+            {name: change(d) for name, d in self.items()},
+            None if errors is None else {name: change(e) for name, e in errors.items()},
+        )
+
+    # ---- arithmetic
+
+    def _combined(self, other: Any, value: Operation, error: Operation) -> "Diagonals":
+        """Entry by entry: values, and the standard errors of independent operands to first order.
+
+        Args:
+            other: a number, or one of the same layers.
+            value: of two operands.
+            error: of two operands and their errors.
+        """
+        if not isinstance(other, Diagonals):
+            other = self.replaced(
+                {name: torch.as_tensor(other, dtype=d.dtype, device=d.device) for name, d in self.items()}
+            )
+        elif other._parameters != self._parameters:
+            raise InvalidArgumentError(
+                f"these diagonals are of other layers or shapes: {list(self)} here, {list(other)} there."
+            )
+        errors = None
+        if self.standard_error is not None or other.standard_error is not None:
+            mine = self.standard_error or {name: torch.zeros_like(d) for name, d in self.items()}
+            theirs = other.standard_error or {name: torch.zeros_like(d) for name, d in other.items()}
+            errors = {n: error(self[n], other[n], mine[n], theirs[n]).abs() for n in self}
+        return self.replaced({n: value(self[n], other[n]) for n in self}, errors)
+
+    def __add__(self, other: "Diagonals") -> "Diagonals":
+        return self._combined(other, lambda a, b: a + b, lambda a, b, x, y: torch.hypot(x, y.expand_as(x)))
+
+    def __radd__(self, other: Any) -> "Diagonals":
+        return self if isinstance(other, int) and other == 0 else self + other  # the start of sum()
+
+    def __sub__(self, other: "Diagonals") -> "Diagonals":
+        return self + (-other)
+
+    def __neg__(self) -> "Diagonals":
+        return -1 * self
+
+    def __mul__(self, other: Any) -> "Diagonals":
+        return self._combined(other, lambda a, b: a * b, lambda a, b, x, y: torch.hypot(x * b, y * a))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> "Diagonals":
+        return self._combined(other, lambda a, b: a / b, lambda a, b, x, y: torch.hypot(x / b, y * a / b**2))
+
+    # ---- files
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it in plain containers, which ``torch.save`` writes and ``torch.load`` reads with ``weights_only``.
+
+        Raises:
+            InvalidArgumentError: of sharded parameters, this rank holds a part alone.
+        """
+        if self._shards:
+            raise InvalidArgumentError(
+                "sharded diagonals are a part of a whole: gather them with whole() and save that."
+            )
+        return {
+            "version": 1,
+            "values": dict(self),
+            "standard_error": self.standard_error,
+            "info": {name: asdict(info) | {"strategy": str(info.strategy)} for name, info in self.info.items()},
+            "layer_types": self.layer_types,
+            "parameters": {n: [(p, list(shape)) for p, shape in parts] for n, parts in self._parameters.items()},
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> "Diagonals":
+        """What :meth:`state_dict` was taken of.
+
+        Raises:
+            InvalidArgumentError: it was taken of something else.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != 1 or "layer_types" not in state:
+            raise InvalidArgumentError(
+                "this is not what Diagonals.state_dict() returns: was it saved by Diagonals.save()?"
+            )
+        info = {n: LayerInfo(**{**kept, "strategy": Strategy(kept["strategy"])}) for n, kept in state["info"].items()}
+        parameters = {n: [(p, torch.Size(shape)) for p, shape in parts] for n, parts in state["parameters"].items()}
+        return _rebuild(state["values"], info, state["standard_error"], state["layer_types"], parameters, {})
+
+    def save(self, file: Any) -> None:
+        """Write to a path or an open file; see :meth:`load`.
+
+        Raises:
+            InvalidArgumentError: as :meth:`state_dict`.
+        """
+        torch.save(self._mapped(lambda t: t.detach().clone()).state_dict(), file)
+
+    @classmethod
+    def load(cls, file: Any, map_location: Any = None) -> "Diagonals":
+        """What :meth:`save` wrote.
+
+        Args:
+            file: a path or an open file.
+            map_location: where tensors go, as for ``torch.load``.
+
+        Raises:
+            InvalidArgumentError: the file holds something else.
+        """
+        return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
 
     def replaced(self, values: Mapping[str, Tensor], standard_error: Mapping[str, Tensor] | None = None) -> "Diagonals":
         """Other values for the same layers.
@@ -155,58 +303,6 @@ class Diagonals(dict[str, Tensor]):
     def __reduce__(self) -> Any:
         parts = (dict(self), self.info, self.standard_error, self.layer_types, self._parameters, self._shards)
         return (_rebuild, parts)
-
-
-def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
-    """``total + weight · part``, entry by entry, for diagonals of the same layers.
-
-    Standard errors add up in squares, as those of independent estimates do; of ``info``, HVPs are summed.
-
-    Args:
-        total: what was summed up so far; None for nothing.
-        part: what is added.
-        weight: its weight.
-    """
-    if total is None:
-        total = part.replaced({name: torch.zeros_like(d) for name, d in part.items()})
-        total.info = {name: replace(info, num_hvps=0) for name, info in part.info.items()}
-    values = {name: total[name] + weight * d for name, d in part.items()}
-    errors = None
-    if part.standard_error is not None:
-        before = total.standard_error or {name: torch.zeros_like(d) for name, d in part.items()}
-        errors = {name: (before[name] ** 2 + (weight * e) ** 2).sqrt() for name, e in part.standard_error.items()}
-    result = total.replaced(values, errors)
-    result.info = {
-        name: replace(info, num_hvps=info.num_hvps + part.info[name].num_hvps) for name, info in total.info.items()
-    }
-    return result
-
-
-def weighted_mean(
-    diagonals: Diagonals, weight: float, group: "torch.distributed.ProcessGroup | None" = None
-) -> Diagonals:
-    """``Σ_r w_r D_r / Σ_r w_r`` over the ranks: the diagonal of the whole batch from those of its parts.
-
-    Args:
-        diagonals: of this rank's part of the batch.
-        weight: its number of samples, for a Fisher and for the Hessian of a mean loss.
-        group: a process group; the default group if None.
-
-    Returns:
-        the same on every rank; standard errors are combined as those of independent estimates.
-
-    Raises:
-        ProbeStateError: ``torch.distributed`` is not initialised.
-    """
-    total = torch.tensor(weight, dtype=torch.float64)
-    values = {name: weight * d for name, d in diagonals.items()}
-    errors = {name: (weight * e) ** 2 for name, e in (diagonals.standard_error or {}).items()}
-    add_up([total, *values.values(), *errors.values()], group)
-    whole = total.item()
-    return diagonals.replaced(
-        {name: d / whole for name, d in values.items()},
-        {name: e.sqrt() / whole for name, e in errors.items()} if diagonals.standard_error is not None else None,
-    )
 
 
 def _rebuild(

@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
-from secorder.results import weighted_mean
+from secorder.means import mean_over_ranks
 
 from .helpers import make
 from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
@@ -82,7 +82,7 @@ def main(case: str) -> None:
         size = 24 // ranks
         x, t = inputs[rank * size :][:size], targets[rank * size :][:size]
         probe = CurvatureProbe(model)
-        hessian = weighted_mean(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
+        hessian = mean_over_ranks(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
         assert_all_close(hessian.by_parameter(), hessian_by_element(make(), F.cross_entropy, inputs, targets))
         fisher = probe.fisher_diagonal(F.cross_entropy, x, t, synchronize=True)
         assert_all_close(fisher.by_parameter(), expected)
@@ -117,7 +117,7 @@ def main(case: str) -> None:
                 assert set(probe.num_skipped.values()) == {1}
                 assert probe.num_samples == 24
                 hooks = [[*m._forward_hooks, *m._forward_pre_hooks] for m in model.modules()]
-                hessian = weighted_mean(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
+                hessian = mean_over_ranks(probe.hessian_diagonal(F.cross_entropy, x, t), len(x))
                 assert_all_close(hessian.by_parameter(), hessian_by_element(make(), F.cross_entropy, inputs, targets))
                 fisher = probe.fisher_diagonal(F.cross_entropy, x, t, synchronize=True)
                 assert_all_close(fisher.by_parameter(), expected)

@@ -1,12 +1,17 @@
 """What measurements return."""
 
 import pickle
+from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, Diagonals, InvalidArgumentError
 
-from .helpers import data, make, step
+from .helpers import data, make, seeded, step
 from .reference import assert_all_close
 
 
@@ -19,3 +24,68 @@ def test_by_parameter_names_and_shapes() -> None:
     assert torch.equal(found["0"], torch.cat([v.flatten() for v in list(found.by_parameter().values())[:2]]))
     copied = pickle.loads(pickle.dumps(found))
     assert_all_close(copied.by_parameter(), found.by_parameter(), 0.0)
+
+
+def measured(**options: Any) -> Diagonals:
+    torch.manual_seed(0)
+    with CurvatureProbe(make(nn.Tanh())) as probe:
+        return probe.hessian_diagonal(F.cross_entropy, torch.randn(6, 4), torch.arange(6) % 3, **options)
+
+
+def test_a_parameter_is_an_item() -> None:
+    found = measured(method="exact")
+    for name, part in found.by_parameter().items():
+        assert torch.equal(found[name], part)
+        assert name not in found
+    with pytest.raises(KeyError, match="neither a layer nor a parameter"):
+        found["0.wait"]
+
+
+def test_totals_and_shares() -> None:
+    found = measured(method="exact")
+    assert found.total == pytest.approx(sum(d.sum().item() for d in found.values()))
+    assert sum(found.shares().values()) == pytest.approx(1.0)
+    assert found.shares()["0"] == pytest.approx(found["0"].sum().item() / found.total)
+
+
+def test_arithmetic_carries_standard_errors_along() -> None:
+    one, other = (measured(method="hutchinson", num_draws=20, generator=seeded(k)) for k in range(2))
+    name = "0"
+    a, b, x, y = one[name], other[name], one.standard_error[name], other.standard_error[name]  # type: ignore[index]
+    for found, value, error in (
+        (one + other, a + b, (x**2 + y**2).sqrt()),
+        (one - other, a - b, (x**2 + y**2).sqrt()),
+        (sum([one, other]), a + b, (x**2 + y**2).sqrt()),
+        (3 * one, 3 * a, 3 * x),
+        (-one, -a, x),
+        (one / -4, a / -4, x / 4),
+        (one * other, a * b, ((x * b) ** 2 + (y * a) ** 2).sqrt()),
+        (one / (other + 9), a / (b + 9), ((x / (b + 9)) ** 2 + (y * a / (b + 9) ** 2) ** 2).sqrt()),
+    ):
+        torch.testing.assert_close(found[name], value)
+        torch.testing.assert_close(found.standard_error[name], error)  # type: ignore[index, union-attr]
+    assert (measured(method="exact") * 2).standard_error is None
+    with (
+        CurvatureProbe(make(nn.Tanh()), layers="0") as probe,
+        pytest.raises(InvalidArgumentError, match="other layers"),
+    ):
+        one + probe.fisher_diagonal(F.mse_loss, torch.randn(2, 4), torch.randn(2, 3))
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    found = measured(method="hutchinson", num_draws=5)
+    found.save(tmp_path / "hessian.pt")
+    again = Diagonals.load(tmp_path / "hessian.pt")
+    assert (again.info, again.layer_types) == (found.info, found.layer_types)
+    assert again.parameter_shapes() == found.parameter_shapes()
+    assert all(torch.equal(again[k], found[k]) for k in found)
+    assert all(torch.equal(again.standard_error[k], found.standard_error[k]) for k in found)  # type: ignore[index]
+    torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+    with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
+        Diagonals.load(tmp_path / "other.pt")
+
+
+def test_to_another_dtype() -> None:
+    found = measured(method="hutchinson", num_draws=5).to(torch.float32)
+    assert {d.dtype for d in (*found.values(), *found.standard_error.values())} == {torch.float32}  # type: ignore[union-attr]
+    assert found.info["0"].num_draws == 5

@@ -52,7 +52,7 @@ def stacked_vjp(
     """
     count = cotangents[0].shape[0]
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
-    if not live:
+    if not live or not inputs:
         return [x.new_zeros((count, *x.shape)) for x in inputs]
     reached = [o for o, _ in live]
     if count > 1:
@@ -83,6 +83,8 @@ def stacked_vjp(
             return [torch.cat(pair) for pair in zip(*parts, strict=True)]
         # An operator that vmap cannot run: the loop works, or names the operator.
     single = [_vjp(reached, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
+    if count == 1:
+        return [x[None] for x in single[0]]
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 

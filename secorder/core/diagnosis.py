@@ -1,7 +1,7 @@
 """One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -9,18 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import tells_renamed_keywords
-from .._torch.pytree import map_tensors
-from ..batch import batch_size, sample_dimension
-from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, InvalidTypeError, NonFiniteError
+from ..batch import batch_size
+from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
 from ..layers.selection import LayerTypes
+from ..means import weighted_sum
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
+from ..oneshot.data_set import batches_of, find_reduction, is_data_set
 from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
 from ..oneshot.told import warn_if_estimated
 from ..probe import CurvatureProbe
-from ..results import Diagonals, weighted_sum
+from ..results import Diagonals
 
 __all__ = ["diagnose"]
 
@@ -81,8 +82,8 @@ def diagnose(
         >>> sorted(diagnosis.statistics), diagnosis.num_samples
         (['fisher', 'hessian'], 32)
     """
-    batches: Iterable[tuple[Any, Any]] = _batches(inputs) if _is_loader(inputs) else [(inputs, targets)]
-    total = len(inputs) if _is_loader(inputs) and isinstance(inputs, Sized) else None
+    batches: Iterable[tuple[Any, Any]] = batches_of(inputs) if is_data_set(inputs, targets) else [(inputs, targets)]
+    total = len(inputs) if is_data_set(inputs, targets) and isinstance(inputs, Sized) else None
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
     drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
     fisher: Diagonals | None = None
@@ -100,7 +101,7 @@ def diagnose(
             if first is None:
                 first = (x, t, count)
             elif reduction is None:
-                reduction = _reduction(model, loss_fn, *first, sample_dim)
+                reduction = find_reduction(model, loss_fn, *first, sample_dim)
                 if reduction == "sum":  # the first batch was weighted as that of a mean
                     assert hessian is not None
                     hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
@@ -153,45 +154,7 @@ def _fisher_of_batch(
         return None
 
 
-def _is_loader(inputs: Any) -> bool:
-    return not isinstance(inputs, (Tensor, tuple, list, dict)) and isinstance(inputs, Iterable)
-
-
-def _batches(loader: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    for batch in loader:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise InvalidTypeError(
-                f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
-            )
-        yield batch[0], batch[1]
-
-
 def _scaled(diagonals: Diagonals, factor: float) -> Diagonals:
     result = weighted_sum(None, diagonals, factor)
     result.info = diagonals.info
     return result
-
-
-def _reduction(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, count: int, dim: int
-) -> Literal["mean", "sum"]:
-    """How a loss reduces samples, from its value on a batch and on the batch's two parts."""
-
-    def part(tree: Any, start: int, length: int) -> Any:
-        def cut(tensor: Tensor) -> Tensor:
-            at = sample_dimension(tensor, count, dim)
-            return tensor if at is None else tensor.narrow(at, start, length)
-
-        return map_tensors(cut, tree)
-
-    cut = count // 3
-    if cut:
-        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in ((0, cut), (cut, count - cut))]
-        whole, first, second = losses(model, loss_fn, [(inputs, targets), *parts])
-        if torch.allclose(whole, (cut * first + (count - cut) * second) / count, rtol=1e-3):
-            return "mean"
-        if torch.allclose(whole, first + second, rtol=1e-3):
-            return "sum"
-    raise InvalidArgumentError(
-        'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
-    )

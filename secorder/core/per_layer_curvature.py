@@ -22,7 +22,7 @@ def per_layer_hessian_diagonal(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     inputs: Any,
-    targets: Any,
+    targets: Any = None,
     layer_types: LayerTypes = None,
     create_graph: bool = False,
     *,
@@ -41,7 +41,7 @@ def per_layer_hessian_diagonal(
     Args:
         model: any module; left as it was found.
         loss_fn: a loss module or callable with a scalar result; its own reduction counts.
-        inputs: a tensor of N samples in dim 0, or a tuple or dict of them.
+        inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
@@ -98,7 +98,7 @@ def per_layer_fisher_diagonal(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
     inputs: Any,
-    targets: Any,
+    targets: Any = None,
     layer_types: LayerTypes = None,
     create_graph: bool = False,
     *,
@@ -114,7 +114,7 @@ def per_layer_fisher_diagonal(
     Args:
         model: any module; left as it was found.
         loss_fn: a loss module or callable with a scalar result; ℓ_n is its value on a batch of one.
-        inputs: a tensor of N samples in dim 0, or a tuple or dict of them.
+        inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
         create_graph: make the diagonals differentiable with respect to the model's parameters.

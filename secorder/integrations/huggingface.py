@@ -3,19 +3,24 @@
 Needs ``pip install secorder[transformers]``.
 """
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.tensorboard import SummaryWriter
 
+from .._caution import caution
 from ..layers.selection import LayerTypes
 from ..monitor.recorder import CurvatureRecorder
 from ..online.reduction import Reduction, token_weights
 from ..probe import CurvatureProbe
+from .options import divided
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
         "secorder.integrations.huggingface needs transformers: pip install secorder[transformers]"
@@ -24,82 +29,173 @@ except ImportError as error:
 __all__ = ["CurvatureCallback"]
 
 
-class CurvatureCallback(TrainerCallback):
-    """Attaches a probe while ``Trainer.train`` runs, and logs to TensorBoard.
+class CurvatureCallback(TrainerCallback, ExportableState):
+    """Attaches a probe while ``Trainer.train`` runs, and logs to what the trainer reports to.
+
+    A point is one step of the optimizer, whose micro-batches are counted together. What was accumulated and logged is
+    in the trainer's checkpoints, and a run that is resumed goes on from it.
 
     Args:
-        logdir: folder of the log; ``args.output_dir/runs/curvature`` by default.
+        sinks: where numbers go, as for :class:`secorder.CurvatureRecorder`. By default what ``report_to`` names:
+            TensorBoard (into ``output_dir/runs/curvature``), Weights & Biases and MLflow (into the run that is active);
+            with ``report_to="none"`` the ``recorder.history`` alone.
         layer_types: as for :class:`secorder.CurvatureProbe`.
-        layers: as for :class:`secorder.CurvatureProbe`.
         reduction: as for :class:`secorder.CurvatureProbe`; by default by the labels that the model is called
             with: means over tokens, where some are padding too, divided by ``num_items_in_batch`` where the
             trainer passes it.
-        every: log the Fisher at each ``every``-th step.
-        hessian_every: measure and log the Hessian at each ``hessian_every``-th step; never by default.
         loss_fn: the loss of the Hessian; by default the model's own, ``lambda output, _: output.loss``.
         batch: the inputs (a dict with labels) that the Hessian is measured on.
-        probe_options: further arguments of :class:`secorder.CurvatureProbe`. The scale of the loss, where gradients are
-            accumulated or scaled, is found (``loss_scale="returned"``).
+        options: further keywords of :class:`secorder.CurvatureProbe` (``every``: each how many batches are recorded)
+            and of :class:`secorder.CurvatureRecorder` (``log_every``, ``hessian_every``, ``on_finding`` …). The scale
+            of the loss, where gradients are accumulated or scaled, is found (``loss_scale="returned"``).
 
     Attributes:
         probe: the probe, from the start of training on; its numbers stay readable after it.
+        recorder: the recorder, with its history.
+
+    Raises:
+        InvalidArgumentError: an option is unknown.
 
     Example:
         >>> from secorder.integrations.huggingface import CurvatureCallback  # doctest: +SKIP
-        >>> Trainer(model, args, train_dataset=data, callbacks=[CurvatureCallback(every=50)])  # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=data, callbacks=[CurvatureCallback(log_every=50)])  # doctest: +SKIP
     """
 
     probe: CurvatureProbe | None
+    recorder: CurvatureRecorder | None
 
     def __init__(
         self,
-        logdir: str | None = None,
+        sinks: Any = None,
         layer_types: LayerTypes = None,
         *,
-        layers: str | Iterable[str] | None = None,
         reduction: Reduction = None,
-        every: int = 10,
-        hessian_every: int | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         batch: Any = None,
-        **probe_options: Any,
+        **options: Any,
     ) -> None:
-        self._logdir = logdir
-        self._probe_arguments = {"layer_types": layer_types, "layers": layers, "reduction": reduction, **probe_options}
-        self._schedule: dict[str, Any] = {"every": every, "hessian_every": hessian_every}
-        if hessian_every is not None:
-            self._schedule["loss_fn"] = loss_fn or (lambda output, _: output.loss)
-            self._schedule["batch"] = None if batch is None else (batch, None)
+        given = {"sinks": sinks, "layer_types": layer_types, "reduction": reduction, "loss_fn": loss_fn, "batch": batch}
+        self._given = {**given, **options}
+        of_probe, self._schedule = divided(options)
+        self._probe_arguments = {"layer_types": layer_types, "reduction": reduction, **of_probe}
+        if batch is not None:
+            self._schedule["batch"] = (batch, None)
+            self._schedule["loss_fn"] = loss_fn or _own_loss
+        self._sinks = sinks
         self.probe = None
-        self._recorder: CurvatureRecorder | None = None
-        self._writer: SummaryWriter | None = None
+        self.recorder = None
+
+    # ---- the trainer's events
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach the probe."""
+        """Attach the probe, and go on from a checkpoint."""
         model: nn.Module = kwargs["model"]
         options = {"loss_scale": "returned", **self._probe_arguments}
         if options["reduction"] is None:
             options["reduction"] = _ByLabels(model)
         self.probe = CurvatureProbe(model, **options)
-        self._writer = SummaryWriter(self._logdir or f"{args.output_dir}/runs/curvature")
-        self._recorder = CurvatureRecorder(self.probe, self._writer, **self._schedule)
+        sinks = None
+        if state.is_world_process_zero:
+            sinks = _reported_to(args) if self._sinks is None else self._sinks
+        self.recorder = CurvatureRecorder(self.probe, sinks, **{"optimizer": kwargs.get("optimizer"), **self._schedule})
+        # A checkpoint that was saved without this callback has no place for its state, which the trainer needs to save.
+        places: Any = state.stateful_callbacks
+        places.setdefault(type(self).__name__, self.state())
+        if state.global_step:
+            self._resume(args, state, self.probe, self.recorder)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Look at the gradients, which are gone at the end of the step."""
+        if self.recorder is not None:
+            self.recorder.see_gradients()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Log what is due."""
-        if self._recorder is not None:
-            self._recorder.step(state.global_step)
+        if self.recorder is not None:
+            self.recorder.step(state.global_step)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Put what was accumulated and logged beside the trainer's checkpoint."""
+        folder = _checkpoint(args, state)
+        if self.probe is None or self.recorder is None or not folder.is_dir():
+            return
+        saved = {"probe": self.probe.state_dict(), "recorder": self.recorder.state_dict()}
+        torch.save(saved, folder / _file(args))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach the probe and close the log."""
-        if self.probe is not None:
+        if self.probe is not None and self.probe.attached:
             self.probe.detach()
-        if self._writer is not None:
-            self._writer.close()
-        self._recorder = None
+        if self.recorder is not None:
+            self.recorder.close()
+
+    # ---- checkpoints
+
+    def _resume(
+        self, args: TrainingArguments, state: TrainerState, probe: CurvatureProbe, recorder: CurvatureRecorder
+    ) -> None:
+        told = args.resume_from_checkpoint
+        folders = [*([Path(told)] if isinstance(told, str) else []), _checkpoint(args, state)]
+        for folder in folders:
+            file = folder / _file(args)
+            if file.is_file():
+                saved = torch.load(file, weights_only=True)
+                probe.load_state_dict(saved["probe"])
+                recorder.load_state_dict(saved["recorder"])
+                return
+        caution(
+            f"the curvature of the steps before {state.global_step} is not in what is resumed from: there is no "
+            f"{_file(args)} in {folders[0]}. It is accumulated anew."
+        )
+
+    def state(self) -> dict[str, Any]:
+        """The arguments that JSON can hold, for the trainer's own state; numbers are beside it in the checkpoint."""
+        return {"args": {key: x for key, x in self._given.items() if x is not None and _is_json(x)}, "attributes": {}}
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(args.output_dir or ".", f"checkpoint-{state.global_step}")
+
+
+def _file(args: TrainingArguments) -> str:
+    return "curvature.pt" if args.process_index == 0 else f"curvature-{args.process_index}.pt"
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _own_loss(output: Any, _: Any) -> Tensor:
+    """The loss that the model itself returns."""
+    loss: Tensor = output.loss
+    return loss
+
+
+def _reported_to(args: TrainingArguments) -> list[Any]:
+    """The sinks for what the trainer reports to; runs were begun by the trainer's own callbacks, which come first."""
+    sinks: list[Any] = []
+    named = args.report_to or []
+    if "tensorboard" in named:
+        sinks.append(Path(args.output_dir or ".", "runs", "curvature"))
+    if "wandb" in named:
+        from ..monitor.sinks.wandb import WandbSink
+
+        sinks.append(WandbSink())
+    if "mlflow" in named:
+        from ..monitor.sinks.mlflow import MLflowSink
+
+        sinks.append(MLflowSink())
+    return sinks
 
 
 class _ByLabels:

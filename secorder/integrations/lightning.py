@@ -3,15 +3,17 @@
 Needs ``pip install secorder[lightning]``.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatch
 from typing import Any, Literal
 
-from torch import Tensor, nn
-
-from ..errors import InvalidArgumentError
+from .._caution import caution
 from ..layers.selection import LayerTypes
+from ..monitor.names import flat
 from ..monitor.recorder import CurvatureRecorder
-from ..probe import CurvatureProbe
+from ..probe import CurvatureProbe, NoLayerError
+from .called import Called
+from .options import divided, submodule
 
 try:
     import lightning.pytorch as pl
@@ -25,76 +27,116 @@ __all__ = ["CurvatureCallback"]
 
 
 class CurvatureCallback(pl.Callback):
-    """Attaches a probe while ``Trainer.fit`` runs, and logs to the trainer's TensorBoard logger.
+    """Attaches a probe while ``Trainer.fit`` runs, and logs to the trainer's loggers.
+
+    With gradient accumulation a point is one step of the optimizer, whose micro-batches are counted together. What was
+    accumulated and logged is in Lightning's checkpoints, and a run that is resumed goes on from it.
 
     Args:
         module: dotted name of the submodule whose call is one batch (``"net"`` where ``training_step`` calls
-            ``self.net(x)``); ``""`` for the LightningModule itself (``self(x)``).
+            ``self.net(x)``); ``""`` for the LightningModule itself (``self(x)``). By default it is what the first
+            training step calls; where that is not the LightningModule itself, this first batch is not recorded.
         layer_types: as for :class:`secorder.CurvatureProbe`.
-        layers: as for :class:`secorder.CurvatureProbe`.
         reduction: as for :class:`secorder.CurvatureProbe`.
-        every: log the Fisher at each ``every``-th batch.
-        hessian_every: measure and log the Hessian at each ``hessian_every``-th batch; never by default.
-        loss_fn: the loss of the Hessian.
-        batch: ``(inputs, targets)`` that the Hessian is measured on.
-        probe_options: further arguments of :class:`secorder.CurvatureProbe`.
+        sinks: where numbers go, as for :class:`secorder.CurvatureRecorder`; by default all of the trainer's loggers,
+            and with ``logger=False`` the ``recorder.history`` alone.
+        self_log: patterns of the names that are logged by ``self.log`` too, for ``EarlyStopping`` and
+            ``ModelCheckpoint`` to monitor (``"model/fisher_trace"``, ``"fisher_trace/net.0"``).
+        options: further keywords of :class:`secorder.CurvatureProbe` (``every``: each how many batches are recorded)
+            and of :class:`secorder.CurvatureRecorder` (``log_every``, ``hessian_every``, ``loss_fn`` …).
 
     Attributes:
         probe: the probe, from ``on_fit_start`` on; its numbers stay readable after training.
+        recorder: the recorder, with its history.
 
     Raises:
-        InvalidArgumentError: the trainer has no logger with SummaryWriter's methods, at ``on_fit_start``.
+        InvalidArgumentError: the LightningModule has no such module, at ``on_fit_start``; or an option is unknown.
 
     Example:
         >>> from secorder.integrations.lightning import CurvatureCallback  # doctest: +SKIP
-        >>> trainer = Trainer(callbacks=[CurvatureCallback(every=50)])  # doctest: +SKIP
+        >>> trainer = Trainer(callbacks=[CurvatureCallback(every=5, log_every=50)])  # doctest: +SKIP
     """
 
     probe: CurvatureProbe | None
+    recorder: CurvatureRecorder | None
 
     def __init__(
         self,
-        module: str = "",
+        module: str | None = None,
         layer_types: LayerTypes = None,
         *,
-        layers: str | Iterable[str] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
-        every: int = 10,
-        hessian_every: int | None = None,
-        loss_fn: Callable[[Any, Any], Tensor] | None = None,
-        batch: tuple[Any, Any] | None = None,
-        **probe_options: Any,
+        sinks: Any = None,
+        self_log: Iterable[str] = ("model/*",),
+        **options: Any,
     ) -> None:
+        of_probe, self._schedule = divided(options)
+        self._probe_arguments = {"layer_types": layer_types, "reduction": reduction, **of_probe}
         self._module = module
-        self._probe_arguments = {"layer_types": layer_types, "layers": layers, "reduction": reduction, **probe_options}
-        self._schedule: dict[str, Any] = {
-            "every": every,
-            "hessian_every": hessian_every,
-            "loss_fn": loss_fn,
-            "batch": batch,
-        }
+        self._found = ""
+        self._sinks = sinks
+        self._self_log = tuple(self_log)
         self.probe = None
-        self._recorder: CurvatureRecorder | None = None
+        self.recorder = None
+        self._called: Called | None = None
+        self._active = False
+        self._resumed: Mapping[str, Any] = {}
+        self._global_step = 0
+        self._losses: list[Any] = []
+        self._told: dict[str, float] = {}
+
+    # ---- life
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Attach the probe."""
-        experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-        writer = next((e for e in experiments if hasattr(e, "add_histogram_raw")), None)
-        if writer is None:
-            raise InvalidArgumentError(
-                "CurvatureCallback logs to TensorBoard: pass Trainer(logger=TensorBoardLogger(...))."
-            )
-        model: nn.Module = pl_module.get_submodule(self._module)
-        scale = 1.0 / trainer.accumulate_grad_batches  # Lightning divides the loss by it
-        self.probe = CurvatureProbe(model, **{"loss_scale": scale, **self._probe_arguments})
-        self._recorder = CurvatureRecorder(self.probe, writer, **self._schedule)
+        self._global_step = trainer.global_step
+        module = self._resumed.get("module", self._module) if self._module is None else self._module
+        if module is None:
+            self._called = Called(pl_module).__enter__()
+        if module is not None or trainer.world_size == 1:
+            self._attach(trainer, pl_module, module or "", strict=module is not None)
 
-    def on_train_batch_end(
-        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log what is due."""
-        if self._recorder is not None:
-            self._recorder.step(trainer.global_step)
+    def _attach(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", module: str, strict: bool = True) -> None:
+        """A probe on this module, and what a checkpoint holds of it."""
+
+        def scale() -> float:  # Lightning divides the loss by the number of micro-batches
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            return (1.0 if scaler is None else float(scaler.get_scale())) / trainer.accumulate_grad_batches
+
+        try:
+            model = submodule(pl_module, module)
+            self.probe = CurvatureProbe(model, **{"loss_scale": scale, **self._probe_arguments})
+        except NoLayerError:
+            if strict:
+                raise
+            return  # until it is seen what is called
+        self._found = module
+        sinks = list(trainer.loggers) if self._sinks is None else self._sinks
+        schedule = {"optimizer": _Optimizers(trainer), **self._schedule}
+        self.recorder = CurvatureRecorder(self.probe, sinks if trainer.is_global_zero else None, **schedule)
+        self._active = True
+        if self._resumed.get("module") == module:
+            self.probe.load_state_dict(self._resumed["probe"])
+            self.recorder.load_state_dict(self._resumed["recorder"])
+        self._resumed = {}
+
+    def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """After the first training step: move the probe to the module that was called."""
+        assert self._called is not None
+        called, self._called = self._called, None
+        called.remove()
+        if called.names == [""] and self._active:
+            return
+        self._detach()
+        if len(called.names) == 1:
+            self._attach(trainer, pl_module, called.names[0])
+            return
+        names = ", ".join(repr(name) for name in called.names)
+        what = f"calls several modules: {names}" if names else "calls no module of the LightningModule"
+        caution(
+            f"CurvatureCallback records nothing: training_step {what}. Say the name of the one whose call is one batch "
+            'by CurvatureCallback(module="…").'
+        )
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Detach the probe, also after an exception."""
@@ -104,16 +146,61 @@ class CurvatureCallback(pl.Callback):
         """Detach the probe."""
         self._detach()
 
+    def _detach(self) -> None:
+        if self._called is not None:
+            self._called.remove()
+            self._called = None
+        if self.probe is not None and self.probe.attached:
+            self.probe.detach()
+        if self.recorder is not None:
+            self.recorder.close()
+        self._active = False
+
+    # ---- steps
+
+    def on_train_batch_end(
+        self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what is due after a step of the optimizer."""
+        if self._called is not None:
+            self._settle(trainer, pl_module)
+        if not self._active or self.recorder is None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if loss is not None:
+            self._losses.append(loss.detach() * trainer.accumulate_grad_batches)
+        if trainer.global_step != self._global_step:
+            self._global_step = trainer.global_step
+            mean = sum(self._losses) / len(self._losses) if self._losses else None
+            self._losses = []
+            self.recorder.step(trainer.global_step, loss=mean)
+            self._told.update(self._monitored(self.recorder))
+        for name, value in self._told.items():
+            pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
+
+    def _monitored(self, recorder: CurvatureRecorder) -> dict[str, float]:
+        last = flat(recorder.history.last(self._global_step))
+        return {name: x for name, x in last.items() if any(fnmatch(name, pattern) for pattern in self._self_log)}
+
+    # ---- checkpoints
+
     def state_dict(self) -> dict[str, Any]:
-        """What the probe accumulated goes into Lightning's checkpoints."""
-        return {} if self.probe is None else self.probe.state_dict()
+        """What was accumulated and logged goes into Lightning's checkpoints."""
+        if self.probe is None or self.recorder is None:
+            return dict(self._resumed)
+        return {"module": self._found, "probe": self.probe.state_dict(), "recorder": self.recorder.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what a checkpoint holds, once the probe is attached."""
-        if self.probe is not None and state_dict:
-            self.probe.load_state_dict(state_dict)
+        """Keep what a checkpoint holds until the probe is attached."""
+        self._resumed = state_dict
 
-    def _detach(self) -> None:
-        if self.probe is not None:
-            self.probe.detach()
-        self._recorder = None
+
+class _Optimizers:
+    """All groups of parameters of the trainer's optimizers."""
+
+    def __init__(self, trainer: "pl.Trainer") -> None:
+        self._trainer = trainer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]

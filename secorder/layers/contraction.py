@@ -76,7 +76,7 @@ def contract(
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
         pairs = (gu * gv).squeeze(-2)
         if pairs.dim() == 4:
-            pairs = pairs.sum(0)
+            pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
         if a is None:
             return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
         pairs = _kept(pairs, keep)

@@ -124,6 +124,8 @@ def stacked_gradients(
         return {name: part if isinstance(part, Tensor) else part.g for name, part in gradients(gs).items()}
 
     first = gradients(tuple(c[0] for c in cotangents))
+    if len(cotangents[0]) == 1:
+        return {name: with_cotangents(part, lambda g: g[None]) for name, part in first.items()}
     stacked = torch.vmap(cotangent_factors)(*cotangents)
     return {name: with_cotangents(part, lambda _, name=name: stacked[name]) for name, part in first.items()}  # type: ignore[misc]
 

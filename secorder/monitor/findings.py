@@ -7,21 +7,47 @@ from typing import Any, Literal
 
 from ..errors import CouplingError
 from ..results import Diagonals
+from .html import html_list
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
-__all__ = ["THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find"]
+__all__ = ["TEXTS", "THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find", "finding"]
 
-FindingKind = Literal["non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled"]
+FindingKind = Literal[
+    "non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled", "growing", "noisy", "edge"
+]
 
 
-#: From where on something is found. Shares lie between 0 and 1; ``disagreement`` is a ratio of traces.
+#: From where on something is found. Shares lie between 0 and 1; the others are ratios, or a product for ``edge``.
 THRESHOLDS: dict[FindingKind, float] = {
     "non-finite": 0.0,
     "dead": 0.5,
     "dominant": 0.9,
     "saddle": 0.25,
     "disagreement": 3.0,
+    "growing": 10.0,
+    "noisy": 1.0,
+    "edge": 2.0,
+}
+
+
+#: What a finding means, and what can be done.
+TEXTS: dict[FindingKind, str] = {
+    "non-finite": "entries are nan or infinite: lower the learning rate, or clip gradients.",
+    "unreached": "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead.",
+    "dead": "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
+    "they can be pruned at no cost.",
+    "dominant": "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or "
+    "normalise its input.",
+    "saddle": "share of negative entries in the Hessian: the loss curves down along them, far from a minimum.",
+    "disagreement": "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the "
+    "curvature here; use the Hessian, or fisher_type='type-2'.",
+    "coupled": "there is no Fisher",
+    "growing": "the trace grew by this factor within the last points: lower the learning rate, or clip gradients.",
+    "noisy": "gradient noise scale in batches: steps are mostly noise, so that a larger batch, or a lower learning "
+    "rate, goes further.",
+    "edge": "learning rate times top eigenvalue: beyond 2 plain gradient descent diverges along that direction; lower "
+    "the learning rate of this layer.",
 }
 
 
@@ -31,7 +57,8 @@ class Finding:
 
     Attributes:
         kind: what: ``"non-finite"`` entries, ``"unreached"`` parameters, a ``"dead"`` or ``"dominant"`` layer,
-            ``"saddle"`` directions, ``"disagreement"`` of Fisher and Hessian, ``"coupled"`` samples.
+            ``"saddle"`` directions, ``"disagreement"`` of Fisher and Hessian, ``"coupled"`` samples; while training
+            also a ``"growing"`` trace, ``"noisy"`` gradients, and learning rates at the ``"edge"`` of stability.
         layer: where (``""`` for the whole model).
         value: the number that was found.
         threshold: from where on it is told.
@@ -83,6 +110,11 @@ class Diagnosis:
         found = [Text(f"• {finding}") for finding in self.findings] or [Text("Nothing stands out.")]
         yield Group(self.report(), *found)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table, and what was found."""
+        found = [str(finding) for finding in self.findings] or ["Nothing stands out."]
+        return self.report()._repr_html_() + html_list(found)
+
     def to_json(self, **options: Any) -> str:
         """Statistics, findings, sizes and strategies as JSON; ``options`` as for ``json.dumps``."""
         strategies = {
@@ -119,7 +151,7 @@ def find(
     curved, gathered = statistics["hessian"], statistics.get("fisher", {})
     traces = {name: row["trace"] for name, row in (gathered or curved).items()}
     whole = sum(traces.values()) if len(traces) > 2 else 0.0
-    found = [] if coupled is None else [_finding("coupled", "", 1.0, f"there is no Fisher: {coupled}")]
+    found = [] if coupled is None else [finding("coupled", "", 1.0, f"{TEXTS['coupled']}: {coupled}")]
     for name, row in curved.items():
         own = gathered.get(name)
         share = traces.get(name, 0.0) / whole if whole > 0 else 0.0
@@ -129,8 +161,9 @@ def find(
     return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))
 
 
-def _finding(kind: FindingKind, layer: str, value: float, text: str) -> Finding:
-    return Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), text)
+def finding(kind: FindingKind, layer: str, value: float, text: str | None = None) -> Finding:
+    """A finding with its threshold and its text."""
+    return Finding(kind, layer, value, THRESHOLDS.get(kind, 0.0), TEXTS[kind] if text is None else text)
 
 
 def _findings_of_layer(
@@ -145,33 +178,18 @@ def _findings_of_layer(
     """What stands out in a layer, by the statistics of its Hessian and, if there is one, its own of the Fisher."""
     bad = max(row["nonfinite"], own["nonfinite"] if own else 0.0)
     if bad > THRESHOLDS["non-finite"]:
-        text = "entries are nan or infinite: lower the learning rate, or clip gradients."
-        yield _finding("non-finite", name, bad, text)
+        yield finding("non-finite", name, bad)
         return
     if unused or (own is not None and own["zero"] == 1.0 and row["zero"] == 1.0):
-        text = "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead."
-        yield _finding("unreached", name, float(numel), text)
+        yield finding("unreached", name, float(numel))
         return
     if own is not None and own["zero"] >= THRESHOLDS["dead"]:
-        text = (
-            "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
-            "they can be pruned at no cost."
-        )
-        yield _finding("dead", name, own["zero"], text)
+        yield finding("dead", name, own["zero"])
     if share >= THRESHOLDS["dominant"]:
-        text = (
-            "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or normalise "
-            "its input."
-        )
-        yield _finding("dominant", name, share, text)
+        yield finding("dominant", name, share)
     if row["negative"] >= THRESHOLDS["saddle"]:
-        text = "share of negative entries in the Hessian: the loss curves down along them, far from a minimum."
-        yield _finding("saddle", name, row["negative"], text)
+        yield finding("saddle", name, row["negative"])
     if own is not None and own["trace"] > 0:
         ratio = abs(row["trace"]) / samples / own["trace"]
         if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
-            text = (
-                "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the curvature "
-                "here; use the Hessian, or fisher_type='type-2'."
-            )
-            yield _finding("disagreement", name, ratio, text)
+            yield finding("disagreement", name, ratio)

@@ -1,11 +1,14 @@
 """Layers over steps as a picture."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["NAMED_ROWS", "heat_map"]
+from .blocks import blocks, shortened
+
+__all__ = ["heat_map"]
 
 #: Anchors of the colour scale, dark to bright, even in lightness.
 _COLOURS = np.array(
@@ -17,14 +20,25 @@ _COLOURS = np.array(
 _MISSING = (120, 120, 120)
 
 
-#: Rows of a heat map that have their names beside them; more are listed in a text.
-NAMED_ROWS = 64
+#: Layers of one panel, and panels side by side, at most: a picture is wider than high, as screens are.
+_ROWS, _PANELS = 50, 4
+
+
+#: Height of the map and width of the picture, which TensorBoard's page has room for.
+_HEIGHT, _WIDTH = 760, 1060
+
+
+#: Room for the scale of colours, and the least width of a panel's map.
+_SCALE, _LEAST = 104, 120
 
 
 def heat_map(
     values: Sequence[Sequence[float]], names: Sequence[str], steps: Sequence[int], title: str = ""
 ) -> npt.NDArray[np.uint8]:
     """Layers by steps as an image, colours by ``log10`` of the absolute value, names beside the rows.
+
+    More than fifty layers go on in a second panel to the right of the first, up to four; of more than two hundred,
+    blocks are named. What all names begin with is told once, in the title.
 
     Args:
         values: one row a layer, one column a step; nan, infinite and zero values are grey.
@@ -37,6 +51,37 @@ def heat_map(
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    colours, low, high = _colours(values)
+    told, short = shortened(names)
+    panels = min(_PANELS, -(-len(names) // _ROWS))
+    rows = -(-len(names) // panels)
+    row = max(2, min(24, _HEIGHT // rows))
+    size = max(10, min(16, row - 3))
+    font, large = ImageFont.load_default(size=size), ImageFont.load_default(size=17)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    labels = _labels(short, rows, row, size)
+    margin = 16 + int(max(measure.textlength(text, font) for _, text in labels))
+    width, height, top = max(_LEAST, (_WIDTH - _SCALE) // panels - margin), rows * row, 36
+    columns = np.arange(width) * len(steps) // width
+    image = Image.new("RGB", (panels * (margin + width) + _SCALE, top + height + 30), "white")
+    draw = ImageDraw.Draw(image)
+    draw.text((8, 6), f"{title}   ({told})" if told else title, "black", large)
+    for panel in range(panels):
+        cells = np.repeat(colours[panel * rows : (panel + 1) * rows, columns], row, 0)
+        left = (panel + 1) * margin + panel * width
+        image.paste(Image.fromarray(cells), (left, top))
+        draw.text((left, top + height + 6), f"step {steps[0]}", "black", large)
+        draw.text((left + width, top + height + 6), f"{steps[-1]}", "black", large, anchor="ra")
+    for place, text in labels:
+        panel, within = divmod(place, rows)
+        x = (panel + 1) * margin + panel * width - 6
+        draw.text((x, top + int((within + 0.5) * row)), text, "black", font, anchor="rm")
+    _scale(image, panels * (margin + width) + 12, top, height, low, high, large)
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _colours(values: Sequence[Sequence[float]]) -> tuple[npt.NDArray[np.uint8], float, float]:
+    """A colour for each value, and the logarithms of the smallest and the largest one."""
     with np.errstate(all="ignore"):
         logs = np.log10(np.abs(np.asarray(values, dtype=float)))
     finite = np.isfinite(logs)
@@ -46,30 +91,31 @@ def heat_map(
     share = (place - below)[..., None]
     colours = _COLOURS[below] * (1 - share) + _COLOURS[below + 1] * share
     colours[~finite] = _MISSING
+    return colours.astype(np.uint8), float(low), float(high)
 
-    named = len(names) <= NAMED_ROWS
-    row = 20 if named else max(2, 1024 // len(names))
-    wide = max(1, 360 // len(steps))
-    font = ImageFont.load_default(size=14)
-    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    left = 8 + int(max(measure.textlength(name, font) for name in names)) if named else 8
-    top, bottom, right = 26, 24, 96
-    cells = np.repeat(np.repeat(colours.astype(np.uint8), row, 0), wide, 1)
-    height, width = cells.shape[:2]
-    image = Image.new("RGB", (left + width + right, top + height + bottom), "white")
-    image.paste(Image.fromarray(cells), (left, top))
-    draw = ImageDraw.Draw(image)
-    draw.text((left, 4), title, "black", font)
-    if named:
-        for index, name in enumerate(names):
-            draw.text((4, top + index * row + 1), name, "black", font)
-    draw.text((left, top + height + 4), f"step {steps[0]}", "black", font)
-    last = f"{steps[-1]}"
-    draw.text((left + width - measure.textlength(last, font), top + height + 4), last, "black", font)
-    scale = max(height, 48)
-    bar = np.linspace(1, 0, scale) * (len(_COLOURS) - 1)
+
+def _labels(names: Sequence[str], rows: int, row: int, size: int) -> list[tuple[int, str]]:
+    """The place of a name, counted in layers, and the name: of each layer, or of blocks where rows are too low."""
+    if row >= size:
+        return list(enumerate(names))
+    place = {name: index for index, name in enumerate(names)}
+    lines = -(-(size + 2) // row)  # rows that a name is high
+    labels: list[tuple[int, str]] = []
+    for title, block in blocks(names, at_most=lines).items():
+        at = place[block[0]]
+        if not labels or at // rows != labels[-1][0] // rows or at - labels[-1][0] >= lines:
+            labels.append((at, title))
+    return labels
+
+
+def _scale(image: Any, x: int, y: int, height: int, low: float, high: float, font: Any) -> None:
+    """The colours and what they stand for, in a strip."""
+    from PIL import Image, ImageDraw
+
+    bar = np.linspace(1, 0, height) * (len(_COLOURS) - 1)
     strip = np.stack([np.interp(bar, range(len(_COLOURS)), _COLOURS[:, c]) for c in range(3)], -1)
-    image.paste(Image.fromarray(np.repeat(strip.astype(np.uint8)[:height, None], 12, 1)), (left + width + 10, top))
-    draw.text((left + width + 26, top - 2), f"{10**high:.1e}", "black", font)
-    draw.text((left + width + 26, top + height - 16), f"{10**low:.1e}", "black", font)
-    return np.asarray(image, dtype=np.uint8)
+    image.paste(Image.fromarray(np.repeat(strip.astype(np.uint8)[:, None], 14, 1)), (x, y))
+    draw = ImageDraw.Draw(image)
+    draw.text((x + 18, y - 2), f"{10**high:.1e}", "black", font, anchor="la")
+    if height > 40:
+        draw.text((x + 18, y + height + 2), f"{10**low:.1e}", "black", font, anchor="ld")

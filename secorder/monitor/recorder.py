@@ -1,13 +1,24 @@
-"""A schedule: log the online Fisher often, and the Hessian now and then on a held batch."""
+"""A schedule: what is logged of a model that trains, and how often."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
+from .._caution import caution
 from .._keywords import refuse_renamed
-from ..errors import InvalidArgumentError
-from .tensorboard import Writer
+from ..errors import InvalidArgumentError, InvalidTypeError, SecorderError
+from .history import History
+from .log import CurvatureLog, numbers_of
+from .names import WHOLE_MODEL, shown
+from .norms import Norms
+from .running_findings import Change, Observation, RunningFindings
+from .statistics import layer_statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["CurvatureRecorder"]
 
@@ -16,32 +27,81 @@ class Probe(Protocol):
     """What is needed of a :class:`secorder.CurvatureProbe`."""
 
     @property
-    def num_samples(self) -> int:
-        """How many samples the accumulated Fisher has seen."""
+    def decay(self) -> float | None:
+        """Of the moving average; None for means."""
+
+    @property
+    def every(self) -> int:
+        """Each how many forwards are recorded."""
+
+    @property
+    def layer_parameters(self) -> Mapping[str, Sequence[Tensor]]:
+        """Layer name → parameters."""
+
+    @property
+    def window(self) -> Callable[..., Any]:
+        """The method that takes out what was accumulated since the last look."""
 
     @property
     def hessian_diagonal(self) -> Callable[..., Any]:
         """The method that measures the Hessian diagonal per layer."""
 
-    def log(self, writer: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
-        """Write the accumulated Fisher, and a Hessian diagonal."""
+    @property
+    def hessian_trace(self) -> Callable[..., Any]:
+        """The method that measures its trace."""
+
+    @property
+    def hessian_eigenvalues(self) -> Callable[..., Any]:
+        """The method that measures extreme eigenvalues."""
 
 
 class CurvatureRecorder:
-    """Logs a probe's curvature while a model trains; call :meth:`step` once a training step.
+    """Logs what a model that trains is like; call :meth:`step` once a training step.
+
+    Each point shows its time: the Fisher is the mean over the samples since the last point, the loss the mean over its
+    steps. Of a probe with ``decay`` it is the moving average. Names are ``statistic/layer``:
+
+    - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max``, ``gradient_noise_scale``, and of
+      the whole model ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
+    - ``norms_every``: ``gradient_norm`` and ``weight_norm`` of the layers' parameters, and ``update_to_weight``, the
+      norm of the last update relative to theirs, for which the weights are copied from one step to the next;
+    - ``histograms_every``: ``fisher_histogram``, of ``log10`` of the entries;
+    - ``hessian_every``: ``hessian_trace``, ``hessian_mean``, ``hessian_max``, ``hessian_negative`` (a share);
+    - ``traces_every``: ``hessian_trace`` alone, for less, and where it is estimated ``hessian_trace_standard_error``;
+    - ``eigenvalues_every``: ``hessian_top_eigenvalue`` of each layer's block, and ``learning_rate_times_eigenvalue``,
+      which gradient descent without momentum keeps below 2.
+
+    Those that are measured on ``batch`` tell how long they took (``model/seconds_hessian``).
+
+    Training goes on whatever happens here: what fails, in a measurement or in a sink, is warned of once.
 
     Args:
         probe: the probe, attached to the model that trains.
-        writer: anything with the methods of ``torch.utils.tensorboard.SummaryWriter``.
-        every: log the Fisher at each ``every``-th step.
-        hessian_every: measure and log the Hessian at each ``hessian_every``-th step; never by default.
+        sinks: where numbers go: a ``SummaryWriter``, a path (``"run.jsonl"``, ``"run.csv"``, else a folder for
+            TensorBoard), a logger, anything with ``scalars(step, {name: number})``, or several as a list (see
+            :func:`secorder.monitor.sinks.sink.sink_of`). None keeps them in :attr:`history` alone.
+        log_every: see above; each interval is a number of steps, None for never.
+        norms_every: see above.
+        histograms_every: see above.
+        hessian_every: see above.
+        traces_every: see above.
+        eigenvalues_every: see above.
         loss_fn: the loss of the Hessian.
         batch: ``(inputs, targets)`` that the Hessian is measured on, held fixed so that steps compare.
-        hessian_options: further arguments of :meth:`secorder.CurvatureProbe.hessian_diagonal`, such as ``method``.
+        optimizer: of the training, to log its learning rates and their products with eigenvalues.
+        on_finding: called with a :class:`~secorder.monitor.running_findings.Change` when something that stands out
+            begins or ends (a dead layer, a trace that grew tenfold); by default a warning tells it. Sinks that take
+            texts get all findings of now in either case.
+        keep_total: as for :meth:`secorder.CurvatureProbe.window`.
+        synchronize: as for :meth:`secorder.CurvatureProbe.window`.
+        strict: raise what fails, in place of a warning.
+        hessian_options: further arguments of :meth:`secorder.CurvatureProbe.hessian_diagonal`, ``hessian_trace`` and
+            ``hessian_eigenvalues``, such as ``method`` or ``max_iterations``.
 
     Raises:
-        InvalidArgumentError: an interval is below 1, ``hessian_every`` comes without a loss or a batch, or an option
-            had another name.
+        InvalidArgumentError: an interval is below 1, a measurement comes without a loss or a batch, or an option is
+            unknown or had another name.
+        InvalidTypeError: one of the sinks is none, or the loss is no function.
 
     Example:
         >>> import tempfile, torch
@@ -49,55 +109,280 @@ class CurvatureRecorder:
         >>> from secorder import CurvatureProbe, CurvatureRecorder
         >>> model, loss_fn = torch.nn.Linear(4, 2), torch.nn.MSELoss()
         >>> batch = torch.randn(8, 4), torch.randn(8, 2)
-        >>> probe = CurvatureProbe(model)
+        >>> probe = CurvatureProbe(model, reduction="mean")
         >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
-        ...     recorder = CurvatureRecorder(probe, writer, every=2, hessian_every=4, loss_fn=loss_fn, batch=batch)
+        ...     recorder = CurvatureRecorder(probe, writer, log_every=2, hessian_every=4, loss_fn=loss_fn, batch=batch)
         ...     for _ in range(4):
-        ...         loss_fn(model(batch[0]), batch[1]).backward()
-        ...         recorder.step()
+        ...         loss = loss_fn(model(batch[0]), batch[1])
+        ...         loss.backward()
+        ...         recorder.step(loss=loss)
+        >>> recorder.history.to_dict()["step"]
+        [2, 4]
     """
 
     def __init__(
         self,
         probe: Probe,
-        writer: Writer,
+        sinks: Any = None,
         *,
-        every: int = 10,
+        log_every: int | None = 10,
+        norms_every: int | None = 10,
+        histograms_every: int | None = 100,
         hessian_every: int | None = None,
+        traces_every: int | None = None,
+        eigenvalues_every: int | None = None,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         batch: tuple[Any, Any] | None = None,
+        optimizer: Any = None,
+        on_finding: Callable[[Change], None] | None = None,
+        keep_total: bool = True,
+        synchronize: bool = False,
+        strict: bool = False,
         **hessian_options: Any,
     ) -> None:
-        if every < 1 or (hessian_every is not None and hessian_every < 1):
-            raise InvalidArgumentError(f"intervals must be at least 1, got {every} and {hessian_every}.")
-        refuse_renamed(hessian_options, "hessian_diagonal()")
-        if hessian_every is not None and (loss_fn is None or batch is None):
-            raise InvalidArgumentError("hessian_every needs loss_fn= and batch=(inputs, targets) to measure on.")
+        self._every = {
+            "fisher": log_every,
+            "norms": norms_every,
+            "histograms": histograms_every,
+            "hessian": hessian_every,
+            "traces": traces_every,
+            "eigenvalues": eigenvalues_every,
+        }
+        measured = [name for name in ("hessian", "traces", "eigenvalues") if self._every[name] is not None]
+        _check_intervals(self._every)
+        if measured and (loss_fn is None or batch is None):
+            raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
         self._probe = probe
-        self._writer = writer
-        self._every = every
-        self._hessian_every = hessian_every
-        self._loss_fn = loss_fn
-        self._batch = batch
-        self._hessian_options = hessian_options
+        self._measured_on = (loss_fn, *(batch or ()))
+        self._options = _options(probe, hessian_options)
+        self._optimizer = optimizer
+        self._window = {"keep_total": keep_total, "synchronize": synchronize}
+        self._strict = strict
+        self._failed: set[str] = set()
+        self._log = CurvatureLog(sinks, strict=strict)
+        self._norms = Norms(probe.layer_parameters) if norms_every is not None else None
+        self._findings = RunningFindings(on_finding)
         self._steps = 0
+        self._steps_of_window = 0
+        self._loss: tuple[Any, int] = (0.0, 0)
 
-    def step(self, step: int | None = None) -> None:
-        """Count a training step and log what is due.
+    # ---- steps
+
+    def see_gradients(self) -> None:
+        """Measure the norms of gradients now; to be called where they are set to None before :meth:`step`."""
+        if self._norms is not None and self._due("norms", self._steps + 1):
+            self._attempt("norms", self._norms.see_gradients)
+
+    def step(self, step: int | None = None, *, loss: Tensor | float | None = None) -> None:
+        """Count a training step and log what is due; call it after the optimizer's step.
 
         Args:
             step: the number of the step in the log; by default how often this was called.
+            loss: of the step, to be logged beside; it is not read until it is logged.
 
         Raises:
-            SecorderError: as the probe's :meth:`~secorder.CurvatureProbe.log` and
-                :meth:`~secorder.CurvatureProbe.hessian_diagonal`.
+            SecorderError: with ``strict``, as the probe's measurements.
         """
         self._steps += 1
-        step = self._steps if step is None else step
-        hessian = None
-        if self._hessian_every is not None and self._steps % self._hessian_every == 0:
-            assert self._loss_fn is not None
-            assert self._batch is not None
-            hessian = self._probe.hessian_diagonal(self._loss_fn, *self._batch, **self._hessian_options)
-        if (self._steps % self._every == 0 or hessian is not None) and self._probe.num_samples:
-            self._probe.log(self._writer, step, hessian=hessian)
+        self._steps_of_window += 1
+        if loss is not None:
+            total, count = self._loss
+            self._loss = (total + (loss.detach() if isinstance(loss, Tensor) else loss), count + 1)
+        number = self._steps if step is None else step
+        due = [part for part in self._every if part != "histograms" and self._due(part, self._steps)]
+        if due:
+            self._point(number, due)
+        if self._norms is not None and self._due("norms", self._steps + 1):
+            self._attempt("norms", self._norms.copy_weights)
+
+    def _due(self, part: str, steps: int) -> bool:
+        every = self._every[part]
+        return every is not None and steps % every == 0
+
+    def _point(self, step: int, due: Sequence[str]) -> None:
+        """Measure what is due, give it to the sinks, and say what stands out in it."""
+        point = Observation()
+        diagonals: dict[str, Any] = {}
+        measures: dict[str, Callable[[Observation], Any]] = {
+            "fisher": self._see_fisher,
+            "norms": self._see_norms,
+            "hessian": self._see_hessian,
+            "traces": self._see_traces,
+            "eigenvalues": self._see_eigenvalues,
+        }
+        for part in due:
+            if part == "traces" and "hessian" in due:
+                continue  # which tells them too
+            found = self._attempt(part, measures[part], point)
+            if found is not None:
+                diagonals[part] = found
+        self._log.numbers(point.numbers, step)
+        for kind, found in diagonals.items():
+            if kind == "hessian" or self._due("histograms", self._steps):
+                self._log.histograms(kind, found, step)
+        changes = self._findings.update(point, step)
+        if changes:
+            self._log.text("findings", self._findings.markdown(step), step)
+
+    def _attempt(self, part: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of ``work``; None where it failed, which is warned of once for each part."""
+        try:
+            return work(*arguments)
+        except Exception as error:
+            if self._strict:
+                raise
+            reason = str(error) if isinstance(error, SecorderError) else f"{type(error).__name__}: {error}"
+            if f"{part}: {type(error)}" not in self._failed:
+                self._failed.add(f"{part}: {type(error)}")
+                caution(f"the recorder could not log its {part}, and training goes on: {reason}")
+            return None
+
+    # ---- what is measured
+
+    def _see_fisher(self, point: Observation) -> Any:
+        """The window's Fisher, its loss and learning rate; returns the diagonal, if there is one."""
+        total, count = self._loss
+        self._loss = (0.0, 0)
+        if count:
+            point.add({WHOLE_MODEL: {"loss": float(total) / count}})
+        rates = self._learning_rates()
+        if rates:
+            point.add({WHOLE_MODEL: {"learning_rate": max(rates.values())}})
+        window: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
+        steps, self._steps_of_window = self._steps_of_window, 0
+        if not window.num_samples:
+            return None
+        point.batch_size = window.num_samples * self._probe.every / steps if self._probe.decay is None else None
+        fisher = window.fisher_diagonal(missing="skip")
+        statistics = layer_statistics(fisher)
+        point.fisher = {shown(name): row for name, row in statistics.items()}
+        numbers = numbers_of("fisher", statistics)
+        point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
+        return fisher
+
+    def _see_norms(self, point: Observation) -> None:
+        assert self._norms is not None
+        point.add(self._norms.numbers())
+
+    def _measure(self, method: str, point: Observation, name: str) -> Any:
+        start = time.perf_counter()
+        found = getattr(self._probe, method)(*self._measured_on, **self._options[method])
+        point.add({WHOLE_MODEL: {f"seconds_{name}": time.perf_counter() - start}})
+        return found
+
+    def _see_hessian(self, point: Observation) -> Any:
+        hessian = self._measure("hessian_diagonal", point, "hessian")
+        statistics = layer_statistics(hessian)
+        point.hessian = {shown(name): row for name, row in statistics.items()}
+        numbers = numbers_of("hessian", statistics)
+        point.add({**numbers, WHOLE_MODEL: {"hessian_trace": sum(numbers["hessian_trace"].values())}})
+        return hessian
+
+    def _see_traces(self, point: Observation) -> None:
+        traces = self._measure("hessian_trace", point, "traces")
+        errors = {shown(name): t.standard_error for name, t in traces.items() if t.num_draws}
+        values = {shown(name): t.value for name, t in traces.items()}
+        whole = {WHOLE_MODEL: {"hessian_trace": sum(values.values())}}
+        point.add({"hessian_trace": values, "hessian_trace_standard_error": errors, **whole})
+
+    def _see_eigenvalues(self, point: Observation) -> None:
+        found = self._measure("hessian_eigenvalues", point, "eigenvalues")
+        top = {name: e.top[0] for name, e in found.items() if e.top}
+        rates = self._learning_rates()
+        products = {shown(name): rates[name] * value for name, value in top.items() if name in rates}
+        point.add({"hessian_top_eigenvalue": {shown(name): value for name, value in top.items()}})
+        point.add({"learning_rate_times_eigenvalue": products})
+        if products:
+            point.add({WHOLE_MODEL: {"learning_rate_times_eigenvalue": max(products.values())}})
+
+    def _learning_rates(self) -> dict[str, float]:
+        """Layer → the largest learning rate of its parameters; of those that the optimizer has."""
+        if self._optimizer is None:
+            return {}
+        by_parameter = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
+        layers = self._probe.layer_parameters
+        rates = {name: [by_parameter[id(p)] for p in group if id(p) in by_parameter] for name, group in layers.items()}
+        return {name: max(group) for name, group in rates.items() if group}
+
+    # ---- what was logged
+
+    @property
+    def history(self) -> History:
+        """What was logged: ``to_dict()`` and ``to_pandas()`` make a table of it."""
+        return self._log.history
+
+    @property
+    def findings(self) -> list[Any]:
+        """What stands out now, as :class:`secorder.Finding`."""
+        return self._findings.now
+
+    def plot(self, statistic: str = "fisher_trace", *, top: int = 10) -> "Figure":
+        """A picture of a statistic over the run: heat map of all layers, and lines of the largest ones.
+
+        Args:
+            statistic: what to show: one of ``history.statistics``.
+            top: how many layers have lines.
+
+        Returns:
+            a matplotlib figure; in a notebook it is shown.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            InvalidArgumentError: nothing was logged of it.
+        """
+        from .plot import plot
+
+        return plot(self.history, statistic, top=top)
+
+    # ---- life
+
+    def close(self) -> None:
+        """Close what the recorder opened: the writers of paths."""
+        self._log.close()
+
+    def __enter__(self) -> "CurvatureRecorder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule, the history and the findings are, as plain Python: to go on in another process."""
+        total, count = self._loss
+        return {
+            "steps": self._steps,
+            "steps_of_window": self._steps_of_window,
+            "loss": (float(total), count),
+            "history": self.history.state_dict(),
+            "findings": self._findings.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        self._steps, self._steps_of_window = state["steps"], state["steps_of_window"]
+        self._loss = (state["loss"][0], state["loss"][1])
+        self.history.load_state_dict(state["history"])
+        self._findings.load_state_dict(state["findings"])
+
+
+def _check_intervals(every: Mapping[str, int | None]) -> None:
+    for name, interval in every.items():
+        whole = isinstance(interval, int) and not isinstance(interval, bool)
+        if interval is not None and not (whole and interval >= 1):
+            keyword = "log_every" if name == "fisher" else f"{name}_every"
+            raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")
+
+
+def _options(probe: Probe, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each measurement the options that it takes."""
+    refuse_renamed(given, "hessian_diagonal()")
+    methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
+    taken = {method: set(inspect.signature(getattr(probe, method)).parameters) for method in methods}
+    if "every" in given:
+        raise InvalidArgumentError("CurvatureRecorder takes log_every= in place of every=.")
+    unknown = sorted(given.keys() - set.union(*taken.values()))
+    if unknown:
+        raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
+    return {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}

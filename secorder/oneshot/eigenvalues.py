@@ -1,7 +1,7 @@
 """Extreme eigenvalues of each layer's block, by products with vectors."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from .measurement import Measurement
 from .operators import Curvature, Operator, operators
 from .trace import By
 
-__all__ = ["Eigenvalues", "eigenvalues", "lanczos"]
+__all__ = ["Eigenvalues", "blocks_of", "eigenvalues", "lanczos", "lanczos_steps", "nothing", "restricted"]
 
 
 @dataclass(frozen=True)
@@ -65,27 +65,38 @@ def _of_layer(
 ) -> dict[str, Eigenvalues]:
     """Of one layer's block, or of its parameters'."""
     found: dict[str, Eigenvalues] = {}
-    sizes = [p.numel() for p in layer.parameters.values()]
-    blocks = {layer.name: slice(0, sum(sizes))}
-    if by == "parameter":
-        starts = [sum(sizes[:index]) for index in range(len(sizes))]
-        blocks = {
-            layer.parameter_name(local): slice(start, start + size)
-            for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
-        }
+    total = sum(p.numel() for p in layer.parameters.values())
+    blocks = blocks_of(layer, by)
     like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
     for name, block in blocks.items():
         size = block.stop - block.start
         if product is None or not size:
-            found[name] = Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
+            found[name] = nothing(count)
             continue
         start = task.random((size,), like)
-        part = product if len(blocks) == 1 else _restricted(product, block, sum(sizes))
+        part = product if len(blocks) == 1 else restricted(product, block, total)
         found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size))
     return found
 
 
-def _restricted(product: Operator, block: slice, size: int) -> Operator:
+def nothing(count: int) -> Eigenvalues:
+    """Those of a zero."""
+    return Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
+
+
+def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
+    """The blocks of a layer by name, and where their elements are among the layer's."""
+    sizes = [p.numel() for p in layer.parameters.values()]
+    if by == "layer":
+        return {layer.name: slice(0, sum(sizes))}
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return {
+        layer.parameter_name(local): slice(start, start + size)
+        for local, start, size in zip(layer.parameters, starts, sizes, strict=True)
+    }
+
+
+def restricted(product: Operator, block: slice, size: int) -> Operator:
     """The operator on some of the elements, the others left as they are."""
 
     def restricted(v: Tensor) -> Tensor:
@@ -110,12 +121,26 @@ def lanczos(
 
     Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """
+    steps = lanczos_steps(start, count, tolerance, iterations)
+    vector = next(steps)
+    while True:
+        try:
+            vector = steps.send(product(vector))
+        except StopIteration as done:
+            result: Eigenvalues = done.value
+            return result
+
+
+def lanczos_steps(
+    start: Tensor, count: int, tolerance: float, iterations: int
+) -> Generator[Tensor, Tensor, Eigenvalues]:
+    """:func:`lanczos` that yields each vector whose product it is to be sent."""
     basis = [start / start.norm()]
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     top, bottom, residual, bound = [0.0] * count, [0.0] * count, math.inf, 0.0
     for step in range(1, iterations + 1):
-        w = product(basis[-1])
+        w = yield basis[-1]
         alphas.append(w @ basis[-1])
         known = torch.stack(basis)
         for _ in range(2):  # twice is enough

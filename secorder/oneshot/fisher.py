@@ -21,7 +21,6 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 import torch
@@ -35,20 +34,25 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
-from .fisher_pairs import FisherType, Found, collect, second_order_pairs
+from .fisher_pairs import FisherType, Found, collect, second_order_columns
+from .head import contract_head, head_outputs, known_heads
 from .independence import outputs_independent
+from .isolation import loss_of_rows
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import Pairs, as_samples, expose_output, filled, loss_of_output, loss_separates
+from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
 from .recorded_layer import RecordedLayer, contract_pairs, require_linear_backward
 from .recording import recorded
+from .roots import Columns, First, Root, single
 from .sample_losses import own_losses, require_own_losses
 
 __all__ = [
     "FisherType",
     "SampleLosses",
+    "Trial",
     "check_fisher_type",
     "fisher_diagonal",
+    "in_batches",
     "losses_by_output",
     "require_independent_samples",
 ]
@@ -73,7 +77,7 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
     """
     asked = fisher_type, num_draws
     try:
-        found = _batched(task, *asked)
+        found = in_batches(task, *asked)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
         found = {}
     rest = [layer for layer in task.layers if layer.name not in found]
@@ -84,14 +88,28 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
         tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
-        values = {name: [v.detach() / count for v in parts] for name, (parts, _) in found.items()}
+        values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()})
 
 
-def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Found:
+@dataclass
+class Trial:
+    """A Fisher of some columns alone, to see how long they take.
+
+    Attributes:
+        columns: how many.
+        of: of how many, as it turned out.
+    """
+
+    columns: int
+    of: int = 0
+
+
+def in_batches(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial | None = None) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
-        output, loss = task.loss()
+        traced = task.traced(inputs=not task.create_graph)
+        output, loss = task.loss(forward=traced)
         recording.close()
         if not loss.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
@@ -107,21 +125,34 @@ def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Foun
             return {}
         pairs = _pairs(task, side, fisher_type, num_draws)
         linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear)
+        if trial is not None:
+            trial.of = pairs.num_columns
+        how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
+        found = _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
     rest = [layer for layer in task.layers if layer.name not in found]
-    require_independent_samples(task)
-    return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
+    if not traced.independent:
+        require_independent_samples(task, output)
+    return found | (_by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
 
 
-def require_independent_samples(task: Measurement) -> None:
+def require_independent_samples(task: Measurement, output: Any) -> None:
     """Raise unless no sample influences another one's output.
+
+    Args:
+        task: the measurement.
+        output: of the batch.
 
     Raises:
         CouplingError: some do.
     """
     if not task.certain and not outputs_independent(
-        task.isolated, task.inputs, task.num_samples, task.sample_dim, task.isolated.forward_in_full_precision
+        task.isolated,
+        task.inputs,
+        task.num_samples,
+        task.sample_dim,
+        task.isolated.forward_in_full_precision,
+        None if task.autocast else output,
     ):
         raise CouplingError(
             "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
@@ -181,7 +212,8 @@ def losses_by_output(
             "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
             "(a root or norm of zero, an overflow): there are no per-sample gradients here."
         )
-    if not loss_separates(output_gradients, points, task.generator):
+    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
+    if not by_rows and not loss_separates(output_gradients, points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
@@ -195,17 +227,24 @@ def losses_by_output(
     return SampleLosses(losses, points, model_outputs)
 
 
-def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Pairs:
+def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
         found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
-        return Pairs(torch.cat([as_samples(g) for g in found], 1)[None])
+        return single(torch.cat([as_samples(g) for g in found], 1))
     output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
-    return second_order_pairs(task, output_gradients, side.points, fisher_type, num_draws)
+    return second_order_columns(task, output_gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(
-    task: Measurement, model_outputs: Sequence[Tensor], pairs: Pairs, layers: Sequence[RecordedLayer], *, linear: bool
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    pairs: Columns,
+    layers: Sequence[RecordedLayer],
+    *,
+    linear: bool,
+    by_graph: bool,
+    trial: Trial | None,
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
@@ -217,21 +256,46 @@ def _by_rules(
     reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
     used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
     alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
-    found = contract_pairs(
-        model_outputs,
-        alone,
-        pairs,
-        certain=task.certain,
-        generator=task.generator,
-        chunk_size=task.chunk_size,
-        create_graph=task.create_graph,
-        linear=linear,
-    )
+    heads = _heads(task, model_outputs, alone, pairs)
+    alone = [z for z in alone if z.layer.name not in heads]
+    columns = _some(pairs, trial)
+    with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
+        found = contract_pairs(
+            model_outputs,
+            alone,
+            columns,
+            certain=task.certain,
+            generator=task.generator,
+            chunk_size=task.chunk_size,
+            create_graph=task.create_graph,
+            linear=linear,
+            by_graph=by_graph,
+            advance=advance,
+        )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
-    return {z.layer.name: (values, info) for z, values in zip(alone, found, strict=True) if values is not None}
+    by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
+    return {name: (values, info) for name, values in (heads | by_columns).items()}
 
 
-def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, linear: bool) -> Found:
+def _some(pairs: Columns, trial: Trial | None) -> Columns:
+    return pairs if trial is None else First(pairs, min(trial.columns, pairs.num_columns))
+
+
+def _heads(
+    task: Measurement, model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], pairs: Columns
+) -> dict[str, list[Tensor]]:
+    """The layers whose output is the model's, which need no columns."""
+    if not isinstance(pairs, Root) or pairs.diagonal is None or task.create_graph:
+        return {}
+    which = known_heads(model_outputs, layers, head_outputs(model_outputs, layers, task.generator), pairs)
+    return {
+        z.layer.name: contract_head(z, model_outputs, which[z.layer.name], pairs)
+        for z in layers
+        if z.layer.name in which
+    }
+
+
+def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs: list[Tensor] = []
     expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
@@ -257,14 +321,16 @@ def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Pairs, *, lin
         )
         return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
 
-    total = len(pairs.u) * task.num_samples
+    total = pairs.num_columns * task.num_samples
     with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
-        for k, ids in product(range(len(pairs.u)), chunks(task.num_samples, size)):
-            left = pull_back(pairs.u[k], ids)
-            right = left if pairs.v is None else pull_back(pairs.v[k], ids)
-            sign = None if pairs.sign is None else pairs.sign[k, ids.start : ids.stop]
-            for index, (u, v) in enumerate(zip(left, right, strict=True)):
-                weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
-                totals[index] = totals[index] + (u * weighted).sum(0)
-            advance(len(ids))
+        for k in range(pairs.num_columns):
+            some = pairs.columns(range(k, k + 1))
+            for ids in chunks(task.num_samples, size):
+                left = pull_back(some.u[0], ids)
+                right = left if some.v is None else pull_back(some.v[0], ids)
+                sign = None if some.sign is None else some.sign[0, ids.start : ids.stop]
+                for index, (u, v) in enumerate(zip(left, right, strict=True)):
+                    weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
+                    totals[index] = totals[index] + (u * weighted).sum(0)
+                advance(len(ids))
     return collect(layers, totals, Strategy.PER_SAMPLE)

@@ -1,7 +1,7 @@
 """The Fisher by definition: the model and the loss on batches of one."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from .._torch.failures import is_out_of_memory
 from .._torch.pytree import tensors_in
-from .._torch.vjp import gradients, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.dtypes import rounding, zeros
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
-from .fisher_pairs import FisherType, Found, collect, second_order_pairs
+from .fisher_pairs import FisherType, Found, collect, second_order_columns
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import expose_output, loss_of_output
 from .recording import seen
 
-__all__ = ["by_loop"]
+__all__ = ["by_loop", "one_sample"]
 
 
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
@@ -113,6 +113,15 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
     return output, loss
 
 
+def one_sample(task: Measurement, index: int) -> tuple[Any, Tensor]:
+    """Output and loss of a batch that holds one sample.
+
+    Raises:
+        CouplingError, NonFiniteError: as :func:`by_loop`.
+    """
+    return _of_samples(task, [index])
+
+
 def _which(index: list[int]) -> str:
     return f"sample {index[0]} alone" if len(index) == 1 else f"another one of {len(index)} samples"
 
@@ -132,7 +141,7 @@ def _columns(
     replacements: list[Tensor],
     fisher_type: FisherType,
     num_draws: int,
-) -> list[tuple[list[Tensor], list[Tensor]]]:
+) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """The pairs of gradients on the parameters that one sample contributes to a Fisher of second order."""
     _, targets, _ = task.part([index])
     found = loss_of_output(task.loss_fn, output, targets, None, loss) if loss.requires_grad else None
@@ -149,9 +158,9 @@ def _columns(
             "comes from inside the model, or the network is inside of the loss."
         )
     if found is None:
-        return []
+        return
     again, points, _ = found
-    pairs = second_order_pairs(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
+    pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
     exposed: list[Tensor] = []
     expose_output(output, exposed, None, detach=False)
     sizes = [f.numel() for f in exposed]
@@ -161,10 +170,14 @@ def _columns(
         cotangents = [c.reshape(len(stack), *f.shape) for c, f in split]
         return stacked_vjp(exposed, replacements, cotangents, create_graph=task.create_graph)
 
-    u = pull_back(pairs.u)
-    v = u if pairs.v is None and pairs.sign is None else pull_back(pairs.v if pairs.v is not None else pairs.u)
-    factor = [1.0] * len(pairs.u) if pairs.sign is None else pairs.sign[:, 0].tolist()
-    return [([x[k] * factor[k] for x in u], [x[k] for x in v]) for k in range(len(pairs.u))]
+    elements = sum(s.numel() for s in replacements) + sum(sizes)
+    for ids in chunks(pairs.num_columns, default_chunk_size(elements, exposed[0], task.chunk_size)):
+        some = pairs.columns(ids)
+        u = pull_back(some.u)
+        v = u if some.v is None else pull_back(some.v)
+        sign = [1.0] * len(ids) if some.sign is None else some.sign[:, 0].tolist()
+        for k, factor in enumerate(sign):
+            yield [x[k] * factor for x in u], [x[k] for x in v]
 
 
 class _Sketch:

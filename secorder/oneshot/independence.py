@@ -50,9 +50,18 @@ def separating_masks(count: int) -> Tensor:
 
 
 def outputs_independent(
-    isolated: IsolatedModel, inputs: Any, count: int, sample_dim: int, forward: Callable[[Any], Any] | None = None
+    isolated: IsolatedModel,
+    inputs: Any,
+    count: int,
+    sample_dim: int,
+    forward: Callable[[Any], Any] | None = None,
+    output: Any = None,
 ) -> bool:
     """Whether every sample's output stays as it is while others are replaced by their neighbours in the batch.
+
+    Where samples that take one another's places, some of them twice and others not at all, all keep the outputs that
+    they had, the one forward tells. Where they do not (of dropout, each place has its own), or are too much alike,
+    there are more.
 
     Args:
         isolated: the borrowed model.
@@ -60,9 +69,13 @@ def outputs_independent(
         count: its number of samples.
         sample_dim: where they are in the inputs.
         forward: how to run the model on inputs; by default as a one-shot call does.
+        output: the model's output for the batch, where that is known.
     """
     run = forward or isolated.forward
-    base = [t.detach().clone() for t in tensors_in(without_gradients(run, inputs))]
+    before = without_gradients(run, inputs) if output is None else output
+    base = [t.detach() if output is not None else t.detach().clone() for t in tensors_in(before)]
+    if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
+        return True
     for mask in separating_masks(count):
         batch = map_tensors(partial(with_neighbours, mask, count, sample_dim), inputs)
         for before, after in zip(base, tensors_in(without_gradients(run, batch)), strict=True):
@@ -73,6 +86,51 @@ def outputs_independent(
             if bool(changed_entries(before, after.detach()).movedim(dim, 0)[kept].any()):
                 return False
     return True
+
+
+def _places_exchanged(
+    run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
+) -> bool:
+    """Whether samples in others' places, some of them twice and others not at all, have the outputs that they had."""
+    order = _resampled(count)
+    tensors = [(t, sample_dimension(t, count, sample_dim)) for t in tensors_in(inputs)]
+    if not all(dim is None or _differ(t, dim, order) for t, dim in tensors):
+        return False
+
+    def exchanged(tensor: Tensor) -> Tensor:
+        dim = sample_dimension(tensor, count, sample_dim)
+        return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
+
+    for before, after in zip(base, tensors_in(without_gradients(run, map_tensors(exchanged, inputs))), strict=True):
+        dim = sample_dimension(before, count, sample_dim)
+        if dim is None or not (before.is_floating_point() or before.is_complex()):
+            continue
+        expected = before.index_select(dim, order.to(before.device))
+        if expected.shape != after.shape or bool(changed_entries(expected, after.detach()).any()):
+            return False
+    return True
+
+
+def _resampled(count: int) -> Tensor:
+    """For each place another sample; a third of the samples is in none, and as many are in two."""
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    ring = torch.randperm(count, generator=generator, device="cpu")
+    following = ring.roll(-1)
+    # Every third one of the ring gets the sample two places on, which its successor has too.
+    following[::3] = ring.roll(-2)[::3]
+    order = torch.empty_like(ring)
+    order[ring] = following
+    return order
+
+
+def _differ(tensor: Tensor, dim: int, order: Tensor) -> bool:
+    """Whether exchanging samples changes those of most places by much, as far as they are real numbers."""
+    if not (tensor.is_floating_point() or tensor.is_complex()) or not tensor.numel():
+        return not tensor.is_floating_point()
+    if tensor.layout != torch.strided:
+        return False
+    change = (tensor - tensor.index_select(dim, order.to(tensor.device))).abs().movedim(dim, 0).flatten(1).amax(1)
+    return bool((change > tensor.abs().amax() / 64).float().mean() >= 0.5)
 
 
 def without_gradients(run: Callable[[Any], Any], inputs: Any) -> Any:

@@ -38,7 +38,15 @@ from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .state import State
 
-__all__ = ["IsolatedModel", "ReplacementsBypassed", "Result", "isolate", "known_loss", "run_isolated"]
+__all__ = [
+    "IsolatedModel",
+    "ReplacementsBypassed",
+    "Result",
+    "isolate",
+    "known_loss",
+    "loss_of_rows",
+    "run_isolated",
+]
 
 Result = TypeVar("Result")
 
@@ -179,6 +187,25 @@ def known_loss(loss_fn: Any) -> bool:
         given = (*loss_fn.args, *loss_fn.keywords.values())
         return known_loss(loss_fn.func) and all(isinstance(x, (str, int, float, bool)) for x in given)
     return isinstance(loss_fn, FunctionType) and loss_fn.__module__ == "torch.nn.functional"
+
+
+#: PyTorch's losses that are sums or means over the elements of dim 0 of outputs and targets, as functions and modules.
+_ROW_BY_ROW = frozenset({
+    "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "kl_div", "poisson_nll_loss", "soft_margin_loss", "CrossEntropyLoss", "NLLLoss",
+    "MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "BCELoss", "BCEWithLogitsLoss", "KLDivLoss", "PoissonNLLLoss",
+    "SoftMarginLoss",
+})  # fmt: skip
+
+
+def loss_of_rows(loss_fn: Any) -> bool:
+    """Whether a loss is by its definition made of losses of the rows of the outputs, for rows in dim 0."""
+    if not known_loss(loss_fn):
+        return False
+    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
+    while isinstance(loss_fn, partial):
+        loss_fn = loss_fn.func
+    return (type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else loss_fn.__name__) in _ROW_BY_ROW
 
 
 @contextmanager

@@ -11,11 +11,12 @@ from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import check_chunk_size, fresh_generator, gradients
 from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimension, take_samples
-from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
+from ..errors import InvalidArgumentError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
-from .loss import check_loss
+from .loss import check_loss, explains_missing_targets, require_loss_function
+from .provenance import Traced
 
 __all__ = ["Measurement", "measure"]
 
@@ -70,13 +71,14 @@ class Measurement:
         """The layers that have a rule."""
         return [layer for layer in self.layers if layer.rule is not None]
 
-    def loss(self, *, second_order: bool = False) -> tuple[Any, Tensor]:
+    def loss(self, *, second_order: bool = False, forward: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same state each time.
 
         Args:
             second_order: the loss's gradient is going to be differentiated.
+            forward: how to run the model on the inputs; as it is by default.
         """
-        output = self.isolated.forward(self.inputs)
+        output = (forward or self.isolated.forward)(self.inputs)
         try:
             loss = self.loss_fn(output, self.targets)
         except Exception as error:
@@ -91,6 +93,15 @@ class Measurement:
             # where the gradient is constant, they would pass for linear.
             loss = loss * torch.ones_like(loss, requires_grad=True)
         return output, loss
+
+    def traced(self, *, inputs: bool) -> Traced:
+        """How to run the model so that its graph may tell where samples are.
+
+        Args:
+            inputs: whether it is to tell so of the inputs too.
+        """
+        inputs = inputs and not self.autocast  # under which numbers of full precision are compared
+        return Traced(self.isolated, self.dimension, self.num_samples, inputs=inputs, known=self.certain)
 
     def loss_again(self, output: Any, targets: Any, seed: int | None = None) -> Tensor:
         """The loss of an output, from the state in which it ran first.
@@ -113,6 +124,11 @@ class Measurement:
     def dimension(self, tensor: Tensor) -> int | None:
         """Where a tensor's samples are; what has none is shared by all samples."""
         return sample_dimension(tensor, self.num_samples, self.sample_dim)
+
+    def of_rows(self, output: Any) -> bool:
+        """Whether output and targets are tensors of a row a sample."""
+        rows = isinstance(output, Tensor) and isinstance(self.targets, Tensor) and bool(self.targets.dim())
+        return rows and output.shape[:1] == self.targets.shape[:1] == (self.num_samples,)
 
     def cut(self, output: Any, index: Sequence[int], *, rows: bool = False) -> tuple[Any, Any]:
         """Output and targets of some samples."""
@@ -196,9 +212,7 @@ def measure(
         InvalidArgumentError, InvalidTypeError: an unusable argument.
         ProbeStateError: a layer is not in the model any more.
     """
-    if not callable(loss_fn) or isinstance(loss_fn, type):
-        what = f"the class {loss_fn.__name__}, not made yet" if isinstance(loss_fn, type) else type(loss_fn).__name__
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {what}.")
+    require_loss_function(loss_fn)
     check_chunk_size(chunk_size)
     for layer in layers:
         _require_present(model, layer)
@@ -221,7 +235,8 @@ def measure(
             how = generator, create_graph, chunk_size, progress
             return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch))
 
-    return run_isolated(on_isolated, model)
+    with explains_missing_targets(inputs, targets):
+        return run_isolated(on_isolated, model)
 
 
 def _usable(tensor: Tensor) -> Tensor:

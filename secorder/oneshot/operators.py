@@ -8,6 +8,7 @@ M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,13 +23,14 @@ from .fisher import SampleLosses, losses_by_output, require_independent_samples
 from .hessian.budget import Budget
 from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
-from .hessian.run import on_parameters
+from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
-from .output_hessian import Pairs, as_samples, filled
+from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
 from .recording import recorded
+from .roots import single
 
-__all__ = ["Curvature", "Operator", "check_curvature", "operators"]
+__all__ = ["Curvature", "Operator", "ProductInZ", "check_curvature", "operators", "product_on_parameters"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
@@ -72,19 +74,24 @@ def _hessian_operators(task: Measurement) -> Blocks:
             if not facts.used:
                 yield layer, None
             elif facts.own_use and graph is not None and graph.layouts:
-                yield layer, _product_in_z(graph)
+                yield layer, ProductInZ(graph)
             else:
                 rest.append(layer)
     del found
     for layer, own in on_parameters(task, rest):
-        yield layer, None if all(g is None for g in own) else _product_on_parameters(task, layer, own)
+        yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
 
 
-def _product_in_z(graph: LayerGraph) -> Operator:
-    """v ↦ Jᵀ H_z J v."""
-    sizes = [p.numel() for p in graph.layer.parameters.values()]
+@dataclass(frozen=True, eq=False)
+class ProductInZ:
+    """v ↦ Jᵀ H_z J v of a layer by its part of the graph."""
 
-    def product(v: Tensor) -> Tensor:
+    graph: LayerGraph
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with a flat vector."""
+        graph = self.graph
+        sizes = [p.numel() for p in graph.layer.parameters.values()]
         parts = v.split(sizes)
         along = {
             name: part.view_as(p).to(p.dtype)
@@ -100,8 +107,6 @@ def _product_in_z(graph: LayerGraph) -> Operator:
         ]
         return torch.cat(flat).to(v.dtype)
 
-    return product
-
 
 def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
     """The layer's output with other parameters, past its hooks, which would record the call."""
@@ -111,7 +116,8 @@ def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor
         return output
 
 
-def _product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+def product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+    """v ↦ H v by the loss's gradient in the layer's replacement parameters, differentiable."""
     replacements = task.isolated.replacements(layer)
 
     def product(v: Tensor) -> Tensor:
@@ -137,14 +143,14 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
             f"of={of!r} needs a loss that is computed by loss_fn from the model's output, cut into samples: here it "
             'does not go by that alone; take of="hessian".'
         )
-    require_independent_samples(task)
+    require_independent_samples(task, output)
     metric = _metric(task, side, of)
     outputs = side.model_outputs
     weights = [torch.zeros_like(f).requires_grad_() for f in outputs]
     replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
     if not task.certain:
         random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
-        require_linear_backward(outputs, replacements, Pairs(random[None]), task.generator)
+        require_linear_backward(outputs, replacements, single(random), task.generator)
     for layer in task.layers:
         yield layer, _product_by_output(task, layer, outputs, weights, metric)
 

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .._torch.sample_graph import inner_size, samples_in_graph
 from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..errors import AttributionError
 from ..layers.contraction import contract
@@ -16,12 +17,14 @@ from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .independence import over_samples
-from .output_hessian import Pairs, as_samples
+from .output_hessian import as_samples
+from .roots import Columns
 
 __all__ = [
     "RecordedLayer",
     "contract_pairs",
     "layout_options",
+    "layouts_by_graph",
     "require_linear_backward",
     "scale_draws",
     "scales",
@@ -29,7 +32,10 @@ __all__ = [
 ]
 
 
-@dataclass
+Recorded = TypeVar("Recorded", bound="RecordedLayer")
+
+
+@dataclass(eq=False)
 class RecordedLayer:
     """A layer with its recorded calls.
 
@@ -73,6 +79,10 @@ def _dense(x: Tensor) -> Tensor:
 
 def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
     """Layouts of all of a layer's calls that its rule accepts, by shape; the usual one first."""
+    return [layouts for layouts in _candidates(z, num_samples) if _accepted(z, layouts)]
+
+
+def _candidates(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
     assert z.layer.rule is not None
     by_call = [
         candidate_layouts(inputs, leaf, num_samples, any_leading_dim=takes_any_leading_dim(z.layer.rule))
@@ -80,35 +90,38 @@ def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
     ]
     if not all(by_call):
         return []
-    options = []
-    for index in range(max(map(len, by_call))):
-        layouts = [call[min(index, len(call) - 1)] for call in by_call]
-        trial = RecordedLayer(z.layer, z.inputs, z.leaves, layouts)
-        try:
-            trial.gradients([leaf.detach()[None] for leaf in z.leaves])
-        except AttributionError:  # not a shape that the rule is for, such as a convolution without a batch
-            continue
-        options.append(layouts)
-    return options
+    return [[call[min(index, len(call) - 1)] for call in by_call] for index in range(max(map(len, by_call)))]
+
+
+def _accepted(z: RecordedLayer, layouts: list[Layout]) -> bool:
+    """Whether a layer's rule accepts layouts: not a shape that it is not for, such as a convolution without a batch."""
+    trial = RecordedLayer(z.layer, z.inputs, z.leaves, layouts)
+    try:
+        trial.gradients([leaf.detach()[None] for leaf in z.leaves])
+    except AttributionError:
+        return False
+    return True
 
 
 def contract_pairs(
     model_outputs: Sequence[Tensor],
     layers: Sequence[RecordedLayer],
-    pairs: Pairs,
+    pairs: Columns,
     *,
     certain: bool,
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
     linear: bool = False,
-    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, slice], None] | None = None,
+    by_graph: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
-    That they do is verified: the vjp of a random mixture of the u_k, each sample weighted by a random factor, must be
-    the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is taken and entered into
-    the layer.
+    That they do is read off the graph, or verified: the vjp of a random mixture of the u_k, each sample weighted by a
+    random factor, must be the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is
+    taken and entered into the layer.
 
     Args:
         model_outputs: output tensors, samples in dim 0.
@@ -119,33 +132,42 @@ def contract_pairs(
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
-        watch: called with the layers that are served and the pulled back pairs, a few at a time.
+        by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
+        advance: of a progress bar.
+        watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
     """
     plain: dict[int, Tensor] = {}
+    unsettled = list(layers)
     if certain:
         for z in layers:
             z.layouts = [DIM_ZERO] * len(z.leaves)
-    else:
-        mixture = pairs.u if len(pairs.u) == 1 else _mixture(pairs.u, generator)[None]
-        plain = settle_layouts(model_outputs, layers, mixture, generator, create_graph=create_graph, linear=linear)
+        unsettled = []
+    elif by_graph:
+        unsettled = layouts_by_graph(model_outputs, layers)
     leaves = [leaf for z in layers for leaf in z.leaves]
-    good = [z for z in layers if z.layouts or not z.leaves]
+    if unsettled:
+        settled = settle_layouts(
+            model_outputs, unsettled, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
+        )
+        plain = settled if len(unsettled) == len(layers) else {}
+    good = [z for z in layers if z.layouts]
     totals: dict[tuple[int, str], Tensor] = {}
-    elements = sum(leaf.numel() for leaf in leaves)
-    for ids in chunks(len(pairs.u), default_chunk_size(elements, pairs.u, chunk_size)):
-        here = slice(ids.start, ids.stop)
-        u = plain if plain and len(pairs.u) == 1 else _pull_back(model_outputs, leaves, pairs.u[here], create_graph)
-        v = None if pairs.v is None else _pull_back(model_outputs, leaves, pairs.v[here], create_graph)
+    elements = sum(t.numel() for t in (*leaves, *model_outputs))
+    for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
+        some = pairs.columns(ids)
+        u = plain if plain and pairs.num_columns == 1 else _pull_back(model_outputs, leaves, some.u, create_graph)
+        v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
-            watch(good, u, v, here)
+            watch(good, u, v, some.sign)
+        advance(len(ids))
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
             for name, p in z.layer.parameters.items():
-                other = right[name] if right is not None else _signed(left[name], pairs.sign, here)
+                other = right[name] if right is not None else _signed(left[name], some.sign)
                 part = contract(left[name], other, numel=p.numel())
                 key = (id(z), name)
                 totals[key] = totals[key] + part if key in totals else part
@@ -165,8 +187,30 @@ def _pull_back(
     return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
 
 
-def _mixture(stack: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.einsum("k,kno->no", _random(len(stack), generator, stack), stack)
+def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:
+    """Enter into every layer the layout that the graph shows to be right; returns those of which it does not tell.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        layers: layers with recorded calls.
+    """
+    count = model_outputs[0].shape[0]
+    if count == 1 or not layers:
+        return list(layers)
+    leaves = [leaf for z in layers for leaf in z.leaves]
+    found = samples_in_graph(model_outputs, [inner_size(f.shape, 0) for f in model_outputs], leaves, count)
+    for z in layers:
+        options = (c for c in _candidates(z, count) if _agrees(z, c, found) and _accepted(z, c))
+        z.layouts = next(options, [])
+    return [z for z in layers if not z.layouts]
+
+
+def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | None]) -> bool:
+    """Whether layouts of a layer's calls are where the graph shows the samples to be."""
+    return all(
+        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf)
+        for leaf, layout in zip(z.leaves, layouts, strict=True)
+    )
 
 
 def _random(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -210,8 +254,9 @@ def settle_layouts(
             for z, choices in zip(layers, options, strict=True)
         ]
     if linear:
-        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 + weights)[:, None], False)
-        _require_sum(leaves, plain, scaled, both)
+        # Of opposite signs, since what keeps positive gradients alone (guided backpropagation) is linear in those.
+        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
+        _require_sum(leaves, plain, {key: -2 * g for key, g in scaled.items()}, both)
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain
@@ -249,15 +294,14 @@ def scale_draws(leaves: Sequence[Tensor]) -> int:
     return 3 if any(torch.finfo(leaf.dtype).bits < 32 for leaf in leaves) else 1
 
 
-def _signed(gradient: PerSample, sign: Tensor | None, here: slice) -> PerSample | None:
+def _signed(gradient: PerSample, sign: Tensor | None) -> PerSample | None:
     if sign is None:
         return None
-    weights = sign[here]
-    return with_cotangents(gradient, lambda g: g * weights.view(*weights.shape, *(1,) * (g.dim() - 2)))
+    return with_cotangents(gradient, lambda g: g * sign.view(*sign.shape, *(1,) * (g.dim() - 2)))
 
 
 def require_linear_backward(
-    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Pairs, generator: torch.Generator
+    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Columns, generator: torch.Generator
 ) -> None:
     """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
 
@@ -270,7 +314,8 @@ def require_linear_backward(
     Raises:
         AttributionError: it is not, so that it is not multiplication with a Jacobian.
     """
-    one, other = (_mixture(pairs.u.detach(), generator)[None] for _ in range(2))
+    one = pairs.mixture(generator).detach()
+    other = one * -(1.5 + _random(one.shape[1], generator, one).abs())[:, None]
     found = [_pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
     _require_sum(ends, *found)
 

@@ -19,7 +19,7 @@ from ..errors import AttributionError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, _restore
 
-__all__ = ["Recording", "recorded", "seen"]
+__all__ = ["Recording", "is_watch", "recorded", "seen"]
 
 
 class Recording:
@@ -94,6 +94,11 @@ class _Watch:
             self.differentiated.add(name)
 
 
+def is_watch(hook: Any) -> bool:
+    """Whether a hook on a tensor is a recording's own, which changes nothing."""
+    return isinstance(hook, partial) and isinstance(getattr(hook.func, "__self__", None), _Watch)
+
+
 @contextmanager
 def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool) -> Iterator[Recording]:
     """Record the calls of ``layers`` in the forwards run inside.
@@ -150,6 +155,7 @@ class _Tap:
 
     def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
         self.recording, self.layer, self.places = recording, layer, places
+        self.detached = [place.value.detach() for place in places]
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
 
@@ -168,8 +174,8 @@ class _Tap:
         self.displaced.append([place.holder[place.key] for place in self.places])
         if inside_transform():
             return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
-        for place in self.places:
-            place.put(place.value.detach())
+        for place, value in zip(self.places, self.detached, strict=True):
+            place.put(value)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call is recorded, and a leaf added to its output."""
@@ -201,7 +207,7 @@ class _Tap:
         """The tensor plus a zero leaf, which is entered in ``leaves``."""
         if not tensor.is_floating_point():
             return tensor
-        leaves.append(torch.zeros_like(tensor, requires_grad=True))
+        leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # a zero that takes no memory
         result = tensor + leaves[-1]
         if torch.is_grad_enabled():
             result.register_hook(partial(self.recording.watch.seen, self.layer.name))

@@ -143,9 +143,9 @@ def require_own_losses(
     gradient = gradients(alone.sum(), leaves, create_graph=True) if alone.requires_grad else nothing
     # With second derivatives too: single numbers are always multiples of one another.
     own, batch = _derivatives(gradient, leaves, r), _derivatives(output_gradients, points, r)
-    square = (own * own).sum(1)
-    factor = torch.where(square > 0, (own * batch).sum(1) / square, torch.zeros_like(square))
-    same = _close(own * factor[:, None], batch, factor.abs()[:, None])
+    square, dot = _products(own, own), _products(own, batch)
+    factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
+    same = _close(own, batch, factor.abs()[:, None], factor[:, None])
     if not same or bool((factor < -rounding(factor.dtype) * factor.abs().amax()).any()):
         raise CouplingError(
             "the loss uses a statistic of the batch (perhaps detached): in some sample's output, its gradient is no "
@@ -163,21 +163,29 @@ def _holds_tensors(loss_fn: Any) -> bool:
 
 def _derivatives(
     output_gradients: Sequence[Tensor | None], points: Sequence[Tensor], vectors: Sequence[Tensor] | None
-) -> Tensor:
-    """Gradients in all outputs, a row a sample; with vectors, Hessian-vector products beside them."""
+) -> list[Tensor]:
+    """Gradients in each output, a row a sample; with vectors, Hessian-vector products beside them."""
     found = filled(output_gradients, points)
     if vectors is not None:
         found += [u[0] for u in stacked_vjp(output_gradients, points, [v[None] for v in vectors])]
-    return torch.cat([as_samples(g.detach()) for g in found], 1)
+    return [as_samples(g.detach()) for g in found if g.numel()]
 
 
-def _close(found: Tensor, expected: Tensor, scale: Tensor) -> bool:
+def _products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    """Scalar products of rows."""
+    return torch.stack([torch.linalg.vecdot(x, y) for x, y in zip(one, other, strict=True)]).sum(0)
+
+
+def _close(found: Sequence[Tensor], expected: Sequence[Tensor], scale: Tensor, factor: Tensor | float = 1.0) -> bool:
     """Equal to rounding of each row, or of losses of size one: of a probability near one, little is left."""
-    bound = rounding(expected.dtype) * expected.abs().amax(1, keepdim=True)
-    return bool(((found - expected).abs() <= bound + 16 * torch.finfo(expected.dtype).eps * scale).all())
+    size = torch.stack([torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) for x in expected]).amax(0)
+    bound = rounding(size.dtype) * size + 16 * torch.finfo(size.dtype).eps * scale
+    return all(bool(((x * factor).sub_(y).abs_() <= bound).all()) for x, y in zip(found, expected, strict=True))
 
 
-def _require_invariance(task: Measurement, output: Any, batch: Tensor, vectors: Sequence[Tensor] | None) -> None:
+def _require_invariance(
+    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Sequence[Tensor] | None
+) -> None:
     order = [*range(1, task.num_samples), 0]
     others = None if vectors is None else [v[order] for v in vectors]
     (permuted, targets), (_, by_rows) = task.cut(output, order), task.cut(output, order, rows=True)
@@ -192,7 +200,8 @@ def _require_invariance(task: Measurement, output: Any, batch: Tensor, vectors: 
         except Exception as error:
             why = f" (or none: {_first_line(error)})"
             continue
-        if _close(again, batch[order], batch.abs().amax().clamp(max=1)):
+        size = torch.stack([x.abs().amax() for x in batch]).amax().clamp(max=1)
+        if _close(again, [x[order] for x in batch], size):
             return
     if not torch.equal(_value(task, output, seed=1), _value(task, output)):
         raise InvalidArgumentError(

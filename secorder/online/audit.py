@@ -29,7 +29,7 @@ __all__ = ["Audit", "Directions", "Vectors", "actual", "explained"]
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
 WHOLE_ELEMENTS = 1 << 17
 BLOCK = 64
-#: Output and input channels of convolutions that are looked at: there, reading activations costs more than the parameter.
+#: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
 OUT_CHANNELS, IN_CHANNELS = 16, 4
 #: Random vectors that parameters of one shape are looked at with in turn (seldom is seven the period of a penalty),
 #: and backward passes after which others are drawn.
@@ -77,7 +77,7 @@ class Directions:
         self._generator = torch.Generator()
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._kept: dict[tuple[Any, ...], Vectors] = {}
+        self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self._passes = 0
 
@@ -111,13 +111,14 @@ class Directions:
 
     def vectors(self, parameter: Tensor) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
-        key = (self._passes % IN_TURN, parameter.shape, parameter.dtype, parameter.device)
+        key = (parameter.shape, parameter.dtype, parameter.device)
         found = self._kept.get(key)
         if found is None:
-            found = self._drawn(parameter)
-            if found.whole:
-                self._kept[key] = found
-        return found
+            first = self._drawn(parameter)
+            if not first.whole:
+                return first
+            found = self._kept[key] = [first, *(self._drawn(parameter) for _ in range(IN_TURN - 1))]
+        return found[self._passes % IN_TURN]
 
     def _drawn(self, parameter: Tensor) -> Vectors:
         rows = parameter.shape[0] if parameter.dim() else 1
@@ -315,13 +316,13 @@ class Audit:
         """
         brought = {}
         for local, p in parameters.items():
-            vectors, part = self._vectors.get(id(p)), gradients[local]
-            if vectors is None:
+            vectors, part = self._vectors.get(id(p)), gradients.get(local)
+            if vectors is None or part is None:
                 continue
             joined = self._home.get(id(parameters["bias"])) == id(p) if "bias" in parameters else False
-            same = joined and _same_cotangents(part, gradients["bias"])
+            same = joined and _same_cotangents(part, gradients.get("bias"))
             home = self._home.get(id(p))
-            if home is not None and _same_cotangents(gradients["weight"], part):
+            if home is not None and _same_cotangents(gradients.get("weight"), part):
                 continue  # in the weight's number
             value, size = explained(part, vectors, with_bias=same)
             brought[local] = value
@@ -371,7 +372,7 @@ def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradi
     return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
 
 
-def _same_cotangents(weight: PerSample, bias: PerSample) -> bool:
+def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:
     return isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._torch.graph import Users, users_of
 from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
 from ..errors import CouplingError, NonFiniteError, SecorderError
@@ -18,6 +19,7 @@ from .attribution import Attribution
 from .capture import module_called, module_starts
 from .fisher import OnlineFisher
 from .looks import Looks
+from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
@@ -164,7 +166,7 @@ def _look(
             "what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
             "calls, or leave it out with layers=.",
         )
-    slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
+    slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
             f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
@@ -213,15 +215,24 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
         record.closed = True
         return
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
+    users: Users = {}
+    if any(x.by_operations for x in record.attribution.layers):
+        users = users_of(tensors_in(output))
+        if follow(record, record.attribution, users):
+            attachment.looks.give_up_on(record.unfollowed)
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and start is not None:
         found = record.attribution if record.verified else _look_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
+            if users:
+                follow(record, found, users)
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
+            hook_uses(attachment, record)
             _fall_back(attachment, record, found, unexplained, start, output)
             return
+    hook_uses(attachment, record)
     for layer in unexplained:
         _unknown(fisher, record, record.attribution, layer)
 
@@ -238,30 +249,38 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     for layer in record.attribution.layers:
         name = layer.name
         calls = record.calls.get(name)
+        if name in record.unfollowed:
+            unexplained.append(layer)
+            continue
         if not calls:
             continue
         key = (name, record.shapes, record.num_samples, *calls)
-        layouts = attribution.explained.get(key)
-        if layouts is None:
+        if key not in attribution.explained or layer.by_operations:
             if len(attribution.explained) > REMEMBERED:
                 attribution.explained.clear()
-            layouts = attribution.explained[key] = _layouts(record, attribution, name)
-        if layouts and name not in attribution.outside:
+            attribution.explained[key] = _layouts(record, attribution, layer)
+        layouts = attribution.explained[key]
+        if layouts is not None and name not in attribution.outside:
             record.layouts[name] = layouts
         else:
             unexplained.append(layer)
     return unexplained
 
 
-def _layouts(record: ForwardRecord, attribution: Attribution, name: str) -> list[list[Layout]]:
-    """Where the samples are in each output of a layer's calls; empty where that is not known of some."""
+def _layouts(record: ForwardRecord, attribution: Attribution, layer: Layer) -> list[list[Layout]] | None:
+    """Where the samples are in each output of a layer's calls; None where that is not known of some."""
+    name = layer.name
     known = () if name in attribution.outside | attribution.unknown else attribution.known.get(name, ())
     indices = itertools.count()
-    found = [
-        [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
-        for shapes in record.calls[name]
-    ]
-    return [] if any(None in row for row in found) else [[x for x in row if x is not None] for row in found]
+    found = (
+        explain_uses(record, layer, known)
+        if layer.by_operations
+        else [
+            [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
+            for shapes in record.calls[name]
+        ]
+    )
+    return None if any(None in row for row in found) else [[x for x in row if x is not None] for row in found]
 
 
 def _fall_back(
@@ -285,7 +304,7 @@ def _fall_back(
     record.calls = {name: calls for name, calls in record.calls.items() if name not in {x.name for x in able}}
     record.hooked = {(name, index) for name, index in record.hooked if name not in {x.name for x in able}}
     record.replaced = {x.name for x in able}
-    record.fallback = [replace(x, enclosing=model, rule=None) for x in able]
+    record.fallback = [replace(x, enclosing=model, rule=None, by_operations=False) for x in able]
     module_starts(record, record.fallback[0], start)
     module_called(attachment, record, record.fallback[0], output)
     outputs = record.calls.get(record.fallback[0].name, [()])[0]

@@ -14,7 +14,7 @@ from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from secorder.monitor.tensorboard import CurvatureLog
+from secorder.monitor.log import CurvatureLog
 
 from .timing import exponent
 
@@ -28,7 +28,7 @@ def measure(layers: int, steps: int) -> tuple[int, int, float]:
             log = CurvatureLog(writer)
             start = time.perf_counter()
             for step in range(steps):
-                log.log("fisher", diagonals, step)
+                log.diagonals("fisher", diagonals, step)
             seconds = time.perf_counter() - start
         size = sum(path.stat().st_size for path in Path(folder).iterdir())
         events = EventAccumulator(folder, size_guidance={"scalars": 1, "images": 1, "histograms": 1})

@@ -1,5 +1,6 @@
 """The Hugging Face callback, in a real training."""
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..reference import assert_all_close, fisher_by_sample
 
 
 def scalars(folder: Path) -> set[str]:
-    (events,) = {path.parent for path in folder.rglob("events.*") if "curvature" in str(path) or "version" in str(path)}
+    (events,) = {path.parent for path in folder.rglob("events.*") if "curvature" in str(path)}
     log = EventAccumulator(str(events))
     log.Reload()
     return {tag for tag in log.Tags()["scalars"] if "/" in tag}
@@ -41,14 +42,16 @@ def test_hugging_face(tmp_path: Path) -> None:
         for i in range(8)
     ]
     batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
-    callback = CurvatureCallback(every=1, hessian_every=2, batch=batch, loss_scale=1.0)
+    callback = CurvatureCallback(
+        log_every=1, norms_every=1, hessian_every=2, batch=batch, loss_scale=1.0, on_finding=print
+    )
     arguments = transformers.TrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
         num_train_epochs=1,
         learning_rate=0.0,
-        report_to=[],
+        report_to=["tensorboard"],
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
@@ -65,7 +68,9 @@ def test_hugging_face(tmp_path: Path) -> None:
     # By layer: the gradient of a key's bias is zero but for rounding.
     by_layer = {name: torch.cat([expected[f"{name}.{p}"].flatten() for p in ("weight", "bias")]) for name in found}
     assert_all_close(found, by_layer, 1e-4)
-    assert {"fisher/mean/classifier", "hessian/trace/classifier"} <= scalars(tmp_path)
+    assert {"fisher_mean/classifier", "hessian_trace/classifier", "gradient_norm/classifier"} <= scalars(tmp_path)
+    assert callback.recorder is not None
+    assert callback.recorder.history.to_dict()["step"] == [1, 2]  # a point a step, not a micro-batch
 
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -153,3 +158,116 @@ def test_a_language_model_with_padding_and_accumulation_is_told_by_itself(tmp_pa
             if name in found:
                 total[name] += p.grad**2 / 8
     assert_all_close(found, total, 1e-4)
+
+
+def tiny() -> tuple[Any, list[dict[str, torch.Tensor]]]:
+    """A language model and eight texts of it."""
+    transformers = pytest.importorskip("transformers")
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "vocab_size": 13, "n_positions": 8}
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **dropout))
+    ids = torch.randint(13, (8, 6))
+    return model, [{"input_ids": row, "labels": row.clone()} for row in ids]
+
+
+def run(folder: Path, model: Any, rows: Any, callback: Any, resume: str | None = None, **options: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    given: dict[str, Any] = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "use_cpu": True}
+    given |= {"report_to": [], "save_strategy": "no", "disable_tqdm": True, **options}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = transformers.TrainingArguments(str(folder), **given)
+        made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+        made.train(resume_from_checkpoint=resume)
+
+
+def test_a_run_that_is_resumed_has_everything(tmp_path: Path) -> None:
+    """The checkpoint holds what was accumulated and logged, and its JSON what it can of the callback's arguments."""
+    pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    def callback() -> Any:
+        return CurvatureCallback(layers="*.c_fc", log_every=2, on_finding=print)
+
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    whole, second = callback(), callback()
+    model, rows = tiny()
+    run(tmp_path, model, rows, whole, **saving)
+    model, rows = tiny()
+    run(tmp_path, model, rows, second, resume=str(tmp_path / "checkpoint-3"), **saving)
+    assert second.probe.num_samples == whole.probe.num_samples == 8
+    for name, diagonal in whole.probe.fisher_diagonal().items():
+        assert torch.equal(diagonal, second.probe.fisher_diagonal()[name])
+    assert second.recorder.history.to_dict() == whole.recorder.history.to_dict()
+    kept = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["stateful_callbacks"]
+    assert kept["CurvatureCallback"]["args"] == {"layers": "*.c_fc", "log_every": 2}
+    again = callback()
+    model, rows = tiny()
+    run(
+        tmp_path, model, rows, again, resume=str(tmp_path / "checkpoint-3"),
+        restore_callback_states_from_checkpoint=True, **saving,
+    )  # fmt: skip
+
+
+def test_what_is_not_in_a_checkpoint_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    model, rows = tiny()
+    run(tmp_path, model, rows, transformers.TrainerCallback(), save_strategy="steps", save_steps=3)
+    callback = CurvatureCallback(on_finding=print)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, use_cpu=True, report_to=[], disable_tqdm=True,
+        save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    made = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[callback])
+    with pytest.warns(CurvatureWarning, match=r"there is no curvature\.pt in .*checkpoint-3"):
+        made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_low_rank_adapters(tmp_path: Path) -> None:
+    """Adapters are told, the frozen matrices beside them are not."""
+    peft = pytest.importorskip("peft")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    model, rows = tiny()
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["c_fc"], fan_in_fan_out=True, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    callback = CurvatureCallback(layers="*lora_*.default", log_every=1, on_finding=print)
+    run(tmp_path, adapted, rows, callback, learning_rate=0.0, max_grad_norm=0.0)
+    found = callback.probe.fisher_diagonal().by_parameter()
+    adapted.eval()
+    total = {name: torch.zeros_like(p) for name, p in adapted.named_parameters() if name in found}
+    assert len(total) == 2
+    for row in rows:
+        adapted.zero_grad()
+        adapted(**{key: value[None] for key, value in row.items()}).loss.backward()
+        for name, p in adapted.named_parameters():
+            if name in found:
+                total[name] += p.grad**2 / 8
+    assert_all_close(found, total, 1e-4)
+    everything = CurvatureCallback(log_every=1, on_finding=print)
+    run(tmp_path, peft.get_peft_model(tiny()[0], config), rows, everything)
+    names = set(everything.recorder.history.points("fisher_trace")[-1][1])
+    assert {name.split(".")[-2] for name in names} == {"lora_A", "lora_B"}
+
+
+@pytest.mark.slow
+def test_a_model_that_the_trainer_compiles(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    model, rows = tiny()
+    callback = CurvatureCallback(layers="*.c_fc", log_every=1, on_finding=print)
+    run(tmp_path, model, rows, callback, torch_compile=True, torch_compile_backend="aot_eager", learning_rate=0.0)
+    plain, rows = tiny()
+    expected = CurvatureCallback(layers="*.c_fc", log_every=1, on_finding=print)
+    run(tmp_path, plain, rows, expected, learning_rate=0.0)
+    assert callback.probe.num_samples == 8
+    assert_all_close(
+        callback.probe.fisher_diagonal().by_parameter(), expected.probe.fisher_diagonal().by_parameter(), 1e-4
+    )

@@ -1,15 +1,170 @@
-"""The recorder."""
+"""The recorder, against brute force."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from secorder import CurvatureProbe, CurvatureRecorder, InvalidArgumentError
+from secorder import CurvatureProbe, CurvatureRecorder, CurvatureWarning, InvalidArgumentError, InvalidTypeError
+from secorder.monitor.sinks.json_lines import points
 
-from ..helpers import Recording, make
+from ..helpers import Taking, data, make, reference
 
 
-@pytest.mark.parametrize("arguments", [{"every": 0}, {"hessian_every": 0}, {"hessian_every": 5}])
-def test_recorder_refuses(arguments: dict[str, Any]) -> None:
-    with pytest.raises(InvalidArgumentError):
-        CurvatureRecorder(CurvatureProbe(make()), Recording(), **arguments)
+def trained(steps: int, **options: Any) -> tuple[CurvatureRecorder, list[dict[str, Tensor]], list[float]]:
+    """A recorder after some steps, the brute-force Fisher of each step's batch, and the losses."""
+    model = make()
+    probe = CurvatureProbe(model, reduction="mean")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    held = data(8)
+    recorder = CurvatureRecorder(
+        probe, options.pop("sinks", None), optimizer=optimizer, loss_fn=F.cross_entropy, batch=held, strict=True,
+        on_finding=lambda change: None, **options,
+    )  # fmt: skip
+    fishers, losses = [], []
+    for _ in range(steps):
+        batch = data()
+        fishers.append(reference(model, batch))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        optimizer.step()
+        recorder.step(loss=loss)
+        losses.append(loss.item())
+    return recorder, fishers, losses
+
+
+def test_each_point_is_of_the_time_since_the_last() -> None:
+    recorder, fishers, losses = trained(6, log_every=2, norms_every=3)
+    table = recorder.history.to_dict()
+    assert table["step"] == [2, 3, 4, 6]
+    for place, (first, second) in {0: (0, 1), 2: (2, 3), 3: (4, 5)}.items():
+        expected = sum((fishers[n]["0.weight"].sum() + fishers[n]["0.bias"].sum()) / 2 for n in (first, second))
+        assert table["fisher_trace/0"][place] == pytest.approx(float(expected), rel=1e-9)
+        assert table["model/loss"][place] == pytest.approx((losses[first] + losses[second]) / 2)
+        whole = table["fisher_trace/0"][place] + table["fisher_trace/2"][place]
+        assert table["model/fisher_trace"][place] == pytest.approx(whole)
+    assert table["model/learning_rate"][0] == 0.5
+    assert table["update_to_weight/0"][1] > 0
+
+
+def test_a_moving_average_is_told_as_it_is() -> None:
+    model, batch = make(), data()
+    probe = CurvatureProbe(model, reduction="mean", decay=0.5)
+    recorder = CurvatureRecorder(probe, log_every=1)
+    for _ in range(3):
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        recorder.step()
+    expected = probe.fisher_diagonal()["0"].sum().item()
+    assert recorder.history.to_dict()["fisher_trace/0"][-1] == pytest.approx(expected, rel=1e-9)
+
+
+def test_what_is_measured_on_a_batch_that_is_held() -> None:
+    recorder, _, _ = trained(4, hessian_every=2, traces_every=1, eigenvalues_every=4, log_every=None, norms_every=None)
+    table = recorder.history.to_dict()
+    model, held = recorder._probe._model, recorder._measured_on[1:]  # type: ignore[attr-defined]
+    probe = CurvatureProbe(model)
+    hessian = probe.hessian_diagonal(F.cross_entropy, *held)
+    assert table["step"] == [1, 2, 3, 4]
+    assert table["hessian_trace/2"][-1] == pytest.approx(hessian["2"].sum().item(), rel=1e-9)
+    assert table["hessian_negative/0"][-1] == pytest.approx((hessian["0"] < 0).double().mean().item())
+    top = probe.hessian_eigenvalues(F.cross_entropy, *held)["0"].top[0]
+    assert table["hessian_top_eigenvalue/0"][-1] == pytest.approx(top, rel=1e-3)
+    assert table["learning_rate_times_eigenvalue/0"][-1] == pytest.approx(0.5 * top, rel=1e-3)
+    assert all(table[f"model/seconds_{name}"][-1] > 0 for name in ("hessian", "eigenvalues"))
+
+
+def test_numbers_go_to_every_sink(tmp_path: Path) -> None:
+    taking = Taking()
+    recorder, _, _ = trained(2, sinks=[taking, tmp_path / "run.jsonl", tmp_path / "run.csv"], log_every=1)
+    assert [step for step, _ in taking.points] == [1, 2]
+    lines = list(points(tmp_path / "run.jsonl"))
+    assert lines[-1]["fisher_trace/0"] == taking.points[-1][1]["fisher_trace/0"]
+    assert lines[-1]["step"] == 2
+    recorder.close()
+
+
+def test_training_goes_on_whatever_fails() -> None:
+    class Broken(Taking):
+        def scalars(self, step: int, numbers: Any) -> None:
+            raise OSError("no space left on device")
+
+    model, batch = make(), data()
+    probe = CurvatureProbe(model, reduction="mean")
+    whole = Taking()
+
+    def no_loss(output: Tensor, target: Tensor) -> Tensor:
+        raise ValueError("no such loss")
+
+    recorder = CurvatureRecorder(probe, [Broken(), whole], log_every=1, hessian_every=1, loss_fn=no_loss, batch=batch)
+
+    def train() -> None:
+        for _ in range(3):
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            recorder.step()
+
+    with pytest.warns(CurvatureWarning) as told:
+        train()
+    messages = [str(warning.message) for warning in told]
+    assert len([m for m in messages if "Broken could not be written to" in m and "no space left" in m]) == 1
+    assert len([m for m in messages if "could not log its hessian" in m and "no such loss" in m]) == 1
+    assert len(whole.points) == 3
+    strict = CurvatureRecorder(probe, Broken(), log_every=1, strict=True)
+    F.cross_entropy(model(batch[0]), batch[1]).backward()
+    with pytest.raises(OSError, match="no space"):
+        strict.step()
+
+
+def test_the_model_trains_as_without() -> None:
+    def weights(watched: bool) -> list[Tensor]:
+        model, batch, held = make(), data(), data()
+        optimizer = torch.optim.Adam(model.parameters())
+        every: dict[str, Any] = dict.fromkeys(("log_every", "norms_every", "hessian_every", "eigenvalues_every"), 1)
+        if watched:
+            probe = CurvatureProbe(model, reduction="mean")
+            recorder = CurvatureRecorder(
+                probe, Taking(), loss_fn=F.cross_entropy, batch=held, on_finding=print, **every
+            )
+        for _ in range(3):
+            optimizer.zero_grad()
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            optimizer.step()
+            if watched:
+                recorder.step()
+        return [*model.parameters(), torch.rand(3)]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True), strict=True))
+
+
+def test_a_run_goes_on_from_its_state() -> None:
+    one, _, _ = trained(7, log_every=4)
+    other, _, _ = trained(0, log_every=4)
+    other.load_state_dict(one.state_dict())
+    other.step(loss=1.0)
+    assert other.history.to_dict()["step"][0] == 4
+    assert other.history.to_dict()["model/loss"][-1] == pytest.approx((float(one._loss[0]) + 1) / 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"log_every": 0}, "log_every must be a whole number of steps"),
+        ({"hessian_every": 0}, "hessian_every must be"),
+        ({"norms_every": 2.5}, "norms_every must be"),
+        ({"hessian_every": 5}, "hessian_every needs loss_fn= and batch="),
+        ({"eigenvalues_every": 5}, "eigenvalues_every needs loss_fn= and batch="),
+        ({"every": 5}, "takes log_every= in place of every="),
+        ({"methods": "exact"}, "no option 'methods'"),
+    ],
+)
+def test_recorder_refuses(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        CurvatureRecorder(CurvatureProbe(make()), Taking(), **arguments)
+
+
+def test_what_is_no_sink() -> None:
+    with pytest.raises(InvalidTypeError, match=r"a sink has scalars\(step"):
+        CurvatureRecorder(CurvatureProbe(make()), 3)

@@ -7,10 +7,14 @@ from torch import Tensor
 
 from ..._torch.vjp import stacked_vjp
 from ...layers.dtypes import rounding
+from ...monitor.progress import progress_bar
 from ...results import Strategy
+from ..head import contract_head
 from ..measurement import Measurement
-from ..output_hessian import Pairs, as_samples, roots
-from ..recorded_layer import contract_pairs
+from ..output_hessian import as_samples
+from ..output_root import output_root
+from ..recorded_layer import contract_pairs, layouts_by_graph
+from ..roots import Root
 from .budget import Budget
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
@@ -26,8 +30,8 @@ def applies(facts: Facts) -> bool:
 
 
 def products(facts: Facts, budget: Budget) -> int:
-    """One for each output of a sample, for all layers together."""
-    return facts.num_columns
+    """One for each output of a sample, for all layers together; none for what is an output itself."""
+    return 0 if facts.last else facts.num_columns
 
 
 def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> list[list[Tensor] | None]:
@@ -42,45 +46,67 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
         side: the loss as a function of the output.
         graphs: of the layers.
     """
-    pairs = roots(side.output_gradients, side.points, task.chunk_size)
-    check = None if task.certain else _Bilinear(task, graphs, pairs)
-    found = contract_pairs(
-        side.model_outputs,
-        graphs,
-        pairs,
-        certain=task.certain,
-        generator=task.generator,
-        chunk_size=task.chunk_size,
-        watch=check,
-    )
+    root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))
+    check = None if known else _Bilinear(task, graphs, side, root)
+    found: dict[int, list[Tensor] | None] = {}
     for graph in graphs:
-        graph.num_hvps += len(pairs.u) + (0 if task.certain else 3)
-    served = [g for g, values in zip(graphs, found, strict=True) if values is not None]
+        if graph.layer.name in side.heads:
+            which = side.heads[graph.layer.name]
+            found[id(graph)] = contract_head(graph, side.model_outputs, which, root)
+            if check is not None:
+                check.head(graph, which)
+    rest = [graph for graph in graphs if id(graph) not in found]
+    with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
+        values = contract_pairs(
+            side.model_outputs,
+            rest,
+            root,
+            certain=task.certain,
+            generator=task.generator,
+            chunk_size=task.chunk_size,
+            by_graph=side.by_graph,
+            advance=advance,
+            watch=check,
+        )
+    found |= dict(zip(map(id, rest), values if rest else [], strict=True))
+    for graph in graphs:
+        graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)
+    served = [g for g in graphs if found[id(g)] is not None]
     if check is not None and served and not check.holds(served):
         return [None] * len(graphs)
-    return found
+    return [found[id(g)] for g in graphs]
 
 
 class _Bilinear:
     """``v'ᵀ H_z v`` by columns, layer by layer and sample by sample, added up while they pass."""
 
-    def __init__(self, task: Measurement, graphs: Sequence[LayerGraph], pairs: Pairs) -> None:
-        self.pairs = pairs
+    def __init__(self, task: Measurement, graphs: Sequence[LayerGraph], side: OutputSide, root: Root) -> None:
+        self.side = side
+        self.root = root
         leaves = [leaf for graph in graphs for leaf in graph.leaves]
         self.vectors = {id(x): (task.random(x.shape, x), task.random(x.shape, x)) for x in leaves}
         self.found: dict[int, Tensor] = {}
         self.size: dict[int, Tensor] = {}
 
     def __call__(
-        self, layers: Sequence[LayerGraph], u: dict[int, Tensor], v: dict[int, Tensor] | None, here: slice
+        self, layers: Sequence[LayerGraph], u: dict[int, Tensor], v: dict[int, Tensor] | None, sign: Tensor | None
     ) -> None:
         """Some columns pass."""
         for graph in layers:
             products = self._dot(graph, u, 0) * self._dot(graph, u if v is None else v, 1)
-            if v is None and self.pairs.sign is not None:
-                products = products * self.pairs.sign[here]
+            if sign is not None:
+                products = products * sign
             for total, part in ((self.found, products.sum(0)), (self.size, products.abs().sum(0))):
                 total[id(graph)] = total[id(graph)] + part if id(graph) in total else part
+
+    def head(self, graph: LayerGraph, which: int) -> None:
+        """A layer whose z is output ``which``: what the columns would add up to is the loss's Hessian itself."""
+        (v, other), point = self.vectors[id(graph.leaves[0])], self.side.points[which]
+        (u,) = stacked_vjp([self.side.output_gradients[which]], [point], [v.to(point)[None]])
+        products = u[0] * other
+        self.found[id(graph)] = as_samples(products).sum(1)
+        self.size[id(graph)] = as_samples(products.abs()).sum(1)
 
     def _dot(self, graph: LayerGraph, u: dict[int, Tensor], which: int) -> Tensor:
         """⟨u_n, v_n⟩ over all calls, shape (K, N)."""
@@ -96,7 +122,7 @@ class _Bilinear:
             whole = self._by_hessian(graph, graph.output_gradients)
             rest = self._by_hessian(graph, graph.residual)
             bound = torch.maximum(self.size[id(graph)], torch.maximum(whole.abs(), rest.abs()))
-            bound = bound * rounding(graph.leaves[0].dtype) * max(1.0, len(self.pairs.u) ** 0.5)
+            bound = bound * rounding(graph.leaves[0].dtype) * max(1.0, self.root.num_columns**0.5)
             if not bool(((whole - rest - self.found[id(graph)]).abs() <= bound).all()):
                 return False
             graph.num_hvps += 1

@@ -31,10 +31,14 @@ class Facts:
         piecewise_linear: whether the model is piecewise linear after the layer.
         num_columns: outputs of one sample of the model, where columns of a root of the loss's Hessian in them can be
             pulled back to z; else 0.
+        last: whether z is an output of the model in which the loss's Hessian is known: its columns are given together.
         passed: numbers that a product passes through: recorded activations and outputs.
         passed_by_column: numbers that a column passes through: the outputs.
         output_elements: numbers that a product in z keeps at a time, about.
         parameter_elements: numbers that a product on the parameters keeps at a time, about.
+        seconds: that a product of the cheapest exact strategy took in a short trial; 0 where none was made.
+        seconds_by_column: that a column took, for all layers together; likewise.
+        seconds_by_draw: that a draw took; likewise.
     """
 
     layer: str
@@ -45,10 +49,14 @@ class Facts:
     samples_independent: bool | None = None
     piecewise_linear: bool | None = None
     num_columns: int = 0
+    last: bool = False
     passed: int = 0
     passed_by_column: int = 0
     output_elements: int = 0
     parameter_elements: int = 0
+    seconds: float = 0.0
+    seconds_by_column: float = 0.0
+    seconds_by_draw: float = 0.0
 
     @property
     def checks(self) -> dict[str, bool]:

@@ -1,7 +1,8 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from ..._torch.pytree import tensors_in
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
+from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
+from ..isolation import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
-from ..output_hessian import expose_output, known_roots, loss_of_output, loss_separates
-from ..recorded_layer import layout_options
+from ..output_hessian import expose_output, loss_of_output, loss_separates
+from ..output_root import output_root
+from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
 from .choice import choose
@@ -33,11 +37,16 @@ class Findings:
         facts: by layer.
         graphs: by layer, of those that have a rule.
         output_side: for columns; None where they are not to be had, or would not pay.
+        seconds: that the forward and the loss took.
+        outputs: the model's, samples in dim 0, where the loss is known to be a sum over them and the graph may tell
+            where the samples are.
     """
 
     facts: dict[str, Facts]
     graphs: dict[str, LayerGraph]
     output_side: OutputSide | None = None
+    seconds: float = 0.0
+    outputs: list[Tensor] = field(default_factory=list)
 
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
@@ -59,21 +68,30 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
         budget: how exact, how expensive: what cannot matter is not looked at.
         columns: whether columns may be used.
     """
-    output, loss = task.loss(second_order=True)
+    start = time.perf_counter()
+    traced = task.traced(inputs=False)
+    output, loss = task.loss(second_order=True, forward=traced)
     recording.close()
+    seconds = time.perf_counter() - start
     if not loss.requires_grad:
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
-    found = Findings({x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {})
+    found = Findings(
+        {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {}, None, seconds
+    )
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
     recording.require_seen(loss)
     if columns:
         found.output_side = _output_side(task, found, output, loss, known, budget)
+    if found.output_side is not None:
+        found.output_side.by_graph = not traced.hooked
     if not second_order and found.output_side is None:
         _attach(task, found, recording, loss, task.ruled, create_graph=True)
+    if not traced.hooked and _unverified(found, budget):
+        found.outputs = _separate_outputs(task, found, output, loss)
     verify_samples(task, found, budget)
     return found
 
@@ -149,36 +167,44 @@ def _output_side(
     expose_output(output, model_outputs, task.dimension, detach=False)
     if not candidates or not model_outputs:
         return None
-    size = sum(t[0].numel() for t in model_outputs)
-
-    def pays(layers: Sequence[str]) -> bool:
-        supposed = [replace(found.facts[x], piecewise_linear=True, num_columns=size) for x in layers]
-        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
-
-    if not pays([g.layer.name for g in candidates]):
-        return None
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None
     again, points, _ = by_output
+    output_gradients = gradients(again, points, create_graph=True)
+    live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
+    side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
+    heads = head_outputs(side.model_outputs, candidates, task.generator) if live else {}
+
+    def pays(layers: Sequence[str]) -> bool:
+        supposed = [
+            replace(found.facts[x], piecewise_linear=True, num_columns=side.size, last=x in heads) for x in layers
+        ]
+        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
+
+    if not live or not pays([g.layer.name for g in candidates]):
+        return None
     if task.enters_model(again, [leaf for g in candidates for leaf in g.leaves]):
         return None  # the loss reaches into the model past its output
-    side = OutputSide(model_outputs, points, gradients(again, points, create_graph=True))
+    if not loss_separates(side.output_gradients, side.points, task.generator):
+        return None
+    if heads:
+        side.root = output_root(side.output_gradients, side.points, task.chunk_size)
+        side.heads = known_heads(side.model_outputs, candidates, heads, side.root)
+    size = side.root.num_columns if side.root else side.size
     for graph in candidates:
-        if graph.layer.name in known:
+        if graph.layer.name in known or graph.layer.name in side.heads:
             found.learn(graph.layer.name, piecewise_linear=True)
-    _piecewise_linear(task, found, side, [g for g in candidates if g.layer.name not in known])
-    certified = [g.layer.name for g in candidates if found.facts[g.layer.name].piecewise_linear]
-    # Draws take the Gauss-Newton part of all candidates from columns.
-    if not pays([g.layer.name for g in candidates] if budget.method == "hutchinson" else certified):
-        return None
-    separate = known_roots(side.output_gradients, points) is not None or loss_separates(
-        side.output_gradients, points, task.generator
-    )
-    if not separate:
-        return None
-    for graph in candidates:
-        found.learn(graph.layer.name, num_columns=size)
+        if graph.layer.name in side.heads:
+            found.learn(graph.layer.name, num_columns=size, last=True)
+    rest = [g for g in candidates if g.layer.name not in side.heads]
+    if pays([g.layer.name for g in rest]):
+        _piecewise_linear(task, found, side, [g for g in rest if g.layer.name not in known])
+        certified = [g.layer.name for g in rest if found.facts[g.layer.name].piecewise_linear]
+        # Draws take the Gauss-Newton part of all candidates from columns.
+        if budget.method == "hutchinson" or pays(certified):
+            for graph in rest:
+                found.learn(graph.layer.name, num_columns=size)
     return side
 
 
@@ -212,17 +238,43 @@ def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, grap
         found.learn(graph.layer.name, piecewise_linear=alone)
 
 
-def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
-    """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
+def _separate_outputs(task: Measurement, found: Findings, output: Any, loss: Tensor) -> list[Tensor]:
+    """The model's outputs, samples in dim 0, if the loss goes by them alone and is a sum over samples; else none."""
+    if found.output_side is not None:
+        return found.output_side.model_outputs
+    differentiable = [t for t in tensors_in(output) if t.requires_grad]
+    if task.num_samples == 1 or any(task.dimension(t) is None for t in differentiable):
+        return []
+    if not (loss_of_rows(task.loss_fn) and task.of_rows(output)):
+        by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+        if by_output is None or task.enters_model(by_output[0], [x for g in _candidates(found) for x in g.leaves]):
+            return []
+        again, points, _ = by_output
+        if not loss_separates(gradients(again, points, create_graph=True), points, task.generator):
+            return []
+    model_outputs: list[Tensor] = []
+    expose_output(output, model_outputs, task.dimension, detach=False)
+    return model_outputs
+
+
+def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
+    """The layers of which it matters whether samples interact after them, and is not known."""
     chosen = choose(list(found.facts.values()), budget)
     names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
     graphs = [g for g in _candidates(found) if g.layer.name in names and chosen[g.layer.name].strategy != "columns"]
     if budget.method == "exact":  # draws go by z wherever they may
         graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]
-    options = {id(graph): layout_options(graph, task.num_samples) for graph in graphs}
-    unsettled = [graph for graph in graphs if options[id(graph)]]
+    return graphs
+
+
+def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
+    """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
+    graphs = _unverified(found, budget)
+    rest = layouts_by_graph(found.outputs, graphs) if found.outputs else graphs
     for graph in graphs:
-        found.learn(graph.layer.name, samples_independent=False)
+        found.learn(graph.layer.name, samples_independent=graph not in rest)
+    options = {id(graph): layout_options(graph, task.num_samples) for graph in rest}
+    unsettled = [graph for graph in rest if options[id(graph)]]
     if not task.certain and unsettled:
         leaves = [leaf for graph in unsettled for leaf in graph.leaves]
         products = [g for graph in unsettled for g in graph.output_gradients]

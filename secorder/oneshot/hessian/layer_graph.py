@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..recorded_layer import RecordedLayer
+from ..roots import Root
 
 __all__ = ["LayerGraph", "OutputSide"]
 
@@ -32,11 +33,17 @@ class OutputSide:
         model_outputs: the output tensors, samples in dim 0.
         points: leaves in their place.
         output_gradients: of the loss in the leaves, differentiable.
+        root: of the loss's Hessian in the leaves, where it was found already.
+        heads: layers whose output z is one of these, and whose part needs no columns (see :mod:`..head`).
+        by_graph: whether the graph may tell where samples are: no hook of the model's changes gradients.
     """
 
     model_outputs: list[Tensor]
     points: list[Tensor]
     output_gradients: list[Tensor | None]
+    root: Root | None = None
+    heads: dict[str, int] = field(default_factory=dict)
+    by_graph: bool = False
 
     @property
     def size(self) -> int:

@@ -1,0 +1,281 @@
+"""Where the samples of a batch lie in the tensors of a recorded autograd graph, read off its nodes.
+
+Of N samples that lie in one dimension of a tensor, sample n holds the elements whose index in row-major order, divided
+by some *inner size* (the elements between two samples that follow each other), is n modulo N. Reshaping keeps the inner
+size; transposing, reducing, multiplying matrices and acting element by element change it in ways that the node tells.
+A node that mixes samples, or that is not known, tells nothing of what is behind it.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+__all__ = ["inner_size", "leaves_of", "samples_in_graph"]
+
+
+class _Place(NamedTuple):
+    """Where samples are: the dimension, and the elements of that dimension between two samples that follow each other.
+
+    Behind them in the dimension and in the shape, ``step · shape[dim+1:]`` is the inner size.
+    """
+
+    dim: int
+    step: int
+
+
+Shape = tuple[int, ...]
+
+#: Ends the names of PyTorch's own nodes; those of custom functions have no number.
+_NUMBERED = re.compile(r"Backward\d+$")
+
+#: For each input of a node the place of the samples in it; None where they are mixed there, or it is not known.
+Rule = Callable[[Any, Shape, _Place, list[Shape]], list[_Place | None]]
+
+
+def inner_size(shape: Sequence[int], dim: int, step: int = 1) -> int:
+    """The inner size of samples that lie in a dimension, so many elements of it apart."""
+    return step * math.prod(shape[dim + 1 :])
+
+
+def samples_in_graph(
+    outputs: Sequence[Tensor], inner_sizes: Sequence[int], leaves: Sequence[Tensor], count: int
+) -> dict[int, int | None]:
+    """Where samples lie in the leaves of a graph, for outputs in which they are known to.
+
+    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone. It does
+    not see hooks on the nodes, which may change gradients as they like.
+
+    Args:
+        outputs: tensors of the graph.
+        inner_sizes: of each output.
+        leaves: leaves of the graph.
+        count: the number N of samples, at least 2.
+
+    Returns:
+        ``id(leaf)`` → its inner size; None where it is not told. A leaf without influence is missing.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    found: dict[int, int | None] = {}
+    seen: set[tuple[Any, int, int | None]] = set()
+    waiting: list[tuple[Any, int, int | None]] = []
+    for output, size in zip(outputs, inner_sizes, strict=True):
+        if output.requires_grad:
+            edge = get_gradient_edge(output)
+            waiting.append((edge.node, edge.output_nr, size))
+    while waiting:
+        here = waiting.pop()
+        if here in seen:
+            continue
+        seen.add(here)
+        node, index, inner = here
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            key = id(variable)
+            if key in wanted:
+                found[key] = inner if found.get(key, inner) == inner else None
+            continue
+        edges = [(k, following) for k, following in enumerate(node.next_functions) if following[0] is not None]
+        sizes = [None] * len(node.next_functions) if inner is None else _through(node, index, inner, count)
+        waiting.extend((following, number, sizes[k]) for k, (following, number) in edges)
+    return found
+
+
+def leaves_of(outputs: Sequence[Tensor]) -> set[int]:
+    """The ``id`` of every leaf that the outputs depend on."""
+    seen = {output.grad_fn for output in outputs if output.grad_fn is not None}
+    found = {id(output) for output in outputs if output.grad_fn is None and output.requires_grad}
+    waiting: list[Any] = list(seen)
+    while waiting:
+        node = waiting.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return found
+
+
+def _through(node: Any, index: int, inner: int, count: int) -> list[int | None]:
+    """The inner sizes of a node's inputs, for that of one of its outputs."""
+    unknown: list[int | None] = [None] * len(node.next_functions)
+    rule = _RULES.get(_NUMBERED.sub("", node.name()))
+    if rule is None:
+        return unknown
+    shape = _shape(node, index)
+    place = _place(shape, inner, count)
+    if place is None:
+        return unknown
+    shapes = [() if following is None else _shape(following, number) for following, number in node.next_functions]
+    if rule is _reshaped:
+        return [inner if _place(s, inner, count) is not None else None for s in shapes]
+    places = rule(node, shape, place, shapes)
+    sizes: list[int | None] = []
+    for s, p in zip(shapes, places, strict=True):
+        size = None if p is None else inner_size(s, p.dim, p.step)
+        sizes.append(size if size is not None and _place(s, size, count) == p else None)
+    return sizes
+
+
+def _shape(node: Any, index: int) -> Shape:
+    return tuple(node._input_metadata[index].shape)
+
+
+def _place(shape: Shape, inner: int, count: int) -> _Place | None:
+    """Where samples of an inner size are in a tensor; None where they do not lie in one dimension."""
+    behind = 1
+    for dim in range(len(shape) - 1, -1, -1):
+        if inner % behind:
+            return None
+        if behind * shape[dim] % (inner * count) == 0 and shape[dim]:
+            return _Place(dim, inner // behind)
+        behind *= shape[dim]
+    return None
+
+
+def _dim(value: int, size: int) -> int:
+    """A dimension as a node saves it: negative ones as unsigned numbers of 64 bits."""
+    return (value - (1 << 64) if value >= 1 << 63 else value) % size
+
+
+# ---- rules
+
+
+def _elementwise(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """With broadcasting: an input that has no such dimension is shared by all samples."""
+    found: list[_Place | None] = []
+    for s in shapes:
+        dim = place.dim - len(shape) + len(s)
+        found.append(_Place(dim, place.step) if dim >= 0 and s[dim] == shape[place.dim] else None)
+    return found
+
+
+def _reshaped(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    raise AssertionError  # a reshape keeps the inner size
+
+
+def _transposed(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    first, second = (_dim(d, len(shape)) for d in (node._saved_dim0, node._saved_dim1))
+    return [_Place({first: second, second: first}.get(place.dim, place.dim), place.step)]
+
+
+def _matrix_transposed(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    return [_Place(len(shape) - 1 - place.dim, place.step)]
+
+
+def _permuted(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    return [_Place(_dim(node._saved_dims[place.dim], len(shape)), place.step)]
+
+
+def _product(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """``[bias +] left @ right``, of matrices or stacks of them."""
+    rows, columns = len(shape) - 2, len(shape) - 1
+    left = place if place.dim <= rows else None
+    right = place if place.dim < rows or place.dim == columns else None
+    bias = _elementwise(node, shape, place, shapes[:-2])
+    return [*bias, left, right]
+
+
+def _normalised_behind(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    kept = place.dim < len(shape) - len(node._saved_normalized_shape)
+    return [place if kept else None, *[None] * (len(shapes) - 1)]
+
+
+def _along(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """Something along one dimension that keeps the number of dimensions: softmax, a slice, a split, a concatenation."""
+    apart = _dim(node._saved_dim, len(shape)) != place.dim
+    return [place if apart else None] * len(shapes)
+
+
+def _flipped(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    return [None if place.dim in {_dim(d, len(shape)) for d in node._saved_dims} else place]
+
+
+def _selected(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    gone = _dim(node._saved_dim, len(shapes[0]))
+    return [_Place(place.dim + (place.dim >= gone), place.step)]
+
+
+def _stacked(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    new = _dim(node._saved_dim, len(shape))
+    return [None if place.dim == new else _Place(place.dim - (place.dim > new), place.step)] * len(shapes)
+
+
+def _reduced(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    if not hasattr(node, "_saved_dim"):  # over all elements
+        return [None]
+    size = len(shapes[0])
+    saved = node._saved_dim
+    gone = {_dim(d, size) for d in ((saved,) if isinstance(saved, int) else saved or range(size))}
+    kept = [d for d in range(size) if node._saved_keepdim or d not in gone]
+    dim = kept[place.dim]
+    return [None if dim in gone else _Place(dim, place.step)]
+
+
+def _rows_of_images(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """Samples in dim 0 of a convolution, a pooling, a normalisation of groups."""
+    return [place if place.dim == 0 and len(shapes[0]) > 2 else None, *[None] * (len(shapes) - 1)]
+
+
+def _statistics_given(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    kept = place.dim == 0 and node._saved_training is False
+    return [place if kept else None, *[None] * (len(shapes) - 1)]
+
+
+def _attention(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """Queries, keys and values in dim 0; nothing is told of an additive mask."""
+    kept = place if place.dim == 0 and len(shape) > 3 else None
+    return [*[kept] * 3, *[None] * (len(shapes) - 3)]
+
+
+def _recurrent(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+    """One layer of an LSTM: the input (T, N, features), weights, and states (N, features)."""
+    steps = len(shape) == 3 and place == _Place(1, 1)
+    states = len(shape) == 2 and place == _Place(0, 1)
+    if not steps and not states:
+        return [None] * len(shapes)
+    weights = len(shapes) - 3
+    return [_Place(1, 1), *[None] * weights, _Place(0, 1), _Place(0, 1)]
+
+
+def _names(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_RULES: dict[str, Rule] = {
+    **_names(
+        _elementwise,
+        "Add Sub Rsub Mul Div Neg Pow Exp Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Abs Sin Cos Tan Sinh Cosh "
+        "Asin Acos Atan Atan2 Asinh Acosh Atanh Erf Erfc Tanh Sigmoid LogSigmoid Relu Threshold Gelu Silu Mish "
+        "Softplus Elu LeakyRelu Hardtanh Hardswish Hardsigmoid PreluKernel Clamp ClampMin ClampMax Where MaskedFill "
+        "Clone ToCopy Alias NativeDropout Minimum Maximum Addcmul Addcdiv Lerp Expand",
+    ),
+    **_names(_reshaped, "View UnsafeView ReshapeAlias Squeeze Unsqueeze"),
+    **_names(_transposed, "Transpose"),
+    **_names(_matrix_transposed, "T"),
+    **_names(_permuted, "Permute"),
+    **_names(_product, "Mm Addmm Bmm Baddbmm"),
+    **_names(_normalised_behind, "NativeLayerNorm FusedRmsNorm"),
+    **_names(_along, "Softmax LogSoftmax SafeSoftmax Slice Split SplitWithSizes Cat Narrow"),
+    **_names(_flipped, "Flip"),
+    **_names(_selected, "Select Unbind"),
+    **_names(_stacked, "Stack"),
+    **_names(_reduced, "Sum Mean"),
+    **_names(
+        _rows_of_images,
+        "Convolution MkldnnConvolution NativeGroupNorm MaxPool2DWithIndices MaxPool3DWithIndices AvgPool2D AvgPool3D "
+        "AdaptiveAvgPool2D AdaptiveAvgPool3D AdaptiveMaxPool2D MkldnnAdaptiveAvgPool2D MaxPool2D",
+    ),
+    **_names(_statistics_given, "NativeBatchNorm CudnnBatchNorm"),
+    **_names(
+        _attention,
+        "ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention ScaledDotProductEfficientAttention "
+        "ScaledDotProductCudnnAttention ScaledDotProductFusedAttentionOverrideable",
+    ),
+    **_names(_recurrent, "MkldnnRnnLayer"),
+}

@@ -1,0 +1,54 @@
+"""Which of a callback's keywords are the probe's and which the recorder's."""
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from ..errors import InvalidArgumentError
+from ..monitor.recorder import CurvatureRecorder
+from ..probe import CurvatureProbe
+
+__all__ = ["divided", "submodule"]
+
+
+def _keywords(function: Any) -> set[str]:
+    return {
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+
+
+def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The keywords of :class:`secorder.CurvatureProbe`, and those of :class:`secorder.CurvatureRecorder`.
+
+    ``strict`` goes to both; what neither has is an option of the recorder's measurements, which checks it.
+    """
+    probe, recorder = _keywords(CurvatureProbe), _keywords(CurvatureRecorder)
+    of_probe = {key: value for key, value in options.items() if key in probe}
+    of_recorder = {key: value for key, value in options.items() if key in recorder or key not in probe}
+    return of_probe, of_recorder
+
+
+def submodule(model: nn.Module, path: str) -> nn.Module:
+    """The submodule of a dotted name.
+
+    Raises:
+        InvalidArgumentError: there is none; names those that there are.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    if path and path not in names:
+        raise InvalidArgumentError(f"{type(model).__name__} has no module {path!r}: it has {_some(path, names)}.")
+    return model.get_submodule(path)
+
+
+def _some(path: str, names: Iterable[str]) -> str:
+    """Names that are like it, then the outermost ones."""
+    known = list(names)
+    close = difflib.get_close_matches(path, known, n=3)
+    outermost = [name for name in known if "." not in name]
+    some = list(dict.fromkeys([*close, *outermost]))
+    return ", ".join(some[:12]) + (" …" if len(some) > 12 else "") if some else "none"

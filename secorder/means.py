@@ -1,0 +1,160 @@
+"""Sums and means of diagonals: over batches, over ranks."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .errors import InvalidArgumentError
+from .parallel.all_reduce import add_up
+from .results import Diagonals, LayerInfo
+
+__all__ = ["RunningMean", "joined_info", "mean_over_ranks", "weighted_mean", "weighted_sum"]
+
+
+def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | None = None) -> Diagonals:
+    """``Σ_b w_b D_b / Σ_b w_b``, entry by entry: the diagonal of all of the data from those of its parts.
+
+    Args:
+        diagonals: of the same layers.
+        weights: one for each, None for equal ones: the number of samples, for a Fisher and the Hessian of a mean loss.
+
+    Returns:
+        their mean; standard errors are combined as those of independent estimates.
+
+    Raises:
+        InvalidArgumentError: there is nothing to take the mean of, or not as many weights, or none that is positive.
+
+    Example:
+        >>> import torch, secorder
+        >>> probe, loss_fn = secorder.CurvatureProbe(torch.nn.Sequential(torch.nn.Linear(3, 2))), torch.nn.MSELoss()
+        >>> parts = [probe.fisher_diagonal(loss_fn, torch.randn(n, 3), torch.randn(n, 2)) for n in (4, 6)]
+        >>> secorder.weighted_mean(parts, [4, 6])["0"].shape
+        torch.Size([8])
+    """
+    parts = list(diagonals)
+    given = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
+    if not parts or len(given) != len(parts) or min(given) < 0 or not sum(given) > 0:
+        raise InvalidArgumentError(
+            f"weighted_mean takes as many weights as diagonals, at least one, of a positive sum: got {len(parts)} "
+            f"diagonals and weights {given}."
+        )
+    total: Diagonals | None = None
+    for part, weight in zip(parts, given, strict=True):
+        if total is not None and part.parameter_shapes() != total.parameter_shapes():
+            raise InvalidArgumentError(
+                f"these diagonals are of other layers or shapes: {list(total)} here, {list(part)} there."
+            )
+        total = weighted_sum(total, part, weight / sum(given))
+    assert total is not None
+    return total
+
+
+def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
+    """``total + weight · part``, entry by entry, for diagonals of the same layers.
+
+    Standard errors add up in squares, as those of independent estimates do; of ``info``, HVPs are summed.
+
+    Args:
+        total: what was summed up so far; None for nothing.
+        part: what is added.
+        weight: its weight.
+    """
+    if total is None:
+        total = part.replaced({name: torch.zeros_like(d) for name, d in part.items()})
+        total.info = {name: replace(info, num_hvps=0) for name, info in part.info.items()}
+    values = {name: total[name] + weight * d for name, d in part.items()}
+    errors = None
+    if part.standard_error is not None:
+        before = total.standard_error or {name: torch.zeros_like(d) for name, d in part.items()}
+        errors = {name: (before[name] ** 2 + (weight * e) ** 2).sqrt() for name, e in part.standard_error.items()}
+    result = total.replaced(values, errors)
+    result.info = {
+        name: replace(info, num_hvps=info.num_hvps + part.info[name].num_hvps) for name, info in total.info.items()
+    }
+    return result
+
+
+def mean_over_ranks(
+    diagonals: Diagonals, weight: float, group: "torch.distributed.ProcessGroup | None" = None
+) -> Diagonals:
+    """``Σ_r w_r D_r / Σ_r w_r`` over the ranks: the diagonal of the whole batch from those of its parts.
+
+    Args:
+        diagonals: of this rank's part of the batch.
+        weight: its number of samples, for a Fisher and for the Hessian of a mean loss.
+        group: a process group; the default group if None.
+
+    Returns:
+        the same on every rank; standard errors are combined as those of independent estimates.
+
+    Raises:
+        ProbeStateError: ``torch.distributed`` is not initialised.
+    """
+    total = torch.tensor(weight, dtype=torch.float64)
+    values = {name: weight * d for name, d in diagonals.items()}
+    errors = {name: (weight * e) ** 2 for name, e in (diagonals.standard_error or {}).items()}
+    add_up([total, *values.values(), *errors.values()], group)
+    whole = total.item()
+    return diagonals.replaced(
+        {name: d / whole for name, d in values.items()},
+        {name: e.sqrt() / whole for name, e in errors.items()} if diagonals.standard_error is not None else None,
+    )
+
+
+@dataclass
+class RunningMean:
+    """The weighted mean of what comes batch by batch, and its standard error, without keeping the batches.
+
+    With w_b the weight of a batch and M its mean, in which batches have the variance σ²/w_b: σ² is estimated by
+    ``Σ_b w_b (D_b − M)² / (B − 1)``, and the standard error is ``√(σ² / Σ_b w_b)`` (West 1979, "Updating mean and
+    variance estimates: an improved method").
+
+    Attributes:
+        mean: so far.
+        squares: Σ_b w_b (D_b − M)².
+        weight: Σ_b w_b.
+        num_batches: B.
+    """
+
+    mean: list[Tensor]
+    squares: list[Tensor]
+    weight: float = 0.0
+    num_batches: int = 0
+
+    @classmethod
+    def like(cls, values: Sequence[Tensor]) -> "RunningMean":
+        """Nothing yet, of such values."""
+        return cls([torch.zeros_like(v) for v in values], [torch.zeros_like(v) for v in values])
+
+    def add(self, values: Sequence[Tensor], weight: float) -> None:
+        """Another batch."""
+        self.weight += weight
+        self.num_batches += 1
+        for mean, square, value in zip(self.mean, self.squares, values, strict=True):
+            delta = value.to(mean) - mean
+            mean.add_(delta, alpha=weight / self.weight if self.weight else 0.0)
+            square.add_(delta * (value.to(mean) - mean), alpha=weight)
+
+    @property
+    def standard_error(self) -> list[Tensor]:
+        """Of the mean; inf after one batch, which tells nothing of it."""
+        if self.num_batches < 2:
+            return [torch.full_like(s, torch.inf) for s in self.squares]
+        return [(s.clamp(min=0) / ((self.num_batches - 1) * self.weight)).sqrt() for s in self.squares]
+
+
+def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
+    """How a layer's mean over batches was come by: products and draws of all of them."""
+    drawn = next((info for info in infos if info.num_draws), infos[0])
+    names = {name for info in infos for name in info.checks}
+    return replace(
+        drawn,
+        num_hvps=sum(info.num_hvps for info in infos),
+        num_draws=sum(info.num_draws for info in infos),
+        checks={name: all(info.checks.get(name, True) for info in infos) for name in sorted(names)},
+        relative_error=relative_error,
+        converged=all(info.converged for info in infos),
+        num_batches=len(infos),
+    )

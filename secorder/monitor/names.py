@@ -1,0 +1,27 @@
+"""How numbers are called: statistic and layer, ``"fisher_trace/conv1"``."""
+
+from collections.abc import Mapping
+
+__all__ = ["WHOLE_MODEL", "Numbers", "flat", "shown"]
+
+#: Statistic → layer → number.
+Numbers = Mapping[str, Mapping[str, float]]
+
+#: The statistic under which numbers of the whole model go: ``"model/loss"``.
+WHOLE_MODEL = "model"
+
+
+def shown(name: str) -> str:
+    """How a layer is called: the model itself has no name."""
+    return name or "model"
+
+
+def flat(numbers: Numbers) -> dict[str, float]:
+    """Numbers by one name each.
+
+    Example:
+        >>> from secorder.monitor.names import flat
+        >>> flat({"fisher_trace": {"fc1": 0.5}, "model": {"loss": 2.0}})
+        {'fisher_trace/fc1': 0.5, 'model/loss': 2.0}
+    """
+    return {f"{statistic}/{shown(layer)}": x for statistic, values in numbers.items() for layer, x in values.items()}

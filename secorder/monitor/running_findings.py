@@ -1,0 +1,151 @@
+"""What stands out while a model trains, told when it begins and when it ends."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .._caution import caution
+from .findings import THRESHOLDS, Finding, FindingKind, finding
+from .names import WHOLE_MODEL, Numbers
+
+__all__ = ["EASE", "MEMORY", "Change", "Observation", "RunningFindings"]
+
+#: A finding ends below this share of its threshold, so that a number that hovers about it is not told again and again.
+EASE = 0.8
+
+#: Points back in which a trace's growth is looked for.
+MEMORY = 10
+
+
+@dataclass
+class Observation:
+    """What is known at one point of the log.
+
+    Attributes:
+        numbers: what is logged: statistic → layer → number.
+        fisher: layer → statistics of the Fisher (:func:`secorder.monitor.statistics.layer_statistics`).
+        hessian: the same of the Hessian, where it was measured.
+        batch_size: samples of a training step; None where it is not known.
+    """
+
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    fisher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    hessian: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    batch_size: float | None = None
+
+    def add(self, numbers: Numbers) -> None:
+        """Take further numbers."""
+        for statistic, values in numbers.items():
+            self.numbers.setdefault(statistic, {}).update(values)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A finding that begins or ends.
+
+    Attributes:
+        finding: what stands out, or stood out.
+        begins: whether it begins; else it ends.
+        step: at which training step.
+    """
+
+    finding: Finding
+    begins: bool
+    step: int
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {'' if self.begins else 'no longer '}{self.finding}"
+
+
+class RunningFindings:
+    """Keeps what stands out, and tells what changes.
+
+    Args:
+        tell: called with each :class:`Change`; by default one warning for each kind of finding.
+    """
+
+    def __init__(self, tell: Callable[[Change], None] | None = None) -> None:
+        self._tell = tell
+        self._active: dict[tuple[FindingKind, str], Finding] = {}
+        self._traces: deque[Mapping[str, float]] = deque(maxlen=MEMORY)
+
+    @property
+    def now(self) -> list[Finding]:
+        """What stands out now."""
+        return list(self._active.values())
+
+    def update(self, point: Observation, step: int) -> list[Change]:
+        """Compare a point with its thresholds, tell what begins and ends, and return it."""
+        changes = []
+        for kind, values in _values(point, self._traces).items():
+            for layer, value in values.items():
+                before = self._active.get((kind, layer))
+                threshold = THRESHOLDS[kind] * (1.0 if before is None else EASE)
+                if value >= threshold and value > 0:
+                    self._active[kind, layer] = finding(kind, layer, value)
+                    if before is None:
+                        changes.append(Change(self._active[kind, layer], True, step))
+                elif before is not None:
+                    del self._active[kind, layer]
+                    changes.append(Change(finding(kind, layer, value), False, step))
+        if "fisher_trace" in point.numbers:
+            self._traces.append(point.numbers["fisher_trace"])
+        if self._tell is None:
+            _warn(changes, step)
+        else:
+            for change in changes:
+                self._tell(change)
+        return changes
+
+    def markdown(self, step: int) -> str:
+        """What stands out now, as a list."""
+        found = "\n".join(f"- {one}" for one in self.now)
+        return f"At step {step}:\n\n{found}" if found else f"At step {step} nothing stands out."
+
+    def state_dict(self) -> dict[str, Any]:
+        """What stands out and the traces that growth is told by, as plain Python."""
+        return {"active": [asdict(one) for one in self.now], "traces": [dict(row) for row in self._traces]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        found = [Finding(**one) for one in state["active"]]
+        self._active = {(one.kind, one.layer): one for one in found}
+        self._traces = deque(state["traces"], maxlen=MEMORY)
+
+
+def _values(point: Observation, earlier: "deque[Mapping[str, float]]") -> dict[FindingKind, dict[str, float]]:
+    """Of each kind that this point can tell, the number of each layer that is held against the threshold."""
+    found: dict[FindingKind, dict[str, float]] = {}
+    if point.fisher:
+        found["non-finite"] = {name: row["nonfinite"] for name, row in point.fisher.items()}
+        found["dead"] = {name: row["zero"] for name, row in point.fisher.items()}
+    if point.hessian:
+        bad = found.setdefault("non-finite", {})
+        for name, row in point.hessian.items():
+            bad[name] = max(bad.get(name, 0.0), row["nonfinite"])
+        found["saddle"] = {name: row["negative"] for name, row in point.hessian.items()}
+    traces = point.numbers.get("fisher_trace", {})
+    whole = sum(traces.values())
+    if len(traces) > 2 and whole > 0:
+        found["dominant"] = {name: trace / whole for name, trace in traces.items()}
+    if traces and earlier:
+        least = {name: min((row[name] for row in earlier if row.get(name, 0) > 0), default=math.nan) for name in traces}
+        found["growing"] = {name: trace / least[name] for name, trace in traces.items()}
+    model = point.numbers.get(WHOLE_MODEL, {})
+    if "gradient_noise_scale" in model and point.batch_size:
+        found["noisy"] = {"": model["gradient_noise_scale"] / point.batch_size}
+    if "learning_rate_times_eigenvalue" in point.numbers:
+        found["edge"] = point.numbers["learning_rate_times_eigenvalue"]
+    return found
+
+
+def _warn(changes: list[Change], step: int) -> None:
+    """One warning for each kind that begins, and for each that ends, however many layers it is found in."""
+    groups: dict[tuple[str, bool], list[Finding]] = {}
+    for change in changes:
+        groups.setdefault((change.finding.kind, change.begins), []).append(change.finding)
+    for (_, begins), found in groups.items():
+        more = f" (and {len(found) - 1} more: {', '.join(x.layer for x in found[1:4])} …)" if len(found) > 1 else ""
+        caution(f"step {step}: {'' if begins else 'no longer '}{found[0]}{more}")

@@ -1,0 +1,38 @@
+"""A table as CSV: one row a number, whatever numbers come later."""
+
+import csv
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+__all__ = ["CSVSink"]
+
+
+class CSVSink:
+    """Appends rows ``step,statistic,layer,value`` to a file.
+
+    A long table has room for what is logged on another schedule, or begins later;
+    ``pandas.read_csv(path).pivot(index="step", columns=["statistic", "layer"], values="value")`` makes it wide.
+    What has no layer, such as the loss, has an empty one. The file is open only while rows are written.
+
+    Args:
+        path: of the file; folders that are missing are made.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Append the numbers of a step."""
+        new = not self.path.exists() or self.path.stat().st_size == 0
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            rows = csv.writer(file)
+            if new:
+                rows.writerow(("step", "statistic", "layer", "value"))
+            rows.writerows((step, *_parts(name), value) for name, value in numbers.items())
+
+
+def _parts(name: str) -> tuple[str, str]:
+    statistic, _, layer = name.partition("/")
+    return statistic, layer

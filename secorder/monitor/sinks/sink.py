@@ -1,0 +1,109 @@
+"""What a sink is, and the sink that fits what somebody has: a writer, a logger, a path."""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from ...errors import InvalidTypeError
+
+__all__ = ["Sink", "close", "give", "sink_of", "sinks_of"]
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Anything that takes numbers.
+
+    Where it also has them, these are called:
+
+    - ``histogram(step, name, edges, counts)``: ``len(counts) + 1`` edges of equal bins;
+    - ``image(step, name, pixels)``: a NumPy array of shape ``(height, width, 3)`` and dtype uint8;
+    - ``text(step, name, text)``: Markdown;
+    - ``close()``: nothing more will come; of sinks that the recorder made itself.
+
+    Example:
+        >>> class Printing:
+        ...     def scalars(self, step, numbers):
+        ...         print(step, numbers)
+        >>> from secorder.monitor.sinks.sink import sink_of
+        >>> sink_of(Printing()).scalars(3, {"loss": 0.5})
+        3 {'loss': 0.5}
+    """
+
+    def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Take the numbers of a step by their names, ``"fisher_trace/conv1"``: statistic and layer."""
+
+
+def sink_of(given: Any) -> Sink:
+    """The sink for what was given.
+
+    Args:
+        given: a :class:`Sink`; a ``SummaryWriter``, or another writer that has ``add_scalar``; a Lightning logger
+            (``log_metrics``); a run of Weights & Biases; or a path: of JSON lines (``"run.jsonl"``), of a table
+            (``"run.csv"``), else of a folder for TensorBoard.
+
+    Raises:
+        InvalidTypeError: it is none of these.
+    """
+    if isinstance(given, (str, PathLike)):
+        return _of_path(Path(given))
+    if isinstance(given, Sink) and not isinstance(given, type):
+        return given
+    if hasattr(given, "add_scalar"):
+        from .tensorboard import TensorBoardSink
+
+        return TensorBoardSink(given)
+    if hasattr(given, "log_metrics"):
+        return _of_logger(given)
+    if hasattr(given, "log") and hasattr(given, "define_metric"):
+        from .wandb import WandbSink
+
+        return WandbSink(given)
+    raise InvalidTypeError(
+        "a sink has scalars(step, {name: number}), or is a SummaryWriter, a Lightning logger, a run of wandb or a path "
+        f"(run.jsonl, run.csv, or a folder for TensorBoard), got {type(given).__name__}."
+    )
+
+
+def _of_path(path: Path) -> Sink:
+    if path.suffix == ".jsonl":
+        from .json_lines import JSONLinesSink
+
+        return JSONLinesSink(path)
+    if path.suffix == ".csv":
+        from .csv import CSVSink
+
+        return CSVSink(path)
+    from .tensorboard import TensorBoardSink
+
+    return TensorBoardSink(path)
+
+
+def _of_logger(logger: Any) -> Sink:
+    """Of a logger of Lightning: that of what it logs to, if this takes more than numbers."""
+    experiment = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_scalar") or hasattr(experiment, "define_metric"):
+        return sink_of(experiment)
+    from .lightning import LightningSink
+
+    return LightningSink(logger)
+
+
+def sinks_of(given: Any) -> list[Sink]:
+    """The sinks of one, several (a list or tuple) or none (None); see :func:`sink_of`."""
+    if given is None:
+        return []
+    return [sink_of(one) for one in given] if isinstance(given, (list, tuple)) else [sink_of(given)]
+
+
+def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:
+    """Call a method of each sink that has it."""
+    for sink in sinks:
+        method = getattr(sink, what, None)
+        if method is not None:
+            method(*arguments)
+
+
+def close(sinks: Sequence[Sink]) -> None:
+    """Tell each sink that can be closed that nothing more will come."""
+    give(sinks, "close")

@@ -1,0 +1,122 @@
+"""Extreme eigenvalues of a data set's blocks: those of the mean, and not the mean of those of batches."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..batch import batch_size
+from ..errors import InvalidArgumentError
+from ..layers.dtypes import compute_dtype
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
+from .data_set import MeasuresBatches, batches_of, reduction_of
+from .eigenvalues import Eigenvalues, blocks_of, lanczos_steps, nothing, restricted
+from .hessian.on_parameters import on_parameters
+from .measurement import Measurement
+from .operators import Curvature, Operator, operators, product_on_parameters
+from .trace import By
+
+__all__ = ["eigenvalues_of_data"]
+
+#: Runs work on a batch.
+Measure = Callable[[Callable[[Measurement], Any], Any, Any], Any]
+
+
+def eigenvalues_of_data(
+    measure: Measure,
+    probe: MeasuresBatches,
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Iterable[Any],
+    *,
+    of: Curvature,
+    by: By,
+    count: int,
+    tolerance: float,
+    max_iterations: int,
+    progress: bool,
+) -> dict[str, Eigenvalues]:
+    """Largest and smallest eigenvalues of each block of the whole data set.
+
+    All blocks go through the data together, once for each product: a forward and a gradient of each batch for all of
+    them, and a product for each. What can be iterated over only once is kept in memory.
+
+    Args:
+        measure: runs work on a batch.
+        probe: what tells the model, and how its loss reduces samples.
+        loss_fn: the loss.
+        data: batches.
+        of: which curvature.
+        by: blocks of layers, or of parameters.
+        count: how many at each end.
+        tolerance: on residuals, relative to the largest eigenvalue in modulus.
+        max_iterations: passes through the data at most.
+        progress: show a progress bar.
+    """
+    data = list(batches_of(data)) if isinstance(data, Iterator) else data
+    model, dim, told = probe.data_context
+    sizes, first = [], None
+    for x, t in batches_of(data):
+        sizes.append(batch_size(x, t, dim))
+        first = first or (x, t, sizes[0])
+    if first is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    mean = of != "hessian" or len(sizes) == 1 or reduction_of(model, loss_fn, *first, dim, told) == "mean"
+    weights = [n / sum(sizes) if mean else 1.0 for n in sizes]
+    layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first[:2])
+    steps = {
+        name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start))) for name, start in starts.items()
+    }
+    waiting = {name: next(step) for name, step in steps.items() if len(starts[name])}
+    found: dict[str, Eigenvalues] = {}
+    with progress_bar(progress, "Eigenvalues", max_iterations, unit="passes") as advance:
+        while waiting:
+            totals = {name: torch.zeros_like(v) for name, v in waiting.items()}
+            for (x, t), weight in zip(batches_of(data), weights, strict=True):
+                products = measure(lambda task: _products(task, of, by, waiting), x, t)
+                for name, product in products.items():
+                    totals[name] += weight * product
+            for name, total in totals.items():
+                try:
+                    waiting[name] = steps[name].send(total)
+                except StopIteration as done:
+                    found[name] = done.value
+                    del waiting[name]
+            advance(1)
+    names = [name for layer in layers for name in blocks_of(layer, by)]
+    return {name: found.get(name) or nothing(count) for name in names}
+
+
+def _starts(task: Measurement, by: By) -> dict[str, Tensor]:
+    """A random vector for each block."""
+    found = {}
+    for layer in task.layers:
+        like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
+        for name, block in blocks_of(layer, by).items():
+            found[name] = task.random((block.stop - block.start,), like)
+    return found
+
+
+def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of each block of one batch with its vector; those of blocks that are zero are missing."""
+    found = {}
+    with closing(_blocks(task, of)) as blocks:
+        for layer, product in blocks:
+            total = sum(p.numel() for p in layer.parameters.values())
+            for name, block in blocks_of(layer, by).items():
+                if name in vectors and product is not None:
+                    own = product if len(vectors[name]) == total else restricted(product, block, total)
+                    found[name] = own(vectors[name])
+    return found
+
+
+def _blocks(task: Measurement, of: Curvature) -> Any:
+    """Operators that need no checks of the batch, where there are such."""
+    return operators(task, of) if of != "hessian" else _on_parameters(task)
+
+
+def _on_parameters(task: Measurement) -> Iterator[tuple[Layer, Operator | None]]:
+    for layer, own in on_parameters(task, task.layers):
+        yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)

@@ -1,0 +1,225 @@
+"""Measurements of a whole data set: batch by batch, weighted by samples, with the standard error over batches."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import wraps
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .._torch.pytree import map_tensors, tensors_in
+from ..batch import batch_size, sample_dimension
+from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
+from ..means import RunningMean, joined_info, mean_over_ranks
+from ..monitor.progress import progress_bar
+from ..results import Diagonals
+from .hessian.estimate import relative_error
+from .loss import losses
+from .trace import Trace
+
+__all__ = [
+    "MeasuresBatches",
+    "batches_of",
+    "find_reduction",
+    "first_of",
+    "is_data_set",
+    "reduction_of",
+    "takes_data_sets",
+]
+
+#: How the loss of a batch is made of its samples'.
+Kind = Literal["mean", "sum"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class MeasuresBatches(Protocol):
+    """What measures one batch, and knows what several need."""
+
+    @property
+    def data_context(self) -> tuple[nn.Module, int, Kind | None]:
+        """The model, where samples are in its inputs, and how the loss reduces them, where that was told."""
+
+
+def is_data_set(inputs: Any, targets: Any) -> bool:
+    """Whether what stands in place of a batch yields batches: a DataLoader, a generator, no structure of tensors."""
+    if targets is not None or isinstance(inputs, (Tensor, tuple, list, Mapping)) or not isinstance(inputs, Iterable):
+        return False
+    if isinstance(inputs, (Iterator, DataLoader)) or next(tensors_in(inputs), None) is None:
+        return True
+    first = next(iter(inputs), None)  # a loader that keeps its data in tensors, or a batch object such as a graph's
+    return isinstance(first, (tuple, list)) and len(first) == 2 and next(tensors_in(first[0]), None) is not None
+
+
+def batches_of(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Inputs and targets, batch by batch.
+
+    Raises:
+        InvalidTypeError: the data yields something else.
+    """
+    for batch in data:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise InvalidTypeError(
+                f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
+            )
+        yield batch[0], batch[1]
+
+
+def first_of(data: Iterable[Any]) -> tuple[tuple[Any, Any], int]:
+    """The first batch, and how many there are.
+
+    Raises:
+        InvalidArgumentError: that cannot be told, or not without using up the data.
+    """
+    if isinstance(data, Iterator) or not isinstance(data, Sized):
+        raise InvalidArgumentError(
+            f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a DataLoader."
+        )
+    first = next(batches_of(data), None)
+    if first is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    return first, len(data)
+
+
+def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a measurement of a batch take an iterable of batches in place of inputs, too.
+
+    Args:
+        by_sample: from the keywords, whether the quantity is a mean over samples whatever the loss's reduction.
+    """
+
+    def decorate(measure: Callable[P, R]) -> Callable[P, R]:
+        @wraps(measure)
+        def either(*args: P.args, **kwargs: P.kwargs) -> R:
+            names = ("self", "loss_fn", "inputs", "targets")
+            given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
+            if len(args) > len(names) or not is_data_set(given.get("inputs"), given.get("targets")):
+                return measure(*args, **kwargs)
+            probe, loss_fn, data = (given.pop(name) for name in names[:3])
+            given.pop("targets", None)
+            found: R = _over(probe, measure, loss_fn, data, by_sample(given), given)
+            return found
+
+        return either
+
+    return decorate
+
+
+def _over(
+    probe: MeasuresBatches,
+    measure: Callable[..., Any],
+    loss_fn: Callable[[Any, Any], Tensor],
+    data: Iterable[Any],
+    by_sample: bool,
+    options: dict[str, Any],
+) -> Any:
+    """The measurement of all batches together."""
+    if options.pop("create_graph", False):
+        raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
+    synchronize = options.pop("synchronize", False)
+    model, dim, told = probe.data_context
+    total = len(data) if isinstance(data, Sized) else None
+    running, first, sample = RunningMean([], []), None, None
+    kept: list[Any] = []
+    seen, kind = 0, "mean" if by_sample else None
+    with progress_bar(options.pop("progress", False), "Data set", total, unit="batches") as advance:
+        for x, t in batches_of(data):
+            count = batch_size(x, t, dim)
+            with warnings.catch_warnings():
+                if kept:  # what there is to say was said of the first
+                    warnings.simplefilter("ignore", CurvatureWarning)
+                found = measure(probe, loss_fn, x, t, **options)
+            if sample is None:
+                running, first, sample = RunningMean.like(_values(found)), found, (x, t, count)
+            elif kind is None:
+                kind = reduction_of(model, loss_fn, *sample, dim, told)
+                if kind == "sum":
+                    running.mean = [m / sample[2] for m in running.mean]
+            running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
+            kept.append(_kept(found))
+            seen += count
+            advance(1)
+    if first is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    if len(kept) > 1 or synchronize:
+        scale = float(seen) if kind == "sum" else 1.0
+        first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
+    return mean_over_ranks(first, seen) if synchronize else first
+
+
+def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
+    if isinstance(found, Diagonals):
+        return list(found.values())
+    return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64)]
+
+
+def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:
+    return found.info if isinstance(found, Diagonals) else found
+
+
+def _rebuilt(
+    first: Diagonals | dict[str, Trace], values: list[Tensor], errors: list[Tensor], kept: list[dict[str, Any]]
+) -> Any:
+    """A result of the first one's kind, of all batches."""
+    if isinstance(first, Diagonals):
+        result = first.replaced(dict(zip(first, values, strict=True)), dict(zip(first, errors, strict=True)))
+        result.info = {
+            name: joined_info([infos[name] for infos in kept], relative_error([v], [e]))
+            for name, v, e in zip(first, values, errors, strict=True)
+        }
+        return result
+    numbers = zip(first, values[0].tolist(), errors[0].tolist(), strict=True)
+    return {
+        name: Trace(value, error, sum(k[name].num_draws for k in kept), all(k[name].converged for k in kept))
+        for name, value, error in numbers
+    }
+
+
+def reduction_of(
+    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, count: int, dim: int, told: Kind | None
+) -> Kind:
+    """As the loss's values tell, else as it was told.
+
+    Raises:
+        InvalidArgumentError: neither.
+    """
+    try:
+        return find_reduction(model, loss_fn, inputs, targets, count, dim)
+    except InvalidArgumentError as error:
+        if told is not None:
+            return told
+        raise InvalidArgumentError(
+            f"{error} Say it to the probe, or measure batch by batch and take secorder.weighted_mean of the results."
+        ) from error
+
+
+def find_reduction(
+    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, count: int, dim: int
+) -> Kind:
+    """How a loss reduces samples, from its value on a batch and on the batch's two parts.
+
+    Raises:
+        InvalidArgumentError: it is neither a mean nor a sum, or the batch is too small to tell.
+    """
+
+    def part(tree: Any, start: int, length: int) -> Any:
+        def cut(tensor: Tensor) -> Tensor:
+            at = sample_dimension(tensor, count, dim)
+            return tensor if at is None else tensor.narrow(at, start, length)
+
+        return map_tensors(cut, tree)
+
+    cut = count // 3
+    if cut:
+        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in ((0, cut), (cut, count - cut))]
+        whole, first, second = losses(model, loss_fn, [(inputs, targets), *parts])
+        if torch.allclose(whole, (cut * first + (count - cut) * second) / count, rtol=1e-3):
+            return "mean"
+        if torch.allclose(whole, first + second, rtol=1e-3):
+            return "sum"
+    raise InvalidArgumentError(
+        'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
+    )

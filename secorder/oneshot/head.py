@@ -1,0 +1,135 @@
+"""Layers whose output is the model's: their part of Jᵀ H J without a single column.
+
+Where z = f and outputs at different positions do not interact, the squares of all columns add up to H's own diagonal:
+``Σ_n Σ_p H_n[(p, o), (p, o)] a[n, p, i]²``, one contraction for as many columns as the model has outputs.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks, stacked_vjp
+from ..errors import AttributionError
+from ..layers.contraction import contract
+from ..layers.layout import DIM_ZERO
+from ..layers.patches import Patches
+from ..layers.per_sample import CHUNK_ELEMENTS, Outer
+from .output_hessian import as_samples
+from .recorded_layer import RecordedLayer
+from .roots import Root
+
+__all__ = ["contract_head", "head_outputs", "known_heads"]
+
+#: Outputs of one sample up to which a number for each is exact in single precision.
+MAX_NUMBERED = 1 << 24
+
+
+def head_outputs(
+    model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], generator: torch.Generator
+) -> dict[str, int]:
+    """The layers whose output z is one of the model's, by name, and which one it is.
+
+    The Jacobian from z to the outputs must be the identity: a random cotangent on the outputs must come back bit for
+    bit, the one on that output alone. Anything else does so with probability zero.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        layers: layers with recorded calls.
+        generator: for the cotangent.
+    """
+    shapes = [f.shape for f in model_outputs]
+    candidates = [z for z in layers if len(z.leaves) == 1 and z.leaves[0].shape in shapes and z.leaves[0].numel()]
+    if not candidates:
+        return {}
+    where = generator.device
+    random = [torch.randn(f.shape, generator=generator, dtype=torch.float32, device=where).to(f) for f in model_outputs]
+    found = stacked_vjp(model_outputs, [z.leaves[0] for z in candidates], [r[None] for r in random])
+    heads: dict[str, int] = {}
+    for z, back in zip(candidates, found, strict=True):
+        for index, r in enumerate(random):
+            if back[0].shape == r.shape and torch.equal(back[0], r):
+                heads[z.layer.name] = index
+    return heads
+
+
+def known_heads(
+    model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], heads: Mapping[str, int], root: Root
+) -> dict[str, int]:
+    """Those heads to which :func:`contract_head` applies: the diagonal is known, and positions do not interact."""
+    if root.diagonal is None or root.blocks is None:
+        return {}
+    blocks = root.blocks.split([as_samples(f).shape[1] for f in model_outputs])
+    known = {}
+    for z in layers:
+        which = heads.get(z.layer.name)
+        if which is not None and _applies(z, blocks[which], model_outputs[which].shape):
+            known[z.layer.name] = which
+    return known
+
+
+def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], which: int, root: Root) -> list[Tensor]:
+    """Σ_k contract(u_k, v_k) of a layer whose output is output ``which``, by parameter.
+
+    Args:
+        z: the layer, one of :func:`known_heads`.
+        model_outputs: output tensors, samples in dim 0.
+        which: which of them it is.
+        root: of the loss's Hessian in all of them.
+    """
+    assert root.diagonal is not None
+    sizes = [as_samples(f).shape[1] for f in model_outputs]
+    diagonal = root.diagonal.split(sizes, 1)[which].reshape(1, *model_outputs[which].shape)
+    z.layouts = [DIM_ZERO]
+    u = z.gradients([diagonal.abs().sqrt()])
+    signs = z.gradients([diagonal.sign()]) if bool((diagonal < 0).any()) else None
+    found = []
+    for name, p in z.layer.parameters.items():
+        own, sign = u[name], None if signs is None else signs[name]
+        assert isinstance(own, Outer)
+        signed = own.g[0] * sign.g[0] if isinstance(sign, Outer) else own.g[0]
+        found.append(_by_position(own.a, own.g[0], signed, p.numel()))
+    return found
+
+
+def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: int) -> Tensor:
+    """Σ contract, every position of every sample a sample of its own; a few samples' patches at a time."""
+
+    def split(factor: Tensor) -> Tensor:  # (N, G, P, k) -> (N P, G, 1, k)
+        return factor.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+
+    size = len(g) if a is None else max(1, CHUNK_ELEMENTS // max(1, math.prod(a.shape[1:])))
+    total = g.new_zeros(numel)
+    for n in chunks(len(g), size):
+        here = slice(n.start, n.stop)
+        inputs = None if a is None else split(a[here])
+        total = total + contract(Outer(inputs, split(g[here])), Outer(inputs, split(signed[here])), numel=numel)
+    return total
+
+
+def _applies(z: RecordedLayer, blocks: Tensor, shape: torch.Size) -> bool:
+    """Whether the rule multiplies inputs with cotangents, and every block of outputs lies at one position of it."""
+    if len(blocks) > MAX_NUMBERED:
+        return False
+    z.layouts = [DIM_ZERO]
+    try:
+        numbered = z.gradients([blocks.float().view(1, 1, *shape[1:]).expand(1, *shape)])
+    except AttributionError:  # not a shape that the rule is for
+        return False
+    return all(isinstance(places, Outer) and _apart(places.g[0, 0]) for places in numbered.values())
+
+
+def _apart(numbers: Tensor) -> bool:
+    """Whether no number (G, P, out), but -1, stands at two positions."""
+    count = numbers.shape[1]
+    if count == 1:
+        return True
+    numbers = numbers.long()
+    positions = torch.arange(count, device=numbers.device)[:, None].expand_as(numbers)
+    inside = numbers >= 0
+    first = torch.full((int(numbers.max()) + 2,), count, device=numbers.device)
+    last = torch.full_like(first, -1)
+    first.scatter_reduce_(0, numbers[inside], positions[inside], "amin")
+    last.scatter_reduce_(0, numbers[inside], positions[inside], "amax")
+    return bool((last <= first).all())

@@ -1,0 +1,184 @@
+"""What the calls of a forward tell of it: whether all that depends on the samples does so in the autograd graph."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._torch.modules import is_scripted
+from .._torch.pytree import call_model, map_tensors, tensors_in
+from .._torch.sample_graph import inner_size, leaves_of, samples_in_graph
+from .isolation import IsolatedModel
+from .recording import is_watch
+
+__all__ = ["Calls", "Traced"]
+
+#: Calls that return tensors without a gradient, which hold no more of their arguments than the shape.
+_CREATIONS = frozenset({
+    "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor",
+})  # fmt: skip
+
+#: Calls that return no tensor, and tell nothing of the values.
+_QUESTIONS = frozenset({
+    "dim", "size", "stride", "numel", "nelement", "element_size", "ndimension", "is_floating_point", "is_complex",
+    "is_contiguous", "is_tensor", "is_same_size", "get_device", "type", "storage_offset", "__len__", "__hash__",
+    "is_inference", "is_conj", "is_neg", "is_signed",
+})  # fmt: skip
+
+
+class Calls(TorchFunctionMode):
+    """Inside, PyTorch's functions are watched as a model calls them.
+
+    Attributes:
+        hooked: whether a hook was put on a tensor's gradient.
+        detached: whether a value left the autograd graph: a function of a tensor that requires a gradient gave one that
+            does not, or a number.
+    """
+
+    def __init__(self, own: Callable[[Any], bool]) -> None:
+        """Hooks for which ``own`` is true do not count."""
+        super().__init__()
+        self._own = own
+        self.hooked = self.detached = False
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at one call."""
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = getattr(function, "__name__", "")
+        if name == "register_hook":
+            self.hooked |= not (len(args) > 1 and self._own(args[1]))
+        elif name == "__get__":
+            self.detached |= _attribute(function) == "data"
+        elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
+            self.detached = not _all_have_gradients(result, name)
+        return result
+
+
+def _attribute(getter: Any) -> str:
+    return getattr(getattr(getter, "__self__", None), "__name__", "data")
+
+
+def _has_gradient(arguments: Any) -> bool:
+    """Whether a tensor among some arguments requires a gradient."""
+    if isinstance(arguments, Tensor):
+        return arguments.requires_grad
+    if isinstance(arguments, dict):
+        arguments = arguments.values()
+    elif not isinstance(arguments, (tuple, list)):
+        return False
+    return any(_has_gradient(x) for x in arguments)
+
+
+def _all_have_gradients(result: Any, name: str) -> bool:
+    """Whether all that a function returned does; what is no tensor must be no value either."""
+    if isinstance(result, Tensor):
+        return result.requires_grad
+    if isinstance(result, (tuple, list)) and not isinstance(result, torch.Size):
+        return bool(result) and all(_all_have_gradients(x, name) for x in result)
+    return result is None or name in _QUESTIONS
+
+
+class Traced:
+    """A forward of which the calls are watched, perhaps with inputs that require gradients.
+
+    Args:
+        isolated: the isolated model.
+        dimension: tells where a tensor's samples are.
+        count: the number of samples.
+        inputs: whether the inputs are to require gradients, so that the graph tells what depends on them.
+        known: whether all that it would tell is known: then nothing is watched.
+
+    Attributes:
+        hooked: whether hooks of the model's own may change gradients.
+        independent: whether the graph shows each sample's output to depend on that sample of the inputs alone.
+    """
+
+    def __init__(
+        self,
+        isolated: IsolatedModel,
+        dimension: Callable[[Tensor], int | None],
+        count: int,
+        *,
+        inputs: bool,
+        known: bool = False,
+    ) -> None:
+        self._isolated, self._dimension, self._count = isolated, dimension, count
+        self._inputs, self._known = inputs, known
+        self.hooked, self.independent = True, False
+
+    def __call__(self, inputs: Any) -> Any:
+        """The model's output."""
+        if self._known:
+            return self._isolated.forward(inputs)
+        scripted = any(is_scripted(m) for m in self._isolated.model.modules())
+        if scripted or not (self._inputs and _float_tensors_alone(inputs)):
+            return self._watched(inputs, scripted=scripted)
+        leaves: list[Tensor] = []
+
+        def with_gradients(model: nn.Module, copied: Any) -> Any:
+            made: dict[int, Tensor] = {}
+
+            def leaf(tensor: Tensor) -> Tensor:
+                if self._dimension(tensor) is None:
+                    return tensor
+                if id(tensor) not in made:
+                    leaves.append(tensor.detach().requires_grad_(True))
+                    made[id(tensor)] = leaves[-1].clone()
+                return made[id(tensor)]
+
+            return call_model(model, map_tensors(leaf, copied))
+
+        calls = Calls(is_watch)
+        try:
+            output = self._run(calls, with_gradients, inputs)
+        except Exception:  # such as of what takes no tensor that requires a gradient
+            return self._watched(inputs, scripted=False)
+        self.hooked = calls.hooked
+        self.independent = not (calls.hooked or calls.detached) and self._by_graph(output, leaves)
+        return map_tensors(partial(_detached, {id(x) for x in leaves}), output)
+
+    def _watched(self, inputs: Any, *, scripted: bool) -> Any:
+        calls = Calls(is_watch)
+        output = self._run(calls, call_model, inputs)
+        self.hooked = calls.hooked or scripted
+        return output
+
+    def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
+        def run(copied: Any) -> Any:
+            with calls:
+                return forward(self._isolated.model, copied)
+
+        return self._isolated.run(run, inputs)
+
+    def _by_graph(self, output: Any, inputs: Sequence[Tensor]) -> bool:
+        outputs = [t for t in tensors_in(output) if t.requires_grad]
+        placed = [(t, dim) for t in outputs if (dim := self._dimension(t)) is not None]
+        if len(placed) < len(outputs) or self._count == 1:
+            return False
+        sizes = [inner_size(t.shape, dim) for t, dim in placed]
+        found = samples_in_graph([t for t, _ in placed], sizes, inputs, self._count)
+        expected = {id(x): inner_size(x.shape, self._dimension(x) or 0) for x in inputs}
+        return all(expected[key] == inner for key, inner in found.items())
+
+
+def _float_tensors_alone(inputs: Any) -> bool:
+    """Whether all that a model is given are real tensors, numbers and what has no value."""
+    if isinstance(inputs, dict):
+        inputs = list(inputs.values())
+    if isinstance(inputs, (tuple, list)):
+        return all(_float_tensors_alone(x) for x in inputs)
+    if isinstance(inputs, Tensor):
+        return inputs.is_floating_point() and inputs.layout is torch.strided
+    return inputs is None or isinstance(inputs, (bool, int, float))
+
+
+def _detached(inputs: set[int], tensor: Tensor) -> Tensor:
+    """A tensor; detached, where it requires a gradient for the sake of the inputs alone."""
+    return tensor.detach() if tensor.requires_grad and leaves_of([tensor]) <= inputs else tensor

@@ -1,0 +1,231 @@
+"""The forms that a loss's Hessian in the outputs may have, each held against the Hessian itself.
+
+A form is a guess from the outputs and their shape: that of cross entropy over some dimension, c (diag p − p pᵀ); of a
+loss element by element; of blocks that do not interact, such as pairs of a mean and a variance, or positions. A guess
+stands where the product with a random vector is that of the guess, to rounding, in every entry. So it does not matter
+how the loss was written, and a loss with another Hessian passes with probability zero, but for differences below
+rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks, default_chunk_size
+from .roots import Root
+
+__all__ = ["form_root", "signed_factors"]
+
+#: Products of the loss's Hessian with vectors (M, N, K).
+Product = Callable[[Tensor], Tensor]
+
+#: Bytes that the blocks of a Hessian, and what is computed from them, may take.
+MAX_BLOCK_BYTES = 1 << 27
+
+#: The largest block that is factored.
+MAX_BLOCK = 512
+
+
+def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | None = None) -> Root:
+    """A root by the first form that fits; the pairs ``(e_k, H e_k)`` where none does.
+
+    Args:
+        product: with the Hessian, on vectors of the elements of one sample in one row.
+        f: the outputs, samples in dim 0, none of them without curvature; ``(N, K)`` where they are of several tensors.
+        num_tensors: of so many tensors, all of them of one shape; 1 where they are of several shapes.
+        chunk_size: products batched at most.
+    """
+    found = _softmax_root(product, f) if num_tensors == 1 else None
+    if found is not None:
+        return found
+    for order in _orders(f, num_tensors):
+        blocks = _blocks(product, f, order, chunk_size)
+        if blocks is not None:
+            return _block_root(blocks, order, f.flatten(1))
+    size = f[0].numel()
+    return Root(lambda xi: xi.expand(-1, len(f), -1), size, f.flatten(1), lambda xi: product(xi.expand(-1, len(f), -1)))
+
+
+# ---- cross entropy
+
+
+def _softmax_root(product: Product, f: Tensor) -> Root | None:
+    """``√(c p_k) (e_k − p)``, p the softmax over one dimension (or all), c a number for each position."""
+    flat = f.flatten(1)
+    r = _random(flat)
+    found = product(r[None])[0]
+    dims = [d for d in (1, *range(f.dim() - 1, 1, -1)) if f.dim() > 1 and f.shape[d] > 1]
+    shapes = [(1, math.prod(f.shape[1:d]), f.shape[d], math.prod(f.shape[d + 1 :])) for d in dims]
+    if len(dims) > 1:
+        shapes.append((1, 1, flat.shape[1], 1))
+    for _, before, classes, after in shapes:
+        shape = (len(f), before, classes, after)
+        p = flat.view(shape).softmax(2)
+        scale = _scale_of_softmax(p, r.view(shape), found.view(shape))
+        if scale is not None:
+            return _root_of_softmax(p, scale, flat)
+    return None
+
+
+def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:
+    """c of each position, shape (N, before, 1, after), where the product is c p ⊙ (r − ⟨p, r⟩); else None."""
+    centred = (r - (p * r).sum(2, keepdim=True)).mul_(p)
+    square = (centred * centred).sum(2, keepdim=True)
+    scale = (product * centred).sum(2, keepdim=True).div_(square).masked_fill_(square == 0, 0)
+    # Where a probability is near one, the products cancel to rounding of c itself, and c is told by other positions.
+    eps = torch.finfo(p.dtype).eps
+    size, known = scale.abs(), (square > (1e4 * eps) ** 2) & (scale != 0)
+    usual = size[known].median() if bool(known.any()) else size.amax()
+    size = torch.where(known, size, size.clamp(min=usual))
+    bound = min(64 * eps, 1 / 16) * (product.abs().amax(2, keepdim=True) + size)
+    wrong = centred.mul_(scale).sub_(product).abs_() > bound
+    return None if bool(wrong.any()) else scale
+
+
+def _root_of_softmax(p: Tensor, scale: Tensor, flat: Tensor) -> Root:
+    weight = scale.abs().sqrt()
+
+    def left(coefficients: Tensor) -> Tensor:
+        xi = coefficients.unflatten(2, p.shape[1:]) * p.sqrt()
+        if xi.shape[1] != len(p):
+            xi = xi.expand(-1, len(p), -1, -1, -1)
+        result: Tensor = (xi - p * xi.sum(3, keepdim=True)).mul_(weight).flatten(2)
+        return result
+
+    _, before, classes, after = p.shape
+    places = torch.arange(before * after, device=p.device).view(before, 1, after).expand(-1, classes, -1)
+    sign = None
+    if bool((scale < 0).any()):
+        sign = torch.where(scale < 0, -1.0, 1.0).to(p.dtype).expand(p.shape).flatten(1)
+    diagonal = (p - p * p).mul_(scale).flatten(1)
+    return Root(left, before * classes * after, flat, None, sign, diagonal, places.flatten())
+
+
+# ---- blocks
+
+
+def _orders(f: Tensor, num_tensors: int) -> Iterator[Tensor]:
+    """Arrangements of one sample's elements in blocks (B, s) that may not interact, small ones first."""
+    size = f[0].numel()
+    ids = torch.arange(size, device=f.device).view(f.shape[1:])
+    yield ids.reshape(-1, 1)
+    if num_tensors > 1:
+        yield ids.view(num_tensors, -1).T
+    elif f.dim() > 1:
+        for d in range(ids.dim()):  # a mean and a variance for each element, as halves of a dimension or in turn
+            if ids.shape[d] % 2 == 0 and ids.shape[d] > 2:
+                for pair in ((2, -1), (-1, 2)):
+                    yield ids.unflatten(d, pair).movedim(d + (pair[0] != 2), -1).reshape(-1, 2)
+        by_dim = [ids.movedim(d, -1).reshape(-1, ids.shape[d]) for d in range(ids.dim()) if 1 < ids.shape[d] < size]
+        yield from sorted(by_dim, key=lambda order: order.shape[1])
+    yield ids.view(1, -1)
+
+
+def _blocks(product: Product, f: Tensor, order: Tensor, chunk_size: int | None) -> Tensor | None:
+    """The Hessian's blocks (N, B, s, s), or None where it is not made of them, or they are too large."""
+    count, (number, width) = len(f), order.shape
+    if (32 * count * number * width**2 > MAX_BLOCK_BYTES and width > 2) or width > MAX_BLOCK:
+        return None
+    flat = f.flatten(1)
+    r = _random(flat)
+    if width > 2 and number > 1:  # a look at half of them, before all columns are paid
+        half = torch.zeros_like(flat[0]).index_fill(0, order[::2].flatten(), 1)
+        if bool((product((r * half)[None])[0] * (1 - half) != 0).any()):
+            return None
+    blocks = flat.new_empty(count, number, width, width)
+    for ids in chunks(width, default_chunk_size(3 * flat.numel(), flat, chunk_size)):
+        basis = flat.new_zeros(len(ids), flat.shape[1])
+        basis[torch.arange(len(ids), device=f.device)[:, None], order.T[ids.start : ids.stop]] = 1
+        columns = product(basis[:, None].expand(-1, count, -1))
+        blocks[..., ids.start : ids.stop] = columns[..., order].permute(1, 2, 3, 0)
+    if number == 1:
+        return blocks
+    found, vectors = product(r[None])[0][:, order], r[:, order]
+    size = torch.einsum("nbij,nbj->nbi", blocks.abs(), vectors.abs())
+    difference = found - torch.einsum("nbij,nbj->nbi", blocks, vectors)
+    eps = torch.finfo(f.dtype).eps
+    return None if bool((difference.abs() > min(64 * eps, 1 / 16) * size).any()) else blocks
+
+
+def _block_root(blocks: Tensor, order: Tensor, flat: Tensor) -> Root:
+    """The root of blocks (N, B, s, s), block by block."""
+    count, number, width = blocks.shape[:3]
+    index = order.flatten()
+
+    def placed(values: Tensor) -> Tensor:  # (..., B, s) -> (..., C)
+        flat: Tensor = values.flatten(-2)
+        result: Tensor = torch.empty_like(flat).index_copy_(-1, index, flat)
+        return result
+
+    diagonal = placed(blocks.diagonal(dim1=2, dim2=3))
+    places = torch.empty_like(index).index_copy_(
+        0, index, torch.arange(number, device=index.device).repeat_interleave(width)
+    )
+    factors = signed_factors(blocks.flatten(0, 1))
+    if factors is None:
+
+        def pair(xi: Tensor) -> Tensor:
+            pairs: Tensor = xi.expand(-1, count, -1).unflatten(2, (number, width))
+            return pairs
+
+        return Root(
+            lambda xi: placed(pair(xi)),
+            number * width,
+            flat,
+            lambda xi: placed(torch.einsum("mnbj,nbij->mnbi", pair(xi), blocks)),
+            None,
+            diagonal,
+            places,
+        )
+    columns, sign = (t.unflatten(0, (count, number)) for t in factors)
+    kept = columns.shape[-1]
+
+    def left(xi: Tensor) -> Tensor:
+        xi = xi.unflatten(2, (number, kept))
+        if width == 1:
+            return placed(xi * columns[..., 0])
+        return placed(torch.einsum("mnbj,nbij->mnbi", xi.expand(-1, count, -1, -1), columns))
+
+    signs = None if bool((sign > 0).all()) else sign.flatten(1)
+    return Root(left, number * kept, flat, None, signs, diagonal, places)
+
+
+def signed_factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Signed square roots of symmetric matrices: H_q = Σ_k sign[q, k] u[q, :, k] u[q, :, k]ᵀ.
+
+    Of the matrix scaled to a unit diagonal, so that every entry is right to rounding of its own size, whatever the
+    sizes of others.
+
+    Args:
+        hessian: shape (Q, s, s).
+
+    Returns:
+        columns (Q, s, k ≤ s), those left out that vanish for all, and signs (Q, k); or None where a diagonal does not
+        bound its matrix (a product of two outputs has a diagonal of zeros).
+    """
+    kind = hessian.dtype
+    if hessian.shape[1] == 1:
+        one = hessian[..., 0]
+        return one.abs().sqrt()[..., None], torch.where(one < 0, -1.0, 1.0).to(kind)
+    hessian = hessian.double()
+    hessian = (hessian + hessian.mT) / 2
+    scale = hessian.diagonal(dim1=1, dim2=2).abs().sqrt()
+    scaled = hessian / scale[:, :, None] / scale[:, None, :]
+    scaled = torch.where(hessian == 0, 0.0, scaled)
+    if not bool((scaled.abs() <= 4).all()):
+        return None
+    values, vectors = torch.linalg.eigh(scaled)
+    size = values.abs()
+    size = torch.where(size <= len(values.T) * torch.finfo(torch.float64).eps, 0.0, size)  # of a singular matrix
+    keep = (size > 0).any(0)
+    keep[-1] = True  # never none
+    columns = (scale[:, :, None] * vectors * size.sqrt()[:, None])[..., keep]
+    sign = torch.where(size > 0, values.sign(), 1.0)[:, keep]
+    return columns.to(kind), sign.to(kind)
+
+
+def _random(like: Tensor) -> Tensor:
+    generator = torch.Generator(device="cpu").manual_seed(1)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu").to(like)

@@ -1,0 +1,53 @@
+"""The sink for what somebody has."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from secorder import InvalidTypeError
+from secorder.monitor.sinks.csv import CSVSink
+from secorder.monitor.sinks.json_lines import JSONLinesSink
+from secorder.monitor.sinks.lightning import LightningSink
+from secorder.monitor.sinks.sink import sink_of, sinks_of
+from secorder.monitor.sinks.tensorboard import TensorBoardSink
+
+from ...helpers import Taking
+
+
+class Logger:
+    """As Lightning's."""
+
+    def __init__(self, experiment: Any = None) -> None:
+        self.experiment = experiment
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Log."""
+
+
+class Writer:
+    """Has one method."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Write."""
+
+
+def test_each_kind_finds_its_sink(tmp_path: Path) -> None:
+    own = Taking()
+    assert sink_of(own) is own
+    kinds: dict[type, list[Any]] = {
+        CSVSink: [tmp_path / "new" / "run.csv"],
+        JSONLinesSink: [str(tmp_path / "run.jsonl")],
+        TensorBoardSink: [tmp_path / "runs", Writer(), Logger(Writer())],
+        LightningSink: [Logger()],
+    }
+    for kind, given in kinds.items():
+        assert all(isinstance(sink, kind) for sink in sinks_of(given))
+    assert sinks_of(None) == []
+    assert sinks_of(own) == [own]
+
+
+@pytest.mark.parametrize("given", [3, object(), Taking, {"a": 1}])
+def test_what_is_no_sink(given: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="a sink has scalars"):
+        sink_of(given)

@@ -1,0 +1,125 @@
+"""Measurements of a data set are those of all its samples together, and tell their error over batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError, per_layer_hessian_diagonal
+from secorder.oneshot.data_set import is_data_set
+
+from ..helpers import make, mlp
+from ..reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
+
+X, Y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+SIZES = (6, 6, 8)
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    yield from zip(X.split(SIZES), Y.split(SIZES), strict=True)
+
+
+def summed(f: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(f, t, reduction="sum")
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed])
+def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
+    model = mlp()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with CurvatureProbe(model) as probe:
+        fisher = probe.fisher_diagonal(loss_fn, batches())
+        hessian = probe.hessian_diagonal(loss_fn, batches(), method="exact")
+        parts = [probe.fisher_diagonal(loss_fn, *batch) for batch in batches()]
+        trace = probe.hessian_trace(loss_fn, batches(), method="exact")
+        ggn = probe.hessian_trace(loss_fn, DataLoader(TensorDataset(X, Y), 6), of="ggn", by="parameter")
+        whole = probe.hessian_trace(loss_fn, X, Y, of="ggn", by="parameter")
+    assert_all_close(fisher.by_parameter(), fisher_by_sample(model, loss_fn, X, Y, 20))
+    assert_all_close(hessian.by_parameter(), hessian_by_element(model, loss_fn, X, Y))
+    for name, value in fisher.items():
+        spread = sum(n * (part[name] - value) ** 2 for n, part in zip(SIZES, parts, strict=True))
+        assert_close(fisher.standard_error[name], (spread / 2 / 20).sqrt())  # type: ignore[index, operator, union-attr]
+        assert trace[name].value == pytest.approx(hessian[name].sum().item())
+        assert trace[name].standard_error > 0
+    assert {k: t.value for k, t in ggn.items()} == pytest.approx({k: t.value for k, t in whole.items()})
+    assert hessian.info["0"].num_batches == 3
+    assert hessian.info["4"].strategy == "columns"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_one_batch_is_a_batch_and_the_functions_take_them_too() -> None:
+    model = make(nn.Tanh())
+    loader = DataLoader(TensorDataset(X, Y), 20)
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, loader)
+    assert found.standard_error is None
+    assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, X, Y))
+
+
+def test_estimates_of_a_data_set() -> None:
+    model = mlp()
+    with CurvatureProbe(model) as probe:
+        exact = probe.hessian_diagonal(F.cross_entropy, X, Y, method="exact")
+        loader = [(X.roll(k, 0), Y.roll(k, 0)) for k in range(20)]
+        drawn = probe.hessian_diagonal(F.cross_entropy, iter(loader), method="hutchinson", num_draws=30)
+    assert drawn.info["0"].num_draws == 600
+    error = drawn.standard_error["0"]  # type: ignore[index]
+    assert ((drawn["0"] - exact["0"]) / error)[error > 0].square().mean() < 3  # what differs is the draws alone
+    assert drawn.info["0"].relative_error == pytest.approx((error.norm() / drawn["0"].norm()).item())
+
+
+@pytest.mark.parametrize("by", ["layer", "parameter"])
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+def test_eigenvalues_are_those_of_the_whole(of: Any, by: Any) -> None:
+    for loss_fn in (F.cross_entropy, summed):
+        with CurvatureProbe(mlp()) as probe:
+            found = probe.hessian_eigenvalues(loss_fn, batches(), of=of, by=by, tolerance=1e-10)
+            whole = probe.hessian_eigenvalues(loss_fn, X, Y, of=of, by=by, tolerance=1e-10)
+        assert list(found) == list(whole)
+        for name, values in found.items():
+            assert values.top == pytest.approx(whole[name].top)
+            assert values.converged
+
+
+def test_what_passes_for_a_data_set() -> None:
+    class Graph:
+        """A batch object that can be iterated over, as those of graph libraries can."""
+
+        def __init__(self) -> None:
+            self.x = X
+
+        def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+            yield "x", self.x
+
+    class Loader(Graph):
+        def __iter__(self) -> Iterator[Any]:
+            yield self.x, Y
+
+    assert is_data_set(Loader(), None)
+    assert is_data_set(DataLoader(TensorDataset(X, Y)), None)
+    assert is_data_set(iter([(X, Y)]), None)
+    assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
+    assert not is_data_set(iter([X]), Y)
+
+
+def test_misuse_is_told() -> None:
+    with CurvatureProbe(mlp()) as probe:
+        for data, error, match in (
+            (iter([X, X]), InvalidTypeError, "must yield"),
+            (iter([]), InvalidArgumentError, "no batch"),
+        ):
+            with pytest.raises(error, match=match):
+                probe.hessian_diagonal(F.cross_entropy, data)
+        with pytest.raises(InvalidArgumentError, match="one batch"):
+            probe.fisher_diagonal(F.cross_entropy, batches(), create_graph=True)
+
+    def odd(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t) * len(t) ** 0.5
+
+    with CurvatureProbe(mlp()) as probe, pytest.raises(InvalidArgumentError, match="mean or a sum"):
+        probe.hessian_diagonal(odd, batches())
+    with CurvatureProbe(mlp(), reduction="mean") as probe:
+        assert probe.hessian_diagonal(odd, batches()).info["0"].num_batches == 3
