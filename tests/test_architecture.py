@@ -58,7 +58,7 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
-    below = {"monitor", "results", "_caution", "_keywords", "_torch", "errors"}
+    below = {"monitor", "results", "_caution", "_keywords", "errors"}
     for path in (ROOT / "monitor").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= below
         assert "import autograd" not in path.read_text()

@@ -20,6 +20,7 @@ from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.contraction import IN_PLACE_ELEMENTS, contract
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
+from ..layers.low_precision import Precision, is_low
 from ..layers.norms import DenseNorms
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
@@ -81,6 +82,7 @@ class OnlineFisher:
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         accumulate: Accumulate = "diagonal",
+        precision: Precision = "auto",
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -93,6 +95,7 @@ class OnlineFisher:
         self.penalty = penalty
         self.device, self.dtype = device, dtype
         self.accumulate = accumulate
+        self.precision = precision
         self.directions = Directions()
         self.backwards = Backwards()
         self._strict = strict
@@ -116,6 +119,7 @@ class OnlineFisher:
             device=self.device,
             dtype=self.dtype,
             accumulate=accumulate or self.accumulate,
+            precision=self.precision,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -228,9 +232,10 @@ class OnlineFisher:
             seen: numbers that are finite where all of the layer's cotangents are.
         """
         parts: list[Tensor | Sequence[PerSample]] = []
+        together = layer.sharded or self._low(record, layer)
         for name, p in layer.parameters.items():
             part = gradients[name]
-            squares = None if layer.sharded else squares_apart(part, p.numel())
+            squares = None if together else squares_apart(part, p.numel())
             parts.append([part] if squares is None else squares)
             if self.on_nonfinite != "keep":
                 seen.append(witness(part, products.get(name)) if squares is None else squares.amax())
@@ -332,11 +337,12 @@ class OnlineFisher:
         alpha = self.factor(record)
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
+        low = self._low(record, layer)
         before: list[int] = []
         try:
             with ADDING:
                 before = [version(total) for total in sums.sums]
-                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
+                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good, low=low)
                 sums.count(self.count_of(record), good, self.decay, self.of_all(record))
             if good is not None:
                 record.goods.append(good)
@@ -344,6 +350,11 @@ class OnlineFisher:
             if before and before != [version(total) for total in sums.sums]:
                 self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
             raise
+
+    def _low(self, record: ForwardRecord, layer: Layer) -> bool:
+        """Whether the factors of a layer's squares are rounded to bfloat16."""
+        first = next(iter(layer.parameters.values()))
+        return is_low(self.precision, first.device, record.autocast_dtype or first.dtype)
 
     def _good(self, layer: Layer, totals: Sequence[Tensor | None]) -> Tensor | None:
         """Whether a layer's gradients are finite, by the sums of their elements; None where every batch counts."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers.contraction import add_rank_one, are_rank_one, contract_sum
 from ..layers.dtypes import compute_dtype, zeros
+from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
@@ -72,15 +73,18 @@ class LayerSums:
         decay: float | None,
         alpha: float,
         good: Tensor | None = None,
+        low: bool = False,
     ) -> None:
         """Add to each parameter's sum α times a sum of squares, or α Σ_n (Σ_i u_{i, n})² of per-sample gradients.
 
-        Sums of squares that are handed in are overwritten.
+        Sums of squares that are handed in are overwritten. With ``low``, by matrix products of factors in bfloat16.
         """
         beta = 1.0 if decay is None else decay
+        contract = contract_sum_low if low else contract_sum
         kind = compute_dtype(layer)
         single = [parts[0] for parts in parts_of if not isinstance(parts, Tensor) and len(parts) == 1]
-        if len(single) == len(parts_of) and not layer.sharded and are_rank_one(single) and self._here(layer, kind):
+        lean = len(single) == len(parts_of) and not low and not layer.sharded
+        if lean and are_rank_one(single) and self._here(layer, kind):
             add_rank_one(single, self.sums, beta=beta, alpha=alpha, keep=good)
             return
         for p, total, parts in zip(layer.parameters.values(), self.sums, parts_of, strict=True):
@@ -90,12 +94,12 @@ class LayerSums:
             elif not parts:
                 _decayed(total, beta)
             elif layer.sharded:
-                part = contract_sum(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
+                part = contract(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
                 _decayed(total, beta).add_(shard_of_sum(part, p).to(total))
             elif total.dtype is kind and total.device == p.device:
-                contract_sum(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
+                contract(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
             else:
-                part = contract_sum(parts, numel=p.numel(), keep=good)
+                part = contract(parts, numel=p.numel(), keep=good)
                 _decayed(total, beta).add_(part.to(total), alpha=alpha)
 
     def _here(self, layer: Layer, kind: torch.dtype) -> bool:
