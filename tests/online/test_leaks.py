@@ -191,7 +191,7 @@ def test_a_probe_dies_while_its_model_lives() -> None:
 
 
 def test_steps_leave_no_reference_cycles() -> None:
-    """What a step made goes with it: nothing waits for the garbage collector, which would stop training now and then."""
+    """What a step made goes with it: nothing waits for the garbage collector, which would stop training for it."""
     model = mlp()
     with CurvatureProbe(model):
         for _ in range(3):
