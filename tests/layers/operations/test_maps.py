@@ -10,7 +10,7 @@ from secorder._torch.engine import accumulate_node
 from secorder._torch.graph import users_of
 from secorder.layers.operations import MAPS
 from secorder.layers.per_sample import Outer, dense
-from secorder.online.uses import carried
+from secorder.layers.uses import carried
 
 #: Operations that a colon is: none, where PyTorch leaves out what changes nothing.
 COLON = len(users_of([torch.zeros(1, 1, requires_grad=True)[:, 0]])) - 2
