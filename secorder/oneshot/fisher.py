@@ -239,17 +239,19 @@ def _by_rules(
     alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
-    found = contract_pairs(
-        model_outputs,
-        alone,
-        pairs,
-        certain=task.certain,
-        generator=task.generator,
-        chunk_size=task.chunk_size,
-        create_graph=task.create_graph,
-        linear=linear,
-        by_graph=by_graph,
-    )
+    with progress_bar(task.progress, "Fisher by columns", pairs.num_columns, unit="columns") as advance:
+        found = contract_pairs(
+            model_outputs,
+            alone,
+            pairs,
+            certain=task.certain,
+            generator=task.generator,
+            chunk_size=task.chunk_size,
+            create_graph=task.create_graph,
+            linear=linear,
+            by_graph=by_graph,
+            advance=advance,
+        )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
     return {name: (values, info) for name, values in (heads | by_columns).items()}

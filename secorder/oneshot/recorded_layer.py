@@ -115,6 +115,7 @@ def contract_pairs(
     linear: bool = False,
     by_graph: bool = False,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
@@ -133,6 +134,7 @@ def contract_pairs(
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
+        advance: of the progress bar.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
@@ -168,6 +170,7 @@ def contract_pairs(
                 part = contract(left[name], other, numel=p.numel())
                 key = (id(z), name)
                 totals[key] = totals[key] + part if key in totals else part
+        advance(len(ids))
     return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..._torch.vjp import stacked_vjp
 from ...layers.dtypes import rounding
+from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..head import contract_head
 from ..measurement import Measurement
@@ -56,16 +57,18 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
             if check is not None:
                 check.head(graph, which)
     rest = [graph for graph in graphs if id(graph) not in found]
-    values = contract_pairs(
-        side.model_outputs,
-        rest,
-        root,
-        certain=task.certain,
-        generator=task.generator,
-        chunk_size=task.chunk_size,
-        by_graph=side.by_graph,
-        watch=check,
-    )
+    with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="columns") as advance:
+        values = contract_pairs(
+            side.model_outputs,
+            rest,
+            root,
+            certain=task.certain,
+            generator=task.generator,
+            chunk_size=task.chunk_size,
+            by_graph=side.by_graph,
+            watch=check,
+            advance=advance,
+        )
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:
         graph.num_hvps += (root.num_columns if graph in rest else 1) + (0 if known else 3)

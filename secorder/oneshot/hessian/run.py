@@ -12,7 +12,7 @@ from ...results import Strategy
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..recording import recorded, seen
-from . import columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .choice import Choice, choose
 from .estimate import Estimate
@@ -50,6 +50,7 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
+        _chain(task, found, budget, reduce, outcomes)
         exact = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
         _in_z(task, found, chosen, budget, reduce, exact, outcomes)
@@ -59,6 +60,18 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
 
 def _whole(reduce: Reduce, values: Sequence[Tensor]) -> list[Tensor]:
     return [v[0] for v in reduce([value.detach()[None] for value in values])]
+
+
+def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, outcomes: dict[str, Outcome]) -> None:
+    """Finish the layers that the chain serves."""
+    chosen = choose(list(found.facts.values()), budget)
+    names = [name for name, choice in chosen.items() if choice.strategy == chain.NAME]
+    if not names or found.chain is None:
+        return
+    for name, values in chain.run(task, chain.shortened(found.chain, names)).items():
+        checks = found.facts[name].checks | {"samples_independent": True}
+        spent = found.graphs[name].num_hvps + found.facts[name].chain_products
+        outcomes[name] = Outcome(chain.NAME, Estimate(_whole(reduce, values)), checks, spent)
 
 
 def _columns(
