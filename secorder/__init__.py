@@ -22,8 +22,9 @@ from .errors import (
 )
 from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost, LayerCost
 from .oneshot.trace import Trace
+from .online.noise import NoiseScale, NoiseScales
 from .online.reduction import token_weights
 from .online.verification import Verification
 from .online.window import Window
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AttributionError",
+    "Cost",
     "CouplingError",
     "CurvatureProbe",
     "CurvatureRecorder",
@@ -51,6 +53,8 @@ __all__ = [
     "InvalidTypeError",
     "LayerCost",
     "LayerInfo",
+    "NoiseScale",
+    "NoiseScales",
     "NonFiniteError",
     "ProbeStateError",
     "Report",

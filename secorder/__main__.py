@@ -1,22 +1,30 @@
-"""``python -m secorder diagnose package.module:factory``: measure the curvature of a model from the command line."""
+"""``secorder``: measure the curvature of a model from the command line, or watch a run."""
 
 import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+import secorder
+
 from .core.diagnosis import diagnose
 from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .monitor.findings import Diagnosis
 from .monitor.terminal import Console
+from .monitor.watch import watch
+from .oneshot.loss import losses
 
 __all__ = ["main"]
+
+#: Width of what goes into a file or another program, unless ``COLUMNS`` says it.
+WIDE = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,31 +37,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0, or 2 after a message of one line on standard error.
     """
     options = _parser().parse_args(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that has no blocks gets question marks
     try:
-        model, loss_fn, data = _made(options.factory)
-        diagnosis = diagnose(
-            model,
-            loss_fn,
-            _loader(data, options.batch_size),
-            layer_types="all" if options.all_layers else None,
-            layers=options.layers or None,
-            method=options.method,
-            num_draws=options.num_draws,
-            reduction=options.reduction,
-            progress=sys.stderr.isatty(),
-        )
-    except (SecorderError, ImportError, OSError) as error:
+        if options.command == "watch":
+            console = _console()
+            watch(options.run, console, once=options.once or not console.is_terminal, interval=options.interval)
+        else:
+            _diagnose(options)
+    except KeyboardInterrupt:
+        return 0 if options.command == "watch" else 130
+    except BrokenPipeError:  # whoever read has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (SecorderError, OSError) as error:
         print(f"secorder: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    _show(diagnosis, options)
     return 0
 
 
+def _console() -> Console:
+    """A console that knows how wide it is, or has room."""
+    return Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else WIDE)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m secorder", description="Per-layer curvature of a PyTorch model.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser(
-        "diagnose", help="Fisher and Hessian diagonals of a data set, and what stands out"
-    )
+    parser = argparse.ArgumentParser(prog="secorder", description="Per-layer curvature of a PyTorch model.")
+    parser.add_argument("--version", action="version", version=f"secorder {secorder.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("diagnose", help="Fisher and Hessian diagonals of a data set, and what stands out")
     command.add_argument("factory", help="package.module:function that returns (model, loss_fn, data)")
     command.add_argument("--batch-size", type=int, default=64, help="samples measured at a time (default: 64)")
     command.add_argument("--layers", nargs="*", help="names or patterns of layers (default: Linear and Conv2d)")
@@ -62,11 +74,42 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num-draws", type=int, help="draws of an estimated Hessian")
     command.add_argument("--reduction", choices=("mean", "sum"), help="of the loss (default: found out)")
     command.add_argument("--sort-by", choices=("name", "parameters", "trace", "mean", "std", "max", "negative"))
+    command.add_argument("--depth", type=int, help="parts of a name: layers that begin alike are told as one row")
     command.add_argument("--json", metavar="FILE", help="write statistics and findings; - for standard output")
     command.add_argument("--logdir", type=Path, help="write TensorBoard logs to this folder")
     command.add_argument("--html", type=Path, help="write the table as a page")
     command.add_argument("--svg", type=Path, help="write the table as a picture")
+    command = commands.add_parser("watch", help="the latest numbers of a run, from its JSON lines, while it goes on")
+    command.add_argument("run", help="file of JSON lines that a CurvatureRecorder writes, or a folder that holds one")
+    command.add_argument("--once", action="store_true", help="show them once, as where the output is no terminal")
+    command.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (default: 1)")
     return parser
+
+
+# ---- diagnose
+
+
+def _diagnose(options: argparse.Namespace) -> None:
+    """Everything that can fail is tried before the work: folders, the factory, the model's loss on the first batch."""
+    for file in (options.json if options.json != "-" else None, options.html, options.svg):
+        if file is not None and not Path(file).parent.is_dir():
+            raise InvalidArgumentError(f"there is no folder {Path(file).parent} for {Path(file).name}.")
+    if options.depth is not None and options.depth < 1:
+        raise InvalidArgumentError(f"--depth must be at least 1, got {options.depth}.")
+    model, loss_fn, data = _made(options.factory)
+    batches = _tried(model, loss_fn, _loader(data, options.batch_size))
+    diagnosis = diagnose(
+        model,
+        loss_fn,
+        batches,
+        layer_types="all" if options.all_layers else None,
+        layers=options.layers or None,
+        method=options.method,
+        num_draws=options.num_draws,
+        reduction=options.reduction,
+        progress=sys.stderr.isatty(),
+    )
+    _show(diagnosis, options)
 
 
 def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
@@ -74,13 +117,30 @@ def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
     if not name:
         raise InvalidArgumentError(f"the factory must be given as package.module:function, got {path!r}.")
     sys.path.insert(0, os.getcwd())
-    factory = getattr(importlib.import_module(module_name), name, None)
+    try:
+        factory = getattr(importlib.import_module(module_name), name, None)
+    except Exception as error:
+        raise InvalidArgumentError(f"{module_name} cannot be imported: {_told(error)}") from error
     if not callable(factory):
         raise InvalidArgumentError(f"module {module_name!r} has no function {name!r}.")
-    made = factory()
+    try:
+        made = factory()
+    except Exception as error:
+        raise InvalidArgumentError(f"{path} failed: {_told(error)}") from error
     if not isinstance(made, tuple) or len(made) != 3:
         raise InvalidTypeError(f"{path} must return (model, loss_fn, data), got {type(made).__name__}.")
+    if not isinstance(made[0], nn.Module):
+        raise InvalidTypeError(f"{path} must return a module first, got {type(made[0]).__name__}.")
     return made
+
+
+def _told(error: BaseException) -> str:
+    """An exception in one sentence, with the line where it was raised."""
+    trace, where = error.__traceback__, ""
+    while trace is not None:
+        where = f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"
+        trace = trace.tb_next
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def _loader(data: Any, size: int) -> Iterable[Any]:
@@ -93,19 +153,40 @@ def _loader(data: Any, size: int) -> Iterable[Any]:
         data = TensorDataset(*data)
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=size)
-    if isinstance(data, Tensor) or not isinstance(data, Iterable):
+    if isinstance(data, (Tensor, dict, str)) or not isinstance(data, Iterable):
         raise InvalidTypeError(
             f"data must be a DataLoader, a data set, or (inputs, targets) as tensors, got {type(data).__name__}."
         )
     return data
 
 
+def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]:
+    """The same batches, after the loss of the first one."""
+    try:
+        begun: Iterator[Any] = iter(data)
+        first = next(begun, None)
+    except Exception as error:
+        raise InvalidArgumentError(f"the data cannot be read: {_told(error)}") from error
+    if first is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        held = f"a {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} parts"
+        raise InvalidTypeError(f"the data must yield (inputs, targets), got {held}: wrap it in a generator that does.")
+    try:
+        losses(model, loss_fn, [(first[0], first[1])])
+    except SecorderError:
+        raise
+    except Exception as error:
+        raise InvalidArgumentError(f"the loss of the first batch failed: {_told(error)}") from error
+    return data if begun is not data else chain([first], begun)
+
+
 def _show(diagnosis: Diagnosis, options: argparse.Namespace) -> None:
-    table = diagnosis.report(sort_by=options.sort_by)
+    table = diagnosis.report(sort_by=options.sort_by, depth=options.depth)
     if options.json == "-":
         print(diagnosis.to_json(indent=2))
     else:
-        console = Console()
+        console = _console()
         console.print(table)
         for finding in diagnosis.findings:
             console.print(f"• {finding}", markup=False, highlight=False)

@@ -1,5 +1,6 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,14 +13,14 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
-from .layers.selection import Layer, LayerTypes, present, select_layers
+from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
-from .oneshot.hessian.cost import LayerCost
+from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
@@ -30,10 +31,11 @@ from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.told import warn_if_estimated, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
-from .online.fisher import OnlineFisher
+from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment
 from .online.looks import Looks
-from .online.reading import diagonals, num_samples, num_skipped, untold
+from .online.noise import NoiseScales
+from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, untold
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
@@ -72,6 +74,8 @@ class CurvatureProbe:
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
             None, of any type.
+        frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
+            where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
             L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
@@ -98,6 +102,8 @@ class CurvatureProbe:
         penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
             gradient then belongs to each ℓ_n. By default a layer that gets gradient from outside of its calls is not
             told.
+        accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
+            :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -129,6 +135,7 @@ class CurvatureProbe:
         layer_types: LayerTypes = None,
         *,
         layers: str | Iterable[str] | None = None,
+        frozen: bool = False,
         reduction: Reduction = None,
         every: int = 1,
         decay: float | None = None,
@@ -137,6 +144,7 @@ class CurvatureProbe:
         loss_scale: LossScale = None,
         forwards: Literal["separate", "joined"] | None = None,
         penalty: Literal["shared"] | None = None,
+        accumulate: Accumulate = "diagonal",
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
@@ -147,6 +155,10 @@ class CurvatureProbe:
                 "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
                 "from model.named_modules()."
             )
+        if layers is None and not frozen:
+            selected = trained(selected)
+        if layers is None and layer_types is None:
+            _tell_share(model, selected)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
         if decay is not None and not 0.0 < decay < 1.0:
@@ -157,6 +169,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(f'forwards must be "separate", "joined" or None, got {forwards!r}.')
         if penalty not in (None, "shared"):
             raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
+        check_accumulate(accumulate, penalty)
         check_sample_dim(sample_dim)
         self._model = model
         self._every = every
@@ -174,6 +187,7 @@ class CurvatureProbe:
             penalty=penalty,
             device=accumulator_device,
             dtype=accumulator_dtype,
+            accumulate=accumulate,
         )
         if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
             raise InvalidArgumentError(
@@ -253,6 +267,11 @@ class CurvatureProbe:
     def decay(self) -> float | None:
         """Of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
+
+    @property
+    def accumulate(self) -> Accumulate:
+        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        return self._fisher.accumulate
 
     @property
     def every(self) -> int:
@@ -388,6 +407,77 @@ class CurvatureProbe:
                 "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
                 "let probe.verify(loss_fn, inputs, targets) find out."
             )
+
+    def fisher_trace(self, *, synchronize: bool = False, missing: Missing = "raise") -> dict[str, Trace]:
+        """The trace of each layer's empirical Fisher that training accumulated: ``tr F = (1/N) Σ_n ‖∂ℓ_n/∂θ‖²``.
+
+        With ``accumulate="trace"`` from the norms of the per-sample gradients, else the sum of the diagonal.
+
+        Args:
+            synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
+            missing: what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"`` to return the others.
+
+        Returns:
+            layer name → :class:`~secorder.Trace`. Its standard error is that of a mean over ``num_samples`` samples;
+            where a diagonal is accumulated, their variance is estimated from the first batch and some of those after
+            it. With ``penalty``, it is nan.
+
+        Raises:
+            ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+            >>> with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+            ...     model(torch.randn(8, 4)).square().sum(1).mean().backward()
+            >>> probe.fisher_trace()["0"].num_samples
+            8
+        """
+        if synchronize:
+            self.synchronize()
+        found = fisher_traces(self._fisher, missing)
+        self._tell_assumed()
+        return found
+
+    def gradient_noise_scale(self, *, synchronize: bool = False, missing: Missing = "raise") -> NoiseScales:
+        """How many samples a batch needs before its gradient is more signal than noise, by layer: ``tr Σ / |G|²``.
+
+        From S, the mean of the N squared norms of a batch's per-sample gradients, and B, that of their mean:
+        ``|G|² = (N B − S) / (N − 1)`` and ``tr Σ = (S − B) N / (N − 1)``, unbiased and averaged over batches (weighted
+        by their samples, or as ``decay`` says) before the ratio. A micro-batch of gradient accumulation is a batch of
+        its own. With ``accumulate="trace"`` from every recorded batch, else from the first and some of those after it.
+
+        Args:
+            synchronize: of the batches of all ranks (see :meth:`synchronize`); every rank must call it.
+            missing: as for :meth:`fisher_trace`.
+
+        Returns:
+            layer name → :class:`~secorder.NoiseScale`; ``.total`` is that of all layers together.
+
+        Raises:
+            ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments; AttributionError where no
+                batch tells it (batches of one sample, several forwards of one backward, ``penalty``).
+
+        Sources: McCandlish, Kaplan, Amodei, et al. (2018), "An empirical model of large-batch training", appendix A.1;
+        Gray, Tiwari, Bergsma, Hestness (2024), "Normalization layer per-example gradients are sufficient to predict
+        gradient noise scale in transformers".
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
+            >>> with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+            ...     model(1 + torch.randn(64, 4)).square().sum(1).mean().backward()
+            >>> noise = probe.gradient_noise_scale()
+            >>> noise["0"].value == noise.total.value > 0
+            True
+        """
+        if synchronize:
+            self.synchronize()
+        found = noise_scales(self._fisher, missing)
+        self._tell_assumed()
+        return found
 
     def window(self, *, keep_total: bool = True, synchronize: bool = False) -> Window:
         """Take out what was accumulated since the last call of this method (or the start), and begin a new window.
@@ -695,10 +785,10 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         max_iterations: int = 200,
         chunk_size: int | None = None,
-    ) -> dict[str, LayerCost]:
-        """What a measurement with the same arguments would take, before it is paid.
+    ) -> Cost:
+        """What a measurement with the same arguments would take, before it is paid: products, memory and seconds.
 
-        One forward, one backward and the checks are run, no basis and no draws.
+        A forward, a backward and the checks are run, and two short trials of each layer's products.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -716,22 +806,39 @@ class CurvatureProbe:
             chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
-            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, and memory.
+            layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
+            seconds; its ``seconds`` are those of the whole measurement. Of a data set, each batch counts as the first.
 
         Raises:
             SecorderError: as the measurement itself.
         """
+        count = 1
+        if is_data_set(inputs, targets):
+            (inputs, targets), count = first_of(inputs)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
-        return self._measure(
-            lambda task: quantity_cost(task, *asked),
+        inside = 0.0
+
+        def work(task: Measurement) -> Cost:
+            nonlocal inside
+            start = time.perf_counter()
+            found = quantity_cost(task, *asked)
+            inside = time.perf_counter() - start
+            return found
+
+        start = time.perf_counter()
+        cost = self._measure(
+            work,
             loss_fn,
             inputs,
             targets,
             by_sample=quantity == "fisher",
             chunk_size=chunk_size,
         )
+        cost.overhead += time.perf_counter() - start - inside  # what it takes to put everything back
+        cost.num_batches = count
+        return cost
 
     def _measure(
         self,
@@ -759,12 +866,19 @@ class CurvatureProbe:
 
     # ---- watching
 
-    def summary(self, hessian: Mapping[str, Tensor] | None = None, *, sort_by: "SortKey | None" = None) -> "Report":
+    def summary(
+        self,
+        hessian: Mapping[str, Tensor] | None = None,
+        *,
+        sort_by: "SortKey | None" = None,
+        depth: int | None = None,
+    ) -> "Report":
         """The table of layers: ``rich.print(probe.summary())``, or ``print``.
 
         Args:
             hessian: a Hessian diagonal to show beside the accumulated Fisher.
             sort_by: see :func:`secorder.report`.
+            depth: see :func:`secorder.report`.
 
         Returns:
             a :class:`~secorder.Report` of the accumulated Fisher.
@@ -774,7 +888,7 @@ class CurvatureProbe:
         """
         from .monitor.table import report
 
-        return report(self.fisher_diagonal(), hessian, sort_by=sort_by, title=repr(self))
+        return report(self.fisher_diagonal(), hessian, sort_by=sort_by, depth=depth, title=repr(self))
 
     def __str__(self) -> str:
         if self.num_samples == 0 or untold(self._fisher):
@@ -868,3 +982,14 @@ class CurvatureProbe:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
         synchronize(self._fisher, group)
+
+
+def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
+    """Warn where the default layer types leave out most of what is trained."""
+    share = share_of_parameters(model, layers)
+    if share < 0.5:
+        every = trained(select_layers(model, "all", unchecked=True))
+        caution(
+            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
+            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+        )

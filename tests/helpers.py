@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secorder.layers.selection import select_layers
+from secorder.oneshot.measurement import Measurement, measure
+
 from .reference import fisher_by_sample
 
 ROOT = Path(__file__).parent.parent
@@ -63,10 +66,6 @@ class Shared(nn.Module):
         return torch.tanh(self.fc(x)) * self.shift(self.condition)
 
 
-#: Before 2.7, PyTorch's fully_shard gathers parameters by what the streams of a CPU do not have.
-FULLY_SHARD_RUNS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
-
-
 class Twice(nn.Module):
     """A layer is used twice."""
 
@@ -103,6 +102,23 @@ def step(model: nn.Module, batch: tuple[Tensor, Tensor], scale: float = 1.0) -> 
 def reference(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Its empirical Fisher by brute force."""
     return fisher_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
+
+
+def measured(
+    work: Callable[[Measurement], Any],
+    model: nn.Module,
+    batch: tuple[Any, Any],
+    loss_fn: Any = F.cross_entropy,
+    **options: Any,
+) -> Any:
+    """What a piece of a one-shot measurement gives for all layers of an isolated model."""
+    layers = select_layers(model, "all")
+    return measure(work, model, layers, loss_fn, *batch, by_sample=True, generator=seeded(), **options)
+
+
+def by_layer(model: nn.Module, by_parameter: dict[str, Tensor], layer: str) -> list[Tensor]:
+    """The flat parts of a layer, of something by parameter."""
+    return [by_parameter[f"{layer}.{name}"].flatten() for name, _ in model.get_submodule(layer).named_parameters()]
 
 
 def seed(value: int = 0) -> None:

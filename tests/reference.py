@@ -64,19 +64,50 @@ def fisher_by_sample(
     model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int, *, dim: int = 0
 ) -> dict[str, Tensor]:
     """(1/N) Σ_n (∂ℓ_n/∂θ)² by a loop over batches of one, by parameter name."""
+    return fisher_of(gradients_by_sample(model, loss_fn, inputs, targets, count, dim=dim))
+
+
+def fisher_of(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """(1/N) Σ_n g_n² of per-sample gradients ``(N, *shape)``."""
+    return {name: (g**2).mean(0) for name, g in gradients.items()}
+
+
+def gradients_by_sample(
+    model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int, *, dim: int = 0
+) -> dict[str, Tensor]:
+    """∂ℓ_n/∂θ by a loop over batches of one, by parameter name: shape ``(N, *shape)``."""
     parameters = named_parameters(model)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    found = {name: p.new_zeros(count, *p.shape).detach() for name, p in parameters.items()}
     for n in range(count):
         loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim, rows=True))
         for name, g in zip(parameters, _gradients(loss, list(parameters.values())), strict=True):
             if g is not None:
-                total[name] += g**2 / count
+                found[name][n] = g
     for name, p in parameters.items():
         p.requires_grad_(flags[name])
-    return total
+    return found
+
+
+def norms_of_layers(gradients: dict[str, Tensor], layers: dict[str, list[str]]) -> dict[str, Tensor]:
+    """What the norms of per-sample gradients tell of layers, each given by its parameters' names.
+
+    ``(tr F)²`` and its squared standard error; |G|² and tr Σ of the gradient noise: told together, so that errors are
+    relative to the larger one.
+    """
+    found = {}
+    for layer, names in layers.items():
+        rows = torch.cat([gradients[name].reshape(len(gradients[name]), -1) for name in names], 1)
+        squares, count = rows.square().sum(1), len(rows)
+        mean, batch = squares.mean(), rows.mean(0).square().sum()
+        error = (squares - mean).square().sum() / max(count - 1, 1) / count
+        found[f"{layer}: trace"] = torch.stack([mean**2, error])
+        if count > 1:
+            noise = [(count * batch - mean) / (count - 1), (mean - batch) * count / (count - 1)]
+            found[f"{layer}: noise"] = torch.stack(noise)
+    return found
 
 
 def _gradients(loss: Tensor, parameters: list[nn.Parameter]) -> list[Tensor | None]:
@@ -148,13 +179,18 @@ def assert_all_close(found: dict[str, Tensor], expected: dict[str, Tensor], tole
 
 def fisher_by_slices(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
     """(1/N) Σ_n (∂ℓ_n/∂θ)² with ℓ_n the loss of one row of the batch's output: for models that draw random numbers."""
+    return fisher_of(gradients_by_slices(model, loss_fn, inputs, targets, count))
+
+
+def gradients_by_slices(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any, count: int) -> dict[str, Tensor]:
+    """∂ℓ_n/∂θ with ℓ_n the loss of one row of the batch's output."""
     parameters = named_parameters(model)
     output = call_model(model, inputs)
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    found = {name: p.new_zeros(count, *p.shape).detach() for name, p in parameters.items()}
     for n in range(count):
         loss = loss_fn(one(output, n, count), one(targets, n, count))
         gradients = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
         for name, g in zip(parameters, gradients, strict=True):
             if g is not None:
-                total[name] += g**2 / count
-    return total
+                found[name][n] = g
+    return found

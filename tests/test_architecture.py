@@ -31,9 +31,6 @@ LONG = {
     "online.attribution._attribute": "the same",
 }
 
-#: Packages whose modules do not each have their tests at the mirrored place yet.
-NOT_MIRRORED = ("oneshot",)
-
 
 def name_of(path: Path) -> str:
     """The dotted name of a module in the package."""
@@ -61,7 +58,7 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
-    below = {"monitor", "results", "_caution", "_keywords", "_torch", "errors"}
+    below = {"monitor", "results", "_caution", "_keywords", "errors"}
     for path in (ROOT / "monitor").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path)} <= below
         assert "import autograd" not in path.read_text()
@@ -96,7 +93,7 @@ def test_nothing_is_long_without_a_reason(path: Path) -> None:
 def test_tests_mirror_the_package(path: Path) -> None:
     here = path.relative_to(ROOT)
     package_itself = here.name == "__init__.py" and len(here.parts) > 1  # which tells what is in it, and no more
-    if not package_itself and here.parts[0] not in NOT_MIRRORED:
+    if not package_itself:
         place = here.with_name(f"test_{here.stem.strip('_')}.py")
         assert (TESTS / place).exists(), f"{name_of(path)} has no tests in tests/{place}"
 

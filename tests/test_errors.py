@@ -11,11 +11,13 @@ from torch import nn
 from secorder import (
     CouplingError,
     CurvatureProbe,
+    CurvatureRecorder,
     InvalidArgumentError,
     InvalidTypeError,
     NonFiniteError,
     ProbeStateError,
     SecorderError,
+    diagnose,
     per_layer_fisher_diagonal,
     per_layer_hessian_diagonal,
 )
@@ -199,3 +201,32 @@ def test_arguments_of_a_measurement_without_a_loss(arguments: dict[str, Any]) ->
         with pytest.raises(InvalidArgumentError, match="without loss_fn"):
             probe.fisher_diagonal(**arguments)
         assert set(probe.fisher_diagonal()) == {"0", "2"}
+
+
+LOSS = torch.nn.CrossEntropyLoss
+
+
+@pytest.mark.parametrize(
+    ("measure", "message"),
+    [
+        (
+            lambda m, x, y: diagnose(m, LOSS, x, y),
+            r"is the class CrossEntropyLoss, not made yet: pass CrossEntropyLoss",
+        ),
+        (lambda m, x, y: diagnose(m, LOSS, iter([(x, y)])), r"pass CrossEntropyLoss\(\)"),
+        (lambda m, x, y: CurvatureProbe(m).hessian_trace(LOSS, x, y), r"pass CrossEntropyLoss\(\)"),
+        (lambda m, x, y: CurvatureProbe(m, reduction=LOSS), r"reduction is the class CrossEntropyLoss"),
+        (lambda m, x, y: CurvatureRecorder(CurvatureProbe(m), hessian_every=1, loss_fn=LOSS, batch=(x, y)), "loss_fn"),
+        (lambda m, x, y: diagnose(m, "cross_entropy", x, y), "must be callable as loss_fn"),
+        (
+            lambda m, x, y: diagnose(m, LOSS(), (x, y)),
+            r"if the inputs are \(inputs, targets\), pass them as two arguments",
+        ),
+        (lambda m, x, y: diagnose(m, LOSS(), [x, y]), "pass them as two arguments"),
+        (lambda m, x, y: CurvatureProbe(m).fisher_diagonal(LOSS(), (x, y)), "pass them as two arguments"),
+        (lambda m, x, y: CurvatureProbe(m).hessian_diagonal(LOSS(), x), "there are no targets"),
+    ],
+)
+def test_misuse_is_told_in_our_own_words(measure: Callable[..., Any], message: str) -> None:
+    with pytest.raises(SecorderError, match=message):
+        measure(make(), *data())

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import secorder
 from secorder.__main__ import main
+from secorder.monitor.sinks.json_lines import JSONLinesSink
 
 from .helpers import ROOT
 
@@ -33,6 +35,47 @@ def uneven():
 
 def wrong():
     return 3
+
+def failing():
+    raise ValueError("no data\\nhere")
+
+def broken_later():
+    import no_such_dependency
+
+def no_module():
+    return 3, nn.CrossEntropyLoss(), (torch.randn(10, 4), torch.randint(3, (10,)))
+
+def loss_class():
+    model, _, data = factory()
+    return model, nn.CrossEntropyLoss, data
+
+def float_targets():
+    model, loss_fn, data = factory()
+    return model, loss_fn, (data[0], data[1].float())
+
+def wrong_width():
+    model, loss_fn, data = factory()
+    return model, loss_fn, (torch.randn(10, 5), data[1])
+
+def dicts():
+    model, loss_fn, data = factory()
+    return model, loss_fn, DataLoader([{"x": x, "y": y} for x, y in zip(*data)])
+
+def triples():
+    model, loss_fn, data = factory()
+    return model, loss_fn, DataLoader(TensorDataset(*data, data[0]))
+
+def one_dict():
+    model, loss_fn, data = factory()
+    return model, loss_fn, {"x": data[0]}
+
+def generator():
+    model, loss_fn, data = factory()
+    return model, loss_fn, ((data[0][i : i + 5], data[1][i : i + 5]) for i in (0, 5))
+
+def nothing():
+    model, loss_fn, _ = factory()
+    return model, loss_fn, []
 
 def nan():
     model, loss_fn, data = factory()
@@ -66,6 +109,48 @@ def test_command_line(factory: str, tmp_path: Path) -> None:
     assert (tmp_path / "table.html").exists()
 
 
+def test_a_generator_is_measured_whole(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The batch that was tried is no batch less."""
+    assert main(["diagnose", "made_for_test:generator", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 10
+
+
+def test_the_command_is_installed_under_its_name() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"secorder": "secorder.__main__:main"}
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"secorder {secorder.__version__}\n"
+
+
+def test_output_into_a_pipe_is_plain_and_may_end_early(factory: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii"}
+    environment.pop("COLUMNS", None)
+    command = [sys.executable, "-m", "secorder", "diagnose", factory]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stdout
+    assert "max H" in done.stdout  # all columns
+    ended = subprocess.run(
+        f"{' '.join(command)} | head -n 1", shell=True, capture_output=True, text=True, check=False, env=environment
+    )
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+
+
+def test_watching_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    JSONLinesSink(tmp_path / "run.jsonl").scalars(3, {"fisher_trace/fc1": 0.125})
+    assert main(["watch", str(tmp_path), "--once"]) == 0
+    assert "0.125" in capsys.readouterr().out
+    assert main(["watch", str(tmp_path / "missing")]) == 2
+    assert "there is no run" in capsys.readouterr().err
+
+
 def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "made_for_test:loader", "--layers", "2", "--method", "hutchinson", "--json", "-"]) == 0
     assert list(json.loads(capsys.readouterr().out)["statistics"]["hessian"]) == ["2"]
@@ -82,11 +167,32 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:nan"], "the loss is nan"),
         (["made_for_test:factory", "--batch-size", "0"], "at least 1"),
         (["made_for_test:factory", "--layers", "fc9"], "'fc9'"),
+        (["made_for_test:failing"], "made_for_test:failing failed: ValueError: no data here (made_for_test.py, line"),
+        (["made_for_test:broken_later"], "No module named 'no_such_dependency'"),
+        (["made_for_test:no_module"], "must return a module first, got int"),
+        (["made_for_test:loss_class"], "pass CrossEntropyLoss()"),
+        (["made_for_test:float_targets"], "the loss of the first batch failed: RuntimeError"),
+        (["made_for_test:wrong_width"], "the loss of the first batch failed: RuntimeError"),
+        (["made_for_test:dicts"], "must yield (inputs, targets), got a dict"),
+        (["made_for_test:triples"], "must yield (inputs, targets), got 3 parts"),
+        (["made_for_test:one_dict"], "data must be a DataLoader"),
+        (["made_for_test:nothing"], "holds no batch"),
+        (["made_for_test:factory", "--json", "missing/out.json"], "there is no folder missing for out.json"),
+        (["made_for_test:factory", "--html", "missing/out.html"], "there is no folder missing"),
+        (["made_for_test:factory", "--svg", "missing/out.svg"], "there is no folder missing"),
+        (["made_for_test:factory", "--depth", "0"], "--depth must be at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_not_zero(
-    factory: str, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    factory: str,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """All but what only the measurement can see is told before the work."""
+    if "--layers" not in arguments:
+        monkeypatch.setattr("secorder.__main__.diagnose", lambda *args, **kwargs: pytest.fail("the work was begun"))
     assert main(["diagnose", *arguments]) == 2
     printed = capsys.readouterr().err
     assert message in printed

@@ -21,26 +21,69 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 from secorder._torch.pytree import call_model, map_tensors
+from secorder.layers.selection import select_layers
 
 from .cases import CASES, Case
 from .helpers import ROOT, seed
-from .reference import assert_all_close, fisher_by_sample, fisher_by_slices, hessian_by_element, relative_error
+from .reference import (
+    assert_all_close,
+    fisher_of,
+    gradients_by_sample,
+    gradients_by_slices,
+    hessian_by_element,
+    norms_of_layers,
+    relative_error,
+)
 
 #: What is measured, and the brute force that it is held against.
-MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "online": "fisher"}
+MEASUREMENTS = {"hessian": "hessian", "fisher": "fisher", "online": "fisher", "norms": "norms"}
+
+#: What a case says of the online Fisher it says of its trace and of gradient noise.
+SAID_OF = {"norms": "online"}
 
 
 def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
     model, loss_fn, inputs, targets = batch
     layer_types = None if "layers" in case.options else "all"
-    with warnings.catch_warnings(), CurvatureProbe(model, **{"layer_types": layer_types, **case.options}) as probe:
+    with (
+        warnings.catch_warnings(),
+        CurvatureProbe(model, **{"layer_types": layer_types, "frozen": True, **case.options}) as probe,
+    ):
         warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
         if what == "hessian":
             return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()
         if what == "fisher":
             return probe.fisher_diagonal(loss_fn, inputs, targets).by_parameter()
+        if what == "norms":
+            return told_by_norms(case, batch, layer_types)
         loss_fn(call_model(model, inputs), targets).backward()
         return probe.fisher_diagonal().by_parameter()
+
+
+def told_by_norms(case: Case, batch: tuple[Any, ...], layer_types: Any) -> dict[str, Tensor]:
+    """As :func:`~tests.reference.norms_of_layers`: by a probe of norms alone, and by one that has the diagonal too."""
+    model, loss_fn, inputs, targets = batch
+    options = {"layer_types": layer_types, **case.options}
+    with CurvatureProbe(model, accumulate="trace", **options) as alone, CurvatureProbe(model, **options) as both:
+        loss_fn(call_model(model, inputs), targets).backward()
+        found: list[dict[str, Tensor]] = []
+        for probe in (alone, both):
+            traces = probe.fisher_trace()
+            values = {f"{name}: trace": [x.value**2, x.standard_error**2] for name, x in traces.items()}
+            assert {x.num_samples for x in traces.values()} == {case.count}
+            if case.count > 1:
+                noise = probe.gradient_noise_scale()
+                values |= {f"{name}: noise": [x.squared_norm, x.variance] for name, x in noise.items()}
+            found.append({name: torch.tensor(numbers) for name, numbers in values.items()})
+        assert_all_close(*found)
+    return found[0]
+
+
+def parameters_of(case: Case) -> dict[str, list[str]]:
+    """The parameters' names of each layer that is measured."""
+    model = build(case)[0]
+    layers = select_layers(model, case.options.get("layer_types", "all"), case.options.get("layers"))
+    return {x.name: [x.parameter_name(name) for name in x.parameters] for x in layers}
 
 
 def build(case: Case, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
@@ -81,15 +124,18 @@ def brute_force(
         if quantity == "hessian":
             return hessian_by_element(*batch)
         if case.by_slices:
-            return fisher_by_slices(*batch, case.count)
-        return fisher_by_sample(*batch, case.count, dim=case.options.get("sample_dim", 0))
+            gradients = gradients_by_slices(*batch, case.count)
+        else:
+            gradients = gradients_by_sample(*batch, case.count, dim=case.options.get("sample_dim", 0))
+        return fisher_of(gradients) if quantity == "fisher" else norms_of_layers(gradients, parameters_of(case))
 
 
 def check(what: str, case: Case, tolerance: float = 1e-9) -> str:
     """``"exact"`` or ``"refused"``; anything else is an assertion that fails."""
-    if what in case.refused:
+    said = SAID_OF.get(what, what)
+    if said in case.refused:
         batch = build(case)
-        with pytest.raises(case.refused[what]):
+        with pytest.raises(case.refused[said]):
             measure(what, case, batch)
         return "refused"
     reference = brute_force(case, MEASUREMENTS[what])
@@ -97,7 +143,7 @@ def check(what: str, case: Case, tolerance: float = 1e-9) -> str:
     return "exact"
 
 
-PAIRS = [(what, case) for case in CASES for what in MEASUREMENTS if what not in case.skip]
+PAIRS = [(what, case) for case in CASES for what in MEASUREMENTS if SAID_OF.get(what, what) not in case.skip]
 
 
 @pytest.mark.parametrize(("what", "case"), PAIRS, ids=[f"{case.name}-{what}" for what, case in PAIRS])
@@ -107,7 +153,11 @@ def test_exact_or_refused(what: str, case: Case) -> None:
 
 #: Cases that cannot be turned into float32 after they were built, or whose numbers mean nothing in it (no variance).
 DOUBLE_ONLY = {"graph/loss_differentiates_the_model", "samples/all_alike"}
-SINGLE = [(what, case) for what, case in PAIRS if what not in case.refused and case.name not in DOUBLE_ONLY]
+SINGLE = [
+    (what, case)
+    for what, case in PAIRS
+    if what != "norms" and what not in case.refused and case.name not in DOUBLE_ONLY
+]
 
 
 @pytest.mark.parametrize(("what", "case"), SINGLE, ids=[f"{case.name}-{what}" for what, case in SINGLE])
@@ -184,6 +234,7 @@ def test_only_torch_without_a_bfloat16_lstm_skips(
 def test_lstm_cases_skip_without_avx512() -> None:
     """The real thing: oneDNN is told to use nothing above AVX2."""
     command = [sys.executable, "-m", "pytest", "tests/test_matrix.py", "-k", "bfloat16_autocast and lstm", "-rs"]
+    command += ["-n", "0"]
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stdout
@@ -203,7 +254,7 @@ def main() -> None:
     for what in MEASUREMENTS:
         counts = {"exact": 0, "refused": 0, "wrong": 0, "not comparable": 0}
         for case in CASES:
-            if what in case.skip:
+            if SAID_OF.get(what, what) in case.skip:
                 counts["not comparable"] += 1
                 continue
             try:

@@ -3,6 +3,7 @@
 import warnings
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
@@ -72,9 +73,10 @@ class Program(nn.Module):
         return self.head(values[-1])
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(steps=st.lists(step, min_size=1, max_size=7), classification=st.booleans())
-def test_random_graph(steps: list[tuple[str, str, int, int]], classification: bool) -> None:
+ANY_GRAPH = given(steps=st.lists(step, min_size=1, max_size=7), classification=st.booleans())
+
+
+def check_graph(steps: list[tuple[str, str, int, int]], classification: bool) -> None:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     model, inputs = Program(steps), torch.randn(N, WIDTH)
@@ -88,3 +90,9 @@ def test_random_graph(steps: list[tuple[str, str, int, int]], classification: bo
         assert_all_close(probe.fisher_diagonal(loss_fn, inputs, targets).by_parameter(), fisher)
         loss_fn(model(inputs), targets).backward()
         assert_all_close(probe.fisher_diagonal().by_parameter(), fisher)
+
+
+test_any_graph = settings(max_examples=40, deadline=None)(ANY_GRAPH(check_graph))
+test_many_graphs = pytest.mark.slow(
+    settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])(ANY_GRAPH(check_graph))
+)

@@ -76,10 +76,11 @@ def test_each_selection_is_exact_without_running_the_model_again(layers: Any, bi
         torch.testing.assert_close(found[name], diagonal, rtol=1e-10, atol=1e-12)
 
 
-def test_a_use_outside_of_all_layers_falls_back_and_stays_exact() -> None:
+def test_a_use_outside_of_all_layers_is_followed_and_stays_exact() -> None:
     model, (x, y) = Decoder(penalty=True), batch()
-    with CurvatureProbe(model) as probe:
-        with pytest.warns(CurvatureWarning, match="head"):
+    with CurvatureProbe(model, reduction="mean") as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # nothing runs again
             language_loss(model(x), y).backward()
         found = probe.fisher_diagonal()
     for name, diagonal in expected(model, probe, [(x, y)]).items():
@@ -113,8 +114,9 @@ class Inner(nn.Module):
 def test_a_holder_without_a_rule_and_a_row_that_all_samples_share() -> None:
     """As in the language models of transformers, which also return their loss, a scalar, with the logits."""
     model, (x, _) = WithHolder(), batch()
-    with CurvatureProbe(model, layers=["embedding", "places", "head"]) as probe:
-        with pytest.warns(CurvatureWarning, match=r"layers \['places'\]"):
+    with CurvatureProbe(model, layers=["embedding", "places", "head"], reduction="mean") as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             model(x)["loss"].backward()
         found = probe.fisher_diagonal().by_parameter()
     expected = fisher_by_sample(model, lambda output, _: output["loss"], x, torch.zeros(N), N)

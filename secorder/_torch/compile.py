@@ -1,51 +1,78 @@
 """Code that is traced, by ``torch.compile`` and others: hooks that are to run outside of it, or not at all."""
 
+import inspect
 from collections.abc import Callable
 from contextlib import ExitStack
-from enum import IntEnum
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch._C._dynamo import eval_frame
 
 from .compiler import run_eagerly
 
-__all__ = ["EagerSection", "Graph", "being_compiled", "is_traced", "leave_graph", "uncompiled"]
+__all__ = [
+    "EagerSection", "being_compiled", "hooks_prevent_compiling", "is_traced", "leave_graph", "may_break_graph",
+    "never_compiled", "uncompiled",
+]  # fmt: skip
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: Function) -> Function:
     """Never compile the function's own frame; as a part of a larger graph it is traced like any other."""
-    code = function.__code__
-    if hasattr(eval_frame, "skip_code"):
-        eval_frame.skip_code(code)
-    else:
-        skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
-        eval_frame.set_code_exec_strategy(code, eval_frame._FrameExecStrategy(skip, default))
+    skip, default = eval_frame._FrameAction.SKIP, eval_frame._FrameAction.DEFAULT
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, default))
     return function
 
 
-class Graph(IntEnum):
-    """Whether ``torch.compile`` traces the caller into a graph."""
+def never_compiled(function: Function) -> Function:
+    """Neither the function nor anything that it calls is ever compiled: for hooks that the autograd engine calls."""
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
 
-    NONE = 0
-    MAY_BREAK = 1
-    WHOLE = 2  # fullgraph=True, or torch.export
+
+# What the tracer asks the next two while it traces is a constant to it, and a plain truth value: not every PyTorch can
+# trace a comparison with the member of an enumeration.
 
 
 @uncompiled
-def being_compiled() -> int:
-    """The :class:`Graph` that the caller is traced into: a constant to the tracer, which evaluates it as it traces."""
+def being_compiled() -> bool:
+    """Whether ``torch.compile``, or ``torch.export``, traces the caller into a graph."""
+    return _translator() is not None
+
+
+@uncompiled
+def may_break_graph() -> bool:
+    """Whether the graph that the caller is traced into may be broken: not with ``fullgraph=True``, nor in an export."""
+    translator = _translator()
+    return translator is not None and not translator.one_graph
+
+
+for _question in (being_compiled, may_break_graph):  # as torch.compiler.assume_constant_result does
+    _question._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _translator() -> Any:
+    """What traces at this moment; None where nothing does."""
     try:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
-        return int(Graph.WHOLE if InstructionTranslator.current_tx().one_graph else Graph.MAY_BREAK)
+        return InstructionTranslator.current_tx()
     except Exception:  # nothing is traced
-        return int(Graph.NONE)
+        return None
 
 
-being_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch.compiler.assume_constant_result sets
+def hooks_prevent_compiling(module: nn.Module) -> bool:
+    """Whether nothing of the module's forward is compiled where a hook of its own has broken the graph.
+
+    So it is with modules of PyTorch's own, such as ``nn.Sequential``, before PyTorch looked for hooks there.
+    """
+    from torch._dynamo import trace_rules
+
+    looks_for_hooks = "frame" in inspect.signature(trace_rules.check_verbose).parameters
+    return not looks_for_hooks and bool(trace_rules.check(module.forward))
 
 
 @uncompiled
@@ -79,6 +106,10 @@ class EagerSection:
     def begin(self) -> None:
         """Nothing is compiled from now on."""
         self._callback = eval_frame.set_eval_frame(None)
+
+    def within_compiled_code(self) -> bool:
+        """Whether the code around is being compiled, or was."""
+        return self._callback not in (None, False)
 
     def whole_graph_wanted(self) -> bool:
         """Whether the code around was compiled with ``fullgraph=True``, so that it must not run eagerly."""

@@ -1,7 +1,7 @@
 """Tensors that are kept from forward to backward, as autograd keeps its own."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -37,12 +37,8 @@ def keep(tensors: Iterable[Tensor]) -> Kept:
 
 
 def saved_tensor_hooks_active() -> bool:
-    """Whether something, such as an activation checkpoint, takes the tensors that autograd saves now.
-
-    Before 2.8 PyTorch does not tell: it may be so at any time.
-    """
-    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None
+    """Whether something, such as an activation checkpoint, takes the tensors that autograd saves now."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def checkpoint_section() -> Any:
@@ -50,8 +46,7 @@ def checkpoint_section() -> Any:
 
     PyTorch does not tell it by itself: a part that is computed again refers to what it was when it was computed first.
     """
-    top: Callable[[bool], Any] | None = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(True)
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None
     pack = inspect.unwrap(hooks[0])

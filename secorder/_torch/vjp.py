@@ -52,7 +52,7 @@ def stacked_vjp(
     """
     count = cotangents[0].shape[0]
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
-    if not live:
+    if not live or not inputs:
         return [x.new_zeros((count, *x.shape)) for x in inputs]
     reached = [o for o, _ in live]
     if count > 1:

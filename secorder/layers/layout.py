@@ -13,7 +13,7 @@ class Layout(NamedTuple):
 
     Attributes:
         dim: the dimension that holds them.
-        rows: how many rows of that dimension belong to one sample (flattened tokens, dim 0 only).
+        rows: how many rows of that dimension belong to one sample (flattened tokens; of a layer's output, dim 0 only).
         sample_major: whether the rows of one sample follow each other (``n·T + t``) or are T apart (``t·N + n``).
     """
 
@@ -34,6 +34,7 @@ class Layout(NamedTuple):
         """The tensor as ``(N, ...)``, a view where it can be."""
         if self.rows == 1:
             return tensor.movedim(self.dim, 0)
+        tensor = tensor.movedim(self.dim, 0)
         if self.sample_major:
             return tensor.reshape(-1, self.rows, *tensor.shape[1:])
         return tensor.reshape(self.rows, -1, *tensor.shape[1:]).movedim(1, 0)
@@ -42,7 +43,7 @@ class Layout(NamedTuple):
         """The inverse of :meth:`split`."""
         if self.rows == 1:
             return tensor.movedim(0, self.dim)
-        return (tensor if self.sample_major else tensor.movedim(0, 1)).flatten(0, 1)
+        return (tensor if self.sample_major else tensor.movedim(0, 1)).flatten(0, 1).movedim(0, self.dim)
 
 
 DIM_ZERO = Layout()

@@ -15,7 +15,16 @@ from ..parallel.fsdp import fully_sharded, managed
 from .per_sample import Rule
 from .rules import rule_for
 
-__all__ = ["DEFAULT_LAYER_TYPES", "Layer", "LayerTypes", "present", "select_layers", "sharded_parameter"]
+__all__ = [
+    "DEFAULT_LAYER_TYPES",
+    "Layer",
+    "LayerTypes",
+    "present",
+    "select_layers",
+    "sharded_parameter",
+    "share_of_parameters",
+    "trained",
+]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
@@ -35,6 +44,7 @@ class Layer:
         rule: the layer type's per-sample gradient rule; None where the layer is measured without one, by its module.
         enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
             directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
+        by_operations: whether the layer is measured by the operations that take its parameters, without a rule.
     """
 
     name: str
@@ -42,6 +52,7 @@ class Layer:
     parameters: dict[str, nn.Parameter]
     rule: Rule | None
     enclosing: nn.Module
+    by_operations: bool = False
 
     @cached_property
     def sharded(self) -> bool:
@@ -132,6 +143,20 @@ def present(layer: Layer) -> Layer:
     if all(now.get(name) is p for name, p in layer.parameters.items()) or not layer.parameters.keys() <= now.keys():
         return layer
     return replace(layer, parameters={name: now[name] for name in layer.parameters})
+
+
+def trained(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers of which something is trained, unless nothing is of any."""
+    found = [layer for layer in layers if any(p.requires_grad for p in layer.parameters.values())]
+    return found or list(layers)
+
+
+def share_of_parameters(model: nn.Module, layers: Sequence[Layer]) -> float:
+    """The layers' share of the trainable elements of a model; 1 where nothing is trained."""
+    every = {id(p): p.numel() for p in model.parameters() if p.requires_grad}
+    own = {id(p) for layer in layers for p in layer.parameters.values()}
+    total = sum(every.values())
+    return sum(size for key, size in every.items() if key in own) / total if total else 1.0
 
 
 def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:

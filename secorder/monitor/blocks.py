@@ -28,23 +28,30 @@ def common_prefix(names: Sequence[str]) -> str:
 
 
 def shortened(names: Sequence[str]) -> tuple[str, list[str]]:
-    """The prefix that most names begin with, and the names without it, ``…`` in its place where not all have it.
+    """Names without what they share, and what that is, in words.
+
+    What all begin with is left out, and of what is left ``…`` stands for what most begin with.
 
     Example:
         >>> from secorder.monitor.blocks import shortened
-        >>> shortened(["model.layers.0.fc", "model.layers.1.fc", "model.layers.2.fc", "head"])
-        ('model.layers.', ['…0.fc', '…1.fc', '…2.fc', 'head'])
+        >>> shortened(["model.layers.0.fc", "model.layers.1.fc"])
+        ('names without model.layers.', ['0.fc', '1.fc'])
+        >>> shortened(["net.layers.0.fc", "net.layers.1.fc", "net.layers.2.fc", "net.head"])
+        ('names without net., … is layers.', ['…0.fc', '…1.fc', '…2.fc', 'head'])
     """
     shared = common_prefix(names)
+    rest = [name.removeprefix(shared) for name in names]
     counts: Counter[str] = Counter()
-    for name in names:
+    for name in rest:
         parts = name.split(".")[:-1]
         counts.update(".".join(parts[: depth + 1]) + "." for depth in range(len(parts)))
-    most = [prefix for prefix, count in counts.items() if 3 * count >= 2 * len(names) and count > 1]
+    most = [prefix for prefix, count in counts.items() if 3 * count >= 2 * len(rest) and count > 1]
     prefix = max(most, key=len, default="")
-    if len(prefix) <= len(shared) + 2:  # the mark takes what it saves
-        return shared, [name.removeprefix(shared) for name in names]
-    return prefix, [f"…{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in names]
+    told = f"names without {shared}" if shared else ""
+    if len(prefix) < 3:  # the mark takes what it saves
+        return told, rest
+    told += f"{', ' if told else ''}… is {prefix}"
+    return told, [f"…{name.removeprefix(prefix)}" if name.startswith(prefix) else name for name in rest]
 
 
 def blocks(names: Sequence[str], at_most: int = AT_MOST) -> dict[str, list[str]]:

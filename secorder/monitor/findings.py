@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ..errors import CouplingError
 from ..results import Diagonals
+from .html import html_list
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
@@ -108,6 +109,11 @@ class Diagnosis:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         found = [Text(f"• {finding}") for finding in self.findings] or [Text("Nothing stands out.")]
         yield Group(self.report(), *found)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the table, and what was found."""
+        found = [str(finding) for finding in self.findings] or ["Nothing stands out."]
+        return self.report()._repr_html_() + html_list(found)
 
     def to_json(self, **options: Any) -> str:
         """Statistics, findings, sizes and strategies as JSON; ``options`` as for ``json.dumps``."""

@@ -52,7 +52,7 @@ def heat_map(
     from PIL import Image, ImageDraw, ImageFont
 
     colours, low, high = _colours(values)
-    prefix, short = shortened(names)
+    told, short = shortened(names)
     panels = min(_PANELS, -(-len(names) // _ROWS))
     rows = -(-len(names) // panels)
     row = max(2, min(24, _HEIGHT // rows))
@@ -65,7 +65,7 @@ def heat_map(
     columns = np.arange(width) * len(steps) // width
     image = Image.new("RGB", (panels * (margin + width) + _SCALE, top + height + 30), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((8, 6), f"{title}   (names without {prefix})" if prefix else title, "black", large)
+    draw.text((8, 6), f"{title}   ({told})" if told else title, "black", large)
     for panel in range(panels):
         cells = np.repeat(colours[panel * rows : (panel + 1) * rows, columns], row, 0)
         left = (panel + 1) * margin + panel * width

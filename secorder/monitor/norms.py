@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.foreach import norms
 from .names import WHOLE_MODEL, shown
+from .stacks import norms, stacks
 
 __all__ = ["Norms"]
 
@@ -16,7 +16,7 @@ class Norms:
     """Norms of the layers' gradients and weights, and of the last update relative to the weights.
 
     ``gradient_norm`` is that of what training left in ``.grad``, so after clipping; ``update_to_weight`` is
-    ``‖θ_t − θ_{t−1}‖ / ‖θ_{t−1}‖``, for which the weights are copied one step before. Those of the whole model are of
+    ``‖θ_t − θ_{t−1}‖ / ‖θ_t‖``, for which the weights are copied one step before. Those of the whole model are of
     all layers' parameters together, one that several layers share counted once.
 
     Args:
@@ -30,7 +30,7 @@ class Norms:
         >>> norms.copy_weights()
         >>> numbers = norms.numbers() if weight.mul_(1.5) is not None else {}
         >>> numbers["weight_norm"], numbers["update_to_weight"]
-        ({'fc': 7.5}, {'fc': 0.5})
+        ({'fc': 7.5}, {'fc': 0.3333333333333333})
     """
 
     def __init__(self, parameters: Mapping[str, Sequence[Tensor]]) -> None:
@@ -39,12 +39,13 @@ class Norms:
             shown(name): [known.setdefault(id(p), len(known)) for p in group] for name, group in parameters.items()
         }
         self._parameters = list({id(p): p for group in parameters.values() for p in group}.values())
-        self._before: list[Tensor] | None = None
+        self._before: list[tuple[list[int], Tensor]] | None = None
         self._gradients: dict[int, float] | None = None
 
     def copy_weights(self) -> None:
         """Keep the weights of now, until :meth:`numbers` is called after the next step."""
-        self._before = [p.detach().clone() for p in self._parameters]
+        with torch.no_grad():  # what is large is told as it is, and must be copied
+            self._before = [(at, rows.clone() if len(at) == 1 else rows) for at, rows in stacks(self._parameters)]
 
     def see_gradients(self) -> None:
         """Measure the gradients now, where they are gone when :meth:`numbers` is called."""
@@ -60,13 +61,11 @@ class Norms:
         by_layer = {statistic: self._by_layer(values) for statistic, values in seen.items()}
         whole = {statistic: math.hypot(*values.values()) for statistic, values in seen.items() if values}
         if self._before is not None:
-            with torch.no_grad():
-                updates = norms([p - old for p, old in zip(self._parameters, self._before, strict=True)])
-            weights, self._before = norms(self._before), None
-            sizes, moved = self._by_layer(dict(enumerate(weights))), self._by_layer(dict(enumerate(updates)))
+            updates, self._before = norms(self._parameters, self._before), None
+            sizes, moved = by_layer["weight_norm"], self._by_layer(dict(enumerate(updates)))
             by_layer["update_to_weight"] = {name: x / sizes[name] for name, x in moved.items() if sizes[name] > 0}
-            if any(weights):
-                whole["update_to_weight"] = math.hypot(*updates) / math.hypot(*weights)
+            if whole["weight_norm"] > 0:
+                whole["update_to_weight"] = math.hypot(*updates) / whole["weight_norm"]
         return {**by_layer, WHOLE_MODEL: whole}
 
     def _by_layer(self, values: Mapping[int, float]) -> dict[str, float]:

@@ -50,11 +50,11 @@ def plot(history: History, statistic: str = "fisher_trace", *, top: int = 10) ->
     values = np.array([[row.get(name, math.nan) for _, row in points] for name in names], dtype=float)
     finite = values[np.isfinite(values)]
     logarithmic = bool(finite.size and (finite > 0).all())
-    prefix, short = shortened(names)
+    told, short = shortened(names)
 
     height = min(16.0, 1.5 + 0.22 * len(names))
     figure = Figure(figsize=(12, max(4.0, height)), layout="constrained")
-    figure.suptitle(f"{statistic}   (names without {prefix})" if prefix else statistic)
+    figure.suptitle(f"{statistic}   ({told})" if told else statistic)
     heat, lines = figure.subplots(1, 2)
     edges = _edges(steps)
     norm = LogNorm() if logarithmic else None

@@ -1,58 +1,26 @@
 """A schedule: what is logged of a model that trains, and how often."""
 
-import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from .._caution import caution
-from .._keywords import refuse_renamed
-from ..errors import InvalidArgumentError, SecorderError
+from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics
+from .watched import Watched, measurement_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["CurvatureRecorder"]
-
-
-class Probe(Protocol):
-    """What is needed of a :class:`secorder.CurvatureProbe`."""
-
-    @property
-    def decay(self) -> float | None:
-        """Of the moving average; None for means."""
-
-    @property
-    def every(self) -> int:
-        """Each how many forwards are recorded."""
-
-    @property
-    def layer_parameters(self) -> Mapping[str, Sequence[Tensor]]:
-        """Layer name → parameters."""
-
-    @property
-    def window(self) -> Callable[..., Any]:
-        """The method that takes out what was accumulated since the last look."""
-
-    @property
-    def hessian_diagonal(self) -> Callable[..., Any]:
-        """The method that measures the Hessian diagonal per layer."""
-
-    @property
-    def hessian_trace(self) -> Callable[..., Any]:
-        """The method that measures its trace."""
-
-    @property
-    def hessian_eigenvalues(self) -> Callable[..., Any]:
-        """The method that measures extreme eigenvalues."""
 
 
 class CurvatureRecorder:
@@ -61,8 +29,9 @@ class CurvatureRecorder:
     Each point shows its time: the Fisher is the mean over the samples since the last point, the loss the mean over its
     steps. Of a probe with ``decay`` it is the moving average. Names are ``statistic/layer``:
 
-    - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max``, ``gradient_noise_scale``, and of
-      the whole model ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
+    - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max`` (the trace alone of a probe that
+      accumulates traces), ``gradient_noise_scale`` (in samples; where a batch tells it), and of the whole model
+      ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
     - ``norms_every``: ``gradient_norm`` and ``weight_norm`` of the layers' parameters, and ``update_to_weight``, the
       norm of the last update relative to theirs, for which the weights are copied from one step to the next;
     - ``histograms_every``: ``fisher_histogram``, of ``log10`` of the entries;
@@ -101,7 +70,7 @@ class CurvatureRecorder:
     Raises:
         InvalidArgumentError: an interval is below 1, a measurement comes without a loss or a batch, or an option is
             unknown or had another name.
-        InvalidTypeError: one of the sinks is none.
+        InvalidTypeError: one of the sinks is none, or the loss is no function.
 
     Example:
         >>> import tempfile, torch
@@ -122,7 +91,7 @@ class CurvatureRecorder:
 
     def __init__(
         self,
-        probe: Probe,
+        probe: Watched,
         sinks: Any = None,
         *,
         log_every: int | None = 10,
@@ -152,9 +121,11 @@ class CurvatureRecorder:
         _check_intervals(self._every)
         if measured and (loss_fn is None or batch is None):
             raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
+        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+            raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
-        self._options = _options(probe, hessian_options)
+        self._options = measurement_options(probe, hessian_options)
         self._optimizer = optimizer
         self._window = {"keep_total": keep_total, "synchronize": synchronize}
         self._strict = strict
@@ -248,17 +219,36 @@ class CurvatureRecorder:
         rates = self._learning_rates()
         if rates:
             point.add({WHOLE_MODEL: {"learning_rate": max(rates.values())}})
-        window: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
+        source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
-        if not window.num_samples:
+        if not source.num_samples:
             return None
-        point.batch_size = window.num_samples * self._probe.every / steps if self._probe.decay is None else None
-        fisher = window.fisher_diagonal(missing="skip")
+        point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
+        self._see_noise(source, point)
+        if self._probe.accumulate == "trace":
+            traces = {shown(name): trace.value for name, trace in source.fisher_trace(missing="skip").items()}
+            # Of entries only this is known: all are zero, or one is not finite.
+            point.fisher = {
+                name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
+                for name, value in traces.items()
+            }
+            point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": sum(traces.values())}})
+            return None
+        fisher = source.fisher_diagonal(missing="skip")
         statistics = layer_statistics(fisher)
         point.fisher = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("fisher", statistics)
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
         return fisher
+
+    def _see_noise(self, source: Any, point: Observation) -> None:
+        """The gradient noise scale, where a batch of the window tells it: not every one does."""
+        try:
+            noise = source.gradient_noise_scale(missing="skip")
+        except AttributionError:
+            return
+        point.add({"gradient_noise_scale": {shown(name): scale.value for name, scale in noise.items()}})
+        point.add({WHOLE_MODEL: {"gradient_noise_scale": noise.total.value}})
 
     def _see_norms(self, point: Observation) -> None:
         assert self._norms is not None
@@ -371,16 +361,3 @@ def _check_intervals(every: Mapping[str, int | None]) -> None:
         if interval is not None and not (whole and interval >= 1):
             keyword = "log_every" if name == "fisher" else f"{name}_every"
             raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")
-
-
-def _options(probe: Probe, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each measurement the options that it takes."""
-    refuse_renamed(given, "hessian_diagonal()")
-    methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
-    taken = {method: set(inspect.signature(getattr(probe, method)).parameters) for method in methods}
-    if "every" in given:
-        raise InvalidArgumentError("CurvatureRecorder takes log_every= in place of every=.")
-    unknown = sorted(given.keys() - set.union(*taken.values()))
-    if unknown:
-        raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
-    return {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}

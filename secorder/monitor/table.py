@@ -4,7 +4,7 @@ import io
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Literal
 
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
-from .statistics import LayerSummary, summarize
+from .fitting import fitting
+from .html import html_table
+from .statistics import LayerSummary, merged, summarize
 from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
 
 __all__ = ["Report", "SortKey", "report"]
@@ -21,6 +23,10 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 _SPARK_BINS = 12
+
+
+#: Name of the last row, of all layers together.
+TOTAL = "total"
 
 
 SortKey = Literal["name", "parameters", "trace", "mean", "std", "max", "negative"]
@@ -56,9 +62,12 @@ def report(
     *,
     sort_by: SortKey | None = None,
     group_by: Literal["type"] | Callable[[str], str] | None = None,
+    depth: int | None = None,
     title: str | None = None,
 ) -> "Report":
     """A table of layers: name, type, shape, parameters, and of each curvature trace, mean, std, max, histogram.
+
+    The last row is of all layers together.
 
     Args:
         fisher: layer name → Fisher diagonal.
@@ -66,13 +75,14 @@ def report(
         sort_by: ``"name"``, ``"parameters"``, or a statistic of the Fisher (of the Hessian where there is no Fisher),
             largest first; by default the order of the diagonals, which is the model's.
         group_by: ``"type"``, or a function of the layer's name that tells its group.
+        depth: parts of a name at most: layers that begin alike are told as one row (``"encoder.layers"`` at 2).
         title: shown above the table.
 
     Returns:
         what ``rich.print`` shows as a table and ``print`` as plain text; see :class:`Report`.
 
     Raises:
-        InvalidArgumentError: neither curvature is given, or ``sort_by`` is unknown.
+        InvalidArgumentError: neither curvature is given, ``sort_by`` is unknown, or ``depth`` is below 1.
 
     Example:
         >>> import torch, secorder
@@ -82,7 +92,10 @@ def report(
     diagonals = {kind: d for kind, d in given.items() if d is not None}
     if not diagonals:
         raise InvalidArgumentError("a report needs a Fisher or a Hessian diagonal: report(probe.fisher_diagonal()).")
-    return Report(_rows(diagonals), list(diagonals), sort_by=sort_by, group_by=group_by, title=title)
+    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
+        raise InvalidArgumentError(f"depth must be a whole number of at least 1, got {depth!r}.")
+    rows = _rows(diagonals) if depth is None else _to_depth(_rows(diagonals), depth)
+    return Report(rows, list(diagonals), sort_by=sort_by, group_by=group_by, title=title)
 
 
 def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
@@ -100,10 +113,28 @@ def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
     return rows
 
 
-class Report:
-    """A table of layers for people: ``rich.print(report)``, ``print(report)``, or a file.
+def _to_depth(rows: Sequence[_Row], depth: int) -> list[_Row]:
+    """Rows whose names begin alike, as one."""
+    groups: dict[str, list[_Row]] = {}
+    for row in rows:
+        groups.setdefault(".".join(row.name.split(".")[:depth]), []).append(row)
+    return [group[0] if len(group) == 1 else _together(name, group) for name, group in groups.items()]
 
-    It shows as many columns as the terminal is wide; ``print`` and pipes get plain text.
+
+def _together(name: str, rows: Sequence[_Row]) -> _Row:
+    """Several layers as one row."""
+    kinds = list(dict.fromkeys(kind for row in rows for kind in row.summaries))
+    summaries = {
+        kind: merged([(row.parameters, row.summaries[kind]) for row in rows if kind in row.summaries]) for kind in kinds
+    }
+    return _Row(name, f"{len(rows)} layers", "", sum(row.parameters for row in rows), summaries)
+
+
+class Report:
+    """A table of layers for people: ``rich.print(report)``, ``print(report)``, a cell of a notebook, or a file.
+
+    In a terminal that is narrow, names give up what they have in common, then columns are left out, then names are cut;
+    numbers never are. ``print`` and pipes get plain text.
     """
 
     def __init__(
@@ -136,14 +167,18 @@ class Report:
 
     # ---- what is shown
 
+    @property
+    def _rows(self) -> list[_Row]:
+        return [row for group in self._groups.values() for row in group]
+
     def _columns(self) -> list[_Column]:
+        rows = self._rows
         columns = [
             _Column("layer", lambda row: row.name or "model", 0, right=False),
             _Column("type", lambda row: row.kind, 6, right=False),
             _Column("shape", lambda row: row.shape, 5),
             _Column("params", lambda row: f"{row.parameters:,}", 3),
         ]
-        rows = [row for group in self._groups.values() for row in group]
         for kind in self._kinds:
             short = kind[0]
             traces = [abs(r.summaries[kind].statistics["trace"]) for r in rows if kind in r.summaries]
@@ -162,44 +197,64 @@ class Report:
             columns = [c for c in columns if c.title not in ("type", "shape")]
         return columns
 
-    def _table(self, columns: Sequence[_Column]) -> Table:
-        table = Table(title=self._title, title_justify="left")
+    def _total(self) -> _Row | None:
+        """All layers as one row; None of fewer than two."""
+        rows = self._rows
+        return replace(_together(TOTAL, rows), kind="") if len(rows) > 1 else None
+
+    def _table(self, columns: Sequence[_Column], names: Mapping[str, str], told: str = "") -> Table:
+        """The table of these columns, with these names of the layers."""
+        table = Table(title=self._title, title_justify="left", caption=told or None, caption_justify="left")
         for column in columns:
             table.add_column(column.title, justify="right" if column.right else "left", no_wrap=True)
+
+        def cells(row: _Row, name: str) -> list[Text]:
+            return [Text(name), *(Text(column.text(row)) for column in columns[1:])]
+
         for group, rows in self._groups.items():
             if group is not None:
                 total = sum(row.parameters for row in rows)
                 counts = {"layer": group, "params": f"{total:,}"}
                 table.add_row(*(Text(counts.get(c.title, ""), "bold") for c in columns))
             for row in rows:
-                cells = [Text(column.text(row)) for column in columns]
+                shown = cells(row, names[row.name])
                 if group is not None:
-                    cells[0].pad_left(2)
-                table.add_row(*cells)
+                    shown[0].pad_left(2)
+                table.add_row(*shown)
             if group is not None:
                 table.add_section()
+        whole = self._total()
+        if whole is not None:
+            table.add_section()
+            table.add_row(*cells(whole, whole.name), style="bold")
         return table
 
     def _fitting(self, console: Console, width: int) -> Table:
-        """The table with as many columns as fit; those that give way first are left out first."""
-        columns = self._columns()
-        table = self._table(columns)
-        for level in sorted({c.gives_way for c in columns}, reverse=True):
-            if level == 0 or Measurement.get(console, console.options.update(width=10_000), table).maximum <= width:
-                break
-            columns = [c for c in columns if c.gives_way < level]
-            table = self._table(columns)
-        return table
+        names = {row.name: row.name or "model" for row in self._rows}
+        return fitting(console, width, self._columns(), names, self._table)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self._fitting(console, options.max_width)
 
     def __str__(self) -> str:
-        width = max(60, shutil.get_terminal_size((120, 24)).columns)
+        width = max(30, shutil.get_terminal_size((120, 24)).columns)
         console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False)
         with console.capture() as captured:
             console.print(self)
-        return captured.get().rstrip("\n")
+        return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: all columns, for it can be scrolled."""
+        columns = self._columns()
+        rows: list[tuple[str, list[str]]] = []
+        for group, layers in self._groups.items():
+            if group is not None:
+                rows.append(("group", [group] + [""] * (len(columns) - 1)))
+            rows += [("", [column.text(row) for column in columns]) for row in layers]
+        whole = self._total()
+        if whole is not None:
+            rows.append(("total", [column.text(whole) for column in columns]))
+        return html_table([(c.title, c.right) for c in columns], rows, self._title)
 
     # ---- files
 
@@ -228,7 +283,9 @@ def _statistic(kind: str, key: str, form: str) -> Callable[[_Row], str]:
 
 def _share(kind: str, whole: float) -> Callable[[_Row], str]:
     def text(row: _Row) -> str:
-        return f"{row.summaries[kind].statistics['trace'] / whole:.0%}" if kind in row.summaries else ""
+        if kind not in row.summaries or row.name == TOTAL:  # of what may be negative, shares do not add up to 1
+            return ""
+        return f"{row.summaries[kind].statistics['trace'] / whole:.0%}"
 
     return text
 

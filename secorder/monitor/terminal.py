@@ -5,6 +5,7 @@ import random
 _state = random.getstate()
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult  # noqa: E402
+from rich.live import Live  # noqa: E402
 from rich.measure import Measurement  # noqa: E402
 from rich.progress import (  # noqa: E402
     BarColumn,
@@ -25,6 +26,7 @@ __all__ = [
     "Console",
     "ConsoleOptions",
     "Group",
+    "Live",
     "Measurement",
     "MofNCompleteColumn",
     "Progress",

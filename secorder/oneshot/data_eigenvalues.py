@@ -14,7 +14,7 @@ from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .data_set import MeasuresBatches, batches_of, reduction_of
 from .eigenvalues import Eigenvalues, blocks_of, lanczos_steps, nothing, restricted
-from .hessian.run import on_parameters
+from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
 from .operators import Curvature, Operator, operators, product_on_parameters
 from .trace import By

@@ -19,7 +19,15 @@ from .hessian.estimate import relative_error
 from .loss import losses
 from .trace import Trace
 
-__all__ = ["MeasuresBatches", "batches_of", "find_reduction", "is_data_set", "reduction_of", "takes_data_sets"]
+__all__ = [
+    "MeasuresBatches",
+    "batches_of",
+    "find_reduction",
+    "first_of",
+    "is_data_set",
+    "reduction_of",
+    "takes_data_sets",
+]
 
 #: How the loss of a batch is made of its samples'.
 Kind = Literal["mean", "sum"]
@@ -58,6 +66,22 @@ def batches_of(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
                 f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
             )
         yield batch[0], batch[1]
+
+
+def first_of(data: Iterable[Any]) -> tuple[tuple[Any, Any], int]:
+    """The first batch, and how many there are.
+
+    Raises:
+        InvalidArgumentError: that cannot be told, or not without using up the data.
+    """
+    if isinstance(data, Iterator) or not isinstance(data, Sized):
+        raise InvalidArgumentError(
+            f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a DataLoader."
+        )
+    first = next(batches_of(data), None)
+    if first is None:
+        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    return first, len(data)
 
 
 def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -43,14 +43,16 @@ from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
 from .recorded_layer import RecordedLayer, contract_pairs, require_linear_backward
 from .recording import recorded
-from .roots import Columns, Root, single
+from .roots import Columns, First, Root, single
 from .sample_losses import own_losses, require_own_losses
 
 __all__ = [
     "FisherType",
     "SampleLosses",
+    "Trial",
     "check_fisher_type",
     "fisher_diagonal",
+    "in_batches",
     "losses_by_output",
     "require_independent_samples",
 ]
@@ -75,7 +77,7 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
     """
     asked = fisher_type, num_draws
     try:
-        found = _batched(task, *asked)
+        found = in_batches(task, *asked)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
         found = {}
     rest = [layer for layer in task.layers if layer.name not in found]
@@ -90,7 +92,20 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()})
 
 
-def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Found:
+@dataclass
+class Trial:
+    """A Fisher of some columns alone, to see how long they take.
+
+    Attributes:
+        columns: how many.
+        of: of how many, as it turned out.
+    """
+
+    columns: int
+    of: int = 0
+
+
+def in_batches(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial | None = None) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
         traced = task.traced(inputs=not task.create_graph)
@@ -110,12 +125,15 @@ def _batched(task: Measurement, fisher_type: FisherType, num_draws: int) -> Foun
             return {}
         pairs = _pairs(task, side, fisher_type, num_draws)
         linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        found = _by_rules(task, side.model_outputs, pairs, layers, linear=linear, by_graph=not traced.hooked)
+        if trial is not None:
+            trial.of = pairs.num_columns
+        how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
+        found = _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
     rest = [layer for layer in task.layers if layer.name not in found]
     if not traced.independent:
         require_independent_samples(task, output)
-    return found | (_by_samples(task, rest, pairs, linear=linear) if rest else {})
+    return found | (_by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
 
 
 def require_independent_samples(task: Measurement, output: Any) -> None:
@@ -226,6 +244,7 @@ def _by_rules(
     *,
     linear: bool,
     by_graph: bool,
+    trial: Trial | None,
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
@@ -239,11 +258,12 @@ def _by_rules(
     alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
-    with progress_bar(task.progress, "Fisher by columns", pairs.num_columns, unit="columns") as advance:
+    columns = _some(pairs, trial)
+    with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
         found = contract_pairs(
             model_outputs,
             alone,
-            pairs,
+            columns,
             certain=task.certain,
             generator=task.generator,
             chunk_size=task.chunk_size,
@@ -255,6 +275,10 @@ def _by_rules(
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
     return {name: (values, info) for name, values in (heads | by_columns).items()}
+
+
+def _some(pairs: Columns, trial: Trial | None) -> Columns:
+    return pairs if trial is None else First(pairs, min(trial.columns, pairs.num_columns))
 
 
 def _heads(

@@ -21,7 +21,7 @@ from .measurement import Measurement
 from .output_hessian import expose_output, loss_of_output
 from .recording import seen
 
-__all__ = ["by_loop"]
+__all__ = ["by_loop", "one_sample"]
 
 
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
@@ -111,6 +111,15 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
             "pass them in targets."
         )
     return output, loss
+
+
+def one_sample(task: Measurement, index: int) -> tuple[Any, Tensor]:
+    """Output and loss of a batch that holds one sample.
+
+    Raises:
+        CouplingError, NonFiniteError: as :func:`by_loop`.
+    """
+    return _of_samples(task, [index])
 
 
 def _which(index: list[int]) -> str:

@@ -1,87 +1,123 @@
-"""What a Fisher will take, before it is paid: the checks are run, and no pair is pulled back."""
+"""What a Fisher will take, before it is paid: the checks are run, and a few of its columns."""
 
-import torch
-from torch import Tensor
+import math
+from dataclasses import dataclass
 
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
 from ..errors import DoubleBackwardError
-from ..layers.layout import DIM_ZERO
 from ..results import Strategy
-from .fisher import losses_by_output, require_independent_samples
-from .fisher_pairs import FisherType
+from .fisher import Trial, in_batches
+from .fisher_by_loop import one_sample
+from .fisher_pairs import FisherType, Found
 from .hessian.choice import Choice
+from .hessian.cost import Cost, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
-from .recorded_layer import RecordedLayer, settle_layouts
 from .recording import recorded
+from .timing import seconds_of
 
-__all__ = ["fisher_choices"]
+__all__ = ["fisher_cost"]
+
+#: Columns of the longer trial.
+SOME = 33
 
 
-def fisher_choices(task: Measurement, fisher_type: FisherType, num_draws: int) -> dict[str, tuple[Facts, Choice]]:
-    """The facts about each layer, and how its Fisher will be come by.
+@dataclass(frozen=True)
+class _Timed:
+    """What trials told.
+
+    Attributes:
+        strategies: of the layers that are served by the whole batch.
+        columns: how many there are.
+        overhead: seconds without any column.
+        seconds: of one column, for all layers together.
+    """
+
+    strategies: dict[str, Strategy]
+    columns: int
+    overhead: float
+    seconds: float
+
+
+def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int) -> Cost:
+    """What a Fisher will take, layer by layer.
 
     Args:
         task: the measurement.
         fisher_type: which Fisher.
         num_draws: draws of ``"mc"``.
     """
-    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        output, loss = task.loss()
-        recording.close()
-        outputs = [t for t in tensors_in(output) if t.requires_grad]
-        unusable = recording.unusable()
-        layers = [
-            RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name])
-            for x in task.ruled
-            if recording.leaves.get(x.name) and x.name not in unusable
-        ]
-        ruled = _by_rules(task, output, loss, layers)
-    size = sum(t.numel() for t in outputs) // task.num_samples
-    pairs = {"empirical": 1, "type-2": max(size, 1), "mc": num_draws}[fisher_type]
-
-    def choice(name: str) -> Choice:
-        if ruled is None:
-            return Choice(Strategy.LOOP, task.num_samples * pairs, task.num_samples * pairs)
-        if name in ruled:
-            return Choice(Strategy.RULE, pairs, pairs)
-        return Choice(Strategy.PER_SAMPLE, task.num_samples * pairs, task.num_samples * pairs)
-
-    def facts(name: str, numel: int) -> Facts:
-        z = sum(leaf.numel() for leaf in recording.leaves.get(name, []))
-        passed = sum(t.numel() for t in outputs)
-        return Facts(
-            name,
+    timed = _timed(task, fisher_type, num_draws)
+    passed, leaves = _sizes(task)
+    sample = _seconds_of_sample(task) if len(timed.strategies) < len(task.layers) else 0.0
+    costs = {}
+    for layer in task.layers:
+        numel = sum(p.numel() for p in layer.parameters.values())
+        z = leaves.get(layer.name, 0)
+        strategy = timed.strategies.get(layer.name, Strategy.LOOP)
+        columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
+        products = columns * (1 if strategy in (Strategy.RULE, Strategy.UNUSED) else task.num_samples)
+        facts = Facts(
+            layer.name,
             numel,
             outputs=z // task.num_samples,
             passed=passed,
             output_elements=max(z, passed),
             parameter_elements=numel + 4 * passed,
         )
+        seconds = timed.seconds * columns / max(1, len(timed.strategies))
+        if strategy == Strategy.LOOP:
+            seconds = task.num_samples * sample * columns / (len(task.layers) - len(timed.strategies))
+        costs[layer.name] = layer_cost(task, facts, Choice(strategy, products, products), seconds)
+    return Cost(costs, timed.overhead)
 
-    sizes = {x.name: sum(p.numel() for p in x.parameters.values()) for x in task.layers}
-    return {name: (facts(name, numel), choice(name)) for name, numel in sizes.items()}
+
+def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
+    """Pairs of cotangents, at most."""
+    return {"empirical": 1, "type-2": max(outputs, 1), "mc": num_draws}[fisher_type]
 
 
-def _by_rules(task: Measurement, output: object, loss: Tensor, layers: list[RecordedLayer]) -> set[str] | None:
-    """The layers that go by rules; None where the loss does not go by the output."""
+def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed:
+    """By two trials, of which the first tells what is done anyway."""
+    found: Found = {}
+    one, some = Trial(1), Trial(SOME)
+    start = seconds_of(lambda: found.update(_tried(task, fisher_type, num_draws, one)))
+    strategies = {name: info.strategy for name, (_, info) in found.items()}
+    if not strategies:
+        return _Timed({}, 0, start, 0.0)
+    first = seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
+    if one.of <= 1:
+        return _Timed(strategies, one.of, first, 0.0)
+    longer = seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
+    seconds = max(longer - first, 0.0) / (min(SOME, one.of) - 1)
+    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
+
+
+def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial) -> Found:
     try:
-        side = losses_by_output(task, output, loss, layers, second_order=False) if loss.requires_grad else None
-    except DoubleBackwardError:
-        side = None
-    if side is None:
-        return None
-    require_independent_samples(task, output)
-    ends = side.model_outputs
-    replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]
-    reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends])
-    used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
-    alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
-    if task.certain:
-        for z in alone:
-            z.layouts = [DIM_ZERO] * len(z.leaves)
-    elif alone:
-        size = sum(f[0].numel() for f in ends)
-        settle_layouts(ends, alone, task.random((1, task.num_samples, size), ends[0]), task.generator)
-    return {z.layer.name for z in alone if z.layouts}
+        return in_batches(task, fisher_type, num_draws, trial)
+    except DoubleBackwardError:  # of the checks; the definition needs one derivative
+        return {}
+
+
+def _sizes(task: Measurement) -> tuple[int, dict[str, int]]:
+    """Numbers of the model's output, and by layer of z."""
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        output, _ = task.loss()
+        recording.close()
+    passed = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    return passed, {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
+
+
+def _seconds_of_sample(task: Measurement) -> float:
+    """A forward and a gradient of a batch of one."""
+    replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
+
+    def work() -> None:
+        _, loss = one_sample(task, 0)
+        if loss.requires_grad:
+            gradients(loss, replacements)
+
+    work()
+    return seconds_of(work)

@@ -1,6 +1,7 @@
 """The loss, checked: is it a finite scalar, does it depend on the model?"""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,39 @@ from ..layers.selection import select_layers
 from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 
-__all__ = ["check_loss", "losses", "require_dependence"]
+__all__ = ["check_loss", "explains_missing_targets", "losses", "require_dependence", "require_loss_function"]
+
+
+def require_loss_function(loss_fn: Any) -> None:
+    """Raise unless a loss can be called.
+
+    Raises:
+        InvalidTypeError: it is a class, a name, or anything else that is no function.
+    """
+    if isinstance(loss_fn, type):
+        name = loss_fn.__name__
+        raise InvalidTypeError(f"loss_fn is the class {name}, not made yet: pass {name}().")
+    if not callable(loss_fn):
+        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}.")
+
+
+@contextmanager
+def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
+    """Tell of targets that were forgotten, or put into the inputs, where a call fails for its arguments.
+
+    Raises:
+        InvalidArgumentError: in place of the ``TypeError`` that Python or PyTorch raised.
+    """
+    try:
+        yield
+    except InvalidTypeError:
+        raise
+    except TypeError as error:
+        if targets is not None:
+            raise
+        pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
+        advice = "if the inputs are (inputs, targets), pass them as two arguments" if pair else "pass them"
+        raise InvalidArgumentError(f"there are no targets, and calling failed: {advice}. ({error})") from error
 
 
 def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
@@ -38,11 +71,17 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
 
 
 def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -> Tensor:
-    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``."""
+    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``.
+
+    Raises:
+        InvalidTypeError, InvalidArgumentError: the loss cannot be called, or misses its targets.
+    """
+    require_loss_function(loss_fn)
     found = []
     with isolate(model, loss_fn, []) as isolated:
         for x, t in batches:
-            value = without_gradients(partial(_loss_of_batch, isolated, loss_fn, t), x)
+            with explains_missing_targets(x, t):
+                value = without_gradients(partial(_loss_of_batch, isolated, loss_fn, t), x)
             found.append(check_loss(value, isolated, x).detach())
     return torch.stack(found)
 

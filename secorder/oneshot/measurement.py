@@ -11,11 +11,11 @@ from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import check_chunk_size, fresh_generator, gradients
 from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimension, take_samples
-from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
+from ..errors import InvalidArgumentError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
-from .loss import check_loss
+from .loss import check_loss, explains_missing_targets, require_loss_function
 from .provenance import Traced
 
 __all__ = ["Measurement", "measure"]
@@ -212,9 +212,7 @@ def measure(
         InvalidArgumentError, InvalidTypeError: an unusable argument.
         ProbeStateError: a layer is not in the model any more.
     """
-    if not callable(loss_fn) or isinstance(loss_fn, type):
-        what = f"the class {loss_fn.__name__}, not made yet" if isinstance(loss_fn, type) else type(loss_fn).__name__
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {what}.")
+    require_loss_function(loss_fn)
     check_chunk_size(chunk_size)
     for layer in layers:
         _require_present(model, layer)
@@ -237,7 +235,8 @@ def measure(
             how = generator, create_graph, chunk_size, progress
             return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch))
 
-    return run_isolated(on_isolated, model)
+    with explains_missing_targets(inputs, targets):
+        return run_isolated(on_isolated, model)
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
 """
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,14 +23,14 @@ from .fisher import SampleLosses, losses_by_output, require_independent_samples
 from .hessian.budget import Budget
 from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
-from .hessian.run import on_parameters
+from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
 from .recording import recorded
 from .roots import single
 
-__all__ = ["Curvature", "Operator", "check_curvature", "operators", "product_on_parameters"]
+__all__ = ["Curvature", "Operator", "ProductInZ", "check_curvature", "operators", "product_on_parameters"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
@@ -73,7 +74,7 @@ def _hessian_operators(task: Measurement) -> Blocks:
             if not facts.used:
                 yield layer, None
             elif facts.own_use and graph is not None and graph.layouts:
-                yield layer, _product_in_z(graph)
+                yield layer, ProductInZ(graph)
             else:
                 rest.append(layer)
     del found
@@ -81,11 +82,16 @@ def _hessian_operators(task: Measurement) -> Blocks:
         yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
 
 
-def _product_in_z(graph: LayerGraph) -> Operator:
-    """v ↦ Jᵀ H_z J v."""
-    sizes = [p.numel() for p in graph.layer.parameters.values()]
+@dataclass(frozen=True, eq=False)
+class ProductInZ:
+    """v ↦ Jᵀ H_z J v of a layer by its part of the graph."""
 
-    def product(v: Tensor) -> Tensor:
+    graph: LayerGraph
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with a flat vector."""
+        graph = self.graph
+        sizes = [p.numel() for p in graph.layer.parameters.values()]
         parts = v.split(sizes)
         along = {
             name: part.view_as(p).to(p.dtype)
@@ -100,8 +106,6 @@ def _product_in_z(graph: LayerGraph) -> Operator:
             for (name, _), size in zip(graph.layer.parameters.items(), sizes, strict=True)
         ]
         return torch.cat(flat).to(v.dtype)
-
-    return product
 
 
 def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:

@@ -35,7 +35,7 @@ __all__ = [
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 
-@dataclass
+@dataclass(eq=False)
 class RecordedLayer:
     """A layer with its recorded calls.
 
@@ -114,8 +114,8 @@ def contract_pairs(
     create_graph: bool = False,
     linear: bool = False,
     by_graph: bool = False,
-    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
     advance: Callable[[int], None] = lambda _: None,
+    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 

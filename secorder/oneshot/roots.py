@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Draws", "Pairs", "Root", "from_hessian", "joined", "single"]
+__all__ = ["Columns", "Draws", "First", "Pairs", "Root", "from_hessian", "joined", "single"]
 
 #: A linear map of coefficients (M, N or 1, K) to cotangents (M, N, C).
 Map = Callable[[Tensor], Tensor]
@@ -131,6 +131,27 @@ class Draws:
     def mixture(self, generator: torch.Generator) -> Tensor:
         """One of the root's; of one draw, the draw."""
         return self.columns(range(1)).u if self.num_columns == 1 else self.root.mixture(generator)
+
+
+@dataclass(frozen=True, eq=False)
+class First:
+    """Some of the columns, to see how long they take.
+
+    Attributes:
+        whole: all of them.
+        num_columns: how many of them.
+    """
+
+    whole: Columns
+    num_columns: int
+
+    def columns(self, ids: range) -> Pairs:
+        """Some of them."""
+        return self.whole.columns(ids)
+
+    def mixture(self, generator: torch.Generator) -> Tensor:
+        """Of all of them."""
+        return self.whole.mixture(generator)
 
 
 def single(u: Tensor) -> Root:

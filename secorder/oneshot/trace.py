@@ -1,5 +1,6 @@
 """Traces of each layer's block, by the same strategies as diagonals."""
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +11,7 @@ from torch import Tensor
 from .._torch.vjp import default_chunk_size
 from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
 from .fisher import fisher_diagonal
 from .hessian.budget import Budget
 from .hessian.estimate import ENOUGH, Estimate, average
@@ -33,12 +35,15 @@ class Trace:
         standard_error: of the estimate; 0 where it is exact, inf after one draw.
         num_draws: draws; 0 where it is exact.
         converged: whether ``rtol`` was met; where none was asked for, whether the error is below half the value.
+        num_samples: of an empirical Fisher that training accumulated, the samples that the standard error is of; else
+            None. There, the error is that over samples, and nan where nothing tells it.
     """
 
     value: float
     standard_error: float
     num_draws: int
     converged: bool
+    num_samples: int | None = None
 
 
 def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: By = "layer") -> dict[str, Trace]:
@@ -50,10 +55,15 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
         estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
     elif budget.method == "hutchinson":
         estimates = {}
-        with closing(operators(task, of)) as blocks:
+        total = budget.num_draws * len(task.layers)
+        with (
+            progress_bar(task.progress, "Traces", total, unit="draws") as advance,
+            closing(operators(task, of)) as blocks,
+        ):
             for layer, product in blocks:
                 nothing = Estimate(_nothing(layer, by))
-                estimates[layer.name] = nothing if product is None else _drawn(task, budget, layer, product, by)
+                drawn = None if product is None else _drawn(task, budget, layer, product, by, advance)
+                estimates[layer.name] = drawn or nothing
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
@@ -91,7 +101,9 @@ def _nothing(layer: Layer, by: By) -> list[Tensor]:
     return [one] * (len(layer.parameters) if by == "parameter" else 1)
 
 
-def _drawn(task: Measurement, budget: Budget, layer: Layer, product: object, by: By) -> Estimate:
+def _drawn(
+    task: Measurement, budget: Budget, layer: Layer, product: object, by: By, advance: Callable[[int], None]
+) -> Estimate:
     """From random signs v on the parameters, vᵀ B v."""
     assert callable(product)
     like = _nothing(layer, "layer")[0].expand(sum(_sizes(layer)))
@@ -102,7 +114,7 @@ def _drawn(task: Measurement, budget: Budget, layer: Layer, product: object, by:
         return _sums(by)(list(products.split(_sizes(layer), 1)))
 
     size = default_chunk_size(sum(_sizes(layer)), like, task.chunk_size)
-    return average(draw, _nothing(layer, by), budget, size, lambda _: None)
+    return average(draw, _nothing(layer, by), budget, size, advance)
 
 
 def _trace(estimate: Estimate, index: int, budget: Budget) -> Trace:

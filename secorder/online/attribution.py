@@ -10,7 +10,7 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,14 +29,14 @@ from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..layers.tying import Ties, tied_layers
 from ..oneshot.independence import separating_masks
-from ..oneshot.isolation import isolate
+from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.fsdp import over_ranks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Shape, Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
-from .rows import rows_of_layers
+from .rows import Rows, rows_of_layers
 from .samples import (
     Hypothesis,
     SampleDim,
@@ -48,6 +48,8 @@ from .samples import (
     shapes_of,
     told,
 )
+from .use_rows import UseRows, rows_of_uses
+from .uses import Route
 
 __all__ = ["Attribution", "attribute", "merged"]
 
@@ -78,6 +80,8 @@ class Attribution:
         certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
+        routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.online.uses`.
+        hidden: layers whose operations cannot be followed, since a checkpoint computes them again.
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
     """
 
@@ -99,6 +103,8 @@ class Attribution:
     certain: bool = False
     ties: Ties = field(default_factory=dict)
     changing: tuple[Place, ...] = ()
+    routes: Mapping[str, frozenset[Route]] = field(default_factory=dict)
+    hidden: frozenset[str] = frozenset()
     selections: int = 0
 
     def holders(self, name: str) -> set[str]:
@@ -129,10 +135,21 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
     """What a new look found, with what earlier ones verified of the layers that are captured as they were."""
     same = {x.name for x in before.layers} & {x.name for x in after.layers if x in before.layers}
     known = {
-        name: (*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ()))[:16]
+        name: _latest((*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ())))
         for name in {**before.known, **after.known}
     }
     return replace(after, known=known, reached=before.reached | after.reached)
+
+
+def _latest(calls: Sequence[Verified]) -> tuple[Verified, ...]:
+    """The latest sixteen of what was verified at each place."""
+    at: dict[int | str, int] = {}
+    kept = []
+    for seen in dict.fromkeys(calls):
+        at[seen.place] = at.get(seen.place, 0) + 1
+        if at[seen.place] <= 16:
+            kept.append(seen)
+    return tuple(kept)
 
 
 def attribute(
@@ -144,6 +161,7 @@ def attribute(
     *,
     before: Attribution | None = None,
     direct: bool = False,
+    not_followed: Collection[str] = (),
 ) -> Attribution:
     """Find and verify where samples are in each layer.
 
@@ -156,10 +174,14 @@ def attribute(
         before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
             begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
         direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
+        not_followed: layers that are not to be measured by operations.
     """
-    asked = _Question(model, (args, kwargs), sample_dim, before, direct)
+    if sharded_parameter(layers) is not None:
+        not_followed = [x.name for x in layers]
+    asked = _Question(model, (args, kwargs), sample_dim, before, direct, not_followed)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
+    layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
     together, ties = tied_layers(model, layers)
     if ties:
         found = _escalate(asked, together)
@@ -178,6 +200,7 @@ class _Question:
     sample_dim: SampleDim
     before: Attribution | None
     direct: bool
+    not_followed: Collection[str] = ()
     fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
 
     @staticmethod
@@ -210,10 +233,16 @@ def _escalate(asked: _Question, layers: Sequence[Layer]) -> Attribution:
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
         if not found.coupled and not any(x.sharded for x in layers):
             missing |= found.reached & without_gradient(model, layers, asked.arguments)
-        movable = {x.name for x in layers if x.name in missing and x.enclosing is not model and not x.sharded}
+        movable = {
+            x.name
+            for x in layers
+            if x.name in missing
+            and not x.sharded
+            and (x.by_operations or x.rule is not None or x.enclosing is not model)
+        }
         if found.coupled or not movable:
             return found
-        layers = [replace(x, enclosing=_around(parents, x), rule=None) if x.name in movable else x for x in layers]
+        layers = [_slower(asked, parents, x) if x.name in movable else x for x in layers]
         moved = [x for x in layers if x.name in movable]
         again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
         found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
@@ -228,8 +257,27 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
         known={**{name: calls for name, calls in found.known.items() if name not in names}, **again.known},
         unknown=found.unknown - names | again.unknown,
         outside=found.outside - names | again.outside,
+        routes={**found.routes, **again.routes},
+        hidden=found.hidden | again.hidden,
         reached=found.reached - names | again.reached,
     )
+
+
+def _by_operations(asked: _Question, layer: Layer) -> Layer:
+    """The layer measured by operations, where that may be: its parameters are trained, so that the graph holds them."""
+    trained = all(p.requires_grad for p in layer.parameters.values())
+    if not trained or layer.sharded or layer.name in asked.not_followed:
+        return layer
+    return replace(layer, rule=None, by_operations=True)
+
+
+def _slower(asked: _Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
+    """The layer measured in the next slower way: by its rule, by operations, by its module, by one around that."""
+    if layer.by_operations:
+        return replace(layer, by_operations=False)
+    if layer.rule is not None and (followed := _by_operations(asked, layer)) is not layer:
+        return followed
+    return replace(layer, enclosing=_around(parents, layer), rule=None)
 
 
 def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
@@ -240,6 +288,9 @@ def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
     return module
 
 
+#: Nothing known of any layer.
+_NONE: Rows = ({}, set(), set())
+
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
 _Choice = tuple[Hypothesis, list[list[Layout]]]
 
@@ -249,11 +300,12 @@ def _attribute(
 ) -> tuple[Attribution, _Choice | None]:
     """One look at layers, of every one that is asked about, in their present enclosing modules."""
     model, arguments = asked.model, asked.arguments
+    operated, layers = [x for x in layers if x.by_operations], [x for x in layers if not x.by_operations]
     # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
     # layers shows in the audit.
     shard = sharded_parameter(layers)
     kernels = attention_kernels()  # those of now: no second derivatives are taken here, for which some have none
-    with isolate(model, None, [] if shard is not None else layers, direct=asked.direct) as isolated:
+    with isolate(model, None, [] if shard is not None else [*layers, *operated], direct=asked.direct) as isolated:
         for module in asked.fixed:
             module.training = False  # until the isolation ends
 
@@ -294,34 +346,67 @@ def _attribute(
                 else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
-            found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
-        routed = set()
+            found = _NONE
+            if layers:
+                found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
+        routed: set[str] = set()
         before = asked.before
-        followed = before is not None and before.layers == tuple(every) and before.selections == selections.count
-        if shard is None and not followed and (selections.count or any(unowned_arguments(arguments, hypothesis))):
+        routable = shard is None and not (
+            before is not None and before.layers == tuple(every) and before.selections == selections.count
+        )
+        routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
+        if routable and layers:
             routed = layers_of_routed_rows(layers, forward, arguments, hypothesis)
+        uses = _uses(asked, operated, isolated, forward, hypothesis, options, routable)
     known, unknown, reached = found
-    unknown |= routed
     shapes = shapes_of(arguments)
     count = hypothesis.num_samples
     verified = {
         name: tuple(Verified(layout, i, tuple(t.shape), shapes, count) for i, (layout, t) in enumerate(calls))
         for name, calls in known.items()
+    } | {
+        name: tuple(dict.fromkeys(Verified(layout, place, shape, shapes, count) for layout, place, shape in calls))
+        for name, calls in uses.known.items()
     }
     return Attribution(
         dims=hypothesis.dims,
         shapes=shapes,
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
-        unknown=frozenset(unknown),
+        unknown=frozenset(unknown | routed | uses.unknown),
         outside=frozenset(outside),
-        reached=frozenset(reached),
+        reached=frozenset(reached | uses.reached),
+        routes=uses.routes,
+        hidden=frozenset(uses.hidden),
         provisional=count == 1,
         changing=changing,
         selections=selections.count,
         alternative=hypothesis.alternative,
-        certain=hypothesis.dim == 0 and all(x.rule is not None for x in layers) and independent_by_structure(model, 0),
+        certain=hypothesis.dim == 0 and all(x.rule is not None for x in every) and independent_by_structure(model, 0),
     ), choice
+
+
+def _uses(
+    asked: _Question,
+    layers: Sequence[Layer],
+    isolated: IsolatedModel,
+    forward: Any,
+    hypothesis: Hypothesis,
+    options: list[list[Layout]],
+    routable: bool,
+) -> UseRows:
+    """The uses of the parameters of layers that are measured by operations."""
+    if not layers:
+        return UseRows()
+    return rows_of_uses(
+        {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers},
+        forward,
+        asked.arguments,
+        hypothesis,
+        options,
+        {} if asked.before is None else asked.before.routes,
+        routed=forward if routable else None,
+    )
 
 
 def _not_finite(output: Any, shard: Tensor | None) -> bool:

@@ -256,13 +256,13 @@ class Audit:
         """
         brought = {}
         for local, p in parameters.items():
-            vectors, part = self._vectors.get(id(p)), gradients[local]
-            if vectors is None:
+            vectors, part = self._vectors.get(id(p)), gradients.get(local)
+            if vectors is None or part is None:
                 continue
             joined = self._home.get(id(parameters["bias"])) == id(p) if "bias" in parameters else False
-            same = joined and _same_cotangents(part, gradients["bias"])
+            same = joined and _same_cotangents(part, gradients.get("bias"))
             home = self._home.get(id(p))
-            if home is not None and _same_cotangents(gradients["weight"], part):
+            if home is not None and _same_cotangents(gradients.get("weight"), part):
                 continue  # in the weight's number
             value, size = explained(part, vectors, with_bias=same)
             brought[local] = value
@@ -305,7 +305,7 @@ def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradi
     return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
 
 
-def _same_cotangents(weight: PerSample, bias: PerSample) -> bool:
+def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:
     return isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
     accumulates_untouched,
@@ -19,6 +20,7 @@ from .._torch.engine import (
 from ..layers.selection import Layer
 from .audit import Audit
 from .fisher import quietly
+from .norms import watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord, slot
 
@@ -54,6 +56,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     fisher.check_together(backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
+    if len(backward.records) == 1 and fisher.norms_due():
+        backward.takes_norms = True
+        watch_squares(fisher, backward, record)
     if record.recomputes:
         attachment.register(record)
     return True
@@ -78,7 +83,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         for name in backward.audit.watch(layer.parameters, graph, apart=apart):
             parameter = layer.parameters[name]
-            if not layer.sharded and name in slots and slot(parameter) not in (None, slots[name]):
+            moved = not layer.sharded and name in slots and slot(parameter) not in (None, slots[name])
+            if moved and will_accumulate(accumulate_node(graph[name])):  # and not torch.autograd.grad
                 backward.early.append((index, parameter))
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
@@ -91,11 +97,13 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
                 backward.handles.append(first_gradient_hook(graph[name], saw))
 
 
+@never_compiled
 def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
     if gradients[0] is not None:
         saw(gradients[0])
 
 
+@never_compiled
 def _saw(
     backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
 ) -> None:
@@ -110,6 +118,7 @@ def _runs(backward: Backward) -> bool:
     return inner or current_backward() == backward.number
 
 
+@never_compiled
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher

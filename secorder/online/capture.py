@@ -1,12 +1,13 @@
 """Calls of layers, as their hooks see them: what is kept of a call, and what its gradient does when it comes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, accumulates_into, in_backward, will_accumulate
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
@@ -22,7 +23,7 @@ from .samples import floating
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["layer_called", "module_called", "module_starts"]
+__all__ = ["counts_in", "layer_called", "module_called", "module_starts"]
 
 
 def layer_called(
@@ -112,15 +113,17 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
 
 def _on_gradient(attachment: "Attachment", record: ForwardRecord, tensor: Tensor, received: Any) -> None:
     """Call with the gradient on a tensor, as it goes on from there: after every hook on the tensor has changed it."""
-    number = tensor.output_nr
-
-    def prehook(gradients: tuple[Tensor | None, ...]) -> None:
-        g = gradients[number]
-        if g is not None and not attachment.pauses and not inside_transform():
-            received(g)
-
     assert tensor.grad_fn is not None
-    tensor.grad_fn.register_prehook(prehook)
+    tensor.grad_fn.register_prehook(partial(_pass_on, attachment, tensor.output_nr, received))
+
+
+@never_compiled
+def _pass_on(
+    attachment: "Attachment", number: int, received: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]
+) -> None:
+    g = gradients[number]
+    if g is not None and not attachment.pauses and not inside_transform():
+        received(g)
 
 
 class _LayerGradient:
@@ -139,7 +142,7 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not _counts_in(fisher.model, record, [layer], self.node):
+        if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -174,7 +177,11 @@ class _ModuleGradient:
         fallen_back = any(x is self.layer for x in record.fallback)
         if not fallen_back:
             parts = [x for x in parts if x.name not in record.replaced]
-        if not parts or not _counts_in(fisher.model, record, parts):
+        if not parts:
+            return
+        # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
+        hidden = any(self.attachment.looks.gave_up_on(x.name) for x in parts)
+        if not counts_in(fisher.model, record, [] if hidden else parts):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -199,7 +206,7 @@ def _unpacked(kept: Kept, layer: Layer) -> tuple[Tensor, ...]:
         ) from error
 
 
-def _counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
+def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
     """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
     For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.

@@ -11,6 +11,7 @@ from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
 from ..parallel.fsdp import Shard, local
 from .fisher import OnlineFisher
+from .norms import COLUMNS, NormSums
 from .sums import LayerSums, Stretch, put_aside
 
 if TYPE_CHECKING:
@@ -30,13 +31,18 @@ def _kind(fisher: OnlineFisher) -> str:
 
 
 _KINDS = ("mean", "sum", "weights")
+_ACCUMULATED = ("diagonal", "trace")
+
+
+def _settings(fisher: OnlineFisher) -> tuple[int, int]:
+    return _KINDS.index(_kind(fisher)), _ACCUMULATED.index(fisher.accumulate)
 
 
 def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str, Tensor]:
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
     state = {
-        "header": torch.tensor([VERSION, _KINDS.index(_kind(fisher)), *counts]),
+        "header": torch.tensor([VERSION, *_settings(fisher), *counts]),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64),
         "failures": fisher.failures.clone(),
         **_state_of(fisher, fisher, ""),
@@ -47,13 +53,13 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
 def _state_of(fisher: OnlineFisher, stretch: "OnlineFisher | Stretch", prefix: str) -> dict[str, Tensor]:
     """Of what one stretch of training has brought."""
     numbers = [stretch.seen, *(stretch.seen.new_tensor(x) for x in (stretch.elsewhere, stretch.batches))]
-    state = {f"{prefix}seen": torch.stack(numbers)}
+    state = {f"{prefix}seen": torch.stack(numbers), f"{prefix}norms": stretch.norms.table.clone()}
     for layer in fisher.layers:
         sums = stretch.sums[layer.name]
         state[f"{prefix}counts/{layer.name}"] = torch.cat(
             [sums.counts, sums.counts.new_tensor([sums.batches, sums.decays])]
         )
-        for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=True):
+        for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=bool(sums.sums)):
             key = f"{prefix}sums/{layer.parameter_name(name)}"
             state[key] = Shard.of(p).place(total.clone()) if layer.sharded else total.clone()
     return state
@@ -64,9 +70,10 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     header = state.get("header") if isinstance(state, Mapping) else None
     if not isinstance(header, Tensor) or int(header[0]) != VERSION:
         raise InvalidArgumentError(f"the state is not one of CurvatureProbe.state_dict(), version {VERSION}.")
-    _, kind, *counts = (int(number) for number in header.tolist())
-    theirs = (_KINDS[kind], float(state["decay"]) or None)
-    for key, own, other in zip(("reduction", "decay"), (_kind(fisher), fisher.decay), theirs, strict=True):
+    _, kind, accumulated, *counts = (int(number) for number in header.tolist())
+    theirs = (_KINDS[kind], float(state["decay"]) or None, _ACCUMULATED[accumulated])
+    ours = (_kind(fisher), fisher.decay, fisher.accumulate)
+    for key, own, other in zip(("reduction", "decay", "accumulate"), ours, theirs, strict=True):
         if own != other:
             raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
     _require_same_parameters(fisher, state)
@@ -74,6 +81,7 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     earlier = _stretch_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
     fisher.reset()
     fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
+    fisher.norms = now.norms
     fisher.seen.copy_(now.seen)
     fisher.failures.copy_(state["failures"])
     fisher.earlier = earlier
@@ -85,24 +93,30 @@ def _stretch_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) 
     """What :func:`_state_of` told."""
     loaded = {}
     for layer in fisher.layers:
-        sums = loaded[layer.name] = LayerSums.empty(layer, fisher.device, fisher.dtype)
+        diagonal = fisher.accumulate == "diagonal"
+        sums = loaded[layer.name] = LayerSums.empty(layer, fisher.device, fisher.dtype, diagonal=diagonal)
         sums.sums = [
             local(state[f"{prefix}sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
-            for name, like in zip(layer.parameters, sums.sums, strict=True)
+            for name, like in zip(layer.parameters, sums.sums, strict=diagonal)
         ]
         numbers = state[f"{prefix}counts/{layer.name}"].to(sums.counts, copy=True)
         sums.counts = numbers[:3].clone()
         sums.batches, sums.decays = (round(number) for number in numbers[3:].tolist())
     seen, elsewhere, batches = state[f"{prefix}seen"].tolist()
-    stretch = Stretch(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches))
+    norms = NormSums(state[f"{prefix}norms"].to(fisher.norms.table, copy=True), round(batches))
+    stretch = Stretch(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches), norms)
     return put_aside(stretch) if prefix else stretch
 
 
 def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:
+    names = {key.removeprefix("counts/") for key in state if key.startswith("counts/")}
+    if different := sorted(names ^ fisher.sums.keys()):
+        raise InvalidArgumentError(f"the state and the probe differ in the layers {different}.")
     sizes = {
         f"sums/{layer.parameter_name(name)}": p.numel()
         for layer in fisher.layers
         for name, p in layer.parameters.items()
+        if fisher.accumulate == "diagonal"
     }
     found = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
     different = sorted(key.removeprefix("sums/") for key in sizes.keys() ^ found.keys())
@@ -120,12 +134,14 @@ def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) 
     divided = fisher.seen.new_tensor(float(fisher.earlier is not None))
     add_up([divided], group)
     if float(divided):  # on some rank a window was looked at: then all of them add up what came before apart
-        earlier = fisher.earlier or Stretch(fisher.fresh().sums, torch.zeros_like(fisher.seen), 0.0, 0)
+        fresh = fisher.fresh()
+        earlier = fisher.earlier or Stretch(fresh.sums, fresh.seen, 0.0, 0, fresh.norms)
         earlier = Stretch(
             {name: sums.to(fisher.sums[name].counts.device, copy=True) for name, sums in earlier.sums.items()},
             earlier.seen.to(fisher.seen, copy=True),
             earlier.elsewhere,
             earlier.batches,
+            earlier.norms.to(fisher.norms.table.device, copy=True),
         )
         _share(earlier, group)
         fisher.earlier = put_aside(earlier)
@@ -136,8 +152,12 @@ def _share(stretch: "OnlineFisher | Stretch", group: "dist.ProcessGroup | None")
     """Leave each rank its share of what all have: a later call then adds what came since."""
     every = list(stretch.sums.values())
     kept = [sums.counts[:2].clone() for sums in every]
-    add_up([stretch.seen, *kept, *(total for sums in every for total in sums.sums)], group)
+    table = stretch.norms.table
+    columns = [i for name, i in COLUMNS.items() if name not in ("batches", "kept")]  # of this rank alone
+    shared = table[:, columns]
+    add_up([stretch.seen, shared, *kept, *(total for sums in every for total in sums.sums)], group)
     ranks = dist.get_world_size(group)
+    table[:, columns] = shared / ranks
     for sums, counts in zip(every, kept, strict=True):
         sums.counts[:2] = counts / ranks
         for total in sums.sums:

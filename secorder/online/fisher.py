@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from .._torch.autocast import autocast_state, no_autocast
 from .._torch.engine import current_backward
 from .._torch.versions import version
-from ..errors import NonFiniteError
+from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
+from ..layers.norms import DenseNorms
 from ..layers.patches import Patches
 from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
@@ -26,14 +27,19 @@ from ..layers.selection import Layer, sharded_parameter
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import local, over_ranks
 from .audit import Directions
+from .norms import NormSums, add_norms, read_squares, take_norms, takes_norms
 from .penalty import add_shared, explain
 from .record import Backward, Backwards, Call, ForwardRecord, slot
 from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
+from .uses import pieces
 
-__all__ = ["ADDING", "OnlineFisher", "quietly", "total_of"]
+__all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly", "total_of"]
+
+#: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
+Accumulate = Literal["diagonal", "trace"]
 
 _INTERRUPTED = (
     "adding a batch to its sums was broken off ({}), so that they hold a part of it: call reset(), or "
@@ -44,6 +50,9 @@ _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."
 )
+
+#: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
+ONE_IN = 32
 
 #: Threads add to the sums one after the other.
 ADDING = threading.Lock()
@@ -70,6 +79,7 @@ class OnlineFisher:
         penalty: Literal["shared"] | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        accumulate: Accumulate = "diagonal",
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -81,6 +91,7 @@ class OnlineFisher:
         self.forwards = forwards
         self.penalty = penalty
         self.device, self.dtype = device, dtype
+        self.accumulate = accumulate
         self.directions = Directions()
         self.backwards = Backwards()
         self._strict = strict
@@ -88,8 +99,8 @@ class OnlineFisher:
         self.assumed = ""  # of where samples are, to be said where the numbers are read
         self.reset()
 
-    def fresh(self) -> "OnlineFisher":
-        """One with the same settings that has seen nothing."""
+    def fresh(self, accumulate: Accumulate | None = None) -> "OnlineFisher":
+        """One with the same settings that has seen nothing, and accumulates the same unless it is told."""
         return OnlineFisher(
             self.model,
             self.layers,
@@ -103,6 +114,7 @@ class OnlineFisher:
             penalty=self.penalty,
             device=self.device,
             dtype=self.dtype,
+            accumulate=accumulate or self.accumulate,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -120,9 +132,11 @@ class OnlineFisher:
 
     def renew(self) -> None:
         """Go on with empty sums."""
-        self.sums = {layer.name: LayerSums.empty(layer, self.device, self.dtype) for layer in self.layers}
+        diagonal = self.accumulate == "diagonal"
+        self.sums = {x.name: LayerSums.empty(x, self.device, self.dtype, diagonal=diagonal) for x in self.layers}
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
+        self.norms = NormSums.empty(len(self.layers), device)
         self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
@@ -134,6 +148,7 @@ class OnlineFisher:
         first = self.sums[self.layers[0].name].counts
         if self.seen.device != first.device:
             self.seen = self.seen.to(first)
+            self.norms = self.norms.to(first.device)
             self.failures = self.failures.to(first.device)
 
     # ---- what records bring
@@ -146,6 +161,12 @@ class OnlineFisher:
     def of_all(self, record: ForwardRecord) -> int:
         """Samples of the batch on all ranks that share the sums."""
         return record.num_samples if self.shard is None else record.together
+
+    def norms_due(self) -> bool:
+        """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
+        if self.penalty is not None:
+            return False
+        return self.accumulate == "trace" or not self.norms.added or self.directions.chance(ONE_IN)
 
     def count_of(self, record: ForwardRecord) -> float | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""
@@ -168,10 +189,15 @@ class OnlineFisher:
         if not came:
             return
         calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
+        if layer.by_operations:
+            self._deliver_pieces(record, layer, pieces(calls), [total for _, _, total in came])
+            return
         gradients = self._gradients(layer, calls, layouts)
         products = self._explain(record, layer, gradients)
-        witnesses = [] if self.on_nonfinite == "keep" else [witness(p, products.get(n)) for n, p in gradients.items()]
-        good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
+        good = None
+        if self.accumulate == "diagonal" and self.on_nonfinite != "keep":
+            witnesses = [witness(p, products.get(n)) for n, p in gradients.items()]
+            good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
         if record.weights is not None:
             gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
         record.received.add(layer.name)
@@ -179,6 +205,23 @@ class OnlineFisher:
             record.parts[layer.name] = (gradients, good)
         else:
             self._add(record, layer, [[gradients[name]] for name in layer.parameters], good)
+
+    def _deliver_pieces(
+        self, record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
+    ) -> None:
+        """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
+        seen = list(totals)
+        for turn in range(max(map(len, parts.values()), default=0)):
+            gradients = {name: forms[turn] for name, forms in parts.items() if turn < len(forms)}
+            products = self._explain(record, layer, gradients)
+            if self.on_nonfinite != "keep":
+                seen += [w for n, p in gradients.items() if (w := witness(p, products.get(n))) is not None]
+        good = self._good(layer, seen)
+        if record.weights is not None:
+            weights = record.weights
+            parts = {name: [weighted(form, weights) for form in forms] for name, forms in parts.items()}
+        record.received.add(layer.name)
+        self._add(record, layer, [parts.get(name, []) for name in layer.parameters], good)
 
     def _gradients(self, layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
         """Per-sample gradients of a layer with a rule."""
@@ -205,34 +248,54 @@ class OnlineFisher:
         if not layers or not calls:
             return
         totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
-        squares: list[list[Tensor]] = run_isolated(lambda direct: self._rerun(record, layers, calls, direct))
-        for layer, own in zip(layers, squares, strict=True):
-            self._add(record, layer, own, self._good(layer, totals + [square.sum() for square in own]))
+        found: list[Any] = run_isolated(lambda direct: self._rerun(record, layers, calls, direct))
+        for layer, (squares, norms) in zip(layers, found, strict=True):
+            if norms is not None:
+                record.norms[layer.name], record.squares[layer.name] = norms.told()
+            if self.accumulate == "diagonal":
+                self._add_squares(record, layer, squares, self._good(layer, totals + [own.sum() for own in squares]))
             record.received.add(layer.name)
 
-    def _rerun(self, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool) -> list[list[Tensor]]:
-        """Σ of squares by layer and parameter; the audit's side of them on the way."""
-        sums = [
-            [p.new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()] for layer in layers
+    def _rerun(self, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool) -> list[Any]:
+        """Σ of squares of each layer by parameter, and norms; the audit's side of them on the way."""
+        found: list[tuple[list[Tensor], DenseNorms | None]] = [
+            (
+                [p.new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
+                if self.accumulate == "diagonal"
+                else [],
+                DenseNorms() if takes_norms(record) else None,
+            )
+            for layer in layers
         ]
         at = 0
         for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
-            for layer, own, gradients in zip(layers, sums, chunk, strict=True):
+            for layer, (sums, norms), gradients in zip(layers, found, chunk, strict=True):
                 self._explain(record, layer, dict(zip(layer.parameters, gradients, strict=True)))
-                for total, g in zip(own, gradients, strict=True):
-                    flat = g.reshape(len(g), -1)  # of a scalar, too
-                    if record.weights is not None:
-                        flat = flat * record.weights[at : at + len(flat), None].to(flat)
+                flats = [g.reshape(len(g), -1) for g in gradients]  # of a scalar, too
+                if record.weights is not None:
+                    flats = [flat * record.weights[at : at + len(flat), None].to(flat) for flat in flats]
+                for total, flat in zip(sums, flats, strict=bool(sums)):
                     total.add_((flat * flat).sum(0))
+                if norms is not None:
+                    norms.add(flats)
             at += len(chunk[0][0]) if chunk and chunk[0] else 0
-        return sums
+        return found
 
     def _add(
         self,
         record: ForwardRecord,
         layer: Layer,
-        parts: Sequence[Tensor | Sequence[PerSample]],
+        parts: Sequence[Sequence[PerSample]],
         good: Tensor | None,
+    ) -> None:
+        """Add what a layer's per-sample gradients bring, those of each layer that shares a parameter."""
+        if takes_norms(record):
+            take_norms(self, record, layer, parts)
+        if self.accumulate == "diagonal":
+            self._add_squares(record, layer, parts, good)
+
+    def _add_squares(
+        self, record: ForwardRecord, layer: Layer, parts: Sequence[Tensor | Sequence[PerSample]], good: Tensor | None
     ) -> None:
         """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
         sums = self.sums[layer.name]
@@ -244,7 +307,7 @@ class OnlineFisher:
             with ADDING:
                 before = [version(total) for total in sums.sums]
                 sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good)
-                sums.count(self.count_of(record), good, self.decay)
+                sums.count(self.count_of(record), good, self.decay, self.of_all(record))
             if good is not None:
                 record.goods.append(good)
         except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
@@ -359,10 +422,11 @@ class OnlineFisher:
                 "one backward runs through several forwards of the model of which some are not recorded (every=), so "
                 "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
             )
+        read_squares(backward)
         groups = [list(records)] if self.forwards == "joined" and records else [[record] for record in records]
         for group in groups:
             for layer in group[0].attribution.layers:
-                if layer.rule is not None and any(layer.name in record.captured for record in group):
+                if any(layer.name in record.captured for record in group):
                     self.troubles.guarded(group[0], (layer.name,), self.deliver, group, layer)
             for key in dict.fromkeys(name for record in group for name in record.modules):
                 parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]
@@ -390,6 +454,7 @@ class OnlineFisher:
         record.closed = True
         self.called.update(record.calls)
         self._add_tied(record)
+        zeros = []
         for index, layer in enumerate(self.layers):
             name = layer.name
             if name in record.received or name in record.troubled or name in record.without_gradient:
@@ -402,14 +467,26 @@ class OnlineFisher:
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
                         self.failures[index].add_(local(p.grad).abs().sum() != 0)
-            with ADDING:
-                if self.decay is not None:
-                    for total in sums.sums:
-                        total.mul_(self.decay)
-                sums.count(self.count_of(record), None, self.decay)
+            zeros.append(name)
+            if self.accumulate == "diagonal":
+                with ADDING:
+                    if self.decay is not None:
+                        for total in sums.sums:
+                            total.mul_(self.decay)
+                    sums.count(self.count_of(record), None, self.decay, self.of_all(record))
         with ADDING:
             self.batches += 1
+            if takes_norms(record):
+                self._add_norms(record, zeros)
             self._count(record)
+
+    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> None:
+        """Add what the norms tell; where nothing else is accumulated, it is they that count a layer's batches."""
+        goods = add_norms(self, record, zeros)
+        if self.accumulate == "trace":
+            record.goods = [] if goods is None else list(goods)
+            for name in (*record.norms, *zeros):
+                self.sums[name].batches += 1
 
     def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
@@ -436,6 +513,18 @@ class OnlineFisher:
                 record.received.add(layer.name)
             elif holders:
                 record.received.discard(layer.name)
+
+
+def check_accumulate(accumulate: str, penalty: str | None) -> None:
+    """Refuse what cannot be accumulated.
+
+    Raises:
+        InvalidArgumentError: no such quantity, or norms where a penalty is to be added to each sample's gradient.
+    """
+    if accumulate not in ("diagonal", "trace"):
+        raise InvalidArgumentError(f'accumulate must be "diagonal" or "trace", got {accumulate!r}.')
+    if accumulate == "trace" and penalty is not None:
+        raise InvalidArgumentError('penalty="shared" goes with accumulate="diagonal".')
 
 
 def total_of(g: Tensor) -> Tensor:

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.compile import EagerSection, Graph, being_compiled, is_traced, leave_graph, uncompiled
+from .._torch.compile import (
+    EagerSection,
+    being_compiled,
+    hooks_prevent_compiling,
+    is_traced,
+    leave_graph,
+    may_break_graph,
+    never_compiled,
+    uncompiled,
+)
 from .._torch.engine import in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import Aside, OwnHook, computes_by_its_hooks
@@ -153,6 +162,11 @@ class Attachment:
         if eager.whole_graph_wanted():
             saw("compiled")
             return
+        if eager.within_compiled_code() and hooks_prevent_compiling(self.model):
+            self.fisher.troubles.warn(
+                f"PyTorch {torch.__version__} compiles nothing of a {type(self.model).__name__} with a probe: it runs "
+                "as it was written. Attach to what torch.compile returned, or make it a part of your own module."
+            )
         eager.run_compiled_code_eagerly()  # also where the model is looked at
         record = open_record(self, args, kwargs)
         if record is None:
@@ -196,7 +210,7 @@ class Attachment:
             sections.append(record.eager)
             record.eager = None
         self._drop(thread)
-        root = next((x for x in record.attribution.layers if x.enclosing is self.model), None)
+        root = next((x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations), None)
         if output is None or self.pauses:
             record.closed = True
             return
@@ -224,7 +238,7 @@ class Attachment:
         modules: set[int] = set()
         for layer in record.attribution.layers:
             module = layer.enclosing
-            if module is self.model:
+            if module is self.model or layer.by_operations:
                 continue
             if layer.rule is not None:
                 hook = _LayerCalled(self, record, layer)
@@ -247,6 +261,7 @@ class _Enters:
     def __init__(self, attachment: Attachment, record: ForwardRecord, *, returned: bool) -> None:
         self.attachment, self.record, self.returned = attachment, record, returned
 
+    @never_compiled
     def __call__(self, g: Tensor) -> None:
         if self.attachment.pauses or inside_transform():
             return
@@ -263,6 +278,7 @@ class _EntersUnrecorded:
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
 
+    @never_compiled
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions:
             self.attachment.fisher.unrecorded()
@@ -271,9 +287,8 @@ class _EntersUnrecorded:
 class _Begin(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        graph = being_compiled()
-        if graph != Graph.NONE:
-            if graph == Graph.MAY_BREAK:
+        if being_compiled():
+            if may_break_graph():
                 leave_graph()
             return
         eager = EagerSection()
@@ -294,9 +309,8 @@ def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -
 class _End(OwnHook):
     @uncompiled
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        graph = being_compiled()
-        if graph != Graph.NONE:
-            if graph == Graph.MAY_BREAK:
+        if being_compiled():
+            if may_break_graph():
                 leave_graph()
             return
         sections = [EagerSection()]  # this hook's own, and then the forward's

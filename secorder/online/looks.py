@@ -1,6 +1,6 @@
 """What is known of where samples are, by the combination of train and eval modes, and when it is looked at again."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -37,6 +37,7 @@ class Looks:
         self._modules = list(model.modules())
         self._known: dict[tuple[bool, ...], Attribution] = {}
         self._batches: dict[tuple[bool, ...], int] = {}
+        self._not_followed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_known": {}, "_batches": {}}  # what is known of a model is not carried to its copy
@@ -82,6 +83,7 @@ class Looks:
                     self._sample_dim,
                     before=before,
                     direct=direct,
+                    not_followed=self._not_followed,
                 )
             )
         if found.unclear or (found.undecided and found.provisional):
@@ -103,7 +105,7 @@ class Looks:
         moved = []
         for layer in before.layers:
             calls = before.known.get(layer.name, ())
-            if not calls or layer.name in before.unknown | before.outside:
+            if not calls or layer.name in before.unknown | before.outside | after.hidden:
                 continue
             if (by_name.get(layer.name) != layer and layer.name in by_name) or any(
                 explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
@@ -111,6 +113,16 @@ class Looks:
             ):
                 moved.append(layer.name)
         return moved
+
+    def give_up_on(self, names: Collection[str]) -> None:
+        """Measure layers by their modules, whose operations a checkpoint hides."""
+        if not self._not_followed.issuperset(names):
+            self._not_followed |= set(names)
+            self.forget()
+
+    def gave_up_on(self, name: str) -> bool:
+        """Whether a layer's operations are hidden by a checkpoint."""
+        return name in self._not_followed
 
     def forget(self) -> None:
         """The model is not what it was: look again."""

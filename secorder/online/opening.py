@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .._torch.graph import Users, users_of
 from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
 from ..errors import CouplingError, NonFiniteError, SecorderError
@@ -18,6 +19,7 @@ from .attribution import Attribution
 from .capture import module_called, module_starts
 from .fisher import OnlineFisher
 from .looks import Looks
+from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
@@ -156,7 +158,7 @@ def _look(
             "what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
             "calls, or leave it out with layers=.",
         )
-    slow = [x.name for x in found.layers if x.rule is None and x.enclosing is not x.module]
+    slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
             f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
@@ -205,15 +207,24 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
         record.closed = True
         return
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
+    users: Users = {}
+    if any(x.by_operations for x in record.attribution.layers):
+        users = users_of(tensors_in(output))
+        if follow(record, record.attribution, users):
+            attachment.looks.give_up_on(record.unfollowed)
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and start is not None:
         found = record.attribution if record.verified else _look_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
+            if users:
+                follow(record, found, users)
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
+            hook_uses(attachment, record)
             _fall_back(attachment, record, found, unexplained, start, output)
             return
+    hook_uses(attachment, record)
     for layer in unexplained:
         _unknown(fisher, record, record.attribution, layer)
 
@@ -229,16 +240,23 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     unexplained = []
     for layer in record.attribution.layers:
         calls = record.calls.get(layer.name)
+        if layer.name in record.unfollowed:
+            unexplained.append(layer)
+            continue
         if not calls:
             continue
         known = attribution.known.get(layer.name, ())
         if layer.name in attribution.outside | attribution.unknown:
             known = ()
         indices = itertools.count()
-        layouts = [
-            [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
-            for shapes in calls
-        ]
+        layouts = (
+            explain_uses(record, layer, known)
+            if layer.by_operations
+            else [
+                [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
+                for shapes in calls
+            ]
+        )
         if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
             unexplained.append(layer)
         else:
@@ -267,7 +285,7 @@ def _fall_back(
     record.calls = {name: calls for name, calls in record.calls.items() if name not in {x.name for x in able}}
     record.hooked = {(name, index) for name, index in record.hooked if name not in {x.name for x in able}}
     record.replaced = {x.name for x in able}
-    record.fallback = [replace(x, enclosing=model, rule=None) for x in able]
+    record.fallback = [replace(x, enclosing=model, rule=None, by_operations=False) for x in able]
     module_starts(record, record.fallback[0], start)
     module_called(attachment, record, record.fallback[0], output)
     outputs = record.calls.get(record.fallback[0].name, [()])[0]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
 from ..layers.per_sample import PerSample, total_gradient
 from ..layers.selection import Layer
@@ -30,6 +31,7 @@ def watch(backward: Backward, layers: list[Layer]) -> None:
             backward.handles.append(first_gradient_hook(parameter, keep))
 
 
+@never_compiled
 def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if will_accumulate(node):
         before = backward.whole.get(id(parameter))
@@ -38,8 +40,9 @@ def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) ->
 
 def explain(record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:
     """Sum up what the calls of a layer bring of the whole gradient."""
-    for name, p in layer.parameters.items():
-        part = total_gradient(gradients[name], p.numel())
+    for name, gradient in gradients.items():
+        p = layer.parameters[name]
+        part = total_gradient(gradient, p.numel())
         key = id(p)
         record.totals[key] = record.totals[key] + part if key in record.totals else part
 

@@ -1,15 +1,30 @@
 """What was accumulated, as it is told: the one place where the device is waited for."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import AttributionError, InvalidArgumentError, NonFiniteError, ProbeStateError, SecorderError
+from ..oneshot.trace import Trace
+from ..parallel.fsdp import whole_sum
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher import OnlineFisher
-from .sums import LayerSums, together
+from .noise import NoiseScales, noise_of
+from .sums import Stretch, joined
+from .trace import effective_samples, trace_of
 from .troubles import OUTSIDE, sentence
 
-__all__ = ["all_sums", "diagonals", "num_samples", "num_skipped", "untold"]
+__all__ = ["Missing", "Read", "diagonals", "fisher_traces", "noise_scales", "num_samples", "num_skipped", "untold"]
+
+#: What to do where a layer's number cannot be told.
+Missing = Literal["raise", "skip"]
+
+#: What is read: a stretch of training, and the layers whose numbers are not to be told of it, with the reason.
+Read = tuple[Stretch, Mapping[str, str]]
+
+NO_NOISE = (
+    "the gradient of a batch's mean is not seen apart, or every batch had one sample: gradient noise needs batches of "
+    'two at least, one forward for each backward (or forwards="joined" or "separate", as it is), and no penalty=.'
+)
 
 
 def num_samples(fisher: OnlineFisher) -> int:
@@ -20,18 +35,40 @@ def num_samples(fisher: OnlineFisher) -> int:
 
 def num_skipped(fisher: OnlineFisher) -> dict[str, int]:
     """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
-    skipped = {}
-    for name, sums in fisher.sums.items():
-        both = [sums] if fisher.earlier is None else [sums, fisher.earlier.sums[name]]
-        skipped[name] = sum(own.batches - round(float(own.counts[2])) for own in both)
+    stretches: list[OnlineFisher | Stretch] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
+    skipped = dict.fromkeys(fisher.sums, 0)
+    for stretch in stretches:
+        for name, count in counts_of(fisher, stretch).items():
+            skipped[name] += stretch.sums[name].batches - round(count.batches)
     return {name: count for name, count in skipped.items() if count}
 
 
-def all_sums(fisher: OnlineFisher) -> dict[str, LayerSums]:
-    """All that was accumulated, by layer: before the last look at a window, and since."""
-    if fisher.earlier is None:
-        return fisher.sums
-    return {name: together(fisher.earlier.sums[name], sums, fisher.decay) for name, sums in fisher.sums.items()}
+class Counts(NamedTuple):
+    """What is in a layer's sums.
+
+    Attributes:
+        samples: how many.
+        weight: of them, what sums are divided by.
+        batches: that count.
+    """
+
+    samples: float
+    weight: float
+    batches: float
+
+
+def counts_of(fisher: OnlineFisher, stretch: OnlineFisher | Stretch) -> dict[str, Counts]:
+    """What is in the sums of each layer."""
+    if fisher.accumulate == "diagonal":
+        return {name: Counts(*sums.counts.tolist()) for name, sums in stretch.sums.items()}
+    rows = zip(stretch.sums, stretch.norms.rows(), strict=True)
+    return {name: Counts(row.samples, row.weight, row.batches) for name, row in rows}
+
+
+def everything(fisher: OnlineFisher) -> Stretch:
+    """All that was accumulated: before the last look at a window, and since."""
+    now = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
+    return now if fisher.earlier is None else joined(fisher.earlier, now, fisher.decay)
 
 
 def untold(fisher: OnlineFisher) -> dict[str, str]:
@@ -40,35 +77,66 @@ def untold(fisher: OnlineFisher) -> dict[str, str]:
     return {**dict.fromkeys(failed, OUTSIDE), **fisher.troubles.marks}
 
 
-def diagonals(
-    fisher: OnlineFisher,
-    missing: Literal["raise", "skip"] = "raise",
-    sums: Mapping[str, LayerSums] | None = None,
-    troubles: Mapping[str, str] | None = None,
-) -> Diagonals:
+def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:
     """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`.
 
     Args:
         fisher: what was accumulated, and how.
         missing: what to do where a layer's number cannot be told.
-        sums: of which stretch of training; by default of all that was accumulated.
-        troubles: layers whose number was not to be told at its end, and why; by default those of now.
+        read: of which stretch of training, and which layers are not to be told of it; by default of all of it.
     """
-    sums = all_sums(fisher) if sums is None else sums
-    troubles = untold(fisher) if troubles is None else troubles
-    weights = told(fisher, sums, troubles, missing)
-    chosen = [layer for layer in fisher.layers if layer.name in weights]
-    values = {x.name: [total / weights[x.name] for total in sums[x.name].sums] for x in chosen}
+    if fisher.accumulate != "diagonal":
+        raise ProbeStateError(
+            f'the probe accumulates {fisher.accumulate!r}, no diagonal: make one with accumulate="diagonal", or pass '
+            "loss_fn, inputs and targets to measure a batch."
+        )
+    stretch, troubles = read or (everything(fisher), untold(fisher))
+    counts = told(fisher, stretch, troubles, missing)
+    chosen = [layer for layer in fisher.layers if layer.name in counts]
+    values = {x.name: [total / counts[x.name].weight for total in stretch.sums[x.name].sums] for x in chosen}
     return Diagonals(chosen, values, {layer.name: LayerInfo(Strategy.ONLINE) for layer in chosen})
 
 
+def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> dict[str, Trace]:
+    """See :meth:`secorder.CurvatureProbe.fisher_trace`; arguments as of :func:`diagonals`."""
+    stretch, troubles = read or (everything(fisher), untold(fisher))
+    counts = told(fisher, stretch, troubles, missing)
+    rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
+    found, share = {}, ranks(stretch)
+    for name, count in counts.items():
+        row, value = rows[name], None
+        if fisher.accumulate == "diagonal":
+            value = sum(float(whole_sum(own, fisher.shard)) for own in stretch.sums[name].sums) / count.weight
+            effective = effective_samples(count.samples, count.batches, count.weight, fisher.decay)
+        else:
+            effective = row.weight**2 / row.weight_squares
+        found[name] = trace_of(row, value, count.samples * share, effective * share)
+    return found
+
+
+def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> NoiseScales:
+    """See :meth:`secorder.CurvatureProbe.gradient_noise_scale`; arguments as of :func:`diagonals`."""
+    stretch, troubles = read or (everything(fisher), untold(fisher))
+    counts = told(fisher, stretch, troubles, missing)
+    rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
+    found = {name: noise_of(rows[name]) for name in counts}
+    unknown = [name for name, scale in found.items() if scale is None]
+    if unknown and (missing == "raise" or len(unknown) == len(found)):
+        raise AttributionError(sentence(unknown, NO_NOISE))
+    samples = max(rows[name].samples for name in counts)
+    return NoiseScales({name: x for name, x in found.items() if x is not None}, round(samples * ranks(stretch)))
+
+
+def ranks(stretch: Stretch) -> float:
+    """How many times as many samples are behind what is told as this rank counts."""
+    seen = float(stretch.seen)
+    return 1 + stretch.elsewhere / seen if seen else 1.0
+
+
 def told(
-    fisher: OnlineFisher,
-    sums: Mapping[str, LayerSums],
-    troubles: Mapping[str, str],
-    missing: Literal["raise", "skip"],
-) -> dict[str, float]:
-    """The layers whose number can be told, and what its sums are divided by: the weight of the samples in them.
+    fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Literal["raise", "skip"]
+) -> dict[str, Counts]:
+    """The layers whose number can be told, and what is in it.
 
     Raises:
         SecorderError: there is none, or one is missing that is asked for.
@@ -80,25 +148,25 @@ def told(
         raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
     if fisher.assumed:
         fisher.troubles.warn(fisher.assumed)
-    counts = {name: own.counts.tolist() for name, own in sums.items()}
-    if not any(samples for samples, _, _ in counts.values()):
-        for name in sums:
+    counts = counts_of(fisher, stretch)
+    if not any(count.samples for count in counts.values()):
+        for name in counts:
             if name in fisher.troubles.left_out:
-                raise _unseen(fisher, sums, name)
+                raise _unseen(fisher, stretch, name)
         raise ProbeStateError(fisher.troubles.nothing_accumulated())
-    weights = {}
-    for name, (samples, weight, _) in counts.items():
-        if samples and name not in troubles:
-            weights[name] = weight
+    chosen = {}
+    for name, count in counts.items():
+        if count.samples and name not in troubles:
+            chosen[name] = count
         elif missing == "raise":
-            raise _unseen(fisher, sums, name)
-    return weights
+            raise _unseen(fisher, stretch, name)
+    return chosen
 
 
-def _unseen(fisher: OnlineFisher, sums: Mapping[str, LayerSums], name: str) -> SecorderError:
+def _unseen(fisher: OnlineFisher, stretch: Stretch, name: str) -> SecorderError:
     """Why a layer has seen no sample that counts."""
     reason = fisher.troubles.left_out.get(name)
-    if sums[name].batches and reason is None:
+    if stretch.sums[name].batches and reason is None:
         return NonFiniteError(
             f"every gradient of layer {name!r} so far held nan or inf: lower the learning rate or the loss scale, or "
             'pass on_nonfinite="keep" to see them.'

@@ -38,6 +38,7 @@ from ..layers.selection import Layer
 from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
+from .uses import Uses
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 
@@ -110,6 +111,9 @@ class Backward:
         early: parameters whose gradient has changed between the end of the forward and this pass's first gradient, and
             the numbers of their layers: where no more comes, they are used in the loss alone.
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
+        takes_norms: whether the norms of its per-sample gradients are taken.
+        norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
+        unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
     """
 
@@ -123,6 +127,9 @@ class Backward:
         self.fresh: list[Tensor] = []
         self.early: list[tuple[int, Tensor]] = []
         self.whole: dict[int, Tensor] = {}
+        self.takes_norms = False
+        self.norms: dict[int, Tensor | None] = {}
+        self.unread: list[Tensor] = []
         self.audit = audit
 
     def let_go(self) -> None:
@@ -168,6 +175,8 @@ class ForwardRecord:
         hooked: calls, by layer and number, whose gradient will come.
         recomputed: by layer, the calls that were computed again in backward.
         starts: by layer, how the enclosing module's calls that are running were started.
+        uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
+        unfollowed: layers whose operations could not be followed in this forward.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -176,6 +185,8 @@ class ForwardRecord:
         received: layers whose squares are added.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
+        norms: by layer, the squared norms of its per-sample gradients, where they are taken.
+        squares: by layer, the squared norm of their sum, where the whole gradient does not tell it.
         totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
         without_gradient: layers that ran with nothing to differentiate.
         gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
@@ -205,14 +216,18 @@ class ForwardRecord:
     hooked: set[tuple[str, int]] = field(default_factory=set)
     recomputed: dict[str, set[int]] = field(default_factory=dict)
     starts: dict[str, list[Start]] = field(default_factory=dict)
+    uses: dict[str, Uses] = field(default_factory=dict)
+    unfollowed: set[str] = field(default_factory=set)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
-    captured: dict[str, list[tuple[int, Call, Tensor]]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    squares: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[int, Tensor] = field(default_factory=dict)
     without_gradient: set[str] = field(default_factory=set)
     gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -238,7 +253,11 @@ class ForwardRecord:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""
         if any(x is layer for x in self.fallback):
             return self.fallback
-        return [x for x in self.attribution.layers if x.rule is None and x.enclosing is layer.enclosing]
+        return [
+            x
+            for x in self.attribution.layers
+            if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
+        ]
 
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""

@@ -63,6 +63,8 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
     """
     if given is None:
         return "mean"
+    if isinstance(given, type):
+        raise InvalidArgumentError(f"reduction is the class {given.__name__}, not made yet: pass {given.__name__}().")
     kind = getattr(given, "reduction", None) if isinstance(given, nn.Module) else given
     if kind in ("mean", "sum"):
         if kind == "mean" and isinstance(given, nn.Module) and _is_weighted(given):

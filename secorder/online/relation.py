@@ -22,21 +22,21 @@ class Verified(NamedTuple):
 
     Attributes:
         layout: where the samples are in it.
-        place: of it among all that the layer's calls returned in one forward.
+        place: of it among all that the layer's calls returned in one forward; for operations, the way to it.
         shape: of the output.
         arguments: shapes of the tensors among the model's arguments.
         num_samples: of the batch.
     """
 
     layout: Layout
-    place: int
+    place: int | str
     shape: Shape
     arguments: tuple[Shape, ...]
     num_samples: int
 
 
 def explain(
-    known: Sequence[Verified], place: int, shape: Shape, arguments: tuple[Shape, ...], num_samples: int
+    known: Sequence[Verified], place: int | str, shape: Shape, arguments: tuple[Shape, ...], num_samples: int
 ) -> Layout | None:
     """The layout of a call by what was verified before; None where that does not explain its shape, or not in one way.
 
@@ -63,7 +63,7 @@ def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_s
         return layout if shape == seen.shape and num_samples == seen.num_samples else None
     if layout.rows == 1:
         return layout if shape[dim] == num_samples else None
-    rows, rest = divmod(shape[0], num_samples)
+    rows, rest = divmod(shape[dim], num_samples)
     return layout._replace(rows=rows) if not rest and rows in _rows(seen, arguments) else None
 
 

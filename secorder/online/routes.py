@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._torch.graph import Node
 from .._torch.pytree import tensors_in
 from ..layers.selection import Layer
 from .samples import Hypothesis
 
-__all__ = ["Selections", "layers_of_routed_rows", "unowned_arguments"]
+__all__ = ["Selections", "layers_of_routed_rows", "routed_nodes", "unowned_arguments"]
 
 #: What was selected, the latest last: by which indices, or None for what no inverse is known of.
 State = tuple[Tensor | None, ...]
@@ -113,6 +114,24 @@ def layers_of_routed_rows(
     return found
 
 
+def routed_nodes(
+    forward: Callable[[Any, Callable[[Any], None]], Any], arguments: Any, hypothesis: Hypothesis
+) -> tuple[Any, dict[Node, State]]:
+    """One forward's output, and by the nodes of its graph what was selected there and is not yet put back.
+
+    Of what functions return; what they compute on the way has no entry.
+
+    Args:
+        forward: as for :func:`layers_of_routed_rows`.
+        arguments: of the model.
+        hypothesis: where samples are in them.
+    """
+    routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
+    with routes:
+        output = forward(arguments, routes.begin)
+    return output, routes.nodes
+
+
 class _Routes(TorchFunctionMode):
     """Follows what depends on the arguments: for each such tensor, what was selected and is not yet put back."""
 
@@ -120,6 +139,7 @@ class _Routes(TorchFunctionMode):
         super().__init__()
         self.dim, self.unowned = hypothesis.dim or 0, unowned
         self.states: MutableMapping[Tensor, State] = WeakTensorKeyDictionary()
+        self.nodes: dict[Node, State] = {}
 
     def begin(self, arguments: Any) -> None:
         """The model is about to run on these."""
@@ -137,6 +157,8 @@ class _Routes(TorchFunctionMode):
             for index, tensor in enumerate(tensors_in(args[0] if func is Tensor.__setitem__ else result)):
                 packed = func in _RECURRENT and index > 0 and isinstance(args[1], Tensor)
                 self.states[tensor] = state[:-1] if packed else state
+                if tensor.grad_fn is not None:
+                    self.nodes[tensor.grad_fn] = self.states[tensor]
         return result
 
     def _after(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> State | None:

@@ -15,8 +15,9 @@ from ..layers.dtypes import compute_dtype, zeros
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
+from .norms import NormSums, together_norms
 
-__all__ = ["LayerSums", "Stretch", "together"]
+__all__ = ["LayerSums", "Stretch", "joined", "put_aside", "together"]
 
 
 @dataclass
@@ -37,10 +38,12 @@ class LayerSums:
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> "LayerSums":
-        """Of a layer that has seen nothing."""
-        parts = zeros(layer)
-        counts = torch.zeros(3, dtype=torch.float64, device=parts[0].device)
+    def empty(
+        cls, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None, *, diagonal: bool = True
+    ) -> "LayerSums":
+        """Of a layer that has seen nothing; without a diagonal, it has no sums."""
+        parts = zeros(layer) if diagonal else []
+        counts = torch.zeros(3, dtype=torch.float64, device=next(iter(layer.parameters.values())).device)
         return cls([z.to(device, dtype) for z in parts], counts)
 
     def follow(self, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
@@ -49,7 +52,7 @@ class LayerSums:
         there = next(iter(layer.parameters.values())).device
         if here == there:
             return
-        fresh = LayerSums.empty(layer, device, dtype)
+        fresh = LayerSums.empty(layer, device, dtype, diagonal=bool(self.sums))
         if here.type != "meta":  # where there is no memory, nothing was added
             fresh.counts = self.counts.to(fresh.counts)
             fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
@@ -87,20 +90,20 @@ class LayerSums:
             else:
                 total.mul_(beta).add_(contract_sum(parts, numel=p.numel(), keep=good).to(total), alpha=alpha)
 
-    def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None) -> None:
-        """Count a batch of so many samples; not where it is not good (a bool on the layer's device)."""
+    def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None, size: int | None = None) -> None:
+        """Count a batch of so many samples, of ``size``; not where it is not good (a bool on the layer's device)."""
         self.batches += 1
         if decay is not None:
             self.decays += 1
             self.counts[1].mul_(decay)
-        increment = self._increment(samples, decay)
+        increment = self._increment(samples, decay, size)
         if good is None:
             self.counts.add_(increment)
         else:
             self.counts.addcmul_(increment, good.to(torch.float64))
 
-    def _increment(self, samples: float | Tensor, decay: float | None) -> Tensor:
-        weight = samples if decay is None else 1 - decay
+    def _increment(self, samples: float | Tensor, decay: float | None, size: int | None) -> Tensor:
+        weight = samples if decay is None else (1 - decay) * (1.0 if size is None else samples / size)
         if isinstance(samples, Tensor):  # counted on the device
             parts = [torch.as_tensor(x, dtype=torch.float64, device=self.counts.device) for x in (samples, weight, 1.0)]
             return torch.stack(parts)
@@ -121,25 +124,36 @@ class Stretch:
         seen: samples of all batches that count, float64.
         elsewhere: samples that other ranks had seen when they were synchronised.
         batches: recorded.
+        norms: what the norms of per-sample gradients tell.
     """
 
     sums: dict[str, LayerSums]
     seen: Tensor
     elsewhere: float
     batches: int
+    norms: NormSums
 
 
-def together(earlier: LayerSums | None, later: LayerSums, decay: float | None) -> LayerSums:
+def together(earlier: LayerSums, later: LayerSums, decay: float | None) -> LayerSums:
     """What two stretches have brought of a layer, one after the other; where the later one is."""
-    if earlier is None:
-        return later
     kept = 1.0 if decay is None else decay**later.decays
     sums = [torch.add(new, old.to(new), alpha=kept) for old, new in zip(earlier.sums, later.sums, strict=True)]
     counts = earlier.counts.to(later.counts) * later.counts.new_tensor([1.0, kept, 1.0]) + later.counts
     return LayerSums(sums, counts, earlier.batches + later.batches, earlier.decays + later.decays)
 
 
+def joined(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
+    """What two stretches of training have brought, one after the other."""
+    return Stretch(
+        {name: together(earlier.sums[name], sums, decay) for name, sums in later.sums.items()},
+        earlier.seen.to(later.seen) + later.seen,
+        earlier.elsewhere + later.elsewhere,
+        earlier.batches + later.batches,
+        together_norms(earlier.norms, later.norms),
+    )
+
+
 def put_aside(stretch: Stretch) -> Stretch:
     """The same in the host's memory: an accelerator's is for what is added to."""
     sums = {name: sums.to("cpu") for name, sums in stretch.sums.items()}
-    return Stretch(sums, stretch.seen.cpu(), stretch.elsewhere, stretch.batches)
+    return Stretch(sums, stretch.seen.cpu(), stretch.elsewhere, stretch.batches, stretch.norms.to("cpu"))

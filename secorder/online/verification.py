@@ -113,7 +113,7 @@ def _online(
     fisher: OnlineFisher, sample_dim: Any, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
 ) -> tuple[Diagonals, dict[str, str]]:
     """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
-    trial = fisher.fresh()
+    trial = fisher.fresh("diagonal")
     attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim, trial.directions), 1)
     attachment.attach()
     try:

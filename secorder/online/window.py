@@ -5,14 +5,14 @@ place. What was taken out is put together with what was accumulated before, in t
 nobody wants the mean over the whole run.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
+from ..oneshot.trace import Trace
 from ..results import Diagonals
 from .fisher import ADDING, OnlineFisher
-from .reading import diagonals, untold
-from .sums import LayerSums, Stretch, put_aside, together
+from .noise import NoiseScales
+from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, untold
+from .sums import Stretch, joined, put_aside, together
 
 __all__ = ["Window", "take_window"]
 
@@ -40,10 +40,9 @@ class Window:
 
     num_samples: int
     _fisher: OnlineFisher = field(repr=False)
-    _sums: Mapping[str, LayerSums] = field(repr=False)
-    _untold: Mapping[str, str] = field(repr=False)
+    _read: Read = field(repr=False)
 
-    def fisher_diagonal(self, *, missing: Literal["raise", "skip"] = "raise") -> Diagonals:
+    def fisher_diagonal(self, *, missing: Missing = "raise") -> Diagonals:
         """The empirical Fisher diagonal per layer of the window's samples, their mean or moving average.
 
         Args:
@@ -57,28 +56,51 @@ class Window:
             ProbeStateError: no sample was recorded in the window.
             AttributionError: a layer's gradient could not be attributed to samples while training.
         """
-        return diagonals(self._fisher, missing, self._sums, self._untold)
+        return diagonals(self._fisher, missing, self._read)
+
+    def fisher_trace(self, *, missing: Missing = "raise") -> dict[str, Trace]:
+        """The trace of each layer's empirical Fisher of the window's samples.
+
+        Args:
+            missing: as for :meth:`fisher_diagonal`.
+
+        Returns:
+            layer name → :class:`~secorder.Trace`, as of :meth:`~secorder.CurvatureProbe.fisher_trace`.
+
+        Raises:
+            SecorderError: as :meth:`fisher_diagonal`.
+        """
+        return fisher_traces(self._fisher, missing, self._read)
+
+    def gradient_noise_scale(self, *, missing: Missing = "raise") -> NoiseScales:
+        """The gradient noise scale of each layer in the window.
+
+        Args:
+            missing: as for :meth:`fisher_diagonal`.
+
+        Returns:
+            layer name → :class:`~secorder.NoiseScale`, as of :meth:`~secorder.CurvatureProbe.gradient_noise_scale`.
+
+        Raises:
+            SecorderError: as :meth:`fisher_diagonal`; AttributionError where no batch of the window tells it.
+        """
+        return noise_scales(self._fisher, missing, self._read)
 
 
 def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
     """See :meth:`secorder.CurvatureProbe.window`."""
     with ADDING:
         troubles = untold(fisher)
-        taken = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches)
+        taken = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
         fisher.renew()
-    if keep_total:
-        fisher.earlier = _joined(fisher.earlier, taken, fisher.decay)
-    else:
-        fisher.earlier = None
-    return Window(round(float(taken.seen) + taken.elsewhere), fisher, taken.sums, troubles)
+    fisher.earlier = _put_behind(fisher.earlier, put_aside(taken), fisher.decay) if keep_total else None
+    return Window(round(float(taken.seen) + taken.elsewhere), fisher, (taken, troubles))
 
 
-def _joined(earlier: Stretch | None, taken: Stretch, decay: float | None) -> Stretch:
-    """What was accumulated before the window, and in it, in the host's memory."""
-    taken = put_aside(taken)
+def _put_behind(earlier: Stretch | None, taken: Stretch, decay: float | None) -> Stretch:
+    """What was accumulated before the window, and in it."""
     if earlier is None:
         return taken
     for name, sums in taken.sums.items():  # one layer after the other, so that no third copy is ever whole
         earlier.sums[name] = together(earlier.sums[name], sums, decay)
-    seen, elsewhere = earlier.seen + taken.seen, earlier.elsewhere + taken.elsewhere
-    return Stretch(earlier.sums, seen, elsewhere, earlier.batches + taken.batches)
+    return replace(joined(replace(earlier, sums={}), replace(taken, sums={}), decay), sums=earlier.sums)

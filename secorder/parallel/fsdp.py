@@ -16,7 +16,19 @@ from .._torch.fsdp import fsdp_modules, is_fsdp_hook
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
 
-__all__ = ["Shard", "fully_sharded", "gathered", "local", "managed", "over_ranks", "shard_of_sum", "shards", "whole"]
+__all__ = [
+    "Shard",
+    "fully_sharded",
+    "gathered",
+    "local",
+    "managed",
+    "over_ranks",
+    "shard_of_sum",
+    "shards",
+    "sum_over_ranks",
+    "whole",
+    "whole_sum",
+]
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -46,6 +58,23 @@ def over_ranks(value: float, parameter: Any, how: Literal["sum", "max"] = "sum")
         operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
         dist.all_reduce(number, op=operation, group=parameter.device_mesh.get_group(dim))
     return number.item()
+
+
+def sum_over_ranks(tensor: Tensor, parameter: Any) -> Tensor:
+    """The sum of a tensor over the ranks that a parameter is sharded over."""
+    found = tensor.clone()
+    for dim in range(parameter.device_mesh.ndim):
+        dist.all_reduce(found, group=parameter.device_mesh.get_group(dim))
+    return found
+
+
+def whole_sum(part: Tensor, parameter: Any) -> Tensor:
+    """The sum of all elements of what the ranks hold a part of each; without a sharded parameter, of what is here."""
+    own = part.sum(dtype=torch.float64)
+    for dim, placement in enumerate(getattr(parameter, "placements", ())):
+        if placement.is_shard():
+            dist.all_reduce(own, group=parameter.device_mesh.get_group(dim))
+    return own
 
 
 class Shard(NamedTuple):

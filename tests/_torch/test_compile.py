@@ -1,11 +1,20 @@
 """Code that is traced, and sections of it that are not."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from secorder._torch.compile import EagerSection, Graph, being_compiled, is_traced
+from secorder._torch.compile import (
+    EagerSection,
+    being_compiled,
+    hooks_prevent_compiling,
+    is_traced,
+    may_break_graph,
+    never_compiled,
+)
 
 
 def test_what_is_written_down_is_known() -> None:
@@ -39,5 +48,67 @@ def test_nothing_is_compiled_in_an_eager_section() -> None:
     assert not graphs
     compiled(torch.ones(2))
     assert len(graphs) == 1
-    assert being_compiled() == Graph.NONE
+    assert not being_compiled()
+    assert not may_break_graph()
+    torch._dynamo.reset()
+
+
+class Backend:
+    """Runs graphs as they are, and keeps them."""
+
+    def __init__(self) -> None:
+        torch._dynamo.reset()
+        self.graphs: list[torch.fx.GraphModule] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> object:
+        self.graphs.append(graph)
+        return graph.forward
+
+
+def doubled(g: Tensor) -> Tensor:
+    return g * 2
+
+
+def compiled_hook(g: Tensor) -> Tensor:
+    return doubled(g)
+
+
+@never_compiled
+def uncompiled_hook(g: Tensor) -> Tensor:
+    return doubled(g)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("hook", "graphs"), [(compiled_hook, 2), (uncompiled_hook, 1)])
+def test_hooks_that_the_engine_calls_are_compiled_or_never(hook: Callable[[Tensor], Tensor], graphs: int) -> None:
+    x = torch.ones(2, requires_grad=True)
+    loss = (x * 3).sum()
+    loss.register_hook(hook)
+    backend = Backend()
+
+    @torch.compile(backend=backend)
+    def step(loss: Tensor) -> Tensor:
+        loss.backward()
+        return torch.ones(2).sin()
+
+    step(loss)
+    assert x.grad is not None
+    assert x.grad.tolist() == [6, 6]
+    assert len(backend.graphs) == graphs
+    torch._dynamo.reset()
+
+
+class Own(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [nn.Sequential, Own])
+def test_whether_hooks_that_break_the_graph_prevent_compiling(kind: type[nn.Sequential]) -> None:
+    model = kind(nn.Linear(2, 2), nn.Tanh())
+    model.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+    backend = Backend()
+    torch.compile(model, backend=backend)(torch.ones(1, 2))
+    assert hooks_prevent_compiling(model) is not bool(backend.graphs)
     torch._dynamo.reset()

@@ -2,13 +2,11 @@
 
 from contextlib import ExitStack
 
-import pytest
 import torch
 
 from secorder._torch.compiler import eager, run_eagerly
 
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6 has no such switch")
 def test_compiled_functions_run_as_they_were_written() -> None:
     calls: list[bool] = []
 

@@ -98,3 +98,9 @@ def test_fewer_products_at_once_where_memory_does_not_do(monkeypatch: pytest.Mon
     fitting = 0
     with pytest.raises(torch.OutOfMemoryError):
         stacked_vjp([y], [x], [cotangents])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_nothing_to_differentiate_by_gives_nothing(count: int) -> None:
+    x = torch.randn(3, requires_grad=True)
+    assert stacked_vjp([x.sin()], [], [torch.ones(count, 3)]) == []

@@ -1,8 +1,11 @@
 """Which layers are selected."""
 
+import warnings
+
+import pytest
 from torch import nn
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, CurvatureWarning
 
 from ..helpers import data, make, reference, step
 from ..reference import assert_all_close
@@ -34,3 +37,28 @@ def test_model_that_is_itself_a_layer() -> None:
     step(model, batch)
     assert probe.layer_names == [""]
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_frozen_layers_are_left_out_where_others_are_trained() -> None:
+    model = make()
+    model[0].requires_grad_(False)
+    assert CurvatureProbe(model).layer_names == ["2"]
+    assert CurvatureProbe(model, frozen=True).layer_names == ["0", "2"]
+    assert CurvatureProbe(model, layers="*").layer_names == ["0", "2"]
+    assert CurvatureProbe(model.requires_grad_(False)).layer_names == ["0", "2"]
+
+
+def test_default_types_that_leave_out_most_of_what_is_trained_are_told() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(make()[0].weight.repeat(2, 1))
+
+    model = nn.Sequential(Bare(), nn.Linear(4, 2))
+    with pytest.warns(CurvatureWarning, match=r"1 of 2 layers, 20% of the trainable parameters.*layer_types=.all."):
+        CurvatureProbe(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CurvatureProbe(model, "all")
+        CurvatureProbe(model, layers="1")
+        CurvatureProbe(make())

@@ -31,6 +31,9 @@ def test_names_without_what_they_share() -> None:
     assert common_prefix(["a.b.c", "a.b.d"]) == "a.b."
     assert common_prefix(["a.b", "a.b.c"]) == "a."
     assert common_prefix(["a"]) == common_prefix(["a", "b"]) == ""
-    assert shortened(["net.0", "net.1"]) == ("net.", ["0", "1"])
-    prefix, names = shortened(["embed", *DECODER])
-    assert (prefix, names[0], names[1]) == ("model.layers.", "embed", "…0.q")
+    assert shortened(["net.0", "net.1"]) == ("names without net.", ["0", "1"])
+    told, names = shortened(["embed", *DECODER])
+    assert (told, names[0], names[1]) == ("… is model.layers.", "embed", "…0.q")
+    told, names = shortened(["model.embed", *DECODER])
+    assert (told, names[0], names[1]) == ("names without model., … is layers.", "embed", "…0.q")
+    assert shortened(["a", "b"]) == ("", ["a", "b"])

@@ -62,6 +62,30 @@ def test_a_moving_average_is_told_as_it_is() -> None:
     assert recorder.history.to_dict()["fisher_trace/0"][-1] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("accumulate", ["trace", "diagonal"])
+def test_traces_and_noise_of_the_time_since_the_last_point(accumulate: Any) -> None:
+    model = make()
+    probe = CurvatureProbe(model, reduction="mean", accumulate=accumulate)
+    other = CurvatureProbe(model, reduction="mean", accumulate="trace")
+    changes: list[Any] = []
+    recorder = CurvatureRecorder(probe, log_every=2, on_finding=changes.append, strict=True)
+    for number in range(4):
+        batch = data(12)
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        recorder.step()
+        if number == 1:
+            other.reset()
+    table = recorder.history.to_dict()
+    traces = other.fisher_trace()
+    assert [table[f"fisher_trace/{name}"][-1] for name in traces] == pytest.approx([t.value for t in traces.values()])
+    noise = other.gradient_noise_scale()
+    assert accumulate == "diagonal" or table["gradient_noise_scale/0"][-1] == pytest.approx(noise["0"].value)
+    assert accumulate == "diagonal" or table["model/gradient_noise_scale"][-1] == pytest.approx(noise.total.value)
+    told = [change.finding.value for change in changes if change.finding.kind == "noisy" and change.begins]
+    first = table["model/gradient_noise_scale"][0]
+    assert told[:1] == ([pytest.approx(first / 12)] if first >= 12 else told[:1])
+
+
 def test_what_is_measured_on_a_batch_that_is_held() -> None:
     recorder, _, _ = trained(4, hessian_every=2, traces_every=1, eigenvalues_every=4, log_every=None, norms_every=None)
     table = recorder.history.to_dict()
@@ -81,7 +105,7 @@ def test_numbers_go_to_every_sink(tmp_path: Path) -> None:
     taking = Taking()
     recorder, _, _ = trained(2, sinks=[taking, tmp_path / "run.jsonl", tmp_path / "run.csv"], log_every=1)
     assert [step for step, _ in taking.points] == [1, 2]
-    lines = list(points(tmp_path / "run.jsonl"))
+    lines = [point for point in points(tmp_path / "run.jsonl") if "findings" not in point]
     assert lines[-1]["fisher_trace/0"] == taking.points[-1][1]["fisher_trace/0"]
     assert lines[-1]["step"] == 2
     recorder.close()

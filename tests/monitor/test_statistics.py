@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from secorder import InvalidTypeError, get_layer_curvature_stats
-from secorder.monitor.statistics import layer_statistics, summarize
+from secorder.monitor.statistics import STATISTICS, layer_statistics, merged, summarize
 
 
 def test_statistics() -> None:
@@ -67,3 +67,32 @@ def test_summaries_against_numpy() -> None:
     assert summary.sum == pytest.approx(logs.sum())
     expected, _ = np.histogram(logs, bins=len(summary.counts))
     assert np.abs(np.array(summary.counts) - expected).sum() <= 2  # an entry on the border of two bins
+
+
+def test_many_layers_of_any_sizes_keep_their_order() -> None:
+    """Layers of one size are looked at together, in pieces that do not grow."""
+    sizes = [3, 5, 3, 0, 5, 1, 3, 70_000, 5, 70_000, 600_000, 70_000] + [70_000] * 15
+    layers = {
+        str(i): torch.randn(size, dtype=torch.float32 if i % 3 else torch.float64) for i, size in enumerate(sizes)
+    }
+    together = summarize(layers)
+    assert list(together) == list(layers)
+    for name, diagonal in layers.items():
+        alone = summarize({name: diagonal})[name]
+        assert together[name].statistics == pytest.approx(alone.statistics, rel=1e-12, nan_ok=True)
+        assert together[name].counts == alone.counts
+
+
+def test_summaries_put_together_are_that_of_all_entries() -> None:
+    parts = [torch.randn(100) * 3, torch.randn(7) - 5, torch.zeros(3), torch.zeros(0), torch.randn(1)]
+    summaries = summarize({str(i): part for i, part in enumerate(parts)})
+    found = merged([(part.numel(), summaries[str(i)]) for i, part in enumerate(parts)])
+    whole = summarize({"all": torch.cat(parts)})["all"]
+    assert found.statistics == pytest.approx(whole.statistics, rel=1e-10)
+    assert list(found.statistics) == list(STATISTICS)
+    assert (found.low, found.high, found.sum) == pytest.approx((whole.low, whole.high, whole.sum))
+    assert sum(found.counts) == sum(whole.counts)
+    bad = merged([(1, summaries["4"]), (2, summarize({"b": torch.tensor([torch.nan, 1.0])})["b"])])
+    assert all(math.isnan(bad.statistics[key]) for key in ("mean", "std", "max", "min", "trace"))
+    assert bad.statistics["nonfinite"] == pytest.approx(1 / 3)
+    assert math.isnan(merged([(0, summaries["3"])]).statistics["mean"])

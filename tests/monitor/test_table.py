@@ -34,7 +34,8 @@ def shown(what: object, width: int, terminal: bool = False) -> str:
 
 
 def names(text: str) -> list[str]:
-    return [line.split()[1] for line in text.splitlines() if line.startswith("│")]
+    """Of the rows, without the last one, which is of all layers."""
+    return [name for name in (line.split()[1] for line in text.splitlines() if line.startswith("│")) if name != "total"]
 
 
 def test_wide_table_has_everything() -> None:
@@ -105,3 +106,56 @@ def test_print_of_a_probe() -> None:
     assert names(str(probe)) == ["0", "3", "5"]
     assert "6 samples" in str(probe)
     assert names(str(probe.summary(sort_by="parameters"))) == ["3", "0", "5"]
+
+
+LONG = ["a_model_with_a_very_long_name_indeed.embed"] + [
+    f"a_model_with_a_very_long_name_indeed.encoder.layers.{i}.attention.{part}"
+    for i in range(4)
+    for part in ("query", "key", "value")
+]
+
+
+@pytest.mark.parametrize("width", [120, 80, 60, 40])
+def test_names_give_way_before_columns_and_digits_never(width: int) -> None:
+    fisher = {name: torch.rand(10) * 10.0 ** (-place) for place, name in enumerate(LONG)}
+    text = shown(report(fisher, {name: -x for name, x in fisher.items()}), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert len(names(text)) == len(LONG)
+    for diagonal in fisher.values():
+        assert f"{diagonal.sum():.3g}" in text
+        assert f"{-diagonal.sum():.3g}" in text
+    assert ("mean F" in text) == (width >= 80)
+    if width >= 60:
+        assert "…0.attention.query" in text
+        assert "names without" in text
+
+
+def test_the_last_row_is_of_all_layers() -> None:
+    fisher, hessian = diagonals()
+    lines = shown(report(fisher, hessian), 220).splitlines()
+    (total,) = (line for line in lines if line.startswith("│ total"))
+    whole = torch.cat(list(fisher.values()))
+    for text in (f"{whole.numel():,}", f"{whole.sum():.3g}", f"{whole.mean():.2e}", f"{whole.std():.2e}"):
+        assert f" {text} " in total
+    assert "total" not in str(report({"a": torch.ones(2)}))
+
+
+def test_depth_puts_layers_together() -> None:
+    fisher = {name: torch.rand(10) for name in LONG}
+    assert names(str(report(fisher, depth=1))) == ["a_model_with_a_very_long_name_indeed"]
+    text = str(report(fisher, depth=2))
+    assert [name.split(".")[-1] for name in names(text)] == ["embed", "encoder"]
+    assert f"{sum(x.sum() for x in list(fisher.values())[1:]):.3g}" in text
+    with pytest.raises(InvalidArgumentError, match="depth must be a whole number"):
+        report(fisher, depth=0)
+
+
+def test_a_notebook_shows_everything() -> None:
+    fisher, hessian = diagonals()
+    html = report({"a<b": fisher["0"]}, title="1 & 2")._repr_html_()
+    assert "a&lt;b" in html
+    assert "1 &amp; 2" in html
+    html = report(fisher, hessian, group_by="type")._repr_html_()
+    for text in ("Conv2d", "2×1×3×3", "mean F", "H &lt; 0", "total", f"{fisher['3'].mean():.2e}"):
+        assert text in html
+    assert html.count("<tr") == 1 + 2 + 3 + 1

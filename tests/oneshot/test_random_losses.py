@@ -151,8 +151,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool(((found - expected).abs() <= 1e-8 * expected.abs().max().clamp(min=1e-280)).all())
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(
+ANY_LOSS = given(
     each=st.sampled_from(EACH),
     reduction=st.sampled_from(REDUCTIONS),
     where=st.sampled_from(WHERE),
@@ -163,7 +162,9 @@ def close(found: Tensor, expected: Tensor) -> bool:
     weights=st.lists(st.integers(-6, 6), min_size=N, max_size=N),
     start=st.integers(0, 3),
 )
-def test_any_loss(
+
+
+def check_loss(
     each: Any,
     reduction: str,
     where: str,
@@ -194,6 +195,12 @@ def test_any_loss(
         assert exact is not None
         for name in found:
             assert close(found[name], exact[name]), (kind, name)
+
+
+test_any_loss = settings(max_examples=30, deadline=None)(ANY_LOSS(check_loss))
+test_many_losses = pytest.mark.slow(
+    settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])(ANY_LOSS(check_loss))
+)
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

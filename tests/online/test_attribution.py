@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder import CurvatureProbe
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
 from secorder.layers.structure import independent_by_structure, linear_by_structure
@@ -14,19 +14,20 @@ from secorder.oneshot.isolation import isolate
 from secorder.online.attribution import attribute
 
 from ..helpers import Shared, data
+from ..reference import assert_all_close, fisher_by_sample
 
 
-def test_a_row_that_all_samples_share_is_refused_where_the_model_returns_no_samples() -> None:
+def test_a_row_that_all_samples_share_is_told_where_the_model_returns_no_samples() -> None:
     class Loss(Shared):
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(super().forward(x), t)
 
-    model = Loss()
-    probe = CurvatureProbe(model, layers="shift")
-    with pytest.warns(CurvatureWarning, match="'shift'"):
-        model(*data()).backward()
-    with pytest.raises(AttributionError, match="'shift'"):
-        probe.fisher_diagonal()
+    model, batch = Loss(), data()
+    with CurvatureProbe(model, layers="shift", reduction="mean") as probe:
+        model(*batch).backward()
+        found = probe.fisher_diagonal().by_parameter()
+    expected = fisher_by_sample(model, lambda loss, _: loss, batch, torch.zeros(6), 6)
+    assert_all_close(found, {name: expected[name] for name in found})
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])

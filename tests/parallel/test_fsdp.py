@@ -13,16 +13,11 @@ from torch import nn
 from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.parallel.fsdp import Shard, fully_sharded, local, managed, over_ranks, shard_of_sum, whole
 
-from ..helpers import FULLY_SHARD_RUNS_ON_CPU, data, make, reference, run_ranks, step
+from ..helpers import data, make, reference, run_ranks, step
 from ..reference import assert_all_close
-
-needs_to_gather = pytest.mark.skipif(
-    not FULLY_SHARD_RUNS_ON_CPU, reason="fully_shard of this PyTorch does not run on the CPU"
-)
 
 
 @pytest.mark.slow
-@needs_to_gather
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("case", ["sharded", "sharded_tied", "tensor_parallel"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
@@ -45,7 +40,6 @@ def alone(tmp_path: Path) -> Iterator[nn.Sequential]:
         dist.destroy_process_group()
 
 
-@needs_to_gather
 def test_a_mixed_precision_policy_is_refused_and_nothing_changed(alone: nn.Sequential) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -75,7 +69,6 @@ def test_shards_and_sums(alone: nn.Sequential) -> None:
     assert over_ranks(3, weight) == over_ranks(3, weight, "max") == 3
 
 
-@needs_to_gather
 def test_a_whole_life(alone: nn.Sequential) -> None:
     batch = data()
     with CurvatureProbe(alone) as probe:

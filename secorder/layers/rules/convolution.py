@@ -11,7 +11,7 @@ from ..per_sample import Outer, PerSample
 from .linear import bias_gradient
 from .registry import expect_dims, rule_of
 
-__all__ = ["convolution", "transposed_convolution"]
+__all__ = ["convolution", "convolution_gradients", "transposed_convolution"]
 
 
 @rule_of(nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"))
@@ -19,12 +19,18 @@ def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dic
     """z = W ⋆ a + b, any number of spatial dimensions and every setting of ``nn.ConvNd``."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
     a = _padded(module, inputs[0])
-    groups, spatial = module.groups, len(module.kernel_size)
-    expect_dims(module, a, spatial + 2)
+    expect_dims(module, a, len(module.kernel_size) + 2)
+    return convolution_gradients(a, g, module.kernel_size, module.stride, module.dilation, module.groups)
+
+
+def convolution_gradients(
+    a: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> dict[str, PerSample]:
+    """Of weight and bias, for an input ``a`` that is padded already."""
     factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
-    fan_in = a.shape[1] // groups * math.prod(module.kernel_size)
+    fan_in = a.shape[1] // groups * math.prod(kernel)
     shape = (len(a), groups, math.prod(g.shape[2:]), fan_in)
-    patches = Patches(a, module.kernel_size, module.stride, module.dilation, groups, shape)
+    patches = Patches(a, kernel, stride, dilation, groups, shape)
     return {"weight": Outer(patches, factor), "bias": bias_gradient(factor)}
 
 

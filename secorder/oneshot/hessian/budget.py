@@ -19,6 +19,10 @@ MAX_HVPS = 10_000
 MAX_WORK = 1_000_000_000
 
 
+#: What ``method="auto"`` may take in all, in seconds, where products are many enough to be timed.
+AUTO_SECONDS = 10.0
+
+
 #: The relative error that ``method="auto"`` asks of its estimates.
 AUTO_RTOL = 0.05
 
@@ -33,7 +37,9 @@ class Budget:
         rtol: draw until a layer's relative error ``‖standard error‖ / ‖diagonal‖`` is at most this.
         max_draws: draws at most.
         max_hvps: Hessian-vector products that an exact strategy may take for one layer.
-        max_work: such products times the numbers that each passes through.
+        max_work: such products times the numbers that each passes through, where they were not timed.
+        max_seconds: what exact strategies may take for all layers together, where products were timed.
+        draw_seconds: what draws beyond the least number may take for all layers together.
     """
 
     method: HessianMethod = "exact"
@@ -42,6 +48,8 @@ class Budget:
     max_draws: int = 10_000
     max_hvps: int | None = None
     max_work: float = math.inf
+    max_seconds: float = math.inf
+    draw_seconds: float = math.inf
 
     @classmethod
     def checked(
@@ -68,18 +76,27 @@ class Budget:
                 f'max_hvps={max_hvps!r} must be at least 0, and goes with method="auto", which estimates the layers '
                 "that would take more."
             )
-        max_work = math.inf
+        max_work = max_seconds = draw_seconds = math.inf
         if method == "auto" and max_hvps is None:
-            max_hvps, max_work = MAX_HVPS, MAX_WORK
+            max_hvps, max_work, max_seconds = MAX_HVPS, MAX_WORK, AUTO_SECONDS
+            draw_seconds = AUTO_SECONDS / 2 if rtol is None else math.inf
         if method == "auto":
             rtol = AUTO_RTOL if rtol is None and num_draws is None else rtol
         draws = num_draws or (16 if rtol is not None else 100)
         if max_draws < draws:
             raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {max_draws}.")
-        return cls(method, draws, rtol, max_draws, max_hvps, max_work)
+        return cls(method, draws, rtol, max_draws, max_hvps, max_work, max_seconds, draw_seconds)
 
-    def affords(self, num_products: int, elements: int) -> bool:
-        """Whether an exact strategy may be taken: so many products, each through so many numbers."""
+    def affords(self, num_products: int, elements: int, seconds: float = 0.0) -> bool:
+        """Whether an exact strategy may be taken.
+
+        Args:
+            num_products: its products.
+            elements: numbers that each passes through.
+            seconds: that each takes; 0 if that is not known.
+        """
         if self.method == "exact":
             return True
-        return self.max_hvps is not None and num_products <= self.max_hvps and num_products * elements <= self.max_work
+        if self.max_hvps is None or num_products > self.max_hvps:
+            return False
+        return num_products * seconds <= self.max_seconds if seconds else num_products * elements <= self.max_work

@@ -13,7 +13,7 @@ but a diagonal is computed.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,19 +21,31 @@ from torch import Tensor
 
 from ..._torch.chain_graph import Kind, Segment, batched_gradients, edge_gradients, segments_of
 from ..._torch.vjp import chunks
-from ...layers.contraction import contract, contract_basis
 from ...layers.layout import DIM_ZERO
-from ...layers.per_sample import Outer
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..output_root import output_root
+from ..timing import seconds_of
 from .block import Block
 from .budget import Budget
 from .facts import Facts
+from .layer_block import by_basis, by_diagonal, by_diagonal_alone
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["NAME", "Chain", "affords", "applies", "facts_of_chain", "find_chain", "products", "run", "shortened"]
+__all__ = [
+    "CHAIN_BYTES",
+    "NAME",
+    "Chain",
+    "affords",
+    "applies",
+    "facts_of_chain",
+    "find_chain",
+    "products",
+    "run",
+    "seconds_of_chain",
+    "shortened",
+]
 
 NAME = Strategy.CHAIN
 
@@ -41,7 +53,7 @@ NAME = Strategy.CHAIN
 _BYTES = 1 << 25
 
 #: And at most, where they may not.
-_MAX_BYTES = 1 << 30
+CHAIN_BYTES = 1 << 30
 
 #: Multiplications that are worth one number that a product passes through, in :class:`.Budget`.
 _WORK = 100
@@ -88,12 +100,12 @@ def find_chain(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]
         return None
     if not kinds <= {torch.float32, torch.float64}:
         return None
-    if task.num_samples * side.size**2 * side.points[0].element_size() > _MAX_BYTES // 4:  # the columns at the output
+    if task.num_samples * side.size**2 * side.points[0].element_size() > CHAIN_BYTES // 4:  # the columns at the output
         return None
     single = {id(g.leaves[0]): g for g in graphs if len(g.leaves) == 1}
     output = side.model_outputs[0]
     segments = segments_of(output, [g.leaves[0] for g in single.values()], task.num_samples)
-    limit = _MAX_BYTES // (task.num_samples * output.element_size())
+    limit = CHAIN_BYTES // (task.num_samples * output.element_size())
     chain = Chain(side, [], {})
     for segment in segments:
         within = (_size(segment.shape, task), _size(segment.shape_before, task))
@@ -179,12 +191,13 @@ class _Step:
     whole: set[int] = field(default_factory=set)
 
 
-def run(task: Measurement, chain: Chain) -> dict[str, list[Tensor]]:
-    """The diagonal of each layer on the chain, by parameter.
+def run(task: Measurement, chain: Chain, *, trial: bool = False) -> tuple[dict[str, list[Tensor]], int]:
+    """The diagonal of each layer on the chain, by parameter, and of how many samples.
 
     Args:
         task: the measurement.
         chain: the graph, cut into segments.
+        trial: only of as many samples as are carried at once.
     """
     side = chain.side
     root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
@@ -200,19 +213,28 @@ def run(task: Measurement, chain: Chain) -> dict[str, list[Tensor]]:
     at_once = _at_once(task, steps, u.element_size())
     parts: dict[int, list[Tensor]] = {}
     totals: dict[str, list[Tensor]] = {}
-    with progress_bar(task.progress, "Hessian along the chain", task.num_samples, unit="samples") as advance:
-        for rows in chunks(task.num_samples, at_once):
+    count = min(task.num_samples, at_once) if trial else task.num_samples
+    with progress_bar(task.progress and not trial, "Hessian along the chain", count, unit="samples") as advance:
+        for rows in chunks(count, at_once):
             here = slice(rows.start, rows.stop)
             for key, block in _carried(task, chain, steps, top.rows(here), here):
                 graph = chain.graphs[key]
                 if block.matrix is None:
                     parts.setdefault(key, []).append(block.diagonal())
                 else:
-                    _add(totals, graph, _by_basis(graph, block.matrix, here))
+                    _add(totals, graph, by_basis(graph, block.matrix, here))
             advance(len(rows))
     for key, diagonals in parts.items():
-        _add(totals, chain.graphs[key], _by_diagonal(chain.graphs[key], torch.cat(diagonals)))
-    return totals
+        if not trial:
+            _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], torch.cat(diagonals)))
+    return totals, count
+
+
+def seconds_of_chain(task: Measurement, chain: Chain) -> float:
+    """How long it takes, from as many samples as are carried at once."""
+    counts: list[int] = []
+    seconds = seconds_of(lambda: counts.append(run(task, chain, trial=True)[1]))
+    return seconds * task.num_samples / counts[0]
 
 
 def _at_once(task: Measurement, steps: Sequence[_Step], num_bytes: int) -> int:
@@ -255,7 +277,7 @@ def _steps(task: Measurement, chain: Chain) -> list[_Step]:
     asked = "nothing"
     for step in reversed(steps):
         step.last, step.diagonal = asked == "nothing", asked == "diagonal"
-        step.whole = {key for key in step.segment.leaves if not _by_diagonal_alone(chain.graphs[key])}
+        step.whole = {key for key in step.segment.leaves if not by_diagonal_alone(chain.graphs[key])}
         if asked != "nothing" and step.segment.kind in (Kind.LINEAR, Kind.GENERAL):
             asked = "all"
         if (step.segment.leaves and step.segment.kind == Kind.GENERAL) or step.whole:
@@ -355,43 +377,3 @@ def _products(
         (back,) = batched_gradients(segment.out, [end], forth)
         total = total if back is None else total + back.reshape(len(ids), count, size)
     return total.detach()
-
-
-# ---- from H_z to the parameters
-
-
-def _by_diagonal_alone(graph: LayerGraph) -> bool:
-    """Whether each element of z has parameters of its own, so that the diagonal of H_z gives that of θ."""
-    graph.layouts = [DIM_ZERO]
-    leaf = graph.leaves[0]
-    if leaf.dim() != 2:
-        return False
-    parts = graph.gradients([leaf.detach()[None]])
-    return all(
-        isinstance(part, Outer) and part.g.shape[-2] == 1 and part.g.shape[-1] * part.g.shape[-3] == leaf.shape[1]
-        for part in parts.values()
-    )
-
-
-def _by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
-    like = graph.leaves[0]
-    u = graph.gradients([diagonal.view(1, *like.shape)])
-    v = graph.gradients([like.new_ones(()).expand(1, *like.shape)])
-    return [contract(u[name], v[name], numel=p.numel()) for name, p in graph.layer.parameters.items()]
-
-
-def _by_basis(graph: LayerGraph, matrix: Tensor, here: slice) -> list[Tensor]:
-    """By the basis of z, of some samples."""
-    size, shape = matrix.shape[1], graph.leaves[0].shape[1:]
-    part = replace(graph, inputs=[tuple(x[here] for x in call) for call in graph.inputs])
-    totals = None
-    for ids in chunks(size, max(1, _BYTES // (4 * matrix[:, 0].numel() * matrix.element_size()))):
-        rows = matrix[:, :, ids.start : ids.stop].permute(2, 0, 1).reshape(len(ids), len(matrix), *shape)
-        basis = matrix.new_zeros(len(ids), 1, size)
-        basis[range(len(ids)), 0, list(ids)] = 1
-        vectors = basis.expand(-1, len(matrix), -1).reshape(len(ids), len(matrix), *shape)
-        u, v = part.gradients([rows]), part.gradients([vectors])
-        found = [contract_basis(u[name], v[name], numel=p.numel()) for name, p in graph.layer.parameters.items()]
-        totals = found if totals is None else [a + b for a, b in zip(totals, found, strict=True)]
-    assert totals is not None
-    return totals

@@ -9,7 +9,7 @@ from . import chain, columns, output_basis, output_draws, parameter_basis, param
 from .budget import Budget
 from .facts import Facts
 
-__all__ = ["DRAWN", "EXACT", "Choice", "StrategyModule", "choose"]
+__all__ = ["DRAWN", "EXACT", "Choice", "StrategyModule", "choose", "seconds_of_draws"]
 
 
 class StrategyModule(Protocol):
@@ -59,7 +59,27 @@ def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
     rest = [f for f in facts if f.layer not in by_chain]
     pay = _columns_pay(rest, budget)
     by_columns = {f.layer for f in rest if columns.applies(f) and (f.last or pay)}
-    return {f.layer: _choose(f, budget, f.layer in by_columns, f.layer in by_chain) for f in facts}
+    chosen = {f.layer: _choose(f, budget, f.layer in by_columns, f.layer in by_chain) for f in facts}
+    for f in _too_long(facts, budget, chosen):
+        chosen[f.layer] = _drawn(f, budget, chosen[f.layer].exact_products)
+    return chosen
+
+
+def _too_long(facts: Sequence[Facts], budget: Budget, chosen: dict[str, Choice]) -> list[Facts]:
+    """The layers that are not exact, so that all together stay within the budget's seconds: the most expensive ones."""
+    together = [f for f in facts if chosen[f.layer].strategy == columns.NAME and not f.last]
+    exact = [f for f in facts if chosen[f.layer].strategy in (s.NAME for s in EXACT)]
+    costs = [(chosen[f.layer].products * f.seconds, [f]) for f in exact]
+    if together:
+        costs.append((together[0].num_columns * together[0].seconds_by_column, together))
+    if sum(cost for cost, _ in costs) <= budget.max_seconds:
+        return []
+    spent, rest = 0.0, []
+    for cost, group in sorted(costs, key=lambda pair: pair[0]):
+        spent += cost
+        if spent > budget.max_seconds / 2:  # the other half is for draws
+            rest += group
+    return rest
 
 
 def _choose(facts: Facts, budget: Budget, by_columns: bool, by_chain: bool) -> Choice:
@@ -73,10 +93,20 @@ def _choose(facts: Facts, budget: Budget, by_columns: bool, by_chain: bool) -> C
         return Choice(columns.NAME, products, products)
     exact = cheapest(facts, budget)
     least = exact.products(facts, budget)
-    if budget.affords(least, facts.passed):
+    if budget.affords(least, facts.passed, facts.seconds):
         return Choice(exact.NAME, least, least)
+    return _drawn(facts, budget, least)
+
+
+def _drawn(facts: Facts, budget: Budget, exact_products: int) -> Choice:
     drawn = next(s for s in DRAWN if s.applies(facts))
-    return Choice(drawn.NAME, drawn.products(facts, budget), least)
+    return Choice(drawn.NAME, drawn.products(facts, budget), exact_products)
+
+
+def seconds_of_draws(budget: Budget, chosen: dict[str, Choice]) -> float:
+    """What the draws of one layer may take: an equal part of what all may take."""
+    drawn = sum(choice.strategy in (s.NAME for s in DRAWN) for choice in chosen.values())
+    return budget.draw_seconds / max(1, drawn)
 
 
 def cheapest(facts: Facts, budget: Budget) -> StrategyModule:
@@ -105,4 +135,4 @@ def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:
     if budget.method == "hutchinson":
         return count <= budget.num_draws
     others = sum(min(f.outputs or f.numel, f.numel) for f in served)
-    return count <= others and budget.affords(count, passed)
+    return count <= others and budget.affords(count, passed, served[0].seconds_by_column)

@@ -57,7 +57,7 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
             if check is not None:
                 check.head(graph, which)
     rest = [graph for graph in graphs if id(graph) not in found]
-    with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="columns") as advance:
+    with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
         values = contract_pairs(
             side.model_outputs,
             rest,
@@ -66,8 +66,8 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
             generator=task.generator,
             chunk_size=task.chunk_size,
             by_graph=side.by_graph,
-            watch=check,
             advance=advance,
+            watch=check,
         )
     found |= dict(zip(map(id, rest), values if rest else [], strict=True))
     for graph in graphs:

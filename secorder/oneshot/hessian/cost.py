@@ -1,17 +1,21 @@
 """What a Hessian will take, before it is paid."""
 
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..._torch.vjp import default_chunk_size
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
 from .budget import Budget
-from .choice import Choice, choose
+from .chain import CHAIN_BYTES, seconds_of_chain, shortened
+from .choice import Choice, choose, seconds_of_draws
 from .facts import Facts
 from .investigate import investigate
+from .trials import learn_seconds
 
-__all__ = ["LayerCost", "estimate_cost", "layer_cost"]
+__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost"]
 
 
 @dataclass(frozen=True)
@@ -24,30 +28,102 @@ class LayerCost:
             least number, for eigenvalues the largest.
         exact_hvps: those of the cheapest exact strategy that is allowed.
         num_bytes: memory of one batch of products, about.
+        seconds: that it will take, by short trials; of what serves several layers at once, an equal part. For an
+            estimate down to ``rtol``, by the spread of a few draws; for eigenvalues, at most.
     """
 
     strategy: Strategy
     num_hvps: int
     exact_hvps: int
     num_bytes: int
+    seconds: float = field(default=0.0, compare=False)
+
+
+class Cost(dict[str, LayerCost]):
+    """What a measurement will take, layer by layer: layer name → :class:`LayerCost`.
+
+    Attributes:
+        overhead: seconds of what is done once for all layers: forwards, gradients, checks.
+        num_batches: batches of a data set, each of which takes that long.
+    """
+
+    overhead: float
+    num_batches: int
+
+    def __init__(self, layers: Mapping[str, LayerCost], overhead: float, num_batches: int = 1) -> None:
+        super().__init__(layers)
+        self.overhead = overhead
+        self.num_batches = num_batches
+
+    @property
+    def seconds(self) -> float:
+        """That the whole measurement will take, about."""
+        return self.num_batches * (self.overhead + sum(cost.seconds for cost in self.values()))
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the largest batch of products, about."""
+        return max((cost.num_bytes for cost in self.values()), default=0)
+
+    def __repr__(self) -> str:
+        return f"Cost({self.seconds:.3g} s, {self.num_bytes / 1e6:.3g} MB, {super().__repr__()})"
 
 
 #: Strategies whose products end in z.
-_IN_Z = (Strategy.COLUMNS, Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.OUTPUT_PRODUCTS, Strategy.RULE)
+_IN_Z = (
+    Strategy.COLUMNS,
+    Strategy.CHAIN,
+    Strategy.OUTPUT_BASIS,
+    Strategy.OUTPUT_DRAWS,
+    Strategy.OUTPUT_PRODUCTS,
+    Strategy.RULE,
+)
 
 
-def estimate_cost(task: Measurement, budget: Budget) -> dict[str, LayerCost]:
-    """What a Hessian diagonal or trace would take for each layer: one forward, one backward and the checks are run.
+def estimate_cost(task: Measurement, budget: Budget) -> Cost:
+    """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run.
 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
     """
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
+        overhead = time.perf_counter() - start
+        relative = learn_seconds(task, found, budget, draws=True)
         chosen = choose(list(found.facts.values()), budget)
-    return {x.name: layer_cost(task, found.facts[x.name], chosen[x.name]) for x in task.layers}
+    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
+    by_chain = 0.0
+    if carried and found.chain is not None:
+        by_chain = seconds_of_chain(task, shortened(found.chain, carried)) / len(carried)
+    served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
+    costs = {}
+    for layer in task.layers:
+        facts, choice = found.facts[layer.name], chosen[layer.name]
+        if choice.strategy == Strategy.CHAIN:
+            seconds = by_chain
+        elif choice.strategy == Strategy.COLUMNS:
+            seconds = choice.products * facts.seconds_by_column / served
+        elif choice.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
+            draws = _expected_draws(budget, relative.get(layer.name, 0.0), facts.seconds_by_draw, chosen)
+            seconds = draws * facts.seconds_by_draw
+        else:
+            seconds = choice.products * facts.seconds
+        costs[layer.name] = layer_cost(task, facts, choice, seconds)
+    if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
+        overhead += 3 * found.seconds  # another forward and gradient
+    return Cost(costs, overhead)
 
 
-def layer_cost(task: Measurement, facts: Facts, choice: Choice) -> LayerCost:
+def _expected_draws(budget: Budget, relative: float, seconds: float, chosen: dict[str, Choice]) -> float:
+    """How many draws it will take, if one has this standard error relative to the whole."""
+    if budget.rtol is None:
+        return budget.num_draws
+    wanted = min(budget.max_draws, (relative / budget.rtol) ** 2)
+    possible = seconds_of_draws(budget, chosen) / seconds if seconds else wanted
+    return max(budget.num_draws, min(wanted, possible))
+
+
+def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:
     """The cost of what was chosen, with the memory of one batch of products."""
     in_z = choice.strategy in _IN_Z
     elements = facts.output_elements if in_z else facts.parameter_elements
@@ -55,4 +131,6 @@ def layer_cost(task: Measurement, facts: Facts, choice: Choice) -> LayerCost:
     like = next(iter(layer.parameters.values()))
     batch = min(max(choice.products, 1), default_chunk_size(elements, like, task.chunk_size))
     num_bytes = 4 * batch * elements * like.element_size()
-    return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes)
+    if choice.strategy == Strategy.CHAIN:
+        num_bytes = max(num_bytes, min(CHAIN_BYTES, 3 * task.num_samples * facts.outputs**2 * like.element_size()))
+    return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

@@ -11,7 +11,8 @@ from . import output_basis, parameter_basis
 from .budget import Budget
 from .choice import choose
 from .investigate import investigate
-from .run import carry_out, on_parameters
+from .on_parameters import on_parameters
+from .run import carry_out
 
 __all__ = ["differentiable_hessian_diagonal", "hessian_diagonal"]
 

@@ -1,6 +1,7 @@
 """Means of draws with their standard errors."""
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,6 +49,7 @@ def average(
     size: int,
     advance: Callable[[int], None],
     known: Sequence[Tensor] = (),
+    seconds: float = math.inf,
 ) -> Estimate:
     """Mean of draws and its standard error (Welford's update), until the budget is content.
 
@@ -58,11 +60,12 @@ def average(
         size: draws at a time.
         advance: of the progress bar.
         known: what is known exactly and added to the mean.
+        seconds: when they are over, no more draws are made than the least number.
     """
     means = [z.clone() for z in like]
     squares, seen = [z.clone() for z in means], 0
     known = list(known) or [z.clone() for z in means]
-    wanted = budget.num_draws
+    wanted, start = budget.num_draws, time.perf_counter()
     while True:
         for ids in chunks(wanted - seen, size):
             for index, values in enumerate(draw(len(ids))):
@@ -78,11 +81,13 @@ def average(
         error = relative_error(total, errors)
         if budget.rtol is None:
             return Estimate(total, errors, seen, error <= ENOUGH)
-        if error <= budget.rtol or seen >= budget.max_draws:
+        # As many more as fit in the time that is left.
+        possible = seen * min(1e6, seconds / max(time.perf_counter() - start, 1e-9))
+        if error <= budget.rtol or seen >= min(budget.max_draws, int(possible)):
             return Estimate(total, errors, seen, error <= budget.rtol)
         # The error falls with the root of the draws: go most of the way there.
         factor = min(4.0, max(1.2, (error / budget.rtol) ** 2))
-        wanted = min(budget.max_draws, math.ceil(seen * factor))
+        wanted = min(budget.max_draws, math.ceil(seen * factor), int(possible))
 
 
 def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:

@@ -1,5 +1,6 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,6 +38,7 @@ class Findings:
         facts: by layer.
         graphs: by layer, of those that have a rule.
         output_side: for columns; None where they are not to be had, or would not pay.
+        seconds: that the forward and the loss took.
         separate: the loss as a function of the output, where it is known to be a sum over samples and the graph may
             tell where these are.
         chain: that leads to the layers, where one does.
@@ -45,6 +47,7 @@ class Findings:
     facts: dict[str, Facts]
     graphs: dict[str, LayerGraph]
     output_side: OutputSide | None = None
+    seconds: float = 0.0
     separate: OutputSide | None = None
     chain: Chain | None = None
 
@@ -71,14 +74,18 @@ def investigate(
         columns: whether columns, and the chain, may be used.
         everything: whether to look at what the chain would make superfluous.
     """
+    start = time.perf_counter()
     traced = task.traced(inputs=False)
     output, loss = task.loss(second_order=True, forward=traced)
     recording.close()
+    seconds = time.perf_counter() - start
     if not loss.requires_grad:
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
-    found = Findings({x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {})
+    found = Findings(
+        {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {}, None, seconds
+    )
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)

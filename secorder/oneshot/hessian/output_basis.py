@@ -30,7 +30,9 @@ def products(facts: Facts, budget: Budget) -> int:
     return facts.outputs
 
 
-def run(task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[int], None]) -> list[Tensor]:
+def run(
+    task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[int], None], limit: int | None = None
+) -> list[Tensor]:
     """The diagonal, by parameter.
 
     Args:
@@ -38,10 +40,11 @@ def run(task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[
         graph: of the layer; its layouts tell where samples are.
         elements: numbers that one product keeps.
         advance: of the progress bar.
+        limit: take so many products only, to see how long they last.
     """
     totals: list[Tensor] = zeros(graph.layer)
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
-    for call, basis_size in enumerate(graph.sizes):
+    for call, basis_size in enumerate(graph.sizes if limit is None else [min(limit, graph.sizes[0])]):
         for ids in chunks(basis_size, size):
             vectors = [leaf.new_zeros(()).expand(len(ids), *leaf.shape) for leaf in graph.leaves]
             vectors[call] = _basis(graph.leaves[call], graph.layouts[call], ids)

@@ -1,5 +1,6 @@
 """Unbiased estimates from random signs on every sample's z."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -45,6 +46,7 @@ def run(
     advance: Callable[[int], None],
     reduce: Reduce,
     exact: Sequence[Tensor] = (),
+    seconds: float = math.inf,
 ) -> tuple[Strategy, Estimate]:
     """An estimate; of what columns do not give alone, where they gave the rest and that pays.
 
@@ -56,6 +58,7 @@ def run(
         advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
         exact: what columns gave, reduced: the generalised Gauss-Newton part; or nothing.
+        seconds: that it may take, where an error is asked for.
     """
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
     whole = draws(task, graph, graph.output_gradients, reduce)
@@ -63,10 +66,10 @@ def run(
         rest = draws(task, graph, graph.residual, reduce)
         pilots = whole(_PILOT), rest(_PILOT)
         if sum(v.var(0).sum() for v in pilots[1]) < sum(v.var(0).sum() for v in pilots[0]):
-            found = average(rest, [torch.zeros_like(v) for v in exact], budget, size, advance, exact)
+            found = average(rest, [torch.zeros_like(v) for v in exact], budget, size, advance, exact, seconds)
             return Strategy.COLUMNS_AND_OUTPUT_DRAWS, found
     like = [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
-    return NAME, average(whole, like, budget, size, advance)
+    return NAME, average(whole, like, budget, size, advance, seconds=seconds)
 
 
 def draws(task: Measurement, graph: LayerGraph, output_gradients: Sequence[Tensor | None], reduce: Reduce) -> Draw:

@@ -34,6 +34,7 @@ def run(
     output_gradients: Sequence[Tensor | None],
     elements: int,
     advance: Callable[[int], None],
+    limit: int | None = None,
 ) -> list[Tensor]:
     """The diagonal, by parameter.
 
@@ -43,12 +44,15 @@ def run(
         output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
         elements: numbers that one product keeps.
         advance: of the progress bar.
+        limit: take so many products only, to see how long they last: the diagonal is not whole then.
     """
     replacements = task.isolated.replacements(layer)
     kind = compute_dtype(layer)
     sizes = [s.numel() for s in replacements]
     diagonal = []
-    for ids in chunks(sum(sizes), default_chunk_size(elements, replacements[0], task.chunk_size)):
+    for ids in chunks(
+        min(sum(sizes), limit or sum(sizes)), default_chunk_size(elements, replacements[0], task.chunk_size)
+    ):
         flat = replacements[0].new_zeros(len(ids), sum(sizes))
         flat[range(len(ids)), list(ids)] = 1
         parts = zip(flat.split(sizes, 1), replacements, strict=True)
@@ -57,4 +61,4 @@ def run(
         joined = torch.cat([u.reshape(len(u), -1).to(kind) for u in found], 1)
         diagonal.append(joined[range(len(ids)), list(ids)])
         advance(len(ids))
-    return list(torch.cat(diagonal).split(sizes))
+    return [torch.cat(diagonal)] if limit else list(torch.cat(diagonal).split(sizes))

@@ -1,5 +1,6 @@
 """Unbiased estimates from random signs on the parameters: for any layer."""
 
+import math
 from collections.abc import Callable, Sequence
 
 from torch import Tensor
@@ -37,6 +38,7 @@ def run(
     elements: int,
     advance: Callable[[int], None],
     reduce: Reduce,
+    seconds: float = math.inf,
 ) -> Estimate:
     """An estimate.
 
@@ -48,6 +50,7 @@ def run(
         elements: numbers that one product keeps.
         advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
+        seconds: that it may take, where an error is asked for.
     """
     replacements = task.isolated.replacements(layer)
     kind = compute_dtype(layer)
@@ -59,4 +62,4 @@ def run(
 
     like = [v[0] for v in reduce([z[None] for z in zeros(layer)])]
     size = default_chunk_size(elements, replacements[0], task.chunk_size)
-    return average(draw, like, budget, size, advance)
+    return average(draw, like, budget, size, advance, seconds=seconds)

@@ -5,21 +5,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..._torch.vjp import gradients
-from ...layers.selection import Layer
 from ...monitor.progress import progress_bar
 from ...results import Strategy
-from ..loss import require_dependence
 from ..measurement import Measurement
-from ..recording import recorded, seen
+from ..recording import recorded
 from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
-from .choice import Choice, choose
+from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
 from .investigate import Findings, investigate, verify_samples
+from .on_parameters import on_parameters
 from .output_draws import Reduce
+from .trials import learn_seconds, matters
 
-__all__ = ["Outcome", "carry_out", "on_parameters"]
+__all__ = ["Outcome", "carry_out"]
 
 
 @dataclass
@@ -51,6 +50,8 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
         _chain(task, found, budget, reduce, outcomes)
+        if matters(found, budget):
+            learn_seconds(task, found, budget)
         exact = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
         _in_z(task, found, chosen, budget, reduce, exact, outcomes)
@@ -68,7 +69,7 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
     names = [name for name, choice in chosen.items() if choice.strategy == chain.NAME]
     if not names or found.chain is None:
         return
-    for name, values in chain.run(task, chain.shortened(found.chain, names)).items():
+    for name, values in chain.run(task, chain.shortened(found.chain, names))[0].items():
         checks = found.facts[name].checks | {"samples_independent": True}
         spent = found.graphs[name].num_hvps + found.facts[name].chain_products
         outcomes[name] = Outcome(chain.NAME, Estimate(_whole(reduce, values)), checks, spent)
@@ -128,7 +129,7 @@ def _in_z(
             else:
                 elements = facts.output_elements + facts.numel
                 how = budget, elements, advance, reduce
-                result = output_draws.run(task, graph, *how, exact.get(name, ()))
+                result = output_draws.run(task, graph, *how, exact.get(name, ()), seconds_of_draws(budget, chosen))
             outcomes[name] = Outcome(*result, facts.checks, sum(spent))
             graph.output_gradients = graph.residual = []  # frees the graph as far as no other layer needs it
 
@@ -164,7 +165,7 @@ def _on_parameters(
                 values = parameter_basis.run(task, layer, own, facts.parameter_elements, advance)
                 result = parameter_basis.NAME, Estimate(_whole(reduce, values))
             else:
-                how = budget, facts.parameter_elements, advance, reduce
+                how = budget, facts.parameter_elements, advance, reduce, seconds_of_draws(budget, chosen)
                 result = parameter_draws.NAME, parameter_draws.run(task, layer, own, *how)
             outcomes[layer.name] = Outcome(*result, facts.checks, sum(spent))
 
@@ -175,18 +176,3 @@ def _counted(bar: Callable[[int], None], spent: list[int]) -> Callable[[int], No
         bar(count)
 
     return advance
-
-
-def on_parameters(task: Measurement, layers: Sequence[Layer]) -> list[tuple[Layer, list[Tensor | None]]]:
-    """Each layer with the loss's gradient in its replacement parameters, all uses of them counted, differentiable."""
-    if not layers:
-        return []
-    with seen(layers) as recording:
-        _, loss = task.loss(second_order=True)
-        replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
-        found = gradients(loss, replacements, create_graph=True) if loss.requires_grad else [None] * len(replacements)
-        recording.require_seen(loss)
-    if all(g is None for g in found):
-        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    by_replacement = dict(zip((id(s) for s in replacements), found, strict=True))
-    return [(layer, [by_replacement[id(s)] for s in task.isolated.replacements(layer)]) for layer in layers]

@@ -7,17 +7,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from secorder import CurvatureProbe, Strategy
+from secorder import CurvatureProbe, CurvatureWarning, InvalidArgumentError, Strategy
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import choose
+from secorder.oneshot.hessian.estimate import average
 from secorder.oneshot.hessian.facts import Facts
 
 from ...helpers import make, mlp, seeded
+from ...reference import assert_all_close, assert_close, hessian_by_element
 
 BASIS = Budget("exact")
 FREE = Facts("a", numel=40, own_use=True, outputs=5, samples_independent=True, passed=100, passed_by_column=10)
 LINEAR = dataclasses.replace(FREE, piecewise_linear=True, num_columns=3)
+
+TIMED = Budget("auto", num_draws=16, max_hvps=100, max_seconds=2.0)
 
 CHOICES: dict[str, tuple[list[Facts], Budget, dict[str, tuple[str, int]]]] = {
     "basis_of_outputs": ([FREE], BASIS, {"a": ("output-basis", 5)}),
@@ -50,6 +55,31 @@ CHOICES: dict[str, tuple[list[Facts], Budget, dict[str, tuple[str, int]]]] = {
     "columns_cheaper_than_draws": ([LINEAR], Budget("hutchinson", num_draws=7), {"a": ("columns", 3)}),
     "affordable": ([FREE], Budget("auto", max_hvps=5), {"a": ("output-basis", 5)}),
     "not_affordable": ([FREE], Budget("auto", num_draws=16, max_hvps=4), {"a": ("output-draws", 16)}),
+    "affordable_in_seconds": ([dataclasses.replace(FREE, seconds=0.3)], TIMED, {"a": ("output-basis", 5)}),
+    "too_many_seconds": ([dataclasses.replace(FREE, seconds=0.5)], TIMED, {"a": ("output-draws", 16)}),
+    "too_many_seconds_in_all": (
+        [dataclasses.replace(FREE, layer=name, seconds=s) for name, s in zip("abc", (0.3, 0.1, 0.15), strict=True)],
+        TIMED,
+        {"a": ("output-draws", 16), "b": ("output-basis", 5), "c": ("output-draws", 16)},
+    ),
+    "columns_take_too_long": (
+        [dataclasses.replace(LINEAR, seconds=0.01, seconds_by_column=0.7)],
+        TIMED,
+        {"a": ("output-basis", 5)},
+    ),
+    "columns_of_all_take_too_long": (
+        [
+            dataclasses.replace(LINEAR, layer="a", seconds_by_column=0.4),
+            dataclasses.replace(FREE, layer="b", seconds=0.19),
+        ],
+        TIMED,
+        {"a": ("output-draws", 16), "b": ("output-basis", 5)},
+    ),
+    "a_head_takes_no_column": (
+        [dataclasses.replace(LINEAR, last=True, num_columns=10**6)],
+        TIMED,
+        {"a": ("columns", 0)},
+    ),
     "too_much_work": ([FREE], Budget("auto", num_draws=16, max_hvps=5, max_work=499), {"a": ("output-draws", 16)}),
 }
 
@@ -116,6 +146,54 @@ def test_estimates_that_are_bad_do_not_pass_for_converged() -> None:
         assert all(i.converged == (i.relative_error <= 0.5) for i in told)
         good = probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=4000)
         assert all(i.converged for i in good.info.values())
+
+
+def test_draws_stop_when_time_is_over() -> None:
+    """But for the least number."""
+    budget = Budget("auto", num_draws=16, rtol=1e-9, max_draws=1000)
+    draw = lambda count: [torch.randn(count, 1)]  # noqa: E731
+    for seconds, expected in ((0.0, 16), (1e9, 1000)):
+        found = average(draw, [torch.zeros(1)], budget, 50, lambda _: None, seconds=seconds)
+        assert (found.num_draws, found.converged) == (expected, False)
+
+
+def test_the_whole_cost() -> None:
+    model, x, y = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
+    loader = DataLoader(TensorDataset(x, y), 2)
+    with CurvatureProbe(model) as probe:
+        for quantity in ("hessian", "trace", "eigenvalues", "fisher"):
+            cost = probe.estimate_cost(F.cross_entropy, x, y, quantity=quantity, fisher_type="type-2")
+            assert cost.seconds == pytest.approx(cost.overhead + sum(c.seconds for c in cost.values()))
+            assert cost.overhead > 0
+            assert cost["0"].seconds > 0
+            assert cost.num_bytes == max(c.num_bytes for c in cost.values())
+            assert f"{cost.seconds:.3g} s" in repr(cost)
+        cost = probe.estimate_cost(F.cross_entropy, loader)
+        assert (cost.num_batches, cost.seconds) == (3, 3 * (cost.overhead + sum(c.seconds for c in cost.values())))
+        with pytest.raises(InvalidArgumentError, match="how many batches"):
+            probe.estimate_cost(F.cross_entropy, iter(loader))
+
+
+@pytest.mark.usefixtures("no_chain")
+def test_what_takes_long_is_timed_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock on which every product takes a second."""
+    monkeypatch.setattr(
+        "secorder.oneshot.hessian.trials.seconds_per_product", lambda trial, most, allowance: trial(1) or 1.0
+    )
+    monkeypatch.setattr("secorder.oneshot.hessian.trials.matters", lambda found, budget: True)
+    monkeypatch.setattr("secorder.oneshot.hessian.run.matters", lambda found, budget: True)
+    model, x, y = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
+    exact = hessian_by_element(model, F.cross_entropy, x, y)
+    with CurvatureProbe(model, "all") as probe, pytest.warns(CurvatureWarning, match="1 of 3"):
+        found = probe.hessian_diagonal(F.cross_entropy, x, y, generator=seeded())
+    assert {k: i.strategy for k, i in found.info.items()} == {"0": "output-draws", "2": "output-basis", "4": "columns"}
+    for name in ("2.weight", "4.weight"):
+        assert_close(found[name], exact[name])
+    relu = make(nn.ReLU())
+    with CurvatureProbe(relu) as probe:
+        found = probe.hessian_diagonal(F.cross_entropy, x, y, generator=seeded())
+    assert {i.strategy for i in found.info.values()} == {"columns"}
+    assert_all_close(found.by_parameter(), hessian_by_element(relu, F.cross_entropy, x, y))
 
 
 def test_a_user_can_choose() -> None:

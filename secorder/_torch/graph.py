@@ -1,0 +1,115 @@
+"""The autograd graph as it is: its nodes, what they have saved, and what a node alone makes of gradients."""
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Node", "Output", "Users", "can_be_run", "current_node", "outputs_of", "recomputed", "run_node", "saved",
+    "shape_of", "users_of",
+]  # fmt: skip
+
+#: A node of the graph, as ``tensor.grad_fn`` is one.
+Node = Any
+
+#: By node, those that take its outputs: the node, and the number of its input.
+Users = dict[Node, list[tuple[Node, int]]]
+
+
+class Output(NamedTuple):
+    """One of the tensors that a node computed."""
+
+    number: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def users_of(outputs: Iterable[Tensor]) -> Users:
+    """The graph behind tensors, from its leaves on; the same graph gives the same order."""
+    roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    users: Users = {root: [] for root in roots}
+    waiting = list(users)
+    while waiting:
+        node = waiting.pop()
+        for index, (before, _) in enumerate(node.next_functions):
+            if before is None:
+                continue
+            found = users.get(before)
+            if found is None:
+                users[before] = [(node, index)]
+                waiting.append(before)
+            else:
+                found.append((node, index))
+    return users
+
+
+def outputs_of(node: Node, *, real: bool = True) -> list[Output]:
+    """What a node computed, as far as it holds real numbers, or all of it."""
+    return [
+        Output(number, tuple(seen.shape), seen.dtype)
+        for number, seen in enumerate(node._input_metadata)
+        if seen.dtype.is_floating_point or not real
+    ]
+
+
+def shape_of(node: Node, number: int) -> tuple[int, ...]:
+    """Of one of the tensors that a node computed; of a leaf, the leaf's."""
+    return tuple(node._input_metadata[number].shape)
+
+
+def current_node() -> Node:
+    """The node that a hook on a node is called for."""
+    return torch._C._current_autograd_node()
+
+
+def saved(node: Node, name: str) -> Any:
+    """What a node has saved from forward for its backward; a tensor without its history."""
+    found = getattr(node, f"_saved_{name}")
+    return found.detach() if isinstance(found, Tensor) else found
+
+
+def can_be_run(node: Node) -> bool:
+    """Whether :func:`run_node` can run it: not those of ``torch.autograd.Function``, whose backward is the user's."""
+    return callable(node)
+
+
+def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tensor:
+    """What a node makes of gradients on its outputs for one of its inputs, by itself: no hook is called.
+
+    As the engine does, a gradient is summed over the dimensions along which the input was broadcast.
+    """
+    found = node(*gradients)
+    g = found[index] if isinstance(found, tuple) else found
+    shape = shape_of(*node.next_functions[index])
+    assert isinstance(g, Tensor)
+    if g.shape == shape:
+        return g
+    lead = g.dim() - len(shape)
+    summed = [d for d in range(g.dim()) if d < lead or (shape[d - lead] == 1 and g.shape[d] != 1)]
+    return (g.sum(summed) if summed else g).reshape(shape)
+
+
+def recomputed(node: Node) -> bool | None:
+    """Whether what a node saved is computed again by a checkpoint, once; None where PyTorch does not tell."""
+    kind: Any = type(node)
+    for name in _raw_names(kind):
+        for seen in _tensors(getattr(node, name)):
+            try:
+                hook = seen.unpack_hook
+            except AttributeError:
+                return None
+            if getattr(hook, "__module__", "") == "torch.utils.checkpoint":
+                return True
+    return False
+
+
+def _tensors(raw: Any) -> Sequence[Any]:
+    return raw if isinstance(raw, (list, tuple)) else () if raw is None else (raw,)
+
+
+@cache
+def _raw_names(kind: Any) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved"))

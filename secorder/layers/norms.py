@@ -1,0 +1,178 @@
+"""Squared norms of per-sample gradients, without a tensor of the parameters' size where there is a way.
+
+With g_{n,p} and a_{n,p} the factors of an :class:`~secorder.layers.per_sample.Outer` at position p of sample n::
+
+    ‖Σ_p g_{n,p} a_{n,p}ᵀ‖² = Σ_{p,q} (g_{n,p} · g_{n,q}) (a_{n,p} · a_{n,q})
+
+One position needs no matrix product at all. With P of them the right side costs P² (in + out), and the left, which
+forms one sample's gradient after the other, P · in · out: the cheaper one is taken, by shape.
+
+Sources: Goodfellow (2015), "Efficient per-example gradient computations", for one position; Rochette, Manoel, Tramel
+(2019), "Efficient per-example gradient computations in convolutional neural networks", for products of positions.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks
+from .patches import Patches, whole_input
+from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge, total_gradient
+
+__all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
+
+#: What an element costs that is written and read again, in multiplications of a matrix product (measured on a CPU).
+TRAFFIC = 16
+
+#: Positions of a sample up to which each is compared with each.
+FEW_POSITIONS = 128
+
+
+def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> Tensor:
+    """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n.
+
+    Args:
+        parts_of: for each parameter of a layer its per-sample gradients: one, or one of each layer that shares it.
+        sizes: for each parameter the number of its elements.
+
+    Returns:
+        shape ``(N,)``, in the dtype of the per-sample gradients.
+    """
+    if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
+        weight, bias = parts_of[0][0], parts_of[1][0]
+        if isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g and weight.g.shape[1] == 1:
+            return _of_outer(weight, with_bias=True)
+    norms = [_of_sum(parts, size) for parts, size in zip(parts_of, sizes, strict=True) if parts]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
+
+
+def squared_norm_of_sum(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> Tensor:
+    """‖Σ_n u_n‖² over all parameters of a layer, a tensor without dimensions: arguments as of :func:`squared_norms`."""
+    ones = [[_one_sample(part, size) for part in parts] for parts, size in zip(parts_of, sizes, strict=True)]
+    return squared_norms(ones, sizes)[0]
+
+
+class DenseNorms:
+    """Norms of per-sample gradients that are formed some samples at a time."""
+
+    def __init__(self) -> None:
+        self._norms: list[Tensor] = []
+        self._totals: list[Tensor] = []
+
+    def add(self, flats: Sequence[Tensor]) -> None:
+        """Some samples' gradients, ``(n, numel)`` by parameter."""
+        self._norms.append(torch.stack([_squares(flat) for flat in flats]).sum(0))
+        sums = [flat.sum(0) for flat in flats]
+        self._totals = sums if not self._totals else [t.add_(s) for t, s in zip(self._totals, sums, strict=True)]
+
+    def told(self) -> tuple[Tensor, Tensor]:
+        """‖u_n‖² of each sample, and ‖Σ_n u_n‖²."""
+        total = torch.stack([_squares(total[None])[0] for total in self._totals]).sum()
+        return torch.cat(self._norms), total
+
+
+def _one_sample(part: PerSample, size: int) -> PerSample:
+    """Per-sample gradients as that of one sample, whose positions are those of all."""
+    if isinstance(part, Tensor):
+        return part.reshape(1, -1, size).sum(1)
+    if isinstance(part, Rows):
+        return Rows(part.ids.reshape(1, -1), part.g.flatten(0, 1)[None], part.rows)
+    if isinstance(part.a, Patches):
+        return total_gradient(part, size)[None]
+    a = None if part.a is None else part.a.transpose(0, 1).flatten(1, 2)[None]
+    return Outer(a, part.g.transpose(0, 1).flatten(1, 2)[None])
+
+
+def _of_sum(parts: Sequence[PerSample], size: int) -> Tensor:
+    """Of the sum of per-sample gradients of one parameter."""
+    forms: dict[type, list[PerSample]] = {}
+    for part in parts:
+        forms.setdefault(Tensor if isinstance(part, Tensor) else type(part), []).append(part)
+    merged = {form: merge(same) for form, same in forms.items()}
+    if len(merged) == 1:
+        return _of_one(next(iter(merged.values())), size)
+    outer, rows = merged.get(Outer), merged.get(Rows)
+    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
+        return _of_one(torch.stack([dense(part, size) for part in merged.values()]).sum(0), size)
+    # An embedding and a head: ‖A + B‖² = ‖A‖² + ‖B‖² + 2 ⟨A, B⟩, the last by the few rows of B.
+    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
+    cross = torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0])
+    return _of_one(outer, size) + _of_one(rows, size) + 2 * (cross * rows.g).flatten(1).sum(1)
+
+
+def _of_one(part: PerSample, size: int) -> Tensor:
+    """Of per-sample gradients in one form."""
+    if isinstance(part, Tensor):
+        return _squares(part.reshape(-1, size))
+    return _of_rows(part) if isinstance(part, Rows) else _of_outer(part)
+
+
+def _of_outer(part: Outer, *, with_bias: bool = False) -> Tensor:
+    """Of an outer product; with that of a bias that has the same cotangents: a weight whose input is one."""
+    a, g = part
+    if a is None:
+        return _squares(g.flatten(1) if g.shape[2] == 1 else g.sum(2).flatten(1))
+    if g.shape[2] > 1:
+        return _of_positions(a, g, with_bias)
+    a = whole_input(a)
+    if g.shape[1] > 1:
+        return (g.square().sum(3) * a.square().sum(3)).flatten(1).sum(1)
+    of_g, of_a = _squares(g.flatten(1)), _squares(a.flatten(1))
+    return torch.addcmul(of_g, of_g, of_a) if with_bias else of_g * of_a
+
+
+def _squares(flat: Tensor) -> Tensor:
+    """‖·‖² of each row; without products that are written and read again, twice as fast."""
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1)
+    return norms.square()
+
+
+def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
+    """Of an outer product with several positions, a few samples at a time."""
+    count, groups, positions, width = g.shape
+    fan_in = a.shape[-1]
+    copied = positions * fan_in if isinstance(a, Patches) else 0
+    if positions * positions * (fan_in + width + TRAFFIC) < width * fan_in * (positions + TRAFFIC):
+        few = max(1, CHUNK_ELEMENTS // (groups * (positions * positions + copied)))
+        found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
+    else:
+        few = max(1, CHUNK_ELEMENTS // (groups * (width * fan_in + copied)))
+        found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _by_products(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
+    """Σ_{p,q} (g_p · g_q)(a_p · a_q) of some samples."""
+    left, right = g[rows].flatten(0, 1), a[rows].flatten(0, 1)
+    of_a = torch.bmm(right, right.transpose(1, 2))
+    if with_bias:
+        of_a += 1
+    products = torch.bmm(left, left.transpose(1, 2)).mul_(of_a)
+    return products.view(-1, g.shape[1] * g.shape[2] ** 2).sum(1)
+
+
+def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
+    """The norms of some samples' gradients, which are formed."""
+    if isinstance(a, Patches) and a.convolves_well(g.shape[3]):
+        formed = a.weight_gradients(rows, g)
+    else:
+        formed = torch.bmm(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1))
+    norms = _squares(formed.reshape(-1, g.shape[1] * g.shape[3] * a.shape[3]))
+    return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
+
+
+def _of_rows(part: Rows) -> Tensor:
+    """Of rows that each sample looks up: positions that look up the same row are added before they are squared."""
+    (count, positions), g = part.ids.shape, part.g
+    if positions == 1:
+        return _squares(g.flatten(1))
+    if positions <= FEW_POSITIONS:
+        same = (part.ids[:, :, None] == part.ids[:, None, :]).to(g.dtype)
+        return (torch.bmm(same, g) * g).flatten(1).sum(1)
+    offset = torch.arange(count, device=g.device)[:, None] * part.rows
+    keys, order = (part.ids + offset).flatten().sort()
+    number = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)  # of the sample's row
+    summed = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, number, g.flatten(0, 1)[order])
+    samples = torch.zeros_like(keys).scatter_(0, number, keys // part.rows)
+    return g.new_zeros(count).index_add_(0, samples, _squares(summed))

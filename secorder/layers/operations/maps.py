@@ -1,0 +1,126 @@
+"""What leads from a parameter to an operation: its transpose carries each sample's gradient on."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..._torch.graph import Node, saved
+from ..per_sample import Outer, PerSample, Rows
+from .registry import parameter_map
+
+__all__ = ["as_it_is", "index", "looked_up", "plus_constant", "selected", "split_off", "transposed"]
+
+Shape = tuple[int, ...]
+
+
+@parameter_map(
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ViewAsBackward0", "UnsqueezeBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "AliasBackward0", "CloneBackward0", "ToCopyBackward0",
+)  # fmt: skip
+def as_it_is(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """The same elements in the same order."""
+    if isinstance(gradient, Tensor):
+        return gradient.reshape(len(gradient), *before)
+    return gradient
+
+
+@parameter_map("TBackward0", "TransposeBackward0", "PermuteBackward0")
+def transposed(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """Other dimensions in each place."""
+    order = _order(node, len(shape))
+    if isinstance(gradient, Tensor):
+        back = [order.index(d) + 1 for d in range(len(order))]
+        return gradient.permute(0, *back)
+    if not isinstance(gradient, Outer) or not isinstance(gradient.a, Tensor):
+        return None
+    factors = (gradient.g.shape[3], gradient.a.shape[3])
+    if order == [1, 0] and gradient.g.shape[1] == 1 and shape == factors:
+        return Outer(gradient.g, gradient.a)
+    if order == [0, 2, 1] and shape == (gradient.g.shape[1], *factors):
+        return Outer(gradient.g, gradient.a)
+    return None
+
+
+def _order(node: Node, dims: int) -> list[int]:
+    """For each dimension of the output, that of the input."""
+    name = node.name()
+    if name == "PermuteBackward0":
+        return [_signed(d) % dims for d in saved(node, "dims")]
+    order = list(range(dims))
+    if dims < 2:
+        return order
+    one, other = (
+        (0, 1) if name == "TBackward0" else (_signed(saved(node, "dim0")) % dims, _signed(saved(node, "dim1")) % dims)
+    )
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
+def _signed(number: int) -> int:
+    """What is saved as an unsigned number may have been negative."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+@parameter_map("SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0", "SliceBackward0")
+def split_off(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """A part of the rows, or of another dimension."""
+    dim = _signed(saved(node, "dim")) % len(shape)
+    if node.name() == "SliceBackward0":
+        if saved(node, "step") != 1:
+            return None
+        start = _signed(saved(node, "start"))
+        start = min(max(start + before[dim] if start < 0 else start, 0), before[dim])
+    elif node.name() == "SplitWithSizesBackward0":
+        start = sum(saved(node, "split_sizes")[:number])
+    else:
+        start = number * saved(node, "split_size")
+    sides = (start, before[dim] - start - shape[dim])
+    if isinstance(gradient, Tensor):
+        return pad(gradient, [0, 0] * (len(shape) - dim - 1) + list(sides))
+    if isinstance(gradient, Outer) and dim == 0 and gradient.g.shape[1] == 1 and shape[0] == gradient.g.shape[3]:
+        return gradient._replace(g=pad(gradient.g, sides))
+    return None
+
+
+@parameter_map("AddBackward0", "SubBackward0")
+def plus_constant(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """A number more, such as the one of 1 + w."""
+    given = [i for i, (other, _) in enumerate(node.next_functions) if other is not None]
+    return gradient if given == [0] and shape == before else None
+
+
+@parameter_map("EmbeddingBackward0")
+def looked_up(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """Rows of a table that are the same for all samples, such as those of positions."""
+    padding = saved(node, "padding_idx")
+    if not isinstance(gradient, Tensor) or saved(node, "scale_grad_by_freq"):
+        return None
+    ids = saved(node, "indices")
+    kept = gradient * (ids != padding).unsqueeze(-1) if 0 <= padding < 2**63 - 1 else gradient
+    return _rows(kept, ids, before)
+
+
+@parameter_map("IndexBackward0")
+def index(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """The same, written ``table[ids]``."""
+    ids = saved(node, "indices")
+    if not isinstance(gradient, Tensor) or len(ids) != 1 or ids[0] is None or ids[0].dtype == torch.bool:
+        return None
+    return _rows(gradient, ids[0] % before[0], before) if len(before) == 2 else None
+
+
+def _rows(gradient: Tensor, ids: Tensor, before: Shape) -> Rows:
+    flat = ids.reshape(1, -1).long().expand(len(gradient), -1)
+    return Rows(flat, gradient.reshape(len(gradient), flat.shape[1], before[-1]), before[0])
+
+
+@parameter_map("SelectBackward0", "UnbindBackward0")
+def selected(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
+    """One of the parts of a parameter that is several in one, such as an expert's matrix."""
+    if not isinstance(gradient, Tensor):
+        return None
+    dim = _signed(saved(node, "dim")) % len(before)
+    place = _signed(saved(node, "index")) % before[dim] if node.name() == "SelectBackward0" else number
+    whole = gradient.new_zeros(len(gradient), *before)
+    whole.select(dim + 1, place).copy_(gradient)
+    return whole

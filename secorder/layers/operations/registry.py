@@ -1,0 +1,135 @@
+"""The rules by operation, what carries a gradient on to a parameter, and the way for everything else."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from ..._torch.graph import Node, can_be_run, outputs_of, run_node
+from ..._torch.vjp import chunks, default_chunk_size
+from ...errors import AttributionError, InvalidArgumentError
+from ..layout import Layout
+from ..per_sample import PerSample
+from .call import OperationCall
+
+__all__ = [
+    "MAPS", "OPERATIONS", "Map", "OperationRule", "each", "operation_rule", "parameter_map", "per_sample_gradient",
+]  # fmt: skip
+
+#: ``rule(call, index)``: the per-sample gradient of input ``index``; None where the rule is not for this call.
+OperationRule = Callable[[OperationCall, int], PerSample | None]
+
+#: ``map(node, number, gradient, shape, before)``: the per-sample gradient of what the node's output ``number``, of
+#: ``shape``, was made of, of shape ``before``; None where it is not for this one.
+Map = Callable[[Node, int, PerSample, tuple[int, ...], tuple[int, ...]], PerSample | None]
+
+#: By the name of the operation's node in the autograd graph.
+OPERATIONS: dict[str, OperationRule] = {}
+MAPS: dict[str, Map] = {}
+
+R = TypeVar("R", bound=Callable[..., PerSample | None])
+
+
+def operation_rule(*nodes: str) -> Callable[[OperationRule], OperationRule]:
+    """Enter the decorated function as the rule of operations, by the names of their nodes (``type(z.grad_fn)``).
+
+    A rule says what one sample alone brings to an input of the operation, from the gradient on its output and what the
+    operation saved for its backward.
+
+    Raises:
+        InvalidArgumentError: an operation has a rule already, or none is named.
+
+    Example:
+        >>> from secorder.layers.operations import operation_rule
+        >>> @operation_rule("SinhBackward0")
+        ... def sinh(call, index):
+        ...     return call.of_samples(call.g * call.saved("self").cosh(), call.shape(index))
+    """
+    return _entered(OPERATIONS, nodes)
+
+
+def parameter_map(*nodes: str) -> Callable[[Map], Map]:
+    """Enter the decorated function as what carries per-sample gradients from a node's output on to its input.
+
+    Raises:
+        InvalidArgumentError: a node has one already, or none is named.
+    """
+    return _entered(MAPS, nodes)
+
+
+def _entered(table: dict[str, R], nodes: Sequence[str]) -> Callable[[R], R]:
+    if not nodes:
+        raise InvalidArgumentError("name the nodes of the autograd graph that the rule is for.")
+    for node in nodes:
+        if node in table:
+            raise InvalidArgumentError(f"{node} has a rule already ({table[node].__name__}).")
+
+    def enter(rule: R) -> R:
+        table.update(dict.fromkeys(nodes, rule))
+        return rule
+
+    return enter
+
+
+def per_sample_gradient(call: OperationCall, index: int) -> PerSample:
+    """What each sample brings to an input of an operation.
+
+    By its rule; where there is none, by the operation's own backward, run once a sample on the sample's gradient alone.
+
+    Args:
+        call: the operation.
+        index: of the input.
+
+    Returns:
+        the per-sample gradient of the input as it is, before what it was made of.
+
+    Raises:
+        AttributionError: the operation has no rule, and no backward that could be run by itself.
+    """
+    rule = OPERATIONS.get(call.node.name())
+    found = None if rule is None else rule(call, index)
+    return _by_its_backward(call, index) if found is None else found
+
+
+def _by_its_backward(call: OperationCall, index: int) -> Tensor:
+    if not can_be_run(call.node):
+        raise AttributionError(f"{call.node.name()} has no backward that can be run for one sample alone.")
+    shape = call.shape(index)
+    like = next(g for g in call.gradients if g is not None)
+    size = default_chunk_size(sum(g.numel() for g in call.gradients if g is not None), like, None)
+    found = like.new_empty(call.count, *shape)
+    own = outputs_of(call.node, real=False)
+    for ids in chunks(call.count, size):
+        cotangents = [
+            like.new_zeros(len(ids), *output.shape) if g is None else _alone(g, layout, ids)
+            for output, g, layout in zip(own, call.gradients, call.layouts, strict=True)
+        ]
+
+        def pull(*cotangents: Tensor) -> Tensor:
+            given = [c.to(output.dtype) for c, output in zip(cotangents, own, strict=True)]
+            return run_node(call.node, given, index)
+
+        found[ids.start : ids.stop] = each(pull, cotangents)
+    return found
+
+
+def each(pull: Callable[..., Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+    """A node of the graph run for each of stacked gradients, all at once where that can be."""
+    try:
+        with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            result: Tensor = torch.vmap(pull)(*cotangents)
+            return result
+    except RuntimeError:  # an operator that vmap cannot run: the loop works, or names the operator
+        return torch.stack([pull(*one) for one in zip(*cotangents, strict=True)])
+
+
+def _alone(g: Tensor, layout: Layout, ids: range) -> Tensor:
+    """For each of some samples, a gradient that is zero in the rows of all others."""
+    split = layout.split(g)
+    alone = split.new_zeros(len(ids), *split.shape)
+    here = torch.arange(len(ids), device=g.device)
+    alone[here, here + ids.start] = split[ids.start : ids.stop]
+    return alone if layout.rows == 1 and layout.dim == 0 else torch.stack([layout.join(one) for one in alone])

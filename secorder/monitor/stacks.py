@@ -1,0 +1,71 @@
+"""Many tensors as few: those of one shape as the rows of one, so that a thousand small layers take few operations."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["STACKED", "norms", "stacks"]
+
+#: Elements that are put together, at most.
+STACKED = 2**20
+
+
+def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+    """Tensors of one shape, dtype and device as the rows of one, with their places.
+
+    Args:
+        tensors: of any kinds; they are taken one after the other, and let go when they are stacked.
+
+    Returns:
+        places of tensors, and these tensors along a new dimension 0: a copy, of :data:`STACKED` elements at most; a
+        tensor that is larger than half of that is alone, and no copy.
+
+    Example:
+        >>> import torch
+        >>> from secorder.monitor.stacks import stacks
+        >>> [(places, tuple(rows.shape)) for places, rows in stacks([torch.ones(3), torch.ones(2), torch.ones(3)])]
+        [([0, 2], (2, 3)), ([1], (1, 2))]
+    """
+    waiting: dict[Any, list[tuple[int, Tensor]]] = {}
+    for place, tensor in enumerate(tensors):
+        size = tensor.numel()
+        if 2 * size > STACKED:
+            yield [place], tensor[None]
+            continue
+        alike = waiting.setdefault((tensor.shape, tensor.dtype, tensor.device), [])
+        alike.append((place, tensor))
+        if (len(alike) + 1) * size > STACKED:
+            yield [at for at, _ in alike], torch.stack([t for _, t in alike])
+            alike.clear()
+    for alike in waiting.values():
+        if alike:
+            yield [at for at, _ in alike], torch.stack([t for _, t in alike])
+
+
+def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] | None = None) -> list[float]:
+    """The Euclidean norm of each tensor, or of its difference from what was stacked earlier, in one transfer.
+
+    Half precision is summed in float32. Of a ``DTensor`` it is the norm of the whole, and every rank must call this.
+
+    Args:
+        tensors: of any shapes, floating-point dtypes and devices.
+        minus: what :func:`stacks` gave of as many tensors of the same shapes.
+    """
+    places: list[int] = []
+    parts: list[Tensor] = []
+    with torch.no_grad():
+        for index, (alike, rows) in enumerate(stacks(tensors)):
+            values: Any = rows if minus is None else rows - minus[index][1]
+            dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
+            found = torch.linalg.vector_norm(values.reshape(len(alike), -1), dim=1, dtype=dtype)
+            if hasattr(found, "full_tensor"):
+                found = found.full_tensor()
+            places += alike
+            parts.append(found.to(parts[0].device if parts else found.device, torch.float64))
+        numbers = torch.cat(parts).tolist() if parts else []
+    result = [0.0] * len(places)
+    for place, number in zip(places, numbers, strict=True):
+        result[place] = number
+    return result

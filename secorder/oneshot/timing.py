@@ -1,0 +1,39 @@
+"""How long products take, from two short ones."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["TRIAL_SECONDS", "seconds_of", "seconds_per_product"]
+
+#: What the trials of all layers may take together, about, beyond one product of each.
+TRIAL_SECONDS = 0.5
+
+
+def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:
+    """Seconds of one of many products, batched as they will be.
+
+    Args:
+        trial: makes so many products at once.
+        most: products that are batched at most, or made at all.
+        allowance: seconds that the second trial may take.
+    """
+    trial(1)  # what happens the first time alone
+    one = seconds_of(lambda: trial(1))
+    count = max(1, min(most, int(allowance / max(one, 1e-9))))
+    return one if count == 1 else seconds_of(lambda: trial(count)) / count
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Seconds that it takes, with what it leaves running on an accelerator."""
+    _finish()
+    start = time.perf_counter()
+    work()
+    _finish()
+    return time.perf_counter() - start
+
+
+def _finish() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

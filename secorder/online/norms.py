@@ -1,0 +1,337 @@
+"""What the norms of per-sample gradients tell, added up over steps: of all layers one table, a few numbers a layer.
+
+For each layer the squared norms ‖∂ℓ_n/∂θ‖² of a batch are N numbers, and with the batch gradient's own norm they are
+all that the trace of the Fisher, its standard error and the gradient noise scale need (see :mod:`.trace` and
+:mod:`.noise`). A column of the table is a linear function of what a batch brings, so that a batch is one small product
+of matrices for all layers together. Nothing is read on the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import accumulate_node, accumulates_untouched, first_gradient_hook, will_accumulate
+from .._torch.norms import norms_of
+from ..errors import NonFiniteError
+from ..layers.norms import squared_norm_of_sum, squared_norms
+from ..layers.per_sample import PerSample
+from ..layers.selection import Layer
+from ..parallel.fsdp import sum_over_ranks
+from .record import Backward, ForwardRecord
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = [
+    "NormSums",
+    "Row",
+    "add_norms",
+    "read_squares",
+    "take_norms",
+    "takes_norms",
+    "together_norms",
+    "watch_squares",
+]
+
+
+class Row(NamedTuple):
+    """What is summed up of a layer; sums are weighted: 1 a sample, or as a moving average weighs.
+
+    Attributes:
+        samples: how many.
+        batches: that count.
+        kept: what the moving average has kept of what was before.
+        weight: of the samples.
+        squares: Σ ‖∂ℓ_n‖².
+        fourth: Σ ‖∂ℓ_n‖⁴.
+        weight_squares: Σ of squares of the weights.
+        noise_weight: of the samples of the batches that the next two are of.
+        signal: Σ of the batches' |G|², the expected gradient's squared norm.
+        noise: Σ of the batches' tr Σ, the trace of the samples' covariance.
+    """
+
+    samples: float
+    batches: float
+    kept: float
+    weight: float
+    squares: float
+    fourth: float
+    weight_squares: float
+    noise_weight: float
+    signal: float
+    noise: float
+
+
+COLUMNS = {name: index for index, name in enumerate(Row.__annotations__)}
+#: To which power a moving average's factor is what a column keeps.
+POWERS = [0, 0, 1, 1, 1, 1, 2, 1, 1, 1]
+
+
+@dataclass
+class NormSums:
+    """The table.
+
+    Attributes:
+        table: a row a layer, a column for each field of :class:`Row`, float64.
+        added: how many batches were added.
+    """
+
+    table: Tensor
+    added: int = 0
+    _linear: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def empty(cls, layers: int, device: torch.device) -> "NormSums":
+        """Of layers that have seen nothing."""
+        table = torch.zeros(layers, len(COLUMNS), dtype=torch.float64, device=device)
+        table[:, COLUMNS["kept"]] = 1.0
+        return cls(table)
+
+    def to(self, device: torch.device | str, *, copy: bool = False) -> "NormSums":
+        """The same on another device."""
+        return NormSums(self.table.to(device, copy=copy), self.added)
+
+    def rows(self) -> list[Row]:
+        """As the host reads them."""
+        return [Row(*row) for row in self.table.tolist()]
+
+    def add(self, places: Sequence[int], increments: Tensor, decay: float | None) -> None:
+        """Add to these layers' rows; a moving average moves on."""
+        self.added += 1
+        kept = None if decay is None else self._constant(("kept", decay), [decay**power for power in POWERS])
+        if len(places) == len(self.table):
+            self.table = (self.table if kept is None else self.table * kept) + increments
+        else:
+            index = torch.tensor(places, device=self.table.device)
+            before = self.table[index]
+            self.table = self.table.index_copy(0, index, (before if kept is None else before * kept) + increments)
+
+    def linear(self, terms: "_Terms") -> Tensor:
+        """The matrix that a batch's numbers are multiplied by."""
+        if isinstance(terms.count, Tensor):
+            return terms.matrix(self.table)
+        if terms not in self._linear:
+            if len(self._linear) > 8:
+                self._linear.clear()
+            self._linear[terms] = terms.matrix(self.table)
+        return self._linear[terms]
+
+    def _constant(self, key: tuple[Any, ...], values: list[float]) -> Tensor:
+        if key not in self._linear:
+            self._linear[key] = self.table.new_tensor(values)
+        return self._linear[key]
+
+
+def together_norms(earlier: NormSums, later: NormSums) -> NormSums:
+    """What two stretches have brought, one after the other; where the later one is."""
+    kept = later.table[:, COLUMNS["kept"], None] ** later.table.new_tensor(POWERS)
+    before = earlier.table.to(later.table) * kept
+    table = before + later.table
+    table[:, COLUMNS["kept"]] = before[:, COLUMNS["kept"]]
+    return NormSums(table, earlier.added + later.added)
+
+
+class _Terms(NamedTuple):
+    """What a batch's numbers are weighted by.
+
+    Attributes:
+        count: samples of the batch that have a loss.
+        weight: of one of them.
+        alpha: what squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n.
+    """
+
+    count: Any
+    weight: float
+    alpha: float
+
+    def matrix(self, like: Tensor) -> Tensor:
+        """From (1, Σ‖g_n‖², Σ‖g_n‖⁴, 1, Σ‖g_n‖², ‖Σ g_n‖²) to the columns; the last three where noise is told."""
+        count, w, alpha = torch.as_tensor(self.count, dtype=like.dtype, device=like.device), self.weight, self.alpha
+        pairs = count - 1
+        several = (pairs > 0).to(like.dtype)
+        pairs = pairs.clamp(min=1.0)
+        found = like.new_zeros(6, len(COLUMNS))
+        entries: dict[tuple[int, str], Tensor | float] = {
+            (0, "samples"): count,
+            (0, "batches"): 1.0,
+            (0, "weight"): w * count,
+            (1, "squares"): w * alpha,
+            (2, "fourth"): w * alpha**2,
+            (0, "weight_squares"): w**2 * count,
+            (3, "noise_weight"): w * count * several,
+            # |G|² = (N B − S) / (N − 1) and tr Σ = (S − B) N / (N − 1), times N: S = Σ‖∂ℓ_n‖² / N, B = ‖Σ ∂ℓ_n‖² / N²
+            (4, "signal"): -w * alpha / pairs * several,
+            (5, "signal"): w * alpha / pairs * several,
+            (4, "noise"): w * alpha * count / pairs * several,
+            (5, "noise"): -w * alpha / pairs * several,
+        }
+        for (row, column), value in entries.items():
+            found[row, COLUMNS[column]].copy_(torch.as_tensor(value))
+        return found
+
+
+# ---- the norm of the batch's gradient
+
+
+def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> bool:
+    """Whether the batch gradient's norm is that of the calls' own sum, since the parameters' is not that of the mean.
+
+    Samples weigh differently, a backward may hold several batches, a parameter is frozen, or the layer's gradients are
+    formed anyway.
+    """
+    if layer.rule is None:
+        return True
+    frozen = any(not p.requires_grad for p in layer.parameters.values())
+    return record.weights is not None or fisher.forwards == "separate" or frozen
+
+
+def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+    """See the norms of the whole gradients, as soon as a backward begins.
+
+    What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
+    """
+    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    seen: set[int] = set()
+    for layer in fisher.layers:
+        if _by_factors(fisher, record, layer):
+            continue
+        for name, parameter in layer.parameters.items():
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if not layer.sharded and not shared and accumulates_untouched(parameter):
+                backward.unread.append(parameter)
+                continue
+            leaf = record.parameters(layer)[name]
+            node = accumulate_node(leaf)
+            saw = partial(_saw, backward, id(parameter), node)
+            if layer.sharded:
+                backward.handles.append(node.register_prehook(partial(_first, saw)))
+            else:
+                backward.handles.append(first_gradient_hook(leaf, saw))
+
+
+def _first(saw: Any, gradients: tuple[Tensor | None, ...]) -> None:
+    if gradients[0] is not None:
+        saw(gradients[0])
+
+
+def _saw(backward: Backward, key: int, node: Any, gradient: Tensor) -> None:
+    if backward.ended or not will_accumulate(node):
+        return
+    if key in backward.norms or gradient.layout is not torch.strided:
+        backward.norms[key] = None  # it comes in parts, as reentrant checkpoints bring it
+    else:
+        (backward.norms[key],) = norms_of([gradient.detach()])
+
+
+def read_squares(backward: Backward) -> None:
+    """The norms of gradients that were not there when the backward began, now that it has ended."""
+    parameters = [p for p in backward.unread if p.grad is not None and p.grad.layout is torch.strided]
+    backward.unread.clear()
+    if parameters and backward.alone:
+        gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+        backward.norms.update(zip([id(p) for p in parameters], norms_of(gradients), strict=True))
+
+
+# ---- what a record brings
+
+
+def takes_norms(record: ForwardRecord) -> bool:
+    """Whether the norms of a record's per-sample gradients are taken."""
+    return record.backward is not None and record.backward.takes_norms
+
+
+def take_norms(
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts_of: Sequence[Sequence[PerSample]]
+) -> None:
+    """Keep the squared norms of a layer's per-sample gradients until the backward has ended."""
+    sizes = [p.numel() for p in layer.parameters.values()]
+    record.norms[layer.name] = squared_norms(parts_of, sizes)
+    if _by_factors(fisher, record, layer):
+        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes)
+
+
+def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
+    """Add what a record's layers have brought; whether each of all layers was finite, where all were added.
+
+    Args:
+        fisher: that it is added to.
+        record: of one forward whose backward has ended, or the first of those whose row n is one sample.
+        zeros: layers that the loss does not depend on.
+    """
+    places = [i for i, x in enumerate(fisher.layers) if x.name in record.norms or x.name in zeros]
+    if not places:
+        return None
+    sums, none = fisher.norms, fisher.norms.table.new_zeros(record.num_samples)
+    layers = [fisher.layers[i] for i in places]
+    squares = _stack([record.norms.get(layer.name, none) for layer in layers], sums.table)
+    totals, told = _totals(fisher, record, layers, sums.table)
+    own = squares.sum(1)
+    ones = torch.ones_like(own)
+    told_of = ones if all(told) else own.new_tensor(told)
+    numbers = torch.stack([ones, own, (squares * squares).sum(1), told_of, told_of * own, totals])
+    everywhere = fisher.of_all(record)
+    weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / everywhere
+    count = record.num_samples if record.counted is None else record.counted
+    increments = numbers.t() @ sums.linear(_Terms(count, weight, fisher.factor(record)))
+    good = None
+    if fisher.on_nonfinite != "keep":
+        good = numbers.isfinite().all(0)
+        increments = torch.where(good[:, None], increments, 0.0)
+    if fisher.shard is not None:
+        increments, good = _of_all_ranks(fisher, increments, good)
+    if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
+        name = layers[int((~good).nonzero()[0])].name
+        raise NonFiniteError(
+            f"the gradient at layer {name!r} holds nan or inf: lower the learning rate or the loss scale, or "
+            'pass on_nonfinite="skip" to leave such batches out.'
+        )
+    sums.add(places, increments, fisher.decay)
+    return good if len(places) == len(fisher.layers) else None
+
+
+def _of_all_ranks(fisher: "OnlineFisher", increments: Tensor, good: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The sum over the ranks that share the parameters; all of them leave a layer's batch out, or none."""
+    bad = torch.zeros_like(increments[:, :1]) if good is None else (~good)[:, None].to(increments.dtype)
+    batches = COLUMNS["batches"]
+    found = sum_over_ranks(torch.cat([increments, bad], 1), fisher.shard)
+    increments, bad = found[:, :-1], found[:, -1:]
+    increments[:, batches] = (bad[:, 0] == 0).to(increments.dtype)
+    return torch.where(bad == 0, increments, 0.0), None if good is None else bad[:, 0] == 0
+
+
+def _totals(
+    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], like: Tensor
+) -> tuple[Tensor, list[bool]]:
+    """‖Σ_n g_n‖² of each layer, and whether it is known; zero where it is not."""
+    backward = record.backward
+    assert backward is not None
+    alone = fisher.forwards == "joined" or len(backward.records) == 1
+    rows, told = [], []
+    width = max(len(layer.parameters) for layer in layers)
+    zero = like.new_zeros(())
+    for layer in layers:
+        norms: list[Tensor | None] = [backward.norms.get(id(p)) for p in layer.parameters.values()]
+        if layer.name in record.squares:
+            norms = [record.squares[layer.name].sqrt()]
+        elif layer.name not in record.norms:
+            norms = [zero]  # the loss does not depend on it
+        elif not alone or fisher.penalty is not None:
+            norms = [None]
+        told.append(all(norm is not None for norm in norms))
+        known = [norm for norm in norms if norm is not None] if told[-1] else []
+        rows += [*known, *[zero] * (width - len(known))]
+    return _stack(rows, like).view(len(layers), width).square().sum(1), told
+
+
+def _stack(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Of several dtypes and devices, in float64."""
+    first = tensors[0]
+    if all(t.dtype is first.dtype and t.device == first.device for t in tensors):
+        return torch.stack(list(tensors)).to(like)
+    return torch.stack([t.to(like) for t in tensors])

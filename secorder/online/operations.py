@@ -1,0 +1,128 @@
+"""Layers that are measured by operations: their uses in a recorded forward, and what the gradients on these do."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import accumulate_node
+from .._torch.graph import Users, current_node
+from .._torch.transforms import inside_transform
+from ..layers.dtypes import compute_dtype
+from ..layers.layout import Layout
+from ..layers.operations import OperationCall, per_sample_gradient
+from ..layers.selection import Layer
+from .attribution import Attribution
+from .backward import enter
+from .capture import counts_in
+from .fisher import quietly, total_of
+from .record import ForwardRecord
+from .relation import Verified, explain
+from .uses import Piece, Use, Uses, carried, find_uses, hidden, reentrant
+
+if TYPE_CHECKING:
+    from .hooks import Attachment
+
+__all__ = ["explain_uses", "follow", "hook_uses"]
+
+
+def follow(record: ForwardRecord, attribution: Attribution, users: Users) -> bool:
+    """Find the uses of the layers that are measured by them; whether a checkpoint hides any."""
+    checkpoints, in_part = False, reentrant(users)
+    for layer in record.attribution.layers:
+        if not layer.by_operations:
+            continue
+        found = find_uses(users, layer.parameters, attribution.routes.get(layer.name, ()))
+        out_of_sight = in_part or (found is not None and hidden(found))
+        checkpoints |= out_of_sight
+        record.unfollowed.discard(layer.name)
+        record.calls.pop(layer.name, None)
+        if found is None or out_of_sight:
+            record.unfollowed.add(layer.name)
+        elif found.uses:
+            record.uses[layer.name] = found
+            record.calls[layer.name] = [tuple(output.shape for output in use.outputs) for use in found.uses]
+    return checkpoints
+
+
+def explain_uses(record: ForwardRecord, layer: Layer, known: Sequence[Verified]) -> list[list[Layout | None]]:
+    """The layouts of a layer's uses, by what was verified of such as are on the same routes."""
+    explained: dict[tuple[str, tuple[int, ...]], Layout | None] = {}
+    layouts = []
+    for use in record.uses[layer.name].uses:
+        row = []
+        for place, output in zip(use.places, use.outputs, strict=True):
+            key = place, output.shape
+            if key not in explained:
+                explained[key] = explain(known, place, output.shape, record.shapes, record.num_samples)
+            row.append(explained[key])
+        layouts.append(row)
+    return layouts
+
+
+def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
+    """Hook the operations of which it is known where the samples are."""
+    by_name = {layer.name: layer for layer in record.attribution.layers}
+    for name, found in record.uses.items():
+        if name not in record.layouts or name in record.replaced | record.troubled:
+            continue
+        layer = by_name[name]
+        trained = [p for p in layer.parameters.values() if p.requires_grad]
+        node = accumulate_node(trained[0]) if len(trained) == 1 else None
+        for index, use in enumerate(found.uses):
+            record.hooked.add((name, index))
+            received = _UseGradient(attachment, record, layer, index, use, found, node)
+            use.node.register_prehook(received)
+    record.uses.clear()  # the graph is held by what holds it, and by nothing of ours that it holds
+
+
+class _UseGradient:
+    """What the gradients on an operation's outputs do."""
+
+    def __init__(
+        self,
+        attachment: "Attachment",
+        record: ForwardRecord,
+        layer: Layer,
+        index: int,
+        use: Use,
+        found: Uses,
+        node: Any,
+    ) -> None:
+        self.attachment, self.record, self.layer, self.index, self.node = attachment, record, layer, index, node
+        # Nodes that the operation's own leads to, so that no cycle forms with what it holds.
+        self.sources, self.leaves, self.followed = use.sources, found.leaves, found.followed
+        self.numbers = [output.number for output in use.outputs]
+        self.total: Tensor | None = None
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        attachment = self.attachment
+        if all(g is None for g in gradients) or attachment.pauses or inside_transform():
+            return
+        attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, gradients)
+
+    def receive(self, gradients: Sequence[Tensor | None]) -> None:
+        fisher, record, layer = self.attachment.fisher, self.record, self.layer
+        if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
+            return
+        own = [gradients[number] for number in self.numbers]
+        totals = [total_of(g) for g in own if g is not None]
+        total = totals[0] if len(totals) == 1 else sum(totals[1:], totals[0])
+        if not enter(self.attachment, record):
+            fisher.second_backward(record, [layer.name], self.total, total)
+            return
+        if self.total is not None or layer.name not in record.layouts or layer.name in record.troubled:
+            return
+        self.total = total
+        low = next((g.dtype for g in own if g is not None and g.dtype in (torch.float16, torch.bfloat16)), None)
+        record.autocast_dtype = record.autocast_dtype or low
+        layouts = record.layouts[layer.name][self.index]
+        call = OperationCall(current_node(), own, layouts, record.num_samples, compute_dtype(layer))
+        brought: Piece = []
+        for index, source in self.sources.items():
+            brought += carried(per_sample_gradient(call, index), source, self.leaves, self.followed)
+        calls = record.captured.setdefault(layer.name, [])
+        calls.append((self.index, brought, total))
+        if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
+            fisher.deliver([record], layer)

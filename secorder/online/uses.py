@@ -1,0 +1,222 @@
+"""The operations in which parameters meet the samples: found in the autograd graph of a forward.
+
+From a parameter on, operations whose values no sample owns (a transpose, 1 + w, the rows of a position table) are
+followed to those whose output has rows of samples. Each sample's gradient of the parameter is what its own rows of the
+gradient on these outputs bring: the sum over all such uses, whatever else the parameter is used for.
+
+Which operations are followed, and which end the way, is learnt and verified where a batch is looked at; a forward that
+is recorded is read by the same *routes*, the operations' names and inputs from the parameter on.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import accumulate_node
+from .._torch.graph import Node, Output, Users, can_be_run, outputs_of, recomputed, run_node, shape_of
+from ..layers.layout import Layout
+from ..layers.operations import MAPS
+from ..layers.operations.registry import each
+from ..layers.per_sample import Outer, PerSample, Rows, dense, merge
+
+__all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
+
+#: A parameter's name, and the operations from it on, each with the number of its input.
+Route = tuple[str, ...]
+
+#: What one use brings: the per-sample gradients of a layer's parameters.
+Piece = list[tuple[str, PerSample]]
+
+#: Operations that do nothing but put the elements of a parameter elsewhere.
+MOVES = frozenset(MAPS) - {"AddBackward0", "SubBackward0", "EmbeddingBackward0", "IndexBackward0"}
+
+#: Operations that are followed from one layer's parameters, at most.
+MOST = 400
+
+
+@dataclass(eq=False)
+class Use:
+    """An operation that a layer's parameters meet the samples in.
+
+    Attributes:
+        node: of the graph.
+        routes: that end in it.
+        sources: for each of its inputs that leads to parameters, the node and the output that it comes from.
+        outputs: what it computed.
+    """
+
+    node: Node
+    routes: list[Route] = field(default_factory=list)
+    sources: dict[int, tuple[Node, int]] = field(default_factory=dict)
+    outputs: list[Output] = field(default_factory=list)
+
+    @property
+    def places(self) -> list[str]:
+        """What its outputs have in common with those of other uses on the same routes."""
+        routes = "; ".join(sorted(" ".join(route) for route in self.routes))
+        return [f"{routes} {output.number}" for output in self.outputs]
+
+
+@dataclass(eq=False)
+class Uses:
+    """All of a layer's.
+
+    Attributes:
+        leaves: by the node that accumulates a parameter's gradient, the parameter's name.
+        followed: nodes whose values no sample owns, these among them.
+        uses: in an order that the graph's structure alone gives.
+    """
+
+    leaves: dict[Node, str]
+    followed: dict[Node, Route]
+    uses: list[Use] = field(default_factory=list)
+
+
+def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collection[Route]) -> Uses | None:
+    """The uses of a layer's parameters, where these routes are followed further.
+
+    Returns:
+        None where a parameter reaches the end of the graph, or its uses are too many to follow.
+    """
+    leaves = {accumulate_node(p): name for name, p in parameters.items()}
+    found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
+    waiting: list[Node] = list(leaves)
+    uses: dict[Node, Use] = {}
+    while waiting:
+        node = waiting.pop(0)
+        route = found.followed[node]
+        taken = users.get(node, ())
+        if not taken and node not in leaves:
+            return None
+        for user, index in taken:
+            name = user.name()
+            here = route if name in MOVES else (*route, f"{name} {index}")
+            if name in MOVES or here in followed:
+                if user not in found.followed:
+                    if len(found.followed) > MOST or not can_be_run(user):
+                        return None
+                    found.followed[user] = here
+                    waiting.append(user)
+                continue
+            use = uses.setdefault(user, Use(user))
+            use.routes.append(here)
+            use.sources[index] = (node, user.next_functions[index][1])
+    found.uses = [use for node, use in uses.items() if node not in found.followed]
+    for use in found.uses:
+        use.outputs = outputs_of(use.node)
+    return found
+
+
+def reentrant(users: Users) -> bool:
+    """Whether a checkpoint of the reentrant kind hides a part of the graph."""
+    return any("CheckpointFunction" in node.name() for node in users)
+
+
+def hidden(found: Uses) -> bool:
+    """Whether what operations saved cannot be read, since a checkpoint computes it again."""
+    return any(recomputed(node) is not False for node in (*(use.node for use in found.uses), *found.followed))
+
+
+def layouts_of(shape: Sequence[int], count: int) -> list[Layout]:
+    """Every layout that a shape admits for so many samples, the usual first."""
+    found = [Layout(dim) for dim, size in enumerate(shape) if size == count]
+    for dim, size in enumerate(shape):
+        if size > count and size % count == 0:
+            found += [Layout(dim, size // count, major) for major in (True, False)]
+    return found
+
+
+def carried(
+    gradient: PerSample, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
+) -> Iterable[tuple[str, PerSample]]:
+    """Carry a per-sample gradient from an operation's input on to the parameters that it was made of.
+
+    Args:
+        gradient: of the input.
+        source: where the input comes from.
+        leaves: by the node of each parameter, its name.
+        followed: the nodes between.
+    """
+    node, number = source
+    while node not in leaves:
+        move = MAPS.get(node.name())
+        before = [x for x in node.next_functions if x[0] is not None]
+        if move is None or len(before) != 1:
+            break
+        found = move(node, number, gradient, shape_of(node, number), shape_of(*before[0]))
+        if found is None:
+            break
+        gradient, (node, number) = found, before[0]
+    if node in leaves:
+        yield leaves[node], gradient
+        return
+    shape = shape_of(node, number)
+    numel = torch.Size(shape).numel()
+    yield from _pulled_back(dense(gradient, numel).reshape(-1, *shape), (node, number), leaves, followed)
+
+
+def _pulled_back(
+    gradient: Tensor, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
+) -> Iterable[tuple[str, Tensor]]:
+    """The same by the backward of the operations between, run for all samples at once."""
+    order: list[Node] = []
+
+    def visit(node: Node) -> bool:
+        """Enter a node in the order, behind those that it comes from; whether a parameter does."""
+        if node in order:
+            return True
+        before = [x for x, _ in node.next_functions if x is not None and (x in leaves or x in followed)]
+        if any([node in leaves, *[visit(x) for x in before]]):
+            order.append(node)
+            return True
+        return False
+
+    visit(source[0])
+    brought: dict[tuple[Node, int], Tensor] = {source: gradient}
+    for node in reversed(order):
+        if node in leaves:
+            if (node, 0) in brought:
+                yield leaves[node], brought[node, 0]
+            continue
+        own = [brought.pop((node, k), None) for k in range(len(outputs_of(node, real=False)))]
+        given = [k for k, g in enumerate(own) if g is not None]
+        if not given:
+            continue
+        wanted = [i for i, (x, _) in enumerate(node.next_functions) if x in order]
+        for index in wanted:
+            before = node.next_functions[index]
+            g = _through(node, own, given, index)
+            brought[before] = brought[before] + g if before in brought else g
+
+
+def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], index: int) -> Tensor:
+    """What a followed node makes of per-sample gradients, for one of its inputs."""
+    seen = outputs_of(node, real=False)
+
+    def pull(*gradients: Tensor) -> Tensor:
+        like = gradients[0]
+        whole = [like.new_zeros(m.shape, dtype=m.dtype) for m in seen]
+        for k, g in zip(given, gradients, strict=True):
+            whole[k] = g.to(seen[k].dtype)
+        return run_node(node, whole, index)
+
+    return each(pull, [g for g in own if g is not None])
+
+
+def pieces(brought: Iterable[Piece]) -> dict[str, list[PerSample]]:
+    """By parameter, the per-sample gradients that all uses bring together: one of each form."""
+    forms: dict[str, dict[tuple[Any, ...], list[PerSample]]] = {}
+    for piece in brought:
+        for name, part in piece:
+            forms.setdefault(name, {}).setdefault(_form(part), []).append(part)
+    return {name: [merge(parts) for parts in by_form.values()] for name, by_form in forms.items()}
+
+
+def _form(part: PerSample) -> tuple[Any, ...]:
+    """What parts have in common that can be merged."""
+    if isinstance(part, Outer):
+        return "outer", part.a is None, part.g.shape[1], part.g.shape[3]
+    return ("rows",) if isinstance(part, Rows) else ("dense",)

@@ -1,0 +1,104 @@
+"""The autograd graph as it is."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from secorder._torch.engine import accumulate_node
+from secorder._torch.graph import (
+    can_be_run,
+    current_node,
+    outputs_of,
+    recomputed,
+    run_node,
+    saved,
+    shape_of,
+    users_of,
+)
+
+
+def test_users_of_a_leaf_are_the_operations_that_take_it() -> None:
+    w, x = torch.randn(3, requires_grad=True), torch.randn(2, 3)
+    z = x * w + w
+    users = users_of([z])
+    assert [(node.name(), index) for node, index in users[accumulate_node(w)]] == [
+        ("AddBackward0", 1),
+        ("MulBackward0", 1),
+    ]
+    assert users[z.grad_fn] == []
+
+
+def test_what_a_node_computed() -> None:
+    w = torch.randn(3, 4, requires_grad=True)
+    values, places = w.max(1)
+    assert [(o.number, o.shape) for o in outputs_of(values.grad_fn)] == [(0, (3,))]
+    assert shape_of(accumulate_node(w), 0) == (3, 4)
+    assert torch.equal(saved(values.grad_fn, "indices"), places)
+
+
+def test_a_hook_sees_the_node_that_it_is_called_for() -> None:
+    z = torch.exp(torch.randn(2, requires_grad=True))
+    seen: list[Any] = []
+    z.grad_fn.register_prehook(lambda g: seen.append(current_node()))
+    z.sum().backward()
+    assert seen[0] is z.grad_fn
+
+
+def test_a_node_run_by_itself_sums_over_what_was_broadcast_and_calls_no_hook() -> None:
+    w, x = torch.randn(1, 3, requires_grad=True), torch.randn(2, 4, 3)
+    z = torch.hypot(w, x)
+    w.register_hook(pytest.fail)
+    found = run_node(z.grad_fn, [torch.ones_like(z)], 0)
+    assert found.shape == (1, 3)
+    torch.testing.assert_close(found, (w / z).sum((0, 1))[None].detach())
+    many = torch.vmap(lambda g: run_node(z.grad_fn, [g], 0))(torch.ones(5, 2, 4, 3))
+    torch.testing.assert_close(many, found.expand(5, 1, 3))
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g * 2
+
+
+def test_a_users_own_function_cannot_be_run() -> None:
+    x = torch.randn(2, requires_grad=True)
+    assert can_be_run(x.exp().grad_fn)
+    assert not can_be_run(Function.apply(x).grad_fn)
+
+
+def test_what_a_checkpoint_computes_again() -> None:
+    x = torch.randn(2, 2, requires_grad=True)
+    if recomputed(x.exp().grad_fn) is None:
+        pytest.skip("this PyTorch does not tell")
+    assert recomputed(checkpoint(torch.exp, x, use_reentrant=False).grad_fn) is True
+    assert recomputed(x.exp().grad_fn) is False
+    with torch.autograd.graph.save_on_cpu():
+        assert recomputed(x.exp().grad_fn) is False
+    assert recomputed(torch.cat([x, x]).grad_fn) is False
+
+
+def test_a_graph_that_was_read_is_freed() -> None:
+    x = torch.randn(2, requires_grad=True)
+    z = x.exp()
+    freed: list[int] = []
+
+    class Told:
+        def __call__(self, _: Any) -> None: ...
+
+        def __del__(self) -> None:
+            freed.append(1)
+
+    z.grad_fn.register_prehook(Told())
+    users_of([z])
+    del z
+    gc.collect()
+    assert freed

@@ -1,0 +1,70 @@
+"""nn.LSTM as one operation."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secorder._torch.graph import users_of
+from secorder.layers.layout import Layout
+from secorder.layers.operations import OPERATIONS, OperationCall
+from secorder.layers.operations.recurrent import lstm
+from secorder.layers.per_sample import dense
+
+N, T = 3, 5
+
+
+def run(layer: nn.Module, x: Tensor, state: Any, ends: str) -> Tensor:
+    """A number of what is named: the outputs o, the last state h, the last cell c."""
+    out, (h, c) = layer(x, state)
+    found = [(out * out.detach().sin()).sum(), (h * 2).sum(), (c * c).sum()]
+    return sum(f for f, name in zip(found, "ohc", strict=True) if name in ends)
+
+
+@pytest.mark.parametrize("ends", ["o", "h", "c", "ohc"])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"bidirectional": True}], ids=str)
+def test_lstm(ends: str, options: dict[str, Any]) -> None:
+    layer = nn.LSTM(4, 2, **options).float()
+    directions = 1 + layer.bidirectional
+    x, state = torch.randn(T, N, 4).float(), [torch.randn(directions, N, 2).float() for _ in range(2)]
+    nodes: list[Any] = []
+    z = run(layer, x, tuple(state), ends)
+    nodes = [node for node in users_of([z]) if node.name() == "MkldnnRnnLayerBackward0"]
+    if not nodes:
+        pytest.skip("this PyTorch runs nn.LSTM in many operations")
+    found: dict[int, list[Tensor]] = {}
+
+    def hook(node: Any, gradients: tuple[Tensor | None, ...]) -> None:
+        call = OperationCall(node, gradients, [Layout(1), Layout(0), Layout(0)], N, torch.float32)
+        for index in (1, 2, 3, 4):
+            before, _ = node.next_functions[index]
+            if before is not None:
+                part = lstm(call, index)
+                assert part is not None
+                found[id(before.variable)] = [dense(part, before.variable.numel())]
+
+    for node in nodes:
+        node.register_prehook(lambda gradients, node=node: hook(node, gradients))
+    z.backward()
+    exact = copy.deepcopy(layer).double()
+    for n in range(N):
+        exact.zero_grad()
+        run(exact, x[:, n : n + 1].double(), tuple(s[:, n : n + 1].double() for s in state), ends).backward()
+        for p, q in zip(layer.parameters(), exact.parameters(), strict=True):
+            expected = torch.zeros_like(q) if q.grad is None else q.grad
+            if id(p) in found:
+                torch.testing.assert_close(found[id(p)][0][n].double(), expected.flatten(), rtol=2e-5, atol=2e-6)
+            else:
+                assert not expected.any()
+
+
+def test_other_inputs_and_other_layouts_are_left_to_the_operation() -> None:
+    layer = nn.LSTM(4, 2).float()
+    out, _ = layer(torch.randn(T, N, 4).float())
+    node = next((node for node in users_of([out]) if node.name() in OPERATIONS and "Rnn" in node.name()), None)
+    if node is None:
+        pytest.skip("this PyTorch runs nn.LSTM in many operations")
+    layouts = [Layout(0), Layout(0), Layout(0)]
+    assert lstm(OperationCall(node, [torch.ones_like(out), None, None], layouts, T, torch.float32), 1) is None

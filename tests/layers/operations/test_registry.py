@@ -1,0 +1,54 @@
+"""The rules by operation, and the way for everything else."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.errors import AttributionError, InvalidArgumentError
+from secorder.layers.layout import DIM_ZERO, Layout
+from secorder.layers.operations import OPERATIONS, OperationCall, operation_rule, parameter_map, per_sample_gradient
+
+from .by_sample import assert_exact
+
+
+def test_operations_without_a_rule_run_their_own_backward() -> None:
+    x, w = torch.randn(4, 3), torch.randn(3)
+    assert_exact(torch.hypot, x, w, ruled=False)
+    assert_exact(torch.lerp, x, torch.randn(4, 3), w, index=2, ruled=False)
+    assert_exact(torch.hypot, torch.randn(12, 3), w, layout=Layout(0, 3, False), ruled=False)
+
+
+def test_a_rule_is_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(OPERATIONS, "HypotBackward0", raising=False)
+
+    @operation_rule("HypotBackward0")
+    def hypot(call: OperationCall, index: int) -> Tensor | None:
+        own, z = call.saved("other" if index else "self"), call.saved("result")
+        return call.of_samples(call.g * own / z, call.shape(index))
+
+    try:
+        assert_exact(torch.hypot, torch.randn(4, 3), torch.randn(3))
+        with pytest.raises(InvalidArgumentError, match="has a rule already"):
+            operation_rule("HypotBackward0")
+    finally:
+        del OPERATIONS["HypotBackward0"]
+    with pytest.raises(InvalidArgumentError, match="name the nodes"):
+        operation_rule()
+    with pytest.raises(InvalidArgumentError, match="TBackward0 has a rule already"):
+        parameter_map("TBackward0")
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def test_a_backward_of_the_users_own_is_not_run() -> None:
+    z = Doubled.apply(torch.randn(3, requires_grad=True))
+    with pytest.raises(AttributionError, match="DoubledBackward"):
+        per_sample_gradient(OperationCall(z.grad_fn, [torch.ones(3)], [DIM_ZERO], 3, torch.float64), 0)

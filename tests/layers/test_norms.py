@@ -1,0 +1,68 @@
+"""Squared norms of per-sample gradients by factors, against the gradients written out."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.layers import norms
+from secorder.layers.norms import DenseNorms, squared_norm_of_sum, squared_norms
+from secorder.layers.per_sample import Outer, PerSample, Rows, dense
+
+from ..reference import assert_close
+
+
+def check(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> None:
+    written = [
+        torch.stack([dense(part, size) for part in parts]).sum(0) for parts, size in zip(parts_of, sizes, strict=True)
+    ]
+    rows = torch.cat(written, 1)
+    assert_close(squared_norms(parts_of, sizes), rows.square().sum(1), 1e-12)
+    assert_close(squared_norm_of_sum(parts_of, sizes), rows.sum(0).square().sum(), 1e-12)
+    formed = DenseNorms()
+    for start in (0, 2):
+        formed.add([part[start : start + 2] if not start else part[start:] for part in written])
+    each, total = formed.told()
+    assert_close(each, rows.square().sum(1), 1e-12)
+    assert_close(total, rows.sum(0).square().sum(), 1e-12)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_products_of_positions_and_gradients(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One position, few, many; weights alone, with their bias, used twice; a few samples at a time."""
+    for elements in (1 << 20, 100):
+        monkeypatch.setattr(norms, "CHUNK_ELEMENTS", elements)
+        for positions, fan_in, width in itertools.product([1, 4, 40], [3, 30], [2, 20]):
+            a, g = torch.randn(5, groups, positions, fan_in), torch.randn(5, groups, positions, width)
+            sizes = [groups * fan_in * width, groups * width]
+            check([[Outer(a, g)], [Outer(None, g)]], sizes)
+            check([[Outer(a, g), Outer(a.flip(0), g + 1)], [Outer(None, g)]], sizes)
+
+
+def test_rows_that_are_looked_up_more_than_once() -> None:
+    for positions in (1, 5, 200):
+        rows = Rows(torch.randint(7, (5, positions)), torch.randn(5, positions, 3), 7)
+        check([[rows]], [21])
+        head = Outer(torch.randn(5, 1, 4, 3), torch.randn(5, 1, 4, 7))
+        check([[rows, head], [Outer(None, head.g)]], [21, 7])
+        check([[rows, torch.randn(5, 7, 3)]], [21])
+
+
+def test_the_cheaper_form_is_taken_by_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+
+    def of(name: str) -> object:
+        def form(a: Tensor, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
+            taken.append(name)
+            return torch.zeros(len(g[rows]))
+
+        return form
+
+    for name in ("_by_products", "_by_gradients"):
+        monkeypatch.setattr(norms, name, of(name))
+    for positions, width in ((64, 256), (256, 64)):
+        a = torch.randn(2, 1, positions, width)
+        squared_norms([[Outer(a, a)]], [width * width])
+    assert taken == ["_by_products", "_by_gradients"]

@@ -1,0 +1,42 @@
+"""A table that fits."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from secorder.monitor.fitting import fitting
+from secorder.monitor.terminal import Console, Table
+
+
+@dataclass(frozen=True)
+class Column:
+    title: str
+    gives_way: int
+
+
+def test_what_gives_way_first() -> None:
+    names = {f"model.layers.{i}.linear": f"model.layers.{i}.linear" for i in range(3)}
+    columns = [Column("name", 0), Column("first", 2), Column("second", 1), Column("always", 0)]
+    seen: list[tuple[list[str], str, str]] = []
+
+    def made(columns: Sequence[Column], names: Mapping[str, str], told: str) -> Table:
+        table = Table()
+        for column in columns:
+            table.add_column(column.title, no_wrap=True)
+        for name in names.values():
+            table.add_row(name, *["1234567890"] * (len(columns) - 1))
+        seen.append(([column.title for column in columns], next(iter(names.values())), told))
+        return table
+
+    console = Console(file=io.StringIO())
+    results = {}
+    for width in (100, 60, 45, 25):
+        fitting(console, width, columns, names, made)
+        results[width] = seen[-1]
+    whole = ["name", "first", "second", "always"]
+    assert results[100] == (whole, "model.layers.0.linear", "")
+    assert results[60] == (whole, "0.linear", "names without model.layers.")
+    assert results[45] == (["name", "second", "always"], "0.linear", "names without model.layers.")
+    assert results[25] == (["name", "always"], "0.linear", "names without model.layers.")
+    fitting(console, 22, columns, names, made)
+    assert seen[-1][1] == "…near"

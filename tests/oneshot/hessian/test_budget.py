@@ -1,0 +1,58 @@
+"""How exact, and what it may cost."""
+
+import math
+from typing import Any
+
+import pytest
+
+from secorder import InvalidArgumentError
+from secorder.oneshot.hessian.budget import AUTO_RTOL, AUTO_SECONDS, MAX_HVPS, MAX_WORK, Budget
+
+
+def checked(
+    method: Any = "auto", num_draws: Any = None, rtol: Any = None, max_draws: int = 10_000, max_hvps: Any = None
+) -> Budget:
+    return Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
+
+
+def test_what_is_not_said_follows_from_the_method() -> None:
+    seconds = AUTO_SECONDS, AUTO_SECONDS / 2
+    assert checked() == Budget("auto", 16, AUTO_RTOL, 10_000, MAX_HVPS, MAX_WORK, *seconds)
+    assert checked(num_draws=5) == Budget("auto", 5, None, 10_000, MAX_HVPS, MAX_WORK, *seconds)
+    assert checked(rtol=0.1) == Budget("auto", 16, 0.1, 10_000, MAX_HVPS, MAX_WORK, AUTO_SECONDS)
+    assert checked(max_hvps=7) == Budget("auto", 16, AUTO_RTOL, 10_000, 7, math.inf)
+    assert checked("hutchinson") == Budget("hutchinson", 100)
+    assert checked("hutchinson", rtol=0.1) == Budget("hutchinson", 16, 0.1)
+
+
+def test_products_that_were_timed_are_afforded_by_their_seconds() -> None:
+    auto = checked()
+    assert auto.affords(100, 10**9, 0.09)  # not by the numbers that they pass through
+    assert not auto.affords(100, 1, 0.11)
+    assert not auto.affords(MAX_HVPS + 1, 1, 1e-9)
+    assert checked(max_hvps=100).affords(100, 10**9, 100.0)
+    assert not auto.affords(100, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"method": "lanczos"}, "method must be"),
+        ({"num_draws": 0}, "num_draws must be"),
+        ({"rtol": 0.0}, "rtol must be"),
+        ({"rtol": math.nan}, "rtol must be"),
+        ({"max_hvps": -1}, "max_hvps=-1"),
+        ({"method": "exact", "max_hvps": 3}, 'goes with method="auto"'),
+        ({"num_draws": 20, "max_draws": 10}, "max_draws must be at least num_draws"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=words):
+        checked(**arguments)
+
+
+def test_what_is_affordable() -> None:
+    assert Budget("exact").affords(10**12, 10**12)
+    assert not Budget("hutchinson").affords(1, 1)
+    auto = Budget("auto", max_hvps=10, max_work=100)
+    assert [auto.affords(*of) for of in ((10, 10), (11, 1), (10, 11))] == [True, False, False]

@@ -1,0 +1,51 @@
+"""Columns of a root of the loss's Hessian, pulled back to all layers at once."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secorder.oneshot.hessian import columns
+from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.facts import Facts
+
+from ...helpers import Fn, data, make
+from ...reference import assert_close
+from .strategies import exact, in_z
+
+
+def served(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
+    return in_z(lambda task, found, graph: columns.run(task, found.output_side, [graph])[0], model, batch, "0")
+
+
+class Half(torch.autograd.Function):
+    """Linear, with a backward that is not that of its forward, but linear too."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g.clamp(-0.05, 0.05)
+
+
+@pytest.mark.parametrize("middle", [nn.ReLU(), Fn(torch.relu), nn.LeakyReLU()])
+def test_they_are_exact_where_the_model_is_piecewise_linear(middle: nn.Module) -> None:
+    model, batch = make(middle), data()
+    for value, expected in zip(served(model, batch), exact(model, batch, "0"), strict=True):
+        assert_close(value.flatten(), expected)
+
+
+def test_columns_that_do_not_explain_the_hessian_serve_none() -> None:
+    assert served(make(Fn(torch.relu), Fn(Half.apply)), data()) is None
+
+
+def test_it_applies_where_all_of_it_is_known() -> None:
+    facts: dict[str, Any] = {"own_use": True, "piecewise_linear": True, "num_columns": 3}
+    assert columns.applies(Facts("0", 25, **facts))
+    for name in facts:
+        assert not columns.applies(Facts("0", 25, **{**facts, name: 0}))
+    assert columns.products(Facts("0", 25, **facts), Budget()) == 3
+    assert columns.products(Facts("0", 25, last=True, **facts), Budget()) == 0

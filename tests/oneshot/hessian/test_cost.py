@@ -1,0 +1,42 @@
+"""What a Hessian will take is what it then takes."""
+
+import dataclasses
+
+import pytest
+import torch.nn.functional as F
+from torch import nn
+
+from secorder import CurvatureProbe
+from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.choice import Choice
+from secorder.oneshot.hessian.cost import estimate_cost, layer_cost
+from secorder.oneshot.hessian.facts import Facts
+from secorder.results import Strategy
+
+from ...helpers import data, make, measured, mlp
+
+
+@pytest.mark.parametrize("budget", [Budget("exact"), Budget("hutchinson", num_draws=7)])
+def test_the_strategies_are_those_that_run(budget: Budget) -> None:
+    for model in (mlp(), make(nn.ReLU()), make(nn.BatchNorm1d(5), nn.Tanh())):
+        batch = data()
+        told = measured(lambda task: estimate_cost(task, budget), model, batch)
+        with CurvatureProbe(model, "all") as probe:
+            draws = budget.num_draws if budget.method == "hutchinson" else None
+            info = probe.hessian_diagonal(F.cross_entropy, *batch, method=budget.method, num_draws=draws).info
+        assert {n: str(i.strategy).split("+")[-1] for n, i in info.items()} == {n: c.strategy for n, c in told.items()}
+
+
+def test_memory_is_that_of_a_chunk_of_products() -> None:
+    facts = Facts("0", numel=25, output_elements=50, parameter_elements=1000)
+
+    def bytes_of(strategy: Strategy, products: int, chunk_size: int | None) -> int:
+        def work(task):  # type: ignore[no-untyped-def]
+            return layer_cost(task, facts, Choice(strategy, products, products)).num_bytes
+
+        return measured(work, make(), data(), chunk_size=chunk_size)
+
+    assert bytes_of(Strategy.OUTPUT_BASIS, 5, None) == 4 * 5 * 50 * 8
+    assert bytes_of(Strategy.OUTPUT_BASIS, 5, 2) == 4 * 2 * 50 * 8
+    assert bytes_of(Strategy.PARAMETER_BASIS, 5, None) == 4 * 5 * 1000 * 8
+    assert dataclasses.replace(facts, numel=1).layer == "0"

@@ -1,0 +1,50 @@
+"""Which layers are timed, and what is learnt of them."""
+
+import dataclasses
+import math
+
+import pytest
+import torch.nn.functional as F
+from torch import nn
+
+from secorder.layers.selection import select_layers
+from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.facts import Facts
+from secorder.oneshot.hessian.investigate import Findings, investigate
+from secorder.oneshot.hessian.trials import learn_seconds, matters
+from secorder.oneshot.measurement import Measurement, measure
+from secorder.oneshot.recording import recorded
+
+from ...helpers import data, make, mlp
+
+
+def test_little_work_is_not_timed() -> None:
+    facts = Facts("a", numel=1000, outputs=100)
+    found = Findings({"a": facts}, {})
+    found.seconds = 1.0
+    auto = Budget.checked("auto", None, None, 10_000, None)
+    assert matters(found, auto)
+    assert not matters(found, dataclasses.replace(auto, max_seconds=math.inf))
+    found.facts["a"] = dataclasses.replace(facts, last=True)
+    assert not matters(found, auto)
+
+
+@pytest.mark.usefixtures("no_chain")
+@pytest.mark.parametrize("make_model", [mlp, lambda: make(nn.ReLU()), lambda: make(nn.BatchNorm1d(5), nn.Tanh())])
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -> None:
+    assert callable(make_model)
+    model, (x, y) = make_model(), data()
+    budget = Budget(method, num_draws=3)  # type: ignore[arg-type]
+
+    def work(task: Measurement) -> tuple[dict[str, Facts], dict[str, float]]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            found = investigate(task, recording, budget, columns=True)
+            return found.facts, learn_seconds(task, found, budget, draws=True)
+
+    facts, relative = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
+    first = facts["0"]
+    assert max(first.seconds, first.seconds_by_column, first.seconds_by_draw) > 0
+    drawn = {name for name, f in facts.items() if f.seconds_by_draw}
+    assert set(relative) == drawn
+    assert all(0 < error < math.inf for error in relative.values())

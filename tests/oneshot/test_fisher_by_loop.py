@@ -1,0 +1,60 @@
+"""The Fisher by definition, and the check that the batch is made of its samples."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder import CouplingError, InvalidArgumentError
+from secorder.oneshot.fisher_by_loop import by_loop
+from secorder.oneshot.measurement import Measurement
+
+from ..helpers import by_layer, data, make, measured
+from ..reference import assert_close, fisher_by_sample, ggn_by_sample
+
+
+def loop(fisher_type: Any = "empirical", loss_fn: Any = F.cross_entropy, batch: Any = None) -> Any:
+    def work(task: Measurement) -> Any:
+        return {name: values for name, (values, _) in by_loop(task, task.layers, fisher_type, 3).items()}
+
+    return measured(work, make(), batch or data(), loss_fn)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+def test_it_is_the_loop_over_samples(fisher_type: Any) -> None:
+    batch, model = data(), make()
+    brute = (
+        fisher_by_sample(model, F.cross_entropy, *batch, 6)
+        if fisher_type == "empirical"
+        else ggn_by_sample(model, F.cross_entropy, *batch)
+    )
+    for layer, values in loop(fisher_type, batch=batch).items():  # sums, not means
+        for found, expected in zip(values, by_layer(model, brute, layer), strict=True):
+            assert_close(found, expected * 6)
+
+
+def test_a_batch_that_is_not_made_of_its_samples_is_refused() -> None:
+    def coupled(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f - f.mean(0), t)
+
+    weights = torch.rand(6)
+
+    def held(f: Tensor, t: Tensor) -> Tensor:
+        return (F.cross_entropy(f, t, reduction="none") * weights[: len(f)]).mean()
+
+    with pytest.raises(CouplingError, match="is not made of the losses"):
+        loop(loss_fn=coupled)
+    with pytest.raises(CouplingError, match="fail on another one of 7"):
+        loop(loss_fn=held)
+
+
+def test_second_order_needs_a_loss_of_the_output() -> None:
+    model = make()
+
+    def penalised(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t) + model[0].weight.square().sum()  # type: ignore[union-attr,operator]
+
+    with pytest.raises(InvalidArgumentError, match="computed by loss_fn from the model's output"):
+        measured(lambda task: by_loop(task, task.layers, "type-2", 3), model, data(), penalised)

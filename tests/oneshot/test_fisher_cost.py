@@ -1,0 +1,47 @@
+"""The way of each layer's Fisher, and its products, before any is paid."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe
+from secorder.oneshot.fisher_cost import fisher_cost
+
+from ..helpers import data, make, measured
+
+MODELS = {"rules": make, "a layer without one": lambda: make(nn.Bilinear(5, 5, 5).requires_grad_(False), nn.Tanh())}
+
+
+def penalised(model: nn.Module) -> Any:
+    def loss(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t) + model[0].weight.square().sum()  # type: ignore[union-attr,operator]
+
+    return loss
+
+
+@pytest.mark.parametrize(("fisher_type", "products"), [("empirical", 1), ("type-2", 3), ("mc", 5)])
+def test_what_is_said_is_what_is_done(fisher_type: Any, products: int) -> None:
+    for loops in (False, True):
+        model, batch = make(), data()
+        loss_fn = penalised(model) if loops else F.cross_entropy
+        chosen = measured(lambda task: fisher_cost(task, fisher_type, 5), model, batch, loss_fn)
+        assert {cost.num_hvps for cost in chosen.values()} == {products * (6 if loops else 1)}
+        if loops and fisher_type != "empirical":
+            continue  # refused, when it is measured
+        with CurvatureProbe(model) as probe:
+            info = probe.fisher_diagonal(loss_fn, *batch, fisher_type=fisher_type, num_draws=5).info
+        assert {name: i.strategy for name, i in info.items()} == {name: cost.strategy for name, cost in chosen.items()}
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_seconds_are_those_of_the_layers_and_of_what_is_done_anyway(loops: bool) -> None:
+    model = make()
+    cost = measured(
+        lambda task: fisher_cost(task, "empirical", 5), model, data(), penalised(model) if loops else F.cross_entropy
+    )
+    assert cost.overhead > 0
+    assert all((c.seconds > 0) == loops and c.num_bytes > 0 for c in cost.values())  # one column is done by the checks
+    assert torch.is_grad_enabled()

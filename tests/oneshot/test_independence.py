@@ -1,0 +1,87 @@
+"""Do samples act on one another?"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.layers.layout import DIM_ZERO
+from secorder.oneshot.independence import (
+    block_diagonal,
+    changed_entries,
+    linear_products,
+    outputs_independent,
+    over_samples,
+    sample_bits,
+    separating_masks,
+    with_neighbours,
+    without_gradients,
+)
+from secorder.oneshot.isolation import isolate
+
+from ..helpers import Fn, data, make, seeded
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 11, 64])
+def test_masks_separate_every_ordered_pair_and_bits_every_pair(count: int) -> None:
+    masks, bits = separating_masks(count), sample_bits(count)
+    for n in range(count):
+        for m in range(count):
+            if n != m:
+                assert (masks[:, m] & ~masks[:, n]).any()
+                assert (bits[:, m] != bits[:, n]).any()
+    assert len(masks) <= 2 * count.bit_length() + 1
+
+
+@pytest.mark.parametrize("sender", range(5))
+def test_one_sample_that_acts_on_one_other_is_seen(sender: int) -> None:
+    def leaks(h: Tensor) -> Tensor:
+        return h + 1e-3 * torch.eye(6)[(sender + 3) % 6][:, None] * h[sender]
+
+    x, _ = data()
+    for function, expected in ((torch.tanh, True), (leaks, False)):
+        with isolate(make(Fn(function)), None, []) as isolated:
+            assert outputs_independent(isolated, x, 6, 0) is expected
+
+
+def test_changes_beyond_rounding() -> None:
+    before = torch.tensor([1.0, 1.0, torch.inf, -torch.inf, torch.nan])
+    after = torch.tensor([1.0 + 1e-16, 1.0 + 1e-6, torch.inf, torch.inf, torch.nan])
+    assert changed_entries(before, after).tolist() == [False, True, False, True, False]
+    assert changed_entries(torch.tensor([1j, 1j]), torch.tensor([1j, 1 + 1j])).tolist() == [False, True]
+
+
+def test_neighbours_replace_the_chosen_samples_alone() -> None:
+    x, mask = torch.ones(3, 2), torch.tensor([False, True, False])
+    assert with_neighbours(mask, 3, 0, x)[:, 0].tolist() == [1, 1.03125, 1]
+    ids = torch.tensor([[5, 6, 7]])
+    assert with_neighbours(mask, 3, 1, ids).tolist() == [[5, 5, 7]]
+    shared = torch.ones(4, 4)
+    assert with_neighbours(mask, 3, 0, shared) is shared
+
+
+def test_values_are_spread_over_samples() -> None:
+    assert over_samples(torch.arange(6.0).view(2, 3), torch.zeros(3, 4), DIM_ZERO)[1, :, 3].tolist() == [3, 4, 5]
+
+
+def test_a_run_without_gradients_unless_it_needs_them() -> None:
+    x = torch.ones(3, requires_grad=True)
+    assert not without_gradients(torch.sin, x).requires_grad
+    assert without_gradients(lambda x: torch.autograd.grad((x**2).sum(), x)[0], x).tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize("coupling", [0.0, 1e-300, 1.0])
+def test_a_hessian_between_samples_is_exactly_zero_or_seen(coupling: float) -> None:
+    z = torch.randn(5, 3, requires_grad=True)
+    loss = z.sin().sum(1).square().sum() + coupling * z[1, 0] * z[4, 2]
+    g = torch.autograd.grad(loss, z, create_graph=True)
+    assert block_diagonal(g, [z], [DIM_ZERO], seeded()) is (coupling == 0)
+
+
+def test_products_of_a_backward_that_clamps_are_not_linear() -> None:
+    z = torch.randn(5, 3, requires_grad=True)
+    for clamps in (False, True):
+        h = z.sin()
+        g = torch.autograd.grad(h.square().sum(), z, create_graph=True)
+        if clamps:
+            g[0].register_hook(lambda v: v.clamp(-0.1, 0.1))
+        assert linear_products(g, [z], seeded()) is not clamps

@@ -1,0 +1,93 @@
+"""Layers by their recorded outputs."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder import AttributionError
+from secorder.layers.layout import DIM_ZERO
+from secorder.oneshot.measurement import Measurement
+from secorder.oneshot.recorded_layer import (
+    RecordedLayer,
+    contract_pairs,
+    layout_options,
+    require_linear_backward,
+    scale_draws,
+    settle_layouts,
+)
+from secorder.oneshot.recording import recorded
+from secorder.oneshot.roots import single
+
+from ..helpers import Fn, by_layer, data, make, measured, seeded
+from ..reference import assert_close, fisher_by_sample
+
+
+def layers_of(task: Measurement, recording: object) -> list[RecordedLayer]:
+    inputs, leaves = recording.inputs, recording.leaves  # type: ignore[attr-defined]
+    return [RecordedLayer(x, inputs[x.name], leaves[x.name]) for x in task.ruled]
+
+
+@pytest.mark.parametrize("certain", [True, False])
+def test_one_pair_of_gradients_makes_the_empirical_fisher(certain: bool) -> None:
+    model, batch = make(), data()
+
+    def work(task: Measurement) -> dict[str, list[Tensor]]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            output, _ = task.loss()
+            layers = layers_of(task, recording)
+            g = output.softmax(1).detach() - F.one_hot(task.targets, 3)
+            found = contract_pairs([output], layers, single(g), certain=certain, generator=seeded(), chunk_size=None)
+        return {z.layer.name: values for z, values in zip(layers, found, strict=True) if values is not None}
+
+    expected = fisher_by_sample(model, F.cross_entropy, *batch, 6)
+    found = measured(work, model, batch)
+    assert set(found) == {"0", "2"}
+    for layer, values in found.items():
+        for value, other in zip(values, by_layer(model, expected, layer), strict=True):
+            assert_close(value.flatten(), other * 6)
+
+
+def test_sizes_and_layouts_of_a_call() -> None:
+    layer = measured(lambda task: task.ruled[0], make(), data())
+    z = RecordedLayer(layer, [(torch.randn(6, 2, 4),)], [torch.zeros(6, 2, 5)])
+    z.layouts = layout_options(z, 6)[0]
+    assert z.layouts == [DIM_ZERO]
+    assert (z.sizes, z.numel) == ([10], 25)
+    assert layout_options(RecordedLayer(layer, [(torch.randn(5, 4),)], [torch.zeros(5, 5)]), 6) == []
+
+
+def test_rows_that_are_no_samples_have_no_layout() -> None:
+    def mixes(h: Tensor) -> Tensor:
+        return h + 0.1 * h.flip(0)
+
+    def work(task: Measurement) -> list[bool]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            output, _ = task.loss()
+            layers = layers_of(task, recording)
+            settle_layouts([output], layers, torch.randn(1, 6, 3), seeded())
+        return [bool(z.layouts) for z in layers]
+
+    assert measured(work, make(), data()) == [True, True]
+    assert measured(work, make(Fn(mixes)), data()) == [False, True]
+
+
+def test_a_backward_that_clamps_has_no_jacobian() -> None:
+    def clamps(h: Tensor) -> Tensor:
+        h = h * 1
+        h.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        return h
+
+    for function, linear in ((torch.tanh, True), (clamps, False)):
+        x = torch.randn(6, 3, requires_grad=True)
+        pair = single(torch.randn(6, 3))
+        if linear:
+            require_linear_backward([function(x)], [x], pair, seeded())
+        else:
+            with pytest.raises(AttributionError, match="not linear"):
+                require_linear_backward([function(x)], [x], pair, seeded())
+
+
+def test_half_precision_is_looked_at_more_often() -> None:
+    assert scale_draws([torch.zeros(1)]) == 1
+    assert scale_draws([torch.zeros(1, dtype=torch.bfloat16)]) == 3

@@ -1,0 +1,71 @@
+"""The forms of a loss's Hessian: a guess stands where it is right, and nowhere else."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from secorder.oneshot.root_forms import form_root, signed_factors
+from secorder.oneshot.roots import Root
+
+N = 4
+
+
+def hessian_of(loss: Callable[[Tensor], Tensor], f: Tensor) -> Tensor:
+    """(N, C, C), formed whole; of a loss whose samples do not interact."""
+    size = f[0].numel()
+    full = torch.func.hessian(lambda v: loss(v.view_as(f)))(f.flatten())
+    return full.view(N, size, N, size)[range(N), :, range(N)]
+
+
+def root_of(loss: Callable[[Tensor], Tensor], f: Tensor) -> tuple[Root, Tensor, Tensor]:
+    """The root, what it is the root of, and what it should be."""
+    h = hessian_of(loss, f)
+    root = form_root(lambda v: torch.einsum("mni,nij->mnj", v, h), f, 1)
+    pairs = root.columns(range(root.num_columns))
+    v = pairs.u if pairs.v is None else pairs.v
+    sign = torch.ones(pairs.u.shape[:2]) if pairs.sign is None else pairs.sign
+    return root, torch.einsum("kni,knj,kn->nij", pairs.u, v, sign), h
+
+
+def nearly(f: Tensor) -> Tensor:
+    """Cross entropy, and a little that is not."""
+    return F.cross_entropy(f, torch.arange(N) % 3, reduction="sum") + 1e-4 * (f[:, 0] * f[:, 2]).sin().sum()
+
+
+LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], int | None]] = {
+    "softmax": (lambda f: F.cross_entropy(f, torch.arange(N) % 3), (3,), 3),
+    "softmax by position": (lambda f: F.cross_entropy(f, torch.zeros(N, 2, dtype=torch.long)), (3, 2), 2),
+    "elementwise": (lambda f: f.sin().sum(), (5,), 5),
+    "pairs": (lambda f: (f[:, :2].square() * f[:, 2:].exp()).sum(), (4,), 2),
+    "none": (lambda f: f.sum(1).sin().sum() + f.square().square().sum(), (3,), 1),
+    "almost": (nearly, (3,), 1),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_form_is_right_and_tells_what_does_not_interact(name: str) -> None:
+    loss, shape, blocks = LOSSES[name]
+    root, found, expected = root_of(loss, torch.randn(N, *shape))
+    assert torch.allclose(found, expected, rtol=1e-10, atol=1e-12 * expected.abs().max())
+    if root.diagonal is not None and root.blocks is not None:
+        assert torch.allclose(root.diagonal, expected.diagonal(dim1=1, dim2=2), atol=1e-12)
+        assert len(root.blocks.unique()) == blocks or name == "softmax"
+    apart = expected.new_ones(()) if root.blocks is None else root.blocks[:, None] != root.blocks
+    if root.blocks is not None:
+        assert not expected[:, apart].any()
+
+
+def test_signed_factors_are_roots_of_any_symmetric_matrix_that_its_diagonal_bounds() -> None:
+    u = torch.randn(6, 4, 4)
+    scales = 10.0 ** torch.arange(-6, 6, 3)
+    positive = (u @ u.mT) * scales[:, None] * scales
+    for h in (positive, -positive, torch.diag_embed(torch.randn(6, 4)), positive[:, :1, :1]):
+        found = signed_factors(h)
+        assert found is not None
+        columns, sign = found
+        again = torch.einsum("qik,qjk,qk->qij", columns, columns, sign)
+        assert ((again - h).abs() <= 1e-9 * (h.diagonal(dim1=1, dim2=2).abs().sqrt()[:, :, None] ** 2 + h.abs())).all()
+    assert signed_factors(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])) is None

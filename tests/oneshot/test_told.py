@@ -1,0 +1,25 @@
+"""What is said of results."""
+
+import warnings
+
+import pytest
+import torch
+
+from secorder import CurvatureWarning
+from secorder.oneshot.told import warn_if_estimated, warn_if_not_finite
+
+
+def test_estimated_layers_are_named_and_exact_ones_are_not() -> None:
+    with pytest.warns(CurvatureWarning, match=r"2 of 3 layers were estimated \('a', 'c'\)"):
+        warn_if_estimated({"a": 16, "b": 0, "c": 8})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_estimated({"a": 0})
+
+
+def test_values_that_are_not_finite_are_named_and_a_sum_that_overflows_is_none() -> None:
+    with pytest.warns(CurvatureWarning, match="the Hessian of 'b' holds nan or infinite"):
+        warn_if_not_finite({"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan])}, "Hessian")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_not_finite({"a": torch.full((4,), 3e38, dtype=torch.float32)}, "Hessian")

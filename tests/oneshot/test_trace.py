@@ -1,0 +1,44 @@
+"""Traces: the sum of the diagonal, exact or drawn."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from secorder import per_layer_fisher_diagonal, per_layer_hessian_diagonal
+from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.trace import traces
+
+from ..helpers import data, make, measured, mlp
+
+
+@pytest.mark.parametrize("by", ["layer", "parameter"])
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+def test_exact_traces_are_sums_of_diagonals(of: Any, by: Any) -> None:
+    model, batch = make(), data()
+    found = measured(lambda task: traces(task, Budget("exact"), of=of, by=by), model, batch)
+    kinds: Any = {"ggn": "type-2", "fisher": "empirical"}
+    diagonal = (
+        per_layer_hessian_diagonal(model, F.cross_entropy, *batch)
+        if of == "hessian"
+        else per_layer_fisher_diagonal(model, F.cross_entropy, *batch, fisher_type=kinds[of])
+    )
+    sums = diagonal if by == "layer" else diagonal.by_parameter()
+    assert {name: t.value for name, t in found.items()} == pytest.approx({n: float(v.sum()) for n, v in sums.items()})
+    assert all((t.standard_error, t.num_draws, t.converged) == (0.0, 0, True) for t in found.values())
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn"])
+def test_draws_tell_their_number_and_whether_they_sufficed(of: Any) -> None:
+    model, batch = mlp(), data()
+
+    def drawn(budget: Budget) -> Any:
+        return measured(lambda task: traces(task, budget, of=of), model, batch)["0"]
+
+    one = drawn(Budget("hutchinson", num_draws=1))
+    assert (one.num_draws, one.standard_error, one.converged) == (1, torch.inf, False)
+    many = drawn(Budget("hutchinson", num_draws=16, rtol=0.02, max_draws=20_000))
+    assert many.converged
+    assert many.standard_error <= 0.02 * abs(many.value)
+    assert many.num_draws > 16

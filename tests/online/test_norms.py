@@ -1,0 +1,93 @@
+"""The table of norms: what is added, put together, and told of bad batches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe, NonFiniteError
+from secorder.online.norms import COLUMNS, NormSums, together_norms
+
+from ..helpers import data, make, mlp, step
+from ..reference import assert_close, gradients_by_sample
+
+
+def squares_by_sample(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """‖∂ℓ_n/∂θ‖² of all layers together, by brute force."""
+    gradients = gradients_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
+    return torch.cat([g.flatten(1) for g in gradients.values()], 1).square().sum(1)
+
+
+def test_stretches_are_put_together_as_if_they_were_one() -> None:
+    whole, parts = NormSums.empty(2, torch.device("cpu")), [NormSums.empty(2, torch.device("cpu")) for _ in range(2)]
+    for index in (0, 0, 1, 1, 1):
+        increments = torch.rand(2, len(COLUMNS), dtype=torch.float64)
+        increments[:, COLUMNS["kept"]] = 0.0
+        for sums in (whole, parts[index]):
+            sums.add([0, 1], increments, 0.9)
+            sums.add([1], increments[:1], 0.9)
+    both = together_norms(*parts)
+    assert_close(both.table, whole.table, 1e-12)
+    assert both.added == whole.added
+
+
+def test_no_tensor_of_the_parameters_size_is_kept() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+        F.cross_entropy(model(torch.randn(4, 64)), torch.randint(3, (4,))).backward()
+        assert max(value.numel() for value in probe.state_dict().values()) < 64
+
+
+@pytest.mark.parametrize("accumulate", ["trace", "diagonal"])
+def test_bad_batches_are_left_out_counted_or_raised_for(accumulate: str) -> None:
+    model, good, bad = mlp(), data(), data()
+    bad[0][1] = torch.inf
+    with CurvatureProbe(model, accumulate=accumulate, reduction="mean", strict=True) as probe:
+        for batch in (good, bad):
+            step(model, batch)
+        assert probe.num_skipped == dict.fromkeys(probe.layer_names, 1)
+        assert probe.num_samples == 6
+        total = sum(trace.value for trace in probe.fisher_trace().values())
+        assert_close(torch.tensor(total), squares_by_sample(model, good).mean())
+    model.zero_grad()
+    with CurvatureProbe(model, accumulate=accumulate, on_nonfinite="raise", strict=True) as probe:
+        step(model, good)
+        with pytest.raises(NonFiniteError):
+            step(model, bad)
+
+
+def test_a_layer_that_the_loss_does_not_depend_on_has_none() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.unused(x)
+            return self.used(x)
+
+    model = Unused()
+    with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+        for _ in range(2):
+            step(model, data())
+        trace, noise = probe.fisher_trace()["unused"], probe.gradient_noise_scale()["unused"]
+        assert (trace.value, trace.standard_error, trace.num_samples) == (0.0, 0.0, 12)
+        assert (noise.squared_norm, noise.variance) == (0.0, 0.0)
+
+
+def test_a_moving_average_of_samples_that_do_not_count() -> None:
+    """Samples without a loss have no part in either number, with decay as without."""
+    model, batch = make(), data(6)
+    weights = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
+
+    def reduction(x: Tensor) -> Tensor:
+        return weights / weights.sum()
+
+    expected = squares_by_sample(model, batch)[:4].mean()
+    for accumulate in ("trace", "diagonal"):
+        for decay in (None, 0.5):
+            with CurvatureProbe(model, accumulate=accumulate, reduction=reduction, decay=decay) as probe:
+                losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+                (losses * reduction(batch[0])).sum().backward()
+                total = sum(trace.value for trace in probe.fisher_trace().values())
+                assert_close(torch.tensor(total), expected)

@@ -1,0 +1,131 @@
+"""Layers without a rule are measured by the operations that take their parameters."""
+
+import gc
+import warnings
+import weakref
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from secorder import CurvatureProbe
+
+from ..helpers import Shared, data, reference, step
+from ..reference import assert_all_close
+
+
+class Words(nn.Module):
+    """A table of places and a norm by hand, for sequences of any length; a checkpoint where it is asked for."""
+
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(5, 4), nn.Embedding(9, 4)
+        self.weight, self.mix = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4, 4))
+        self.head, self.reentrant = nn.Linear(4, 3), reentrant
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.weight) @ self.mix
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids) + self.places(torch.arange(ids.shape[1]))
+        x = self.inner(x) if self.reentrant is None else checkpoint(self.inner, x, use_reentrant=self.reentrant)
+        found: Tensor = self.head(x.mean(1))
+        return found
+
+
+def batch(count: int = 5, length: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randint(5, (count, length)), torch.randint(3, (count,))
+
+
+def measured(probe: CurvatureProbe) -> dict[str, bool]:
+    """By layer without a rule, whether it is measured by operations."""
+    known: Any = probe._looks.known()
+    return {layer.name: layer.by_operations for layer in known.layers if layer.rule is None}
+
+
+def test_a_row_that_all_samples_share_costs_no_run_of_its_own() -> None:
+    model, examples = Shared(), data()
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(model, examples)
+        assert measured(probe) == {"shift": True}
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, examples))
+
+
+def test_batches_of_other_sizes_and_lengths() -> None:
+    """Also a batch of one, and one of as many samples as places."""
+    model = Words()
+    batches = [batch(), batch(4, 7), batch(1, 4), batch(6, 6), batch()]
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for examples in batches:
+            step(model, examples)
+        assert all(measured(probe).values())
+        assert set(measured(probe)) == {"", "places"}
+        found = probe.fisher_diagonal().by_parameter()
+    count = sum(len(x) for x, _ in batches)
+    every = [{k: v * len(b[0]) / count for k, v in reference(model, b).items()} for b in batches]
+    assert_all_close(found, {name: sum(one[name] for one in every) for name in every[0]})
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_hide_operations_and_modules_run_again(reentrant: bool) -> None:
+    model, examples = Words(reentrant), batch()
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            step(model, examples)
+        assert measured(probe) == {"": False, "places": not reentrant}  # whose graph may hold more of any parameter
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, examples))
+
+
+def test_a_checkpoint_that_comes_later() -> None:
+    model, examples = Words(), batch()
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for reentrant in (None, None, None, False, False, True, None):
+            model.reentrant = reentrant
+            step(model, examples)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, examples))
+
+
+def test_gradients_are_what_they_are_without_a_probe() -> None:
+    model, (x, y) = Words(), batch()
+    step(model, (x, y))
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    with CurvatureProbe(model, "all", reduction="mean"):
+        for _ in range(3):
+            model.zero_grad()
+            step(model, (x, y))
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
+
+
+def test_a_use_in_the_loss_is_told() -> None:
+    model, (x, y) = Words(), batch()
+    with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(8):  # audits look at a few layers each
+            (F.cross_entropy(model(x), y) + model.weight.pow(2).sum()).backward()
+        assert "" in probe._fisher.troubles.marks or int(probe._fisher.failures.sum())
+
+
+def test_a_graph_without_backward_is_freed() -> None:
+    model, (x, y) = Words(), batch()
+    with CurvatureProbe(model, "all", reduction="mean"):
+        step(model, (x, y))
+        output = model(x)
+        gone = weakref.ref(output)
+        del output
+        gc.collect()
+        assert gone() is None
+
+
+def test_low_precision_passes_the_audit() -> None:
+    model, (x, y) = Words().float(), batch()
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(4):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = F.cross_entropy(model(x), y)
+            loss.backward()
+        assert all(measured(probe).values())
+        probe.fisher_diagonal()

@@ -1,0 +1,42 @@
+"""Where samples are in the operations that parameters meet them in."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.layers.layout import Layout
+from secorder.online.samples import Hypothesis
+from secorder.online.use_rows import rows_of_uses
+
+N, T = 4, 3
+
+
+def places(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+    """A table of places, first multiplied by a matrix: no sample owns its rows."""
+    return torch.tanh(x + b @ w.t())
+
+
+@pytest.mark.parametrize("loss", [False, True], ids=["rows", "loss"])
+def test_operations_without_samples_are_followed(loss: bool) -> None:
+    x, w, b = torch.randn(N, T, 5), torch.randn(5, 2, requires_grad=True), torch.randn(T, 2, requires_grad=True)
+
+    def forward(given: Any) -> Any:
+        z = places(given, w, b)
+        return z.pow(2).mean() if loss else z
+
+    options = [[]] if loss else [[Layout(0)]]
+    found = rows_of_uses({"": {"w": w, "b": b}}, forward, x, Hypothesis((0,), N), options, {}, routed=None)
+    assert not found.unknown
+    assert found.reached == {""}
+    ((layout, place, shape),) = found.known[""]
+    assert (layout, shape) == (Layout(0), (N, T, 5))
+    assert "MmBackward0 0 AddBackward0 1" in place
+    assert found.routes[""] == {("w", "MmBackward0 1"), ("b", "MmBackward0 0")}
+
+
+def test_samples_that_mix_have_no_rows() -> None:
+    x, w = torch.randn(N, 5), torch.randn(5, requires_grad=True)
+    found = rows_of_uses({"": {"w": w}}, lambda x: (x * w).mean(0), x, Hypothesis((0,), N), [[]], {}, routed=None)
+    assert found.unknown == {""}

@@ -1,0 +1,54 @@
+"""The operations in which parameters meet the samples, in a graph."""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from secorder._torch.graph import users_of
+from secorder.layers.layout import Layout
+from secorder.layers.per_sample import Outer
+from secorder.online.uses import find_uses, hidden, layouts_of, pieces, reentrant
+
+
+def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
+    found = find_uses(users_of([z]), parameters, followed)
+    return None if found is None else sorted(route for use in found.uses for route in use.routes)
+
+
+def test_moves_are_followed_and_other_operations_as_is_told() -> None:
+    w, x = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    z = x @ (1 + w).t() + w[:, 0]
+    assert routes(z, set(), w=w) == [("w", "AddBackward0 0"), ("w", "AddBackward0 1")]
+    assert routes(z, {("w", "AddBackward0 0")}, w=w) == [
+        ("w", "AddBackward0 0", "MmBackward0 1"),
+        ("w", "AddBackward0 1"),
+    ]
+
+
+def test_a_parameter_that_reaches_the_output_has_no_use() -> None:
+    w = torch.randn(3, requires_grad=True)
+    assert routes(w.exp(), {("w", "ExpBackward0 0")}, w=w) is None
+    assert routes(torch.randn(3, requires_grad=True).exp(), set(), w=w) == []
+
+
+def test_what_a_checkpoint_computes_again_is_hidden() -> None:
+    w, x = torch.randn(3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    z = checkpoint(lambda x: x * w, x, use_reentrant=True)
+    assert reentrant(users_of([z]))
+    z = checkpoint(lambda x: x * w, x, use_reentrant=False)
+    found = find_uses(users_of([z]), {"w": w}, set())
+    assert found is not None
+    assert hidden(found)
+
+
+def test_layouts_by_shape() -> None:
+    assert layouts_of((4, 8, 3), 4) == [Layout(0), Layout(1, 2), Layout(1, 2, False)]
+
+
+def test_pieces_of_one_form_are_put_together() -> None:
+    def outer(positions: int) -> Outer:
+        return Outer(torch.randn(2, 1, positions, 3), torch.randn(2, 1, positions, 4))
+
+    found = pieces([[("w", outer(1)), ("b", torch.ones(2, 3))], [("w", outer(2)), ("b", torch.ones(2, 3))]])
+    assert [part.g.shape[2] for part in found["w"]] == [3]
+    assert torch.equal(found["b"][0], torch.full((2, 3), 2.0))
