@@ -2,6 +2,7 @@
 
 import heapq
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -228,4 +229,6 @@ def batched_gradients(out: End, into: Sequence[End], cotangents: Tensor) -> list
     start: Any = [out]
     ends: Any = list(into)
     how = {"retain_graph": True, "allow_unused": True}
-    return list(torch.autograd.grad(start, ends, [cotangents], is_grads_batched=True, **how))
+    with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return list(torch.autograd.grad(start, ends, [cotangents], is_grads_batched=True, **how))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..._torch.failures import is_users_own
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
@@ -69,7 +70,16 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
     names = [name for name, choice in chosen.items() if choice.strategy == chain.NAME]
     if not names or found.chain is None:
         return
-    for name, values in chain.run(task, chain.shortened(found.chain, names))[0].items():
+    try:
+        carried, _ = chain.run(task, chain.shortened(found.chain, names))
+    except RuntimeError as error:  # an operator that cannot be differentiated so: others get along, or tell which
+        if is_users_own(error):
+            raise
+        for name in names:
+            found.learn(name, chain_depth=0)
+        verify_samples(task, found, budget)
+        return
+    for name, values in carried.items():
         checks = found.facts[name].checks | {"samples_independent": True}
         spent = found.graphs[name].num_hvps + found.facts[name].chain_products
         outcomes[name] = Outcome(chain.NAME, Estimate(_whole(reduce, values)), checks, spent)

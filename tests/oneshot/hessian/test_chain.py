@@ -185,6 +185,17 @@ def test_penalties_and_losses_that_couple() -> None:
     held(model, lambda f, t: (f @ f.t()).logsumexp(1).mean(), x, t)
 
 
+def test_what_fails_on_the_way_goes_by_other_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Tensor:
+        return torch.ones(2) @ torch.ones(3)  # an error of an operator's
+
+    torch.manual_seed(0)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain.batched_gradients", fails)
+    model = Net(lambda m, x: m.c((lambda h: h + m.b(h.tanh()))(torch.tanh(m.a(x)))), **parts())
+    strategies = held(model, F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)))
+    assert "chain" not in strategies.values()
+
+
 def test_a_head_on_a_frozen_backbone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3))
