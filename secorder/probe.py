@@ -13,6 +13,7 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
+from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
@@ -104,6 +105,10 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
+        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+            ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
+            as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
+            bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
@@ -145,6 +150,7 @@ class CurvatureProbe:
         forwards: Literal["separate", "joined"] | None = None,
         penalty: Literal["shared"] | None = None,
         accumulate: Accumulate = "diagonal",
+        precision: Precision = "auto",
         on_nonfinite: Literal["skip", "raise", "keep"] = "skip",
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
@@ -170,6 +176,8 @@ class CurvatureProbe:
         if penalty not in (None, "shared"):
             raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
         check_accumulate(accumulate, penalty)
+        if precision not in PRECISIONS:
+            raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
         self._model = model
         self._every = every
@@ -188,6 +196,7 @@ class CurvatureProbe:
             device=accumulator_device,
             dtype=accumulator_dtype,
             accumulate=accumulate,
+            precision=precision,
         )
         if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
             raise InvalidArgumentError(
@@ -308,6 +317,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -325,6 +336,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -351,7 +364,11 @@ class CurvatureProbe:
             targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
             fisher_type: which Fisher.
             num_draws: draws of ``"mc"``.
-            generator: random numbers of ``"mc"``; the global random state is never advanced.
+            rtol: of ``"type-2"`` with many outputs: exact for each sample's heaviest columns, until the rest's share of
+                the loss's own trace is at most this, and an unbiased estimate of the rest, drawn until its standard
+                error relative to the diagonal is.
+            max_draws: draws at most, with ``rtol``.
+            generator: random numbers of ``"mc"`` and ``rtol``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
@@ -374,7 +391,7 @@ class CurvatureProbe:
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
-            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
                     "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
                     "pass loss_fn, inputs and targets to measure a batch."
@@ -385,8 +402,11 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         check_fisher_type(fisher_type, num_draws)
+        if rtol is not None and (fisher_type != "type-2" or create_graph):
+            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
+        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
         fisher = self._measure(
-            lambda task: fisher_diagonal(task, fisher_type, num_draws),
+            lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
             loss_fn,
             inputs,
             targets,

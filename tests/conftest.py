@@ -8,6 +8,24 @@ import torch
 
 from .helpers import seed
 
+#: Tests that say something of a device as well: all others stay on the CPU.
+ON_ANY_DEVICE = {
+    "test_matrix",
+    "test_exactness",
+    "test_guest",
+    "test_fisher",
+    "test_compile",
+    "test_trace",
+    "test_noise",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--device``: where the matrix, guest, accumulating and compiling tests make their tensors."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.addoption("--device", default=default, help="device of the tests that go for any; CUDA where there is one")
+
+
 # The models are too small for two: their threads only wait for each other, and for every other process of the machine.
 torch.set_num_threads(1)
 
@@ -20,8 +38,14 @@ def _settled_heap() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded_double() -> Iterator[None]:
+def _seeded_double(request: pytest.FixtureRequest) -> Iterator[None]:
     seed()
     torch.set_default_dtype(torch.float64)
+    device = request.config.getoption("--device")
+    elsewhere = device != "cpu" and request.path.stem in ON_ANY_DEVICE
+    if elsewhere:
+        torch.set_default_device(device)
     yield
+    if elsewhere:
+        torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)

@@ -17,7 +17,14 @@ from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_s
 from secorder.means import mean_over_ranks
 
 from .helpers import make
-from .reference import assert_all_close, assert_close, fisher_by_sample, hessian_by_element
+from .reference import (
+    assert_all_close,
+    assert_close,
+    fisher_by_sample,
+    gradients_by_sample,
+    hessian_by_element,
+    norms_of_layers,
+)
 from .test_tied import Decoder, language_loss
 
 
@@ -64,6 +71,37 @@ def main(case: str) -> None:
             assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
             probe.synchronize()
             assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    elif case in ("norms", "norms_sharded"):  # traces and noise, of the batches of all ranks
+        size = 24 // ranks
+        batches = [(inputs[i * size :][:size], targets[i * size :][:size]) for i in range(ranks)]
+        layers = {name: [f"{name}.weight", f"{name}.bias"] for name in ("0", "2")}
+        told = [
+            norms_of_layers(gradients_by_sample(make(), F.cross_entropy, *batch, size), layers) for batch in batches
+        ]
+        everything = norms_of_layers(gradients_by_sample(make(), F.cross_entropy, inputs, targets, 24), layers)
+        x, t = batches[rank]
+        if case == "norms":
+            trained: torch.nn.Module = DistributedDataParallel(model)
+        else:
+            mesh = init_device_mesh("cpu", (ranks,))
+            for layer in (model[0], model[2], model):
+                fully_shard(layer, mesh=mesh)
+            trained = model
+        for accumulate in ("trace", "diagonal"):
+            with CurvatureProbe(model, accumulate=accumulate, reduction="mean") as probe:
+                for _ in range(2):  # with gradients in .grad at the second
+                    F.cross_entropy(trained(x), t).backward()
+                    probe.synchronize()
+                traces, noise = probe.fisher_trace(), probe.gradient_noise_scale()
+                for name in layers:
+                    of_all = everything[f"{name}: trace"]
+                    assert traces[name].num_samples == 48
+                    assert_close(torch.tensor(traces[name].value) ** 2, of_all[0])
+                    error = torch.tensor(traces[name].standard_error) ** 2
+                    assert_close(error * 47 / 23, of_all[1], 1e-9)  # every sample twice
+                    mean = torch.stack([ranked[f"{name}: noise"] for ranked in told]).mean(0)
+                    assert_close(torch.tensor([noise[name].squared_norm, noise[name].variance]), mean)
+            model.zero_grad()
     elif case == "averaged":  # DDP's averaging of gradients must not enter
         wrapped = DistributedDataParallel(model)
         size = 24 // ranks

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secorder._torch.pytree import call_model, map_tensors
+from secorder._torch.random_state import cuda_devices, get_random_state, set_random_state
 
 #: Reentrant checkpoints as plain calls.
 PLAIN_CHECKPOINTS = patch("torch.utils.checkpoint.CheckpointFunction.apply", lambda f, preserve, *args: f(*args))
@@ -18,18 +19,19 @@ Loss = Callable[[Any, Any], Tensor]
 
 def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: Any) -> dict[str, Tensor]:
     """∂²L/∂θ_i² by double backward, one parameter element after the other, by parameter name."""
-    state = torch.get_rng_state()
+    cuda = cuda_devices(model)
+    state = get_random_state(cuda)
     result = {}
     parameters = named_parameters(model)
     flags = {name: p.requires_grad for name, p in parameters.items()}
     for p in parameters.values():
         p.requires_grad_(True)
     for name, p in parameters.items():
-        torch.set_rng_state(state)
+        set_random_state(state, cuda)
         with sdpa_kernel(SDPBackend.MATH), PLAIN_CHECKPOINTS:  # the others have no double backward
             loss = loss_fn(call_model(model, inputs), targets)
         (gradient,) = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
-        diagonal = torch.zeros(p.numel(), dtype=p.dtype)
+        diagonal = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
         if gradient is not None and gradient.requires_grad:
             for i, element in enumerate(gradient.flatten()):
                 (row,) = torch.autograd.grad(element, p, retain_graph=True, allow_unused=True)
@@ -37,7 +39,7 @@ def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: An
         result[name] = diagonal.view(p.shape)
     for name, p in parameters.items():
         p.requires_grad_(flags[name])
-    torch.set_rng_state(state)
+    set_random_state(state, cuda)
     return result
 
 

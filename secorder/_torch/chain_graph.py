@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .sample_graph import places_in_graph
+from .sample_graph import samples_in_nodes
 
 __all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
 
@@ -75,7 +75,7 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
         count: N.
     """
     wanted = {id(leaf) for leaf in leaves}
-    places = places_in_graph([output], [output.numel() // count], count)
+    places = samples_in_nodes([output], [output.numel() // count], count)
     start: Any = output.grad_fn
     order, leads = _ordered(start, wanted)
     if start not in leads:

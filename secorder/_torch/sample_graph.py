@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["inner_size", "leaves_of", "places_in_graph", "samples_in_graph"]
+__all__ = ["inner_size", "leaves_of", "samples_in_graph", "samples_in_nodes"]
 
 
 class _Place(NamedTuple):
@@ -60,17 +60,17 @@ def samples_in_graph(
     """
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
-    for (node, _), inner in places_in_graph(outputs, inner_sizes, count).items():
+    for (node, _), inner in samples_in_nodes(outputs, inner_sizes, count).items():
         key = id(getattr(node, "variable", None))
         if key in wanted:
             found[key] = inner
     return found
 
 
-def places_in_graph(
+def samples_in_nodes(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int
 ) -> dict[tuple[Any, int], int | None]:
-    """:func:`samples_in_graph` of every tensor of the graph: the node that made it, and which of its outputs it is."""
+    """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None."""
     found: dict[tuple[Any, int], int | None] = {}
     seen: set[tuple[Any, int, int | None]] = set()
     waiting: list[tuple[Any, int, int | None]] = []

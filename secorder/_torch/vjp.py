@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import DoubleBackwardError, InvalidArgumentError
 from .differentiability import once_differentiable_functions
 from .failures import is_out_of_memory, is_users_own, is_vmap_failure
+from .memory import free_memory
 
 __all__ = [
     "check_chunk_size",
@@ -21,9 +22,11 @@ __all__ = [
 ]
 
 #: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given: what fits
-#: a CPU's caches (measured: twice as fast as eight times as much), and enough to keep an accelerator busy.
+#: a CPU's caches (measured: twice as fast as eight times as much), and enough to keep an accelerator busy, or a part of
+#: what is free on it, where that can be told.
 CHUNK_BYTES = {"cpu": 1 << 25}
 ACCELERATOR_CHUNK_BYTES = 1 << 28
+PART_OF_FREE_MEMORY = 8
 
 
 def stacked_vjp(
@@ -149,6 +152,9 @@ def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> i
     if chunk_size is not None:
         return chunk_size
     budget = CHUNK_BYTES.get(like.device.type, ACCELERATOR_CHUNK_BYTES)
+    free = free_memory(like.device)
+    if free is not None:
+        budget = free // PART_OF_FREE_MEMORY
     return max(1, budget // max(1, 4 * elements * like.element_size()))
 
 
@@ -158,9 +164,12 @@ def check_chunk_size(chunk_size: int | None) -> None:
         raise InvalidArgumentError(f"chunk_size must be at least 1, got {chunk_size}.")
 
 
-def fresh_generator() -> torch.Generator:
-    """A generator seeded by the operating system: the global random state is not ours to advance."""
-    generator = torch.Generator()
+def fresh_generator(device: torch.device | None = None) -> torch.Generator:
+    """A generator seeded by the operating system: the global random state is not ours to advance.
+
+    On a CUDA device where that is given, so that what is drawn need not be copied there; else on the CPU.
+    """
+    generator = torch.Generator(device if device is not None and device.type == "cuda" else torch.device("cpu"))
     generator.seed()
     return generator
 

@@ -224,7 +224,6 @@ class CurvatureRecorder:
         if not source.num_samples:
             return None
         point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
-        self._see_noise(source, point)
         if self._probe.accumulate == "trace":
             traces = {shown(name): trace.value for name, trace in source.fisher_trace(missing="skip").items()}
             # Of entries only this is known: all are zero, or one is not finite.
@@ -233,12 +232,14 @@ class CurvatureRecorder:
                 for name, value in traces.items()
             }
             point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": sum(traces.values())}})
+            self._see_noise(source, point)
             return None
         fisher = source.fisher_diagonal(missing="skip")
         statistics = layer_statistics(fisher)
         point.fisher = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("fisher", statistics)
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
+        self._see_noise(source, point)
         return fisher
 
     def _see_noise(self, source: Any, point: Observation) -> None:
@@ -248,7 +249,9 @@ class CurvatureRecorder:
         except AttributionError:
             return
         point.add({"gradient_noise_scale": {shown(name): scale.value for name, scale in noise.items()}})
-        point.add({WHOLE_MODEL: {"gradient_noise_scale": noise.total.value}})
+        whole = noise.total
+        point.add({WHOLE_MODEL: {"gradient_noise_scale": whole.value}})
+        point.noise = whole.squared_norm, whole.variance
 
     def _see_norms(self, point: Observation) -> None:
         assert self._norms is not None

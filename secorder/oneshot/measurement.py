@@ -225,7 +225,7 @@ def measure(
         count, mismatch = 1, error
     if any(t.is_inference() for t in tensors_in(targets)):  # which autograd does not take
         targets = map_tensors(_usable, targets)
-    generator = generator or fresh_generator()
+    generator = generator or fresh_generator(next((p.device for x in layers for p in x.parameters.values()), None))
     under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
     certain = mismatch is None and independent_by_structure(model, sample_dim)
 

@@ -63,12 +63,12 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
 
 
 def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor, Layout]], count: int) -> Rows:
-    generator = fresh_generator()
+    generator = fresh_generator(ends[0][0].device)
     leaves = [leaf for z in layers for leaf in z.leaves]
     outputs = [f for f, _ in ends]
 
     def random(shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device="cpu").to(like)
+        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=generator.device).to(like)
 
     def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
         pulled = gradients(outputs, leaves, stack)

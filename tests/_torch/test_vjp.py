@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from secorder import DoubleBackwardError, InvalidArgumentError
+from secorder._torch import vjp
 from secorder._torch.vjp import check_chunk_size, chunks, default_chunk_size, gradients, stacked_vjp
 
 
@@ -57,6 +58,9 @@ def test_chunks() -> None:
     assert [list(c) for c in chunks(5, 2)] == [[0, 1], [2, 3], [4]]
     assert default_chunk_size(10, torch.zeros(1), 3) == 3
     assert default_chunk_size(1 << 60, torch.zeros(1), None) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vjp, "free_memory", lambda device: 8 * 4 * 4 * 100 * 7)
+        assert default_chunk_size(100, torch.zeros(1, dtype=torch.float32), None) == 7
     with pytest.raises(InvalidArgumentError, match="chunk_size"):
         check_chunk_size(0)
 

@@ -20,6 +20,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
 from . import peers
+from .architectures import architectures
 from .timing import Results, alternate
 from .workloads import WORKLOADS, Workload, mlp
 
@@ -36,6 +38,7 @@ OPTIMIZERS: dict[str, peers.Optimizer] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
 }
+WORKS = ("online", "architectures", "fisher", "exact", "stochastic")
 Contestants = dict[str, Callable[[], object]]
 
 
@@ -61,21 +64,31 @@ def training_step(work: Workload, model: nn.Module, make_optimizer: peers.Optimi
 
 
 def passive_fisher(results: Results, key: str, repeats: int) -> None:
-    """A bare training step against one with a probe attached, and BackPACK's squared per-sample gradients."""
+    """A bare training step against one with a probe attached, and what peers take for the same in a step."""
     work = WORKLOADS[key]()
+    probed_steps: dict[str, dict[str, Any]] = {
+        "secorder, trace": {"accumulate": "trace"},
+        "secorder": {},
+        "secorder, every=10": {"every": 10},
+    }
     for optimizer, make in OPTIMIZERS.items():
-        probed, tenth = copy.deepcopy(work.model), copy.deepcopy(work.model)
-        sparse = training_step(work, tenth, make)
-        contestants: Contestants = {
-            "bare step": training_step(work, copy.deepcopy(work.model), make),
-            "secorder": training_step(work, probed, make),
-            "secorder, every=10": lambda sparse=sparse: [sparse() for _ in range(10)],
-        }
+        contestants: Contestants = {"bare step": training_step(work, copy.deepcopy(work.model), make)}
+        probes = []
+        for name, options in probed_steps.items():
+            model = copy.deepcopy(work.model)
+            step = training_step(work, model, make)
+            contestants[name] = step if "every" not in options else lambda step=step: [step() for _ in range(10)]
+            probes.append(CurvatureProbe(model, **options))
         refused = {}
-        reason = entered(contestants, "BackPACK SumGradSquared", lambda m=make: peers.backpack_step(work, m))
-        if reason:
-            refused["BackPACK SumGradSquared"] = reason
-        probes = [CurvatureProbe(probed), CurvatureProbe(tenth, every=10)]
+        others = {
+            "BackPACK SumGradSquared": lambda m=make: peers.backpack_step(work, m, "SumGradSquared"),
+            "BackPACK BatchL2Grad (norms)": lambda m=make: peers.backpack_step(work, m, "BatchL2Grad"),
+            "opacus ghost clipping (norms)": lambda m=make: peers.opacus_step(work, m),
+        }
+        for name, enter in others.items():
+            reason = entered(contestants, name, enter)
+            if reason:
+                refused[name] = reason
         times = alternate(contestants, repeats)
         times["secorder, every=10"] /= 10
         results.show(f"Online Fisher per training step, {optimizer}", work.name, times, refused=refused)
@@ -247,19 +260,28 @@ def against_torch_secorder(results: Results) -> None:
     results.show("Exact Hessian diagonal", work.name, times, refused=refused)
 
 
+def machine_of(device: str) -> str:
+    """What is measured on."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
 def main() -> None:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--only", choices=("online", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--only", choices=WORKS, action="append")
+    parser.add_argument("--device", default="cpu", help="where everything is made and runs: cpu, cuda")
     parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--readme", type=Path, help="put the tables between the marks in this file")
     options = parser.parse_args()
-    only, repeats = options.only or ("online", "fisher", "exact", "stochastic"), options.repeats
+    only, repeats = options.only or WORKS, options.repeats
     warnings.filterwarnings("ignore")
+    torch.set_default_device(options.device)
     results = Results(Console(width=110))
-    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    machine = machine_of(options.device)
     heading = f"{datetime.date.today()}, torch {torch.__version__}, {machine}, medians of {repeats} runs"
     results.console.print(heading)
 
@@ -267,8 +289,10 @@ def main() -> None:
         return [key for key in keys if not options.workloads or key in options.workloads]
 
     if "online" in only:
-        for key in chosen("mlp-wide", "mlp-relu", "cnn", "resnet18"):
+        for key in chosen("mlp-wide", "mlp-relu", "mlp-small", "transformer", "cnn", "resnet18"):
             passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
+    if "architectures" in only and not options.workloads:
+        architectures(results, repeats)
     if "fisher" in only:
         for key in chosen("mlp-relu", "cnn", "transformer", "lstm"):
             one_shot_fisher(results, key, repeats)

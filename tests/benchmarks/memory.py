@@ -74,8 +74,8 @@ def checkpointed() -> Workload:
     return Workload("6 GELU blocks, checkpointed, N=8", Checkpointed(), inputs, targets, True)
 
 
-def measure(work: Workload, make: Callable[..., torch.optim.Optimizer]) -> tuple[int, int, int]:
-    """Peak of the bare step, of one with a probe (its accumulators not counted), and the accumulators' size."""
+def measure(work: Workload, make: Callable[..., torch.optim.Optimizer]) -> tuple[int, int, int, int]:
+    """Peak of the bare step, of one with a probe of norms alone, of one with a diagonal, and the diagonal's size."""
     model = copy.deepcopy(work.model)
     optimizer = make(model.parameters(), lr=1e-5)
 
@@ -90,27 +90,31 @@ def measure(work: Workload, make: Callable[..., torch.optim.Optimizer]) -> tuple
     )
     optimizer.zero_grad()  # so that the step begins with what is between
     bare = peak_memory(step) + between
-    with CurvatureProbe(model) as probe:
-        for _ in range(4):  # the batches 1, 2 and 4 check more than the others
-            step()
-        optimizer.zero_grad()
-        probed = peak_memory(step) + between
-        own = size_of(probe.fisher_diagonal().values())
-    return bare, probed, own
+    peaks = []
+    for accumulate in ("trace", "diagonal"):
+        with CurvatureProbe(model, accumulate=accumulate) as probe:  # its accumulators exist between steps
+            for _ in range(4):  # the batches 1, 2 and 4 check more than the others
+                step()
+            optimizer.zero_grad()
+            peaks.append(peak_memory(step) + between)
+    own = size_of(probe.fisher_diagonal().values())
+    return bare, peaks[0], peaks[1], own
 
 
 def main() -> None:
     """Print the table."""
     table = Table(title="Peak memory of a training step (MB)", title_justify="left")
-    for column in ("workload", "optimizer", "bare", "with probe", "ratio", "accumulators", "ratio with them"):
+    for column in ("workload", "optimizer", "bare", "trace", "ratio", "diagonal", "ratio", "accumulators", "with them"):
         table.add_column(column, justify="left" if column in ("workload", "optimizer") else "right")
     chosen = [WORKLOADS[key] for key in ("mlp-wide", "mlp-relu", "cnn", "resnet18", "transformer", "lstm")]
     for build in (*chosen, checkpointed):
         for make in (torch.optim.Adam, torch.optim.SGD):
             work = build()
-            bare, probed, own = measure(work, make)
-            sizes = [f"{bare / 1e6:.1f}", f"{probed / 1e6:.1f}", f"{probed / bare:.3f}×"]
-            table.add_row(work.name, make.__name__, *sizes, f"{own / 1e6:.1f}", f"{(probed + own) / bare:.3f}×")
+            bare, *probed, own = measure(work, make)
+            sizes = [f"{bare / 1e6:.1f}"]
+            for peak in probed:
+                sizes += [f"{peak / 1e6:.1f}", f"{peak / bare:.3f}×"]
+            table.add_row(work.name, make.__name__, *sizes, f"{own / 1e6:.1f}", f"{(probed[1] + own) / bare:.3f}×")
     Console(width=130).print(table)
 
 

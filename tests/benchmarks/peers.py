@@ -60,8 +60,8 @@ def _backpack(work: Workload, extension: object, attribute: str) -> Work:
     return run
 
 
-def backpack_step(work: Workload, make_optimizer: Optimizer) -> Callable[[], None]:
-    """A training step with SumGradSquared."""
+def backpack_step(work: Workload, make_optimizer: Optimizer, extension: str) -> Callable[[], None]:
+    """A training step with one of BackPACK's extensions, by name."""
     from backpack import backpack, extensions
 
     model, loss_fn = _backpack_extended(work)
@@ -69,7 +69,7 @@ def backpack_step(work: Workload, make_optimizer: Optimizer) -> Callable[[], Non
 
     def step() -> None:
         optimizer.zero_grad()
-        with backpack(extensions.SumGradSquared()):
+        with backpack(getattr(extensions, extension)()):
             loss_fn(model(work.inputs), work.targets).backward()
         optimizer.step()
 
@@ -137,6 +137,27 @@ def opacus_fisher(work: Workload) -> Work:
 
     run()
     return run
+
+
+def opacus_step(work: Workload, make_optimizer: Optimizer) -> Callable[[], None]:
+    """A training step with the norms of per-sample gradients by opacus' ghost clipping, nothing clipped."""
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleModuleFastGradientClipping
+
+    inner = copy.deepcopy(work.model)
+    for module in inner.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise TypeError("opacus refuses batch normalisation")
+    model = GradSampleModuleFastGradientClipping(inner, max_grad_norm=1.0, use_ghost_clipping=True)
+    optimizer = make_optimizer(list(model.parameters()))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(model(work.inputs), work.targets).backward()
+        model.get_norm_sample()
+        optimizer.step()
+
+    step()
+    return step
 
 
 def nngeometry_fisher(work: Workload) -> Work:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -15,11 +16,25 @@ def alternate(contestants: dict[str, Callable[[], object]], repeats: int, warm_u
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + warm_up):
         for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
+            seconds = timed(work)
             if turn >= warm_up:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that work takes: on the default device, as its own events tell where that is CUDA."""
+    if torch.get_default_device().type != "cuda":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    before.record()
+    work()
+    after.record()
+    torch.cuda.synchronize()
+    return float(before.elapsed_time(after)) / 1e3
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
@@ -48,7 +63,7 @@ class Results:
         table = Table(title=f"{work}: {workload}", title_justify="left")
         for column in ("contestant", "median", "ratio", "rel. error"):
             table.add_column(column, justify="left" if column == "contestant" else "right")
-        first = next(iter(times.values()))
+        first = next(iter(times.values()), 1.0)
         rows = []
         for name, seconds in times.items():
             error = (errors or {}).get(name)

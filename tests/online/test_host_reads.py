@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secorder import CurvatureProbe
 
 from ..helpers import mlp
-from ..reference import assert_all_close, fisher_by_sample
+from ..reference import assert_all_close, assert_close, fisher_by_sample
 
 #: Operators whose result's value or shape the host waits for.
 READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "equal", "_unique2", "unique_dim", "masked_select")
@@ -75,7 +75,9 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
 
 
 @pytest.mark.parametrize("decay", [None, 0.9])
-@pytest.mark.parametrize("options", [{}, {"on_nonfinite": "keep"}, {"loss_scale": 2.0}, {"reduction": "sum"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"on_nonfinite": "keep"}, {"loss_scale": 2.0}, {"reduction": "sum"}, {"accumulate": "trace"}]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_steady_step_reads_nothing(
     kind: str, options: dict[str, Any], decay: float | None, monkeypatch: pytest.MonkeyPatch
@@ -98,5 +100,10 @@ def test_a_steady_step_reads_nothing(
         monkeypatch.setattr(probe._looks, "due", lambda: False)  # a batch that is not looked at
         counts = step().counts
         assert counts == bare, counts
-        found = probe.fisher_diagonal().by_parameter()
-        assert_all_close(found, fisher_by_sample(model, F.cross_entropy, inputs, targets, 6))
+        expected = fisher_by_sample(model, F.cross_entropy, inputs, targets, 6)
+        if "accumulate" not in options:
+            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+            return
+        for layer in probe._fisher.layers:
+            total = torch.stack([expected[layer.parameter_name(name)].sum() for name in layer.parameters]).sum()
+            assert_close(torch.tensor(probe.fisher_trace()[layer.name].value), total)

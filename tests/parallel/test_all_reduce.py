@@ -11,7 +11,7 @@ from ..helpers import run_ranks
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("case", ["online", "windows", "averaged", "decay", "one_shot"])
+@pytest.mark.parametrize("case", ["online", "windows", "norms", "averaged", "decay", "one_shot"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     run_ranks(case, ranks)
 

@@ -19,7 +19,7 @@ from ..reference import assert_all_close
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("case", ["sharded", "sharded_tied", "tensor_parallel"])
+@pytest.mark.parametrize("case", ["sharded", "sharded_tied", "norms_sharded", "tensor_parallel"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     run_ranks(case, ranks)
 

@@ -1,0 +1,105 @@
+"""The contraction with factors in bfloat16 and sums in float32, for devices whose matrix units are faster in it.
+
+*One position.* The entry of a weight's diagonal is ``Σ_n g_n² a_n²``, a sum of positive terms. Squares are formed in
+float32 and rounded to bfloat16, whose unit roundoff is u = 2⁻⁸. Rounding to nearest changes a factor by at most
+u / (1 + u), relative, so that a term changes by at most::
+
+    (1 + u / (1 + u))² − 1 = 2 u − u² (1 + 2 u) / (1 + u)² < 2 u − u² + u⁴ ,
+
+and so does the sum, since all terms are positive: there is nothing to cancel. Products of two bfloat16 numbers are
+exact in float32; rounding the squares and the sums of N terms adds at most (N + 4) 2⁻²⁴. Since u² = 2⁻¹⁶, every entry
+is right to a relative error of 2 u = 2⁻⁷ for batches of up to 250 samples, and of 2⁻⁷ + (N − 250) 2⁻²⁴ beyond; where
+squares neither overflow nor underflow in float32, whose range bfloat16 has.
+
+*Positions.* The per-sample gradient ``Σ_p g_p a_pᵀ`` is formed as training forms the weight's own gradient in this
+precision, from factors in bfloat16 and rounded to it; it may cancel, and there is no bound relative to an entry, but
+with factors that come in bfloat16 it is rounded once. Squares and their sums are in float32.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._torch.matrix_units import product_in_float32
+from .._torch.vjp import chunks
+from .contraction import ACCELERATOR_CHUNK_ELEMENTS, contract_sum
+from .patches import whole_input
+from .per_sample import Outer, PerSample
+
+__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low"]
+
+#: Of the factors of matrix products: as the layer computes where that is faster, or always this.
+Precision = Literal["auto", "float32", "bfloat16"]
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+LOW = torch.bfloat16
+
+
+def is_low(precision: Precision, device: torch.device, computed_in: torch.dtype | None) -> bool:
+    """Whether factors are rounded.
+
+    Args:
+        precision: as it was asked for.
+        device: of the layer.
+        computed_in: the dtype that the layer computes in, under autocast or by its parameters.
+    """
+    if precision == "auto":
+        return device.type != "cpu" and computed_in in (torch.bfloat16, torch.float16)
+    return precision == "bfloat16"
+
+
+def contract_sum_low(
+    parts: Sequence[PerSample],
+    *,
+    numel: int,
+    out: Tensor | None = None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """:func:`~secorder.layers.contraction.contract_sum` of squares with matrix products of factors in bfloat16.
+
+    Args:
+        parts: each layer's per-sample gradients of the parameter; in other forms than one outer product of float32
+            they are contracted as they are.
+        numel: number of the parameter's elements.
+        out: as for :func:`~secorder.layers.contraction.contract`.
+        beta: as for :func:`~secorder.layers.contraction.contract`.
+        alpha: as for :func:`~secorder.layers.contraction.contract`.
+        keep: as for :func:`~secorder.layers.contraction.contract`.
+    """
+    part = parts[0]
+    if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:
+        return contract_sum(parts, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
+    total = _one_position(part, keep) if part.g.shape[2] == 1 else _positions(part, keep)
+    total = total.reshape(numel)
+    if out is None:
+        return total * alpha
+    return out.mul_(beta).add_(total, alpha=alpha)
+
+
+def _one_position(part: Outer, keep: Tensor | None) -> Tensor:
+    """Σ_n g_n² (a_n²)ᵀ by groups, ``(groups, out, in)``."""
+    assert part.a is not None
+    g, a = part.g.squeeze(2).transpose(0, 1), whole_input(part.a).squeeze(2).transpose(0, 1)
+    left, right = g * g, a * a
+    if keep is not None:
+        left, right = left.nan_to_num_().mul_(keep), right.nan_to_num_()
+    return product_in_float32(left.to(LOW).transpose(1, 2), right.to(LOW))
+
+
+def _positions(part: Outer, keep: Tensor | None) -> Tensor:
+    """Σ_n (Σ_p g_{n,p} a_{n,p}ᵀ)², a few samples' gradients at a time."""
+    assert part.a is not None
+    count, groups, positions, width = part.g.shape
+    fan_in = part.a.shape[-1]
+    total = part.g.new_zeros(groups, width, fan_in)
+    for n in chunks(count, max(1, ACCELERATOR_CHUNK_ELEMENTS // (groups * (width + positions) * fan_in))):
+        rows = slice(n.start, n.stop)
+        left = part.g[rows].to(LOW).flatten(0, 1).transpose(1, 2)
+        formed = torch.bmm(left, part.a[rows].to(LOW).flatten(0, 1)).unflatten(0, (-1, groups)).to(total.dtype)
+        squares = formed.mul_(formed).sum(0)
+        total += squares if keep is None else squares.nan_to_num_().mul_(keep)
+    return total
