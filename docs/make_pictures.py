@@ -23,6 +23,19 @@ from digits import DigitsNet, load_data  # noqa: E402
 
 from secorder import CurvatureProbe, CurvatureRecorder, report  # noqa: E402
 
+#: Clicks the first large picture, also inside of shadow trees.
+CLICK = """
+function picture(root) {
+  for (const node of root.querySelectorAll('*')) {
+    if (node.id == 'main-image-container' || node.tagName == 'IMG' && node.naturalWidth > 500) return node;
+    const inside = node.shadowRoot && picture(node.shadowRoot);
+    if (inside) return inside;
+  }
+}
+const found = picture(document);
+if (found) found.click();
+"""
+
 
 def train(logdir: Path) -> None:
     """Train with a recorder, and export the table."""
@@ -31,16 +44,24 @@ def train(logdir: Path) -> None:
     model = DigitsNet()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     batch = tuple(tensor[:64] for tensor in test.tensors)
-    with SummaryWriter(str(logdir)) as writer, CurvatureProbe(model, decay=0.9) as probe:
+    with SummaryWriter(str(logdir)) as writer, CurvatureProbe(model, reduction="mean") as probe:
         recorder = CurvatureRecorder(
-            probe, writer, log_every=5, hessian_every=20, loss_fn=F.cross_entropy, batch=(batch[0], batch[1])
+            probe,
+            writer,
+            log_every=5,
+            hessian_every=20,
+            loss_fn=F.cross_entropy,
+            batch=(batch[0], batch[1]),
+            optimizer=optimizer,
+            on_finding=print,
         )
         for _ in range(10):
             for images, labels in DataLoader(data, batch_size=64, shuffle=True):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images), labels).backward()
+                loss = F.cross_entropy(model(images), labels)
+                loss.backward()
                 optimizer.step()
-                recorder.step()
+                recorder.step(loss=loss)
         hessian = probe.hessian_diagonal(F.cross_entropy, *batch)
         table = report(probe.fisher_diagonal(), hessian, title="digits, after 10 epochs")
         table.save_svg(DOCS / "pictures" / "report.svg", width=150)
@@ -66,6 +87,9 @@ def photograph(logdir: Path) -> None:
             browser.get("about:blank")
             browser.get(f"{address}#{page}")
             time.sleep(8)
+            if page == "images":
+                browser.execute_script(CLICK)
+                time.sleep(2)
             browser.save_screenshot(str(DOCS / "pictures" / name))
     finally:
         browser.quit()

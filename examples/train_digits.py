@@ -1,18 +1,19 @@
 """Train a small convolutional network on scikit-learn's digits and watch the curvature of its layers.
 
-Run ``python examples/train_digits.py``; then ``tensorboard --logdir runs`` shows the same numbers over time.
+Run ``python examples/train_digits.py``; then ``tensorboard --logdir runs`` shows the same numbers over time. While it
+trains, ``secorder watch runs`` does so in another terminal.
 """
 
 import torch
 from digits import DigitsNet, accuracy, load_data, parser
+from PIL import Image
 from rich.console import Console
 from rich.live import Live
 from torch import nn
 from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
 
-from secorder import CurvatureProbe, report
-from secorder.monitor.statistics import layer_statistics
+from secorder import CurvatureProbe, CurvatureRecorder, report
+from secorder.monitor.log import picture
 
 
 def main() -> None:
@@ -23,49 +24,63 @@ def main() -> None:
     train, test = load_data()
     model, loss_fn = DigitsNet(), nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    held_images, held_labels = (tensor[:64] for tensor in test.tensors)  # the Hessian is measured on these
+    batch_size = 64
+    held = test.tensors[0][:64], test.tensors[1][:64]  # the Hessian is measured on these
+    changes: list[str] = []
 
-    step = 0
     with (
-        CurvatureProbe(model, decay=0.9) as probe,  # the only line that training needs
-        SummaryWriter(str(arguments.logdir)) as writer,
+        CurvatureProbe(model, reduction=loss_fn) as probe,  # the only line that training needs
+        CurvatureRecorder(
+            probe,
+            [arguments.logdir, arguments.logdir / "run.jsonl"],
+            log_every=10,
+            hessian_every=50,
+            eigenvalues_every=50,
+            loss_fn=loss_fn,
+            batch=held,
+            optimizer=optimizer,
+            on_finding=lambda change: changes.append(str(change)),
+        ) as recorder,
         Live(console=console, refresh_per_second=4) as live,
     ):
-        first = None
         for epoch in range(1, arguments.epochs + 1):
-            for images, labels in DataLoader(train, batch_size=64, shuffle=True):
+            for images, labels in DataLoader(train, batch_size=batch_size, shuffle=True):
                 optimizer.zero_grad()
                 loss = loss_fn(model(images), labels)
                 loss.backward()  # the Fisher diagonal accumulates here
                 optimizer.step()
-                step += 1
-                if step % 10 == 0:
-                    probe.log(writer, step)
-                    writer.add_scalar("loss/train", loss.item(), step)
-            fisher = probe.fisher_diagonal()
-            hessian = probe.hessian_diagonal(loss_fn, held_images, held_labels)
-            probe.log(writer, step, hessian=hessian)
+                recorder.step(loss=loss)
+            hessian = probe.hessian_diagonal(loss_fn, *held, method="exact")
             right = accuracy(model, test)
-            writer.add_scalar("accuracy/test", right, step)
-            live.update(report(fisher, hessian, title=f"epoch {epoch}, test accuracy {right:.1%}"))
-            first = first or layer_statistics(fisher)
+            live.update(report(probe.fisher_diagonal(), hessian, title=f"epoch {epoch}, test accuracy {right:.1%}"))
 
-    last = layer_statistics(fisher)
-    steepest = max(last, key=lambda name: last[name]["mean"])
-    calmest = min(last, key=lambda name: last[name]["mean"])
-    change = ", ".join(f"{name} ×{row['trace'] / first[name]['trace']:.2g}" for name, row in last.items())
-    negative = layer_statistics(hessian)
-    console.print(f"\nTest accuracy {right:.1%} after {step} steps.")
+    history = recorder.history
+    first, last = history.points("fisher_trace")[0][1], history.points("fisher_trace")[-1][1]
+    mean = history.points("fisher_mean")[-1][1]
+    steepest, calmest = max(mean, key=mean.__getitem__), min(mean, key=mean.__getitem__)
+    change = ", ".join(f"{name} ×{trace / first[name]:.2g}" for name, trace in last.items())
+    console.print(f"\nTest accuracy {right:.1%} after {history.to_dict()['step'][-1]:.0f} steps.")
+    ratio = mean[steepest] / mean[calmest]
     console.print(
-        f"Per parameter, {steepest} is the most sensitive layer: its mean Fisher is "
-        f"{last[steepest]['mean'] / last[calmest]['mean']:.0f} times that of {calmest}, so one learning rate for both "
-        "is a compromise."
+        f"Per parameter, {steepest} is the most sensitive layer: its mean Fisher is {ratio:.0f} times that of "
+        f"{calmest}, so one learning rate for both is a compromise."
     )
-    console.print(f"Fisher trace since the first epoch: {change}.")
-    share = ", ".join(f"{name} {row['negative']:.0%}" for name, row in negative.items())
-    console.print(f"Share of negative entries in the Hessian diagonal on 64 held-out digits: {share}.")
+    console.print(f"Fisher trace since the first ten steps: {change}.")
+    noise = sorted(row["gradient_noise_scale"] for _, row in history.points("model") if "gradient_noise_scale" in row)
+    console.print(
+        f"Gradient noise scale: {noise[len(noise) // 2]:.0f} samples in the median, where a batch has {batch_size}."
+    )
+    eigenvalues = ", ".join(f"{k} {x:.2g}" for k, x in history.points("hessian_top_eigenvalue")[-1][1].items())
+    product = max(history.points("learning_rate_times_eigenvalue")[-1][1].values())
+    console.print(
+        f"Top eigenvalues of the layers' Hessians: {eigenvalues}; times the learning rate {product:.2g} at most."
+    )
     spent = ", ".join(f"{name} by {info.strategy} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
-    console.print(f"Exact Hessian: {spent}.")
+    console.print(f"Exact Hessian diagonal: {spent}.")
+    for told in changes or ["Nothing stood out."]:
+        console.print(f"• {told}", markup=False, highlight=False)
+    Image.fromarray(picture(history, "fisher_trace")).save(arguments.logdir / "layers_over_steps.png")
+    console.print(f"Picture of all layers over the run: {arguments.logdir}/layers_over_steps.png")
     console.print(f"TensorBoard log: {arguments.logdir}  (tensorboard --logdir {arguments.logdir.parent})")
 
 

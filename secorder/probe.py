@@ -317,6 +317,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -334,6 +336,8 @@ class CurvatureProbe:
         *,
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
+        rtol: float | None = None,
+        max_draws: int = 10_000,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -360,7 +364,11 @@ class CurvatureProbe:
             targets: what ``loss_fn`` takes second; a tensor of N samples, or a structure of them, or None.
             fisher_type: which Fisher.
             num_draws: draws of ``"mc"``.
-            generator: random numbers of ``"mc"``; the global random state is never advanced.
+            rtol: of ``"type-2"`` with many outputs: exact for each sample's heaviest columns, until the rest's share of
+                the loss's own trace is at most this, and an unbiased estimate of the rest, drawn until its standard
+                error relative to the diagonal is.
+            max_draws: draws at most, with ``rtol``.
+            generator: random numbers of ``"mc"`` and ``rtol``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
@@ -383,7 +391,7 @@ class CurvatureProbe:
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
-            if given or fisher_type != "empirical" or num_draws != 1 or create_graph:
+            if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
                     "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
                     "pass loss_fn, inputs and targets to measure a batch."
@@ -394,8 +402,11 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         check_fisher_type(fisher_type, num_draws)
+        if rtol is not None and (fisher_type != "type-2" or create_graph):
+            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
+        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
         fisher = self._measure(
-            lambda task: fisher_diagonal(task, fisher_type, num_draws),
+            lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
             loss_fn,
             inputs,
             targets,

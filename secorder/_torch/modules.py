@@ -70,6 +70,8 @@ def parameter_places(module: nn.Module) -> list[Place]:
 
 def held_parameter(module: nn.Module, name: str) -> Any:
     """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
+    if "." not in name:
+        return module._parameters.get(name)
     *path, last = name.split(".")
     for part in path:
         found = module._modules.get(part)

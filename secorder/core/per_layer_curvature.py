@@ -104,6 +104,8 @@ def per_layer_fisher_diagonal(
     *,
     fisher_type: FisherType = "empirical",
     num_draws: int = 1,
+    rtol: float | None = None,
+    max_draws: int = 10_000,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
@@ -120,6 +122,8 @@ def per_layer_fisher_diagonal(
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
         num_draws: draws of ``"mc"``.
+        rtol: of ``"type-2"``, the heaviest columns of each sample and draws of the rest, to this relative error.
+        max_draws: draws at most, with ``rtol``.
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
         progress: show a progress bar.
@@ -153,6 +157,8 @@ def per_layer_fisher_diagonal(
             targets,
             fisher_type=fisher_type,
             num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,

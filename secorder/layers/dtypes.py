@@ -13,13 +13,14 @@ def compute_dtype(layer: Layer) -> torch.dtype:
     """The dtype a layer's curvature is accumulated in: float32 for half precision, else the parameters' own."""
     dtype = torch.float32
     for parameter in layer.parameters.values():
-        dtype = torch.promote_types(dtype, parameter.dtype)
+        if parameter.dtype is not dtype:
+            dtype = torch.promote_types(dtype, parameter.dtype)
     return dtype
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in ``dtype`` if it holds real numbers, as it is if it holds indices."""
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return tensor if tensor.dtype is dtype or not tensor.is_floating_point() else tensor.to(dtype)
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ _ROWS, _PANELS = 50, 4
 
 
 #: Height of the map and width of the picture, which TensorBoard's page has room for.
-_HEIGHT, _WIDTH = 760, 1060
+_HEIGHT, _WIDTH = 760, 960
 
 
 #: Room for the scale of colours, and the least width of a panel's map.

@@ -8,15 +8,18 @@ from typing import Any
 
 from .._caution import caution
 from .findings import THRESHOLDS, Finding, FindingKind, finding
-from .names import WHOLE_MODEL, Numbers
+from .names import Numbers
 
 __all__ = ["EASE", "MEMORY", "Change", "Observation", "RunningFindings"]
 
 #: A finding ends below this share of its threshold, so that a number that hovers about it is not told again and again.
 EASE = 0.8
 
-#: Points back in which a trace's growth is looked for.
+#: Points back in which a trace's growth is looked for, and over which gradient noise is averaged.
 MEMORY = 10
+
+#: Points of gradient noise that are needed before it is judged.
+NOISE_POINTS = 3
 
 
 @dataclass
@@ -28,12 +31,14 @@ class Observation:
         fisher: layer → statistics of the Fisher (:func:`secorder.monitor.statistics.layer_statistics`).
         hessian: the same of the Hessian, where it was measured.
         batch_size: samples of a training step; None where it is not known.
+        noise: |G|² and tr Σ of the whole model, whose ratio is the gradient noise scale; None where it is not known.
     """
 
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     fisher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     hessian: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     batch_size: float | None = None
+    noise: tuple[float, float] | None = None
 
     def add(self, numbers: Numbers) -> None:
         """Take further numbers."""
@@ -70,6 +75,7 @@ class RunningFindings:
         self._tell = tell
         self._active: dict[tuple[FindingKind, str], Finding] = {}
         self._traces: deque[Mapping[str, float]] = deque(maxlen=MEMORY)
+        self._noise: deque[tuple[float, float]] = deque(maxlen=MEMORY)
 
     @property
     def now(self) -> list[Finding]:
@@ -79,7 +85,9 @@ class RunningFindings:
     def update(self, point: Observation, step: int) -> list[Change]:
         """Compare a point with its thresholds, tell what begins and ends, and return it."""
         changes = []
-        for kind, values in _values(point, self._traces).items():
+        if point.noise is not None:
+            self._noise.append(point.noise)
+        for kind, values in _values(point, self._traces, self._noise).items():
             for layer, value in values.items():
                 before = self._active.get((kind, layer))
                 threshold = THRESHOLDS[kind] * (1.0 if before is None else EASE)
@@ -106,16 +114,20 @@ class RunningFindings:
 
     def state_dict(self) -> dict[str, Any]:
         """What stands out and the traces that growth is told by, as plain Python."""
-        return {"active": [asdict(one) for one in self.now], "traces": [dict(row) for row in self._traces]}
+        kept = {"traces": [dict(row) for row in self._traces], "noise": [list(pair) for pair in self._noise]}
+        return {"active": [asdict(one) for one in self.now], **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what :meth:`state_dict` returned."""
         found = [Finding(**one) for one in state["active"]]
         self._active = {(one.kind, one.layer): one for one in found}
         self._traces = deque(state["traces"], maxlen=MEMORY)
+        self._noise = deque(((pair[0], pair[1]) for pair in state["noise"]), maxlen=MEMORY)
 
 
-def _values(point: Observation, earlier: "deque[Mapping[str, float]]") -> dict[FindingKind, dict[str, float]]:
+def _values(
+    point: Observation, earlier: "deque[Mapping[str, float]]", noise: "deque[tuple[float, float]]"
+) -> dict[FindingKind, dict[str, float]]:
     """Of each kind that this point can tell, the number of each layer that is held against the threshold."""
     found: dict[FindingKind, dict[str, float]] = {}
     if point.fisher:
@@ -133,9 +145,10 @@ def _values(point: Observation, earlier: "deque[Mapping[str, float]]") -> dict[F
     if traces and earlier:
         least = {name: min((row[name] for row in earlier if row.get(name, 0) > 0), default=math.nan) for name in traces}
         found["growing"] = {name: trace / least[name] for name, trace in traces.items()}
-    model = point.numbers.get(WHOLE_MODEL, {})
-    if "gradient_noise_scale" in model and point.batch_size:
-        found["noisy"] = {"": model["gradient_noise_scale"] / point.batch_size}
+    if point.noise is not None and point.batch_size and len(noise) >= NOISE_POINTS:
+        # Both are averaged before the ratio: that of one window, of few batches, is itself mostly noise.
+        signal, variance = (sum(pair[place] for pair in noise) for place in (0, 1))
+        found["noisy"] = {"": variance / signal / point.batch_size if signal > 0 else math.inf}
     if "learning_rate_times_eigenvalue" in point.numbers:
         found["edge"] = point.numbers["learning_rate_times_eigenvalue"]
     return found

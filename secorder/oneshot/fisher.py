@@ -20,28 +20,33 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._torch.pytree import tensors_in
-from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp, zero_tether
+from .._torch.vjp import gradients, zero_tether
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
-from ..layers.dtypes import compute_dtype, zeros
+from ..layers.dtypes import zeros
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
-from .fisher_pairs import FisherType, Found, collect, second_order_columns
+from .fisher_by_samples import by_samples
+from .fisher_by_uses import by_uses
+from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
+from .heaviest import by_weight
+from .hessian.budget import Budget
+from .hessian.estimate import relative_error
 from .independence import outputs_independent
 from .isolation import loss_of_rows
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
-from .recorded_layer import RecordedLayer, contract_pairs, require_linear_backward
+from .recorded_layer import RecordedLayer, contract_pairs, contract_settled, require_linear_backward
 from .recording import recorded
 from .roots import Columns, First, Root, single
 from .sample_losses import own_losses, require_own_losses
@@ -70,14 +75,23 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
         raise InvalidArgumentError(f"num_draws must be at least 1, got {num_draws}.")
 
 
-def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", num_draws: int = 1) -> Diagonals:
+def fisher_diagonal(
+    task: Measurement, fisher_type: FisherType = "empirical", num_draws: int = 1, budget: Budget | None = None
+) -> Diagonals:
     """The Fisher diagonal of one batch for every parameter of the layers.
 
     See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
+
+    Args:
+        task: the measurement.
+        fisher_type: which.
+        num_draws: draws of ``"mc"``.
+        budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     asked = fisher_type, num_draws
+    weighted = None if budget is None else ByWeight(budget)
     try:
-        found = in_batches(task, *asked)
+        found = in_batches(task, *asked, weighted=weighted)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
         found = {}
     rest = [layer for layer in task.layers if layer.name not in found]
@@ -89,7 +103,23 @@ def fisher_diagonal(task: Measurement, fisher_type: FisherType = "empirical", nu
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
         values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
-    return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()})
+    errors = None
+    if weighted is not None and weighted.errors:
+        errors = {x.name: [e / count for e in weighted.errors.get(x.name, zeros(x))] for x in task.layers}
+    return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
+
+
+@dataclass
+class ByWeight:
+    """A Fisher by its heaviest columns, and draws of the rest.
+
+    Attributes:
+        budget: how exact.
+        errors: by layer, the standard errors by parameter of what was drawn, as it turned out.
+    """
+
+    budget: Budget
+    errors: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -105,7 +135,13 @@ class Trial:
     of: int = 0
 
 
-def in_batches(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial | None = None) -> Found:
+def in_batches(
+    task: Measurement,
+    fisher_type: FisherType,
+    num_draws: int,
+    trial: Trial | None = None,
+    weighted: ByWeight | None = None,
+) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
     with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
         traced = task.traced(inputs=not task.create_graph)
@@ -127,13 +163,21 @@ def in_batches(task: Measurement, fisher_type: FisherType, num_draws: int, trial
         linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
         if trial is not None:
             trial.of = pairs.num_columns
+        if weighted is not None:
+            trial = Trial(1)  # which finds out where samples are
         how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
         found = _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
     rest = [layer for layer in task.layers if layer.name not in found]
     if not traced.independent:
         require_independent_samples(task, output)
-    return found | (_by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
+    if weighted is not None and isinstance(pairs, Root):
+        served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
+        return found | _by_weight(task, side.model_outputs, pairs, served, rest, weighted)
+    if rest and not traced.hooked:  # what is followed through the graph passes by its hooks
+        found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
+        rest = [layer for layer in rest if layer.name not in found]
+    return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
 
 
 def require_independent_samples(task: Measurement, output: Any) -> None:
@@ -274,7 +318,52 @@ def _by_rules(
         )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
-    return {name: (values, info) for name, values in (heads | by_columns).items()}
+    last = replace(info, checks={**info.checks, "last": True})
+    return {name: (values, last) for name, values in heads.items()} | {
+        name: (values, info) for name, values in by_columns.items()
+    }
+
+
+def _by_weight(
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    root: Root,
+    served: Sequence[RecordedLayer],
+    rest: Sequence[Layer],
+    weighted: ByWeight,
+) -> Found:
+    """The heaviest columns, and draws of the others: of layers that are settled, and of the rest."""
+    layers = [z.layer for z in served] + list(rest)
+    if not layers:
+        return {}
+    if rest and not task.certain:
+        outputs: list[Tensor] = []
+        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
+        replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
+        require_linear_backward(outputs, replacements, root, task.generator)
+
+    def contract(columns: Columns) -> list[Tensor]:
+        found = contract_settled(model_outputs, served, columns, chunk_size=task.chunk_size)
+        values = [v.detach().flatten() for parts in found if parts is not None for v in parts]
+        if rest:
+            by_sample = by_samples(task, rest, columns, linear=False)
+            values += [v.detach() for layer in rest for v in by_sample[layer.name][0]]
+        return values
+
+    with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
+        estimate = by_weight(root, weighted.budget, contract, task.generator, advance)
+    result: Found = {}
+    values, errors = iter(estimate.values), iter(estimate.errors)
+    for layer in layers:
+        own = [next(values) for _ in layer.parameters]
+        mine = [next(errors) for _ in layer.parameters] if estimate.errors else []
+        if mine:
+            weighted.errors[layer.name] = mine
+        error = relative_error(own, mine) if mine else 0.0
+        strategy = Strategy.PER_SAMPLE if layer in rest else Strategy.RULE
+        told = estimate.num_draws, error, estimate.converged
+        result[layer.name] = own, LayerInfo(strategy, 0, {"own_use": layer not in rest}, *told)
+    return result
 
 
 def _some(pairs: Columns, trial: Trial | None) -> Columns:
@@ -293,44 +382,3 @@ def _heads(
         for z in layers
         if z.layer.name in which
     }
-
-
-def _by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
-    """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
-    model_outputs: list[Tensor] = []
-    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
-    replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
-    totals = [
-        torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)
-    ]
-    if linear and not task.certain:
-        require_linear_backward(model_outputs, replacements, pairs, task.generator)
-    elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
-    size = default_chunk_size(elements, totals[0], task.chunk_size)
-    sizes = [f[0].numel() for f in model_outputs]
-
-    def pull_back(cotangent: Tensor, ids: range) -> list[Tensor]:
-        alone = cotangent.new_zeros(len(ids), *cotangent.shape)
-        alone[range(len(ids)), list(ids)] = cotangent[ids.start : ids.stop]
-        split = zip(alone.split(sizes, 2), model_outputs, strict=True)
-        found = stacked_vjp(
-            model_outputs,
-            replacements,
-            [c.reshape(len(ids), *f.shape).to(f.dtype) for c, f in split],
-            create_graph=task.create_graph,
-        )
-        return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
-
-    total = pairs.num_columns * task.num_samples
-    with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
-        for k in range(pairs.num_columns):
-            some = pairs.columns(range(k, k + 1))
-            for ids in chunks(task.num_samples, size):
-                left = pull_back(some.u[0], ids)
-                right = left if some.v is None else pull_back(some.v[0], ids)
-                sign = None if some.sign is None else some.sign[0, ids.start : ids.stop]
-                for index, (u, v) in enumerate(zip(left, right, strict=True)):
-                    weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
-                    totals[index] = totals[index] + (u * weighted).sum(0)
-                advance(len(ids))
-    return collect(layers, totals, Strategy.PER_SAMPLE)

@@ -23,6 +23,7 @@ from .roots import Columns
 __all__ = [
     "RecordedLayer",
     "contract_pairs",
+    "contract_settled",
     "layout_options",
     "layouts_by_graph",
     "require_linear_backward",
@@ -147,12 +148,47 @@ def contract_pairs(
         unsettled = []
     elif by_graph:
         unsettled = layouts_by_graph(model_outputs, layers)
-    leaves = [leaf for z in layers for leaf in z.leaves]
     if unsettled:
         settled = settle_layouts(
             model_outputs, unsettled, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
         )
         plain = settled if len(unsettled) == len(layers) else {}
+    return contract_settled(
+        model_outputs,
+        layers,
+        pairs,
+        plain=plain,
+        chunk_size=chunk_size,
+        create_graph=create_graph,
+        advance=advance,
+        watch=watch,
+    )
+
+
+def contract_settled(
+    model_outputs: Sequence[Tensor],
+    layers: Sequence[RecordedLayer],
+    pairs: Columns,
+    *,
+    plain: dict[int, Tensor] | None = None,
+    chunk_size: int | None,
+    create_graph: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+    watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
+) -> list[list[Tensor] | None]:
+    """:func:`contract_pairs` where it is known where samples are.
+
+    Args:
+        model_outputs: output tensors, samples in dim 0.
+        layers: layers with recorded calls; of those without layouts there is no result.
+        pairs: the cotangents.
+        plain: where there is one pair alone, its u pulled back, if that was done already.
+        chunk_size: vjps batched at most.
+        create_graph: make the results differentiable.
+        advance: of a progress bar.
+        watch: as for :func:`contract_pairs`.
+    """
+    leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts]
     totals: dict[tuple[int, str], Tensor] = {}
     elements = sum(t.numel() for t in (*leaves, *model_outputs))

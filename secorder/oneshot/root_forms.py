@@ -100,7 +100,12 @@ def _root_of_softmax(p: Tensor, scale: Tensor, flat: Tensor) -> Root:
     if bool((scale < 0).any()):
         sign = torch.where(scale < 0, -1.0, 1.0).to(p.dtype).expand(p.shape).flatten(1)
     diagonal = (p - p * p).mul_(scale).flatten(1)
-    return Root(left, before * classes * after, flat, None, sign, diagonal, places.flatten())
+
+    def weights() -> Tensor:  # ‖√(c p_k) (e_k − p)‖²
+        square = (p * p).sum(2, keepdim=True)
+        return (scale.abs() * p * (1 - 2 * p + square)).flatten(1)
+
+    return Root(left, before * classes * after, flat, None, sign, diagonal, places.flatten(), weights)
 
 
 # ---- blocks
@@ -189,7 +194,7 @@ def _block_root(blocks: Tensor, order: Tensor, flat: Tensor) -> Root:
         return placed(torch.einsum("mnbj,nbij->mnbi", xi.expand(-1, count, -1, -1), columns))
 
     signs = None if bool((sign > 0).all()) else sign.flatten(1)
-    return Root(left, number * kept, flat, None, signs, diagonal, places)
+    return Root(left, number * kept, flat, None, signs, diagonal, places, lambda: columns.square().sum(2).flatten(1))
 
 
 def signed_factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -58,6 +58,7 @@ class Root:
         sign: shape ``(N, K)``; None means one.
         diagonal: H's own, shape ``(N, C)``, where it is known without a product.
         blocks: shape ``(C,)``: outputs with different numbers do not interact; -1 where H is zero. None if not known.
+        weights: makes the columns' ``‖u_k‖²``, shape ``(N, K)``; None where they are not known.
     """
 
     left: Map
@@ -67,6 +68,7 @@ class Root:
     sign: Tensor | None = None
     diagonal: Tensor | None = None
     blocks: Tensor | None = None
+    weights: Callable[[], Tensor] | None = None
 
     def columns(self, ids: range) -> Pairs:
         """Some of the pairs."""
@@ -102,17 +104,19 @@ class Draws:
         root: of which.
         seeds: one for each draw.
         device: where signs are drawn.
+        without: columns of each sample that are left out, shape ``(N, J)``.
     """
 
     root: Root
     seeds: list[int]
     device: torch.device
+    without: Tensor | None = None
 
     @classmethod
-    def of(cls, root: Root, count: int, generator: torch.Generator) -> "Draws":
+    def of(cls, root: Root, count: int, generator: torch.Generator, without: Tensor | None = None) -> "Draws":
         """So many draws, which do not depend on how many are made at a time."""
         seeds = torch.randint(2**62, (count,), generator=generator, device=generator.device).tolist()
-        return cls(root, seeds, generator.device)
+        return cls(root, seeds, generator.device, without)
 
     @property
     def num_columns(self) -> int:
@@ -126,7 +130,10 @@ class Draws:
         for row, index in zip(signs, ids, strict=True):
             generator = torch.Generator(device=self.device).manual_seed(self.seeds[index])
             row.copy_(torch.randint(0, 2, shape, generator=generator, dtype=torch.int8, device=self.device))
-        return self.root.mixed(signs.mul_(2).sub_(1).mul_(len(self.seeds) ** -0.5))
+        signs.mul_(2).sub_(1).mul_(len(self.seeds) ** -0.5)
+        if self.without is not None:
+            signs.scatter_(2, self.without.expand(len(signs), -1, -1), 0.0)
+        return self.root.mixed(signs)
 
     def mixture(self, generator: torch.Generator) -> Tensor:
         """One of the root's; of one draw, the draw."""
@@ -210,4 +217,10 @@ def joined(parts: Sequence[tuple[Root, Tensor]], like: Tensor, total: int) -> Ro
             diagonal.index_copy_(1, where, d)
             blocks.index_copy_(0, where, torch.where(own < 0, own, own + start))
             start += int(own.max()) + 1
-    return Root(by_part([root.left for root, _ in parts]), sum(sizes), like, right, sign, diagonal, blocks)
+    weights = None
+    if all(root.weights is not None for root, _ in parts):
+
+        def weights() -> Tensor:
+            return torch.cat([root.weights() for root, _ in parts if root.weights is not None], 1)
+
+    return Root(by_part([root.left for root, _ in parts]), sum(sizes), like, right, sign, diagonal, blocks, weights)

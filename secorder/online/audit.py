@@ -15,7 +15,7 @@ Source: Freivalds (1977), "Probabilistic machines can use less running time".
 
 import random
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,13 @@ __all__ = ["Audit", "Directions", "Vectors", "actual", "explained"]
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
 WHOLE_ELEMENTS = 1 << 17
 BLOCK = 64
+#: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
+OUT_CHANNELS, IN_CHANNELS = 16, 4
+#: Random vectors that parameters of one shape are looked at with in turn (seldom is seven the period of a penalty),
+#: and backward passes after which others are drawn.
+IN_TURN, KEPT = 7, 112
+#: Sets of numbers that are kept on the device.
+CONSTANTS = 16
 #: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
 FEW = 32
 #: What passes for rounding, in units in the last place of the products' size: of the parameter's dtype, and of a lower
@@ -44,20 +51,22 @@ class Vectors(NamedTuple):
 
     Attributes:
         r: normal, one a row of the block.
-        s: normal, one a column.
+        s: normal, one a column; of a convolution, zero but for some input channels.
         start: the first row of the block.
         rows: rows of the parameter.
+        channel: the first of these input channels.
     """
 
     r: Tensor
     s: Tensor
     start: int
     rows: int
+    channel: int = 0
 
     @property
     def whole(self) -> bool:
         """Whether the block is all of the parameter."""
-        return len(self.r) == self.rows
+        return self.r.shape[0] == self.rows
 
 
 class Directions:
@@ -68,6 +77,9 @@ class Directions:
         self._generator = torch.Generator()
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Directions, ()  # a copy draws numbers of its own
@@ -81,16 +93,49 @@ class Directions:
         start = self._places.randrange(len(pool) - size + 1)
         return pool[start : start + size]
 
+    def begin(self) -> None:
+        """A backward begins."""
+        self._passes += 1
+        if self._passes % KEPT == 0:
+            self._kept.clear()
+
+    def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
+        """Numbers that are much the same each time, where they are already on the device; 1-D."""
+        key = tuple(numbers)
+        found = self._constants.get(key)
+        if found is None or found.device != like.device or found.dtype is not like.dtype:
+            if len(self._constants) > CONSTANTS:
+                self._constants.clear()
+            found = self._constants[key] = like.new_tensor(numbers)
+        return found
+
     def vectors(self, parameter: Tensor) -> Vectors:
-        """Those of one parameter, for one backward."""
+        """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
+        key = (parameter.shape, parameter.dtype, parameter.device)
+        found = self._kept.get(key)
+        if found is None:
+            first = self._drawn(parameter)
+            if not first.whole:
+                return first
+            found = self._kept[key] = [first, *(self._drawn(parameter) for _ in range(IN_TURN - 1))]
+        return found[self._passes % IN_TURN]
+
+    def _drawn(self, parameter: Tensor) -> Vectors:
         rows = parameter.shape[0] if parameter.dim() else 1
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
         block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
+        block = block if parameter.dim() < 3 else min(block, OUT_CHANNELS)
         start = self._places.randrange(rows - block + 1)
         like = parameter.detach()
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
-        return Vectors(self._take(block, like), s, start, rows)
+        channel = 0
+        if parameter.dim() > 2 and parameter.shape[1] > IN_CHANNELS:
+            channel, size = self._places.randrange(parameter.shape[1] - IN_CHANNELS + 1), columns // parameter.shape[1]
+            some = torch.zeros_like(s)
+            some[channel * size : (channel + IN_CHANNELS) * size] = s[: IN_CHANNELS * size]
+            s = some
+        return Vectors(self._take(block, like), s, start, rows, channel)
 
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""
@@ -103,11 +148,14 @@ class Directions:
 
 def actual(gradient: Tensor, vectors: Vectors) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient."""
-    matrix = gradient.detach().reshape(vectors.rows, -1)[vectors.start : vectors.start + len(vectors.r)]
     r, s = vectors.r, vectors.s
+    gradient = gradient.detach()
+    matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
+    if not vectors.whole:
+        matrix = matrix[vectors.start : vectors.start + r.shape[0]]
     if matrix.dtype is not r.dtype:
         matrix = matrix.to(r.dtype)
-    return torch.dot(torch.mv(matrix, s), r)
+    return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
 
 
 def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False) -> tuple[Tensor, Tensor]:
@@ -133,39 +181,50 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
         return torch.dot(left, right), _size(seen, right) * len(right)
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left) * len(left)
-    right = _inputs(gradient, s).flatten()
+        return left.sum(), _size(seen, left) * left.shape[0]
+    right = _inputs(gradient, vectors).flatten()
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
-    size = _size(whole, right)
-    if with_bias:  # whose input is one
-        right, size = right + 1, size + len(right)
+    if with_bias and right.shape[0] > FEW:  # whose input is one
+        right = right + 1
+        size = torch.dot(right, right)
+    else:
+        size = _size(whole, right)
+        if with_bias:
+            right, size = right + 1, size + right.shape[0]
     return torch.dot(left, right), _size(seen, left) * size
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
     """The part of a cotangent factor ``(N, groups, positions, out)`` that the block sees, and ``g · r`` of its rows."""
     r = vectors.r
+    here = slice(vectors.start, vectors.start + r.shape[0])
+    if g.shape[1] == 1 and g.shape[2] > 1 and g.stride(3) != 1:  # of a convolution: positions follow each other
+        channels = g[:, 0, :, here].transpose(1, 2)
+        channels = channels if channels.dtype is r.dtype else channels.to(r.dtype)
+        return channels, torch.bmm(r.expand(channels.shape[0], 1, -1), channels).flatten()
     if g.shape[1] == 1:
         rows = g.reshape(-1, g.shape[3])
-        if not vectors.whole:
-            rows = rows[:, vectors.start : vectors.start + len(r)]
+        rows = rows if vectors.whole else rows[:, here]
         rows = rows if rows.dtype is r.dtype else rows.to(r.dtype)
         return rows, torch.mv(rows, r)
     weights = r.new_zeros(vectors.rows)
-    weights[vectors.start : vectors.start + len(r)] = r
+    weights[here] = r
     seen = g.to(r.dtype)
     return seen, (seen * weights.view(g.shape[1], 1, -1)).sum(3).flatten()
 
 
-def _inputs(gradient: Outer, s: Tensor) -> Tensor:
+def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
     """``a · s`` at every position, shape ``(N, groups, positions)``."""
-    a = gradient.a
+    a, s = gradient.a, vectors.s
     if not isinstance(a, Patches):
         assert a is not None
         if a.shape[1] > 1:
             return torch.matmul(a.to(s.dtype), s.view(1, -1)[0])
-        return torch.mv(a.reshape(-1, a.shape[3]).to(s.dtype), s)
-    image, kernel = a.image.to(s.dtype), s.view(1, -1, *a.kernel).expand(a.groups, -1, *a.kernel)
+        a = a.reshape(-1, a.shape[3])
+        return torch.mv(a if a.dtype is s.dtype else a.to(s.dtype), s)
+    here = slice(vectors.channel, vectors.channel + IN_CHANNELS)
+    image = a.image.unflatten(1, (a.groups, -1))[:, :, here].flatten(1, 2).to(s.dtype)
+    kernel = s.view(1, -1, *a.kernel)[:, here].expand(a.groups, -1, *a.kernel)
     convolve = (F.conv1d, F.conv2d, F.conv3d)[len(a.kernel) - 1]
     found: Tensor = convolve(image, kernel, stride=a.stride, dilation=a.dilation, groups=a.groups)
     return found.flatten(2)
@@ -173,7 +232,7 @@ def _inputs(gradient: Outer, s: Tensor) -> Tensor:
 
 def _size(whole: Tensor, product: Tensor) -> Tensor:
     """The square of a factor's norm, by its product with random numbers where that has rows enough to tell."""
-    flat = product if len(product) > FEW else whole.to(product.dtype).flatten()
+    flat = product if product.shape[0] > FEW else whole.to(product.dtype).flatten()
     return torch.dot(flat, flat)
 
 
@@ -196,6 +255,7 @@ class Audit:
 
     def __init__(self, directions: Directions) -> None:
         self._directions = directions
+        directions.begin()
         self._vectors: dict[int, Vectors] = {}
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
@@ -279,20 +339,27 @@ class Audit:
         indices: list[int] = []
         wholes: list[Tensor] = []
         values: list[Tensor] = []
-        bounds: list[Tensor] = []
+        sizes: list[Tensor] = []
+        squares: list[float] = []
         for index, (parameters, holders) in enumerate(layers):
-            for key in {self._home.get(id(p), id(p)) for p in parameters.values()} & self._actual.keys():
+            keys = dict.fromkeys(self._home.get(id(p), id(p)) for p in parameters.values())
+            for key in keys:
+                whole = self._actual.get(key)
+                if whole is None:
+                    continue
                 known = [found for name in holders for found in self._explained.get((name, key), ())]
-                whole = self._actual[key]
+                tolerance = max((found.tolerance for found in known), default=0.0)
                 indices.append(index)
                 wholes.append(whole)
                 values.append(_sum([found.value for found in known], whole))
-                bounds.append(_sum([found.size * found.tolerance**2 for found in known], whole))
+                sizes.append(_sum([found.size for found in known], whole))
+                squares.append(tolerance**2)
         if not indices:
             return None
         whole = _stack(wholes)
         difference = whole - _stack(values)
-        return indices, (difference * difference > _stack(bounds)) & whole.isfinite()
+        bounds = _stack(sizes) * self._directions.constants(squares, whole)
+        return indices, (difference * difference > bounds) & (whole - whole == 0)
 
 
 def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
@@ -311,7 +378,9 @@ def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:
 
 def _stack(numbers: Sequence[Tensor]) -> Tensor:
     like = numbers[0]
-    return torch.stack([x if x.dtype is like.dtype and x.device == like.device else x.to(like) for x in numbers])
+    if any(x.dtype is not like.dtype or x.device != like.device for x in numbers):
+        numbers = [x.to(like) for x in numbers]
+    return torch.stack(list(numbers))
 
 
 def _sum(parts: Sequence[Tensor], like: Tensor) -> Tensor:

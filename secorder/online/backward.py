@@ -19,7 +19,7 @@ from .._torch.engine import (
 )
 from ..layers.selection import Layer
 from .audit import Audit
-from .fisher import quietly
+from .fisher import OnlineFisher, quietly
 from .norms import watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord, slot
@@ -123,21 +123,25 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher = attachment.fisher
     fisher.backwards.let_go([backward])
-    if attachment.pauses:
-        return
+    if not attachment.pauses:
+        fisher.troubles.guarded(None, fisher.sums, quietly, _leave, fisher, backward)
+
+
+def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     for parameter in backward.fresh:
         if parameter.grad is not None and backward.alone:
             backward.audit.see(parameter, parameter.grad)
     backward.fresh.clear()
-    for index, parameter in backward.early:
+    reached = [record for record in backward.records if _reached(record, backward)]
+    for index, parameter in backward.early if reached else ():
         if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
             fisher.failures[index].add_((parameter.grad != 0).any())
     backward.early.clear()
-    reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
-    fisher.troubles.guarded(None, list(fisher.sums), quietly, fisher.close, backward, reached)
+    fisher.close(backward, reached)
+    backward.records.clear()  # which refer to it
 
 
 def _reached(record: ForwardRecord, backward: Backward) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -66,6 +67,7 @@ def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) 
     if not in_backward() and saved_tensor_hooks_active():
         record.recomputes = True
         if (section := checkpoint_section()) is not None:
+            record.sections = WeakSet() if record.sections is None else record.sections
             record.sections.add(section)
     if any(t.requires_grad for t in outputs):
         return True

@@ -17,14 +17,16 @@ from .._torch.autocast import autocast_state, no_autocast
 from .._torch.engine import current_backward
 from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
+from ..layers.contraction import IN_PLACE_ELEMENTS, contract
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import Precision, is_low
 from ..layers.norms import DenseNorms
 from ..layers.patches import Patches
-from ..layers.per_sample import PerSample, Rows, per_sample_gradients, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
+from ..layers.uses import pieces
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import local, over_ranks
 from .audit import Directions
@@ -35,7 +37,6 @@ from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
-from .uses import pieces
 
 __all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly", "total_of"]
 
@@ -198,17 +199,47 @@ class OnlineFisher:
             return
         gradients = self._gradients(layer, calls, layouts)
         products = self._explain(record, layer, gradients)
-        good = None
-        if self.accumulate == "diagonal" and self.on_nonfinite != "keep":
-            witnesses = [witness(p, products.get(n)) for n, p in gradients.items()]
-            good = self._good(layer, [total for _, _, total in came] + [w for w in witnesses if w is not None])
+        totals: list[Tensor | None] = [total for _, _, total in came]
         if record.weights is not None:
             gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
         record.received.add(layer.name)
+        parts = [[gradients[name]] for name in layer.parameters]
         if record.attribution.sharing(layer.name):
+            totals += [witness(part, products.get(name)) for name, part in gradients.items()]
+            good = self._good(layer, totals) if self.accumulate == "diagonal" else None
             record.parts[layer.name] = (gradients, good)
-        else:
-            self._add(record, layer, [[gradients[name]] for name in layer.parameters], good)
+            return
+        if takes_norms(record):
+            take_norms(self, record, layer, parts)
+        if self.accumulate == "diagonal":
+            self._add_formed(record, layer, gradients, products, totals)
+
+    def _add_formed(
+        self,
+        record: ForwardRecord,
+        layer: Layer,
+        gradients: Mapping[str, PerSample],
+        products: Mapping[str, Tensor],
+        seen: list[Tensor | None],
+    ) -> None:
+        """Add a layer's squares; those that are formed apart anyway tell themselves whether they are finite.
+
+        Args:
+            record: of the forward.
+            layer: the layer.
+            gradients: of its parameters.
+            products: what the audit made of them.
+            seen: numbers that are finite where all of the layer's cotangents are.
+        """
+        parts: list[Tensor | Sequence[PerSample]] = []
+        together = layer.sharded or self._low(record, layer)
+        for name, p in layer.parameters.items():
+            part = gradients[name]
+            squares = None if together else squares_apart(part, p.numel())
+            parts.append([part] if squares is None else squares)
+            if self.on_nonfinite != "keep":
+                seen.append(witness(part, products.get(name)) if squares is None else squares.amax())
+        self._add_squares(record, layer, parts, self._good(layer, seen))
 
     def _deliver_pieces(
         self, record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
@@ -306,8 +337,7 @@ class OnlineFisher:
         alpha = self.factor(record)
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
-        first = next(iter(layer.parameters.values()))
-        low = is_low(self.precision, first.device, record.autocast_dtype or first.dtype)
+        low = self._low(record, layer)
         before: list[int] = []
         try:
             with ADDING:
@@ -321,12 +351,17 @@ class OnlineFisher:
                 self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
             raise
 
-    def _good(self, layer: Layer, totals: Sequence[Tensor]) -> Tensor | None:
+    def _low(self, record: ForwardRecord, layer: Layer) -> bool:
+        """Whether the factors of a layer's squares are rounded to bfloat16."""
+        first = next(iter(layer.parameters.values()))
+        return is_low(self.precision, first.device, record.autocast_dtype or first.dtype)
+
+    def _good(self, layer: Layer, totals: Sequence[Tensor | None]) -> Tensor | None:
         """Whether a layer's gradients are finite, by the sums of their elements; None where every batch counts."""
         if self.on_nonfinite == "keep" or not totals:
             return None
-        total = totals[0] if len(totals) == 1 else torch.stack([t.to(totals[0]) for t in totals]).sum()
-        good = total.isfinite()
+        first, *rest = [total for total in totals if total is not None]
+        good = finite(sum((total if total.device == first.device else total.to(first) for total in rest), first))
         if self.shard is not None:  # all ranks leave the batch out, or none
             good = good.new_tensor(not over_ranks(float(not bool(good)), self.shard, "max"))
         if self.on_nonfinite == "raise" and not bool(good):
@@ -352,9 +387,9 @@ class OnlineFisher:
             return  # what reached the parameters meanwhile may be another thread's
         troubled = {name for record in backward.records for name in record.troubled}
         chosen = [(i, layer) for i, layer in enumerate(self.layers) if layer.name not in troubled]
+        tied = [record.attribution for record in backward.records if record.attribution.ties]
         asked = [
-            (layer.parameters, {layer.name}.union(*(r.attribution.holders(layer.name) for r in backward.records)))
-            for _, layer in chosen
+            (layer.parameters, {layer.name}.union(*(one.holders(layer.name) for one in tied))) for _, layer in chosen
         ]
         found = backward.audit.failures(asked)
         if found is not None:
@@ -538,6 +573,18 @@ def total_of(g: Tensor) -> Tensor:
     return g.sum(dtype=torch.promote_types(g.dtype, torch.float32))
 
 
+def finite(number: Tensor) -> Tensor:
+    """Whether it is finite: in a third of the time that ``isfinite`` takes, which looks twice."""
+    return (number - number) == 0
+
+
+def squares_apart(part: PerSample, numel: int) -> Tensor | None:
+    """Σ_n of squares, in a tensor of its own, where they are formed in one anyway; else None."""
+    if isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS:
+        return contract(part, numel=numel)
+    return None
+
+
 def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
     """A number that is finite where what multiplies the cotangents is: an infinite input makes nan of a zero of them.
 
@@ -549,9 +596,9 @@ def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
         return total_of(part)
     if isinstance(part, Rows) or part.a is None:
         return None
-    if product is not None and product.dtype in (torch.float32, torch.float64):
-        return product
-    return total_of(part.a.image if isinstance(part.a, Patches) else part.a)
+    if isinstance(part.a, Patches):
+        return total_of(part.a.image)
+    return total_of(part.a) if product is None or product.dtype not in (torch.float32, torch.float64) else product
 
 
 def weighted(part: PerSample, weights: Tensor) -> PerSample:

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 __all__ = ["open_record", "settle"]
 
+#: Shapes of calls of which an attribution remembers where their samples are.
+REMEMBERED = 4096
+
 
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
     """The record of a forward that begins; None where there is nothing to record."""
@@ -84,8 +87,12 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
+    meta = []
     for index, layer in enumerate(fisher.layers):
-        if any(held_parameter(layer.module, name) is not p for name, p in layer.parameters.items()):
+        same = True
+        for name, p in layer.parameters.items():
+            same = same and held_parameter(layer.module, name) is p
+        if not same:
             now = dict(layer.module.named_parameters(remove_duplicate=False))
             shapes = {name: p.shape for name, p in layer.parameters.items()}
             found = {name: now[name] for name in shapes if name in now}
@@ -94,11 +101,12 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                     [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
                 )
                 continue
-            fisher.layers[index] = replace(layer, parameters=found)
+            layer = fisher.layers[index] = replace(layer, parameters=found)
             changed = True
+        if any(p.is_meta for p in layer.parameters.values()):
+            meta.append(layer.name)
     if changed:
         looks.forget()
-    meta = [x.name for x in fisher.layers if any(p.is_meta for p in x.parameters.values())]
     if not meta:
         fisher.follow()
     else:
@@ -239,29 +247,40 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     """Decide on the layouts of the record's calls; the layers of which some cannot be explained."""
     unexplained = []
     for layer in record.attribution.layers:
-        calls = record.calls.get(layer.name)
-        if layer.name in record.unfollowed:
+        name = layer.name
+        calls = record.calls.get(name)
+        if name in record.unfollowed:
             unexplained.append(layer)
             continue
         if not calls:
             continue
-        known = attribution.known.get(layer.name, ())
-        if layer.name in attribution.outside | attribution.unknown:
-            known = ()
-        indices = itertools.count()
-        layouts = (
-            explain_uses(record, layer, known)
-            if layer.by_operations
-            else [
-                [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
-                for shapes in calls
-            ]
-        )
-        if any(layout is None for row in layouts for layout in row) or layer.name in attribution.outside:
-            unexplained.append(layer)
+        key = (name, record.shapes, record.num_samples, *calls)
+        if key not in attribution.explained or layer.by_operations:
+            if len(attribution.explained) > REMEMBERED:
+                attribution.explained.clear()
+            attribution.explained[key] = _layouts(record, attribution, layer)
+        layouts = attribution.explained[key]
+        if layouts is not None and name not in attribution.outside:
+            record.layouts[name] = layouts
         else:
-            record.layouts[layer.name] = [[x for x in row if x is not None] for row in layouts]
+            unexplained.append(layer)
     return unexplained
+
+
+def _layouts(record: ForwardRecord, attribution: Attribution, layer: Layer) -> list[list[Layout]] | None:
+    """Where the samples are in each output of a layer's calls; None where that is not known of some."""
+    name = layer.name
+    known = () if name in attribution.outside | attribution.unknown else attribution.known.get(name, ())
+    indices = itertools.count()
+    found = (
+        explain_uses(record, layer, known)
+        if layer.by_operations
+        else [
+            [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
+            for shapes in record.calls[name]
+        ]
+    )
+    return None if any(None in row for row in found) else [[x for x in row if x is not None] for row in found]
 
 
 def _fall_back(

@@ -35,10 +35,10 @@ from .._torch.saved_tensors import checkpoint_section
 from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.selection import Layer
+from ..layers.uses import Uses
 from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
-from .uses import Uses
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 
@@ -238,7 +238,7 @@ class ForwardRecord:
     goods: list[Tensor] = field(default_factory=list)
     together: int = 0
     recomputes: bool = False
-    sections: WeakSet[Any] = field(default_factory=WeakSet)
+    sections: WeakSet[Any] | None = None
     slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
     backward: Backward | None = None
     closed: bool = False
@@ -247,7 +247,7 @@ class ForwardRecord:
     def of_another(self) -> bool:
         """Whether a checkpoint computes a part of another forward again."""
         section = checkpoint_section() if in_backward() else None
-        return section is not None and section not in self.sections
+        return section is not None and (self.sections is None or section not in self.sections)
 
     def parts_of(self, layer: Layer) -> list[Layer]:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""

@@ -269,5 +269,5 @@ class _OfIntegers(TorchFunctionMode):
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors among the arguments."""
+    """Shapes of the tensors among the arguments, ``(args, kwargs)`` or any other structure."""
     return tuple(tuple(t.shape) for t in tensors_in(arguments))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..layers.contraction import contract_sum
+from ..layers.contraction import add_rank_one, are_rank_one, contract_sum
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import PerSample
@@ -77,24 +77,37 @@ class LayerSums:
     ) -> None:
         """Add to each parameter's sum α times a sum of squares, or α Σ_n (Σ_i u_{i, n})² of per-sample gradients.
 
-        With ``low``, by matrix products of factors in bfloat16.
+        Sums of squares that are handed in are overwritten. With ``low``, by matrix products of factors in bfloat16.
         """
+        beta = 1.0 if decay is None else decay
         contract = contract_sum_low if low else contract_sum
+        kind = compute_dtype(layer)
+        single = [parts[0] for parts in parts_of if not isinstance(parts, Tensor) and len(parts) == 1]
+        lean = len(single) == len(parts_of) and not low and not layer.sharded
+        if lean and are_rank_one(single) and self._here(layer, kind):
+            add_rank_one(single, self.sums, beta=beta, alpha=alpha, keep=good)
+            return
         for p, total, parts in zip(layer.parameters.values(), self.sums, parts_of, strict=True):
-            beta = 1.0 if decay is None else decay
             if isinstance(parts, Tensor):
-                kept = parts if good is None else torch.where(good, parts, 0.0)
-                total.mul_(beta).add_(kept.to(total), alpha=alpha)
+                kept = parts if good is None else parts.nan_to_num_().mul_(good)
+                _decayed(total, beta).add_(kept.to(total), alpha=alpha)
             elif not parts:
-                if decay is not None:
-                    total.mul_(decay)
+                _decayed(total, beta)
             elif layer.sharded:
                 part = contract(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
-                total.mul_(beta).add_(shard_of_sum(part, p).to(total))
-            elif total.dtype is compute_dtype(layer) and total.device == p.device:
+                _decayed(total, beta).add_(shard_of_sum(part, p).to(total))
+            elif total.dtype is kind and total.device == p.device:
                 contract(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
             else:
-                total.mul_(beta).add_(contract(parts, numel=p.numel(), keep=good).to(total), alpha=alpha)
+                part = contract(parts, numel=p.numel(), keep=good)
+                _decayed(total, beta).add_(part.to(total), alpha=alpha)
+
+    def _here(self, layer: Layer, kind: torch.dtype) -> bool:
+        """Whether all sums are where squares are formed, and of their dtype."""
+        return all(
+            total.dtype is kind and total.device == p.device
+            for total, p in zip(self.sums, layer.parameters.values(), strict=True)
+        )
 
     def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None, size: int | None = None) -> None:
         """Count a batch of so many samples, of ``size``; not where it is not good (a bool on the layer's device)."""
@@ -106,7 +119,7 @@ class LayerSums:
         if good is None:
             self.counts.add_(increment)
         else:
-            self.counts.addcmul_(increment, good.to(torch.float64))
+            self.counts.addcmul_(increment, good)
 
     def _increment(self, samples: float | Tensor, decay: float | None, size: int | None) -> Tensor:
         weight = samples if decay is None else (1 - decay) * (1.0 if size is None else samples / size)
@@ -119,6 +132,10 @@ class LayerSums:
                 self._increments.clear()
             self._increments[key] = self.counts.new_tensor([samples, weight, 1.0])
         return self._increments[key]
+
+
+def _decayed(total: Tensor, beta: float) -> Tensor:
+    return total if beta == 1.0 else total.mul_(beta)
 
 
 @dataclass

@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
 from . import peers
+from .architectures import architectures
 from .timing import Results, alternate
 from .workloads import WORKLOADS, Workload, mlp
 
@@ -37,6 +38,7 @@ OPTIMIZERS: dict[str, peers.Optimizer] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
 }
+WORKS = ("online", "architectures", "fisher", "exact", "stochastic")
 Contestants = dict[str, Callable[[], object]]
 
 
@@ -269,13 +271,13 @@ def main() -> None:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--only", choices=("online", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--only", choices=WORKS, action="append")
     parser.add_argument("--device", default="cpu", help="where everything is made and runs: cpu, cuda")
     parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--readme", type=Path, help="put the tables between the marks in this file")
     options = parser.parse_args()
-    only, repeats = options.only or ("online", "fisher", "exact", "stochastic"), options.repeats
+    only, repeats = options.only or WORKS, options.repeats
     warnings.filterwarnings("ignore")
     torch.set_default_device(options.device)
     results = Results(Console(width=110))
@@ -289,6 +291,8 @@ def main() -> None:
     if "online" in only:
         for key in chosen("mlp-wide", "mlp-relu", "mlp-small", "transformer", "cnn", "resnet18"):
             passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
+    if "architectures" in only and not options.workloads:
+        architectures(results, repeats)
     if "fisher" in only:
         for key in chosen("mlp-relu", "cnn", "transformer", "lstm"):
             one_shot_fisher(results, key, repeats)

@@ -48,11 +48,19 @@ def test_what_was_not_looked_at_does_not_end() -> None:
 
 
 def test_noise_is_held_against_the_batch() -> None:
+    """Signal and noise are averaged before the ratio, over points enough."""
     findings = RunningFindings(silent)
-    noisy = {"model": {"gradient_noise_scale": 40.0}}
-    assert findings.update(Observation(noisy, batch_size=64.0), 1) == []
-    (change,) = findings.update(Observation(noisy, batch_size=32.0), 2)
-    assert (change.finding.kind, change.finding.value) == ("noisy", 1.25)
+    told = [findings.update(Observation(batch_size=8.0, noise=pair), 1) for pair in ((-1.0, 40.0), (1.0, 2.0))]
+    assert told == [[], []]
+    (change,) = findings.update(Observation(batch_size=8.0, noise=(4.0, 38.0)), 3)
+    assert (change.finding.kind, change.finding.value) == ("noisy", 80.0 / 4.0 / 8.0)
+    assert findings.update(Observation(batch_size=8.0), 4) == []
+    (change,) = findings.update(Observation(batch_size=8.0, noise=(96.0, 0.0)), 5)
+    assert (change.begins, change.finding.value) == (False, 0.1)
+    lost = RunningFindings(silent)
+    changes = [lost.update(Observation(batch_size=8.0, noise=(-1.0, 40.0)), n) for n in range(4)]
+    assert [len(found) for found in changes] == [0, 0, 1, 0]
+    assert changes[2][0].finding.value == float("inf")
 
 
 def test_shares_of_diagonals() -> None:

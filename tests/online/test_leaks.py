@@ -188,3 +188,21 @@ def test_a_probe_dies_while_its_model_lives() -> None:
     gc.collect()
     assert dead() is None
     assert alive() == before
+
+
+def test_steps_leave_no_reference_cycles() -> None:
+    """What a step made goes with it: nothing waits for the garbage collector, which would stop training for it."""
+    model = mlp()
+    with CurvatureProbe(model):
+        for _ in range(3):
+            step(model, data())
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(3):
+                model.zero_grad()
+                step(model, data())
+            kinds = {type(o).__name__ for o in gc.get_objects()}
+        finally:
+            gc.enable()
+    assert not {"ForwardRecord", "Backward", "Audit"} & kinds

@@ -1,0 +1,67 @@
+"""The Fisher on the parameters themselves, sample by sample, for layers without a rule, or with other uses."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from ..layers.dtypes import compute_dtype
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
+from ..results import Strategy
+from .fisher_pairs import Found, collect
+from .measurement import Measurement
+from .output_hessian import expose_output
+from .recorded_layer import require_linear_backward
+from .roots import Columns
+
+__all__ = ["by_samples"]
+
+
+def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
+    """On the parameters: one vjp a sample and pair, on one graph of the whole batch.
+
+    Args:
+        task: the measurement, whose samples are independent.
+        layers: the layers.
+        pairs: the cotangents.
+        linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
+    """
+    model_outputs: list[Tensor] = []
+    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
+    replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
+    totals = [
+        torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)
+    ]
+    if linear and not task.certain:
+        require_linear_backward(model_outputs, replacements, pairs, task.generator)
+    elements = sum(s.numel() for s in replacements) + 4 * sum(f.numel() for f in model_outputs)
+    size = default_chunk_size(elements, totals[0], task.chunk_size)
+    sizes = [f[0].numel() for f in model_outputs]
+
+    def pull_back(cotangent: Tensor, ids: range) -> list[Tensor]:
+        alone = cotangent.new_zeros(len(ids), *cotangent.shape)
+        alone[range(len(ids)), list(ids)] = cotangent[ids.start : ids.stop]
+        split = zip(alone.split(sizes, 2), model_outputs, strict=True)
+        found = stacked_vjp(
+            model_outputs,
+            replacements,
+            [c.reshape(len(ids), *f.shape).to(f.dtype) for c, f in split],
+            create_graph=task.create_graph,
+        )
+        return [g.to(total.dtype) for g, total in zip(found, totals, strict=True)]
+
+    total = pairs.num_columns * task.num_samples
+    with progress_bar(task.progress, "Fisher sample by sample", total, unit="vjps") as advance:
+        for k in range(pairs.num_columns):
+            some = pairs.columns(range(k, k + 1))
+            for ids in chunks(task.num_samples, size):
+                left = pull_back(some.u[0], ids)
+                right = left if some.v is None else pull_back(some.v[0], ids)
+                sign = None if some.sign is None else some.sign[0, ids.start : ids.stop]
+                for index, (u, v) in enumerate(zip(left, right, strict=True)):
+                    weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
+                    totals[index] = totals[index] + (u * weighted).sum(0)
+                advance(len(ids))
+    return collect(layers, totals, Strategy.PER_SAMPLE)
