@@ -517,22 +517,24 @@ class OnlineFisher:
                     sums.count(self.count_of(record), None, self.decay, self.of_all(record))
         with ADDING:
             self.batches += 1
-            if takes_norms(record):
-                self._add_norms(record, zeros)
-            self._count(record)
+            good = self._add_norms(record, zeros) if takes_norms(record) else None
+            self._count(record, good)
 
-    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> None:
-        """Add what the norms tell; where nothing else is accumulated, it is they that count a layer's batches."""
+    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
+        """Add what the norms tell; where nothing else is accumulated, whether any layer is finite."""
         goods = add_norms(self, record, zeros)
-        if self.accumulate == "trace":
-            record.goods = [] if goods is None else list(goods)
-            for name in (*record.norms, *zeros):
-                self.sums[name].batches += 1
+        if self.accumulate != "trace":
+            return None
+        for name in (*record.norms, *zeros):  # it is they that count the batches
+            self.sums[name].batches += 1
+        return None if goods is None else goods.any()
 
-    def _count(self, record: ForwardRecord) -> None:
+    def _count(self, record: ForwardRecord, good: Tensor | None = None) -> None:
         """Count the samples of a batch, unless every layer left it out."""
         count = self.count_of(record)
-        if len(record.goods) < len(self.layers):
+        if good is not None:
+            self.seen.add_(count * good.to(self.seen))
+        elif len(record.goods) < len(self.layers):
             self.seen.add_(count)
         else:
             self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
