@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["inner_size", "leaves_of", "samples_in_graph"]
+__all__ = ["inner_size", "leaves_of", "samples_in_graph", "samples_in_nodes"]
 
 
 class _Place(NamedTuple):
@@ -60,6 +60,18 @@ def samples_in_graph(
     """
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
+    for (node, _), inner in samples_in_nodes(outputs, inner_sizes, count).items():
+        key = id(getattr(node, "variable", None))
+        if key in wanted:
+            found[key] = inner
+    return found
+
+
+def samples_in_nodes(
+    outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int
+) -> dict[tuple[Any, int], int | None]:
+    """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None."""
+    found: dict[tuple[Any, int], int | None] = {}
     seen: set[tuple[Any, int, int | None]] = set()
     waiting: list[tuple[Any, int, int | None]] = []
     for output, size in zip(outputs, inner_sizes, strict=True):
@@ -72,12 +84,7 @@ def samples_in_graph(
             continue
         seen.add(here)
         node, index, inner = here
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            key = id(variable)
-            if key in wanted:
-                found[key] = inner if found.get(key, inner) == inner else None
-            continue
+        found[node, index] = inner if found.get((node, index), inner) == inner else None
         edges = [(k, following) for k, following in enumerate(node.next_functions) if following[0] is not None]
         sizes = [None] * len(node.next_functions) if inner is None else _through(node, index, inner, count)
         waiting.extend((following, number, sizes[k]) for k, (following, number) in edges)

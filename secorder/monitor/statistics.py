@@ -129,11 +129,12 @@ def _extreme(choose: Callable[[list[float]], float], values: list[float]) -> flo
     return math.nan if any(map(math.isnan, values)) else choose(values)
 
 
-def summarize(layer_curvatures: Mapping[str, Tensor]) -> dict[str, LayerSummary]:
+def summarize(layer_curvatures: Mapping[str, Tensor], *, entries: int | None = None) -> dict[str, LayerSummary]:
     """Statistics and a histogram on a logarithmic scale of each layer's diagonal, in one transfer.
 
     Args:
         layer_curvatures: layer name → tensor of any shape and floating-point dtype.
+        entries: the histogram of a layer that has many more is that of about so many, evenly spaced; None for all.
 
     Raises:
         InvalidTypeError: as :func:`get_layer_curvature_stats`.
@@ -145,10 +146,12 @@ def summarize(layer_curvatures: Mapping[str, Tensor]) -> dict[str, LayerSummary]
         >>> summary.low, summary.high, summary.statistics["negative"], summary.statistics["zero"]
         (-2.0, 2.0, 0.25, 0.25)
     """
-    return _summaries(layer_curvatures, histograms=True)
+    return _summaries(layer_curvatures, histograms=True, entries=entries)
 
 
-def _summaries(layer_curvatures: Mapping[str, Tensor], *, histograms: bool) -> dict[str, LayerSummary]:
+def _summaries(
+    layer_curvatures: Mapping[str, Tensor], *, histograms: bool, entries: int | None = None
+) -> dict[str, LayerSummary]:
     _require_real_tensors(layer_curvatures)
     if not layer_curvatures:
         return {}
@@ -159,7 +162,7 @@ def _summaries(layer_curvatures: Mapping[str, Tensor], *, histograms: bool) -> d
         diagonals = layer_curvatures.whole() if isinstance(layer_curvatures, Diagonals) else layer_curvatures.values()
         for alike, stacked in stacks(d.detach().flatten() for d in diagonals):
             places += alike
-            parts.append(_numbers(stacked, histograms).to(device))
+            parts.append(_numbers(stacked, histograms, entries).to(device))
         numbers = torch.cat(parts).tolist()
     known = len(STATISTICS)
     result = {}
@@ -180,7 +183,7 @@ def _require_real_tensors(layer_curvatures: Mapping[str, Tensor]) -> None:
             raise InvalidTypeError(f"the curvature of layer {name!r} must be a tensor of real numbers, got {got}.")
 
 
-def _numbers(given: Tensor, histograms: bool) -> Tensor:
+def _numbers(given: Tensor, histograms: bool, entries: int | None = None) -> Tensor:
     """Of each row, in float64: statistics, then low, high, sum, sum of squares and counts of the histogram.
 
     Nothing is read on the host. The operations are those that take least: of a million entries on a CPU, ``std`` and
@@ -201,7 +204,7 @@ def _numbers(given: Tensor, histograms: bool) -> Tensor:
     moments = [mean, std, values.amax(1), values.amin(1), total, *shares]
     if not histograms:
         return torch.stack(moments, 1)
-    logs = values.abs().log10()
+    logs = values[:, :: max(1, size // entries) if entries else 1].abs().log10()
     here = logs.isfinite()
     infinity = logs.new_full((), torch.inf)
     low, high = torch.where(here, logs, infinity).amin(1), torch.where(here, logs, -infinity).amax(1)

@@ -35,6 +35,7 @@ from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
+from .fisher_by_uses import by_uses
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
 from .heaviest import by_weight
@@ -173,6 +174,9 @@ def in_batches(
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
         return found | _by_weight(task, side.model_outputs, pairs, served, rest, weighted)
+    if rest and not traced.hooked:  # what is followed through the graph passes by its hooks
+        found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
+        rest = [layer for layer in rest if layer.name not in found]
     return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
 
 

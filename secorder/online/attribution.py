@@ -28,6 +28,7 @@ from ..layers.layout import Layout
 from ..layers.selection import Layer, sharded_parameter
 from ..layers.structure import independent_by_structure
 from ..layers.tying import Ties, tied_layers
+from ..layers.uses import Route
 from ..oneshot.independence import separating_masks
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
@@ -49,7 +50,6 @@ from .samples import (
     told,
 )
 from .use_rows import UseRows, rows_of_uses
-from .uses import Route
 
 __all__ = ["Attribution", "attribute", "merged"]
 
@@ -80,7 +80,7 @@ class Attribution:
         certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
         ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
         changing: the buffers that a forward overwrites.
-        routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.online.uses`.
+        routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.layers.uses`.
         hidden: layers whose operations cannot be followed, since a checkpoint computes them again.
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
         explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.

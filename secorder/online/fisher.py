@@ -26,6 +26,7 @@ from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer, sharded_parameter
+from ..layers.uses import pieces
 from ..oneshot.isolation import run_isolated
 from ..parallel.fsdp import local, over_ranks
 from .audit import Directions
@@ -37,7 +38,6 @@ from .rerun import rerun_gradients
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
 from .uncalled import Uncalled
-from .uses import pieces
 
 __all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly", "total_of"]
 

@@ -13,13 +13,13 @@ from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
 from ..layers.operations import OperationCall, per_sample_gradient
 from ..layers.selection import Layer
+from ..layers.uses import Piece, Use, Uses, carried, find_uses, hidden, reentrant
 from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
 from .fisher import quietly, total_of
 from .record import ForwardRecord
 from .relation import Verified, explain
-from .uses import Piece, Use, Uses, carried, find_uses, hidden, reentrant
 
 if TYPE_CHECKING:
     from .hooks import Attachment

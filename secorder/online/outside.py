@@ -4,12 +4,11 @@ from collections.abc import Callable, Sequence
 from itertools import combinations
 from typing import Any
 
-import torch
 from torch import nn
 
+from .._torch.engine import accumulate_node
+from .._torch.graph import users_of
 from .._torch.pytree import tensors_in
-from .._torch.vjp import gradients
-from ..errors import DoubleBackwardError
 from ..layers.selection import Layer
 from ..oneshot.isolation import IsolatedModel, isolate
 
@@ -47,15 +46,10 @@ def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) 
         together = one.rule is not None and other.rule is not None  # see tied_layers
         if not together and _apart(one.enclosing, other.enclosing) and share_parameters(one, other):
             outside |= {one.name, other.name}
-    ends = [t for t in tensors_in(output) if t.requires_grad]
-    replacements = [(layer.name, s) for layer in layers for s in isolated.replacements(layer)]
-    if not ends or not replacements:
-        return outside
-    try:
-        reached = gradients(ends, [s for _, s in replacements], [torch.ones_like(t) for t in ends])
-    except DoubleBackwardError:  # a reentrant checkpoint; the audit remains
-        return outside
-    return outside | {name for (name, _), r in zip(replacements, reached, strict=True) if r is not None}
+    reached = users_of(tensors_in(output))
+    return outside | {
+        layer.name for layer in layers if any(accumulate_node(s) in reached for s in isolated.replacements(layer))
+    }
 
 
 def share_parameters(one: Layer, other: Layer) -> bool:

@@ -35,10 +35,10 @@ from .._torch.saved_tensors import checkpoint_section
 from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.selection import Layer
+from ..layers.uses import Uses
 from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
-from .uses import Uses
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 

@@ -20,7 +20,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
 from . import peers
+from .architectures import architectures
 from .timing import Results, alternate
 from .workloads import WORKLOADS, Workload, mlp
 
@@ -37,7 +38,11 @@ OPTIMIZERS: dict[str, peers.Optimizer] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-5),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=1e-5),
 }
+WORKS = ("online", "architectures", "fisher", "exact", "stochastic")
 Contestants = dict[str, Callable[[], object]]
+
+#: Workloads of which all layers are looked at, not those of the default types alone.
+EVERY_LAYER: dict[str, Literal["all"]] = {"transformer": "all"}
 
 
 def entered(contestants: Contestants, name: str, make: Callable[[], Callable[[], object]]) -> str | None:
@@ -76,7 +81,7 @@ def passive_fisher(results: Results, key: str, repeats: int) -> None:
             model = copy.deepcopy(work.model)
             step = training_step(work, model, make)
             contestants[name] = step if "every" not in options else lambda step=step: [step() for _ in range(10)]
-            probes.append(CurvatureProbe(model, **options))
+            probes.append(CurvatureProbe(model, EVERY_LAYER.get(key), **options))
         refused = {}
         others = {
             "BackPACK SumGradSquared": lambda m=make: peers.backpack_step(work, m, "SumGradSquared"),
@@ -92,6 +97,51 @@ def passive_fisher(results: Results, key: str, repeats: int) -> None:
         results.show(f"Online Fisher per training step, {optimizer}", work.name, times, refused=refused)
         for probe in probes:
             probe.detach()
+
+
+def first_steps(results: Results, key: str, repeats: int, steps: int = 100) -> None:
+    """The mean over the first steps of a training, in which batches are looked at to see where samples are."""
+    work = WORKLOADS[key]()
+
+    def training(*, probed: bool) -> Callable[[], None]:
+        def run() -> None:
+            model = copy.deepcopy(work.model)
+            step = training_step(work, model, OPTIMIZERS["SGD"])
+            probe = CurvatureProbe(model, EVERY_LAYER.get(key)) if probed else None
+            for _ in range(steps):
+                step()
+            if probe is not None:
+                probe.detach()
+
+        return run
+
+    contestants: Contestants = {"bare step": training(probed=False), "secorder": training(probed=True)}
+    times = {name: seconds / steps for name, seconds in alternate(contestants, repeats, warm_up=1).items()}
+    results.show(f"Online Fisher, mean over the first {steps} steps", work.name, times)
+
+
+def compiled_fisher(results: Results, key: str, repeats: int) -> None:
+    """Steps of a compiled model: those that are recorded run as they are written, all others compiled."""
+    work = WORKLOADS[key]()
+    contestants: Contestants = {}
+    probes, refused = [], {}
+    for name, every in {"compiled step": 0, "secorder": 1, "secorder, every=10": 10}.items():
+        model: Any = torch.compile(copy.deepcopy(work.model))
+        step = training_step(work, model, OPTIMIZERS["SGD"])
+        try:
+            step()  # compiles
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+            continue
+        if every:
+            probes.append(CurvatureProbe(model, EVERY_LAYER.get(key), every=every))
+        contestants[name] = step if every < 10 else lambda step=step: [step() for _ in range(10)]
+    if "secorder, every=10" in contestants:
+        times = alternate(contestants, repeats)
+        times["secorder, every=10"] /= 10
+        results.show("Online Fisher of a compiled model", work.name, times, refused=refused)
+    for probe in probes:
+        probe.detach()
 
 
 def compared(
@@ -269,13 +319,13 @@ def main() -> None:
     """Print the tables, and write them as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--only", choices=("online", "fisher", "exact", "stochastic"), action="append")
+    parser.add_argument("--only", choices=WORKS, action="append")
     parser.add_argument("--device", default="cpu", help="where everything is made and runs: cpu, cuda")
     parser.add_argument("--workloads", nargs="*", choices=list(WORKLOADS))
     parser.add_argument("--json", type=Path, help="write the numbers to this file")
     parser.add_argument("--readme", type=Path, help="put the tables between the marks in this file")
     options = parser.parse_args()
-    only, repeats = options.only or ("online", "fisher", "exact", "stochastic"), options.repeats
+    only, repeats = options.only or WORKS, options.repeats
     warnings.filterwarnings("ignore")
     torch.set_default_device(options.device)
     results = Results(Console(width=110))
@@ -289,6 +339,11 @@ def main() -> None:
     if "online" in only:
         for key in chosen("mlp-wide", "mlp-relu", "mlp-small", "transformer", "cnn", "resnet18"):
             passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
+        for key in chosen("mlp-relu", "transformer"):
+            first_steps(results, key, max(1, repeats // 3))
+            compiled_fisher(results, key, 2 * repeats)
+    if "architectures" in only and not options.workloads:
+        architectures(results, repeats)
     if "fisher" in only:
         for key in chosen("mlp-relu", "cnn", "transformer", "lstm"):
             one_shot_fisher(results, key, repeats)

@@ -234,7 +234,11 @@ def architectures(results: Results, repeats: int, only: str = "") -> None:
         if only and only.lower() not in name.lower():
             continue
         torch.manual_seed(0)
-        bare = _step(*make())
+        try:
+            bare = _step(*make())
+        except ImportError as error:  # transformers is no dependency
+            results.show("Online Fisher of an architecture", name, {}, refused={"bare step": str(error)})
+            continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             default, everything = _Watched(make, None), _Watched(make, "all")

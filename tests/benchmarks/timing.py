@@ -63,7 +63,7 @@ class Results:
         table = Table(title=f"{work}: {workload}", title_justify="left")
         for column in ("contestant", "median", "ratio", "rel. error"):
             table.add_column(column, justify="left" if column == "contestant" else "right")
-        first = next(iter(times.values()))
+        first = next(iter(times.values()), 1.0)
         rows = []
         for name, seconds in times.items():
             error = (errors or {}).get(name)

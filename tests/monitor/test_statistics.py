@@ -96,3 +96,11 @@ def test_summaries_put_together_are_that_of_all_entries() -> None:
     assert all(math.isnan(bad.statistics[key]) for key in ("mean", "std", "max", "min", "trace"))
     assert bad.statistics["nonfinite"] == pytest.approx(1 / 3)
     assert math.isnan(merged([(0, summaries["3"])]).statistics["mean"])
+
+
+def test_the_histogram_of_a_part_of_the_entries() -> None:
+    values = torch.randn(1000).exp()
+    whole, part = (summarize({"a": values}, entries=entries)["a"] for entries in (None, 250))
+    assert part.statistics == whole.statistics
+    assert (sum(part.counts), sum(whole.counts)) == (250, 1000)
+    assert part.high == values[::4].max().log10().item()

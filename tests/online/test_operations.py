@@ -129,3 +129,26 @@ def test_low_precision_passes_the_audit() -> None:
             loss.backward()
         assert all(measured(probe).values())
         probe.fisher_diagonal()
+
+
+class Clamped(nn.Module):
+    """A table of places whose scaled rows have their gradient clamped, sample by sample as for all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.head = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.sin(self.places)
+        if places.requires_grad:
+            places.register_hook(lambda g: g * (g.abs() > 0.01))
+        found: Tensor = self.head(torch.tanh(x[:, None] + places).mean(1))
+        return found
+
+
+def test_hooks_of_the_model_on_what_is_followed() -> None:
+    model, examples = Clamped(), data()
+    with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        step(model, examples)
+        assert measured(probe) == {"": False}

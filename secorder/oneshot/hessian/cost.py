@@ -14,7 +14,7 @@ from .facts import Facts
 from .investigate import investigate
 from .trials import learn_seconds
 
-__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost"]
+__all__ = ["Cost", "LayerCost", "base_bytes", "estimate_cost", "layer_cost"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,19 @@ class Cost(dict[str, LayerCost]):
 
     Attributes:
         overhead: seconds of what is done once for all layers: forwards, gradients, checks.
+        base_bytes: memory besides products, about: graphs, copies of the outputs, results.
         num_batches: batches of a data set, each of which takes that long.
     """
 
     overhead: float
+    base_bytes: int
     num_batches: int
 
-    def __init__(self, layers: Mapping[str, LayerCost], overhead: float, num_batches: int = 1) -> None:
+    def __init__(self, layers: Mapping[str, LayerCost], overhead: float, base_bytes: int) -> None:
         super().__init__(layers)
         self.overhead = overhead
-        self.num_batches = num_batches
+        self.base_bytes = base_bytes
+        self.num_batches = 1
 
     @property
     def seconds(self) -> float:
@@ -61,8 +64,8 @@ class Cost(dict[str, LayerCost]):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the largest batch of products, about."""
-        return max((cost.num_bytes for cost in self.values()), default=0)
+        """Memory that it will take beyond the model's own, about."""
+        return self.base_bytes + max((cost.num_bytes for cost in self.values()), default=0)
 
     def __repr__(self) -> str:
         return f"Cost({self.seconds:.3g} s, {self.num_bytes / 1e6:.3g} MB, {super().__repr__()})"
@@ -97,7 +100,21 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
-    return Cost(costs, overhead)
+    most = max(found.facts.values(), key=lambda f: f.passed)
+    return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
+
+
+def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
+    """Memory besides products, about.
+
+    Args:
+        task: the measurement.
+        outputs: numbers of the model's output.
+        passed: numbers that are kept of a forward.
+    """
+    parameters = [p for layer in task.layers for p in layer.parameters.values()]
+    size = max(p.element_size() for p in parameters)
+    return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))
 
 
 def _expected_draws(budget: Budget, relative: float, seconds: float, chosen: dict[str, Choice]) -> float:

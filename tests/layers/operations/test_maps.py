@@ -10,7 +10,7 @@ from secorder._torch.engine import accumulate_node
 from secorder._torch.graph import users_of
 from secorder.layers.operations import MAPS
 from secorder.layers.per_sample import Outer, dense
-from secorder.online.uses import carried
+from secorder.layers.uses import carried
 
 MAPPED: list[tuple[Callable[[Tensor], Tensor], int]] = [
     (lambda p: p.t(), 1),

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder._torch.graph import users_of
 from secorder.layers.layout import Layout
 from secorder.layers.per_sample import Outer
-from secorder.online.uses import find_uses, hidden, layouts_of, pieces, reentrant
+from secorder.layers.uses import find_uses, hidden, layouts_of, pieces, reentrant
 
 
 def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
@@ -52,3 +52,19 @@ def test_pieces_of_one_form_are_put_together() -> None:
     found = pieces([[("w", outer(1)), ("b", torch.ones(2, 3))], [("w", outer(2)), ("b", torch.ones(2, 3))]])
     assert [part.g.shape[2] for part in found["w"]] == [3]
     assert torch.equal(found["b"][0], torch.full((2, 3), 2.0))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return 2 * g
+
+
+def test_a_function_of_the_users_own_cannot_be_asked() -> None:
+    assert routes(Doubled.apply(torch.randn(3, requires_grad=True)) * 2, set()) == []
+    w = torch.randn(3, requires_grad=True)
+    assert routes(Doubled.apply(w) * 2, set(), w=w) is None

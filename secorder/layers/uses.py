@@ -17,10 +17,10 @@ from torch import Tensor
 
 from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Output, Users, can_be_run, outputs_of, recomputed, run_node, shape_of
-from ..layers.layout import Layout
-from ..layers.operations import MAPS
-from ..layers.operations.registry import each
-from ..layers.per_sample import Outer, PerSample, Rows, dense, merge
+from .layout import Layout
+from .operations import MAPS, OPERATIONS
+from .operations.registry import each
+from .per_sample import Outer, PerSample, Rows, dense, merge
 
 __all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
 
@@ -79,7 +79,8 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
     """The uses of a layer's parameters, where these routes are followed further.
 
     Returns:
-        None where a parameter reaches the end of the graph, or its uses are too many to follow.
+        None where a parameter reaches the end of the graph, its uses are too many to follow, or one of them has no
+        rule, and no backward that could be run by itself.
     """
     leaves = {accumulate_node(p): name for name, p in parameters.items()}
     found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
@@ -101,6 +102,8 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
                     found.followed[user] = here
                     waiting.append(user)
                 continue
+            if not can_be_run(user) and name not in OPERATIONS:
+                return None
             use = uses.setdefault(user, Use(user))
             use.routes.append(here)
             use.sources[index] = (node, user.next_functions[index][1])

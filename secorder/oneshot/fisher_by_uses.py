@@ -1,0 +1,123 @@
+"""The Fisher of layers without a rule, by the operations that take their parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._torch.graph import outputs_of, users_of
+from .._torch.sample_graph import inner_size, samples_in_nodes
+from ..errors import DoubleBackwardError
+from ..layers.contraction import contract, contract_sum
+from ..layers.dtypes import compute_dtype
+from ..layers.layout import DIM_ZERO
+from ..layers.operations import OperationCall, per_sample_gradient
+from ..layers.per_sample import PerSample, dense, with_cotangents
+from ..layers.selection import Layer
+from ..layers.uses import Route, Uses, carried, hidden, pieces, reentrant
+from ..results import LayerInfo, Strategy
+from .fisher_pairs import Found
+from .measurement import Measurement
+from .output_hessian import expose_output
+from .recorded_layer import require_linear_backward
+from .roots import Columns
+from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
+
+__all__ = ["by_uses"]
+
+
+def by_uses(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
+    """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
+
+    Args:
+        task: the measurement.
+        layers: the layers.
+        pairs: the cotangents on the model's output.
+        linear: demand that the backward pass be linear in them.
+    """
+    if task.create_graph or task.num_samples == 1:
+        return {}
+    model_outputs: list[Tensor] = []
+    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
+    users = users_of(model_outputs)
+    parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
+    sizes = [inner_size(f.shape, 0) for f in model_outputs]
+    told = samples_in_nodes(model_outputs, sizes, task.num_samples)
+    evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, told)
+    routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
+    try:
+        found = {} if reentrant(users) else follow_uses(users, parameters, evidence, routes, known=False)
+    except DoubleBackwardError:
+        return {}
+    usable = {name: uses for name, uses in found.items() if uses is not None and uses.uses and not hidden(uses)}
+    mine = [x for x in layers if x.name in usable]
+    if not mine:
+        return {}
+    if linear and not task.certain:
+        ends = [s for x in mine for s in task.isolated.replacements(x)]
+        require_linear_backward(model_outputs, ends, pairs, task.generator)
+    totals = {
+        x.name: [torch.zeros(p.numel(), dtype=compute_dtype(x), device=p.device) for p in x.parameters.values()]
+        for x in mine
+    }
+    for k in range(pairs.num_columns):
+        some = pairs.columns(range(k, k + 1))
+        left = _pulled_back(task, model_outputs, mine, usable, evidence, some.u[0])
+        right = left if some.v is None else _pulled_back(task, model_outputs, mine, usable, evidence, some.v[0])
+        sign = None if some.sign is None else some.sign[0]
+        for layer in mine:
+            for (name, p), total in zip(layer.parameters.items(), totals[layer.name], strict=True):
+                u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
+                if u:
+                    _add(total, u, v, sign, p.numel())
+    info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
+    return {name: (values, info) for name, values in totals.items()}
+
+
+def _pulled_back(
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    layers: Sequence[Layer],
+    usable: dict[str, Uses],
+    evidence: Evidence,
+    cotangent: Tensor,
+) -> dict[str, dict[str, list[PerSample]]]:
+    """By layer and parameter, the per-sample gradients of one cotangent (N, C) on the outputs."""
+    parts = cotangent.split([f[0].numel() for f in model_outputs], 1)
+    cotangents = [part.reshape(f.shape).to(f.dtype) for part, f in zip(parts, model_outputs, strict=True)]
+    every = list(dict.fromkeys(use.node for uses in usable.values() for use in uses.uses))
+    outputs = [(node, output) for node in every for output in outputs_of(node)]
+    found = gradients_at(model_outputs, outputs, cotangents)
+    on_outputs: dict[object, list[Tensor | None]] = {node: [] for node in every}
+    for (node, _), g in zip(outputs, found, strict=True):
+        on_outputs[node].append(g)
+    result = {}
+    with torch.no_grad():
+        for layer in layers:
+            uses, brought = usable[layer.name], []
+            for use in uses.uses:
+                own = on_outputs[use.node]
+                if all(g is None for g in own):
+                    continue
+                layouts = [x for x in evidence.layouts[use.node] if x is not None]
+                call = OperationCall(use.node, own, layouts, task.num_samples, compute_dtype(layer))
+                for index, source in use.sources.items():
+                    part = per_sample_gradient(call, index)
+                    brought.append(list(carried(part, source, uses.leaves, uses.followed)))
+            result[layer.name] = pieces(brought)
+    return result
+
+
+def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int) -> None:
+    """Add Σ_n u_n ⊙ v_n sign_n to the total."""
+    if v is u and sign is None:
+        contract_sum(u, numel=numel, out=total)
+    elif len(u) == 1:
+        right = (
+            v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
+        )
+        contract(u[0], right, numel=numel, out=total)
+    else:
+        left, right = (torch.stack([dense(part, numel) for part in parts]).sum(0) for parts in (u, v))
+        products = left * right if sign is None else left * right * sign.to(left)[:, None]
+        total.add_(products.sum(0))

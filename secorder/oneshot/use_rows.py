@@ -1,0 +1,207 @@
+"""Which operations parameters meet the samples in, and where the samples are there: verified on one graph.
+
+As for layers: random cotangents on the model's outputs, weighted sample by sample, must come back weighted by the same
+factors in the rows of the gradient on an operation's output. An operation of which that does not hold owns no samples:
+it is followed to what takes its output.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .._torch.graph import Node, Output, Users, outputs_of
+from .._torch.sample_graph import inner_size
+from .._torch.vjp import gradients
+from ..layers.dtypes import rounding
+from ..layers.layout import Layout
+from ..layers.uses import Route, Uses, find_uses, layouts_of
+from .independence import over_samples
+
+__all__ = ["ByCotangents", "Evidence", "follow_uses", "gradients_at"]
+
+#: How often further operations are looked at.
+ROUNDS = 24
+
+Parameters = Mapping[str, Mapping[str, Tensor]]
+
+
+def follow_uses(
+    users: Users, parameters: Parameters, evidence: "Evidence", routes: dict[str, frozenset[Route]], *, known: bool
+) -> dict[str, Uses | None]:
+    """The uses of each layer, once no operation is left that owns no samples; None where they cannot be followed.
+
+    Args:
+        users: the graph.
+        parameters: by layer and name, as the graph has them.
+        evidence: of where samples are.
+        routes: by layer, those that are followed; further ones are entered.
+        known: whether these are likely to be all.
+    """
+    ahead = 0 if known else evidence.ahead
+    found: dict[str, Uses | None] = {}
+    waiting = set(parameters)
+    for _ in range(ROUNDS):
+        for name in waiting:
+            found[name] = find_uses(users, parameters[name], routes[name])
+        nodes = [use.node for name in waiting for use in (found[name] or Uses({}, {})).uses]
+        evidence.judge(_with_users(users, nodes, ahead))
+        ahead = evidence.ahead
+        further = set()
+        for name in waiting:
+            uses = found[name]
+            shared = [use for use in uses.uses if None in evidence.layouts[use.node]] if uses is not None else []
+            if shared:
+                routes[name] |= {route for use in shared for route in use.routes}
+                further.add(name)
+        waiting = further
+        if not waiting:
+            return found
+    return {**found, **dict.fromkeys(waiting)}
+
+
+def _with_users(users: Users, nodes: Sequence[Node], steps: int) -> list[Node]:
+    found = dict.fromkeys(nodes)
+    last = list(found)
+    for _ in range(steps):
+        last = [user for node in last for user, _ in users[node] if user not in found]
+        found.update(dict.fromkeys(last))
+    return list(found)
+
+
+class Evidence:
+    """Where samples are in what operations computed.
+
+    Attributes:
+        layouts: by operation, the layout of each output; None where there is none, so that no sample owns its rows.
+        moved: operations that the model's output depends on.
+        ahead: how many operations behind those that are asked about are looked at with them.
+    """
+
+    ahead = 0
+
+    def __init__(self) -> None:
+        self.layouts: dict[Node, list[Layout | None]] = {}
+        self.moved: set[Node] = set()
+
+    def judge(self, nodes: Sequence[Node]) -> None:
+        """Find the layouts of operations."""
+        new = [node for node in nodes if node not in self.layouts]
+        outputs = [(node, output) for node in new for output in outputs_of(node)]
+        self.layouts.update((node, []) for node in new)
+        if outputs:
+            for (node, _), layout in zip(outputs, self._judge(outputs), strict=True):
+                self.layouts[node].append(layout)
+
+    def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
+        raise NotImplementedError
+
+
+def gradients_at(
+    ends: Sequence[Tensor], outputs: Sequence[tuple[Node, Output]], cotangents: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """The gradients on what nodes computed, as every hook on it leaves them; None where it is not reached.
+
+    What ``torch.autograd.grad`` hands out is that, but of a node that it goes on behind it is the gradient before.
+    """
+    seen: dict[Node, tuple[Tensor | None, ...]] = {}
+    nodes = dict.fromkeys(node for node, _ in outputs)
+    handles = [node.register_prehook(partial(seen.__setitem__, node)) for node in nodes]
+    try:
+        found = gradients(ends, [GradientEdge(node, o.number) for node, o in outputs], cotangents)  # type: ignore[misc]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [seen[node][o.number] if node in seen else g for (node, o), g in zip(outputs, found, strict=True)]
+
+
+class ByCotangents(Evidence):
+    """By random cotangents on the model's outputs.
+
+    Args:
+        ends: the outputs, and where the samples are in them.
+        count: number of samples.
+        generator: of random numbers.
+        told: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
+    """
+
+    def __init__(
+        self,
+        ends: Sequence[tuple[Tensor, Layout]],
+        count: int,
+        generator: torch.Generator,
+        told: Mapping[tuple[Node, int], int | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.told = told or {}
+        self.outputs, self.count = [f for f, _ in ends], count
+        self.plain = [torch.randn(f.shape, generator=generator, device="cpu").to(f) for f in self.outputs]
+        draws = 3 if any(torch.finfo(f.dtype).bits < 32 for f in self.outputs) else 1
+        self.weights = [0.5 + torch.randn(count, generator=generator, device="cpu").abs() for _ in range(draws)]
+        self.scaled = [
+            [c * over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, ends, strict=True)]
+            for w in self.weights
+        ]
+
+    def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
+        by_graph = [self._by_graph(node, output) for node, output in outputs]
+        rest = [
+            i for i, (node, _) in enumerate(outputs) if by_graph[i] is None and not (self.told and _of_leaves(node))
+        ]
+        for i, layout in zip(rest, self._by_gradients([outputs[i] for i in rest]) if rest else (), strict=True):
+            by_graph[i] = layout
+        return by_graph
+
+    def _by_graph(self, node: Node, output: Output) -> Layout | None:
+        inner = self.told.get((node, output.number))
+        options = () if inner is None else layouts_of(output.shape, self.count)
+        return next((o for o in options if _inner_size(o, output.shape) == inner), None)
+
+    def _by_gradients(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
+        plain = gradients_at(self.outputs, outputs, self.plain)
+        alike: dict[tuple[int, ...], list[int]] = {}  # the steps of a recurrent layer are looked at together
+        for i, ((_, output), g) in enumerate(zip(outputs, plain, strict=True)):
+            if g is not None:
+                alike.setdefault(output.shape, []).append(i)
+        options = [layouts_of(output.shape, self.count) for _, output in outputs]
+        before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
+        for weights, cotangents in zip(self.weights, self.scaled, strict=True):
+            scaled = gradients_at(self.outputs, outputs, cotangents)
+            for shape, ids in alike.items():
+                after = torch.stack([scaled[i] for i in ids])  # type: ignore[misc]
+                for layout in layouts_of(shape, self.count):
+                    holds = _scale(before[shape], after, weights, layout)
+                    for i, held in zip(ids, holds.tolist(), strict=True):
+                        if not held and layout in options[i]:
+                            options[i].remove(layout)
+        for shape, ids in alike.items():
+            moved = (before[shape].reshape(len(ids), -1) != 0).any(1).tolist()
+            self.moved |= {outputs[i][0] for i, here in zip(ids, moved, strict=True) if here}
+        return [next(iter(choices), None) for choices in options]
+
+
+def _of_leaves(node: Node) -> bool:
+    """Whether an operation takes leaves alone: where the graph tells no samples, it is followed without a look."""
+    return all(hasattr(before, "variable") for before, _ in node.next_functions if before is not None)
+
+
+def _inner_size(layout: Layout, shape: Sequence[int]) -> int:
+    return inner_size(shape, layout.dim, layout.rows if layout.sample_major else 1)
+
+
+def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Tensor:
+    """Of each of stacked gradients, whether weighting the samples has weighted their rows, to rounding."""
+    inner = layout._replace(dim=layout.dim + 1)
+
+    def split(stacked: Tensor) -> Tensor:
+        by_sample = inner.split(stacked).movedim(1 if layout.rows == 1 else 2, 0)
+        return by_sample.reshape(*by_sample.shape[:2], -1)
+
+    before, after = split(plain), split(scaled)
+    if not before.numel():
+        return torch.ones(len(plain), dtype=torch.bool)
+    expected = before * weights.to(before)[:, None]
+    bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
+    return ((after - expected).abs() <= bound).flatten(1).all(1)

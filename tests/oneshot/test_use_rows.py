@@ -1,0 +1,28 @@
+"""Where samples are in the operations that parameters meet them in: by the graph, and by random cotangents."""
+
+import pytest
+import torch
+
+from secorder._torch.graph import users_of
+from secorder._torch.sample_graph import samples_in_nodes
+from secorder.layers.layout import DIM_ZERO, Layout
+from secorder.oneshot.use_rows import ByCotangents, follow_uses
+
+from ..helpers import seeded
+
+N, T = 4, 3
+
+
+@pytest.mark.parametrize("by_graph", [True, False])
+def test_layouts_of_uses(by_graph: bool) -> None:
+    x, table, w = torch.randn(N * T, 5), torch.randn(T, 5, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+    z = torch.tanh((x.view(N, T, 5) + 2 * table.exp()).view(-1, 5) @ w).view(N, T, 2).sum(1)
+    told = samples_in_nodes([z], [2], N) if by_graph else None
+    evidence = ByCotangents([(z, DIM_ZERO)], N, seeded(), told)
+    routes = {"table": frozenset(), "w": frozenset()}
+    found = follow_uses(users_of([z]), {"table": {"table": table}, "w": {"w": w}}, evidence, routes, known=False)
+    (use,) = found["w"].uses
+    assert evidence.layouts[use.node] == [Layout(0, T)]
+    (use,) = found["table"].uses
+    assert (use.node.name(), evidence.layouts[use.node]) == ("AddBackward0", [Layout(0)])
+    assert routes["table"] == {("table", "ExpBackward0 0"), ("table", "ExpBackward0 0", "MulBackward0 0")}
