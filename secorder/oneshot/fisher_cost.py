@@ -11,7 +11,7 @@ from .fisher import Trial, in_batches
 from .fisher_by_loop import one_sample
 from .fisher_pairs import FisherType, Found
 from .hessian.choice import Choice
-from .hessian.cost import Cost, layer_cost
+from .hessian.cost import Cost, base_bytes, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .recording import recorded
@@ -70,7 +70,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int) -> C
         if strategy == Strategy.LOOP:
             seconds = task.num_samples * sample * columns / (len(task.layers) - len(timed.strategies))
         costs[layer.name] = layer_cost(task, facts, Choice(strategy, products, products), seconds)
-    return Cost(costs, timed.overhead)
+    return Cost(costs, timed.overhead, base_bytes(task, passed, passed + sum(leaves.values())))
 
 
 def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
@@ -90,7 +90,7 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     if one.of <= 1:
         return _Timed(strategies, one.of, first, 0.0)
     longer = seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
-    seconds = max(longer - first, 0.0) / (min(SOME, one.of) - 1)
+    seconds = max(longer - first, 1e-9) / (min(SOME, one.of) - 1)
     return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
 
 

@@ -16,7 +16,7 @@ from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
 from .hessian.choice import Choice
-from .hessian.cost import Cost, LayerCost, estimate_cost, layer_cost
+from .hessian.cost import Cost, LayerCost, base_bytes, estimate_cost, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .operators import Operator, ProductInZ, operators
@@ -79,9 +79,13 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
         strategy, seconds = timed[name]
         products = 0 if strategy == Strategy.UNUSED else min(max_iterations, sizes[name].numel)
         exact = 0 if strategy == Strategy.UNUSED else sizes[name].numel
-        return layer_cost(task, sizes[name], Choice(strategy, products, exact), products * seconds)
+        found = layer_cost(task, sizes[name], Choice(strategy, products, exact), products * seconds)
+        like = next(iter(next(x for x in task.layers if x.name == name).parameters.values()))
+        kept = 2 * products * sizes[name].numel * like.element_size()  # Lanczos' vectors
+        return replace(found, num_bytes=found.num_bytes + kept)
 
-    return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead)
+    passed = sum(facts.output_elements for facts in sizes.values())
+    return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead, base_bytes(task, passed, passed))
 
 
 def _iterations(product: Operator, start: Tensor, count: int) -> None:

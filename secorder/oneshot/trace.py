@@ -1,5 +1,6 @@
 """Traces of each layer's block, by the same strategies as diagonals."""
 
+import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._torch.pytree import tensors_in
 from .._torch.vjp import default_chunk_size
 from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
@@ -53,7 +55,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     """
     if of == "hessian":
         estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
-    elif budget.method == "hutchinson":
+    elif budget.method == "hutchinson" or (of == "ggn" and _takes_long(task, budget)):
         estimates = {}
         total = budget.num_draws * len(task.layers)
         with (
@@ -79,6 +81,17 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
         for index, name in enumerate(names):
             found[name] = _trace(estimate, index, budget)
     return found
+
+
+def _takes_long(task: Measurement, budget: Budget) -> bool:
+    """Whether a column for each output is more than the budget affords, by the time that a forward takes."""
+    if budget.method == "exact":
+        return False
+    start = time.perf_counter()
+    output, _ = task.loss()
+    seconds = time.perf_counter() - start
+    outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    return not budget.affords(outputs // task.num_samples, outputs, 2 * seconds)
 
 
 def _sizes(layer: Layer) -> list[int]:
@@ -114,7 +127,8 @@ def _drawn(
         return _sums(by)(list(products.split(_sizes(layer), 1)))
 
     size = default_chunk_size(sum(_sizes(layer)), like, task.chunk_size)
-    return average(draw, _nothing(layer, by), budget, size, advance)
+    seconds = budget.draw_seconds / len(task.layers)
+    return average(draw, _nothing(layer, by), budget, size, advance, seconds=seconds)
 
 
 def _trace(estimate: Estimate, index: int, budget: Budget) -> Trace:

@@ -29,6 +29,17 @@ def test_exact_traces_are_sums_of_diagonals(of: Any, by: Any) -> None:
     assert all((t.standard_error, t.num_draws, t.converged) == (0.0, 0, True) for t in found.values())
 
 
+def test_a_ggn_of_many_outputs_is_drawn() -> None:
+    """More than are afforded, not by the number of layers."""
+    model, batch = make(), data()
+    found = [
+        measured(lambda task, most=most: traces(task, Budget("auto", 16, max_hvps=most), of="ggn"), model, batch)["0"]
+        for most in (2, 3)
+    ]
+    assert [t.num_draws for t in found] == [16, 0]
+    assert abs(found[0].value - found[1].value) < 5 * found[0].standard_error
+
+
 @pytest.mark.parametrize("of", ["hessian", "ggn"])
 def test_draws_tell_their_number_and_whether_they_sufficed(of: Any) -> None:
     model, batch = mlp(), data()

@@ -9,12 +9,13 @@ from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
 from .budget import Budget
+from .chain import CHAIN_BYTES, seconds_of_chain, shortened
 from .choice import Choice, choose, seconds_of_draws
 from .facts import Facts
 from .investigate import investigate
 from .trials import learn_seconds
 
-__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost"]
+__all__ = ["Cost", "LayerCost", "base_bytes", "estimate_cost", "layer_cost"]
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,19 @@ class Cost(dict[str, LayerCost]):
 
     Attributes:
         overhead: seconds of what is done once for all layers: forwards, gradients, checks.
+        base_bytes: memory besides products, about: graphs, copies of the outputs, results.
         num_batches: batches of a data set, each of which takes that long.
     """
 
     overhead: float
+    base_bytes: int
     num_batches: int
 
-    def __init__(self, layers: Mapping[str, LayerCost], overhead: float, num_batches: int = 1) -> None:
+    def __init__(self, layers: Mapping[str, LayerCost], overhead: float, base_bytes: int) -> None:
         super().__init__(layers)
         self.overhead = overhead
-        self.num_batches = num_batches
+        self.base_bytes = base_bytes
+        self.num_batches = 1
 
     @property
     def seconds(self) -> float:
@@ -61,15 +65,22 @@ class Cost(dict[str, LayerCost]):
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the largest batch of products, about."""
-        return max((cost.num_bytes for cost in self.values()), default=0)
+        """Memory that it will take beyond the model's own, about."""
+        return self.base_bytes + max((cost.num_bytes for cost in self.values()), default=0)
 
     def __repr__(self) -> str:
         return f"Cost({self.seconds:.3g} s, {self.num_bytes / 1e6:.3g} MB, {super().__repr__()})"
 
 
 #: Strategies whose products end in z.
-_IN_Z = (Strategy.COLUMNS, Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.OUTPUT_PRODUCTS, Strategy.RULE)
+_IN_Z = (
+    Strategy.COLUMNS,
+    Strategy.CHAIN,
+    Strategy.OUTPUT_BASIS,
+    Strategy.OUTPUT_DRAWS,
+    Strategy.OUTPUT_PRODUCTS,
+    Strategy.RULE,
+)
 
 
 def estimate_cost(task: Measurement, budget: Budget) -> Cost:
@@ -83,11 +94,17 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         overhead = time.perf_counter() - start
         relative = learn_seconds(task, found, budget, draws=True)
         chosen = choose(list(found.facts.values()), budget)
+    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
+    by_chain = 0.0
+    if carried and found.chain is not None:
+        by_chain = seconds_of_chain(task, shortened(found.chain, carried)) / len(carried)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
         facts, choice = found.facts[layer.name], chosen[layer.name]
-        if choice.strategy == Strategy.COLUMNS:
+        if choice.strategy == Strategy.CHAIN:
+            seconds = by_chain
+        elif choice.strategy == Strategy.COLUMNS:
             seconds = choice.products * facts.seconds_by_column / served
         elif choice.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
             draws = _expected_draws(budget, relative.get(layer.name, 0.0), facts.seconds_by_draw, chosen)
@@ -97,7 +114,21 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
-    return Cost(costs, overhead)
+    most = max(found.facts.values(), key=lambda f: f.passed)
+    return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
+
+
+def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
+    """Memory besides products, about.
+
+    Args:
+        task: the measurement.
+        outputs: numbers of the model's output.
+        passed: numbers that are kept of a forward.
+    """
+    parameters = [p for layer in task.layers for p in layer.parameters.values()]
+    size = max(p.element_size() for p in parameters)
+    return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))
 
 
 def _expected_draws(budget: Budget, relative: float, seconds: float, chosen: dict[str, Choice]) -> float:
@@ -117,4 +148,6 @@ def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float =
     like = next(iter(layer.parameters.values()))
     batch = min(max(choice.products, 1), default_chunk_size(elements, like, task.chunk_size))
     num_bytes = 4 * batch * elements * like.element_size()
+    if choice.strategy == Strategy.CHAIN:
+        num_bytes = max(num_bytes, min(CHAIN_BYTES, 3 * task.num_samples * facts.outputs**2 * like.element_size()))
     return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

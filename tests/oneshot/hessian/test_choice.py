@@ -166,7 +166,7 @@ def test_the_whole_cost() -> None:
             assert cost.seconds == pytest.approx(cost.overhead + sum(c.seconds for c in cost.values()))
             assert cost.overhead > 0
             assert cost["0"].seconds > 0 or quantity == "fisher"  # the difference of two trials
-            assert cost.num_bytes == max(c.num_bytes for c in cost.values())
+            assert cost.num_bytes == cost.base_bytes + max(c.num_bytes for c in cost.values())
             assert f"{cost.seconds:.3g} s" in repr(cost)
         cost = probe.estimate_cost(F.cross_entropy, loader)
         assert (cost.num_batches, cost.seconds) == (3, 3 * (cost.overhead + sum(c.seconds for c in cost.values())))
@@ -174,6 +174,7 @@ def test_the_whole_cost() -> None:
             probe.estimate_cost(F.cross_entropy, iter(loader))
 
 
+@pytest.mark.usefixtures("no_chain")
 def test_what_takes_long_is_timed_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which every product takes a second."""
     monkeypatch.setattr(
