@@ -95,7 +95,7 @@ class CurvatureRecorder:
         sinks: Any = None,
         *,
         log_every: int | None = 10,
-        norms_every: int | None = 10,
+        norms_every: int | None = 50,
         histograms_every: int | None = 100,
         hessian_every: int | None = None,
         traces_every: int | None = None,
@@ -131,7 +131,8 @@ class CurvatureRecorder:
         self._strict = strict
         self._failed: set[str] = set()
         self._log = CurvatureLog(sinks, strict=strict)
-        self._norms = Norms(probe.layer_parameters) if norms_every is not None else None
+        self._layers = probe.layer_parameters
+        self._norms = Norms(self._layers) if norms_every is not None else None
         self._findings = RunningFindings(on_finding)
         self._steps = 0
         self._steps_of_window = 0
@@ -216,9 +217,8 @@ class CurvatureRecorder:
         self._loss = (0.0, 0)
         if count:
             point.add({WHOLE_MODEL: {"loss": float(total) / count}})
-        rates = self._learning_rates()
-        if rates:
-            point.add({WHOLE_MODEL: {"learning_rate": max(rates.values())}})
+        if self._optimizer is not None:
+            point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
         source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
         if not source.num_samples:
@@ -293,8 +293,8 @@ class CurvatureRecorder:
         if self._optimizer is None:
             return {}
         by_parameter = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
-        layers = self._probe.layer_parameters
-        rates = {name: [by_parameter[id(p)] for p in group if id(p) in by_parameter] for name, group in layers.items()}
+        known = {name: [p for p in group if id(p) in by_parameter] for name, group in self._layers.items()}
+        rates = {name: [by_parameter[id(p)] for p in group] for name, group in known.items()}
         return {name: max(group) for name, group in rates.items() if group}
 
     # ---- what was logged

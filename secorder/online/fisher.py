@@ -196,10 +196,12 @@ class OnlineFisher:
         if not came:
             return
         calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
-        if layer.by_operations:
-            self._deliver_pieces(record, layer, pieces(calls), [total for _, _, total in came])
+        forms = pieces(calls) if layer.by_operations else {}
+        if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
+            self._deliver_pieces(record, layer, forms, [total for _, _, total in came])
             return
-        gradients = self._gradients(layer, calls, layouts)
+        gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
+        gradients = gradients or self._gradients(layer, calls, layouts)
         products = self._explain(record, layer, gradients)
         totals: list[Tensor | None] = [total for _, _, total in came]
         if record.weights is not None:

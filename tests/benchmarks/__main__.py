@@ -348,7 +348,7 @@ def main() -> None:
         for key in chosen("mlp-relu", "cnn", "transformer", "lstm"):
             one_shot_fisher(results, key, repeats)
     if "exact" in only:
-        for key in chosen("mlp-small", "mlp-tanh", "mlp-relu", "cnn"):
+        for key in chosen("mlp-small", "mlp-tanh", "mlp-deep", "mlp-narrow", "mlp-relu", "cnn"):
             exact_hessian(results, key, repeats)
         for key in chosen("resnet18"):
             hessian_against_type_2(results, key, max(1, repeats // 4))

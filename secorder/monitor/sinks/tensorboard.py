@@ -15,6 +15,9 @@ __all__ = ["TensorBoardSink", "layout"]
 #: From how many decades between the smallest and the largest layer on a statistic has a twin of logarithms.
 DECADES = 1.0
 
+#: Layers at most of a statistic that has one: of more, nobody reads charts, and the heat map is logarithmic.
+MOST_TWINS = 256
+
 #: What the name of a statistic's twin ends with.
 TWIN = "_log10"
 
@@ -64,7 +67,8 @@ class TensorBoardSink:
             known = self._layers.setdefault(statistic, [])
             unknown = values.keys() - set(known) if len(known) != len(values) or known != list(values) else ()
             known += [layer for layer in values if layer in unknown]
-            spans = statistic not in self._twins and _decades(values.values()) >= DECADES
+            few = len(known) <= MOST_TWINS and statistic not in self._twins
+            spans = few and _decades(values.values()) >= DECADES
             if spans:
                 self._twins.add(statistic)
             new = new or spans or bool(unknown)
