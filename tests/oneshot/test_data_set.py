@@ -47,7 +47,7 @@ def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
         assert trace[name].standard_error > 0
     assert {k: t.value for k, t in ggn.items()} == pytest.approx({k: t.value for k, t in whole.items()})
     assert hessian.info["0"].num_batches == 3
-    assert hessian.info["4"].strategy == "columns"
+    assert hessian.info["4"].strategy == "chain"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
