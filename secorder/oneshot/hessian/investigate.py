@@ -99,7 +99,7 @@ def investigate(
         _follow_chain(task, found, found.separate)
     if columns and side is not None and _without_chain(found, budget):
         found.output_side = _with_columns(task, found, side, known, budget)
-    if not second_order and (found.output_side is None and _without_chain(found, budget)):
+    if not second_order and not _needs_no_product(found, budget):
         _attach(task, found, recording, loss, task.ruled, create_graph=True)
     verify_samples(task, found, budget)
     if chain and everything:
@@ -151,6 +151,12 @@ def _attach(
         found.learn(name, own_use=told and not _feeds_itself(graph))
         if told and all(g is None for g in graph.output_gradients):
             found.learn(name, used=False)
+
+
+def _needs_no_product(found: Findings, budget: Budget) -> bool:
+    """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
+    chosen = choose(list(found.facts.values()), budget)
+    return all(choice.strategy in ("columns", "chain", "unused") for choice in chosen.values())
 
 
 def _feeds_itself(graph: LayerGraph) -> bool:

@@ -215,3 +215,14 @@ def test_coupled_samples_stay_exact() -> None:
     assert found.info["0"].strategy == "parameter-basis"
     assert not found.info["0"].checks["samples_independent"]
     assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, inputs, targets))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_narrow_layer_before_a_head_that_needs_no_product(count: int) -> None:
+    """Its basis is cheaper than columns: the gradients have to be differentiable for it alone."""
+    model = nn.Sequential(nn.Linear(2, 1), nn.ReLU(), nn.Linear(1, 3))
+    x, y = torch.randn(count, 2), torch.randn(count, 3)
+    nn.init.constant_(model[0].bias, 5.0)
+    found = per_layer_hessian_diagonal(model, nn.MSELoss(), x, y).by_parameter()
+    assert_all_close(found, hessian_by_element(model, nn.MSELoss(), x, y))
+    assert found["0.bias"].abs() > 0
