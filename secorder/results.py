@@ -24,6 +24,7 @@ class Strategy(str, Enum):
 
     UNUSED = "unused"
     COLUMNS = "columns"
+    CHAIN = "chain"
     OUTPUT_BASIS = "output-basis"
     PARAMETER_BASIS = "parameter-basis"
     OUTPUT_DRAWS = "output-draws"
@@ -51,10 +52,11 @@ class LayerInfo:
     """How a layer's diagonal was computed.
 
     Attributes:
-        strategy: for the Hessian ``"columns"`` (of a root of the output Hessian), ``"output-basis"``,
-            ``"parameter-basis"``, ``"output-draws"``, ``"columns+output-draws"`` (the Gauss-Newton part exact, the rest
-            drawn), ``"parameter-draws"``, or ``"unused"`` (the loss does not depend on the layer); for the Fisher
-            ``"online"``, ``"rule"``, ``"per-sample"`` or ``"loop"``.
+        strategy: for the Hessian ``"columns"`` (of a root of the output Hessian), ``"chain"`` (each sample's Hessian
+            carried backwards), ``"output-basis"``, ``"parameter-basis"``, ``"output-draws"``,
+            ``"columns+output-draws"`` (the Gauss-Newton part exact, the rest drawn), ``"parameter-draws"``, or
+            ``"unused"`` (the loss does not depend on the layer); for the Fisher ``"online"``, ``"rule"``,
+            ``"per-sample"`` or ``"loop"``.
         num_hvps: Hessian-vector products spent on this layer.
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.

@@ -213,10 +213,13 @@ def test_chunks_do_not_change_the_result(chunk_size: int) -> None:
     assert_all_close(parts, whole)
 
 
-def test_ways_are_as_expected() -> None:
-    """The matrix must exercise each exact strategy, not one of them alone."""
+def test_ways_are_as_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The matrix must exercise each exact strategy, not one of them alone; chains are carried before all others."""
     inputs, targets = torch.randn(N, 4), torch.randint(3, (N,))
     tanh = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info
+    assert {i.strategy for i in info.values()} == {"chain"}
+    monkeypatch.setattr("secorder.oneshot.hessian.investigate.find_chain", lambda *_: None)
     info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info
     assert (info["0"].strategy, info["2"].strategy) == ("output-basis", "columns")
     images = torch.randn(N, 1, 6, 6)

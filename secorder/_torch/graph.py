@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Node", "Output", "Users", "can_be_run", "current_node", "outputs_of", "recomputed", "run_node", "saved",
-    "shape_of", "users_of",
+    "Node", "Output", "Users", "can_be_run", "current_node", "is_complex", "outputs_of", "recomputed", "run_node",
+    "saved", "shape_of", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
 Node = Any
+
+#: Nodes that ``torch.vmap`` runs without an error and with another result (PyTorch 2.13).
+WRONG_UNDER_VMAP = frozenset({"CdistBackward0"})
 
 #: By node, those that take its outputs: the node, and the number of its input.
 Users = dict[Node, list[tuple[Node, int]]]
@@ -73,7 +76,12 @@ def saved(node: Node, name: str) -> Any:
 
 def can_be_run(node: Node) -> bool:
     """Whether :func:`run_node` can run it: not those of ``torch.autograd.Function``, whose backward is the user's."""
-    return callable(node)
+    return callable(node) and node.name() not in WRONG_UNDER_VMAP
+
+
+def is_complex(node: Node) -> bool:
+    """Whether any of a node's outputs holds complex numbers."""
+    return any(seen.dtype.is_complex for seen in node._input_metadata)
 
 
 def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks
+from .contraction import CONVOLUTION_ELEMENTS
 from .patches import Patches, whole_input
 from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge, total_gradient
 
@@ -137,7 +138,9 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
         few = max(1, CHUNK_ELEMENTS // (groups * (positions * positions + copied)))
         found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     else:
-        few = max(1, CHUNK_ELEMENTS // (groups * (width * fan_in + copied)))
+        convolved = isinstance(a, Patches) and a.convolves_well(width)
+        elements = min(CONVOLUTION_ELEMENTS, CHUNK_ELEMENTS) if convolved else CHUNK_ELEMENTS
+        few = max(1, elements // (groups * (width * fan_in + (0 if convolved else copied))))
         found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     return found[0] if len(found) == 1 else torch.cat(found)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import accumulate_node
-from .._torch.graph import Node, Output, Users, can_be_run, outputs_of, recomputed, run_node, shape_of
+from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_of, recomputed, run_node, shape_of
 from .layout import Layout
 from .operations import MAPS, OPERATIONS
 from .operations.registry import each
@@ -79,8 +79,8 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
     """The uses of a layer's parameters, where these routes are followed further.
 
     Returns:
-        None where a parameter reaches the end of the graph, its uses are too many to follow, or one of them has no
-        rule, and no backward that could be run by itself.
+        None where a parameter reaches the end of the graph or becomes complex, its uses are too many to follow, or one
+        of them has no rule, and no backward that could be run by itself.
     """
     leaves = {accumulate_node(p): name for name, p in parameters.items()}
     found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
@@ -94,6 +94,8 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
             return None
         for user, index in taken:
             name = user.name()
+            if is_complex(user):
+                return None
             here = route if name in MOVES else (*route, f"{name} {index}")
             if name in MOVES or here in followed:
                 if user not in found.followed:

@@ -90,7 +90,7 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     if one.of <= 1:
         return _Timed(strategies, one.of, first, 0.0)
     longer = seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
-    seconds = max(longer - first, 0.0) / (min(SOME, one.of) - 1)
+    seconds = max(longer - first, 1e-9) / (min(SOME, one.of) - 1)
     return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .._torch.vjp import stacked_vjp
 from .output_hessian import as_samples
-from .root_forms import form_root
+from .root_forms import Product, form_root, softmax_root
 from .roots import Root, joined
 
 __all__ = ["output_root"]
@@ -78,26 +78,39 @@ def _of_group(
     """The root in output tensors that interact, and which outputs of all it is of."""
     inside, own = [points[i] for i in group], [gradients[i] for i in group]
     sizes = [as_samples(x).shape[1] for x in inside]
-    if len(group) == 1:
-        shape = inside[0].shape[1:] or (1,)  # one number a sample has a dimension of its own here
-        where, f = _box(ids[group[0]].view(shape), inside[0].detach().reshape(-1, *shape), active[0].view(shape))
-    else:
-        where = torch.cat([ids[i] for i in group])[torch.cat([a.flatten() for a in active])]
-        f = torch.cat([as_samples(x.detach()) for x in inside], 1)
-        f = f if len(where) == f.shape[1] else f[:, torch.cat([a.flatten() for a in active])]
-    alike = len({x.shape for x in inside}) == 1 and f.shape[1] == sum(sizes)
-    here = torch.searchsorted(torch.cat([ids[i] for i in group]), where)  # among the group's own
-    everything = len(here) == sum(sizes)
+    every = torch.cat([ids[i] for i in group])
 
-    def product(vectors: Tensor) -> Tensor:
-        if not everything:
-            vectors = vectors.new_zeros(*vectors.shape[:2], sum(sizes)).index_copy_(2, here, vectors)
-        parts = [v.reshape(len(v), *x.shape) for v, x in zip(vectors.split(sizes, 2), inside, strict=True)]
-        found = [u.reshape(len(u), len(f), -1) for u in stacked_vjp(own, inside, parts)]
-        whole = (found[0] if len(found) == 1 else torch.cat(found, 2)).detach()
-        return whole if everything else whole[..., here]
+    def product_of(where: Tensor) -> Product:
+        here = torch.searchsorted(every, where)  # among the group's own
 
-    return form_root(product, f, len(group) if alike else 1, chunk_size), where
+        def product(vectors: Tensor) -> Tensor:
+            if len(here) < sum(sizes):
+                vectors = vectors.new_zeros(*vectors.shape[:2], sum(sizes)).index_copy_(2, here, vectors)
+            parts = [v.reshape(len(v), *x.shape) for v, x in zip(vectors.split(sizes, 2), inside, strict=True)]
+            found = [
+                u.reshape(len(u), len(x), -1) for u, x in zip(stacked_vjp(own, inside, parts), inside, strict=True)
+            ]
+            whole = (found[0] if len(found) == 1 else torch.cat(found, 2)).detach()
+            return whole if len(here) == sum(sizes) else whole[..., here]
+
+        return product
+
+    if len(group) > 1:
+        some = torch.cat([a.flatten() for a in active])
+        f = torch.cat([as_samples(x.detach()) for x in inside], 1)[:, some]
+        alike = len({x.shape for x in inside}) == 1 and f.shape[1] == sum(sizes)
+        return form_root(product_of(every[some]), f, len(group) if alike else 1, chunk_size), every[some]
+    shape = inside[0].shape[1:] or (1,)  # one number a sample has a dimension of its own here
+    own_ids, f, some = every.view(shape), inside[0].detach().reshape(-1, *shape), active[0].view(shape)
+    for d in range(some.dim()):  # of a sure class, all rounds to zero: it belongs to the softmax nevertheless
+        wider = some.any(d, keepdim=True).expand_as(some)
+        if not torch.equal(wider, some):
+            where, part = _box(own_ids, f, wider)
+            root = softmax_root(product_of(where), part, d + 1)
+            if root is not None:
+                return root, where
+    where, f = _box(own_ids, f, some)
+    return form_root(product_of(where), f, 1, chunk_size), where
 
 
 def _box(ids: Tensor, f: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:

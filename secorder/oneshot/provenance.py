@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from .._torch.modules import is_scripted
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.sample_graph import inner_size, leaves_of, samples_in_graph
+from .._torch.saved_tensors import saved_tensor_hooks_active
 from .isolation import IsolatedModel
 from .recording import is_watch
 
@@ -37,19 +38,21 @@ class Calls(TorchFunctionMode):
         hooked: whether a hook was put on a tensor's gradient.
         detached: whether a value left the autograd graph: a function of a tensor that requires a gradient gave one that
             does not, or a number.
+        packed: whether something, such as an activation checkpoint, took what autograd saves.
     """
 
     def __init__(self, own: Callable[[Any], bool]) -> None:
         """Hooks for which ``own`` is true do not count."""
         super().__init__()
         self._own = own
-        self.hooked = self.detached = False
+        self.hooked = self.detached = self.packed = False
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Look at one call."""
         kwargs = kwargs or {}
+        self.packed = self.packed or saved_tensor_hooks_active()
         result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "register_hook":
@@ -98,6 +101,7 @@ class Traced:
     Attributes:
         hooked: whether hooks of the model's own may change gradients.
         independent: whether the graph shows each sample's output to depend on that sample of the inputs alone.
+        packed: whether something, such as an activation checkpoint, took what autograd saves.
     """
 
     def __init__(
@@ -111,11 +115,12 @@ class Traced:
     ) -> None:
         self._isolated, self._dimension, self._count = isolated, dimension, count
         self._inputs, self._known = inputs, known
-        self.hooked, self.independent = True, False
+        self.hooked, self.independent, self.packed = True, False, True
 
     def __call__(self, inputs: Any) -> Any:
         """The model's output."""
         if self._known:
+            self.hooked, self.packed = False, saved_tensor_hooks_active()
             return self._isolated.forward(inputs)
         scripted = any(is_scripted(m) for m in self._isolated.model.modules())
         if scripted or not (self._inputs and _float_tensors_alone(inputs)):
@@ -140,14 +145,14 @@ class Traced:
             output = self._run(calls, with_gradients, inputs)
         except Exception:  # such as of what takes no tensor that requires a gradient
             return self._watched(inputs, scripted=False)
-        self.hooked = calls.hooked
+        self.hooked, self.packed = calls.hooked, calls.packed
         self.independent = not (calls.hooked or calls.detached) and self._by_graph(output, leaves)
         return map_tensors(partial(_detached, {id(x) for x in leaves}), output)
 
     def _watched(self, inputs: Any, *, scripted: bool) -> Any:
         calls = Calls(is_watch)
         output = self._run(calls, call_model, inputs)
-        self.hooked = calls.hooked or scripted
+        self.hooked, self.packed = calls.hooked or scripted, calls.packed or scripted
         return output
 
     def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:

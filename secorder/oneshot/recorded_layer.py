@@ -134,8 +134,8 @@ def contract_pairs(
         create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
-        advance: of a progress bar.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
+        advance: of the progress bar.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
@@ -198,7 +198,6 @@ def contract_settled(
         v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
             watch(good, u, v, some.sign)
-        advance(len(ids))
         for z in good:
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
@@ -207,6 +206,7 @@ def contract_settled(
                 part = contract(left[name], other, numel=p.numel())
                 key = (id(z), name)
                 totals[key] = totals[key] + part if key in totals else part
+        advance(len(ids))
     return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
 
 

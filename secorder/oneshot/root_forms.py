@@ -16,7 +16,7 @@ from torch import Tensor
 from .._torch.vjp import chunks, default_chunk_size
 from .roots import Root
 
-__all__ = ["form_root", "signed_factors"]
+__all__ = ["Product", "form_root", "signed_factors", "softmax_root"]
 
 #: Products of the loss's Hessian with vectors (M, N, K).
 Product = Callable[[Tensor], Tensor]
@@ -37,7 +37,7 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
         num_tensors: of so many tensors, all of them of one shape; 1 where they are of several shapes.
         chunk_size: products batched at most.
     """
-    found = _softmax_root(product, f) if num_tensors == 1 else None
+    found = softmax_root(product, f) if num_tensors == 1 else None
     if found is not None:
         return found
     for order in _orders(f, num_tensors):
@@ -51,14 +51,22 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
 # ---- cross entropy
 
 
-def _softmax_root(product: Product, f: Tensor) -> Root | None:
-    """``√(c p_k) (e_k − p)``, p the softmax over one dimension (or all), c a number for each position."""
+def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | None:
+    """``√(c p_k) (e_k − p)``, p the softmax over one dimension (or all), c a number for each position.
+
+    Args:
+        product: with the Hessian.
+        f: the outputs, samples in dim 0.
+        dim: the dimension; None to try each, and all together.
+    """
     flat = f.flatten(1)
     r = _random(flat)
     found = product(r[None])[0]
     dims = [d for d in (1, *range(f.dim() - 1, 1, -1)) if f.dim() > 1 and f.shape[d] > 1]
     shapes = [(1, math.prod(f.shape[1:d]), f.shape[d], math.prod(f.shape[d + 1 :])) for d in dims]
-    if len(dims) > 1:
+    if dim is not None:
+        shapes = [shape for d, shape in zip(dims, shapes, strict=True) if d == dim]
+    elif len(dims) > 1:
         shapes.append((1, 1, flat.shape[1], 1))
     for _, before, classes, after in shapes:
         shape = (len(f), before, classes, after)

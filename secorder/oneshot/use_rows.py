@@ -147,6 +147,7 @@ class ByCotangents(Evidence):
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
+        self.moved |= {node for (node, _), layout in zip(outputs, by_graph, strict=True) if layout is not None}
         rest = [
             i for i, (node, _) in enumerate(outputs) if by_graph[i] is None and not (self.told and _of_leaves(node))
         ]

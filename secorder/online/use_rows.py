@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
+from .._torch.sample_graph import samples_in_nodes
 from .._torch.vjp import fresh_generator
 from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
@@ -86,7 +87,10 @@ def rows_of_uses(
     if chosen.num_samples == 1:
         evidence = _OneSample()
     elif ends:
-        evidence = ByCotangents(ends, chosen.num_samples, fresh_generator())
+        told = None  # by the graph, which does not see what hooks do
+        if not hooks.put:
+            told = samples_in_nodes([f for f, _ in ends], [o.inner_size(f) for f, o in ends], chosen.num_samples)
+        evidence = ByCotangents(ends, chosen.num_samples, fresh_generator(), told)
     else:
         evidence = _ByChange(output, forward, arguments, chosen)
     result = UseRows(routes={name: frozenset(routes.get(name, ())) for name in parameters})

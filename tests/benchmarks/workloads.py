@@ -118,11 +118,13 @@ class Recurrent(nn.Module):
         return self.head(self.core(x)[0][:, -1])
 
 
-def _workload(name: str, make: Callable[[], nn.Module], *shape: int, smooth: bool) -> Callable[[], Workload]:
+def _workload(
+    name: str, make: Callable[[], nn.Module], *shape: int, smooth: bool, classes: int = 10
+) -> Callable[[], Workload]:
     def build() -> Workload:
         torch.manual_seed(0)
         model = make()
-        return Workload(name, model, torch.randn(*shape), torch.randint(10, (shape[0],)), smooth)
+        return Workload(name, model, torch.randn(*shape), torch.randint(classes, (shape[0],)), smooth)
 
     return build
 
@@ -136,6 +138,22 @@ WORKLOADS: dict[str, Callable[[], Workload]] = {
     ),
     "mlp-small": _workload(
         "tanh MLP 784-256-256-10, N=128", lambda: mlp(784, 256, 256, 10, activation=nn.Tanh), 128, 784, smooth=True
+    ),
+    "mlp-deep": _workload(
+        "sigmoid MLP 64-100×4-5, N=128",
+        lambda: mlp(64, *[100] * 4, 5, activation=nn.Sigmoid),
+        128,
+        64,
+        smooth=True,
+        classes=5,
+    ),
+    "mlp-narrow": _workload(
+        "tanh MLP 2-64×8-3, N=128",
+        lambda: mlp(2, *[64] * 8, 3, activation=nn.Tanh),
+        128,
+        2,
+        smooth=True,
+        classes=3,
     ),
     "mlp-wide": _workload(
         "ReLU MLP 784-2048×3-10, N=128",

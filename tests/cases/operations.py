@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from secorder import DoubleBackwardError
+
 from .case import N, case, classes
 
 T, WIDTH = 3, 4
@@ -26,11 +28,17 @@ class Rows(nn.Module):
         return self.head(torch.tanh(self.function(self.words(ids), **self.own)).mean(1))
 
 
-def rows(name: str, function: Callable[..., Tensor], options: dict[str, Any] | None = None, **shapes: Any) -> None:
+def rows(
+    name: str,
+    function: Callable[..., Tensor],
+    options: dict[str, Any] | None = None,
+    refused: dict[str, Any] | None = None,
+    **shapes: Any,
+) -> None:
     def make() -> Any:
         return Rows(function, **shapes), nn.CrossEntropyLoss(), torch.randint(5, (N, T)), classes()
 
-    case(name, options=options or {})(make)
+    case(name, options=options or {}, refused=refused or {})(make)
 
 
 def conv1d(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -96,6 +104,18 @@ rows("experts", experts, w=(2, WIDTH, WIDTH), gate=(2, WIDTH))
 rows("low_rank", low_rank, w=(WIDTH, WIDTH), a=(2, WIDTH), b=(WIDTH, 2))
 rows("dora", dora, w=(WIDTH, WIDTH), a=(2, WIDTH), b=(WIDTH, 2), m=(WIDTH,))
 rows("mixed_layers", pooled, mix=(2,), scale=())
+rows(
+    "distances",
+    lambda x, w: torch.exp(-torch.cdist(x, w).square()),
+    refused={"hessian": DoubleBackwardError},
+    w=(WIDTH, WIDTH),
+)
+rows(
+    "spectrum",
+    lambda x, re, im: torch.fft.ifft(torch.fft.fft(x) * torch.complex(re, im)).real,
+    re=(WIDTH,),
+    im=(WIDTH,),
+)
 rows("used_three_times", lambda x, w: torch.tanh(x @ w) @ w.t() + w[0], w=(WIDTH, WIDTH))
 rows("convolution", lambda x, w, b: F.conv1d(x.transpose(1, 2), w, b, padding=1).transpose(1, 2), w=(4, 4, 3), b=(4,))
 rows(

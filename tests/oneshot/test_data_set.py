@@ -47,7 +47,7 @@ def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
         assert trace[name].standard_error > 0
     assert {k: t.value for k, t in ggn.items()} == pytest.approx({k: t.value for k, t in whole.items()})
     assert hessian.info["0"].num_batches == 3
-    assert hessian.info["4"].strategy == "columns"
+    assert hessian.info["4"].strategy == "chain"
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
@@ -101,6 +101,10 @@ def test_what_passes_for_a_data_set() -> None:
     assert is_data_set(Loader(), None)
     assert is_data_set(DataLoader(TensorDataset(X, Y)), None)
     assert is_data_set(iter([(X, Y)]), None)
+    assert is_data_set([(X, Y), (X, Y)], None)
+    assert is_data_set(list(DataLoader(TensorDataset(X, Y))), None)
+    assert not is_data_set([X, Y], None)
+    assert not is_data_set([(X, X), (X, X)], Y)
     assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
     assert not is_data_set(iter([X]), Y)
 

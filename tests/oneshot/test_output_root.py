@@ -154,6 +154,20 @@ def test_forms_are_found_in_single_precision(name: str) -> None:
     assert ((product(root) - hessian).abs() <= 1e-5 * hessian.abs().amax((1, 2), keepdim=True)).all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 20.0, 50.0, 300.0])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_classes_that_are_sure_in_single_precision(scale: float, ignored: bool) -> None:
+    """All of a sure class's row of the Hessian may round to zero: it is of the softmax nevertheless."""
+    f = (scale * torch.randn(16, 300, generator=seeded(), dtype=torch.float64)).float()
+    labels = f.argmax(1)
+    labels[::2] = torch.arange(8)
+    labels[3:9] = -100 if ignored else 0
+    f.requires_grad_()
+    root = output_root(gradients(F.cross_entropy(f, labels), [f], create_graph=True), [f])
+    assert root.diagonal is not None
+    assert root.right is None
+
+
 def test_a_form_that_nearly_fits_is_not_taken() -> None:
     """A coupling of one in a million, of two positions or of two elements."""
     for loss, shape in (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...results import Strategy
-from . import columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .facts import Facts
 
@@ -55,9 +55,11 @@ def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
     Returns:
         layer name → its strategy.
     """
-    pay = _columns_pay(facts, budget)
-    by_columns = {f.layer for f in facts if columns.applies(f) and (f.last or pay)}
-    chosen = {f.layer: _choose(f, budget, f.layer in by_columns) for f in facts}
+    by_chain = {f.layer for f in _chain_pays(facts, budget)}
+    rest = [f for f in facts if f.layer not in by_chain]
+    pay = _columns_pay(rest, budget)
+    by_columns = {f.layer for f in rest if columns.applies(f) and (f.last or pay)}
+    chosen = {f.layer: _choose(f, budget, f.layer in by_columns, f.layer in by_chain) for f in facts}
     for f in _too_long(facts, budget, chosen):
         chosen[f.layer] = _drawn(f, budget, chosen[f.layer].exact_products)
     return chosen
@@ -80,9 +82,12 @@ def _too_long(facts: Sequence[Facts], budget: Budget, chosen: dict[str, Choice])
     return rest
 
 
-def _choose(facts: Facts, budget: Budget, by_columns: bool) -> Choice:
+def _choose(facts: Facts, budget: Budget, by_columns: bool, by_chain: bool) -> Choice:
     if unused.applies(facts):
         return Choice(unused.NAME, 0, 0)
+    if by_chain:
+        products = chain.products(facts, budget)
+        return Choice(chain.NAME, products, products)
     if by_columns:
         products = columns.products(facts, budget)
         return Choice(columns.NAME, products, products)
@@ -107,6 +112,18 @@ def seconds_of_draws(budget: Budget, chosen: dict[str, Choice]) -> float:
 def cheapest(facts: Facts, budget: Budget) -> StrategyModule:
     """The exact strategy with the fewest products, the first of several."""
     return min((s for s in EXACT if s.applies(facts)), key=lambda s: s.products(facts, budget))
+
+
+def _chain_pays(facts: Sequence[Facts], budget: Budget) -> list[Facts]:
+    """The layers that the chain serves: as far as carrying on takes no more than the basis of z of those ahead."""
+    served = sorted((f for f in facts if f.used and chain.applies(f)), key=lambda f: f.chain_depth)
+    best: list[Facts] = []
+    saved = most = 0
+    for index, f in enumerate(served):
+        saved += f.basis_work - f.chain_work
+        if saved >= most and chain.affords(served[: index + 1], budget):
+            best, most = served[: index + 1], saved
+    return best
 
 
 def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:

@@ -9,6 +9,7 @@ from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
 from .budget import Budget
+from .chain import CHAIN_BYTES, seconds_of_chain, shortened
 from .choice import Choice, choose, seconds_of_draws
 from .facts import Facts
 from .investigate import investigate
@@ -72,7 +73,14 @@ class Cost(dict[str, LayerCost]):
 
 
 #: Strategies whose products end in z.
-_IN_Z = (Strategy.COLUMNS, Strategy.OUTPUT_BASIS, Strategy.OUTPUT_DRAWS, Strategy.OUTPUT_PRODUCTS, Strategy.RULE)
+_IN_Z = (
+    Strategy.COLUMNS,
+    Strategy.CHAIN,
+    Strategy.OUTPUT_BASIS,
+    Strategy.OUTPUT_DRAWS,
+    Strategy.OUTPUT_PRODUCTS,
+    Strategy.RULE,
+)
 
 
 def estimate_cost(task: Measurement, budget: Budget) -> Cost:
@@ -86,11 +94,17 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         overhead = time.perf_counter() - start
         relative = learn_seconds(task, found, budget, draws=True)
         chosen = choose(list(found.facts.values()), budget)
+    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
+    by_chain = 0.0
+    if carried and found.chain is not None:
+        by_chain = seconds_of_chain(task, shortened(found.chain, carried)) / len(carried)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
         facts, choice = found.facts[layer.name], chosen[layer.name]
-        if choice.strategy == Strategy.COLUMNS:
+        if choice.strategy == Strategy.CHAIN:
+            seconds = by_chain
+        elif choice.strategy == Strategy.COLUMNS:
             seconds = choice.products * facts.seconds_by_column / served
         elif choice.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
             draws = _expected_draws(budget, relative.get(layer.name, 0.0), facts.seconds_by_draw, chosen)
@@ -134,4 +148,6 @@ def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float =
     like = next(iter(layer.parameters.values()))
     batch = min(max(choice.products, 1), default_chunk_size(elements, like, task.chunk_size))
     num_bytes = 4 * batch * elements * like.element_size()
+    if choice.strategy == Strategy.CHAIN:
+        num_bytes = max(num_bytes, min(CHAIN_BYTES, 3 * task.num_samples * facts.outputs**2 * like.element_size()))
     return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

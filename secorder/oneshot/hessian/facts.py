@@ -32,6 +32,10 @@ class Facts:
         num_columns: outputs of one sample of the model, where columns of a root of the loss's Hessian in them can be
             pulled back to z; else 0.
         last: whether z is an output of the model in which the loss's Hessian is known: its columns are given together.
+        chain_depth: the place on the chain, from the output backwards; 0 where none leads to the layer.
+        chain_work: multiplications that carrying each sample's Hessian to the layer takes, from the place before it.
+        chain_products: rows of each sample's Hessian in z that are carried to it, as many as products with a basis.
+        basis_work: multiplications that products with the basis of z would take.
         passed: numbers that a product passes through: recorded activations and outputs.
         passed_by_column: numbers that a column passes through: the outputs.
         output_elements: numbers that a product in z keeps at a time, about.
@@ -50,6 +54,10 @@ class Facts:
     piecewise_linear: bool | None = None
     num_columns: int = 0
     last: bool = False
+    chain_depth: int = 0
+    chain_work: int = 0
+    chain_products: int = 0
+    basis_work: int = 0
     passed: int = 0
     passed_by_column: int = 0
     output_elements: int = 0

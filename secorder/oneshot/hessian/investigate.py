@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..output_root import output_root
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
+from .chain import Chain, facts_of_chain, find_chain
 from .choice import choose
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
@@ -38,15 +39,17 @@ class Findings:
         graphs: by layer, of those that have a rule.
         output_side: for columns; None where they are not to be had, or would not pay.
         seconds: that the forward and the loss took.
-        outputs: the model's, samples in dim 0, where the loss is known to be a sum over them and the graph may tell
-            where the samples are.
+        separate: the loss as a function of the output, where it is known to be a sum over samples and the graph may
+            tell where these are.
+        chain: that leads to the layers, where one does.
     """
 
     facts: dict[str, Facts]
     graphs: dict[str, LayerGraph]
     output_side: OutputSide | None = None
     seconds: float = 0.0
-    outputs: list[Tensor] = field(default_factory=list)
+    separate: OutputSide | None = None
+    chain: Chain | None = None
 
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
@@ -56,17 +59,20 @@ class Findings:
 def facts(task: Measurement) -> dict[str, Facts]:
     """All that is to be known of every layer."""
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        return investigate(task, recording, Budget("exact"), columns=True).facts
+        return investigate(task, recording, Budget("exact"), columns=True, everything=True).facts
 
 
-def investigate(task: Measurement, recording: Recording, budget: Budget, *, columns: bool) -> Findings:
+def investigate(
+    task: Measurement, recording: Recording, budget: Budget, *, columns: bool, everything: bool = False
+) -> Findings:
     """Run the model once, and find out what the choice of strategies depends on.
 
     Args:
         task: the measurement.
         recording: of the layers that have a rule; the forward is run in it.
         budget: how exact, how expensive: what cannot matter is not looked at.
-        columns: whether columns may be used.
+        columns: whether columns, and the chain, may be used.
+        everything: whether to look at what the chain would make superfluous.
     """
     start = time.perf_counter()
     traced = task.traced(inputs=False)
@@ -84,15 +90,20 @@ def investigate(task: Measurement, recording: Recording, budget: Budget, *, colu
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
     recording.require_seen(loss)
-    if columns:
-        found.output_side = _output_side(task, found, output, loss, known, budget)
-    if found.output_side is not None:
-        found.output_side.by_graph = not traced.hooked
-    if not second_order and found.output_side is None:
+    side = _side(task, found, output, loss)
+    if side is not None:
+        side.by_graph = not traced.hooked
+        found.separate = side if side.by_graph else None
+    chain = columns and found.separate is not None and budget.method != "hutchinson" and not traced.packed
+    if chain and not everything:
+        _follow_chain(task, found, found.separate)
+    if columns and side is not None and _without_chain(found, budget):
+        found.output_side = _with_columns(task, found, side, known, budget)
+    if not second_order and (found.output_side is None and _without_chain(found, budget)):
         _attach(task, found, recording, loss, task.ruled, create_graph=True)
-    if not traced.hooked and _unverified(found, budget):
-        found.outputs = _separate_outputs(task, found, output, loss)
     verify_samples(task, found, budget)
+    if chain and everything:
+        _follow_chain(task, found, found.separate)
     return found
 
 
@@ -156,25 +167,46 @@ def _candidates(found: Findings) -> list[LayerGraph]:
     return [g for name, g in found.graphs.items() if found.facts[name].used and found.facts[name].own_use]
 
 
-def _output_side(
-    task: Measurement, found: Findings, output: Any, loss: Tensor, known: Sequence[str], budget: Budget
-) -> OutputSide | None:
-    """Whether columns of a root of the loss's Hessian in the model's output may be pulled back, and would pay."""
+def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> OutputSide | None:
+    """The loss as a function of the output, if it goes by that alone and is a sum over samples."""
     candidates = _candidates(found)
-    if any(t.requires_grad and task.dimension(t) is None for t in tensors_in(output)):
-        return None
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
-    if not candidates or not model_outputs:
+    differentiable = [t for t in tensors_in(output) if t.requires_grad]
+    if not candidates or not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
-    if by_output is None:
-        return None
+    if by_output is None or task.enters_model(by_output[0], [x for g in candidates for x in g.leaves]):
+        return None  # the loss reaches into the model past its output
     again, points, _ = by_output
     output_gradients = gradients(again, points, create_graph=True)
+    model_outputs: list[Tensor] = []
+    expose_output(output, model_outputs, task.dimension, detach=False)
     live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
     side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
-    heads = head_outputs(side.model_outputs, candidates, task.generator) if live else {}
+    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
+    return side if live and (by_rows or loss_separates(side.output_gradients, side.points, task.generator)) else None
+
+
+def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -> None:
+    """Whether the graph is a chain that leads to the layers, and what it would cost."""
+    assert side is not None
+    found.chain = find_chain(task, side, _candidates(found))
+    if found.chain is not None:
+        for name, facts in facts_of_chain(task, found.chain).items():
+            found.learn(name, **facts)
+
+
+def _without_chain(found: Findings, budget: Budget) -> list[LayerGraph]:
+    """The layers that act through z alone and that the chain does not serve."""
+    chosen = choose(list(found.facts.values()), budget)
+    return [g for g in _candidates(found) if chosen[g.layer.name].strategy != "chain"]
+
+
+def _with_columns(
+    task: Measurement, found: Findings, side: OutputSide, known: Sequence[str], budget: Budget
+) -> OutputSide | None:
+    """Whether columns of a root of the loss's Hessian in the model's output may be pulled back, and would pay."""
+    candidates = _without_chain(found, budget)
+    heads = head_outputs(side.model_outputs, candidates, task.generator)
 
     def pays(layers: Sequence[str]) -> bool:
         supposed = [
@@ -182,11 +214,7 @@ def _output_side(
         ]
         return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
 
-    if not live or not pays([g.layer.name for g in candidates]):
-        return None
-    if task.enters_model(again, [leaf for g in candidates for leaf in g.leaves]):
-        return None  # the loss reaches into the model past its output
-    if not loss_separates(side.output_gradients, side.points, task.generator):
+    if not pays([g.layer.name for g in candidates]):
         return None
     if heads:
         side.root = output_root(side.output_gradients, side.points, task.chunk_size)
@@ -238,30 +266,15 @@ def _piecewise_linear(task: Measurement, found: Findings, side: OutputSide, grap
         found.learn(graph.layer.name, piecewise_linear=alone)
 
 
-def _separate_outputs(task: Measurement, found: Findings, output: Any, loss: Tensor) -> list[Tensor]:
-    """The model's outputs, samples in dim 0, if the loss goes by them alone and is a sum over samples; else none."""
-    if found.output_side is not None:
-        return found.output_side.model_outputs
-    differentiable = [t for t in tensors_in(output) if t.requires_grad]
-    if task.num_samples == 1 or any(task.dimension(t) is None for t in differentiable):
-        return []
-    if not (loss_of_rows(task.loss_fn) and task.of_rows(output)):
-        by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
-        if by_output is None or task.enters_model(by_output[0], [x for g in _candidates(found) for x in g.leaves]):
-            return []
-        again, points, _ = by_output
-        if not loss_separates(gradients(again, points, create_graph=True), points, task.generator):
-            return []
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
-    return model_outputs
-
-
 def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers of which it matters whether samples interact after them, and is not known."""
     chosen = choose(list(found.facts.values()), budget)
     names = [x for x, facts in found.facts.items() if facts.samples_independent is None]
-    graphs = [g for g in _candidates(found) if g.layer.name in names and chosen[g.layer.name].strategy != "columns"]
+    graphs = [
+        g
+        for g in _candidates(found)
+        if g.layer.name in names and chosen[g.layer.name].strategy not in ("columns", "chain")
+    ]
     if budget.method == "exact":  # draws go by z wherever they may
         graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]
     return graphs
@@ -270,7 +283,7 @@ def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
 def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
     """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
     graphs = _unverified(found, budget)
-    rest = layouts_by_graph(found.outputs, graphs) if found.outputs else graphs
+    rest = layouts_by_graph(found.separate.model_outputs, graphs) if found.separate is not None else graphs
     for graph in graphs:
         found.learn(graph.layer.name, samples_independent=graph not in rest)
     options = {id(graph): layout_options(graph, task.num_samples) for graph in rest}

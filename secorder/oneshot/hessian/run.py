@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..._torch.failures import is_users_own
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
-from . import columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
@@ -49,6 +50,7 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
+        _chain(task, found, budget, reduce, outcomes)
         if matters(found, budget):
             learn_seconds(task, found, budget)
         exact = _columns(task, found, budget, reduce, outcomes)
@@ -60,6 +62,27 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
 
 def _whole(reduce: Reduce, values: Sequence[Tensor]) -> list[Tensor]:
     return [v[0] for v in reduce([value.detach()[None] for value in values])]
+
+
+def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, outcomes: dict[str, Outcome]) -> None:
+    """Finish the layers that the chain serves."""
+    chosen = choose(list(found.facts.values()), budget)
+    names = [name for name, choice in chosen.items() if choice.strategy == chain.NAME]
+    if not names or found.chain is None:
+        return
+    try:
+        carried, _ = chain.run(task, chain.shortened(found.chain, names))
+    except RuntimeError as error:  # an operator that cannot be differentiated so: others get along, or tell which
+        if is_users_own(error):
+            raise
+        for name in names:
+            found.learn(name, chain_depth=0)
+        verify_samples(task, found, budget)
+        return
+    for name, values in carried.items():
+        checks = found.facts[name].checks | {"samples_independent": True}
+        spent = found.graphs[name].num_hvps + found.facts[name].chain_products
+        outcomes[name] = Outcome(chain.NAME, Estimate(_whole(reduce, values)), checks, spent)
 
 
 def _columns(

@@ -35,7 +35,9 @@ FORWARDS = 5
 
 def matters(found: Findings, budget: Budget) -> bool:
     """Whether there is so much to do that the choice may depend on how long a product takes."""
-    products = sum(min(f.outputs or f.numel, f.numel) for f in found.facts.values() if f.used and not f.last)
+    chosen = choose(list(found.facts.values()), budget)
+    rest = [f for f in found.facts.values() if f.used and not f.last and chosen[f.layer].strategy != Strategy.CHAIN]
+    products = sum(min(f.outputs or f.numel, f.numel) for f in rest)
     return products * FORWARDS * found.seconds > budget.max_seconds / 10
 
 
@@ -51,7 +53,9 @@ def learn_seconds(task: Measurement, found: Findings, budget: Budget, *, draws: 
     Returns:
         by layer, the standard error of one draw relative to the diagonal, where draws were made.
     """
+    chosen = choose(list(found.facts.values()), budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
+    asked = [name for name in asked if chosen[name].strategy != Strategy.CHAIN]
     allowance = TRIAL_SECONDS / max(1, len(asked))
     by_columns = [found.graphs[name] for name in asked if columns.applies(found.facts[name])]
     if found.output_side is not None and by_columns:

@@ -27,7 +27,7 @@ def in_z(run: Callable[[Measurement, Findings, LayerGraph], Any], model: nn.Modu
 
     def work(task: Measurement) -> Any:
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-            found = investigate(task, recording, Budget("exact"), columns=True)
+            found = investigate(task, recording, Budget("exact"), columns=True, everything=True)
             return run(task, found, found.graphs[layer])
 
     return measured(work, model, batch)

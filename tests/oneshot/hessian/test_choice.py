@@ -174,6 +174,7 @@ def test_the_whole_cost() -> None:
             probe.estimate_cost(F.cross_entropy, iter(loader))
 
 
+@pytest.mark.usefixtures("no_chain")
 def test_what_takes_long_is_timed_and_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which every product takes a second."""
     monkeypatch.setattr(

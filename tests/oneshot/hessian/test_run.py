@@ -18,7 +18,7 @@ def test_each_layer_goes_its_own_way_and_all_are_exact() -> None:
     found = measured(lambda task: carry_out(task, Budget("exact"), lambda values: values), model, batch)
     assert [(name, o.strategy) for name, o in found.items()] == [
         ("inner.a", Strategy.PARAMETER_BASIS),
-        ("inner.b", Strategy.COLUMNS),
+        ("inner.b", Strategy.CHAIN),
         ("spare", Strategy.UNUSED),
     ]
     for name in ("inner.a", "inner.b"):

@@ -29,6 +29,7 @@ def test_little_work_is_not_timed() -> None:
     assert not matters(found, auto)
 
 
+@pytest.mark.usefixtures("no_chain")
 @pytest.mark.parametrize("make_model", [mlp, lambda: make(nn.ReLU()), lambda: make(nn.BatchNorm1d(5), nn.Tanh())])
 @pytest.mark.parametrize("method", ["exact", "hutchinson"])
 def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -> None:

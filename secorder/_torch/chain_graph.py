@@ -1,0 +1,234 @@
+"""A recorded autograd graph as a chain of segments between cuts: tensors that every way to the output goes through."""
+
+import heapq
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from .sample_graph import samples_in_nodes
+
+__all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
+
+
+class Kind(Enum):
+    """What a segment does to its input."""
+
+    SAME = "nothing but a constant is added, or the shape is another"
+    ELEMENTWISE = "a function of each element alone"
+    LINEAR = "rows times a matrix"
+    GENERAL = "anything"
+
+
+@dataclass(eq=False)
+class Segment:
+    """The part of the graph between a cut and the one before it.
+
+    Attributes:
+        kind: what it does.
+        out: the cut at its end.
+        shape: of the tensor there.
+        into: the cut at its beginning; None where none of the leaves is before it.
+        shape_before: of the tensor there.
+        leaves: the leaves inside with samples in dim 0, by ``id``; of a segment that does nothing, the leaf is added
+            to its output.
+        weight: of a matrix, (in, out).
+        work: multiplications of one sample's forward, about.
+    """
+
+    kind: Kind
+    out: GradientEdge
+    shape: tuple[int, ...]
+    into: GradientEdge | None = None
+    shape_before: tuple[int, ...] = ()
+    leaves: list[int] = field(default_factory=list)
+    weight: Tensor | None = None
+    work: int = 0
+
+
+#: Functions of each element of one tensor, by the names of their nodes.
+_ELEMENTWISE = frozenset({
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10", "Sqrt", "Rsqrt",
+    "Reciprocal", "Abs", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh", "Erf",
+    "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus", "Elu",
+    "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax", "Where", "MaskedFill",
+    "Clone", "Alias", "NativeDropout", "Addcmul", "Addcdiv", "Expand",
+})  # fmt: skip
+_RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"})
+_NUMBERED = re.compile(r"Backward\d+$")
+
+
+def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Segment]:
+    """The chain from the output to the leaves, as far as samples lie one after the other in every tensor on the way.
+
+    A node of which all samples are known to lie so acts on each alone (see :mod:`.sample_graph`). Hooks are not seen.
+
+    Args:
+        output: of shape (N, …), with a graph.
+        leaves: leaves of the graph that are of interest.
+        count: N.
+    """
+    wanted = {id(leaf) for leaf in leaves}
+    places = samples_in_nodes([output], [output.numel() // count], count)
+    start: Any = output.grad_fn
+    order, leads = _ordered(start, wanted)
+    if start not in leads:
+        return []
+    heap = [(-order[start], 0, start)]
+    used: dict[Any, set[int]] = {start: {output.output_nr}}
+    end = GradientEdge(start, output.output_nr)
+    found: list[Segment] = []
+    inside: list[Any] = []
+    while heap:
+        node: Any = heapq.heappop(heap)[2]
+        whole = all(_one_after_the_other(node, index, places, count) for index in used[node])
+        if not whole and all(places.get((node, index)) is None for index in used[node]):
+            return found  # samples are mixed, or nobody knows
+        if not heap and whole and len(used[node]) == 1:
+            edge = GradientEdge(node, next(iter(used[node])))
+            if inside:
+                found.append(_segment(inside, end, edge, wanted, leads, count, places))
+            inside, end = [], edge
+        inside.append(node)
+        for following, index in node.next_functions:
+            if following in leads:
+                if following not in used:
+                    used[following] = set()
+                    heapq.heappush(heap, (-order[following], id(following), following))
+                used[following].add(index)
+    found.append(_segment(inside, end, None, wanted, leads, count, places))
+    return found
+
+
+def _ordered(start: Any, wanted: set[int]) -> tuple[dict[Any, int], set[Any]]:
+    """The nodes behind one, numbered so that each comes after all that it depends on; those that lead to a leaf."""
+    order: dict[Any, int] = {}
+    leads: set[Any] = set()
+    waiting = [(start, False)]
+    seen = set()
+    while waiting:
+        node, done = waiting.pop()
+        if done:
+            order[node] = len(order)
+            if any(f in leads or id(getattr(f, "variable", None)) in wanted for f, _ in node.next_functions):
+                leads.add(node)
+        elif node not in seen:
+            seen.add(node)
+            waiting.append((node, True))
+            waiting.extend((f, False) for f, _ in node.next_functions if f is not None)
+    return order, leads
+
+
+def _one_after_the_other(node: Any, index: int, places: dict[tuple[Any, int], int | None], count: int) -> bool:
+    inner = places.get((node, index))
+    return inner is not None and inner * count == _numel(_shape(node, index))
+
+
+def _shape(node: Any, index: int) -> tuple[int, ...]:
+    return tuple(node._input_metadata[index].shape)
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()
+
+
+def _segment(
+    nodes: list[Any],
+    out: GradientEdge,
+    into: GradientEdge | None,
+    wanted: set[int],
+    leads: set[Any],
+    count: int,
+    places: dict[tuple[Any, int], int | None],
+) -> Segment:
+    shape = _shape(out.node, out.output_nr)
+    before = () if into is None else _shape(into.node, into.output_nr)
+    found = Segment(Kind.GENERAL, out, shape, into, before)
+    for node in nodes:
+        own = [f for f, _ in node.next_functions if id(getattr(f, "variable", None)) in wanted]
+        own = [f for f in own if _shape(f, 0)[:1] == (count,) and _one_after_the_other(f, 0, places, count)]
+        found.leaves += [id(f.variable) for f in own]
+        found.work += _work(node)
+    name = _name(nodes[0])
+    if len(nodes) == 1 and _adds_nothing(nodes[0], name, leads, shape, before):
+        found.kind = Kind.SAME
+    elif not found.leaves and all(_is_elementwise(node, leads, shape) for node in nodes) and shape == before:
+        found.kind = Kind.ELEMENTWISE
+    elif len(nodes) == 1 and not found.leaves and name in ("Addmm", "Mm") and before[:1] == (count,):
+        found.weight = _matrix(nodes[0], name, leads, before)
+        found.kind = Kind.GENERAL if found.weight is None else Kind.LINEAR
+    return found
+
+
+def _name(node: Any) -> str:
+    name: str = node.name()
+    return _NUMBERED.sub("", name) if _NUMBERED.search(name) else ""
+
+
+def _adds_nothing(node: Any, name: str, leads: set[Any], shape: tuple[int, ...], before: tuple[int, ...]) -> bool:
+    """Whether a node changes the shape alone, or adds what does not depend on its input."""
+    if name in _RESHAPES or (name == "Permute" and _is_identity(node._saved_dims)):
+        return True
+    if name != "Add" or getattr(node, "_saved_alpha", 1) != 1:
+        return False
+    live = [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
+    return len(live) < 2 and before in ((), shape)
+
+
+def _is_identity(dims: Sequence[int]) -> bool:
+    return all((d - (1 << 64) if d >= 1 << 63 else d) in (k, k - len(dims)) for k, d in enumerate(dims))
+
+
+def _is_elementwise(node: Any, leads: set[Any], shape: tuple[int, ...]) -> bool:
+    live = [(f, index) for f, index in node.next_functions if f in leads]
+    return _name(node) in _ELEMENTWISE and all(_shape(f, index) == shape for f, index in live)
+
+
+def _matrix(node: Any, name: str, leads: set[Any], before: tuple[int, ...]) -> Tensor | None:
+    """What a node multiplies its rows with, where that and what is added do not depend on its input."""
+    where = 1 if name == "Addmm" else 0
+    live = [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
+    if live != [where] or getattr(node, "_saved_alpha", 1) != 1:
+        return None
+    weight: Tensor | None = node._saved_mat2
+    return weight.detach() if weight is not None and weight.shape[0] == before[1] else None
+
+
+def _work(node: Any) -> int:
+    """Multiplications of a node's forward, about; of all samples."""
+    size = _numel(_shape(node, 0))
+    matrix = getattr(node, "_saved_mat2", None) if _name(node) in ("Addmm", "Mm", "Bmm", "Baddbmm") else None
+    if matrix is None and _name(node) == "Convolution":
+        weight = node._saved_weight
+        return size * (4 if weight is None else weight[0].numel())
+    return size * (4 if matrix is None else matrix.shape[-2])
+
+
+#: A tensor of a graph, or the edge that names it.
+End = GradientEdge | Tensor
+
+
+def edge_gradients(
+    out: End, into: Sequence[End], cotangent: Tensor, *, create_graph: bool = False
+) -> list[Tensor | None]:
+    """``torch.autograd.grad`` between tensors of a graph that are named by their edges; the graph is kept."""
+    start: Any = [out]
+    ends: Any = list(into)
+    how = {"retain_graph": True, "allow_unused": True}
+    return list(torch.autograd.grad(start, ends, [cotangent], create_graph=create_graph, **how))
+
+
+def batched_gradients(out: End, into: Sequence[End], cotangents: Tensor) -> list[Tensor | None]:
+    """:func:`edge_gradients` of cotangents that are stacked in dim 0, in one pass."""
+    start: Any = [out]
+    ends: Any = list(into)
+    how = {"retain_graph": True, "allow_unused": True}
+    with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        return list(torch.autograd.grad(start, ends, [cotangents], is_grads_batched=True, **how))

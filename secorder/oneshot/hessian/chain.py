@@ -1,0 +1,379 @@
+"""Chains, linear in depth: the Hessian of each sample is carried backwards from one cut of the graph to the one before.
+
+A cut is a tensor through which every way from the layers before it to the loss goes. With f the segment of the graph
+from a cut to the next, H and g the loss's Hessian and gradient there, sample by sample,
+
+    H_before = J_fᵀ H J_f + Σ_k g_k ∇²f_k.
+
+For matrices and functions of each element this is written down, D Wᵀ H W D + diag(φ″ ∘ Wᵀg); for any other segment it
+takes as many Hessian-vector products *of the segment alone* as a sample has elements before it, or in a layer's z that
+lies inside. H itself is kept as columns of the loss's root and a diagonal where it is no more than that (up to the
+second nonlinearity from the end), and as a matrix a sample before; where nothing but a diagonal is asked for, nothing
+but a diagonal is computed.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._torch.chain_graph import Kind, Segment, batched_gradients, edge_gradients, segments_of
+from ..._torch.vjp import chunks
+from ...layers.layout import DIM_ZERO
+from ...monitor.progress import progress_bar
+from ...results import Strategy
+from ..measurement import Measurement
+from ..output_root import output_root
+from ..timing import seconds_of
+from .block import Block
+from .budget import Budget
+from .facts import Facts
+from .layer_block import by_basis, by_diagonal, by_diagonal_alone
+from .layer_graph import LayerGraph, OutputSide
+
+__all__ = [
+    "CHAIN_BYTES",
+    "NAME",
+    "Chain",
+    "affords",
+    "applies",
+    "facts_of_chain",
+    "find_chain",
+    "products",
+    "run",
+    "seconds_of_chain",
+    "shortened",
+]
+
+NAME = Strategy.CHAIN
+
+#: Memory of the matrices of the samples that are carried at a time, where samples may be taken a few at a time.
+_BYTES = 1 << 25
+
+#: And at most, where they may not.
+CHAIN_BYTES = 1 << 30
+
+#: Multiplications that are worth one number that a product passes through, in :class:`.Budget`.
+_WORK = 100
+
+
+@dataclass(eq=False)
+class Chain:
+    """The graph from the output to the layers, cut into segments.
+
+    Attributes:
+        side: the loss as a function of the output.
+        segments: from the output backwards.
+        graphs: by ``id`` of its leaf, each layer that the chain leads to.
+    """
+
+    side: OutputSide
+    segments: list[Segment]
+    graphs: dict[int, LayerGraph]
+
+
+def applies(facts: Facts) -> bool:
+    """Where parameters act through z alone, and the chain leads to it."""
+    return bool(facts.own_use and facts.chain_depth)
+
+
+def products(facts: Facts, budget: Budget) -> int:
+    """The rows of each sample's Hessian in z, which are as many products with it; none where z is the output."""
+    return facts.chain_products
+
+
+def affords(served: Sequence[Facts], budget: Budget) -> bool:
+    """Whether it may be taken for these layers together."""
+    if budget.method == "exact":
+        return True
+    most = max(f.chain_products for f in served)
+    work = sum(f.chain_work for f in served)
+    return budget.max_hvps is not None and most <= budget.max_hvps and work <= _WORK * budget.max_work
+
+
+def find_chain(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> Chain | None:
+    """The chain of layers that act through one call's z alone, where the graph is one."""
+    kinds = {p.dtype for g in graphs for p in g.layer.parameters.values()} | {t.dtype for t in side.model_outputs}
+    if len(side.model_outputs) != 1 or task.num_samples == 1 or len(kinds) != 1 or task.autocast:
+        return None
+    if not kinds <= {torch.float32, torch.float64}:
+        return None
+    if task.num_samples * side.size**2 * side.points[0].element_size() > CHAIN_BYTES // 4:  # the columns at the output
+        return None
+    single = {id(g.leaves[0]): g for g in graphs if len(g.leaves) == 1}
+    output = side.model_outputs[0]
+    segments = segments_of(output, [g.leaves[0] for g in single.values()], task.num_samples)
+    limit = CHAIN_BYTES // (task.num_samples * output.element_size())
+    chain = Chain(side, [], {})
+    for segment in segments:
+        within = (_size(segment.shape, task), _size(segment.shape_before, task))
+        if segment.kind == Kind.GENERAL and max(within) ** 2 > limit:
+            break
+        chain.segments.append(segment)
+        for key in segment.leaves:
+            chain.graphs[key] = single[key]
+    while chain.segments and not chain.segments[-1].leaves:
+        chain.segments.pop()
+    return chain if chain.segments else None
+
+
+def shortened(chain: Chain, layers: Sequence[str]) -> Chain:
+    """The chain as far as to the last of some layers."""
+    wanted = [any(chain.graphs[key].layer.name in layers for key in s.leaves) for s in chain.segments]
+    segments = chain.segments[: len(wanted) - wanted[::-1].index(True)]
+    return Chain(chain.side, segments, {key: chain.graphs[key] for s in segments for key in s.leaves})
+
+
+def _size(shape: Sequence[int], task: Measurement) -> int:
+    return torch.Size(shape).numel() // task.num_samples if shape else 0
+
+
+def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]:
+    """What the chain, and the basis of z, would cost each layer: work as multiplications of one sample."""
+    found: dict[str, dict[str, int]] = {}
+    columns, passed, spent, dense, moved = chain.side.size, 0, 0, False, False
+    for index, segment in enumerate(chain.segments):
+        size, before = _size(segment.shape, task), _size(segment.shape_before, task)
+        inside = [chain.graphs[key] for key in segment.leaves]
+        work = segment.work // task.num_samples
+        passed += work
+        moved |= segment.kind != Kind.SAME
+        if segment.kind == Kind.LINEAR:
+            spent += work * (size + before if dense else columns)
+        elif segment.kind == Kind.GENERAL:
+            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if _goes_on(chain, index) else 0)
+            spent += basis * (6 * work + size * size)
+            dense = True
+        elif segment.kind == Kind.ELEMENTWISE:
+            spent += size * size if dense else columns * size
+            dense = True
+        for graph in inside:
+            basis = _size(graph.leaves[0].shape, task)
+            found[graph.layer.name] = {
+                "chain_depth": len(found) + 1,
+                "chain_work": spent * task.num_samples,
+                "chain_products": basis if moved else 0,
+                "basis_work": 6 * basis * max(1, passed) * task.num_samples,
+            }
+            spent = 0
+    return found
+
+
+def _goes_on(chain: Chain, index: int) -> bool:
+    return any(segment.leaves for segment in chain.segments[index + 1 :])
+
+
+# ---- carrying
+
+
+@dataclass(eq=False)
+class _Step:
+    """A segment with what it takes to carry a Hessian through it.
+
+    Attributes:
+        segment: the segment.
+        gradient: the loss's in its end, of the tensor's shape.
+        first: φ′ of an elementwise function, shape (N, size).
+        second: φ″ times the gradient; None for zero.
+        diagonal: whether no more than the diagonal is asked for before it.
+        last: whether nothing is.
+        whole: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf.
+    """
+
+    segment: Segment
+    gradient: Tensor
+    first: Tensor | None = None
+    second: Tensor | None = None
+    diagonal: bool = False
+    last: bool = False
+    whole: set[int] = field(default_factory=set)
+
+
+def run(task: Measurement, chain: Chain, *, trial: bool = False) -> tuple[dict[str, list[Tensor]], int]:
+    """The diagonal of each layer on the chain, by parameter, and of how many samples.
+
+    Args:
+        task: the measurement.
+        chain: the graph, cut into segments.
+        trial: only of as many samples as are carried at once.
+    """
+    side = chain.side
+    root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    pairs = root.columns(range(root.num_columns))
+    u = pairs.u.transpose(0, 1)
+    v = u if pairs.v is None else pairs.v.transpose(0, 1)
+    if pairs.v is None and pairs.sign is not None:
+        v = u * pairs.sign.T[..., None]
+    top = Block(u, v)
+    steps = _steps(task, chain)
+    for graph in chain.graphs.values():
+        graph.layouts = [DIM_ZERO]
+    at_once = _at_once(task, steps, u.element_size())
+    parts: dict[int, list[Tensor]] = {}
+    totals: dict[str, list[Tensor]] = {}
+    count = min(task.num_samples, at_once) if trial else task.num_samples
+    with progress_bar(task.progress and not trial, "Hessian along the chain", count, unit="samples") as advance:
+        for rows in chunks(count, at_once):
+            here = slice(rows.start, rows.stop)
+            for key, block in _carried(task, chain, steps, top.rows(here), here):
+                graph = chain.graphs[key]
+                if block.matrix is None:
+                    parts.setdefault(key, []).append(block.diagonal())
+                else:
+                    _add(totals, graph, by_basis(graph, block.matrix, here))
+            advance(len(rows))
+    for key, diagonals in parts.items():
+        if not trial:
+            _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], torch.cat(diagonals)))
+    return totals, count
+
+
+def seconds_of_chain(task: Measurement, chain: Chain) -> float:
+    """How long it takes, from as many samples as are carried at once."""
+    counts: list[int] = []
+    seconds = seconds_of(lambda: counts.append(run(task, chain, trial=True)[1]))
+    return seconds * task.num_samples / counts[0]
+
+
+def _at_once(task: Measurement, steps: Sequence[_Step], num_bytes: int) -> int:
+    """Samples whose matrices are carried together: all of them where segments have products of their own."""
+    dense, second = 0, False
+    for step in steps:
+        if step.segment.kind == Kind.GENERAL:
+            return task.num_samples
+        second |= step.second is not None
+        if step.whole or (step.segment.kind == Kind.LINEAR and second and not step.last and not step.diagonal):
+            dense = max(dense, _size(step.segment.shape, task), _size(step.segment.shape_before, task))
+    return max(1, _BYTES // (3 * dense * dense * num_bytes)) if dense else task.num_samples
+
+
+def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor]) -> None:
+    name = graph.layer.name
+    totals[name] = [a + b for a, b in zip(totals[name], values, strict=True)] if name in totals else values
+
+
+def _steps(task: Measurement, chain: Chain) -> list[_Step]:
+    """What is the same for all samples, or cheap: gradients, φ′ and φ″; and, backwards, what is asked for."""
+    (gradient,) = (g for g in chain.side.output_gradients if g is not None)
+    gradient = gradient.detach().reshape(chain.segments[0].shape)
+    steps = []
+    for segment in chain.segments:
+        step = _Step(segment, gradient)
+        steps.append(step)
+        if segment.into is None:
+            break
+        if segment.kind == Kind.SAME:
+            gradient = gradient.reshape(segment.shape_before)
+        elif segment.kind == Kind.LINEAR:
+            assert segment.weight is not None
+            gradient = gradient @ segment.weight.t()
+        elif segment.kind == Kind.ELEMENTWISE:
+            step.first, gradient, step.second = _slopes(segment, gradient)
+        else:
+            (found,) = edge_gradients(segment.out, [segment.into], gradient)
+            gradient = torch.zeros_like(gradient) if found is None else found
+    asked = "nothing"
+    for step in reversed(steps):
+        step.last, step.diagonal = asked == "nothing", asked == "diagonal"
+        step.whole = {key for key in step.segment.leaves if not by_diagonal_alone(chain.graphs[key])}
+        if asked != "nothing" and step.segment.kind in (Kind.LINEAR, Kind.GENERAL):
+            asked = "all"
+        if (step.segment.leaves and step.segment.kind == Kind.GENERAL) or step.whole:
+            asked = "all"
+        elif step.segment.leaves and asked == "nothing":
+            asked = "diagonal"
+    return steps
+
+
+def _slopes(segment: Segment, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """φ′ in shape (N, size), the gradient before φ, and φ″ times the gradient, as autograd has them."""
+    assert segment.into is not None
+    count, ones = len(gradient), torch.ones_like(gradient)
+    (first,) = edge_gradients(segment.out, [segment.into], ones)
+    (before,) = edge_gradients(segment.out, [segment.into], gradient, create_graph=True)
+    if first is None or before is None:
+        nothing = torch.zeros_like(gradient)
+        return nothing.view(count, -1), nothing, None
+    second = edge_gradients(before, [segment.into], ones)[0] if before.requires_grad else None
+    flat = None if second is None or not bool(second.any()) else second.detach().reshape(count, -1)
+    return first.detach().reshape(count, -1), before.detach(), flat
+
+
+def _carried(
+    task: Measurement, chain: Chain, steps: Sequence[_Step], block: Block, here: slice
+) -> Iterator[tuple[int, Block]]:
+    """Each layer's leaf with H_z of some samples: the matrix of those that need it."""
+    for step in steps:
+        segment = step.segment
+        if segment.kind == Kind.GENERAL:
+            block, inside = _through(task, chain, step, block)
+            yield from inside
+        else:
+            for key in segment.leaves:
+                yield key, Block(matrix=block.full()) if key in step.whole else Block(only=block.diagonal())
+        if step.last:
+            return
+        if segment.kind == Kind.LINEAR:
+            assert segment.weight is not None
+            block = block.before_matrix(segment.weight, diagonal=step.diagonal)
+        elif segment.kind == Kind.ELEMENTWISE:
+            assert step.first is not None
+            second = None if step.second is None else step.second[here]
+            block = block.before_elementwise(step.first[here], second)
+
+
+def _through(task: Measurement, chain: Chain, step: _Step, block: Block) -> tuple[Block, list[tuple[int, Block]]]:
+    """The Hessian before any segment, and in the layers inside, by products of the segment alone."""
+    segment, count = step.segment, task.num_samples
+    weights = step.gradient.clone().requires_grad_(True)
+    ends: list[Any] = [chain.graphs[key].leaves[0] for key in segment.leaves]
+    shapes = [tuple(leaf.shape) for leaf in ends]
+    if not step.last:
+        assert segment.into is not None
+        ends, shapes = [*ends, segment.into], [*shapes, segment.shape_before]
+    pulled = edge_gradients(segment.out, ends, weights, create_graph=True)
+    found = []
+    for index, (end, shape) in enumerate(zip(ends, shapes, strict=True)):
+        key = segment.leaves[index] if index < len(segment.leaves) else None
+        all_of_it = not step.diagonal if key is None else key in step.whole
+        size = _size(shape, task)
+        like = block.diagonal() if block.only is not None else step.gradient
+        result = like.new_zeros(count, size, size) if all_of_it else like.new_zeros(count, size)
+        at_once = max(1, _BYTES // (4 * max(1, segment.work) * like.element_size()))
+        for ids in chunks(size, at_once):
+            rows = _products(segment, end, pulled[index], weights, block, shape, ids, count)
+            if all_of_it:
+                result[:, :, ids.start : ids.stop] = rows.permute(1, 2, 0)
+            else:
+                result[:, ids.start : ids.stop] = rows[range(len(ids)), :, list(ids)].T
+        found.append(Block(matrix=result) if all_of_it else Block(only=result))
+    inside = list(zip(segment.leaves, found, strict=False))
+    return (block if step.last else found[-1]), inside
+
+
+def _products(
+    segment: Segment,
+    end: Any,
+    pulled: Tensor | None,
+    weights: Tensor,
+    block: Block,
+    shape: Sequence[int],
+    ids: range,
+    count: int,
+) -> Tensor:
+    """Rows of H in ``end`` for some basis vectors, the same in all samples: shape (k, N, size)."""
+    size = torch.Size(shape).numel() // count
+    basis = weights.new_zeros(len(ids), 1, size)
+    basis[range(len(ids)), 0, list(ids)] = 1
+    if pulled is None:
+        return basis.new_zeros(len(ids), count, size)
+    vectors = basis.expand(-1, count, -1).reshape(len(ids), *shape)
+    along, curved = batched_gradients(pulled, [weights, end], vectors)
+    total = basis.new_zeros(len(ids), count, size) if curved is None else curved.reshape(len(ids), count, size)
+    if along is not None:
+        forth = block.times(along.reshape(len(ids), count, -1)).reshape(len(ids), *segment.shape)
+        (back,) = batched_gradients(segment.out, [end], forth)
+        total = total if back is None else total + back.reshape(len(ids), count, size)
+    return total.detach()

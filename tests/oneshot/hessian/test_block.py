@@ -1,0 +1,57 @@
+"""A Hessian before a step, in every form, is what the matrix of it says."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder.oneshot.hessian.block import Block
+
+N, K, SIZE, BEFORE = 3, 2, 4, 5
+
+
+def forms() -> dict[str, Block]:
+    torch.manual_seed(0)
+    u, d = torch.randn(N, K, SIZE), torch.randn(N, SIZE)
+    v = u * torch.randn(N, K, 1)
+    matrix = torch.randn(N, SIZE, SIZE)
+    return {
+        "columns": Block(u, u),
+        "columns with signs": Block(u, v),
+        "and a diagonal": Block(u, v, d),
+        "matrix": Block(matrix=matrix + matrix.mT),
+    }
+
+
+def full(block: Block) -> Tensor:
+    return block.full().clone()
+
+
+@pytest.mark.parametrize("name", forms())
+def test_every_form_is_its_matrix(name: str) -> None:
+    block = forms()[name]
+    matrix = full(block)
+    torch.testing.assert_close(block.diagonal(), matrix.diagonal(dim1=1, dim2=2))
+    vectors = torch.randn(6, N, SIZE)
+    torch.testing.assert_close(block.times(vectors), torch.einsum("nij,knj->kni", matrix, vectors))
+    torch.testing.assert_close(full(block.rows(slice(1, 3))), matrix[1:3]) if block.matrix is None else None
+
+
+@pytest.mark.parametrize("name", forms())
+def test_before_a_matrix(name: str) -> None:
+    weight = torch.randn(BEFORE, SIZE)
+    expected = weight @ full(forms()[name]) @ weight.t()
+    torch.testing.assert_close(full(forms()[name].before_matrix(weight, diagonal=False)), expected)
+    only = forms()[name].before_matrix(weight, diagonal=True).diagonal()
+    torch.testing.assert_close(only, expected.diagonal(dim1=1, dim2=2))
+
+
+@pytest.mark.parametrize("second", [None, torch.arange(12.0).view(N, SIZE)], ids=["linear", "curved"])
+@pytest.mark.parametrize("name", forms())
+def test_before_a_function_of_each_element(name: str, second: Tensor | None) -> None:
+    first = torch.randn(N, SIZE)
+    expected = full(forms()[name]) * first[:, :, None] * first[:, None]
+    if second is not None:
+        expected = expected + torch.diag_embed(second)
+    torch.testing.assert_close(full(forms()[name].before_elementwise(first, second)), expected)
+    only = Block(only=forms()[name].diagonal()).before_elementwise(first, second)
+    torch.testing.assert_close(only.diagonal(), expected.diagonal(dim1=1, dim2=2))
