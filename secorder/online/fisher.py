@@ -37,6 +37,7 @@ from .reduction import Weights
 from .rerun import rerun_gradients
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
+from .uncalled import Uncalled
 
 __all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly", "total_of"]
 
@@ -134,6 +135,7 @@ class OnlineFisher:
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
+        self.uncalled = Uncalled()
 
     def renew(self) -> None:
         """Go on with empty sums."""
@@ -414,6 +416,11 @@ class OnlineFisher:
             if p.grad is not None and slot(p) != before:
                 self.failures[index].add_((p.grad != 0).any())
 
+    def audit_uncalled(self) -> None:
+        """Layers that are trained by calls that no hook sees are not told."""
+        for index, moved in self.uncalled.moved(self.layers, self.called) if self.batches or self.called else ():
+            self.failures[index].add_(moved)
+
     # ---- the end of a backward
 
     def second_backward(self, record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor) -> None:
@@ -517,24 +524,27 @@ class OnlineFisher:
                         for total in sums.sums:
                             total.mul_(self.decay)
                     sums.count(self.count_of(record), None, self.decay, self.of_all(record))
+        self.audit_uncalled()
         with ADDING:
             self.batches += 1
-            if takes_norms(record):
-                self._add_norms(record, zeros)
-            self._count(record)
+            good = self._add_norms(record, zeros) if takes_norms(record) else None
+            self._count(record, good)
 
-    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> None:
-        """Add what the norms tell; where nothing else is accumulated, it is they that count a layer's batches."""
+    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
+        """Add what the norms tell; where nothing else is accumulated, whether any layer is finite."""
         goods = add_norms(self, record, zeros)
-        if self.accumulate == "trace":
-            record.goods = [] if goods is None else list(goods)
-            for name in (*record.norms, *zeros):
-                self.sums[name].batches += 1
+        if self.accumulate != "trace":
+            return None
+        for name in (*record.norms, *zeros):  # it is they that count the batches
+            self.sums[name].batches += 1
+        return None if goods is None else goods.any()
 
-    def _count(self, record: ForwardRecord) -> None:
+    def _count(self, record: ForwardRecord, good: Tensor | None = None) -> None:
         """Count the samples of a batch, unless every layer left it out."""
         count = self.count_of(record)
-        if len(record.goods) < len(self.layers):
+        if good is not None:
+            self.seen.add_(count * good.to(self.seen))
+        elif len(record.goods) < len(self.layers):
             self.seen.add_(count)
         else:
             self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())

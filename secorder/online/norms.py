@@ -102,7 +102,7 @@ class NormSums:
     def add(self, places: Sequence[int], increments: Tensor, decay: float | None) -> None:
         """Add to these layers' rows; a moving average moves on."""
         self.added += 1
-        kept = None if decay is None else self._constant(("kept", decay), [decay**power for power in POWERS])
+        kept = None if decay is None else self.constant(("kept", decay), [decay**power for power in POWERS])
         if len(places) == len(self.table):
             self.table = (self.table if kept is None else self.table * kept) + increments
         else:
@@ -120,7 +120,8 @@ class NormSums:
             self._linear[terms] = terms.matrix(self.table)
         return self._linear[terms]
 
-    def _constant(self, key: tuple[Any, ...], values: list[float]) -> Tensor:
+    def constant(self, key: tuple[Any, ...], values: list[float]) -> Tensor:
+        """Numbers that each batch needs again, on the device."""
         if key not in self._linear:
             self._linear[key] = self.table.new_tensor(values)
         return self._linear[key]
@@ -267,22 +268,22 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     places = [i for i, x in enumerate(fisher.layers) if x.name in record.norms or x.name in zeros]
     if not places:
         return None
-    sums, none = fisher.norms, fisher.norms.table.new_zeros(record.num_samples)
-    layers = [fisher.layers[i] for i in places]
-    squares = _stack([record.norms.get(layer.name, none) for layer in layers], sums.table)
+    sums, layers = fisher.norms, [fisher.layers[i] for i in places]
+    none = sums.table.new_zeros(record.num_samples) if zeros else None
+    squares = _stack([record.norms.get(layer.name, none) for layer in layers], sums.table)  # type: ignore[misc]
     totals, told = _totals(fisher, record, layers, sums.table)
     own = squares.sum(1)
-    ones = torch.ones_like(own)
+    ones = sums.constant(("ones", len(layers)), [1.0] * len(layers))
     told_of = ones if all(told) else own.new_tensor(told)
-    numbers = torch.stack([ones, own, (squares * squares).sum(1), told_of, told_of * own, totals])
+    numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told_of, told_of * own, totals])
     everywhere = fisher.of_all(record)
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / everywhere
     count = record.num_samples if record.counted is None else record.counted
-    increments = numbers.t() @ sums.linear(_Terms(count, weight, fisher.factor(record)))
-    good = None
-    if fisher.on_nonfinite != "keep":
-        good = numbers.isfinite().all(0)
-        increments = torch.where(good[:, None], increments, 0.0)
+    linear = sums.linear(_Terms(count, weight, fisher.factor(record)))
+    finite = numbers.sum(0).isfinite()  # of what is nowhere negative
+    kept = fisher.on_nonfinite == "keep"
+    increments = torch.where(finite[:, None], numbers.t() @ linear, _not_finite(linear) if kept else 0.0)
+    good = None if kept else finite
     if fisher.shard is not None:
         increments, good = _of_all_ranks(fisher, increments, good)
     if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
@@ -293,6 +294,13 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
         )
     sums.add(places, increments, fisher.decay)
     return good if len(places) == len(fisher.layers) else None
+
+
+def _not_finite(linear: Tensor) -> Tensor:
+    """What a batch adds that is counted although its norms are no numbers."""
+    row = linear[0].clone()
+    row[[COLUMNS[name] for name in ("squares", "fourth", "signal", "noise")]] = torch.nan
+    return row
 
 
 def _of_all_ranks(fisher: "OnlineFisher", increments: Tensor, good: Tensor | None) -> tuple[Tensor, Tensor | None]:

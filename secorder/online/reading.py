@@ -73,6 +73,7 @@ def everything(fisher: OnlineFisher) -> Stretch:
 
 def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
+    fisher.audit_uncalled()
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.tolist(), strict=True) if count]
     return {**dict.fromkeys(failed, OUTSIDE), **fisher.troubles.marks}
 

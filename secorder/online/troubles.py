@@ -13,9 +13,10 @@ __all__ = ["OUTSIDE", "Troubles", "sentence"]
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or another loss in a second "
-    "backward through one forward), which belongs to no sample that a hook can see; what was accumulated since the "
-    "last check that passed may hold some of it: leave the layer out with layers=, or measure it with a one-shot call."
+    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, a method such as get_value(x) "
+    "that is called in place of the model, or another loss in a second backward through one forward), which belongs "
+    "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
+    "leave the layer out with layers=, or measure it with a one-shot call."
 )
 
 #: What may be behind it where nothing is accumulated, by what the hooks saw.

@@ -20,7 +20,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -40,6 +40,9 @@ OPTIMIZERS: dict[str, peers.Optimizer] = {
 }
 WORKS = ("online", "architectures", "fisher", "exact", "stochastic")
 Contestants = dict[str, Callable[[], object]]
+
+#: Workloads of which all layers are looked at, not those of the default types alone.
+EVERY_LAYER: dict[str, Literal["all"]] = {"transformer": "all"}
 
 
 def entered(contestants: Contestants, name: str, make: Callable[[], Callable[[], object]]) -> str | None:
@@ -78,7 +81,7 @@ def passive_fisher(results: Results, key: str, repeats: int) -> None:
             model = copy.deepcopy(work.model)
             step = training_step(work, model, make)
             contestants[name] = step if "every" not in options else lambda step=step: [step() for _ in range(10)]
-            probes.append(CurvatureProbe(model, **options))
+            probes.append(CurvatureProbe(model, EVERY_LAYER.get(key), **options))
         refused = {}
         others = {
             "BackPACK SumGradSquared": lambda m=make: peers.backpack_step(work, m, "SumGradSquared"),
@@ -94,6 +97,51 @@ def passive_fisher(results: Results, key: str, repeats: int) -> None:
         results.show(f"Online Fisher per training step, {optimizer}", work.name, times, refused=refused)
         for probe in probes:
             probe.detach()
+
+
+def first_steps(results: Results, key: str, repeats: int, steps: int = 100) -> None:
+    """The mean over the first steps of a training, in which batches are looked at to see where samples are."""
+    work = WORKLOADS[key]()
+
+    def training(*, probed: bool) -> Callable[[], None]:
+        def run() -> None:
+            model = copy.deepcopy(work.model)
+            step = training_step(work, model, OPTIMIZERS["SGD"])
+            probe = CurvatureProbe(model, EVERY_LAYER.get(key)) if probed else None
+            for _ in range(steps):
+                step()
+            if probe is not None:
+                probe.detach()
+
+        return run
+
+    contestants: Contestants = {"bare step": training(probed=False), "secorder": training(probed=True)}
+    times = {name: seconds / steps for name, seconds in alternate(contestants, repeats, warm_up=1).items()}
+    results.show(f"Online Fisher, mean over the first {steps} steps", work.name, times)
+
+
+def compiled_fisher(results: Results, key: str, repeats: int) -> None:
+    """Steps of a compiled model: those that are recorded run as they are written, all others compiled."""
+    work = WORKLOADS[key]()
+    contestants: Contestants = {}
+    probes, refused = [], {}
+    for name, every in {"compiled step": 0, "secorder": 1, "secorder, every=10": 10}.items():
+        model: Any = torch.compile(copy.deepcopy(work.model))
+        step = training_step(work, model, OPTIMIZERS["SGD"])
+        try:
+            step()  # compiles
+        except Exception as error:
+            refused[name] = f"{type(error).__name__}: {error}"
+            continue
+        if every:
+            probes.append(CurvatureProbe(model, EVERY_LAYER.get(key), every=every))
+        contestants[name] = step if every < 10 else lambda step=step: [step() for _ in range(10)]
+    if "secorder, every=10" in contestants:
+        times = alternate(contestants, repeats)
+        times["secorder, every=10"] /= 10
+        results.show("Online Fisher of a compiled model", work.name, times, refused=refused)
+    for probe in probes:
+        probe.detach()
 
 
 def compared(
@@ -291,6 +339,9 @@ def main() -> None:
     if "online" in only:
         for key in chosen("mlp-wide", "mlp-relu", "mlp-small", "transformer", "cnn", "resnet18"):
             passive_fisher(results, key, repeats if key == "resnet18" else 4 * repeats)
+        for key in chosen("mlp-relu", "transformer"):
+            first_steps(results, key, max(1, repeats // 3))
+            compiled_fisher(results, key, 2 * repeats)
     if "architectures" in only and not options.workloads:
         architectures(results, repeats)
     if "fisher" in only:

@@ -56,6 +56,15 @@ def test_bad_batches_are_left_out_counted_or_raised_for(accumulate: str) -> None
             step(model, bad)
 
 
+def test_bad_batches_that_are_kept_are_counted() -> None:
+    model, bad = mlp(), data()
+    bad[0][1] = torch.inf
+    with CurvatureProbe(model, accumulate="trace", reduction="mean", on_nonfinite="keep") as probe:
+        step(model, data())
+        step(model, bad)
+        assert all(x.value != x.value and x.num_samples == 12 for x in probe.fisher_trace().values())
+
+
 def test_a_layer_that_the_loss_does_not_depend_on_has_none() -> None:
     class Unused(nn.Module):
         def __init__(self) -> None:

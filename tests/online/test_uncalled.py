@@ -1,0 +1,77 @@
+"""Layers that no recorded forward calls: zero where nothing trains them, refused where something else does."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe
+from secorder.online.reading import untold
+
+from ..helpers import Net, data
+
+
+def suspects(probe: CurvatureProbe) -> set[str]:
+    return set(untold(probe._fisher))
+
+
+def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+class Agent(nn.Module):
+    """The critic is trained by a method that is called in place of the model, and never in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor, self.critic, self.idle = nn.Linear(4, 3), nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.actor(x)
+
+    def get_value(self, x: Tensor) -> Tensor:
+        return self.critic(x)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
+def test_a_layer_that_is_trained_by_another_method_is_not_zero(set_to_none: bool, steps: int, kind: Any) -> None:
+    model = Agent()
+    optimizer = kind(model.parameters(), lr=0.1)
+    probe = CurvatureProbe(model)
+    for _ in range(steps):
+        for loss in (lambda: classify(model, data()), lambda: model.get_value(data()[0]).square().mean()):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            loss().backward()
+            optimizer.step()
+    assert suspects(probe) == {"critic"}
+    found = probe.fisher_diagonal(missing="skip")
+    assert found.keys() == {"actor", "idle"}
+    assert not found["idle"].any()  # which nothing trains
+    probe.reset()
+    optimizer.zero_grad()
+    classify(model, data()).backward()
+    assert not suspects(probe)
+
+
+def test_layers_that_start_late_or_share_a_trained_weight_are_told() -> None:
+    """Zero as long as they are not called, whatever the optimizer does to what they share."""
+    at = {"step": 0}
+    model = Net(
+        lambda m, x: m.a(x) + (m.late(x) if at["step"] > 1 else 0),
+        a=nn.Linear(4, 3),
+        late=nn.Linear(4, 3),
+        twin=nn.Linear(4, 3),
+    )
+    model.twin.weight = model.a.weight
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    with CurvatureProbe(model) as probe:
+        for at["step"] in range(4):
+            optimizer.zero_grad()
+            classify(model, data()).backward()
+            optimizer.step()
+            assert "late" not in suspects(probe)
+            assert "twin" not in suspects(probe)
