@@ -911,9 +911,13 @@ class CurvatureProbe:
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, depth=depth, title=repr(self))
 
     def __str__(self) -> str:
-        if self.num_samples == 0 or untold(self._fisher):
-            return "\n".join([repr(self), *(f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers)])
-        return str(self.summary())
+        told = self.num_samples > 0 and not untold(self._fisher)
+        if told and self._fisher.accumulate == "diagonal":
+            return str(self.summary())
+        traces = self.fisher_trace() if told else {}
+        lines = [f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers]
+        of = [f", tr F = {traces[x.name].value:.3g}" if told else "" for x in self._fisher.layers]
+        return "\n".join([repr(self), *map("".join, zip(lines, of, strict=True))])
 
     def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
         """Write the accumulated Fisher (and a Hessian diagonal): see :func:`secorder.monitor.log.log_diagonals`.

@@ -89,15 +89,23 @@ def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tens
 
     As the engine does, a gradient is summed over the dimensions along which the input was broadcast.
     """
+    return run_node_once(node, gradients, [index])[0]
+
+
+def run_node_once(node: Node, gradients: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
+    """:func:`run_node` for several inputs at once."""
     found = node(*gradients)
-    g = found[index] if isinstance(found, tuple) else found
-    shape = shape_of(*node.next_functions[index])
-    assert isinstance(g, Tensor)
-    if g.shape == shape:
-        return g
-    lead = g.dim() - len(shape)
-    summed = [d for d in range(g.dim()) if d < lead or (shape[d - lead] == 1 and g.shape[d] != 1)]
-    return (g.sum(summed) if summed else g).reshape(shape)
+    result = []
+    for index in indices:
+        g = found[index] if isinstance(found, tuple) else found
+        shape = shape_of(*node.next_functions[index])
+        assert isinstance(g, Tensor)
+        if g.shape != shape:
+            lead = g.dim() - len(shape)
+            summed = [d for d in range(g.dim()) if d < lead or (shape[d - lead] == 1 and g.shape[d] != 1)]
+            g = (g.sum(summed) if summed else g).reshape(shape)
+        result.append(g)
+    return result
 
 
 def tells_recomputation() -> bool:

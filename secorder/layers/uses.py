@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import accumulate_node
-from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_of, recomputed, run_node, shape_of
+from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_of, recomputed, run_node_once, shape_of
 from .layout import Layout
 from .operations import MAPS, OPERATIONS
 from .operations.registry import each
@@ -191,14 +191,14 @@ def _pulled_back(
         if not given:
             continue
         wanted = [i for i, (x, _) in enumerate(node.next_functions) if x in order]
-        for index in wanted:
+        for index, g in zip(wanted, _through(node, own, given, wanted), strict=True):
             before = node.next_functions[index]
-            g = _through(node, own, given, index)
             brought[before] = brought[before] + g if before in brought else g
 
 
-def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], index: int) -> Tensor:
-    """What a followed node makes of per-sample gradients, for one of its inputs."""
+def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], wanted: Sequence[int]) -> list[Tensor]:
+    """What a followed node makes of per-sample gradients, for some of its inputs, in one run."""
+    shapes = [torch.Size(shape_of(*node.next_functions[index])) for index in wanted]
     seen = outputs_of(node, real=False)
 
     def pull(*gradients: Tensor) -> Tensor:
@@ -206,9 +206,12 @@ def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], ind
         whole = [like.new_zeros(m.shape, dtype=m.dtype) for m in seen]
         for k, g in zip(given, gradients, strict=True):
             whole[k] = g.to(seen[k].dtype)
-        return run_node(node, whole, index)
+        found = run_node_once(node, whole, wanted)
+        return found[0].flatten() if len(found) == 1 else torch.cat([g.flatten() for g in found])
 
-    return each(pull, [g for g in own if g is not None])
+    together = each(pull, [g for g in own if g is not None])
+    parts = together.split([shape.numel() for shape in shapes], 1)
+    return [part.reshape(len(part), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def pieces(brought: Iterable[Piece]) -> dict[str, list[PerSample]]:

@@ -45,13 +45,22 @@ class MeasuresBatches(Protocol):
 
 
 def is_data_set(inputs: Any, targets: Any) -> bool:
-    """Whether what stands in place of a batch yields batches: a DataLoader, a generator, no structure of tensors."""
+    """Whether what stands in place of a batch yields batches: a DataLoader, a generator, a list of pairs.
+
+    A structure of tensors is no data set: it is the model's arguments.
+    """
+    if isinstance(inputs, list) and targets is None and inputs:
+        return all(_pair(x) for x in inputs)
     if targets is not None or isinstance(inputs, (Tensor, tuple, list, Mapping)) or not isinstance(inputs, Iterable):
         return False
     if isinstance(inputs, (Iterator, DataLoader)) or next(tensors_in(inputs), None) is None:
         return True
     first = next(iter(inputs), None)  # a loader that keeps its data in tensors, or a batch object such as a graph's
-    return isinstance(first, (tuple, list)) and len(first) == 2 and next(tensors_in(first[0]), None) is not None
+    return _pair(first)
+
+
+def _pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and next(tensors_in(batch[0]), None) is not None
 
 
 def batches_of(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

@@ -108,6 +108,14 @@ def test_print_of_a_probe() -> None:
     assert names(str(probe.summary(sort_by="parameters"))) == ["3", "0", "5"]
 
 
+def test_print_of_a_probe_of_traces() -> None:
+    model, inputs, targets = make()
+    probe = CurvatureProbe(model, accumulate="trace", reduction="mean")
+    assert "tr F" not in str(probe)
+    F.cross_entropy(model(inputs), targets).backward()
+    assert f"tr F = {probe.fisher_trace()['3'].value:.3g}" in str(probe)
+
+
 LONG = ["a_model_with_a_very_long_name_indeed.embed"] + [
     f"a_model_with_a_very_long_name_indeed.encoder.layers.{i}.attention.{part}"
     for i in range(4)

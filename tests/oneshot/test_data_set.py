@@ -101,6 +101,10 @@ def test_what_passes_for_a_data_set() -> None:
     assert is_data_set(Loader(), None)
     assert is_data_set(DataLoader(TensorDataset(X, Y)), None)
     assert is_data_set(iter([(X, Y)]), None)
+    assert is_data_set([(X, Y), (X, Y)], None)
+    assert is_data_set(list(DataLoader(TensorDataset(X, Y))), None)
+    assert not is_data_set([X, Y], None)
+    assert not is_data_set([(X, X), (X, X)], Y)
     assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
     assert not is_data_set(iter([X]), Y)
 
