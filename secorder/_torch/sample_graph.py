@@ -135,6 +135,8 @@ def _shape(node: Any, index: int) -> Shape:
 
 def _place(shape: Shape, inner: int, count: int) -> _Place | None:
     """Where samples of an inner size are in a tensor; None where they do not lie in one dimension."""
+    if not inner:  # of samples without elements, nothing tells where they are
+        return None
     behind = 1
     for dim in range(len(shape) - 1, -1, -1):
         if inner % behind:
