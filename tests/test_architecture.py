@@ -25,9 +25,7 @@ LONG = {
     "probe": "the facade, whose methods are documented in full",
     "probe.CurvatureProbe": "the same",
     "probe.__init__": "the same",
-    "online.fisher": "to be divided where its subjects part",
-    "online.fisher.OnlineFisher": "the same",
-    "online.attribution": "the same",
+    "online.attribution": "to be divided where its subjects part",
     "online.attribution._attribute": "the same",
 }
 

@@ -62,6 +62,9 @@ def contract(
     Returns:
         1-D tensor of ``numel`` elements, in the order of the flattened parameter.
     """
+    if numel == 0:  # a layer without inputs or outputs
+        like = u if isinstance(u, Tensor) else u.g
+        return like.new_zeros(0) if out is None else out
     if isinstance(u, Tensor):
         assert v is None or isinstance(v, Tensor)
         return _add(_kept((u * (u if v is None else v)).reshape(-1, numel).sum(0), keep), out, beta, alpha)

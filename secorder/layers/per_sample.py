@@ -165,14 +165,14 @@ def merge(parts: Sequence[PerSample]) -> PerSample:
 def dense(gradient: PerSample, numel: int) -> Tensor:
     """Per-sample gradients written out, shape ``(N, numel)``."""
     if isinstance(gradient, Tensor):
-        return gradient.reshape(-1, numel)
+        return gradient.reshape(len(gradient), numel)
     if isinstance(gradient, Outer):
         if gradient.a is None:
-            return gradient.g.sum(2).reshape(-1, numel)
-        return torch.matmul(gradient.g.transpose(2, 3), whole_input(gradient.a)).reshape(-1, numel)
+            return gradient.g.sum(2).reshape(len(gradient.g), numel)
+        return torch.matmul(gradient.g.transpose(2, 3), whole_input(gradient.a)).reshape(len(gradient.g), numel)
     index = gradient.ids.unsqueeze(-1).expand_as(gradient.g)
     written = gradient.g.new_zeros(len(gradient.g), gradient.rows, gradient.g.shape[-1])
-    return written.scatter_add(1, index, gradient.g).reshape(-1, numel)
+    return written.scatter_add(1, index, gradient.g).reshape(len(gradient.g), numel)
 
 
 def total_gradient(gradient: PerSample, numel: int) -> Tensor:

@@ -19,6 +19,7 @@ from .._torch.engine import (
 )
 from ..layers.selection import Layer
 from .audit import Audit
+from .closing import check_together, close
 from .fisher import OnlineFisher, quietly
 from .norms import watch_squares
 from .penalty import watch
@@ -53,7 +54,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         fisher.backwards[number] = backward
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
-    fisher.check_together(backward, record)
+    check_together(fisher, backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
     if len(backward.records) == 1 and fisher.norms_due():
@@ -140,7 +141,7 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
-    fisher.close(backward, reached)
+    close(fisher, backward, reached)
     backward.records.clear()  # which refer to it
 
 

@@ -16,7 +16,10 @@ from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
 from .backward import enter
-from .fisher import quietly, total_of
+from .closing import second_backward
+from .delivery import deliver
+from .finite import total_of
+from .fisher import quietly
 from .record import ForwardRecord, ModuleCall, Start
 from .relation import Shape
 from .samples import floating
@@ -148,7 +151,7 @@ class _LayerGradient:
             return
         total = total_of(g)
         if not enter(self.attachment, record):
-            fisher.second_backward(record, [layer.name], self.total, total)
+            second_backward(fisher, record, [layer.name], self.total, total)
             return
         kept, self.kept, self.total = self.kept, None, total
         if kept is None:
@@ -156,7 +159,7 @@ class _LayerGradient:
         calls = record.captured.setdefault(layer.name, [])
         calls.append((self.index, (_unpacked(kept, layer), g.detach()), total))
         if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
-            fisher.deliver([record], layer)
+            deliver(fisher, [record], layer)
 
 
 class _ModuleGradient:
@@ -187,7 +190,7 @@ class _ModuleGradient:
             return
         total = total_of(g)
         if not enter(self.attachment, record):
-            fisher.second_backward(record, [layer.name for layer in parts], self.totals.get(position), total)
+            second_backward(fisher, record, [layer.name for layer in parts], self.totals.get(position), total)
             return
         self.totals[position] = total
         kept, self.kept = self.kept, None

@@ -39,6 +39,7 @@ from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
 from .backward import enter
 from .capture import layer_called, module_called, module_starts
+from .closing import unrecorded
 from .fisher import OnlineFisher
 from .looks import Looks
 from .opening import open_record, settle
@@ -281,7 +282,7 @@ class _EntersUnrecorded:
     @never_compiled
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions:
-            self.attachment.fisher.unrecorded()
+            unrecorded(self.attachment.fisher)
 
 
 class _Begin(OwnHook):

@@ -17,7 +17,10 @@ from ..layers.uses import Piece, Use, Uses, carried, find_uses, hidden, reentran
 from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
-from .fisher import quietly, total_of
+from .closing import second_backward
+from .delivery import deliver
+from .finite import total_of
+from .fisher import quietly
 from .record import ForwardRecord
 from .relation import Verified, explain
 
@@ -110,7 +113,7 @@ class _UseGradient:
         totals = [total_of(g) for g in own if g is not None]
         total = totals[0] if len(totals) == 1 else sum(totals[1:], totals[0])
         if not enter(self.attachment, record):
-            fisher.second_backward(record, [layer.name], self.total, total)
+            second_backward(fisher, record, [layer.name], self.total, total)
             return
         if self.total is not None or layer.name not in record.layouts or layer.name in record.troubled:
             return
@@ -125,4 +128,4 @@ class _UseGradient:
         calls = record.captured.setdefault(layer.name, [])
         calls.append((self.index, brought, total))
         if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
-            fisher.deliver([record], layer)
+            deliver(fisher, [record], layer)

@@ -7,6 +7,7 @@ from ..errors import AttributionError, InvalidArgumentError, NonFiniteError, Pro
 from ..oneshot.trace import Trace
 from ..parallel.fsdp import whole_sum
 from ..results import Diagonals, LayerInfo, Strategy
+from .closing import audit_uncalled
 from .fisher import OnlineFisher
 from .noise import NoiseScales, noise_of
 from .sums import Stretch, joined
@@ -73,7 +74,7 @@ def everything(fisher: OnlineFisher) -> Stretch:
 
 def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
-    fisher.audit_uncalled()
+    audit_uncalled(fisher)
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.tolist(), strict=True) if count]
     return {**dict.fromkeys(failed, OUTSIDE), **fisher.troubles.marks}
 

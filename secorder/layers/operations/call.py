@@ -65,7 +65,7 @@ class OperationCall:
     def as_rows(self, matrix: Tensor) -> Tensor:
         """Rows of samples as they are in the output: shape ``(N, 1, positions, width)``."""
         split = self.layout.split(matrix)
-        return split.reshape(len(split), 1, -1, split.shape[-1])
+        return split.flatten(1, -2)[:, None] if split.dim() > 2 else split[:, None, None]
 
     def of_samples(self, values: Tensor, shape: Sequence[int]) -> Tensor | None:
         """Values of the output's shape, summed to those of an input that was broadcast to it, for each sample alone.

@@ -1,0 +1,161 @@
+"""The end of a backward: what its records still hold is added, it is audited, and what it cannot tell is marked."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._torch.engine import current_backward
+from .delivery import deliver, deliver_module
+from .norms import read_squares
+from .penalty import add_shared
+from .record import Backward, ForwardRecord, slot
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = [
+    "add_tied", "audit_uncalled", "audit_unreached", "check_together", "close", "second_backward", "unrecorded",
+]  # fmt: skip
+
+_SECOND = (
+    "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
+    "losses and call backward once."
+)
+
+
+def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+    """Another forward takes part in a backward: are its samples its own, or those of the others?"""
+    others = [one for one in backward.records if one is not record]
+    same = [one for one in others if one.num_samples == record.num_samples]
+    if not others or fisher.forwards == "separate" or (fisher.forwards is None and not same):
+        return
+    if fisher.forwards == "joined":
+        if len(same) < len(others):
+            fisher.troubles.mark(
+                record.calls,
+                'the forwards of one backward hold different numbers of samples, so that forwards="joined" cannot '
+                'be: say forwards="separate".',
+            )
+        return
+    both = [name for name in record.calls if any(name in one.calls for one in same)]
+    fisher.troubles.mark(
+        [own for name in both for own in record.attribution.owners(name)],
+        "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
+        'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
+        'or forwards="separate" where each forward has samples of its own.',
+    )
+
+
+def unrecorded(fisher: "OnlineFisher") -> None:
+    """A gradient has come to a forward that was not recorded."""
+    number = current_backward()
+    if number is not None:
+        fisher.others.append(number)
+
+
+def second_backward(
+    fisher: "OnlineFisher", record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor
+) -> None:
+    """A second backward reaches layers through a forward whose samples are counted.
+
+    The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
+    """
+    owners = [own for name in names for own in record.attribution.owners(name) if own in fisher.sums]
+    if before is None:
+        fisher.troubles.mark(owners, _SECOND)
+    else:
+        names = [layer.name for layer in fisher.layers]
+        for name in owners:
+            fisher.failures[names.index(name)].add_(before != now)
+
+
+def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
+    """A backward has ended: add what its records still hold, and audit it."""
+    if records and backward.number in fisher.others:
+        fisher.troubles.mark(
+            [own for record in records for name in record.calls for own in record.attribution.owners(name)],
+            "one backward runs through several forwards of the model of which some are not recorded (every=), so "
+            "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
+        )
+    read_squares(backward)
+    groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
+    for group in groups:
+        for layer in group[0].attribution.layers:
+            if any(layer.name in record.captured for record in group):
+                fisher.troubles.guarded(group[0], (layer.name,), deliver, fisher, group, layer)
+        for key in dict.fromkeys(name for record in group for name in record.modules):
+            parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]
+            names = [x.name for x in group[0].parts_of(parts[0])]
+            fisher.troubles.guarded(group[0], names, deliver_module, fisher, group, parts[0])
+        for record in group[1:]:
+            record.closed = True
+        fisher.add(group[0])
+    if fisher.penalty is None:
+        _audit(fisher, backward)
+    elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
+        record = groups[0][0]
+        inverse = float(record.num_samples) if record.mean else 1.0
+        alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
+        scale = float(fisher.loss_scale())
+        add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
+    elif groups:
+        fisher.troubles.mark(
+            fisher.sums,
+            'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',
+        )
+
+
+def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
+    """Compare the whole gradients of a backward that has ended with what its records explain."""
+    if not backward.alone:
+        return  # what reached the parameters meanwhile may be another thread's
+    troubled = {name for record in backward.records for name in record.troubled}
+    chosen = [(i, layer) for i, layer in enumerate(fisher.layers) if layer.name not in troubled]
+    tied = [record.attribution for record in backward.records if record.attribution.ties]
+    asked = [(layer.parameters, {layer.name}.union(*(one.holders(layer.name) for one in tied))) for _, layer in chosen]
+    found = backward.audit.failures(asked)
+    if found is not None:
+        indices = [chosen[i][0] for i in found[0]]
+        if indices == list(range(len(fisher.layers))):
+            fisher.failures.add_(found[1])
+        else:
+            fisher.failures.index_add_(0, torch.tensor(indices, device=fisher.failures.device), found[1].long())
+
+
+def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+    """A layer that no call brought a gradient of has none: not one that came before the audit could see it, either.
+
+    A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative.
+    """
+    layer = fisher.layers[index]
+    records = record.backward.records if record.backward is not None else [record]
+    if any(layer.name in one.received for one in records) or layer.sharded:
+        return
+    for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
+        if p.grad is not None and slot(p) != before:
+            fisher.failures[index].add_((p.grad != 0).any())
+
+
+def audit_uncalled(fisher: "OnlineFisher") -> None:
+    """Layers that are trained by calls that no hook sees are not told."""
+    for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
+        fisher.failures[index].add_(moved)
+
+
+def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
+    """Add what the layers that share a parameter brought in this backward."""
+    parts, record.parts = record.parts, {}
+    for layer in fisher.layers:
+        holders = record.attribution.ties.get(layer.name, {})
+        brought = {local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()}
+        here = [part for pairs in brought.values() for part, _ in pairs]
+        if here and layer.name not in record.troubled:
+            gradients = [[part[0][own] for part, own in brought[local]] for local in layer.parameters]
+            goods = [good for _, good in here if good is not None]
+            all_good = torch.stack(goods).all() if goods else None
+            fisher.add_gradients(record, layer, gradients, all_good)
+            record.received.add(layer.name)
+        elif holders:
+            record.received.discard(layer.name)

@@ -1,0 +1,203 @@
+"""From the calls of a layer, all of which have come, to squares of per-sample gradients that are added up.
+
+A layer with a rule brings its inputs and cotangents, one that is measured by operations what each of them makes, and a
+module that is run again the per-sample gradients of all its parts. What they bring is told to the audit on the way.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..layers.contraction import IN_PLACE_ELEMENTS, contract
+from ..layers.dtypes import cast, compute_dtype
+from ..layers.layout import DIM_ZERO, Layout
+from ..layers.norms import DenseNorms
+from ..layers.per_sample import Outer, PerSample, per_sample_gradients, with_cotangents
+from ..layers.rules import takes_any_leading_dim
+from ..layers.selection import Layer
+from ..layers.uses import pieces
+from ..oneshot.isolation import run_isolated
+from .finite import total_of, witness
+from .norms import take_norms, takes_norms
+from .penalty import explain
+from .record import Call, ForwardRecord
+from .rerun import rerun_gradients
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = ["deliver", "deliver_module"]
+
+
+def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Layer) -> None:
+    """Add the squares of a layer's per-sample gradients: all its calls of one backward have come.
+
+    Args:
+        records: the forward, or those whose row n is one sample.
+        layer: a layer with a rule.
+    """
+    record = records[0]
+    came = [
+        (call, one.layouts[layer.name][index][0], total)
+        for one in records
+        for index, call, total in sorted(one.captured.pop(layer.name, []), key=lambda found: found[0])
+        if layer.name not in record.troubled
+    ]
+    if not came:
+        return
+    calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
+    forms = pieces(calls) if layer.by_operations else {}
+    if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
+        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came])
+        return
+    gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
+    gradients = gradients or _gradients(layer, calls, layouts)
+    products = _tell(fisher, record, layer, gradients)
+    totals: list[Tensor | None] = [total for _, _, total in came]
+    if record.weights is not None:
+        gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
+    record.received.add(layer.name)
+    parts = [[gradients[name]] for name in layer.parameters]
+    if record.attribution.sharing(layer.name):
+        totals += [witness(part, products.get(name)) for name, part in gradients.items()]
+        good = fisher.good(layer, totals) if fisher.accumulate == "diagonal" else None
+        record.parts[layer.name] = (gradients, good)
+        return
+    if takes_norms(record):
+        take_norms(fisher, record, layer, parts)
+    if fisher.accumulate == "diagonal":
+        _add_formed(fisher, record, layer, gradients, products, totals)
+
+
+def _add_formed(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    products: Mapping[str, Tensor],
+    seen: list[Tensor | None],
+) -> None:
+    """Add a layer's squares; those that are formed apart anyway tell themselves whether they are finite.
+
+    Args:
+        record: of the forward.
+        layer: the layer.
+        gradients: of its parameters.
+        products: what the audit made of them.
+        seen: numbers that are finite where all of the layer's cotangents are.
+    """
+    parts: list[Tensor | Sequence[PerSample]] = []
+    together = layer.sharded or fisher.low(record, layer)
+    for name, p in layer.parameters.items():
+        part = gradients[name]
+        squares = None if together else squares_apart(part, p.numel())
+        parts.append([part] if squares is None else squares)
+        if fisher.on_nonfinite != "keep":
+            seen.append(witness(part, products.get(name)) if squares is None else squares.amax())
+    fisher.add_squares(record, layer, parts, fisher.good(layer, seen))
+
+
+def _deliver_pieces(
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
+) -> None:
+    """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
+    seen = list(totals)
+    for turn in range(max(map(len, parts.values()), default=0)):
+        gradients = {name: forms[turn] for name, forms in parts.items() if turn < len(forms)}
+        products = _tell(fisher, record, layer, gradients)
+        if fisher.on_nonfinite != "keep":
+            seen += [w for n, p in gradients.items() if (w := witness(p, products.get(n))) is not None]
+    good = fisher.good(layer, seen)
+    if record.weights is not None:
+        weights = record.weights
+        parts = {name: [weighted(form, weights) for form in forms] for name, forms in parts.items()}
+    record.received.add(layer.name)
+    fisher.add_gradients(record, layer, [parts.get(name, []) for name in layer.parameters], good)
+
+
+def _gradients(layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
+    """Per-sample gradients of a layer with a rule."""
+    assert layer.rule is not None
+    kind = compute_dtype(layer)
+    cleaned = []
+    for index, (inputs, g) in enumerate(calls):
+        inputs = tuple(cast(x if x.layout is torch.strided else x.to_dense(), kind) for x in inputs)
+        g = cast(g, kind)
+        if g.dim() == 1 and takes_any_leading_dim(layer.rule):  # one sample, without a dimension for it
+            inputs, g, layouts[index] = tuple(x.unsqueeze(0) for x in inputs), g.unsqueeze(0), DIM_ZERO
+        cleaned.append((inputs, g))
+    return per_sample_gradients(layer.rule, layer.module, cleaned, layouts)
+
+
+def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key: Layer) -> None:
+    """The same for layers that are parts of a module that is run again."""
+    record = records[0]
+    layers = [x for x in record.parts_of(key) if x.name not in record.troubled]
+    calls = []
+    for one in records:
+        for call in one.modules.pop(key.name, []):
+            call.layouts = one.layouts[key.name][call.index] if layers else []
+            calls.append(call)
+    if not layers or not calls:
+        return
+    totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
+    found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
+    for layer, (squares, norms) in zip(layers, found, strict=True):
+        if norms is not None:
+            record.norms[layer.name], record.squares[layer.name] = norms.told()
+        if fisher.accumulate == "diagonal":
+            fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [own.sum() for own in squares]))
+        record.received.add(layer.name)
+
+
+def _rerun(
+    fisher: "OnlineFisher", record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool
+) -> list[Any]:
+    """Σ of squares of each layer by parameter, and norms; the audit's side of them on the way."""
+    found: list[tuple[list[Tensor], DenseNorms | None]] = [
+        (
+            [p.new_zeros(p.numel(), dtype=compute_dtype(layer)) for p in layer.parameters.values()]
+            if fisher.accumulate == "diagonal"
+            else [],
+            DenseNorms() if takes_norms(record) else None,
+        )
+        for layer in layers
+    ]
+    at = 0
+    for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
+        for layer, (sums, norms), gradients in zip(layers, found, chunk, strict=True):
+            _tell(fisher, record, layer, dict(zip(layer.parameters, gradients, strict=True)))
+            flats = [g.reshape(len(g), -1) for g in gradients]  # of a scalar, too
+            if record.weights is not None:
+                flats = [flat * record.weights[at : at + len(flat), None].to(flat) for flat in flats]
+            for total, flat in zip(sums, flats, strict=bool(sums)):
+                total.add_((flat * flat).sum(0))
+            if norms is not None:
+                norms.add(flats)
+        at += len(chunk[0][0]) if chunk and chunk[0] else 0
+    return found
+
+
+def _tell(
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+) -> Mapping[str, Tensor]:
+    """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
+    if fisher.penalty is not None:
+        explain(record, layer, gradients)
+    elif record.backward is not None:
+        return record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
+    return {}
+
+
+def squares_apart(part: PerSample, numel: int) -> Tensor | None:
+    """Σ_n of squares, in a tensor of its own, where they are formed in one anyway; else None."""
+    if isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS:
+        return contract(part, numel=numel)
+    return None
+
+
+def weighted(part: PerSample, weights: Tensor) -> PerSample:
+    """A per-sample gradient with each sample's multiplied by a number."""
+    return with_cotangents(part, lambda g: g * weights.to(g).view(-1, *(1,) * (g.dim() - 1)))

@@ -1,0 +1,69 @@
+"""The end of a backward: several forwards, second backwards, layers that nothing reaches, tied layers."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import AttributionError, CurvatureProbe
+
+from ..helpers import Net, data, make, reference
+from ..reference import assert_all_close
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_backward_through_one_forward(same: bool) -> None:
+    """The same loss once more changes nothing; another one is to be told of."""
+    model, batch = make(), data()
+    probe = CurvatureProbe(model)
+    outputs = model(batch[0])
+    F.cross_entropy(outputs, batch[1]).backward(retain_graph=True)
+    (F.cross_entropy(outputs, batch[1]) if same else outputs.square().sum()).backward()
+    if same:
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+    else:
+        with pytest.raises(AttributionError, match="second backward"):
+            probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize(("sizes", "forwards"), [((6, 6), None), ((6, 4), "joined")])
+def test_forwards_that_cannot_be_told_apart(sizes: tuple[int, int], forwards: Any) -> None:
+    model = make()
+    probe = CurvatureProbe(model, forwards=forwards)
+    sum(loss_of(model, (data()[0][:n], data()[1][:n])) for n in sizes).backward()  # type: ignore[union-attr]
+    with pytest.raises(AttributionError, match="one backward"):
+        probe.fisher_diagonal()
+
+
+def test_a_backward_through_a_forward_that_is_not_recorded() -> None:
+    model, batch = make(), data()
+    probe = CurvatureProbe(model, every=2)
+    (loss_of(model, batch) + loss_of(model, batch)).backward()
+    with pytest.raises(AttributionError, match="not recorded"):
+        probe.fisher_diagonal()
+
+
+def test_a_layer_that_the_loss_does_not_reach_has_zeros_and_counts_its_samples() -> None:
+    model = Net(lambda m, x: (m.a(x), m.b(x))[0], a=nn.Linear(4, 3), b=nn.Linear(4, 2))
+    probe = CurvatureProbe(model)
+    loss_of(model, data()).backward()
+    found = probe.fisher_diagonal()
+    assert not found["b"].any()
+    assert found["a"].any()
+
+
+def test_tied_layers_are_put_together() -> None:
+    model = Net(
+        lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3)
+    )
+    model.b.weight = model.a.weight
+    probe = CurvatureProbe(model)
+    batch = data()
+    loss_of(model, batch).backward()
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
