@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.online import backward, capture, closing, delivery
 from secorder.online.fisher import OnlineFisher
 from secorder.online.hooks import Attachment
 from secorder.online.looks import Looks
@@ -148,19 +149,19 @@ def test_create_graph_at_every_step_does_not_leak() -> None:
     assert probe.num_samples == 360
 
 
-PLACES = {
+PLACES: dict[str, Any] = {
     "begin": Attachment,
     "end": Attachment,
     "register": Attachment,
     "due": Looks,
     "look": Looks,
-    "deliver": OnlineFisher,
-    "_gradients": OnlineFisher,
-    "_explain": OnlineFisher,
-    "check_together": OnlineFisher,
-    "close": OnlineFisher,
+    "deliver": capture,
+    "_gradients": delivery,
+    "_tell": delivery,
+    "check_together": backward,
+    "close": backward,
     "add": OnlineFisher,
-    "_audit": OnlineFisher,
+    "_audit": closing,
 }
 
 
@@ -205,6 +206,6 @@ def test_strict_lets_a_fault_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any, **__: Any) -> None:
         raise MemoryError("deliver")
 
-    monkeypatch.setattr(OnlineFisher, "deliver", fault)
+    monkeypatch.setattr(capture, "deliver", fault)
     with CurvatureProbe(model, strict=True), pytest.raises(MemoryError, match="deliver"):
         step(model, batch)
