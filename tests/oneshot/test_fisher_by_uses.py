@@ -7,12 +7,14 @@ import pytest
 from secorder import CurvatureProbe
 
 from ..cases import CASES
+from ..helpers import run_again_where_nothing_tells
 from ..reference import assert_all_close, ggn_by_sample
 from ..test_matrix import brute_force, build
 
 NAMES = ("operations/conv1d", "operations/dora", "operations/relative_bias", "operations/cross_attention")
 
 
+@run_again_where_nothing_tells
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["empirical", "type-2"])
 def test_by_operations(name: str, kind: Any) -> None:
