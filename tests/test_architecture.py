@@ -25,8 +25,6 @@ LONG = {
     "probe": "the facade, whose methods are documented in full",
     "probe.CurvatureProbe": "the same",
     "probe.__init__": "the same",
-    "online.attribution": "to be divided where its subjects part",
-    "online.attribution._attribute": "the same",
 }
 
 

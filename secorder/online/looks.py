@@ -10,10 +10,11 @@ from .._torch.modules import backward_hooks_removed
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
-from .attribution import Attribution, attribute, merged
+from .attribution import Attribution, merged
 from .audit import Directions
 from .relation import explain
 from .samples import SampleDim
+from .search import attribute
 
 __all__ = ["Looks"]
 

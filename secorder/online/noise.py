@@ -27,9 +27,9 @@ class NoiseScale:
     """The gradient noise of a layer, or of several.
 
     Attributes:
-        value: tr Σ / |G|², the batch size (in samples) at which a batch's gradient is as much noise as signal; inf
-            where the estimate of |G|² is not positive: then the gradient is lost in the noise of the batches seen.
-        squared_norm: |G|², the estimate of the expected gradient's squared norm; unbiased, so that it may be negative.
+        value: ``tr Σ / |G|²``, the batch size (in samples) at which a batch's gradient is as much noise as signal; inf
+            where the estimate of ``|G|²`` is not positive: then the gradient is lost in the noise of the batches seen.
+        squared_norm: ``|G|²``, the estimate of the expected gradient's squared norm: unbiased, so that it may be < 0.
         variance: tr Σ, the estimate of the trace of the per-sample gradients' covariance.
     """
 

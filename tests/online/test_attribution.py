@@ -1,98 +1,58 @@
-"""Where samples are, and whether they are independent."""
+"""What is known of where samples are, and what later looks add to it."""
+
+from dataclasses import replace
 
 import pytest
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from secorder import CurvatureProbe
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
-from secorder.layers.structure import independent_by_structure, linear_by_structure
-from secorder.oneshot.independence import outputs_independent, separating_masks
-from secorder.oneshot.isolation import isolate
-from secorder.online.attribution import attribute
-
-from ..helpers import Shared, data, refused_where_nothing_tells
-from ..reference import assert_all_close, fisher_by_sample
+from secorder.online.attribution import Attribution, merged
+from secorder.online.relation import Verified
 
 
-@refused_where_nothing_tells
-def test_a_row_that_all_samples_share_is_told_where_the_model_returns_no_samples() -> None:
-    class Loss(Shared):
-        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(super().forward(x), t)
-
-    model, batch = Loss(), data()
-    with CurvatureProbe(model, layers="shift", reduction="mean") as probe:
-        model(*batch).backward()
-        found = probe.fisher_diagonal().by_parameter()
-    expected = fisher_by_sample(model, lambda loss, _: loss, batch, torch.zeros(6), 6)
-    assert_all_close(found, {name: expected[name] for name in found})
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
-def test_for_any_two_samples_one_is_replaced_without_the_other(count: int) -> None:
-    masks = separating_masks(count)
-    for n in range(count):
-        for m in range(count):
-            assert n == m or bool((masks[:, m] & ~masks[:, n]).any())
+@pytest.mark.parametrize(
+    ("dims", "shapes", "count"),
+    [
+        ((0, None), ((6, 4), (3,)), 6),
+        ((0, 1), ((6, 4), (2, 6)), 6),
+        ((0, 1), ((6, 4), (2, 1)), 6),  # what all samples share
+        ((0, 1), ((6, 4), (2, 5)), None),
+        ((0,), ((6, 4), (6,)), None),
+        ((1,), ((6,),), None),
+        ((0,), ((0, 4),), 0),
+    ],
+)
+def test_the_number_of_samples_by_the_arguments_shapes(
+    dims: tuple[int | None, ...], shapes: tuple[tuple[int, ...], ...], count: int | None
+) -> None:
+    assert Attribution(dims=dims).count(shapes) == count
 
 
-class Leaks(nn.Module):
-    """One sample influences another."""
-
-    def __init__(self, source: int, target: int) -> None:
-        super().__init__()
-        self.fc, self.source, self.target = nn.Linear(4, 3), source, target
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        z = self.fc(x)
-        leak = torch.zeros_like(z)
-        leak[self.target] = z[self.source]
-        return z + 1e-6 * leak
+def seen(rows: int) -> Verified:
+    return Verified(Layout(), 0, (rows, 4), ((rows, 4),), rows)
 
 
-@pytest.mark.parametrize("pair", [(0, 5), (5, 0), (2, 3)])
-def test_one_sample_that_influences_another_is_seen(pair: tuple[int, int]) -> None:
-    x, _ = data()
-    for model, alone in ((nn.Linear(4, 3), True), (Leaks(*pair), False)):
-        with isolate(model, None, []) as isolated:
-            assert outputs_independent(isolated, x, len(x), 0) is alone
+def test_what_was_verified_of_a_layer_stays_while_it_is_captured_alike() -> None:
+    (layer,) = select_layers(nn.Sequential(nn.Linear(4, 4)))
+    before = Attribution(layers=(layer,), known={"0": (seen(6),)}, reached=frozenset({"0"}))
+    after = Attribution(layers=(layer,), known={"0": (seen(5),)})
+    assert merged(before, after).known == {"0": (seen(5), seen(6))}
+    assert merged(before, after).reached == {"0"}
+    otherwise = replace(after, layers=(replace(layer, rule=None),))
+    assert merged(before, otherwise).known == {"0": (seen(5),)}
 
 
-def test_structure_that_leaves_no_doubt() -> None:
-    chain = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3), nn.Tanh())
-    assert not independent_by_structure(chain)
-    chain.eval()
-    assert independent_by_structure(chain)
-    assert not independent_by_structure(chain, sample_dim=1)
-    assert not linear_by_structure(chain, chain[0])
-    assert linear_by_structure(chain[:5], chain[0])
-    chain[4].register_forward_hook(lambda *_: None)
-    assert not independent_by_structure(chain)
+def test_so_many_verified_calls_are_kept_at_each_place() -> None:
+    (layer,) = select_layers(nn.Sequential(nn.Linear(4, 4)))
+    found = Attribution(layers=(layer,))
+    for rows in range(2, 40):
+        found = merged(found, Attribution(layers=(layer,), known={"0": (seen(rows),)}))
+    assert found.known["0"] == tuple(seen(rows) for rows in range(39, 23, -1))
 
 
-class Sequences(nn.Module):
-    """Samples in dim 0, in dim 1, and in rows of flattened tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = torch.tanh(self.first(x))
-        hidden = torch.tanh(self.second(hidden.transpose(0, 1)).transpose(0, 1))
-        return self.third(hidden.flatten(0, 1)).view(*x.shape[:2], -1).mean(1)
-
-
-def test_layouts_are_found() -> None:
-    model = Sequences()
-    found = attribute(model, select_layers(model), (torch.randn(5, 3, 4),), {}, 0)
-    assert not found.coupled
-    assert not found.unknown | found.outside
-    assert {name: calls[0].layout for name, calls in found.known.items()} == {
-        "first": Layout(),
-        "second": Layout(1),
-        "third": Layout(0, 3, True),
-    }
+def test_who_takes_part_of_what_a_layer_brings() -> None:
+    tied = Attribution(ties={"a": {"weight": [("a", "weight"), ("b", "weight")]}})  # type: ignore[dict-item]
+    assert tied.holders("a") == {"a", "b"}
+    assert tied.sharing("b") == ["a"]
+    assert tied.owners("c") == ["c"]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
-from secorder.online.attribution import attribute
+from secorder.online.search import attribute
 
 from ..helpers import Net
 

@@ -1,0 +1,137 @@
+"""Which dimension of the model's arguments holds the samples: the one along which its outputs do not influence another.
+
+Each candidate is tried by passes of our own: while the samples of one part are changed, the outputs of the others must
+stay. Where several hold, that one is taken whose samples may be exchanged; where none does, it is said why.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.modules import evaluating
+from .._torch.vjp import fresh_generator
+from ..layers.layout import Layout
+from ..layers.structure import independent_by_structure
+from ..oneshot.independence import separating_masks
+from .attribution import Attribution
+from .samples import (
+    Hypothesis,
+    SampleDim,
+    any_layout,
+    equivariant,
+    hypotheses,
+    separates,
+    shapes_of,
+    told,
+)
+
+__all__ = ["Choice", "Question", "choose"]
+
+#: Later looks change some samples so often: enough to see a coupling that is new; rows are verified besides.
+TRIALS = 1
+
+
+@dataclass(frozen=True)
+class Question:
+    """One look: at what, and how thoroughly."""
+
+    model: nn.Module
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    sample_dim: SampleDim
+    before: Attribution | None
+    direct: bool
+    not_followed: Collection[str] = ()
+    fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
+
+    @staticmethod
+    def masks(count: int, trials: int | None = None) -> list[Tensor]:
+        """Which samples are changed in each trial: every ordered pair is told apart, or so many trials, drawn."""
+        masks = separating_masks(count)
+        if trials is None or len(masks) <= trials:
+            return list(masks)
+        drawn = torch.rand(trials, count, generator=fresh_generator(), device="cpu") < 0.5
+        drawn[:, 0], drawn[:, 1] = True, False  # never all, never none
+        order = torch.argsort(torch.rand(trials, count, generator=fresh_generator(), device="cpu"), 1)
+        return list(drawn.gather(1, order))
+
+
+#: A hypothesis that holds, with the layouts that it leaves open of each output.
+Choice = tuple[Hypothesis, list[list[Layout]]]
+
+
+def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | None) -> Choice | Attribution:
+    """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
+    model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
+    tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
+    if not tried:
+        return Attribution(undecided="none of the model's arguments has a dimension for samples")
+    usual = tried[0]
+    certain = len(tried) == 1 and usual.dim == 0 and independent_by_structure(model, 0)
+    if (usual.num_samples <= 1 and len(tried) == 1) or certain or shard is not None:
+        return usual, [any_layout(f, usual.num_samples) for f in base]
+    before = asked.before
+    if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
+        known = Hypothesis(before.dims, count, before.alternative)
+        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS), usual=True)
+        if options is not None:
+            return known, options
+    if not any(any_layout(f, h.num_samples) for f in base for h in tried):
+        return _by_size_alone(asked, forward, base, tried)
+    holding = []
+    for hypothesis in tried:
+        if hypothesis.num_samples > 1:
+            masks = asked.masks(hypothesis.num_samples)
+            alone = hypothesis is usual and (dim is not None or len(tried) == 1)
+            options = separates(forward, arguments, base, hypothesis, masks, usual=alone)
+            if options is not None:
+                holding.append((hypothesis, options))
+        if holding and dim is not None:
+            break
+    if usual.num_samples == 1 and dim is None:
+        if holding:  # one sample of many positions, or many samples of one
+            return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
+        return usual, [any_layout(f, 1) for f in base]
+    if (
+        not holding and dim is None and usual.dim == 0
+    ):  # perhaps nothing changes anything, as where weights start at zero
+        options = separates(forward, arguments, base, usual, asked.masks(usual.num_samples), usual=True)
+        holding = [] if options is None else [(usual, options)]
+    if not holding:
+        return _nothing_separates(asked, forward, base, usual)
+    if len(holding) == 1:
+        return holding[0]
+    with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
+        alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
+    first, options = alike[0]
+    return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
+
+
+def _by_size_alone(
+    asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis]
+) -> Choice | Attribution:
+    """Where the outputs tell nothing of the number of samples (a loss alone)."""
+    if base and all(f.numel() > 1 for f in base):
+        return _nothing_separates(asked, forward, base, tried[0])
+    sizes = {h.num_samples for h in tried if h.dim == tried[0].dim} - {1}
+    if len(sizes) > 1:
+        return Attribution(
+            undecided=f"the model's arguments have sizes {sorted(sizes)} in dim {tried[0].dim}, and its output does "
+            "not tell which of them is the number of samples: pass sample_dim= with a mapping of argument names to "
+            "dimensions, or let the model return a tensor of that size"
+        )
+    return tried[0], []
+
+
+def _nothing_separates(asked: Question, forward: Any, base: Sequence[Tensor], usual: Hypothesis) -> Attribution:
+    """No dimension holds samples that do not influence one another, or not the one that was told: another one?"""
+    others = [] if asked.sample_dim is None else hypotheses(asked.arguments, base, None)
+    separable = None
+    for other in others:
+        if other.num_samples > 1 and other.dim != usual.dim:
+            masks = asked.masks(other.num_samples)
+            if separates(forward, asked.arguments, base, other, masks, usual=False) is not None:
+                separable = other.dim
+    return Attribution(dims=usual.dims, coupled=True, separable=separable)

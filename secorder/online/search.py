@@ -1,0 +1,300 @@
+"""Where the samples are in each layer: found and verified by passes of our own on one batch.
+
+Random cotangents on the model's outputs, weighted sample by sample, must come back weighted by the same factors in the
+rows of every layer's output. Where the model returns no tensor with samples (a loss alone), changing samples must
+change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls are found
+by the structure of the autograd graph.
+
+A layer whose own calls do not do (a row that all samples share, rows that depend on data, a parameter that is used
+elsewhere, a frozen layer with nothing trainable before it) is looked for in the calls of the module that contains it,
+up to the model.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
+
+from .._torch.attention import attention_kernels
+from .._torch.modules import batch_normalisation, buffer_places
+from .._torch.pytree import tensors_in
+from .._torch.versions import version
+from ..errors import InvalidArgumentError
+from ..layers.layout import Layout
+from ..layers.selection import Layer, sharded_parameter
+from ..layers.structure import independent_by_structure
+from ..layers.tying import tied_layers
+from ..oneshot.isolation import IsolatedModel, isolate
+from ..oneshot.recorded_layer import RecordedLayer
+from ..oneshot.recording import recorded
+from ..parallel.fsdp import over_ranks
+from .attribution import Attribution
+from .outside import share_parameters, uses_outside, without_gradient
+from .relation import Verified
+from .routes import Selections, layers_of_routed_rows, unowned_arguments
+from .rows import Rows, rows_of_layers
+from .sample_dimension import Choice, Question, choose
+from .samples import Hypothesis, SampleDim, floating, shapes_of
+from .use_rows import UseRows, rows_of_uses
+
+__all__ = ["attribute"]
+
+
+def attribute(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sample_dim: SampleDim = None,
+    *,
+    before: Attribution | None = None,
+    direct: bool = False,
+    not_followed: Collection[str] = (),
+) -> Attribution:
+    """Find and verify where samples are in each layer.
+
+    Args:
+        model: the model.
+        layers: the layers to find samples in.
+        args: positional arguments of one forward.
+        kwargs: keyword arguments of it.
+        sample_dim: where the samples are in the arguments, if it is told.
+        before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
+            begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
+        direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
+        not_followed: layers that are not to be measured by operations.
+    """
+    if sharded_parameter(layers) is not None:
+        not_followed = [x.name for x in layers]
+    asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed)
+    if before is not None:
+        return replace(_escalate(asked, before.layers), ties=before.ties)
+    layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
+    together, ties = tied_layers(model, layers)
+    if ties:
+        found = _escalate(asked, together)
+        members = {name for by in ties.values() for holders in by.values() for name, _ in holders}
+        if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
+            return replace(found, ties=ties)
+    return _escalate(asked, layers)
+
+
+def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
+    """Attribution of layers or, step by step, of modules that contain them."""
+    model = asked.model
+    parents = {id(child): module for module in model.modules() for child in module.children()}
+    first, layers = layers, list(layers)
+    found, chosen = _attribute(asked, layers, layers, None)
+    while True:
+        certain = found.certain and all(x.rule is not None for x in layers)
+        found = replace(found, layers=tuple(layers), certain=certain)
+        missing = found.unknown | found.outside
+        if found.unclear or found.undecided:
+            return found
+        if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
+            without = _escalate(replace(asked, fixed=fixed), first)
+            if not (without.coupled or without.unclear or without.undecided):
+                return replace(without, coupled=True, normalised=True, changing=found.changing)
+        if not found.coupled and not any(x.sharded for x in layers):
+            missing |= found.reached & without_gradient(model, layers, asked.arguments)
+        movable = {
+            x.name
+            for x in layers
+            if x.name in missing
+            and not x.sharded
+            and (x.by_operations or x.rule is not None or x.enclosing is not model)
+        }
+        if found.coupled or not movable:
+            return found
+        layers = [_slower(asked, parents, x) if x.name in movable else x for x in layers]
+        moved = [x for x in layers if x.name in movable]
+        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
+        found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
+
+
+def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribution:
+    """What was found, with what was found anew of some layers."""
+    if again.unclear:
+        return again
+    return replace(
+        found,
+        known={**{name: calls for name, calls in found.known.items() if name not in names}, **again.known},
+        unknown=found.unknown - names | again.unknown,
+        outside=found.outside - names | again.outside,
+        routes={**found.routes, **again.routes},
+        hidden=found.hidden | again.hidden,
+        reached=found.reached - names | again.reached,
+    )
+
+
+def _by_operations(asked: Question, layer: Layer) -> Layer:
+    """The layer measured by operations, where that may be: its parameters are trained, so that the graph holds them."""
+    trained = all(p.requires_grad for p in layer.parameters.values())
+    if not trained or layer.sharded or layer.name in asked.not_followed:
+        return layer
+    return replace(layer, rule=None, by_operations=True)
+
+
+def _slower(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
+    """The layer measured in the next slower way: by its rule, by operations, by its module, by one around that."""
+    if layer.by_operations:
+        return replace(layer, by_operations=False)
+    if layer.rule is not None and (followed := _by_operations(asked, layer)) is not layer:
+        return followed
+    return replace(layer, enclosing=_around(parents, layer), rule=None)
+
+
+def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
+    """The module around a layer's enclosing module that is itself called: not a mere list of modules."""
+    module = parents[id(layer.enclosing)]
+    while isinstance(module, (nn.ModuleList, nn.ModuleDict)) and id(module) in parents:
+        module = parents[id(module)]
+    return module
+
+
+#: Nothing known of any layer.
+_NONE: Rows = ({}, set(), set())
+
+
+def _attribute(
+    asked: Question, layers: Sequence[Layer], every: Sequence[Layer], chosen: Choice | None
+) -> tuple[Attribution, Choice | None]:
+    """One look at layers, of every one that is asked about, in their present enclosing modules."""
+    model, arguments = asked.model, asked.arguments
+    operated, layers = [x for x in layers if x.by_operations], [x for x in layers if not x.by_operations]
+    # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
+    # layers shows in the audit.
+    shard = sharded_parameter(layers)
+    with isolate(model, None, [] if shard is not None else [*layers, *operated], direct=asked.direct) as isolated:
+        for module in asked.fixed:
+            module.training = False  # until the isolation ends
+
+        forward = _forward(asked, isolated, shard)
+        with recorded(isolated, layers, own_parameters=shard is not None) as recording:
+            with Selections() as selections:
+                output = forward(arguments)
+            changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
+            recording.close()
+            isolated.require_replacements(output)
+            if _not_finite(output, shard):
+                return Attribution(unclear=True), None
+            base = floating(output)
+            seen = [  # now: further forwards are recorded too
+                RecordedLayer(x, list(recording.inputs[x.name]), list(recording.leaves[x.name]))
+                for x in layers
+                if recording.leaves.get(x.name)
+            ]
+            choice = choose(asked, forward, base, shard) if chosen is None else chosen
+            if isinstance(choice, Attribution):
+                return replace(choice, changing=changing), None
+            hypothesis, options = choice
+            if shard is not None and over_ranks(hypothesis.num_samples == 0, shard, "max"):
+                raise InvalidArgumentError(
+                    "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
+                )
+            outside = (
+                set()
+                if shard is not None
+                else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
+            )
+            outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
+            found = _NONE
+            if layers:
+                found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
+        before = asked.before
+        same = before is not None and before.layers == tuple(every) and before.selections == selections.count
+        routable = shard is None and not same
+        routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
+        routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
+        uses = _uses(asked, operated, isolated, forward, hypothesis, options, routable)
+    attribution = _told(asked, every, hypothesis, options, found, uses)
+    return replace(
+        attribution,
+        unknown=attribution.unknown | routed,
+        outside=frozenset(outside),
+        changing=changing,
+        selections=selections.count,
+    ), choice
+
+
+def _forward(asked: Question, isolated: IsolatedModel, shard: Tensor | None) -> Callable[..., Any]:
+    """The model on arguments, which ``begins`` is called with before."""
+    kernels = attention_kernels()  # those of now: no second derivatives are taken here, for which some have none
+
+    def forward(arguments: Any, begins: Callable[[Any], None] = lambda _: None) -> Any:
+        def run(copied: Any) -> Any:
+            begins(copied)
+            return asked.model(*copied[0], **copied[1])
+
+        # FSDP2 expects a backward after a forward with gradients.
+        with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()), sdpa_kernel(kernels):
+            return isolated.run(run, arguments)
+
+    return forward
+
+
+def _told(
+    asked: Question,
+    every: Sequence[Layer],
+    hypothesis: Hypothesis,
+    options: Sequence[Sequence[Layout]],
+    rows: Rows,
+    uses: UseRows,
+) -> Attribution:
+    """What the rows of layers and of operations tell, for a batch whose samples are known."""
+    known, unknown, reached = rows
+    shapes = shapes_of(asked.arguments)
+    count = hypothesis.num_samples
+    verified = {
+        name: tuple(Verified(layout, i, tuple(t.shape), shapes, count) for i, (layout, t) in enumerate(calls))
+        for name, calls in known.items()
+    } | {
+        name: tuple(dict.fromkeys(Verified(layout, place, shape, shapes, count) for layout, place, shape in calls))
+        for name, calls in uses.known.items()
+    }
+    by_rules = all(x.rule is not None for x in every)
+    return Attribution(
+        dims=hypothesis.dims,
+        shapes=shapes,
+        known=verified if count > 1 else {},
+        outputs=tuple(o[0] if o else None for o in options),
+        unknown=frozenset(unknown | uses.unknown),
+        reached=frozenset(reached | uses.reached),
+        routes=uses.routes,
+        hidden=frozenset(uses.hidden),
+        provisional=count == 1,
+        alternative=hypothesis.alternative,
+        certain=hypothesis.dim == 0 and by_rules and independent_by_structure(asked.model, 0),
+    )
+
+
+def _uses(
+    asked: Question,
+    layers: Sequence[Layer],
+    isolated: IsolatedModel,
+    forward: Any,
+    hypothesis: Hypothesis,
+    options: list[list[Layout]],
+    routable: bool,
+) -> UseRows:
+    """The uses of the parameters of layers that are measured by operations."""
+    if not layers:
+        return UseRows()
+    return rows_of_uses(
+        {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers},
+        forward,
+        asked.arguments,
+        hypothesis,
+        options,
+        {} if asked.before is None else asked.before.routes,
+        routed=forward if routable else None,
+    )
+
+
+def _not_finite(output: Any, shard: Tensor | None) -> bool:
+    """Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing."""
+    bad = any(bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point())
+    return bool(over_ranks(bad, shard, "max")) if shard is not None else bad

@@ -1,0 +1,106 @@
+"""Which dimension holds the samples: found, or why not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from secorder.layers.selection import select_layers
+from secorder.layers.structure import independent_by_structure, linear_by_structure
+from secorder.oneshot.independence import outputs_independent, separating_masks
+from secorder.oneshot.isolation import isolate
+from secorder.online.attribution import Attribution
+from secorder.online.sample_dimension import Question
+from secorder.online.samples import SampleDim
+from secorder.online.search import attribute
+
+from ..helpers import Net, data
+
+
+def look(forward: Callable[..., Tensor], *shape: int, dim: SampleDim = None) -> Attribution:
+    model = Net(forward, a=nn.Linear(4, 4))
+    return attribute(model, select_layers(model), (torch.randn(*shape),), {}, dim)
+
+
+def over_time(m: nn.Module, x: Tensor) -> Tensor:
+    """Steps in dim 0 influence one another."""
+    return m.a(x).cumsum(0)
+
+
+def test_the_dimension_along_which_outputs_do_not_influence_one_another() -> None:
+    assert look(over_time, 5, 3, 4).dims == (1,)
+    assert look(lambda m, x: m.a(x).cumsum(1), 5, 3, 4).dims == (0,)
+
+
+def test_two_dimensions_that_would_do_are_told_of() -> None:
+    found = look(lambda m, x: m.a(x), 5, 3, 4)
+    assert found.dims == (0,)
+    assert found.alternative == 1
+
+
+def test_a_dimension_that_was_told_and_does_not_separate() -> None:
+    found = look(over_time, 5, 3, 4, dim=0)
+    assert found.coupled
+    assert found.separable == 1
+    none = look(lambda m, x: m.a(x).cumsum(0).cumsum(1), 5, 3, 4, dim=0)
+    assert none.coupled
+    assert none.separable is None
+
+
+def test_where_nothing_tells_of_the_number_it_is_said() -> None:
+    model = Net(lambda m, x, y: m.a(x).sum() + m.a(y).sum(), a=nn.Linear(4, 4))
+    found = attribute(model, select_layers(model), (torch.randn(5, 4), torch.randn(7, 4)), {}, None)
+    assert "sizes [5, 7]" in found.undecided
+
+
+def test_a_batch_of_one_cannot_tell() -> None:
+    assert look(lambda m, x: m.a(x), 1, 4).provisional
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_drawn_trials_change_some_samples_and_keep_others(count: int) -> None:
+    for mask in Question.masks(count, 1):
+        assert 0 < int(mask.sum()) < count
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
+def test_for_any_two_samples_one_is_replaced_without_the_other(count: int) -> None:
+    masks = separating_masks(count)
+    for n in range(count):
+        for m in range(count):
+            assert n == m or bool((masks[:, m] & ~masks[:, n]).any())
+
+
+class Leaks(nn.Module):
+    """One sample influences another."""
+
+    def __init__(self, source: int, target: int) -> None:
+        super().__init__()
+        self.fc, self.source, self.target = nn.Linear(4, 3), source, target
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.fc(x)
+        leak = torch.zeros_like(z)
+        leak[self.target] = z[self.source]
+        return z + 1e-6 * leak
+
+
+@pytest.mark.parametrize("pair", [(0, 5), (5, 0), (2, 3)])
+def test_one_sample_that_influences_another_is_seen(pair: tuple[int, int]) -> None:
+    x, _ = data()
+    for model, alone in ((nn.Linear(4, 3), True), (Leaks(*pair), False)):
+        with isolate(model, None, []) as isolated:
+            assert outputs_independent(isolated, x, len(x), 0) is alone
+
+
+def test_structure_that_leaves_no_doubt() -> None:
+    chain = nn.Sequential(nn.Conv2d(1, 2, 2), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3), nn.Tanh())
+    assert not independent_by_structure(chain)
+    chain.eval()
+    assert independent_by_structure(chain)
+    assert not independent_by_structure(chain, sample_dim=1)
+    assert not linear_by_structure(chain, chain[0])
+    assert linear_by_structure(chain[:5], chain[0])
+    chain[4].register_forward_hook(lambda *_: None)
+    assert not independent_by_structure(chain)
