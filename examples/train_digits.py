@@ -70,11 +70,13 @@ def main() -> None:
     console.print(
         f"Gradient noise scale: {noise[len(noise) // 2]:.0f} samples in the median, where a batch has {batch_size}."
     )
-    eigenvalues = ", ".join(f"{k} {x:.2g}" for k, x in history.points("hessian_top_eigenvalue")[-1][1].items())
-    product = max(history.points("learning_rate_times_eigenvalue")[-1][1].values())
-    console.print(
-        f"Top eigenvalues of the layers' Hessians: {eigenvalues}; times the learning rate {product:.2g} at most."
-    )
+    if edge := history.points("learning_rate_times_eigenvalue"):  # none yet, in a run of fewer than fifty steps
+        tops = history.points("hessian_top_eigenvalue")[-1][1]
+        eigenvalues = ", ".join(f"{name} {top:.2g}" for name, top in tops.items())
+        product = max(edge[-1][1].values())
+        console.print(
+            f"Top eigenvalues of the layers' Hessians: {eigenvalues}; times the learning rate {product:.2g} at most."
+        )
     spent = ", ".join(f"{name} by {info.strategy} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
     console.print(f"Exact Hessian diagonal: {spent}.")
     for told in changes or ["Nothing stood out."]:
