@@ -241,18 +241,19 @@ def architectures(results: Results, repeats: int, only: str = "") -> None:
             continue
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            default, everything = _Watched(make, None), _Watched(make, "all")
+            # Each has a model of its own: after a first batch, those that follow are looked at for a while.
+            default, steady, looked_at, first = (_Watched(make, types) for types in (None, "all", "all", "all"))
             contestants = {
                 "bare step": bare,
                 "default types": default.step,
-                "all": everything.step,
-                "all, looked at": everything.checked,
-                "all, the first": everything.first,
+                "all": steady.step,
+                "all, looked at": looked_at.checked,
+                "all, the first": first.first,
             }
             for _ in range(16):  # batches 1, 2, 4, 8, 16 are looked at: those that follow are steady
-                default.step(), everything.step()
+                default.step(), steady.step(), looked_at.step()
             results.show("Online Fisher of an architecture", name, alternate(contestants, repeats, warm_up=1))
-        for watched in (default, everything):
+        for watched in (default, steady, looked_at, first):
             watched.probe.detach()
 
 
