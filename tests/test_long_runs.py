@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online import backward, capture, closing, delivery
+from secorder.online import backward, closing, delivery
 from secorder.online.fisher import OnlineFisher
 from secorder.online.hooks import Attachment
 from secorder.online.looks import Looks
@@ -155,7 +155,7 @@ PLACES: dict[str, Any] = {
     "register": Attachment,
     "due": Looks,
     "look": Looks,
-    "deliver": capture,
+    "deliver": delivery,
     "_gradients": delivery,
     "_tell": delivery,
     "check_together": backward,
@@ -206,6 +206,6 @@ def test_strict_lets_a_fault_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def fault(*_: Any, **__: Any) -> None:
         raise MemoryError("deliver")
 
-    monkeypatch.setattr(capture, "deliver", fault)
+    monkeypatch.setattr(delivery, "deliver", fault)
     with CurvatureProbe(model, strict=True), pytest.raises(MemoryError, match="deliver"):
         step(model, batch)

@@ -17,7 +17,7 @@ from ..errors import AttributionError
 from ..layers.selection import Layer
 from .backward import enter
 from .closing import second_backward
-from .delivery import deliver
+from .delivery import bring
 from .finite import total_of
 from .fisher import quietly
 from .record import ForwardRecord, ModuleCall, Start
@@ -156,10 +156,7 @@ class _LayerGradient:
         kept, self.kept, self.total = self.kept, None, total
         if kept is None:
             return
-        calls = record.captured.setdefault(layer.name, [])
-        calls.append((self.index, (_unpacked(kept, layer), g.detach()), total))
-        if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
-            deliver(fisher, [record], layer)
+        bring(fisher, record, layer, self.index, (_unpacked(kept, layer), g.detach()), total)
 
 
 class _ModuleGradient:

@@ -17,7 +17,7 @@ from ..layers.norms import DenseNorms
 from ..layers.per_sample import Outer, PerSample, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
-from ..layers.uses import pieces
+from ..layers.uses import Piece, pieces
 from ..oneshot.isolation import run_isolated
 from .finite import total_of, witness
 from .norms import take_norms, takes_norms
@@ -28,7 +28,26 @@ from .rerun import rerun_gradients
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["deliver", "deliver_module"]
+__all__ = ["bring", "deliver", "deliver_module"]
+
+
+def bring(
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, index: int, call: Call | Piece, total: Tensor
+) -> None:
+    """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
+
+    Args:
+        fisher: what they are added to.
+        record: of the forward.
+        layer: the layer.
+        index: the call's number in the forward.
+        call: what it brings.
+        total: the sum of the gradient's elements.
+    """
+    calls = record.captured.setdefault(layer.name, [])
+    calls.append((index, call, total))
+    if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
+        deliver(fisher, [record], layer)
 
 
 def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Layer) -> None:

@@ -18,7 +18,7 @@ from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
 from .closing import second_backward
-from .delivery import deliver
+from .delivery import bring
 from .finite import total_of
 from .fisher import quietly
 from .record import ForwardRecord
@@ -125,7 +125,4 @@ class _UseGradient:
         brought: Piece = []
         for index, source in self.sources.items():
             brought += carried(per_sample_gradient(call, index), source, self.leaves, self.followed)
-        calls = record.captured.setdefault(layer.name, [])
-        calls.append((self.index, brought, total))
-        if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
-            deliver(fisher, [record], layer)
+        bring(fisher, record, layer, self.index, brought, total)
