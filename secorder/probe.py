@@ -202,7 +202,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(
                 "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
             )
-        self._looks = Looks(model, sample_dim, self._fisher.directions)
+        self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
         kind = self._fisher.reduction

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from secorder import AttributionError
 from secorder._torch.graph import tells_recomputation
 from secorder.layers.selection import select_layers
-from secorder.monitor.history import History
 from secorder.oneshot.measurement import Measurement, measure
 
 from .reference import fisher_by_sample
@@ -184,8 +183,3 @@ class Taking:
 
     def text(self, step: int, name: str, text: str) -> None:
         self.texts.append((step, name, text))
-
-
-def without_noise(history: History) -> dict[str, list[float]]:
-    """What was logged but for gradient noise: of a diagonal, which batches tell it is drawn by chance."""
-    return {name: values for name, values in history.to_dict().items() if "gradient_noise_scale" not in name}

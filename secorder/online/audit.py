@@ -141,10 +141,6 @@ class Directions:
         """So many of the names at most, drawn anew."""
         return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
 
-    def chance(self, one_in: int) -> bool:
-        """True one time in so many."""
-        return self._places.randrange(one_in) == 0
-
 
 def actual(gradient: Tensor, vectors: Vectors) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient."""

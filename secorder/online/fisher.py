@@ -26,6 +26,7 @@ from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backwards, ForwardRecord
 from .reduction import Weights
+from .schedule import now_and_then
 from .sums import LayerSums, Stretch
 from .troubles import Troubles
 from .uncalled import Uncalled
@@ -159,7 +160,9 @@ class OnlineFisher:
         """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
         if self.penalty is not None:
             return False
-        return self.accumulate == "trace" or not self.norms.added or self.directions.chance(ONE_IN)
+        if self.accumulate == "trace" or not self.norms.added:
+            return True
+        return now_and_then(self.batches + (0 if self.earlier is None else self.earlier.batches), ONE_IN)
 
     def count_of(self, record: ForwardRecord) -> float | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""

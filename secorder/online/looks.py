@@ -11,9 +11,9 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, merged
-from .audit import Directions
 from .relation import explain
 from .samples import SampleDim
+from .schedule import now_and_then
 from .search import attribute
 
 __all__ = ["Looks"]
@@ -28,13 +28,11 @@ class Looks:
     Args:
         model: the model.
         sample_dim: where the samples are in the arguments, if it is told.
-        directions: the private random numbers.
     """
 
-    def __init__(self, model: nn.Module, sample_dim: SampleDim, directions: Directions) -> None:
+    def __init__(self, model: nn.Module, sample_dim: SampleDim) -> None:
         self._model = model
         self._sample_dim = sample_dim
-        self._directions = directions
         self._modules = list(model.modules())
         self._known: dict[tuple[bool, ...], Attribution] = {}
         self._batches: dict[tuple[bool, ...], int] = {}
@@ -55,13 +53,13 @@ class Looks:
         return tuple([module.training for module in self._modules])
 
     def due(self) -> bool:
-        """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then at random)."""
+        """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then)."""
         mode = self._mode()
         found = self._known.get(mode)
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
             return True
-        scheduled = batch & (batch - 1) == 0 or self._directions.chance(ONE_IN)
+        scheduled = batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
         return scheduled and not (self._sample_dim in (None, 0) and independent_by_structure(self._model, 0))
 
     def look(self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:

@@ -114,7 +114,7 @@ def _online(
 ) -> tuple[Diagonals, dict[str, str]]:
     """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
     trial = fisher.fresh("diagonal")
-    attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim, trial.directions), 1)
+    attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim), 1)
     attachment.attach()
     try:
         _step(fisher.model, loss_fn, inputs, targets, float(fisher.loss_scale()))
