@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,8 @@ from .._torch.pytree import tensors_in
 from ..errors import CouplingError, NonFiniteError, SecorderError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
-from ..parallel.fsdp import over_ranks
+from ..parallel.ranks import Ranks
+from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
 from .fisher import OnlineFisher
@@ -46,35 +48,56 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
-    if fisher.shard is not None:  # a look gathers parameters: all ranks take it, or none
-        needed = bool(over_ranks(float(needed), fisher.shard, "max"))
-        wanted = not over_ranks(float(not wanted), fisher.shard, "max")
+    empty = _empty(shapes)
+    if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
+        someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
+        needed, wanted, empty = someone_needs > 0, not someone_does_not_want, someone_has_none > 0
+    error: Exception | None = None
     if needed or wanted:
-        if _empty(shapes):
+        if empty:
             fisher.troubles.saw("empty")
             return None
         with attachment.alone() as alone:
             if alone:
                 verified = True
-                known = _look(fisher, looks, known, args, kwargs)
+                try:
+                    known = _look(fisher, looks, known, args, kwargs)
+                except Exception as raised:
+                    if fisher.ranks is None:
+                        raise
+                    known, error = None, raised
                 count = None if known is None else known.count(shapes)
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
-    if fisher.shard is not None:
-        together = round(over_ranks(max(count or 0, 0), fisher.shard))
+    if fisher.ranks is not None:
+        told = (known, count, shapes, verified, args, kwargs)
+        return opened_together(fisher, fisher.ranks, error, partial(_opened, fisher, *told))
+    return _opened(fisher, known, count, shapes, verified, args, kwargs)
+
+
+def _opened(
+    fisher: OnlineFisher,
+    known: Attribution | None,
+    count: int | None,
+    shapes: tuple[Shape, ...],
+    verified: bool,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> ForwardRecord | None:
+    """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
         _coupled(fisher, known, shapes)
         return None
     if known is None or count is None:
         return None
-    if count == 0 and fisher.shard is None:
+    if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
     # Of a chain of torch's own layers nothing is ever run again.
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
     record = ForwardRecord(known, count, shapes, verified, start)
-    record.together = count if fisher.shard is None else together
+    record.together = count
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
@@ -220,6 +243,9 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
         users = users_of(tensors_in(output))
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
+    if fisher.ranks is not None:
+        _settle_together(attachment, fisher.ranks, record, start)
+        return
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and start is not None:
@@ -235,6 +261,30 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     hook_uses(attachment, record)
     for layer in unexplained:
         _unknown(fisher, record, record.attribution, layer)
+
+
+def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardRecord, start: Start | None) -> None:
+    """Settle where parameters lie over ranks: they look again together, and leave out the same layers."""
+    fisher = attachment.fisher
+    error: Exception | None = None
+    unexplained: list[Layer] = []
+    try:
+        _require_present(fisher, record)
+        unexplained = _explain(record, record.attribution)
+    except Exception as raised:
+        error = raised
+        record.troubled |= set(fisher.sums)
+    wanted, unable = ranks.largest([bool(unexplained), start is None or record.verified])
+    if wanted and not unable:
+        assert start is not None
+        found = _look_again(attachment, start)
+        if found is not None and not (found.unclear or found.undecided):
+            unexplained = [x for x in _explain(record, found) if x in unexplained]
+    for layer in unexplained:
+        _unknown(fisher, record, record.attribution, layer)
+    leave_out_together(fisher, ranks, record)
+    if error is not None:
+        raise error
 
 
 def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:
@@ -293,9 +343,7 @@ def _fall_back(
 ) -> None:
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
-    able = [
-        x for x in layers if not x.sharded and found.count(record.shapes) and not record.attribution.sharing(x.name)
-    ]
+    able = [x for x in layers if found.count(record.shapes) and not record.attribution.sharing(x.name)]
     for layer in layers:
         if layer not in able:
             _unknown(fisher, record, found, layer)

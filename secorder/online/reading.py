@@ -105,10 +105,12 @@ def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read |
     counts = told(fisher, stretch, troubles, missing)
     rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
     found, share = {}, ranks(stretch)
+    parameters = {layer.name: layer.parameters.values() for layer in fisher.layers}
     for name, count in counts.items():
         row, value = rows[name], None
         if fisher.accumulate == "diagonal":
-            value = sum(float(whole_sum(own, fisher.shard)) for own in stretch.sums[name].sums) / count.weight
+            parts = zip(stretch.sums[name].sums, parameters[name], strict=True)
+            value = sum(float(whole_sum(own, p)) for own, p in parts) / count.weight
             effective = effective_samples(count.samples, count.batches, count.weight, fisher.decay)
         else:
             effective = row.weight**2 / row.weight_squares

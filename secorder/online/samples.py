@@ -21,6 +21,8 @@ from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..oneshot.independence import changed_entries
+from ..parallel.fsdp import local
+from ..parallel.spread import is_distributed
 
 __all__ = [
     "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "run_changed",
@@ -255,7 +257,7 @@ class _OfIntegers(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(tensors_in((args, kwargs)))
-        if not isinstance(result, Tensor) or not any(t in self.ours for t in given):
+        if not isinstance(result, Tensor) or not any(self._is_ours(t) for t in given):
             return result
         if not result.is_floating_point():
             self.ours[result] = True
@@ -264,8 +266,19 @@ class _OfIntegers(TorchFunctionMode):
             return result
         # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
         if result.dim() > self.dim + 1 and result.shape[self.dim] == self.count:
+            if is_distributed(result):  # rows of a table that lies over ranks, which look it up without a graph
+                part = local(result)
+                part.copy_(_mixed(part, self.dim, self.mask))
+                return result
             return _mixed(result, self.dim, self.mask)
         return result
+
+    def _is_ours(self, tensor: Tensor) -> bool:
+        """Whether a tensor is one of the integers, or what each rank has of them."""
+        if not is_distributed(tensor) or tensor.is_floating_point():
+            return tensor in self.ours
+        memory = local(tensor).untyped_storage().data_ptr()
+        return any(memory == own.untyped_storage().data_ptr() for own in self.ours)
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
