@@ -20,7 +20,7 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,23 +30,23 @@ from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, zero_tether
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
 from ..layers.dtypes import zeros
-from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
+from .fisher_by_weight import ByWeight, fisher_by_weight
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
-from .heaviest import by_weight
 from .hessian.budget import Budget
-from .hessian.estimate import relative_error
+from .hessian.estimate import Estimate
+from .hessian.output_draws import Reduce
 from .independence import outputs_independent
 from .isolation import loss_of_rows
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
-from .recorded_layer import RecordedLayer, contract_pairs, contract_settled, require_linear_backward
+from .recorded_layer import RecordedLayer, contract_pairs
 from .recording import recorded
 from .roots import Columns, First, Root, single
 from .sample_losses import own_losses, require_own_losses
@@ -57,6 +57,7 @@ __all__ = [
     "Trial",
     "check_fisher_type",
     "fisher_diagonal",
+    "fisher_estimates",
     "in_batches",
     "losses_by_output",
     "require_independent_samples",
@@ -90,13 +91,7 @@ def fisher_diagonal(
     """
     asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    try:
-        found = in_batches(task, *asked, weighted=weighted)
-    except DoubleBackwardError:  # of the checks; the definition needs one derivative
-        found = {}
-    rest = [layer for layer in task.layers if layer.name not in found]
-    if rest:
-        found |= by_loop(task, rest, *asked)
+    found = _everywhere(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
         tether = zero_tether(task.model)
@@ -104,22 +99,42 @@ def fisher_diagonal(
     else:
         values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
     errors = None
-    if weighted is not None and weighted.errors:
-        errors = {x.name: [e / count for e in weighted.errors.get(x.name, zeros(x))] for x in task.layers}
+    told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
+    if told:
+        errors = {x.name: [e / count for e in told.get(x.name, zeros(x))] for x in task.layers}
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
 
 
-@dataclass
-class ByWeight:
-    """A Fisher by its heaviest columns, and draws of the rest.
+def fisher_estimates(task: Measurement, fisher_type: FisherType, budget: Budget, reduce: Reduce) -> dict[str, Estimate]:
+    """What is made of a Fisher's diagonal, such as its trace, layer by layer: exact, or drawn on the model's outputs.
 
-    Attributes:
-        budget: how exact.
-        errors: by layer, the standard errors by parameter of what was drawn, as it turned out.
+    Args:
+        task: the measurement.
+        fisher_type: which; of ``"empirical"`` there is one column, so that it is always exact.
+        budget: how many draws, or how exact.
+        reduce: of stacked diagonals by parameter, what is wanted: linear in them.
     """
+    weighted = ByWeight(budget, reduce)
+    found = _everywhere(task, fisher_type, 1, weighted)
+    estimates: dict[str, Estimate] = {}
+    for layer in task.layers:
+        known = weighted.estimates.get(layer.name)
+        if known is None:
+            known = Estimate([v[0] for v in reduce([v.detach()[None] for v in found[layer.name][0]])])
+        known.values = [v / task.num_samples for v in known.values]
+        known.errors = [e / task.num_samples for e in known.errors]
+        estimates[layer.name] = known
+    return estimates
 
-    budget: Budget
-    errors: dict[str, list[Tensor]] = field(default_factory=dict)
+
+def _everywhere(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None) -> Found:
+    """Of all layers, not yet divided by the number of samples."""
+    try:
+        found = in_batches(task, fisher_type, num_draws, weighted=weighted)
+    except DoubleBackwardError:  # of the checks; the definition needs one derivative
+        found = {}
+    rest = [layer for layer in task.layers if layer.name not in found]
+    return found | (by_loop(task, rest, fisher_type, num_draws) if rest else {})
 
 
 @dataclass
@@ -173,7 +188,9 @@ def in_batches(
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
-        return found | _by_weight(task, side.model_outputs, pairs, served, rest, weighted)
+        return found | fisher_by_weight(
+            task, side.model_outputs, pairs, served, rest, weighted, by_graph=not traced.hooked
+        )
     if rest and not traced.hooked:  # what is followed through the graph passes by its hooks
         found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
         rest = [layer for layer in rest if layer.name not in found]
@@ -322,48 +339,6 @@ def _by_rules(
     return {name: (values, last) for name, values in heads.items()} | {
         name: (values, info) for name, values in by_columns.items()
     }
-
-
-def _by_weight(
-    task: Measurement,
-    model_outputs: Sequence[Tensor],
-    root: Root,
-    served: Sequence[RecordedLayer],
-    rest: Sequence[Layer],
-    weighted: ByWeight,
-) -> Found:
-    """The heaviest columns, and draws of the others: of layers that are settled, and of the rest."""
-    layers = [z.layer for z in served] + list(rest)
-    if not layers:
-        return {}
-    if rest and not task.certain:
-        outputs: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
-        replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
-        require_linear_backward(outputs, replacements, root, task.generator)
-
-    def contract(columns: Columns) -> list[Tensor]:
-        found = contract_settled(model_outputs, served, columns, chunk_size=task.chunk_size)
-        values = [v.detach().flatten() for parts in found if parts is not None for v in parts]
-        if rest:
-            by_sample = by_samples(task, rest, columns, linear=False)
-            values += [v.detach() for layer in rest for v in by_sample[layer.name][0]]
-        return values
-
-    with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
-        estimate = by_weight(root, weighted.budget, contract, task.generator, advance)
-    result: Found = {}
-    values, errors = iter(estimate.values), iter(estimate.errors)
-    for layer in layers:
-        own = [next(values) for _ in layer.parameters]
-        mine = [next(errors) for _ in layer.parameters] if estimate.errors else []
-        if mine:
-            weighted.errors[layer.name] = mine
-        error = relative_error(own, mine) if mine else 0.0
-        strategy = Strategy.PER_SAMPLE if layer in rest else Strategy.RULE
-        told = estimate.num_draws, error, estimate.converged
-        result[layer.name] = own, LayerInfo(strategy, 0, {"own_use": layer not in rest}, *told)
-    return result
 
 
 def _some(pairs: Columns, trial: Trial | None) -> Columns:

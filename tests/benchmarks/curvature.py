@@ -4,22 +4,14 @@ Diagonals and top eigenvalues of all layers and traces of single ones, at equal 
 those against the exact Hessian in float64, of some layers.
 """
 
-import copy
-import statistics
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe
-
-from .timing import Results, timed
-
-BATCH, LENGTH, WIDTH, LAYERS, WORDS, LABELS = 8, 16, 96, 3, 200, 5
+BATCH, LENGTH, WIDTH, LAYERS, WORDS, LABELS = 4, 12, 96, 3, 200, 5
 STEPS = 40
 
 

@@ -14,7 +14,7 @@ from ...results import Strategy
 from ..measurement import Measurement
 from .budget import Budget
 from .deflation import PILOT_DRAWS, Space, deflated, may_pay, pilot
-from .estimate import Estimate, average
+from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
 
@@ -63,7 +63,8 @@ def run(
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
     space = space_of(task, graph, graph.output_gradients, reduce, size)
     strategy, known = NAME, [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
-    draw, spent = space.draw, 0
+    draw: Draw = space.draw
+    spent = 0
     if (exact and budget.num_draws > 2 * PILOT_DRAWS) or may_pay(budget):
         tried = pilot(space)
         if exact and graph.residual:
