@@ -164,16 +164,19 @@ class ByCotangents(Evidence):
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
-        self.moved |= {node for (node, _), layout in zip(outputs, by_graph, strict=True) if layout is not None}
+        self.moved |= {node for node, output in outputs if self.told.get((node, output.number)) is not None}
         rest = [i for i, (node, o) in enumerate(outputs) if by_graph[i] is None and not self._shared(node, o)]
         for i, layout in zip(rest, self._by_gradients([outputs[i] for i in rest]) if rest else (), strict=True):
             by_graph[i] = layout
         return by_graph
 
     def _by_graph(self, node: Node, output: Output) -> Layout | None:
-        inner = self.told.get((node, output.number))
-        options = () if inner is None else layouts_of(output.shape, self.count)
-        return next((o for o in options if _inner_size(o, output.shape) == inner), None)
+        here = (node, output.number)
+        options = layouts_of(output.shape, self.count)
+        if self.told and here not in self.told:  # nothing depends on it, such as on the last state of a recurrent layer
+            return next(iter(options), None)
+        inner = self.told.get(here)
+        return next((o for o in options if inner is not None and _inner_size(o, output.shape) == inner), None)
 
     def _shared(self, node: Node, output: Output) -> bool:
         """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""
