@@ -20,7 +20,7 @@ from .output_hessian import expose_output
 from .recorded_layer import RecordedLayer, contract_settled, require_linear_backward
 from .roots import Columns, Root
 
-__all__ = ["ByWeight", "fisher_by_weight"]
+__all__ = ["ByWeight", "heaviest_columns"]
 
 
 def _whole(values: list[Tensor]) -> list[Tensor]:
@@ -42,7 +42,7 @@ class ByWeight:
     estimates: dict[str, Estimate] = field(default_factory=dict)
 
 
-def fisher_by_weight(
+def heaviest_columns(
     task: Measurement,
     model_outputs: Sequence[Tensor],
     root: Root,

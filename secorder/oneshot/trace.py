@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .._torch.pytree import tensors_in
 from ..layers.selection import Layer
-from .fisher import fisher_diagonal, fisher_estimates
+from .fisher import fisher_diagonal
+from .ggn_estimates import ggn_estimates
 from .hessian.budget import Budget
 from .hessian.estimate import ENOUGH, Estimate
 from .hessian.output_draws import Reduce
@@ -51,7 +52,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     if of == "hessian":
         estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
     elif of == "ggn" and (budget.method == "hutchinson" or _takes_long(task, budget)):
-        estimates = fisher_estimates(task, "type-2", budget, _sums(by))
+        estimates = ggn_estimates(task, budget, _sums(by))
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
