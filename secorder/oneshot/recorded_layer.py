@@ -338,8 +338,8 @@ def rounding_noise(
 ) -> dict[int, Tensor]:
     """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
 
-    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before. Weighting
-    all samples alike shows that, and nothing else.
+    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
+    Weighting all samples alike shows that, and nothing else.
 
     Args:
         leaves: the leaves.

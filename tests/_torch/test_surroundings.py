@@ -24,9 +24,8 @@ def test_hooks_on_saved_tensors_and_modes_are_put_aside_and_back() -> None:
         x.mm(x)
         assert counter.get_total_flops() == 54
     with packs("outer"):
-        with packs("inner"):
-            with unseen():
-                pass
+        with packs("inner"), unseen():
+            pass
         x.mm(x)
     assert [name for name, _ in saved] == ["inner"] * 2 + ["outer"] * 2
 

@@ -28,7 +28,9 @@ def outside(model: nn.Module, batch: Pair, **options: Any) -> Tensor:
 
 
 def with_loss(model: nn.Module, batch: Pair, **options: Any) -> Tensor:
-    value: Tensor = checkpoint(lambda x, y: F.cross_entropy(model(x), y), batch[0].requires_grad_(), batch[1], **options)
+    value: Tensor = checkpoint(
+        lambda x, y: F.cross_entropy(model(x), y), batch[0].requires_grad_(), batch[1], **options
+    )
     return value
 
 
