@@ -143,6 +143,8 @@ def in_batches(
     weighted: ByWeight | None = None,
 ) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
+    if task.owned is not None:  # whose samples no dimension of the inputs holds
+        return {}
     with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
         traced = task.traced(inputs=not task.create_graph)
         output, loss = task.loss(forward=traced)

@@ -10,7 +10,7 @@ from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..layers.tying import Ties
 from ..layers.uses import Route
-from .owners import Grouping
+from ..owners import Grouping
 from .relation import Shape, Verified
 
 __all__ = ["Attribution", "merged"]

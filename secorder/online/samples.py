@@ -21,7 +21,7 @@ from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..oneshot.independence import changed_entries
-from .owners import Owned, changed_rows, owned_by_entries, owned_by_index
+from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
 
 __all__ = [
     "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "of_owned",

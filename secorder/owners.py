@@ -1,14 +1,14 @@
 """Samples that no dimension holds: the entries of a list, and the graphs that a vector of indices gives nodes to."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._torch.pytree import tensors_in
+from ._torch.pytree import map_tensors, tensors_in
 
-__all__ = ["Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index"]
+__all__ = ["Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "take_owned"]
 
 #: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
 Owner = int | Tensor | None
@@ -98,3 +98,58 @@ def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
         return tensor.flatten().roll(1).view_as(tensor) * 1.03125 if bool(mask[owner]) else tensor
     here = mask.to(tensor.device)[owner.long()].view(-1, *(1,) * (tensor.dim() - 1))
     return torch.where(here, tensor.roll(1, 0) * 1.03125, tensor)
+
+
+def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Sequence[int]) -> Any:
+    """What belongs to some samples, in this order, of some or all of the arguments.
+
+    Args:
+        tree: any structure of arguments.
+        owned: whose their tensors are.
+        tensors: those of all arguments.
+        chosen: which samples.
+    """
+    if owned.grouping.place is None:
+        return _entries(tree, owned.num_samples, chosen)
+    nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
+    return map_tensors(nodes.take, tree)
+
+
+def _entries(tree: Any, count: int, chosen: Sequence[int]) -> Any:
+    if type(tree) in (list, tuple):
+        if len(tree) == count and all(next(tensors_in(entry), None) is not None for entry in tree):
+            return type(tree)(tree[n] for n in chosen)
+        return type(tree)(_entries(child, count, chosen) for child in tree)
+    return {key: _entries(child, count, chosen) for key, child in tree.items()} if type(tree) is dict else tree
+
+
+class _Nodes:
+    """The nodes of some graphs, and the edges between them."""
+
+    def __init__(
+        self, index: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]
+    ) -> None:
+        self.index, self.chosen = index, chosen
+        self.owned = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner is not None}
+        self.rows = [(index == n).nonzero().flatten() for n in chosen]
+        edges = next((t for t in tensors if self._are_edges(t)), None)
+        self.kept = None if edges is None else [(index[edges] == n).all(0).nonzero().flatten() for n in chosen]
+        self.number = None if edges is None else edges.shape[1]
+
+    def _are_edges(self, tensor: Tensor) -> bool:
+        pairs = tensor.dim() == 2 and tensor.shape[0] == 2 and tensor.shape[1] > 0
+        return pairs and tensor.dtype == torch.int64 and bool(((tensor >= 0) & (tensor < len(self.index))).all())
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What of a tensor belongs to them."""
+        if tensor is self.index:
+            return torch.cat([torch.full_like(rows, n) for n, rows in enumerate(self.rows)]).to(tensor.dtype)
+        if id(tensor) in self.owned:
+            return tensor[torch.cat(self.rows)]
+        if self.kept is not None and self._are_edges(tensor):
+            starts = torch.tensor([0, *(len(rows) for rows in self.rows)]).cumsum(0).tolist()
+            moved = zip(self.kept, self.rows, starts, strict=False)  # nodes of a graph follow one another
+            return torch.cat([tensor[:, kept] - int(rows[0]) + start for kept, rows, start in moved], 1)
+        if self.kept is not None and tensor.dim() and tensor.shape[0] == self.number:
+            return tensor[torch.cat(self.kept)]
+        return tensor

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
-from secorder.online.owners import Grouping, owned_by_entries, owned_by_index
 
 from ..helpers import Net, make
 from .loops import follow
@@ -126,16 +125,3 @@ def test_calls_of_one_sample() -> None:
         classify(model, batches[0]).backward()
     with pytest.raises(AttributionError, match="for all of them where each call is one sample"):
         probe.fisher_diagonal()
-
-
-def test_owners() -> None:
-    a, b, c, y = torch.randn(2), torch.randn(3, 4), torch.randn(1), torch.randn(2)
-    (owned,) = owned_by_entries((([{"a": a, "b": b}, {"c": c}], y), {"labels": [y, y]}))
-    assert owned.num_samples == 2
-    assert owned.owners[:3] == (0, 0, 1)
-    index = torch.tensor([0, 0, 1, 2])
-    (owned,) = owned_by_index(((torch.randn(4, 2), index, y), {}))
-    assert (owned.num_samples, owned.grouping) == (3, Grouping(1, 3))
-    assert owned.owners[2] is None
-    for other in ([0, 2, 3], [1, 1, 2], [0, 1, 0]):
-        assert not owned_by_index(((torch.randn(3, 2), torch.tensor(other)), {}))
