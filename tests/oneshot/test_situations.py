@@ -294,7 +294,7 @@ def test_graphs() -> None:
     found = per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets).by_parameter()
     assert_all_close(found, fisher_of_ones(model, ones, targets))
     with CurvatureProbe(model) as probe, pytest.raises(InvalidArgumentError, match="batches of one"):
-        probe.hessian_trace(F.cross_entropy, inputs, targets, of="ggn")
+        probe.hessian_eigenvalues(F.cross_entropy, inputs, targets, of="ggn")
 
 
 def fisher_of_ones(model: nn.Module, ones: list[Any], labels: Tensor) -> dict[str, Tensor]:
