@@ -192,8 +192,9 @@ class Attachment:
             self._aside = Aside(self.model)
 
     def owns(self, eager: EagerSection) -> bool:
-        """Whether a forward that runs is within this section."""
-        return any(record.eager is eager for record in self._running.values())
+        """Whether the forward that this thread runs is within this section."""
+        record = self._running.get(threading.get_ident())
+        return record is not None and record.eager is eager
 
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
         """The model's forward ended, perhaps by an exception (then without an output).

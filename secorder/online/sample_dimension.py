@@ -106,11 +106,11 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
-    if (
-        not holding and dim is None and usual.dim == 0
-    ):  # perhaps nothing changes anything, as where weights start at zero
-        options = separates(forward, arguments, base, usual, asked.masks(usual.num_samples), usual=True)
-        holding = [] if options is None else [(usual, options)]
+    if dim is None and usual.dim == 0 and usual.num_samples > 1 and all(h is not usual for h, _ in holding):
+        # Perhaps nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
+        masks = asked.masks(usual.num_samples)
+        options = separates(forward, arguments, base, usual, masks, usual=True, accepts=bool(holding))
+        holding = holding if options is None else [(usual, options), *holding]
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")

@@ -162,6 +162,7 @@ def separates(
     masks: Sequence[Tensor],
     *,
     usual: bool,
+    accepts: bool = False,
 ) -> list[list[Layout]] | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
 
@@ -174,6 +175,7 @@ def separates(
         hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
         usual: whether the hypothesis is to be taken where nothing tells.
+        accepts: whether inputs that the model does not accept tell against it.
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
@@ -184,7 +186,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return options if usual else None
+            return options if usual and not accepts else None
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
