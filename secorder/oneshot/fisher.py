@@ -139,6 +139,8 @@ def in_batches(
     weighted: ByWeight | None = None,
 ) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
+    if task.owned is not None:  # whose samples no dimension of the inputs holds
+        return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
     followed = _followed(task) if one_pair and trial is None else []
     found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)

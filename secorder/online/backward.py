@@ -60,7 +60,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
         watch_squares(fisher, backward, record)
-    if record.recomputes:
+    if record.recomputes and not record.handles:
         attachment.register(record)
     return True
 
