@@ -136,6 +136,11 @@ def _flat(found: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _output_operators(task: Measurement, of: Curvature) -> Blocks:
+    if task.owned is not None:
+        raise InvalidArgumentError(
+            f"of={of!r} needs samples that a dimension of the inputs holds, not entries of a list or graphs: pass a "
+            'data set of batches of one, or take of="hessian".'
+        )
     output, loss = task.loss()
     side = losses_by_output(task, output, loss, [], second_order=of == "ggn") if loss.requires_grad else None
     if side is None:

@@ -44,7 +44,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
         return None
     shapes = shapes_of((args, kwargs))
     due, known = looks.due(), looks.known()
-    count = None if known is None else known.count(shapes)
+    count = None if known is None else known.count((args, kwargs))
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
@@ -66,24 +66,16 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
                     if fisher.ranks is None:
                         raise
                     known, error = None, raised
-                count = None if known is None else known.count(shapes)
+                count = None if known is None else known.count((args, kwargs))
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
-    if fisher.ranks is not None:
-        told = (known, count, shapes, verified, args, kwargs)
-        return opened_together(fisher, fisher.ranks, error, partial(_opened, fisher, *told))
-    return _opened(fisher, known, count, shapes, verified, args, kwargs)
+    opened = partial(_opened, fisher, known, count, shapes, verified, (args, kwargs))
+    return opened() if fisher.ranks is None else opened_together(fisher, fisher.ranks, error, opened)
 
 
 def _opened(
-    fisher: OnlineFisher,
-    known: Attribution | None,
-    count: int | None,
-    shapes: tuple[Shape, ...],
-    verified: bool,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    fisher: OnlineFisher, known: Attribution | None, count: int | None, shapes: Any, verified: bool, arguments: Any
 ) -> ForwardRecord | None:
     """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
@@ -95,10 +87,10 @@ def _opened(
         fisher.troubles.saw("empty")
         return None
     # Of a chain of torch's own layers nothing is ever run again.
-    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
+    start = None if known.certain else Start(fisher.model, *arguments, known.changing)
     record = ForwardRecord(known, count, shapes, verified, start)
     record.together = count
-    weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
+    weights = weights_of(fisher.reduction, *arguments, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
         weights = weights.double()
@@ -222,7 +214,8 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
         reason = (
             f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
             "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples), or measure the layers with one-shot calls."
+            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
+            "with one-shot calls."
         )
     if fisher.troubles.strict:
         raise CouplingError(reason)
@@ -343,7 +336,7 @@ def _fall_back(
 ) -> None:
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
-    able = [x for x in layers if found.count(record.shapes) and not record.attribution.sharing(x.name)]
+    able = [x for x in layers if _same_samples(found, record) and not record.attribution.sharing(x.name)]
     for layer in layers:
         if layer not in able:
             _unknown(fisher, record, found, layer)
@@ -362,6 +355,11 @@ def _fall_back(
         return
     for layer in record.fallback:
         record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+
+
+def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
+    """Whether what was found is of as many samples as the record has, as far as shapes tell."""
+    return found.grouping is not None or bool(found.count_by_shapes(record.shapes))
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
