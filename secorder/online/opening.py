@@ -207,7 +207,7 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
     fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
 
 
-def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
@@ -218,7 +218,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output))
+        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     _require_present(fisher, record)
