@@ -87,7 +87,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
-    meta = []
+    meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same = True
         for name, p in layer.parameters.items():
@@ -101,12 +101,22 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                     [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
                 )
                 continue
+            if not all(p.is_leaf for p in found.values()):
+                computed.append(layer.name)
+                continue
             layer = fisher.layers[index] = replace(layer, parameters=found)
             changed = True
         if any(p.is_meta for p in layer.parameters.values()):
             meta.append(layer.name)
     if changed:
         looks.forget()
+    if computed:
+        fisher.troubles.saw("computed")
+        fisher.troubles.warn(
+            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
+        )
+        return False
     if not meta:
         fisher.follow()
     else:
