@@ -42,14 +42,14 @@ from .heaviest import by_weight
 from .hessian.budget import Budget
 from .hessian.estimate import relative_error
 from .independence import outputs_independent
-from .isolation import loss_of_rows
+from .known_losses import share_of_samples
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
 from .recorded_layer import RecordedLayer, contract_pairs, contract_settled, require_linear_backward
 from .recording import recorded
 from .roots import Columns, First, Root, single
-from .sample_losses import own_losses, require_own_losses
+from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
 
 __all__ = [
     "FisherType",
@@ -156,7 +156,11 @@ def in_batches(
             for x in task.ruled
             if x.name in recording.leaves and x.name not in unusable
         ]
-        side = losses_by_output(task, output, loss, layers, second_order=fisher_type != "empirical")
+        second_order = fisher_type != "empirical"
+        side = None if traced.hooked else _losses_by_definition(task, output, loss, second_order=second_order)
+        if side is None:
+            loss = loss if recording.without_graph else loss.detach()  # whose graph is as large as the output
+            side = losses_by_output(task, output, loss, layers, second_order=second_order)
         if side is None:
             return {}
         pairs = _pairs(task, side, fisher_type, num_draws)
@@ -207,17 +211,33 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
 
 @dataclass
 class SampleLosses:
-    """The losses ℓ_n of samples taken alone, as functions of the model's output.
+    """The losses ℓ_n of samples taken alone, as functions of the model's output, by their derivatives.
 
     Attributes:
-        losses: shape (N,).
+        gradients: of Σ_n ℓ_n in ``points``; differentiable where second derivatives were asked for.
         points: what they were computed from, samples in dim 0.
         model_outputs: the model's output tensors in the same form.
     """
 
-    losses: Tensor
+    gradients: list[Tensor | None]
     points: list[Tensor]
     model_outputs: list[Tensor]
+
+
+def _losses_by_definition(task: Measurement, output: Any, loss: Tensor, *, second_order: bool) -> SampleLosses | None:
+    """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient."""
+    share = _precise_share(task, output)
+    if share is None or not output.requires_grad:
+        return None
+    found = gradients(loss, [output], create_graph=second_order or task.create_graph)
+    _require_finite(found)
+    return SampleLosses(_divided(found, share), [output], [output])
+
+
+def _precise_share(task: Measurement, output: Any) -> float | None:
+    """The sample's share in the loss, unless what the loss computes with is half precision."""
+    share = None if task.autocast else share_of_samples(task.loss_fn, output, task.targets, task.num_samples)
+    return share if share is not None and torch.finfo(output.dtype).bits >= 32 else None
 
 
 def losses_by_output(
@@ -241,43 +261,50 @@ def losses_by_output(
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
     model_outputs: list[Tensor] = []
-    output = expose_output(output, model_outputs, task.dimension, detach=False)
+    connected = expose_output(output, model_outputs, task.dimension, detach=False)
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None
-    whole, points, exposed = by_output
-    output_gradients = gradients(whole, points, create_graph=True)
-    if task.enters_model(whole, [leaf for z in layers for leaf in z.leaves]):
+    batch = BatchLoss(*by_output)
+    del by_output
+    if task.enters_model(batch.loss, [leaf for z in layers for leaf in z.leaves]):
         return None  # a weight penalty, features taken from inside the model, the model itself
-    if all(g is None for g in output_gradients):
+    if all(g is None for g in batch.gradients):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    if not all(bool(g.detach().isfinite().all()) for g in output_gradients if g is not None):
-        raise NonFiniteError(
-            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
-            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
-        )
-    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
-    if not by_rows and not loss_separates(output_gradients, points, task.generator):
+    _require_finite(batch.gradients)
+    share = _precise_share(task, output)
+    if share is None and not loss_separates(batch.gradients, batch.points, task.generator):
         raise CouplingError(
             "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
             "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
         )
-    checked = require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
+    if share is None and task.create_graph:
+        own_gradients(task, batch, second_order=second_order)  # for its checks
     if task.create_graph:  # the cotangents must stay connected to the model
-        points, exposed, checked = list(model_outputs), output, None
-    losses, points = (own_losses(task, exposed), points) if checked is None else checked
-    if not losses.requires_grad:  # all of them constant
-        losses = losses + sum(x.sum() for x in points) * 0
-    return SampleLosses(losses, points, model_outputs)
+        found = gradients_of_losses(own_losses(task, connected), model_outputs, create_graph=True)
+        return SampleLosses(found, model_outputs, model_outputs)
+    if share is None:
+        return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)
+    return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
+
+
+def _divided(found: Sequence[Tensor | None], share: float) -> list[Tensor | None]:
+    return [g if g is None or share == 1 else g / share for g in found]
+
+
+def _require_finite(found: Sequence[Tensor | None]) -> None:
+    if not all(bool(g.detach().isfinite().all()) for g in found if g is not None):
+        raise NonFiniteError(
+            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
+            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
+        )
 
 
 def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
-        found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
-        return single(torch.cat([as_samples(g) for g in found], 1))
-    output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
-    return second_order_columns(task, output_gradients, side.points, fisher_type, num_draws)
+        return single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
+    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(

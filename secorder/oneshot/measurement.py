@@ -14,7 +14,8 @@ from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimensi
 from ..errors import InvalidArgumentError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
-from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
+from .isolation import IsolatedModel, Result, isolate, run_isolated
+from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
 from .provenance import Traced
 

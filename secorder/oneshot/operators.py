@@ -157,7 +157,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
 
 def _metric(task: Measurement, side: SampleLosses, of: Curvature) -> Callable[[list[Tensor]], list[Tensor]]:
     """v ↦ M v / N on the model's output, sample by sample."""
-    output_gradients = gradients(side.losses.sum(), side.points, create_graph=of == "ggn")
+    output_gradients = side.gradients
     count = task.num_samples
 
     def ggn(vectors: list[Tensor]) -> list[Tensor]:
