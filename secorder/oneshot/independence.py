@@ -25,6 +25,7 @@ from .isolation import IsolatedModel
 __all__ = [
     "block_diagonal",
     "changed_entries",
+    "exchange",
     "linear_products",
     "outputs_independent",
     "over_samples",
@@ -88,19 +89,28 @@ def outputs_independent(
     return True
 
 
-def _places_exchanged(
-    run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
-) -> bool:
-    """Whether samples in others' places, some of them twice and others not at all, have the outputs that they had."""
+def exchange(inputs: Any, count: int, sample_dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """For each place another sample, some twice and others nowhere, and what puts them there; None if all are alike."""
     order = _resampled(count)
     tensors = [(t, sample_dimension(t, count, sample_dim)) for t in tensors_in(inputs)]
     if not all(dim is None or _differ(t, dim, order) for t, dim in tensors):
-        return False
+        return None
 
     def exchanged(tensor: Tensor) -> Tensor:
         dim = sample_dimension(tensor, count, sample_dim)
         return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
 
+    return order, exchanged
+
+
+def _places_exchanged(
+    run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
+) -> bool:
+    """Whether samples in others' places, some of them twice and others not at all, have the outputs that they had."""
+    others = exchange(inputs, count, sample_dim)
+    if others is None:
+        return False
+    order, exchanged = others
     for before, after in zip(base, tensors_in(without_gradients(run, map_tensors(exchanged, inputs))), strict=True):
         dim = sample_dimension(before, count, sample_dim)
         if dim is None or not (before.is_floating_point() or before.is_complex()):

@@ -31,6 +31,7 @@ from .._torch.modules import (
 from .._torch.own_hooks import suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.surroundings import parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -201,7 +202,7 @@ def isolate(
     themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        stack.enter_context(_own_settings(model, cuda))
+        stack.enter_context(_own_settings(model, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(list(model.parameters())))
         stack.enter_context(_differentiable(parameters.values()))
@@ -244,10 +245,13 @@ def isolate(
 
 
 @contextmanager
-def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under."""
+def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's."""
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
+        stack.enter_context(parametrizations_computed_anew())
+        if in_training:
+            stack.enter_context(unseen())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())
@@ -259,9 +263,12 @@ def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
 
 
 def _as_leaf(parameter: Tensor) -> Tensor:
-    """A leaf of the same memory; of an inference tensor, which autograd does not take, a copy."""
+    """A leaf of the same memory; of an inference tensor, which autograd does not take, a copy.
+
+    A parameter, which is what models that ask for one by ``get_parameter`` expect.
+    """
     detached = parameter.detach()
-    return (detached.clone() if parameter.is_inference() else detached).requires_grad_(True)
+    return nn.Parameter(detached.clone() if parameter.is_inference() else detached)
 
 
 def _usable(model: nn.Module, replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -42,7 +42,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
         return None
     shapes = shapes_of((args, kwargs))
     due, known = looks.due(), looks.known()
-    count = None if known is None else known.count(shapes)
+    count = None if known is None else known.count((args, kwargs))
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
@@ -57,7 +57,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
             if alone:
                 verified = True
                 known = _look(fisher, looks, known, args, kwargs)
-                count = None if known is None else known.count(shapes)
+                count = None if known is None else known.count((args, kwargs))
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
@@ -199,7 +199,8 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
         reason = (
             f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
             "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples), or measure the layers with one-shot calls."
+            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
+            "with one-shot calls."
         )
     if fisher.troubles.strict:
         raise CouplingError(reason)
@@ -294,7 +295,7 @@ def _fall_back(
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
     able = [
-        x for x in layers if not x.sharded and found.count(record.shapes) and not record.attribution.sharing(x.name)
+        x for x in layers if not x.sharded and _same_samples(found, record) and not record.attribution.sharing(x.name)
     ]
     for layer in layers:
         if layer not in able:
@@ -314,6 +315,11 @@ def _fall_back(
         return
     for layer in record.fallback:
         record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+
+
+def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
+    """Whether what was found is of as many samples as the record has, as far as shapes tell."""
+    return found.grouping is not None or bool(found.count_by_shapes(record.shapes))
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:

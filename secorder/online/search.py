@@ -258,6 +258,7 @@ def _told(
     by_rules = all(x.rule is not None for x in every)
     return Attribution(
         dims=hypothesis.dims,
+        grouping=None if hypothesis.owned is None else hypothesis.owned.grouping,
         shapes=shapes,
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
@@ -267,7 +268,10 @@ def _told(
         hidden=frozenset(uses.hidden),
         provisional=count == 1,
         alternative=hypothesis.alternative,
-        certain=hypothesis.dim == 0 and by_rules and independent_by_structure(asked.model, 0),
+        certain=hypothesis.dim == 0
+        and hypothesis.owned is None
+        and by_rules
+        and independent_by_structure(asked.model, 0),
     )
 
 

@@ -44,7 +44,8 @@ _NEVER_CALLED = (
     "The model that the probe is attached to was not called: methods of it that are called in its place (such as "
     "model.forward(x), or agent.get_value(x)), and a parent that calls its parts, run no hook of it: attach to the "
     "module that is called. A model that torch.compile had run before the probe was attached ignores hooks, too: "
-    "attach to what torch.compile returned."
+    "attach to what torch.compile returned. A training step that is compiled as one graph (fullgraph=True) hides the "
+    "model from hooks: run every k-th step uncompiled."
 )
 
 
