@@ -127,11 +127,17 @@ def test_state_is_put_back(name: str, wrap: Callable[[Any], Any]) -> None:
     for _ in range(2):
         function()
         assert repr(look()) != before
-        again.restore()
+        assert again.restore()
         assert repr(look()) == before
     function()
-    state.restore()
+    assert state.restore()
     assert repr(look()) == before
+
+
+def test_what_nobody_changed_is_not_told_to_be_changed() -> None:
+    kept, box = torch.zeros(2), {"a": [1], "b": {2}, "c": deque([3])}
+    state = State([lambda: (kept, box), slotted, teacher])
+    assert not state.restore()
 
 
 def test_cells_and_globals_that_are_assigned() -> None:
