@@ -24,6 +24,7 @@ from .._torch.compiler import eager
 from .._torch.modules import (
     Place,
     buffer_places,
+    forward_hooks,
     gradient_hooks_removed,
     is_scripted,
     parameter_places,
