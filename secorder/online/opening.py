@@ -12,7 +12,7 @@ from torch import nn
 from .._torch.graph import Users, users_of
 from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
-from ..errors import CouplingError, NonFiniteError, SecorderError
+from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
@@ -26,7 +26,7 @@ from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
 from .samples import shapes_of
-from .troubles import OUTSIDE
+from .troubles import OUTSIDE, tell_coupled, tell_normalised
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -79,18 +79,19 @@ def _opened(
 ) -> ForwardRecord | None:
     """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
-        _coupled(fisher, known, shapes)
+        tell_coupled(fisher.troubles, list(fisher.sums), known, shapes)
         return None
     if known is None or count is None:
         return None
     if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
+    args, kwargs = arguments
     # Of a chain of torch's own layers nothing is ever run again.
-    start = None if known.certain else Start(fisher.model, *arguments, known.changing)
+    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
     record = ForwardRecord(known, count, shapes, verified, start)
     record.together = count
-    weights = weights_of(fisher.reduction, *arguments, count) if callable(fisher.reduction) else None
+    weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
         weights = weights.double()
@@ -102,7 +103,7 @@ def _opened(
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
-    meta = []
+    meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same = True
         for name, p in layer.parameters.items():
@@ -116,12 +117,22 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                     [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
                 )
                 continue
+            if not all(p.is_leaf for p in found.values()):
+                computed.append(layer.name)
+                continue
             layer = fisher.layers[index] = replace(layer, parameters=found)
             changed = True
         if any(p.is_meta for p in layer.parameters.values()):
             meta.append(layer.name)
     if changed:
         looks.forget()
+    if computed:
+        fisher.troubles.saw("computed")
+        fisher.troubles.warn(
+            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
+        )
+        return False
     if not meta:
         fisher.follow()
     else:
@@ -173,7 +184,7 @@ def _look(
             f"sample_dim={found.alternative}."
         )
     if found.normalised:
-        _normalised(fisher)
+        tell_normalised(fisher.troubles, names)
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
@@ -192,37 +203,7 @@ def _look(
     return looks.known()
 
 
-def _normalised(fisher: OnlineFisher) -> None:
-    names = [layer.name for layer in fisher.layers]
-    message = (
-        "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
-        f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
-        "model.eval() statistics, or leave the layers out with layers=."
-    )
-    if fisher.troubles.strict:
-        raise CouplingError(message)
-    fisher.troubles.warn(message)
-
-
-def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
-    if found.separable is not None:
-        reason = (
-            "the dimension that is told to hold the samples does not separate them in the model, and dim "
-            f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
-        )
-    else:
-        reason = (
-            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
-            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
-            "with one-shot calls."
-        )
-    if fisher.troubles.strict:
-        raise CouplingError(reason)
-    fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
-
-
-def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
@@ -233,7 +214,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output))
+        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     if fisher.ranks is not None:
