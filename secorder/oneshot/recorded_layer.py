@@ -1,6 +1,6 @@
 """Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ __all__ = [
     "layout_options",
     "layouts_by_graph",
     "require_linear_backward",
+    "rounding_noise",
     "scale_draws",
     "scales",
     "settle_layouts",
@@ -34,6 +35,9 @@ __all__ = [
 
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
+
+#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
+ALIKE, MEASURED = 1.7, 64.0
 
 
 @dataclass(eq=False)
@@ -304,6 +308,7 @@ def scales(
     plain: dict[int, Tensor],
     weighted: dict[int, Tensor],
     weights: Tensor,
+    noise: Mapping[int, Tensor] | None = None,
 ) -> bool:
     """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
 
@@ -313,6 +318,7 @@ def scales(
         plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
         weighted: the same for cotangents that are weighted sample by sample.
         weights: the weights, shape (N,).
+        noise: by ``id(leaf)``, rounding in its gradient, where that was measured.
     """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
@@ -320,9 +326,28 @@ def scales(
         if not found.numel():
             continue
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
+        if noise is not None:
+            bound = bound + MEASURED * noise[id(leaf)]
         if not bool(((found - expected).abs() <= bound).all()):
             return False
     return True
+
+
+def rounding_noise(
+    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
+) -> dict[int, Tensor]:
+    """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
+
+    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
+    Weighting all samples alike shows that, and nothing else.
+
+    Args:
+        leaves: the leaves.
+        plain: their gradients by ``id(leaf)``.
+        pull_back: the same for cotangents times a number.
+    """
+    alike = pull_back(ALIKE)
+    return {id(leaf): (alike[id(leaf)] - ALIKE * plain[id(leaf)]).abs().amax() for leaf in leaves if leaf.numel()}
 
 
 def scale_draws(leaves: Sequence[Tensor]) -> int:

@@ -13,6 +13,7 @@ is run; :func:`.choice.choose` is a pure function from facts and a budget to str
 - :mod:`.output_basis`: samples do not interact, so that H_z is block diagonal: v runs over the basis of one sample's z,
   for all samples at once, u = H_z v.
 - :mod:`.parameter_basis`: v runs over the basis of the parameters. Needs nothing, exact for any layer.
-- :mod:`.output_draws`: an unbiased estimate from random signs on every sample's z.
+- :mod:`.output_draws`: an unbiased estimate from random signs on every sample's z, with the directions of largest
+  curvature taken exactly where that pays (:mod:`.deflation`).
 - :mod:`.parameter_draws`: the same from random signs on the parameters.
 """

@@ -14,7 +14,7 @@ from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
-from ..isolation import loss_of_rows
+from ..known_losses import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, loss_of_output, loss_separates
