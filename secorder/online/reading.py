@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.several import divide_each
 from ..errors import AttributionError, InvalidArgumentError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
 from ..parallel.fsdp import whole_sum
@@ -108,7 +109,7 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     chosen = [layer for layer in fisher.layers if layer.name in counts]
     totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
     found = Diagonals(chosen, totals, dict.fromkeys(totals, LayerInfo(Strategy.ONLINE)))
-    torch._foreach_div_(list(found.values()), [counts[name].weight for name in found])
+    divide_each(list(found.values()), [counts[name].weight for name in found])
     return found
 
 

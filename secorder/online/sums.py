@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .._torch.several import add_each
 from ..layers.contraction import add_rank_one, are_rank_one, contract_sum
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contract_sum_low
@@ -233,6 +234,6 @@ def add_behind(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch
     totals = [pair for old, new in pairs for pair in zip(old.sums, new.sums, strict=True)]
     if totals:  # else norms alone are accumulated, and nothing is counted here
         totals += [(old.counts, new.counts) for old, new in pairs]
-        torch._foreach_add_([old for old, _ in totals], [new.to(old) for old, new in totals])
+        add_each([old for old, _ in totals], [new.to(old) for old, new in totals])
     rest = joined(replace(earlier, sums={}), put_aside(replace(later, sums={})), decay)
     return replace(rest, sums=earlier.sums)
