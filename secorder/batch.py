@@ -1,7 +1,7 @@
 """How many samples a batch holds, and where they are in its tensors."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,26 +146,28 @@ def take_samples(
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
-    cut = {} if cut is None else cut
+    taken: dict[int, Tensor] = {} if cut is None else cut
 
     def one(tensor: Tensor) -> Tensor:
-        if id(tensor) not in cut:
-            cut[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
-        return cut[id(tensor)]
+        if id(tensor) not in taken:
+            taken[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
+        return taken[id(tensor)]
 
-    def walk(tree: Any) -> Any:
-        if _one_entry_a_sample(tree, count, sample_dim):
-            return type(tree)(tree[n] for n in index)
-        if type(tree) in (list, tuple):
-            return type(tree)(walk(x) for x in tree)
-        if type(tree) is dict:
-            return {key: walk(value) for key, value in tree.items()}
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(tree, numpy.ndarray):
-            return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
-        return map_tensors(one, tree)
+    return [_taken_apart(one, tree, index, count, sample_dim) for tree in trees]
 
-    return [walk(tree) for tree in trees]
+
+def _taken_apart(one: Callable[[Tensor], Tensor], tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:
+    """A structure with its tensors cut; no function in the other, which would keep them until they are collected."""
+    if _one_entry_a_sample(tree, count, sample_dim):
+        return type(tree)(tree[n] for n in index)
+    if type(tree) in (list, tuple):
+        return type(tree)(_taken_apart(one, x, index, count, sample_dim) for x in tree)
+    if type(tree) is dict:
+        return {key: _taken_apart(one, value, index, count, sample_dim) for key, value in tree.items()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(tree, numpy.ndarray):
+        return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
+    return map_tensors(one, tree)
 
 
 def _taken(tensor: Tensor, index: Sequence[int], count: int, sample_dim: int, rows: bool) -> Tensor:

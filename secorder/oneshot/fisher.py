@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, zero_tether
-from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
+from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
@@ -41,28 +41,25 @@ from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
 from .hessian.budget import Budget
 from .independence import exchange, outputs_independent
-from .isolation import loss_of_rows
 from .loss import require_dependence
+from .losses_by_output import SampleLosses, losses_by_definition, losses_by_output
 from .measurement import Measurement
-from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
+from .output_hessian import as_samples, filled
 from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs
 from .recording import recorded, seen
 from .roots import Columns, First, Root, single
-from .sample_losses import own_losses, require_own_losses
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
 ONE_OPERATION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding)
 
 __all__ = [
     "FisherType",
-    "SampleLosses",
     "Trial",
     "check_fisher_type",
     "every_way",
     "fisher_diagonal",
     "in_batches",
-    "losses_by_output",
     "require_independent_samples",
 ]
 
@@ -186,7 +183,12 @@ def _in_batches(
             for x in tapped
             if x.name in recording.leaves and x.name not in unusable
         ]
-        side = losses_by_output(task, output, loss, layers, second_order=fisher_type != "empirical")
+        second_order = fisher_type != "empirical"
+        side = None if traced.hooked else losses_by_definition(task, output, loss, second_order=second_order)
+        if side is None:
+            if not recording.without_graph and not watched.without_graph:
+                loss = loss.detach()  # whose graph is as large as the output
+            side = losses_by_output(task, output, loss, layers, second_order=second_order)
         if side is None:
             return None
         pairs = _pairs(task, side, fisher_type, num_draws)
@@ -218,7 +220,7 @@ def _in_batches(
     return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
 
 
-def _follows(task: Measurement, traced: Traced, output: Any, side: "SampleLosses", told: Told | None) -> bool:
+def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
     """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
@@ -252,79 +254,11 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
         )
 
 
-@dataclass
-class SampleLosses:
-    """The losses ℓ_n of samples taken alone, as functions of the model's output.
-
-    Attributes:
-        losses: shape (N,).
-        points: what they were computed from, samples in dim 0.
-        model_outputs: the model's output tensors in the same form.
-    """
-
-    losses: Tensor
-    points: list[Tensor]
-    model_outputs: list[Tensor]
-
-
-def losses_by_output(
-    task: Measurement, output: Any, loss: Tensor, layers: Sequence[RecordedLayer], *, second_order: bool
-) -> SampleLosses | None:
-    """The losses of samples, where the batch's is made of them by the model's output alone; else None.
-
-    Args:
-        task: the measurement.
-        output: the model's.
-        loss: the batch's.
-        layers: the recorded ones, from inside of which the loss must take nothing.
-        second_order: whether second derivatives of the loss are to be those of samples too.
-
-    Raises:
-        CouplingError: the loss couples the samples.
-        NonFiniteError: its gradient is nan or infinite.
-        InvalidArgumentError: it holds tensors of the batch itself, or is random.
-    """
-    differentiable = [t for t in tensors_in(output) if t.requires_grad]
-    if not differentiable or any(task.dimension(t) is None for t in differentiable):
-        return None
-    model_outputs: list[Tensor] = []
-    output = expose_output(output, model_outputs, task.dimension, detach=False)
-    by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
-    if by_output is None:
-        return None
-    whole, points, exposed = by_output
-    output_gradients = gradients(whole, points, create_graph=True)
-    if task.enters_model(whole, [leaf for z in layers for leaf in z.leaves]):
-        return None  # a weight penalty, features taken from inside the model, the model itself
-    if all(g is None for g in output_gradients):
-        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    if not all(bool(g.detach().isfinite().all()) for g in output_gradients if g is not None):
-        raise NonFiniteError(
-            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
-            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
-        )
-    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
-    if not by_rows and not loss_separates(output_gradients, points, task.generator):
-        raise CouplingError(
-            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
-            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
-        )
-    checked = require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
-    if task.create_graph:  # the cotangents must stay connected to the model
-        points, exposed, checked = list(model_outputs), output, None
-    losses, points = (own_losses(task, exposed), points) if checked is None else checked
-    if not losses.requires_grad:  # all of them constant
-        losses = losses + sum(x.sum() for x in points) * 0
-    return SampleLosses(losses, points, model_outputs)
-
-
 def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
-        found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
-        return single(torch.cat([as_samples(g) for g in found], 1))
-    output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
-    return second_order_columns(task, output_gradients, side.points, fisher_type, num_draws)
+        return single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
+    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(

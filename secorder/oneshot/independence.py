@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..batch import sample_dimension
 from ..layers.dtypes import rounding
 from ..layers.layout import DIM_ZERO, Layout
@@ -214,13 +214,18 @@ def block_diagonal(
     if count == 1:
         return True
     bits = sample_bits(count, points[0].device)
-    masks = [over_samples(bits, x, layout) for x, layout in zip(points, layouts, strict=True)]
-    vectors = [
-        torch.randn(mask.shape[1:], generator=generator, dtype=x.dtype, device=generator.device).to(x.device) * mask
-        for x, mask in zip(points, masks, strict=True)
-    ]
-    products = stacked_vjp(output_gradients, points, vectors)
-    return not any(bool((u.masked_fill(mask, 0) != 0).any()) for u, mask in zip(products, masks, strict=True))
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    for ids in chunks(len(bits), default_chunk_size(sum(x.numel() for x in points), points[0], None)):
+        own = torch.Generator(generator.device).manual_seed(seed)
+        masks = [over_samples(bits[ids.start : ids.stop], x, layout) for x, layout in zip(points, layouts, strict=True)]
+        vectors = [
+            torch.randn(x.shape, generator=own, dtype=x.dtype, device=own.device).to(x.device) * mask
+            for x, mask in zip(points, masks, strict=True)
+        ]
+        products = stacked_vjp(output_gradients, points, vectors)
+        if any(bool((u != 0).logical_and_(~mask).any()) for u, mask in zip(products, masks, strict=True)):
+            return False
+    return True
 
 
 def linear_products(

@@ -23,7 +23,8 @@ from ..errors import InvalidArgumentError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..owners import Owned, take_owned
-from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
+from .isolation import IsolatedModel, Result, isolate, run_isolated
+from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
 from .provenance import Traced
 

@@ -14,7 +14,7 @@ from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
-from ..isolation import loss_of_rows
+from ..known_losses import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, loss_of_output, loss_separates
@@ -26,6 +26,7 @@ from .chain import Chain, facts_of_chain, find_chain
 from .choice import choose
 from .column_draws import settled
 from .facts import Facts
+from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
 __all__ = ["Findings", "facts", "investigate", "verify_samples"]
@@ -91,6 +92,8 @@ def investigate(
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
     recording.require_seen(loss)
+    if not (traced.hooked or traced.packed or task.certain or task.create_graph):
+        _attach_by_operations(task, found, output, loss)
     side = _side(task, found, output, loss)
     if side is not None:
         side.by_graph = not traced.hooked
@@ -154,6 +157,17 @@ def _attach(
             found.learn(name, used=False)
 
 
+def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss: Tensor) -> None:
+    """The layers without a rule whose parameters are linear in the operations that take them."""
+    for graph in layers_by_operations(task, output, loss):
+        name = graph.layer.name
+        found.graphs[name] = graph
+        size = sum(leaf.numel() for leaf in graph.leaves)
+        written = sum(p.numel() for key, p in graph.layer.parameters.items() if key in graph.written_out)
+        elements = max(2 * size + 2 * task.num_samples * written, found.facts[name].passed_by_column)
+        found.learn(name, own_use=True, outputs=size // task.num_samples, output_elements=elements)
+
+
 def _needs_no_product(found: Findings, budget: Budget) -> bool:
     """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
     chosen = choose(list(found.facts.values()), budget)
@@ -196,7 +210,7 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
 def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -> None:
     """Whether the graph is a chain that leads to the layers, and what it would cost."""
     assert side is not None
-    found.chain = find_chain(task, side, _candidates(found))
+    found.chain = find_chain(task, side, [g for g in _candidates(found) if g.layer.rule is not None])
     if found.chain is not None:
         for name, facts in facts_of_chain(task, found.chain).items():
             found.learn(name, **facts)
