@@ -339,15 +339,21 @@ def rounding_noise(
     """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
 
     What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
-    Weighting all samples alike shows that, and nothing else.
+    Weighting all samples alike shows that, and nothing else, where the backward pass is linear: times two, all bits but
+    the exponent stay.
 
     Args:
         leaves: the leaves.
         plain: their gradients by ``id(leaf)``.
         pull_back: the same for cotangents times a number.
     """
-    alike = pull_back(ALIKE)
-    return {id(leaf): (alike[id(leaf)] - ALIKE * plain[id(leaf)]).abs().amax() for leaf in leaves if leaf.numel()}
+    alike, twice = pull_back(ALIKE), pull_back(2.0)
+    noise = {}
+    for leaf in leaves:
+        g = plain[id(leaf)]
+        linear = bool(torch.equal(twice[id(leaf)], 2 * g))
+        noise[id(leaf)] = (alike[id(leaf)] - ALIKE * g).abs().amax() if linear and leaf.numel() else g.new_zeros(())
+    return noise
 
 
 def scale_draws(leaves: Sequence[Tensor]) -> int:
