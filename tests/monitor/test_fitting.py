@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from secorder.monitor.fitting import fitting
-from secorder.monitor.terminal import Console, Table
+from secorder.monitor.terminal import Console, Measurement, Table
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,13 @@ def test_what_gives_way_first() -> None:
     console = Console(file=io.StringIO())
     results = {}
     for width in (100, 60, 45, 25):
-        fitting(console, width, columns, names, made)
+        table = fitting(width, columns, names, made)
+        assert Measurement.get(console, console.options.update(width=200), table).maximum <= width
         results[width] = seen[-1]
     whole = ["name", "first", "second", "always"]
     assert results[100] == (whole, "model.layers.0.linear", "")
     assert results[60] == (whole, "0.linear", "names without model.layers.")
     assert results[45] == (["name", "second", "always"], "0.linear", "names without model.layers.")
     assert results[25] == (["name", "always"], "0.linear", "names without model.layers.")
-    fitting(console, 22, columns, names, made)
+    fitting(22, columns, names, made)
     assert seen[-1][1] == "…near"
