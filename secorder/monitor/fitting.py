@@ -62,7 +62,7 @@ def fitting(
 
 def _widths(table: Table) -> list[int]:
     """What the widest cell of each column takes."""
-    return [max(cell_len(str(cell)) for cell in column.cells) for column in table.columns]
+    return [max(cell_len(str(cell)) for cell in (column.header, *column.cells)) for column in table.columns]
 
 
 def _excess(widths: Sequence[int], width: int) -> int:
