@@ -23,6 +23,10 @@ _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."
 )
+_UNRETURNED = (
+    "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
+    "forward that raised): let the model return what the loss is computed from."
+)
 
 
 def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
@@ -63,7 +67,9 @@ def second_backward(
     The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
     """
     owners = [own for name in names for own in record.attribution.owners(name) if own in fisher.sums]
-    if before is None:
+    if record.unreturned:
+        fisher.troubles.leave_out(record, owners, _UNRETURNED)
+    elif before is None:
         fisher.troubles.mark(owners, _SECOND)
     else:
         names = [layer.name for layer in fisher.layers]

@@ -221,7 +221,7 @@ class Attachment:
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations), None)
         if output is None or self.pauses:
-            record.closed = True
+            record.closed, record.unreturned = True, output is None
             return
         if root is not None:
             if root.rule is None and record.start is not None:

@@ -201,6 +201,7 @@ class ForwardRecord:
         slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
+        unreturned: whether the forward ended without an output: it returned none, or raised.
         eager: the section in which nothing is compiled, while the forward runs.
     """
 
@@ -242,6 +243,7 @@ class ForwardRecord:
     slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
     backward: Backward | None = None
     closed: bool = False
+    unreturned: bool = False
     eager: EagerSection | None = None
 
     def of_another(self) -> bool:

@@ -24,6 +24,7 @@ from ..recording import Recording, recorded
 from .budget import Budget
 from .chain import Chain, facts_of_chain, find_chain
 from .choice import choose
+from .column_draws import settled
 from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
@@ -228,11 +229,12 @@ def _with_columns(
     candidates = _without_chain(found, budget)
     heads = head_outputs(side.model_outputs, candidates, task.generator)
 
+    drawn = budget.method != "exact" and settled(task, side, candidates)
+
     def pays(layers: Sequence[str]) -> bool:
-        supposed = [
-            replace(found.facts[x], piecewise_linear=True, num_columns=side.size, last=x in heads) for x in layers
-        ]
-        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
+        supposed: Any = {"piecewise_linear": True, "num_columns": side.size, "columns_drawn": drawn}
+        facts = [replace(found.facts[x], **supposed, last=x in heads) for x in layers]
+        return any(choice.strategy in ("columns", "column-draws") for choice in choose(facts, budget).values())
 
     if not pays([g.layer.name for g in candidates]):
         return None
@@ -252,7 +254,7 @@ def _with_columns(
         # Draws take the Gauss-Newton part of all candidates from columns.
         if budget.method == "hutchinson" or pays(certified):
             for graph in rest:
-                found.learn(graph.layer.name, num_columns=size)
+                found.learn(graph.layer.name, num_columns=size, columns_drawn=drawn)
     return side
 
 
