@@ -7,6 +7,7 @@ from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
 from ..errors import AttributionError, NonFiniteError, SecorderError
 from .record import ForwardRecord
+from .sample_dimension import LISTED
 
 __all__ = ["OUTSIDE", "Troubles", "sentence"]
 
@@ -35,6 +36,7 @@ CAUSES = {
     "empty": "A batch was empty.",
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
+    "listed": f"Perhaps {LISTED}.",
     "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
     "one sample": (
         "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
