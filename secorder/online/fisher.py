@@ -18,7 +18,7 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.selection import Layer, sharded_parameter
+from ..layers.selection import Layer, MeasuredBy, sharded_parameter
 from ..parallel.fsdp import local, over_ranks
 from .audit import Directions
 from .closing import add_tied, audit_uncalled, audit_unreached
@@ -122,6 +122,7 @@ class OnlineFisher:
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
+        self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled()
 
     def renew(self) -> None:
@@ -228,6 +229,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
+        self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):
