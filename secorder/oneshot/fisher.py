@@ -208,7 +208,7 @@ def _in_batches(
         recording.require_seen(loss)
         watched.require_seen(loss)
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
-    if not traced.independent and not _follows(task, traced, output, side, told):
+    if not (task.certain or traced.independent) and not _follows(task, traced, output, side, told):
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]

@@ -194,7 +194,7 @@ def contract_settled(
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts]
-    totals: dict[tuple[int, str], Tensor] = {}
+    totals: list[list[Tensor]] = [[] if create_graph else _empty(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
     for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
         some = pairs.columns(ids)
@@ -202,16 +202,29 @@ def contract_settled(
         v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
             watch(good, u, v, some.sign)
-        for z in good:
+        for z, total in zip(good, totals, strict=True):
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
-            for name, p in z.layer.parameters.items():
+            for index, (name, p) in enumerate(z.layer.parameters.items()):
                 other = right[name] if right is not None else _signed(left[name], some.sign)
+                if not create_graph:
+                    contract(left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0))
+                    continue
                 part = contract(left[name], other, numel=p.numel())
-                key = (id(z), name)
-                totals[key] = totals[key] + part if key in totals else part
+                if ids.start:
+                    total[index] = total[index] + part
+                else:
+                    total.append(part)
         advance(len(ids))
-    return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
+    found = iter(totals)
+    return [next(found) if z.layouts else None for z in layers]
+
+
+def _empty(layer: Layer) -> list[Tensor]:
+    """A part for each parameter of one vector, which is the layer's."""
+    sizes = [p.numel() for p in layer.parameters.values()]
+    device = next(p.device for p in layer.parameters.values())
+    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))
 
 
 def _pull_back(
