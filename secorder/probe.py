@@ -659,7 +659,8 @@ class CurvatureProbe:
         """The trace of each layer's block of a curvature matrix, with its standard error.
 
         By the strategies of :meth:`hessian_diagonal`, whose sum it is: exact where that is affordable, else from random
-        signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or on the parameters.
+        signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or on the parameters. Of the GGN, with S a root
+        of the loss's Hessian, from random signs on its columns, ``Σ_n ‖J_nᵀ S_n v_n‖² / N``, for all layers at once.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.

@@ -34,13 +34,21 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-def users_of(outputs: Iterable[Tensor]) -> Users:
-    """The graph behind tensors, from its leaves on; the same graph gives the same order."""
+def users_of(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Users:
+    """The graph behind tensors, from its leaves on; the same graph gives the same order.
+
+    Args:
+        outputs: where it ends.
+        inputs: where it begins: what these were computed from is none of it.
+    """
     roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
     users: Users = {root: [] for root in roots}
+    first = {t.grad_fn for t in inputs if t.grad_fn is not None}
     waiting = list(users)
     while waiting:
         node = waiting.pop()
+        if node in first:
+            continue
         for index, (before, _) in enumerate(node.next_functions):
             if before is None:
                 continue

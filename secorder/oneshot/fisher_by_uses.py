@@ -12,7 +12,7 @@ from ..layers.contraction import contract, contract_sum
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import DIM_ZERO
 from ..layers.operations import OperationCall, per_sample_gradient
-from ..layers.per_sample import PerSample, dense, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
 from ..layers.selection import Layer
 from ..layers.uses import Route, Uses, carried, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
@@ -128,11 +128,18 @@ def _pulled_back(
     return result
 
 
+def _same_factor(u: PerSample, v: PerSample) -> bool:
+    """Whether what two per-sample gradients are linear in is all that they differ in."""
+    if isinstance(u, Outer) and isinstance(v, Outer):  # that of a matrix from the right has the cotangent in its place
+        return u.a is v.a or (isinstance(u.a, Tensor) and isinstance(v.a, Tensor) and torch.equal(u.a, v.a))
+    return isinstance(u, Tensor) or (isinstance(u, Rows) and isinstance(v, Rows) and torch.equal(u.ids, v.ids))
+
+
 def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int) -> None:
     """Add Σ_n u_n ⊙ v_n sign_n to the total."""
     if v is u and sign is None:
         contract_sum(u, numel=numel, out=total)
-    elif len(u) == 1:
+    elif len(u) == 1 and (v is u or _same_factor(u[0], v[0])):
         right = (
             v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
         )

@@ -1,5 +1,6 @@
 """Many columns: the heaviest of each sample, and the rest mixed by random signs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ __all__ = ["Contraction", "Heaviest", "by_weight", "heaviest"]
 
 #: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
 Contraction = Callable[[Columns], list[list[Tensor]]]
+
+#: Columns that are taken exactly, at most, or as many as there are draws at least.
+MAX_COLUMNS = 256
 
 #: Draws from which on half of them may be columns: two draws tell of their error.
 MIN_DRAWS = 4
@@ -73,6 +77,7 @@ def by_weight(
     contract: Contraction,
     generator: torch.Generator,
     advance: Callable[[int], None] = lambda _: None,
+    seconds: float = math.inf,
 ) -> list[Estimate]:
     """What is asked for of all columns: that of the heaviest, and of the rest an unbiased estimate.
 
@@ -83,6 +88,7 @@ def by_weight(
         contract: of some columns.
         generator: of the signs.
         advance: of a progress bar, by columns and draws.
+        seconds: that draws may take, where an error is asked for.
 
     Returns:
         layer by layer; exact where draws would be no fewer than the columns that are left.
@@ -103,7 +109,7 @@ def by_weight(
     known = exact or [[torch.zeros_like(v) for v in parts] for parts in contract(Draws.of(root, 1, generator))]
     sizes, flat = [len(parts) for parts in known], _joined(known)
     fewer = budget.fewer(count) if budget.rtol is None else budget
-    found = average(draw, [torch.zeros_like(v) for v in flat], fewer, 1, advance, flat, groups=sizes)
+    found = average(draw, [torch.zeros_like(v) for v in flat], fewer, 1, advance, flat, seconds, sizes)
     return found.split(sizes, budget)
 
 
@@ -112,7 +118,8 @@ def _exactly(root: Root, budget: Budget) -> Heaviest | None:
     if root.weights is None:
         return None
     if budget.rtol is not None:
-        return heaviest(root, budget.rtol)
+        found = heaviest(root, budget.rtol)
+        return Heaviest(root, found.order[:, : max(MAX_COLUMNS, budget.num_draws)])
     count = budget.num_draws // 2 if budget.num_draws >= MIN_DRAWS else 0
     return Heaviest(root, root.weights().abs().topk(count, dim=1).indices) if count else None
 

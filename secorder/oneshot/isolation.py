@@ -24,12 +24,13 @@ from .._torch.compiler import eager
 from .._torch.modules import (
     Place,
     buffer_places,
+    forward_hooks,
     gradient_hooks_removed,
     is_scripted,
     own_tensors,
     parameter_places,
 )
-from .._torch.own_hooks import suspended
+from .._torch.own_hooks import OwnHook, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.surroundings import parametrizations_computed_anew, unseen
@@ -52,6 +53,10 @@ Result = TypeVar("Result")
 class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
+
+#: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
+#: that it knows is no state of a forward.
+LEVELS_OF_HOOKS = 3
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -218,11 +223,13 @@ def isolate(
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own = State(modules, tensors)
+        hooks = [hook for m in modules for hook in forward_hooks(m) if not isinstance(hook, OwnHook)]
+        of_hooks = State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        for state in (own, loss_state):
+        for state in (own, of_hooks, loss_state):
             if state is not None:
                 stack.callback(state.restore)
         start = get_random_state(cuda)
@@ -231,7 +238,7 @@ def isolate(
 
         def restart(random_state: RandomState | None) -> None:
             nonlocal ran
-            for state in (own, loss_state) if ran else ():
+            for state in (own, of_hooks, loss_state) if ran else ():
                 if state is not None:
                     state.restore()
             ran = True

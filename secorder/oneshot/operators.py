@@ -74,7 +74,7 @@ def _hessian_operators(task: Measurement) -> Blocks:
             facts, graph = found.facts[layer.name], found.graphs.get(layer.name)
             if not facts.used:
                 yield layer, None
-            elif facts.own_use and graph is not None and graph.layouts:
+            elif facts.own_use and graph is not None and graph.layouts and layer.rule is not None:
                 yield layer, ProductInZ(graph)
             else:
                 rest.append(layer)

@@ -1,7 +1,7 @@
 """Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -49,6 +49,7 @@ class RecordedLayer:
         inputs: the input tensors of each call.
         leaves: for each call the zero leaf ε that was added to its output z.
         layouts: for each call where its samples are.
+        settled: the layouts of which nothing else is to be asked; empty where they are to be found.
         with_graph: whether what is computed from the inputs is to be differentiable.
     """
 
@@ -56,6 +57,7 @@ class RecordedLayer:
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
+    settled: list[Layout] = field(default_factory=list)
     with_graph: bool = False
 
     @property
@@ -88,11 +90,12 @@ def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
 
 
 def _candidates(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
+    if z.settled:
+        return [z.settled]
     assert z.layer.rule is not None
-    by_call = [
-        candidate_layouts(inputs, leaf, num_samples, any_leading_dim=takes_any_leading_dim(z.layer.rule))
-        for inputs, leaf in zip(z.inputs, z.leaves, strict=True)
-    ]
+    how: Any = {"any_leading_dim": takes_any_leading_dim(z.layer.rule)}
+    calls = zip(z.inputs, z.leaves, strict=True)
+    by_call = [candidate_layouts(inputs, leaf, num_samples, **how) for inputs, leaf in calls]
     if not all(by_call):
         return []
     return [[call[min(index, len(call) - 1)] for call in by_call] for index in range(max(map(len, by_call)))]
@@ -100,9 +103,8 @@ def _candidates(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
 
 def _accepted(z: RecordedLayer, layouts: list[Layout]) -> bool:
     """Whether a layer's rule accepts layouts: not a shape that it is not for, such as a convolution without a batch."""
-    trial = RecordedLayer(z.layer, z.inputs, z.leaves, layouts)
     try:
-        trial.gradients([leaf.detach()[None] for leaf in z.leaves])
+        replace(z, layouts=layouts).gradients([leaf.detach()[None] for leaf in z.leaves])
     except AttributionError:
         return False
     return True

@@ -32,6 +32,9 @@ MAX_ELEMENTS = 10_000
 #: Elements of a tensor that are compared one by one, since changes through ``.data`` are not counted.
 MAX_COMPARED = 1_000_000
 
+#: Levels from the roots on that other objects than containers are looked at, where levels are told.
+OBJECTS = 2
+
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
 _FOREIGN = frozenset({
     "torch", "numpy", "builtins", "logging", "threading", "io", "_io", "weakref", "typing", "collections", "functools",
@@ -53,10 +56,20 @@ class State:
         roots: functions, bound methods, partials, modules and other objects.
         known: objects that are not to be looked at: their state is somebody else's.
         base: an earlier state of the same roots, whose copies of tensors will do.
+        levels: how far from the roots containers are looked at, and other objects only next to the roots; by default
+            both are however far they are.
     """
 
-    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), base: "State | None" = None) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        known: Iterable[Any] = (),
+        base: "State | None" = None,
+        *,
+        levels: int | None = None,
+    ) -> None:
         self._base = base
+        self._few = levels is not None
         roots = list(roots)
         held = [t for root in roots if isinstance(root, nn.Module) for t in own_tensors(root)]
         self._sharded = any(hasattr(t, "placements") for t in held)
@@ -65,13 +78,14 @@ class State:
         self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held
         self._exchanged: list[tuple[Callable[[Any], None], Tensor]] = []
         self._seen: dict[int, Any] = {id(x): x for x in known}  # kept: no other object may get the id
-        waiting = deque(roots)
+        waiting = deque((root, 0) for root in roots)
         while waiting and len(self._seen) < MAX_OBJECTS:
-            here = waiting.popleft()
+            here, level = waiting.popleft()
             if isinstance(here, _ATOMS) or id(here) in self._seen:
                 continue
             self._seen[id(here)] = here
-            waiting.extend(self._taken(here))
+            further = self._taken(here, objects=levels is None or level < OBJECTS)
+            waiting.extend([(x, level + 1) for x in further] if levels is None or level < levels else [])
 
     def restore(self) -> bool:
         """Put everything back; returns whether anything had been changed."""
@@ -98,8 +112,8 @@ class State:
         if isinstance(held, Tensor):
             self._slots.append((held, put))
 
-    def _taken(self, x: Any) -> Iterable[Any]:
-        """Take down how to put an object back; returns what it leads to."""
+    def _taken(self, x: Any, *, objects: bool) -> Iterable[Any]:
+        """Take down how to put an object back; returns what it leads to. Of no containers only if they are wanted."""
         if isinstance(x, Tensor):
             self._tensor(x)
         elif isinstance(x, nn.Module):
@@ -118,7 +132,7 @@ class State:
             self._restores.append(generator)
         elif isinstance(x, type):
             return self._class(x)
-        elif not _foreign(type(x)):
+        elif objects and not _foreign(type(x)):
             return self._object(x)
         return ()
 
@@ -148,6 +162,8 @@ class State:
 
     def _tensor(self, x: Tensor) -> None:
         if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
+            return
+        if self._few and x.numel() > MAX_COMPARED:
             return
         saved = self._base.unchanged(x) if self._base is not None else None
         saved = x.detach().clone() if saved is None else saved

@@ -36,8 +36,9 @@ OUT_CHANNELS, IN_CHANNELS = 16, 4
 IN_TURN, KEPT = 7, 112
 #: Sets of numbers that are kept on the device.
 CONSTANTS = 16
-#: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
-FEW = 32
+#: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
+#: rows, or samples of several rows each, that are looked at beside their products with r or s.
+FEW, FEW_SAMPLES = 32, 4
 #: What passes for rounding, in units in the last place of the products' size: of the parameter's dtype, and of a lower
 #: one that factors are rounded to before they are multiplied.
 UNITS = 64
@@ -182,7 +183,7 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
         right = right + 1
-        size = torch.dot(right, right)
+        size = _size(whole, right)
     else:
         size = _size(whole, right)
         if with_bias:
@@ -227,9 +228,17 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
 
 
 def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The square of a factor's norm, by its product with random numbers where that has rows enough to tell."""
-    flat = product if product.shape[0] > FEW else whole.to(product.dtype).flatten()
-    return torch.dot(flat, flat)
+    """The square of a factor's norm; where it has rows enough, by their product with random numbers and by some rows.
+
+    Rows that are nearly alike, as tokens in a deep transformer are, may all happen to be orthogonal to what was drawn;
+    and a few rows alone do not tell of one that is much larger than the others.
+    """
+    if product.shape[0] <= FEW:
+        flat = whole.to(product.dtype).flatten()
+        return torch.dot(flat, flat)
+    some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
+    flat = some.to(product.dtype).flatten()
+    return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
 
 
 class Explained(NamedTuple):

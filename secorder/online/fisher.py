@@ -127,7 +127,7 @@ class OnlineFisher:
     def renew(self) -> None:
         """Go on with empty sums."""
         diagonal = self.accumulate == "diagonal"
-        self.sums = {x.name: LayerSums.empty(x, self.device, self.dtype, diagonal=diagonal) for x in self.layers}
+        self.sums = LayerSums.empty_of(self.layers, self.device, self.dtype, diagonal=diagonal)
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
@@ -190,18 +190,17 @@ class OnlineFisher:
         if self.decay is not None:
             alpha *= (1 - self.decay) / self.of_all(record)
         low = self.low(record, layer)
-        before: list[int] = []
-        try:
-            with ADDING:
-                before = [version(total) for total in sums.sums]
+        with ADDING:
+            before = [version(total) for total in sums.sums]
+            try:
                 sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good, low=low)
                 sums.count(self.count_of(record), good, self.decay, self.of_all(record))
-            if good is not None:
-                record.goods.append(good)
-        except BaseException as error:  # out of memory, an interrupt: a part of the batch must not stay in unseen
-            if before and before != [version(total) for total in sums.sums]:
-                self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
-            raise
+            except BaseException as error:  # out of memory, an interrupt: a part of a batch must not stay in unseen
+                if before != [version(total) for total in sums.sums]:
+                    self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
+                raise
+        if good is not None:
+            record.goods.append(good)
 
     def low(self, record: ForwardRecord, layer: Layer) -> bool:
         """Whether the factors of a layer's squares are rounded to bfloat16."""

@@ -228,7 +228,7 @@ class Attachment:
                 module_starts(record, root, record.start)
             hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)
             hook(self.model, args, kwargs, output)
-        settle(self, record, output)
+        settle(self, record, (args, kwargs), output)
         for section in record.sections or ():
             self._sections[section] = ref(record)
         for tensor in tensors_in(output):

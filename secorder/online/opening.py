@@ -87,7 +87,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
-    meta = []
+    meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same = True
         for name, p in layer.parameters.items():
@@ -101,12 +101,22 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                     [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
                 )
                 continue
+            if not all(p.is_leaf for p in found.values()):
+                computed.append(layer.name)
+                continue
             layer = fisher.layers[index] = replace(layer, parameters=found)
             changed = True
         if any(p.is_meta for p in layer.parameters.values()):
             meta.append(layer.name)
     if changed:
         looks.forget()
+    if computed:
+        fisher.troubles.saw("computed")
+        fisher.troubles.warn(
+            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
+        )
+        return False
     if not meta:
         fisher.follow()
     else:
@@ -207,7 +217,7 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
     fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
 
 
-def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
@@ -218,7 +228,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output))
+        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     _require_present(fisher, record)

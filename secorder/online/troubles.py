@@ -13,8 +13,9 @@ __all__ = ["OUTSIDE", "Troubles", "sentence"]
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, a method such as get_value(x) "
-    "that is called in place of the model, or another loss in a second backward through one forward), which belongs "
+    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or the loss of its output "
+    "(let the model return what the loss is the mean of), a method such as get_value(x) that is called in place of the "
+    "model, or another loss in a second backward through one forward), which belongs "
     "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
     "leave the layer out with layers=, or measure it with a one-shot call."
 )
@@ -27,6 +28,7 @@ CAUSES = {
     ),
     "traced": "The model was traced or exported while the probe was attached, which is not recorded.",
     "no grad": "It was called under torch.no_grad or in inference mode.",
+    "computed": "It was called with parameters that are computed from others (torch.func.functional_call).",
     "paused": "It was called inside of probe.paused().",
     "no gradient": "Its output did not depend on any parameter that requires a gradient.",
     "forward": "It was called, and no backward has reached its parameters since (torch.autograd.grad does not count).",

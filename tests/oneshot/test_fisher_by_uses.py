@@ -58,3 +58,31 @@ def test_one_forward_and_one_backward_pass_are_all() -> None:
         found = probe.fisher_diagonal(F.cross_entropy, ids, targets)
     assert (calls, passes.call_count) == (["forward"], 1)
     assert_all_close(found.by_parameter(), fisher_by_sample(model, F.cross_entropy, ids, targets, 6))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "type-2", "mc"])
+def test_a_matrix_from_the_right_is_one_from_the_left_transposed(kind: Any) -> None:
+    """Also where the two factors of a pair differ, as for a loss of both signs."""
+    seed()
+
+    class Right(nn.Module):
+        def __init__(self, like: nn.Linear) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(like.weight.detach().t().clone()), nn.Parameter(like.bias.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.b, x.reshape(-1, 3), self.w).view(*x.shape[:-1], 4)
+
+    def signed(output: Tensor, targets: Any) -> Tensor:
+        return (targets[1] * F.cross_entropy(output, targets[0], reduction="none")).sum()
+
+    left = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    right = nn.Sequential(Right(left[0]), *left[1:])
+    x, targets = torch.randn(4, 2, 3, dtype=torch.float64), (torch.arange(4) % 3, torch.tensor([1.0, -2.0, 0.5, -1.0]))
+    found = []
+    for model in (left, right):
+        with CurvatureProbe(model, "all") as probe:
+            options: dict[str, Any] = {"fisher_type": kind, "generator": torch.Generator().manual_seed(1)}
+            found.append(probe.fisher_diagonal(signed, x, targets, **options).by_parameter())
+    expected = {"0.w": found[0]["0.weight"].view(4, 3).t().flatten(), "0.b": found[0]["0.bias"].flatten()}
+    assert_all_close({name: found[1][name].flatten() for name in expected}, expected)

@@ -35,6 +35,20 @@ def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.Mo
         assert (actual(other, vectors) - value).abs() > bound
 
 
+def test_rows_that_are_nearly_alike_round_as_much_where_they_are_orthogonal_to_what_is_drawn() -> None:
+    """As in a deep transformer, whose tokens grow alike: then one unlucky number would make the bound too small."""
+    torch.manual_seed(0)
+    a = torch.randn(96, dtype=torch.float32) + 1e-3 * torch.randn(8, 1, 64, 96, dtype=torch.float32)
+    g = torch.randn(48, dtype=torch.float32) * torch.randn(8, 1, 64, 1, dtype=torch.float32)
+    weight, bias = Outer(a, g), Outer(None, g)
+    directions = Directions()
+    for _ in range(2000):
+        vectors = directions._drawn(torch.zeros(48, 96, dtype=torch.float32))
+        assert explained(weight, vectors)[1].sqrt() > 0.05 * a.norm() * g.norm()
+        assert explained(weight, vectors, with_bias=True)[1].sqrt() > 0.05 * a.norm() * g.norm()
+        assert explained(bias, vectors)[1].sqrt() > 0.05 * g.norm() * 512**0.5
+
+
 def test_directions_are_private_and_copies_have_their_own() -> None:
     before = torch.get_rng_state()
     directions = Directions()

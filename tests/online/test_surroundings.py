@@ -1,5 +1,6 @@
 """Training code that puts something around the model: it meets nothing of the probe's, and the numbers are right."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secorder import CurvatureProbe
 
-from ..helpers import Net, data, make
+from ..helpers import Net, data, make, seed
 from .loops import follow
 from .twins import Loop, bit_for_bit, traces
 
@@ -102,3 +103,31 @@ def test_a_counter_of_operations_around_the_forward() -> None:
     with CurvatureProbe(model), FlopCounterMode(display=False) as probed:
         model(x)
     assert probed.get_total_flops() == plain.get_total_flops()
+
+
+class Watches:
+    """What users hang on layers: it keeps activations by name, means, and how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls, self.shapes, self.mean = 0, defaultdict(list), torch.zeros(5)
+
+    def hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.calls += 1
+        self.shapes["all"].append(output.shape)
+        self.mean += output.detach().mean(0)
+
+
+def test_what_the_users_hooks_keep_is_of_the_users_forwards() -> None:
+    seen = []
+    for attached in (False, True):
+        seed()
+        model, watches, log, counts = make(), Watches(), [], {"calls": 0}
+        model[0].register_forward_hook(watches.hook)
+        model[1].register_forward_pre_hook(lambda m, a, log=log: log.append(1))
+        model.register_forward_hook(lambda m, a, o, counts=counts: counts.update(calls=counts["calls"] + 1))
+        probe = CurvatureProbe(model) if attached else None
+        for _ in range(4):
+            outside(model, data(), use_reentrant=False).backward()
+        seen.append((watches.calls, dict(watches.shapes), watches.mean.tolist(), log, counts))
+        assert probe is None or probe.num_samples == 24
+    assert seen[0] == seen[1]

@@ -95,6 +95,10 @@ class Budget:
             return replace(self, num_draws=max(2, self.num_draws - spent))
         return replace(self, max_draws=max(self.num_draws, self.max_draws - spent))
 
+    def closer(self, factor: float) -> "Budget":
+        """The budget with so much less of an error."""
+        return self if self.rtol is None else replace(self, rtol=factor * self.rtol)
+
     def affords(self, num_products: int, elements: int, seconds: float = 0.0) -> bool:
         """Whether an exact strategy may be taken.
 

@@ -17,7 +17,7 @@ from ..._torch.vjp import chunks
 from .budget import Budget
 from .estimate import Draw, relative_error
 
-__all__ = ["PILOT_DRAWS", "Space", "deflated", "may_pay", "pilot"]
+__all__ = ["PILOT_DRAWS", "Pilot", "Space", "deflated", "may_pay", "pilot"]
 
 #: Products that decide what is easiest to estimate, each time.
 PILOT_DRAWS = 4

@@ -41,6 +41,12 @@ class Estimate:
         """``‖standard error‖ / ‖values‖``."""
         return relative_error(self.values, self.errors) if self.errors else 0.0
 
+    def beside(self, errors: Sequence[Tensor], budget: Budget) -> "Estimate":
+        """The same with the errors of what is independent of it, and was added."""
+        both = [torch.hypot(own, other) for own, other in zip(self.errors, errors, strict=True)]
+        (found,) = Estimate(self.values, both, self.num_draws).split([len(both)], budget)
+        return found
+
     def split(self, sizes: Sequence[int], budget: Budget) -> list["Estimate"]:
         """Those of several layers, each with so many values."""
         enough = ENOUGH if budget.rtol is None else budget.rtol

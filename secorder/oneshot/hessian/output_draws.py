@@ -13,7 +13,7 @@ from ...layers.per_sample import PerSample, with_cotangents
 from ...results import Strategy
 from ..measurement import Measurement
 from .budget import Budget
-from .deflation import PILOT_DRAWS, Space, deflated, may_pay, pilot
+from .deflation import PILOT_DRAWS, Pilot, Space, deflated, may_pay, pilot
 from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
@@ -43,7 +43,7 @@ def run(
     elements: int,
     advance: Callable[[int], None],
     reduce: Reduce,
-    exact: Sequence[Tensor] = (),
+    exact: Estimate | None = None,
     seconds: float = math.inf,
 ) -> tuple[Strategy, Estimate]:
     """An estimate; of what columns do not give alone, where they gave the rest and that pays.
@@ -57,7 +57,7 @@ def run(
         elements: numbers that one product keeps.
         advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
-        exact: what columns gave, reduced: the generalised Gauss-Newton part; or nothing.
+        exact: what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
         seconds: that it may take, where an error is asked for.
     """
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
@@ -65,20 +65,30 @@ def run(
     strategy, known = NAME, [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
     draw: Draw = space.draw
     spent = 0
+    errors: list[Tensor] = []
     if (exact and budget.num_draws > 2 * PILOT_DRAWS) or may_pay(budget):
         tried = pilot(space)
         if exact and graph.residual:
             rest = space_of(task, graph, graph.residual, reduce, size)
             other = pilot(rest)
-            if other.spread < tried.spread:
-                space, tried, strategy, known = rest, other, Strategy.COLUMNS_AND_OUTPUT_DRAWS, list(exact)
+            if _easier(other, tried, exact, budget.num_draws):
+                space, tried, strategy, known = rest, other, Strategy.COLUMNS_AND_OUTPUT_DRAWS, exact.values
+                errors = exact.errors
         draw = space.draw
         found = deflated(space, tried, known, budget, advance)
         if found is not None:
             draw, known, spent = found
-    fewer = budget.fewer(spent)
-    like = [torch.zeros_like(v) for v in known]
-    return strategy, average(draw, like, fewer, size, advance, known, seconds)
+    how = budget.fewer(spent).closer(0.86 if errors else 1.0)  # with half of it, an error of less than the whole
+    estimate = average(draw, [torch.zeros_like(v) for v in known], how, size, advance, known, seconds)
+    return strategy, estimate.beside(errors, budget) if errors else estimate
+
+
+def _easier(rest: Pilot, whole: Pilot, known: Estimate, count: int) -> bool:
+    """Whether the rest, besides what is known, has less of an error than the whole."""
+    if not known.errors:
+        return rest.spread < whole.spread
+    variances = [sum(float(v.double().var(0).sum()) for v in tried.values) / count for tried in (rest, whole)]
+    return variances[0] + sum(float(e.double().square().sum()) for e in known.errors) < variances[1]
 
 
 def space_of(

@@ -1,0 +1,12 @@
+"""Many tensors at once are as each by itself."""
+
+import torch
+
+from secorder._torch.several import add_each, divide_each
+
+
+def test_each_tensor_by_itself() -> None:
+    totals = [torch.ones(3), torch.ones(2, dtype=torch.float32), torch.ones(())]
+    add_each(totals, [torch.arange(3.0), torch.full((2,), 0.5, dtype=torch.float32), torch.tensor(2.0)])
+    divide_each(totals, [2.0, 0.5, 3.0])
+    assert [t.tolist() for t in totals] == [[0.5, 1.0, 1.5], [3.0, 3.0], 1.0]
