@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch.views import joined
 from .errors import InvalidArgumentError
 from .layers.selection import Layer
 from .parallel.fsdp import Shard, shards, whole
@@ -118,7 +119,7 @@ class Diagonals(dict[str, Tensor]):
         standard_error: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         """Assemble from flat tensors per parameter, in each layer's parameter order."""
-        super().__init__((layer.name, _joined(values[layer.name])) for layer in layers)
+        super().__init__((layer.name, joined(values[layer.name])) for layer in layers)
         self.info = {layer.name: info[layer.name] for layer in layers}
         self.standard_error = (
             None
@@ -307,18 +308,6 @@ class Diagonals(dict[str, Tensor]):
     def __reduce__(self) -> Any:
         parts = (dict(self), self.info, self.standard_error, self.layer_types, self._parameters, self._shards)
         return (_rebuild, parts)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """All parts in one vector: that of which they are parts, if they are all of it in their order."""
-    base, end = parts[0]._base, 0
-    if base is None or base.dim() != 1 or base.requires_grad:
-        return torch.cat(list(parts))
-    for part in parts:
-        if part._base is not base or part.storage_offset() != base.storage_offset() + end or not part.is_contiguous():
-            return torch.cat(list(parts))
-        end += part.numel()
-    return base if end == base.numel() else torch.cat(list(parts))
 
 
 def _rebuild(

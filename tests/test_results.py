@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from secorder import CurvatureProbe, Diagonals, InvalidArgumentError
-from secorder.layers.selection import select_layers
-from secorder.results import LayerInfo, Strategy
 
 from .helpers import data, make, seeded, step
 from .reference import assert_all_close
@@ -32,18 +30,6 @@ def measured(**options: Any) -> Diagonals:
     torch.manual_seed(0)
     with CurvatureProbe(make(nn.Tanh())) as probe:
         return probe.hessian_diagonal(F.cross_entropy, torch.randn(6, 4), torch.arange(6) % 3, **options)
-
-
-def test_parts_of_one_vector_are_joined_without_a_copy() -> None:
-    base = torch.arange(8.0)
-    weight, bias = base.split([6, 2])
-    (layer,) = select_layers(nn.Linear(3, 2), "all")
-    info = {"": LayerInfo(Strategy.RULE)}
-    assert Diagonals([layer], {"": [weight, bias]}, info)[""] is base
-    for parts in ([bias, weight], [weight, bias.clone()], [base[:6], base[4:6]], [base.view(2, 4)[:, :3].T, bias]):
-        found = Diagonals([layer], {"": [p.flatten() for p in parts]}, info)[""]
-        assert found is not base
-        assert torch.equal(found, torch.cat([p.flatten() for p in parts]))
 
 
 def test_a_parameter_is_an_item() -> None:

@@ -35,7 +35,7 @@ from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
-from .fisher_by_uses import Told, by_uses, told_by_graph
+from .fisher_by_uses import Told, by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
@@ -200,7 +200,7 @@ def _in_batches(
         found: Found = {}
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
-            told = told_by_graph(task, side.model_outputs)
+            told = traced.told(side.model_outputs)
             found = by_uses(task, followed, pairs, side.model_outputs, told, linear=linear)
         if layers:
             how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
@@ -225,7 +225,7 @@ def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses,
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
     others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    told = told_by_graph(task, side.model_outputs) if told is None else told
+    told = traced.told(side.model_outputs) if told is None else told
     return others is not None and traced.follows(task.inputs, told, *others)
 
 
