@@ -128,7 +128,7 @@ class Diagonals(dict[str, Tensor]):
         )
         self.layer_types = {layer.name: type(layer.module).__name__ for layer in layers}
         self._shards = {
-            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.sharded
+            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.spread is not None
         }
         self._parameters = {
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]

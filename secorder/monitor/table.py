@@ -232,12 +232,12 @@ class Report:
             table.add_row(*cells(whole, whole.name), style="bold")
         return table
 
-    def _fitting(self, console: Console, width: int) -> Table:
+    def _fitting(self, width: int) -> Table:
         names = {row.name: row.name or "model" for row in self._rows}
-        return fitting(console, width, self._columns(), names, self._table)
+        return fitting(width, self._columns(), names, self._table)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._fitting(console, options.max_width)
+        yield self._fitting(options.max_width)
 
     def __str__(self) -> str:
         width = max(30, shutil.get_terminal_size((120, 24)).columns)
@@ -271,7 +271,7 @@ class Report:
 
     def _recorded(self, width: int) -> Console:
         console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
-        table = self._fitting(console, width)
+        table = self._fitting(width)
         console.width = min(width, Measurement.get(console, console.options, table).maximum)
         console.print(table)
         return console

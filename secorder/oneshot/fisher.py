@@ -97,7 +97,10 @@ def fisher_diagonal(
         tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
-        values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
+        values = {
+            name: [(v.detach() if v.requires_grad else v).div_(count) for v in parts]
+            for name, (parts, _) in found.items()
+        }
     errors = None
     told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
     if told:

@@ -133,7 +133,10 @@ def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read |
 
 def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dict[str, float]:
     """The sums of the squares of these layers, read at once."""
-    parts = [(name, whole_sum(own, fisher.shard)) for name in names for own in stretch.sums[name].sums]
+    held = {layer.name: layer.parameters.values() for layer in fisher.layers}
+    parts = [
+        (name, whole_sum(own, p)) for name in names for own, p in zip(stretch.sums[name].sums, held[name], strict=True)
+    ]
     found = dict.fromkeys(names, 0.0)
     for (name, _), value in zip(parts, on_host([part for _, part in parts]), strict=True):
         found[name] += value
