@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULT_LAYER_TYPES",
     "Layer",
     "LayerTypes",
+    "MeasuredBy",
     "present",
     "ranks_of",
     "select_layers",
@@ -34,6 +35,9 @@ DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
+
+#: What tells the per-sample gradients of a layer in training; empty where it is not known.
+MeasuredBy = Literal["", "rule", "operations", "rerun"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,11 @@ class Layer:
         if self.spread is None or not self.split:
             return gradient.detach()
         return self.spread.part_of_gradient(gradient, parameter)
+
+    @property
+    def measured_by(self) -> "MeasuredBy":
+        """What tells the per-sample gradients: see :attr:`secorder.LayerInfo.measured_by`."""
+        return "rule" if self.rule is not None else "operations" if self.by_operations else "rerun"
 
     def parameter_name(self, local: str) -> str:
         """The name of a parameter in ``model.named_parameters()``."""

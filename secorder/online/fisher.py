@@ -18,7 +18,7 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.selection import Layer, ranks_of
+from ..layers.selection import Layer, MeasuredBy, ranks_of
 from ..parallel.fsdp import local
 from .agreement import agree
 from .audit import Directions
@@ -123,6 +123,7 @@ class OnlineFisher:
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
+        self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled()
 
     def renew(self) -> None:
@@ -233,6 +234,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
+        self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):
