@@ -136,6 +136,7 @@ class CurvatureRecorder:
         self._findings = RunningFindings(on_finding)
         self._steps = 0
         self._steps_of_window = 0
+        self._unseen = 0  # steps since something was recorded
         self._loss: tuple[Any, int] = (0.0, 0)
 
     # ---- steps
@@ -166,6 +167,15 @@ class CurvatureRecorder:
             self._point(number, due)
         if self._norms is not None and self._due("norms", self._steps + 1):
             self._attempt("norms", self._norms.copy_weights)
+
+    def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers of yours beside: of the whole model, as ``model/name``.
+
+        Args:
+            numbers: by name.
+            step: the number of the step in the log; by default how often :meth:`step` was called.
+        """
+        self._log.numbers({WHOLE_MODEL: dict(numbers)}, self._steps if step is None else step)
 
     def _due(self, part: str, steps: int) -> bool:
         every = self._every[part]
@@ -221,7 +231,9 @@ class CurvatureRecorder:
             point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
         source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
+        self._unseen = 0 if source.num_batches else self._unseen + steps
         if not source.num_samples:
+            self._tell_unseen()
             return None
         point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
         if self._probe.accumulate == "trace":
@@ -241,6 +253,15 @@ class CurvatureRecorder:
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
         self._see_noise(source, point)
         return fisher
+
+    def _tell_unseen(self) -> None:
+        """Warn once where the probe had its chances and recorded nothing: training may call another module."""
+        if self._unseen >= self._probe.every and "unseen" not in self._failed:
+            self._failed.add("unseen")
+            caution(
+                f"no batch went through the probe's model in {self._unseen} steps, so that there is no Fisher to log: "
+                "attach the probe to the module that training calls, in train mode (detach() and paused() stop it too)."
+            )
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
