@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from .errors import InvalidArgumentError
 from .layers.selection import Layer
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "Strategy"]
+__all__ = ["Diagonals", "LayerInfo", "Source", "Strategy"]
 
 
 #: On operands, or on operands and their errors.
@@ -48,6 +48,10 @@ class Strategy(str, Enum):
         return format(self.value, specification)
 
 
+#: What gives the per-sample gradients of a layer.
+Source = Literal["rule", "operations", "module"]
+
+
 @dataclass(frozen=True)
 class LayerInfo:
     """How a layer's diagonal was computed.
@@ -66,6 +70,8 @@ class LayerInfo:
         converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
             its relative error is below one half.
         num_batches: batches that it is the mean of, or the sum.
+        source: what gave per-sample gradients, in the latest batch: ``"rule"`` (the layer type's), ``"operations"``
+            (those that take the parameters), or ``"module"`` (it ran again); empty where that was not looked at.
     """
 
     strategy: Strategy
@@ -75,6 +81,7 @@ class LayerInfo:
     relative_error: float = 0.0
     converged: bool = True
     num_batches: int = 1
+    source: Source | Literal[""] = ""
 
 
 class Diagonals(dict[str, Tensor]):

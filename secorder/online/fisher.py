@@ -20,6 +20,7 @@ from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, sharded_parameter
 from ..parallel.fsdp import local, over_ranks
+from ..results import Source
 from .audit import Directions
 from .closing import add_tied, audit_uncalled, audit_unreached
 from .finite import finite
@@ -122,6 +123,7 @@ class OnlineFisher:
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
+        self.sources: dict[str, Source] = {}  # of each layer's per-sample gradients, in the latest
         self.uncalled = Uncalled()
 
     def renew(self) -> None:
@@ -228,6 +230,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
+        self.sources |= record.sources()
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):

@@ -108,7 +108,8 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     counts = told(fisher, stretch, troubles, missing)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
     totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
-    found = Diagonals(chosen, totals, dict.fromkeys(totals, LayerInfo(Strategy.ONLINE)))
+    info = {name: LayerInfo(Strategy.ONLINE, source=fisher.sources.get(name, "")) for name in totals}
+    found = Diagonals(chosen, totals, info)
     divide_each(list(found.values()), [counts[name].weight for name in found])
     return found
 
