@@ -3,16 +3,16 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import Enum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
-from .layers.selection import Layer
+from .layers.selection import Layer, MeasuredBy
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "Source", "Strategy"]
+__all__ = ["Diagonals", "LayerInfo", "Strategy"]
 
 
 #: On operands, or on operands and their errors.
@@ -48,10 +48,6 @@ class Strategy(str, Enum):
         return format(self.value, specification)
 
 
-#: What gives the per-sample gradients of a layer.
-Source = Literal["rule", "operations", "module"]
-
-
 @dataclass(frozen=True)
 class LayerInfo:
     """How a layer's diagonal was computed.
@@ -70,8 +66,10 @@ class LayerInfo:
         converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
             its relative error is below one half.
         num_batches: batches that it is the mean of, or the sum.
-        source: what gave per-sample gradients, in the latest batch: ``"rule"`` (the layer type's), ``"operations"``
-            (those that take the parameters), or ``"module"`` (it ran again); empty where that was not looked at.
+        measured_by: of the online Fisher, what told the samples' gradients of the latest batch: ``"rule"`` (one for the
+            type of layer), ``"operations"`` (a rule for each operation that takes a parameter), or ``"rerun"`` (the
+            layer, or the smallest module around it that can, is run again sample by sample: as exact, and slower);
+            ``""`` where it was not measured in this process, and of everything else.
     """
 
     strategy: Strategy
@@ -81,7 +79,7 @@ class LayerInfo:
     relative_error: float = 0.0
     converged: bool = True
     num_batches: int = 1
-    source: Source | Literal[""] = ""
+    measured_by: MeasuredBy = ""
 
 
 class Diagonals(dict[str, Tensor]):
@@ -134,7 +132,7 @@ class Diagonals(dict[str, Tensor]):
         )
         self.layer_types = {layer.name: type(layer.module).__name__ for layer in layers}
         self._shards = {
-            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.sharded
+            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.spread is not None
         }
         self._parameters = {
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]

@@ -35,7 +35,7 @@ def fitting(
         made: makes the table of columns, names, and a remark about the names, ``""`` for none.
 
     Returns:
-        a table; names are cut at their start where nothing else is left to give way.
+        a table; names are cut in their middle where nothing else is left to give way.
     """
 
     table, told = made(columns, names, ""), ""
@@ -71,5 +71,8 @@ def _excess(widths: Sequence[int], width: int) -> int:
 
 
 def _cut(name: str, room: int) -> str:
-    """A name without its start where there is no room for it."""
-    return name if cell_len(name) <= room else f"…{name[1 - room :]}"
+    """A name without its middle where there is no room for it: of layers, start and end tell which one it is."""
+    if cell_len(name) <= room:
+        return name
+    start = room // 3
+    return f"{name[:start]}…{name[start + 1 - room :]}"

@@ -297,7 +297,7 @@ def _by_rules(
             by_graph=by_graph,
             advance=advance,
         )
-    info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True}, source="rule")
+    info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}
     last = replace(info, checks={**info.checks, "last": True})
     return {name: (values, last) for name, values in heads.items()} | {

@@ -84,7 +84,7 @@ def by_uses(
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
                     _add(total, u, v, sign, p.numel())
-    info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True}, source="operations")
+    info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
 
 

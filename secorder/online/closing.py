@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward
+from ..parallel.fsdp import local
+from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
 from .penalty import add_shared
@@ -100,6 +102,8 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         fisher.add(group[0])
     if fisher.penalty is None:
         _audit(fisher, backward)
+        if fisher.ranks is not None and groups:
+            share_troubles(fisher, fisher.ranks)
     elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
         record = groups[0][0]
         inverse = float(record.num_samples) if record.mean else 1.0
@@ -141,7 +145,7 @@ def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -
         return
     for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
         if p.grad is not None and slot(p) != before:
-            fisher.failures[index].add_((p.grad != 0).any())
+            fisher.failures[index].add_((local(p.grad) != 0).any())
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:

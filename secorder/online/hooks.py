@@ -116,7 +116,7 @@ class Attachment:
         A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with.
         """
         with self._beginning:
-            yield self.fisher.shard is not None or threads_running(self.model) <= self._waiting
+            yield self.fisher.ranks is not None or threads_running(self.model) <= self._waiting
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""

@@ -36,15 +36,11 @@ from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..layers.uses import Uses
-from ..results import Source
 from .attribution import Attribution
 from .audit import Audit
 from .relation import Shape
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
-
-#: What gives per-sample gradients, the fastest first.
-SOURCES: tuple[Source, ...] = ("rule", "operations", "module")
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -199,7 +195,8 @@ class ForwardRecord:
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
         goods: of each layer that was added, whether its gradient is finite.
-        together: samples on all ranks that share sharded parameters.
+        together: samples on all ranks that parameters lie over.
+        counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
         slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
@@ -242,6 +239,7 @@ class ForwardRecord:
     counted: Tensor | None = None
     goods: list[Tensor] = field(default_factory=list)
     together: int = 0
+    counted_together: int = 0
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
     slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
@@ -254,18 +252,6 @@ class ForwardRecord:
         """Whether a checkpoint computes a part of another forward again."""
         section = checkpoint_section() if in_backward() else None
         return section is not None and (self.sections is None or section not in self.sections)
-
-    def sources(self) -> dict[str, Source]:
-        """By layer, what gives its per-sample gradients; of one that shares parameters, the slowest."""
-        found: dict[str, Source] = {}
-        for layer in self.attribution.layers:
-            found[layer.name] = "rule" if layer.rule is not None else "operations" if layer.by_operations else "module"
-        found |= {layer.name: "module" for layer in self.fallback}
-        for name in self.attribution.ties:
-            own = [found[holder] for holder in self.attribution.holders(name) if holder in found]
-            if own:
-                found[name] = max(own, key=SOURCES.index)
-        return found
 
     def parts_of(self, layer: Layer) -> list[Layer]:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""

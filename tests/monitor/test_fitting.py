@@ -39,5 +39,5 @@ def test_what_gives_way_first() -> None:
     assert results[62] == (whole, "0.linear", "names without model.layers.")
     assert results[47] == (["name", "second", "always, longer"], "0.linear", "names without model.layers.")
     assert results[29] == (["name", "always, longer"], "0.linear", "names without model.layers.")
-    fitting(26, columns, names, made)
-    assert seen[-1][1] == "…near"
+    fitting(27, columns, names, made)
+    assert seen[-1][1] == "0.…ear"
