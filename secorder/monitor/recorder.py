@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .._caution import caution
@@ -62,7 +64,9 @@ class CurvatureRecorder:
             begins or ends (a dead layer, a trace that grew tenfold); by default a warning tells it. Sinks that take
             texts get all findings of now in either case.
         keep_total: as for :meth:`secorder.CurvatureProbe.window`.
-        synchronize: as for :meth:`secorder.CurvatureProbe.window`.
+        synchronize: the numbers are those of all ranks of the default process group, as is the loss, and the first rank
+            alone writes to the sinks; every rank needs a recorder, and calls :meth:`step`. Where parameters lie over
+            ranks (``fully_shard``) it is so in any case.
         strict: raise what fails, in place of a warning.
         hessian_options: further arguments of :meth:`secorder.CurvatureProbe.hessian_diagonal`, ``hessian_trace`` and
             ``hessian_eigenvalues``, such as ``method`` or ``max_iterations``.
@@ -127,11 +131,13 @@ class CurvatureRecorder:
         self._measured_on = (loss_fn, *(batch or ()))
         self._options = measurement_options(probe, hessian_options)
         self._optimizer = optimizer
-        self._window = {"keep_total": keep_total, "synchronize": synchronize}
         self._strict = strict
         self._failed: set[str] = set()
-        self._log = CurvatureLog(sinks, strict=strict)
         self._layers = probe.layer_parameters
+        apart = any(hasattr(p, "device_mesh") for group in self._layers.values() for p in group)
+        self._together = (synchronize or apart) and dist.is_available() and dist.is_initialized()
+        self._window = {"keep_total": keep_total, "synchronize": synchronize and not apart}
+        self._log = CurvatureLog(None if self._together and dist.get_rank() else sinks, strict=strict)
         self._norms = Norms(self._layers) if norms_every is not None else None
         self._findings = RunningFindings(on_finding)
         self._steps = 0
@@ -216,9 +222,11 @@ class CurvatureRecorder:
         total, count = self._loss
         self._loss = (0.0, 0)
         if count:
-            point.add({WHOLE_MODEL: {"loss": float(total) / count}})
+            point.add({WHOLE_MODEL: {"loss": self._mean_loss(total, count)}})
         if self._optimizer is not None:
             point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
+        if self._probe.decay is not None and self._window["synchronize"]:
+            self._probe.synchronize()
         source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
         if not source.num_samples:
@@ -241,6 +249,15 @@ class CurvatureRecorder:
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
         self._see_noise(source, point)
         return fisher
+
+    def _mean_loss(self, total: Tensor | float, count: int) -> float:
+        """Of the window's steps; where ranks log together, of all ranks'."""
+        if not self._together:
+            return float(total) / count
+        numbers = torch.stack([torch.as_tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)])
+        numbers = numbers.to(total.device if isinstance(total, Tensor) else numbers.device)
+        dist.all_reduce(numbers)
+        return float(numbers[0] / numbers[1])
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
