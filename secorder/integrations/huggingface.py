@@ -100,7 +100,8 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         sinks = None
         if state.is_world_process_zero:
             sinks = _reported_to(args) if self._sinks is None else self._sinks
-        self.recorder = CurvatureRecorder(self.probe, sinks, **{"optimizer": kwargs.get("optimizer"), **self._schedule})
+        schedule = {"optimizer": kwargs.get("optimizer"), "synchronize": args.world_size > 1, **self._schedule}
+        self.recorder = CurvatureRecorder(self.probe, sinks, **schedule)
         # A checkpoint that was saved without this callback has no place for its state, which the trainer needs to save.
         places: Any = state.stateful_callbacks
         places.setdefault(type(self).__name__, self.state())

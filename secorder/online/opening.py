@@ -25,6 +25,7 @@ from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
+from .sample_dimension import LISTED
 from .samples import shapes_of
 from .troubles import OUTSIDE, tell_coupled, tell_normalised
 
@@ -44,7 +45,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
         return None
     shapes = shapes_of((args, kwargs))
     due, known = looks.due(), looks.known()
-    count = None if known is None else known.count((args, kwargs))
+    count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
@@ -66,7 +67,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
                     if fisher.ranks is None:
                         raise
                     known, error = None, raised
-                count = None if known is None else known.count((args, kwargs))
+                count = None if known is None else known.count((args, kwargs), shapes)
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
@@ -171,7 +172,7 @@ def _look(
             sums.batches += 1
         return None
     if found.undecided and found.provisional:
-        fisher.troubles.saw("one sample")
+        fisher.troubles.saw("listed" if found.undecided == LISTED else "one sample")
         return None
     if found.undecided:
         fisher.troubles.mark(names, f"{found.undecided}.")

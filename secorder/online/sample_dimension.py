@@ -104,7 +104,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     listed = [choice for choice in holding if choice[0].owned is not None]
     if usual.num_samples == 1 and dim is None and not listed:
         if any(h.owned is not None and h.num_samples > 1 for h in tried):
-            return Attribution(undecided=LISTED)
+            return Attribution(provisional=True, undecided=LISTED)
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
@@ -116,6 +116,8 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
+        if dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
+            return Attribution(undecided=LISTED)
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]

@@ -301,9 +301,10 @@ class _OfIntegers(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(tensors_in((args, kwargs)))
-        rows = next((found for t in given if (found := self._rows(t)) is not None), None)
-        if not isinstance(result, Tensor) or rows is None:
+        all_rows = {id(rows): rows for t in given if (rows := self._rows(t)) is not None}
+        if not isinstance(result, Tensor) or len(all_rows) != 1:  # of several entries of a list nothing is known
             return result
+        (rows,) = all_rows.values()
         if not result.is_floating_point():
             self.ours[result] = rows
             return result

@@ -9,6 +9,7 @@ from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderEr
 from .attribution import Attribution
 from .record import ForwardRecord
 from .relation import Shape
+from .sample_dimension import LISTED
 
 __all__ = ["OUTSIDE", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
 
@@ -37,6 +38,7 @@ CAUSES = {
     "empty": "A batch was empty.",
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
+    "listed": f"Perhaps {LISTED}.",
     "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
     "one sample": (
         "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "

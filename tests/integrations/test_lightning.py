@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from secorder import CurvatureWarning, InvalidArgumentError
 
-from ..helpers import make
+from ..helpers import make, run_ranks
 from ..reference import assert_all_close, fisher_by_sample
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -174,3 +174,8 @@ def test_layers_of_another_type(tmp_path: Path, data: TensorDataset) -> None:
     trainer(tmp_path, callback).fit(Model(), DataLoader(data, batch_size=8))
     assert callback.probe is not None
     assert list(callback.probe.fisher_diagonal()) == ["2"]
+
+
+@pytest.mark.slow
+def test_ranks_log_what_one_process_logs_of_all_samples() -> None:
+    run_ranks("lightning", 2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder import CurvatureProbe, CurvatureRecorder, CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from secorder.monitor.sinks.json_lines import points
 
-from ..helpers import Taking, data, make, reference
+from ..helpers import Taking, data, make, reference, run_ranks
 
 
 def trained(steps: int, **options: Any) -> tuple[CurvatureRecorder, list[dict[str, Tensor]], list[float]]:
@@ -213,3 +213,8 @@ def test_recorder_refuses(arguments: dict[str, Any], message: str) -> None:
 def test_what_is_no_sink() -> None:
     with pytest.raises(InvalidTypeError, match=r"a sink has scalars\(step"):
         CurvatureRecorder(CurvatureProbe(make()), 3)
+
+
+@pytest.mark.slow
+def test_ranks_log_what_one_process_logs_of_all_samples_and_the_first_writes() -> None:
+    run_ranks("recorder", 2)
