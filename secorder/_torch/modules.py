@@ -30,6 +30,7 @@ __all__ = [
     "is_scripted",
     "kept_out_of_copies",
     "own_attributes",
+    "own_tensors",
     "parameter_places",
     "parameters_replaced",
     "tables_of",
@@ -268,6 +269,13 @@ _OWN = frozenset(vars(nn.Module()))
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """What was stored on a module beyond parameters, buffers, modules and hooks."""
     return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that a module itself holds (``parameters(recurse=False)`` takes far longer)."""
+    if is_scripted(module):
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return [t for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
 
 
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:
