@@ -32,8 +32,9 @@ __all__ = ["CurvatureCallback"]
 class CurvatureCallback(TrainerCallback, ExportableState):
     """Attaches a probe while ``Trainer.train`` runs, and logs to what the trainer reports to.
 
-    A point is one step of the optimizer, whose micro-batches are counted together. What was accumulated and logged is
-    in the trainer's checkpoints, and a run that is resumed goes on from it.
+    A point is one step of the optimizer, whose micro-batches are counted together; ``model/loss`` is the trainer's own,
+    at its ``logging_steps``. What was accumulated and logged is in the trainer's checkpoints, and a run that is resumed
+    goes on from it.
 
     Args:
         sinks: where numbers go, as for :class:`secorder.CurvatureRecorder`. By default what ``report_to`` names:
@@ -118,6 +119,12 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         """Log what is due."""
         if self.recorder is not None:
             self.recorder.step(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the trainer's own loss beside, at its ``logging_steps``."""
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if self.recorder is not None and loss is not None:
+            self.recorder.log({"loss": float(loss)}, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what was accumulated and logged beside the trainer's checkpoint."""

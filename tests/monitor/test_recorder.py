@@ -1,5 +1,6 @@
 """The recorder, against brute force."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,30 @@ def test_numbers_go_to_every_sink(tmp_path: Path) -> None:
     assert lines[-1]["fisher_trace/0"] == taking.points[-1][1]["fisher_trace/0"]
     assert lines[-1]["step"] == 2
     recorder.close()
+
+
+def test_a_probe_that_sees_nothing_is_told_once_and_one_that_left_all_out_is_not() -> None:
+    model, batch, other = make(), data(), make()
+    with CurvatureProbe(other, reduction="mean", every=2) as probe:
+        recorder = CurvatureRecorder(probe, log_every=1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(4):
+                F.cross_entropy(model(batch[0]), batch[1]).backward()
+                recorder.step(loss=1.0)
+            (F.cross_entropy(other(batch[0]), batch[1]) * torch.inf).backward()
+            recorder.step()
+        assert ["no batch went through the probe's model" in str(one.message) for one in told] == [True]
+        log = CurvatureRecorder(probe, log_every=4)
+        for _ in range(3):
+            log.step(loss=1.0)
+        with pytest.warns(CurvatureWarning, match="no batch went through the probe's model in 4 steps"):
+            log.step(loss=1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(4):
+                log.step(loss=1.0)
+        assert len(log.history.points("model")) == 2
 
 
 def test_training_goes_on_whatever_fails() -> None:
