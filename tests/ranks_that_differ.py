@@ -214,7 +214,38 @@ def penalty(rank: int, ranks: int) -> None:
     dist.barrier()
 
 
+class Coupled(nn.Module):
+    """Samples influence one another after the last layer, on some ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = make()
+        self.couples = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.net(x)
+        return z - z.mean(0) if self.couples else z
+
+
+def coupled(rank: int, ranks: int) -> None:
+    """What couples samples on one rank is refused on all; batch normalisation is told with statistics as they are."""
+    ((x, y),), _ = batches_of(rank, ranks, 1)
+    model = Coupled()
+    for layer in (model.net[0], model.net[2]):
+        fully_shard(layer, mesh=init_device_mesh("cpu", (ranks,)))
+    model.couples = rank == 0
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(x), y).backward()
+        with pytest.raises(AttributionError):
+            probe.fisher_diagonal()
+    normed = sharded(make(nn.BatchNorm1d(5), nn.Tanh()), ranks)
+    with CurvatureProbe(normed, layer_types="all", reduction="mean") as probe:
+        F.cross_entropy(normed(x), y).backward()
+        assert all((diagonal > 0).any() for diagonal in probe.fisher_diagonal().values())
+
+
 CASES = {
+    "differ_coupled": coupled,
     "differ_weights": weights,
     "differ_first_batches": first_batches,
     "differ_failures": failures,

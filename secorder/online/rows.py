@@ -36,8 +36,8 @@ def rows_of_layers(
     base: list[Tensor],
     options: list[list[Layout]],
     ranks: Ranks | None,
-) -> Rows:
-    """Which rows of each layer's output belong to which sample.
+) -> Rows | None:
+    """Which rows of each layer's output belong to which sample; None where they are seen to influence one another.
 
     Args:
         seen: the layers with their calls in one forward.
@@ -156,7 +156,7 @@ def _by_change(
     forward: Callable[[Any], Any],
     chosen: Hypothesis,
     ranks: Ranks | None,
-) -> Rows:
+) -> Rows | None:
     """By the rows of each layer's output that change where samples are changed."""
     outputs: dict[str, list[Tensor]] = {}
     values: dict[str, list[Tensor]] = {}
@@ -178,7 +178,8 @@ def _by_change(
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
             result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
-        return _Seen(dict(values), _slopes(result, outputs) if ranks is None else {})
+        slopes = _slopes(result, outputs) if ranks is None else {}
+        return _Seen(dict(values), slopes, [local(t) for t in floating(result)])
 
     # Where parameters lie over ranks, before hooks that make something else of what a layer returns.
     first = ranks is not None
@@ -194,6 +195,8 @@ def _by_change(
     finally:
         for handle in handles:
             handle.remove()
+    if ranks is not None and ranks.any(not _apart(chosen.num_samples, base.ends, [c.ends for c in changed], masks)):
+        return None
     for name, tensors in base.values.items():
         layouts = [
             next((o for o in any_layout(t, chosen.num_samples) if _belong(o, name, i, base, changed, masks)), None)
@@ -207,10 +210,23 @@ def _by_change(
 
 
 class _Seen(NamedTuple):
-    """One forward: by layer the outputs of its calls, and the gradients on them of the sum of the model's outputs."""
+    """One forward: outputs of the layers' calls, gradients on them of the sum of the model's outputs, and these."""
 
     values: dict[str, list[Tensor]]
     gradients: dict[str, list[Tensor]]
+    ends: list[Tensor]
+
+
+def _apart(count: int, before: list[Tensor], after: list[list[Tensor]], masks: Sequence[Tensor]) -> bool:
+    """Whether in each output that may have rows of samples, those of samples that were not changed stay."""
+    for index, end in enumerate(before):
+        moved = [
+            (changed_entries(end, ends[index]), mask.to(end.device)) for ends, mask in zip(after, masks, strict=True)
+        ]
+        options = any_layout(end, count)
+        if options and not any(all(not bool(o.split(m)[~mask].any()) for m, mask in moved) for o in options):
+            return False
+    return True
 
 
 def _slopes(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:

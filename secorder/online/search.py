@@ -212,9 +212,10 @@ def _attribute(
                 else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
-            found = _NONE
-            if layers:
-                found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, ranks)
+            given = (seen, layers, asked.arguments, forward, hypothesis, base, options, ranks)
+            found = rows_of_layers(*given) if layers else _NONE
+            if found is None:
+                return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         before = asked.before
         same = before is not None and before.layers == tuple(every) and before.selections == selections.count
         routable = ranks is None and not same
