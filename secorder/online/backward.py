@@ -42,6 +42,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if number is None:
         return False
     fisher = attachment.fisher
+    if record.closed and record.recomputes and not record.handles and not attachment.pauses:
+        attachment.register(record)  # a second backward, in which layers save as many tensors again
+        after_backward(partial(_unhook, record))
     if record.backward is not None:
         # A checkpoint of the reentrant kind runs a backward of its own inside of the one that is on its way.
         return not record.closed and (record.backward.number == number or record.recomputes)
@@ -64,6 +67,12 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if record.recomputes and not record.handles:
         attachment.register(record)
     return True
+
+
+def _unhook(record: ForwardRecord) -> None:
+    for handle in record.handles:
+        handle.remove()
+    record.handles.clear()
 
 
 def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:

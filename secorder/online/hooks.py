@@ -244,7 +244,7 @@ class Attachment:
         """
         section = section_computed_again()
         record = None if section is None else self._sections.get(section, lambda: None)()
-        if record is not None and not record.closed and not record.handles:
+        if record is not None and not record.handles:  # also where it is closed: as many tensors are to be saved again
             self.register(record)
             self._again[threading.get_ident()] = record
         return section is not None
@@ -252,7 +252,7 @@ class Attachment:
     def _leave_computed_again(self) -> None:
         """The forward that is computed again has ended: hooks go, unless the backward that runs has use for them."""
         record = self._again.pop(threading.get_ident(), None)
-        if record is not None and record.backward is None:
+        if record is not None and (record.backward is None or record.backward.ended):
             for handle in record.handles:
                 handle.remove()
             record.handles.clear()
