@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
-from secorder.online.audit import UNITS, Directions, actual, explained
+from secorder.online.audit import UNITS, actual, explained
+from secorder.online.directions import Directions
 
 
 def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
@@ -22,8 +23,8 @@ def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
 @pytest.mark.parametrize("form", forms())
 def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if block:
-        monkeypatch.setattr("secorder.online.audit.WHOLE_ELEMENTS", 0)
-        monkeypatch.setattr("secorder.online.audit.BLOCK", 2)
+        monkeypatch.setattr("secorder.online.directions.WHOLE_ELEMENTS", 0)
+        monkeypatch.setattr("secorder.online.directions.BLOCK", 2)
     part, shape = forms()[form]
     whole: Tensor = dense(part, torch.Size(shape).numel()).sum(0).view(shape)
     for _ in range(5):
