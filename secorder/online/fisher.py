@@ -1,8 +1,9 @@
 """The Fisher of the user's own passes: what records bring is made into squares and added up.
 
 The squares of a layer are added as soon as its gradient is complete, so that its inputs are freed while the backward
-goes on; :meth:`OnlineFisher.add` closes a record when its backward has ended: what tied layers brought is put together,
-layers that the loss does not depend on get their zeros, and the audit is compared.
+goes on, or soon after, together with those of other small layers; :meth:`OnlineFisher.add` closes a record when its
+backward has ended: what tied layers brought is put together, layers that the loss does not depend on get their zeros,
+and the audit is compared.
 """
 
 import threading
@@ -120,6 +121,9 @@ class OnlineFisher:
         #: A parameter that FSDP2 shards over the ranks, if any is: then sums and counts are those of all ranks.
         self.shard = sharded_parameter(self.layers)
         self.renew()
+        for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
+            for record in backward.records:
+                record.waiting.clear()
         self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
