@@ -1,7 +1,7 @@
 """How many samples a batch holds, and where they are in its tensors."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,10 +9,13 @@ from torch import Tensor
 
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
+from .owners import Owned, owned_by_entries, owned_by_index
 
 __all__ = [
     "BatchMismatch",
+    "arguments_of",
     "batch_size",
+    "owned_batch",
     "preferred_size",
     "require_agreement",
     "sample_dimension",
@@ -34,6 +37,11 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
     """
     if any(t.is_nested for tree in (inputs, targets) for t in tensors_in(tree)):
         raise InvalidTypeError("nested tensors have no dimension that samples could be cut along: pass padded ones.")
+    if any(t.is_meta for t in tensors_in(inputs)):
+        raise InvalidArgumentError("inputs are on the meta device, where there are no numbers: pass real ones.")
+    owned = owned_batch(inputs, targets, sample_dim)
+    if owned is not None:
+        return owned.num_samples
     sizes = sample_sizes(inputs, sample_dim)
     if not sizes:
         raise InvalidTypeError(
@@ -49,6 +57,31 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
     if not agreed and isinstance(targets, Tensor) and targets.dim() and targets.shape[0] % count:
         raise _mismatch(count, targets, sample_dim)
     return count
+
+
+def owned_batch(inputs: Any, targets: Any, sample_dim: int = 0) -> Owned | None:
+    """Whose what the model takes is, where its samples are entries of a list, or graphs, one for each target.
+
+    None where a dimension holds them, or may.
+    """
+    known = {len(targets)} if type(targets) is list else {t.shape[0] for t in tensors_in(targets) if t.dim()}
+    for owned in owned_by_entries(arguments_of(inputs)):
+        tensors = zip(tensors_in(inputs), owned.owners, strict=True)
+        of_samples = [t.shape[sample_dim : sample_dim + 1] for t, owner in tensors if owner is not None]
+        if owned.num_samples in known and any(size != (owned.num_samples,) for size in of_samples):
+            return owned
+    for owned in owned_by_index(inputs):
+        rows = next(len(owner) for owner in owned.owners if isinstance(owner, Tensor))
+        if owned.num_samples in known and rows not in known:
+            return owned
+    return None
+
+
+def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """What a model is called with: see :func:`secorder._torch.pytree.call_model`."""
+    if isinstance(inputs, Mapping):
+        return (), inputs
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
 def require_agreement(output: Any, targets: Any, count: int, sample_dim: int) -> None:
@@ -113,26 +146,28 @@ def take_samples(
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
-    cut = {} if cut is None else cut
+    taken: dict[int, Tensor] = {} if cut is None else cut
 
     def one(tensor: Tensor) -> Tensor:
-        if id(tensor) not in cut:
-            cut[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
-        return cut[id(tensor)]
+        if id(tensor) not in taken:
+            taken[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
+        return taken[id(tensor)]
 
-    def walk(tree: Any) -> Any:
-        if _one_entry_a_sample(tree, count, sample_dim):
-            return type(tree)(tree[n] for n in index)
-        if type(tree) in (list, tuple):
-            return type(tree)(walk(x) for x in tree)
-        if type(tree) is dict:
-            return {key: walk(value) for key, value in tree.items()}
-        numpy = sys.modules.get("numpy")
-        if numpy is not None and isinstance(tree, numpy.ndarray):
-            return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
-        return map_tensors(one, tree)
+    return [_taken_apart(one, tree, index, count, sample_dim) for tree in trees]
 
-    return [walk(tree) for tree in trees]
+
+def _taken_apart(one: Callable[[Tensor], Tensor], tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:
+    """A structure with its tensors cut; no function in the other, which would keep them until they are collected."""
+    if _one_entry_a_sample(tree, count, sample_dim):
+        return type(tree)(tree[n] for n in index)
+    if type(tree) in (list, tuple):
+        return type(tree)(_taken_apart(one, x, index, count, sample_dim) for x in tree)
+    if type(tree) is dict:
+        return {key: _taken_apart(one, value, index, count, sample_dim) for key, value in tree.items()}
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and isinstance(tree, numpy.ndarray):
+        return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
+    return map_tensors(one, tree)
 
 
 def _taken(tensor: Tensor, index: Sequence[int], count: int, sample_dim: int, rows: bool) -> Tensor:

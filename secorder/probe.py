@@ -85,10 +85,11 @@ class CurvatureProbe:
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
         sample_dim: the dimension of the model's inputs (and, if they have it, outputs and targets) that holds the
-            samples, or a mapping of argument names to dimensions (None for an argument without samples). By default it
-            is
-            found: the dimension along which the model's outputs do not influence one another. Where they are in each
-            layer is found and verified.
+            samples, or a mapping of argument names to dimensions (None for an argument without samples; for all of them
+            where each call is one sample), or ``"list"`` where each entry of a list is one, such as images of several
+            sizes. By default it is found: the dimension along which the model's outputs do not influence one another,
+            else the entries of a list, or the graphs that a vector ``[0, 0, 1, 2, 2, …]`` gives nodes to. Where they
+            are in each layer is found and verified.
         strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
             coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
             probe's own. By default training goes on, a warning says it once, and reading the number raises.
@@ -658,7 +659,8 @@ class CurvatureProbe:
         """The trace of each layer's block of a curvature matrix, with its standard error.
 
         By the strategies of :meth:`hessian_diagonal`, whose sum it is: exact where that is affordable, else from random
-        signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or on the parameters.
+        signs on the layer's output, ``Σ_n ⟨J_nᵀ (H_z v)_n, J_nᵀ v_n⟩``, or on the parameters. Of the GGN, with S a root
+        of the loss's Hessian, from random signs on its columns, ``Σ_n ‖J_nᵀ S_n v_n‖² / N``, for all layers at once.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.

@@ -27,6 +27,7 @@ class Strategy(str, Enum):
     CHAIN = "chain"
     OUTPUT_BASIS = "output-basis"
     PARAMETER_BASIS = "parameter-basis"
+    COLUMN_DRAWS = "column-draws"
     OUTPUT_DRAWS = "output-draws"
     COLUMNS_AND_OUTPUT_DRAWS = "columns+output-draws"
     PARAMETER_DRAWS = "parameter-draws"
@@ -53,7 +54,8 @@ class LayerInfo:
 
     Attributes:
         strategy: for the Hessian ``"columns"`` (of a root of the output Hessian), ``"chain"`` (each sample's Hessian
-            carried backwards), ``"output-basis"``, ``"parameter-basis"``, ``"output-draws"``,
+            carried backwards), ``"output-basis"``, ``"parameter-basis"``, ``"column-draws"`` (the heaviest columns of
+            each sample, and draws of the others), ``"output-draws"``,
             ``"columns+output-draws"`` (the Gauss-Newton part exact, the rest drawn), ``"parameter-draws"``, or
             ``"unused"`` (the loss does not depend on the layer); for the Fisher ``"online"``, ``"rule"``,
             ``"per-sample"`` or ``"loop"``.

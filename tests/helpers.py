@@ -124,7 +124,7 @@ def measured(
 ) -> Any:
     """What a piece of a one-shot measurement gives for all layers of an isolated model."""
     layers = select_layers(model, "all")
-    return measure(work, model, layers, loss_fn, *batch, by_sample=True, generator=seeded(), **options)
+    return measure(work, model, layers, loss_fn, *batch, by_sample=True, **({"generator": seeded()} | options))
 
 
 def by_layer(model: nn.Module, by_parameter: dict[str, Tensor], layer: str) -> list[Tensor]:

@@ -13,6 +13,7 @@ __all__ = [
     "accumulates_into",
     "accumulates_untouched",
     "after_backward",
+    "backward_since",
     "current_backward",
     "first_gradient_hook",
     "in_backward",
@@ -33,6 +34,11 @@ def current_backward() -> int | None:
 def in_backward() -> bool:
     """Whether a backward pass runs now in this thread."""
     return current_backward() is not None
+
+
+def backward_since(outer: int | None) -> bool:
+    """Whether a backward pass runs now in this thread that is not the one that ran before (see the number of it)."""
+    return current_backward() not in (None, outer)
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -1,5 +1,6 @@
 """The autograd graph as it is: its nodes, what they have saved, and what a node alone makes of gradients."""
 
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Node", "Output", "Users", "can_be_run", "current_node", "is_complex", "outputs_of", "recomputed", "run_node",
-    "saved", "shape_of", "tells_recomputation", "users_of",
+    "Node", "Output", "Users", "can_be_run", "current_node", "is_builtin", "is_complex", "outputs_of", "recomputed",
+    "run_node", "saved", "shape_of", "tells_recomputation", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -17,6 +18,9 @@ Node = Any
 
 #: Nodes that ``torch.vmap`` runs without an error and with another result (PyTorch 2.13).
 WRONG_UNDER_VMAP = frozenset({"CdistBackward0"})
+
+#: Ends the names of PyTorch's own nodes; those of custom functions have no number.
+_NUMBERED = re.compile(r"Backward\d+$")
 
 #: By node, those that take its outputs: the node, and the number of its input.
 Users = dict[Node, list[tuple[Node, int]]]
@@ -30,13 +34,21 @@ class Output(NamedTuple):
     dtype: torch.dtype
 
 
-def users_of(outputs: Iterable[Tensor]) -> Users:
-    """The graph behind tensors, from its leaves on; the same graph gives the same order."""
+def users_of(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Users:
+    """The graph behind tensors, from its leaves on; the same graph gives the same order.
+
+    Args:
+        outputs: where it ends.
+        inputs: where it begins: what these were computed from is none of it.
+    """
     roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
     users: Users = {root: [] for root in roots}
+    first = {t.grad_fn for t in inputs if t.grad_fn is not None}
     waiting = list(users)
     while waiting:
         node = waiting.pop()
+        if node in first:
+            continue
         for index, (before, _) in enumerate(node.next_functions):
             if before is None:
                 continue
@@ -77,6 +89,12 @@ def saved(node: Node, name: str) -> Any:
 def can_be_run(node: Node) -> bool:
     """Whether :func:`run_node` can run it: not those of ``torch.autograd.Function``, whose backward is the user's."""
     return callable(node) and node.name() not in WRONG_UNDER_VMAP
+
+
+def is_builtin(node: Node) -> bool:
+    """Whether a node is PyTorch's own, with a backward that is linear; a custom function may have any."""
+    name = node.name()
+    return _NUMBERED.search(name) is not None or name.endswith("AccumulateGrad")
 
 
 def is_complex(node: Node) -> bool:

@@ -14,10 +14,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["inner_size", "leaves_of", "samples_in_graph", "samples_in_nodes"]
+__all__ = ["SHARED", "inner_size", "leaves_of", "place_of", "samples_in_graph", "samples_in_nodes"]
+
+#: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
+SHARED = 0
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Where samples are: the dimension, and the elements of that dimension between two samples that follow each other.
 
     Behind them in the dimension and in the shape, ``step · shape[dim+1:]`` is the inner size.
@@ -29,11 +32,14 @@ class _Place(NamedTuple):
 
 Shape = tuple[int, ...]
 
+#: The place of what all samples share.
+_EVERYWHERE = Place(-1, 0)
+
 #: Ends the names of PyTorch's own nodes; those of custom functions have no number.
 _NUMBERED = re.compile(r"Backward\d+$")
 
-#: For each input of a node the place of the samples in it; None where they are mixed there, or it is not known.
-Rule = Callable[[Any, Shape, _Place, list[Shape]], list[_Place | None]]
+#: For each input of a node the place of the samples in it, or that all share it; None where that is not known.
+Rule = Callable[[Any, Shape, Place, list[Shape]], list[Place | None]]
 
 
 def inner_size(shape: Sequence[int], dim: int, step: int = 1) -> int:
@@ -68,9 +74,19 @@ def samples_in_graph(
 
 
 def samples_in_nodes(
+    outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int, *, tell_shared: bool = False
+) -> dict[tuple[Any, int], int | None]:
+    """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None.
+
+    With ``tell_shared``, :data:`SHARED` where all samples share it.
+    """
+    found = _sizes_in_nodes(outputs, inner_sizes, count)
+    return found if tell_shared else {key: inner or None for key, inner in found.items()}
+
+
+def _sizes_in_nodes(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int
 ) -> dict[tuple[Any, int], int | None]:
-    """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None."""
     found: dict[tuple[Any, int], int | None] = {}
     seen: set[tuple[Any, int, int | None]] = set()
     waiting: list[tuple[Any, int, int | None]] = []
@@ -86,7 +102,8 @@ def samples_in_nodes(
         node, index, inner = here
         found[node, index] = inner if found.get((node, index), inner) == inner else None
         edges = [(k, following) for k, following in enumerate(node.next_functions) if following[0] is not None]
-        sizes = [None] * len(node.next_functions) if inner is None else _through(node, index, inner, count)
+        # Behind what all share, or what is not known, is more of it.
+        sizes = _through(node, index, inner, count) if inner else [inner] * len(node.next_functions)
         waiting.extend((following, number, sizes[k]) for k, (following, number) in edges)
     return found
 
@@ -115,17 +132,20 @@ def _through(node: Any, index: int, inner: int, count: int) -> list[int | None]:
     if rule is None:
         return unknown
     shape = _shape(node, index)
-    place = _place(shape, inner, count)
+    place = place_of(shape, inner, count)
     if place is None:
         return unknown
     shapes = [() if following is None else _shape(following, number) for following, number in node.next_functions]
     if rule is _reshaped:
-        return [inner if _place(s, inner, count) is not None else None for s in shapes]
+        return [inner if place_of(s, inner, count) is not None else None for s in shapes]
     places = rule(node, shape, place, shapes)
     sizes: list[int | None] = []
     for s, p in zip(shapes, places, strict=True):
+        if p is _EVERYWHERE:
+            sizes.append(SHARED)
+            continue
         size = None if p is None else inner_size(s, p.dim, p.step)
-        sizes.append(size if size is not None and _place(s, size, count) == p else None)
+        sizes.append(size if size is not None and place_of(s, size, count) == p else None)
     return sizes
 
 
@@ -133,7 +153,7 @@ def _shape(node: Any, index: int) -> Shape:
     return tuple(node._input_metadata[index].shape)
 
 
-def _place(shape: Shape, inner: int, count: int) -> _Place | None:
+def place_of(shape: Shape, inner: int, count: int) -> Place | None:
     """Where samples of an inner size are in a tensor; None where they do not lie in one dimension."""
     if not inner:  # of samples without elements, nothing tells where they are
         return None
@@ -142,7 +162,7 @@ def _place(shape: Shape, inner: int, count: int) -> _Place | None:
         if inner % behind:
             return None
         if behind * shape[dim] % (inner * count) == 0 and shape[dim]:
-            return _Place(dim, inner // behind)
+            return Place(dim, inner // behind)
         behind *= shape[dim]
     return None
 
@@ -155,72 +175,78 @@ def _dim(value: int, size: int) -> int:
 # ---- rules
 
 
-def _elementwise(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _elementwise(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """With broadcasting: an input that has no such dimension is shared by all samples."""
-    found: list[_Place | None] = []
+    found: list[Place | None] = []
     for s in shapes:
         dim = place.dim - len(shape) + len(s)
-        found.append(_Place(dim, place.step) if dim >= 0 and s[dim] == shape[place.dim] else None)
+        found.append(Place(dim, place.step) if dim >= 0 and s[dim] == shape[place.dim] else _EVERYWHERE)
     return found
 
 
-def _reshaped(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _reshaped(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     raise AssertionError  # a reshape keeps the inner size
 
 
-def _transposed(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _transposed(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     first, second = (_dim(d, len(shape)) for d in (node._saved_dim0, node._saved_dim1))
-    return [_Place({first: second, second: first}.get(place.dim, place.dim), place.step)]
+    return [Place({first: second, second: first}.get(place.dim, place.dim), place.step)]
 
 
-def _matrix_transposed(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
-    return [_Place(len(shape) - 1 - place.dim, place.step)]
+def _matrix_transposed(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+    return [Place(len(shape) - 1 - place.dim, place.step)]
 
 
-def _permuted(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
-    return [_Place(_dim(node._saved_dims[place.dim], len(shape)), place.step)]
+def _permuted(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+    return [Place(_dim(node._saved_dims[place.dim], len(shape)), place.step)]
 
 
-def _product(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _product(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """``[bias +] left @ right``, of matrices or stacks of them."""
     rows, columns = len(shape) - 2, len(shape) - 1
-    left = place if place.dim <= rows else None
-    right = place if place.dim < rows or place.dim == columns else None
+    left = place if place.dim <= rows else _EVERYWHERE
+    right = place if place.dim < rows or place.dim == columns else _EVERYWHERE
     bias = _elementwise(node, shape, place, shapes[:-2])
     return [*bias, left, right]
 
 
-def _normalised_behind(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
-    kept = place.dim < len(shape) - len(node._saved_normalized_shape)
-    return [place if kept else None, *[None] * (len(shapes) - 1)]
+def _normalised_behind(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+    if place.dim >= len(shape) - len(node._saved_normalized_shape):
+        return [None] * len(shapes)
+    return [place, *[_EVERYWHERE] * (len(shapes) - 1)]
 
 
-def _along(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _looked_up(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+    """Rows of a table, which all samples have in common."""
+    return [_EVERYWHERE if place.dim < len(shape) - 1 else None]
+
+
+def _along(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Something along one dimension that keeps the number of dimensions: softmax, a slice, a split, a concatenation."""
     apart = _dim(node._saved_dim, len(shape)) != place.dim
     return [place if apart else None] * len(shapes)
 
 
-def _sliced(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _sliced(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """As others along a dimension, but for a slice that is all of it: older PyTorch has one for each colon."""
     return [place] if shapes[0] == shape else _along(node, shape, place, shapes)
 
 
-def _flipped(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _flipped(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     return [None if place.dim in {_dim(d, len(shape)) for d in node._saved_dims} else place]
 
 
-def _selected(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _selected(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     gone = _dim(node._saved_dim, len(shapes[0]))
-    return [_Place(place.dim + (place.dim >= gone), place.step)]
+    return [Place(place.dim + (place.dim >= gone), place.step)]
 
 
-def _stacked(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _stacked(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     new = _dim(node._saved_dim, len(shape))
-    return [None if place.dim == new else _Place(place.dim - (place.dim > new), place.step)] * len(shapes)
+    return [None if place.dim == new else Place(place.dim - (place.dim > new), place.step)] * len(shapes)
 
 
-def _reduced(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _reduced(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     if not hasattr(node, "_saved_dim"):  # over all elements
         return [None]
     size = len(shapes[0])
@@ -228,33 +254,33 @@ def _reduced(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> lis
     gone = {_dim(d, size) for d in ((saved,) if isinstance(saved, int) else saved or range(size))}
     kept = [d for d in range(size) if node._saved_keepdim or d not in gone]
     dim = kept[place.dim]
-    return [None if dim in gone else _Place(dim, place.step)]
+    return [None if dim in gone else Place(dim, place.step)]
 
 
-def _rows_of_images(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _rows_of_images(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Samples in dim 0 of a convolution, a pooling, a normalisation of groups."""
     return [place if place.dim == 0 and len(shapes[0]) > 2 else None, *[None] * (len(shapes) - 1)]
 
 
-def _statistics_given(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _statistics_given(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     kept = place.dim == 0 and node._saved_training is False
     return [place if kept else None, *[None] * (len(shapes) - 1)]
 
 
-def _attention(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _attention(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Queries, keys and values in dim 0; nothing is told of an additive mask."""
     kept = place if place.dim == 0 and len(shape) > 3 else None
     return [*[kept] * 3, *[None] * (len(shapes) - 3)]
 
 
-def _recurrent(node: Any, shape: Shape, place: _Place, shapes: list[Shape]) -> list[_Place | None]:
+def _recurrent(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """One layer of an LSTM: the input (T, N, features), weights, and states (N, features)."""
-    steps = len(shape) == 3 and place == _Place(1, 1)
-    states = len(shape) == 2 and place == _Place(0, 1)
+    steps = len(shape) == 3 and place == Place(1, 1)
+    states = len(shape) == 2 and place == Place(0, 1)
     if not steps and not states:
         return [None] * len(shapes)
     weights = len(shapes) - 3
-    return [_Place(1, 1), *[None] * weights, _Place(0, 1), _Place(0, 1)]
+    return [Place(1, 1), *[None] * weights, Place(0, 1), Place(0, 1)]
 
 
 def _names(rule: Rule, names: str) -> dict[str, Rule]:
@@ -275,6 +301,7 @@ _RULES: dict[str, Rule] = {
     **_names(_permuted, "Permute"),
     **_names(_product, "Mm Addmm Bmm Baddbmm"),
     **_names(_normalised_behind, "NativeLayerNorm FusedRmsNorm"),
+    **_names(_looked_up, "Embedding"),
     **_names(_along, "Softmax LogSoftmax SafeSoftmax Split SplitWithSizes Cat Narrow"),
     **_names(_sliced, "Slice"),
     **_names(_flipped, "Flip"),

@@ -10,7 +10,8 @@ from torch import Tensor
 from .versions import version
 
 __all__ = [
-    "Kept", "OverwrittenError", "checkpoint_section", "keep", "saved_tensor_hooks_active", "stops_recomputation",
+    "Kept", "OverwrittenError", "checkpoint_section", "keep", "saved_tensor_hooks_active", "section_computed_again",
+    "stops_recomputation",
 ]  # fmt: skip
 
 
@@ -30,10 +31,15 @@ class Kept:
         raise NotImplementedError
 
 
-def keep(tensors: Iterable[Tensor]) -> Kept:
-    """Keep tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint."""
+def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
+    """Keep tensors until backward: as autograd does where it was told to do otherwise, such as in a checkpoint.
+
+    Args:
+        tensors: the tensors.
+        here: keep them here whatever autograd was told.
+    """
     detached = tuple(t.detach() for t in tensors)
-    return _KeptByAutograd(detached) if saved_tensor_hooks_active() else _KeptHere(detached)
+    return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
 
 
 def saved_tensor_hooks_active() -> bool:
@@ -46,13 +52,23 @@ def checkpoint_section() -> Any:
 
     PyTorch does not tell it by itself: a part that is computed again refers to what it was when it was computed first.
     """
+    again = section_computed_again()
+    return _of_hooks("frame") if again is None else again
+
+
+def section_computed_again() -> Any:
+    """What stands for the part of a forward that a checkpoint is computing again; None outside of one."""
+    again = _of_hooks("target_frame_ref")
+    return None if again is None else again()
+
+
+def _of_hooks(name: str) -> Any:
+    """What the hooks on saved tensors of now know by a name."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is None:
         return None
     pack = inspect.unwrap(hooks[0])
-    cells = inspect.getclosurevars(pack).nonlocals if inspect.isfunction(pack) else {}
-    again = cells.get("target_frame_ref")
-    return cells.get("frame") if again is None else again()
+    return inspect.getclosurevars(pack).nonlocals.get(name) if inspect.isfunction(pack) else None
 
 
 class _KeptHere(Kept):

@@ -2,9 +2,11 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from ..errors import DoubleBackwardError, InvalidArgumentError
 from .differentiability import once_differentiable_functions
@@ -18,6 +20,7 @@ __all__ = [
     "fresh_generator",
     "gradients",
     "stacked_vjp",
+    "stand_in",
     "zero_tether",
 ]
 
@@ -65,7 +68,7 @@ def stacked_vjp(
                 warnings.filterwarnings("ignore", message="There is a performance drop")
                 results = torch.autograd.grad(
                     reached,
-                    list(inputs),
+                    _ends(inputs),
                     [c for _, c in live],
                     retain_graph=True,
                     create_graph=create_graph,
@@ -91,6 +94,23 @@ def stacked_vjp(
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 
+def stand_in(node: Any, number: int) -> Tensor:
+    """A zero in the place of what a node of the graph computed: differentiating with respect to it is doing so there.
+
+    It takes no memory, and knows the node, which keeps the graph. :func:`gradients` and :func:`stacked_vjp` take it
+    among their inputs.
+    """
+    seen = node._input_metadata[number]
+    zero = torch.zeros((), dtype=seen.dtype, device=seen.device).expand(tuple(seen.shape))
+    zero._end = GradientEdge(node, number)  # type: ignore[attr-defined]
+    return zero
+
+
+def _ends(inputs: Sequence[Tensor]) -> Any:
+    """Where in the graph inputs are."""
+    return [getattr(x, "_end", x) for x in inputs]
+
+
 def _vjp(outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: list[Tensor], create_graph: bool) -> list[Tensor]:
     results = gradients(outputs, inputs, cotangents, create_graph=create_graph)
     return [torch.zeros_like(x) if r is None else r for x, r in zip(inputs, results, strict=True)]
@@ -112,7 +132,7 @@ def gradients(
         return []
     try:
         found = torch.autograd.grad(
-            outputs, inputs, cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
+            outputs, _ends(inputs), cotangents, retain_graph=True, create_graph=create_graph, allow_unused=True
         )
     except RuntimeError as error:
         if is_out_of_memory(error) or is_users_own(error):

@@ -30,5 +30,6 @@ def rounding(dtype: torch.dtype) -> float:
 
 def zeros(layer: Layer) -> list[Tensor]:
     """A zero diagonal, by parameter; of a sharded one this rank's part."""
-    parts = [local(p) for p in layer.parameters.values()]
-    return [part.new_zeros(part.numel(), dtype=compute_dtype(layer)) for part in parts]
+    dtype = compute_dtype(layer)
+    parts = [local(p) for p in layer.parameters.values()] if layer.sharded else layer.parameters.values()
+    return [torch.zeros(part.numel(), dtype=dtype, device=part.device) for part in parts]

@@ -32,6 +32,7 @@ __all__ = [
     "magnitude",
     "merge",
     "per_sample_gradients",
+    "stacked",
     "stacked_gradients",
     "total_gradient",
     "with_cotangents",
@@ -117,17 +118,23 @@ def stacked_gradients(
     by all K; their ``g``, or the dense gradient, is stacked in dim 0.
     """
 
-    def gradients(gs: tuple[Tensor, ...]) -> dict[str, PerSample]:
+    def gradients(*gs: Tensor) -> dict[str, PerSample]:
         return per_sample_gradients(rule, module, list(zip(inputs, gs, strict=True)), layouts)
 
-    def cotangent_factors(*gs: Tensor) -> dict[str, Tensor]:
-        return {name: part if isinstance(part, Tensor) else part.g for name, part in gradients(gs).items()}
+    return stacked(gradients, cotangents)
 
-    first = gradients(tuple(c[0] for c in cotangents))
+
+def stacked(gradients: Callable[..., dict[str, PerSample]], cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
+    """A function from cotangents to per-sample gradients, for K of each at once (see :func:`stacked_gradients`)."""
+
+    def cotangent_factors(*gs: Tensor) -> dict[str, Tensor]:
+        return {name: part if isinstance(part, Tensor) else part.g for name, part in gradients(*gs).items()}
+
+    first = gradients(*(c[0] for c in cotangents))
     if len(cotangents[0]) == 1:
         return {name: with_cotangents(part, lambda g: g[None]) for name, part in first.items()}
-    stacked = torch.vmap(cotangent_factors)(*cotangents)
-    return {name: with_cotangents(part, lambda _, name=name: stacked[name]) for name, part in first.items()}  # type: ignore[misc]
+    factors = torch.vmap(cotangent_factors)(*cotangents)
+    return {name: with_cotangents(part, lambda _, name=name: factors[name]) for name, part in first.items()}  # type: ignore[misc]
 
 
 def with_cotangents(gradient: PerSample, change: Callable[[Tensor], Tensor]) -> PerSample:

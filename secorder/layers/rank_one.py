@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.several import add_each, multiply_each, square_each
 from .._torch.versions import version
 from .per_sample import Outer, PerSample
 from .selection import Layer
@@ -82,17 +83,17 @@ def add_rank_one(
             are (nan).
     """
     inputs, cotangents = [a for a, _ in factors], [g for _, g in factors]
-    of_a, of_g = torch._foreach_mul(inputs, inputs), torch._foreach_mul(cotangents, cotangents)
+    of_a, of_g = square_each(inputs), square_each(cotangents)
     if keeps is not None:
         for squares in (*of_a, *of_g):
             squares.nan_to_num_()  # times zero, where it does not count
-        torch._foreach_mul_(of_g, list(keeps))
+        multiply_each(of_g, keeps)
     biases = [own["bias"] for own in outs if "bias" in own]
     if biases:
         if beta != 1.0:
-            torch._foreach_mul_(biases, beta)
+            multiply_each(biases, beta)
         found = [g.sum(0) for own, g in zip(outs, of_g, strict=True) if "bias" in own]
-        torch._foreach_add_(biases, found, alpha=alpha)
+        add_each(biases, found, alpha=alpha)
     for own, a, g in zip(outs, of_a, of_g, strict=True):
         own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)
 

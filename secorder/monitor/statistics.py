@@ -160,7 +160,7 @@ def _summaries(
     places, parts = [], []
     with torch.no_grad():
         diagonals = layer_curvatures.whole() if isinstance(layer_curvatures, Diagonals) else layer_curvatures.values()
-        for alike, stacked in stacks(d.detach().flatten() for d in diagonals):
+        for alike, stacked in stacks(d if d.dim() == 1 else d.flatten() for d in diagonals):
             places += alike
             parts.append(_numbers(stacked, histograms, entries).to(device))
         numbers = torch.cat(parts).tolist()

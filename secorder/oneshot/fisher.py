@@ -20,45 +20,46 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, zero_tether
-from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError, NonFiniteError
+from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
-from .fisher_by_uses import by_uses
+from .fisher_by_uses import Told, by_uses, told_by_graph
+from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
-from .heaviest import by_weight
 from .hessian.budget import Budget
-from .hessian.estimate import relative_error
-from .independence import outputs_independent
-from .isolation import loss_of_rows
+from .independence import exchange, outputs_independent
 from .loss import require_dependence
+from .losses_by_output import SampleLosses, losses_by_definition, losses_by_output
 from .measurement import Measurement
-from .output_hessian import as_samples, expose_output, filled, loss_of_output, loss_separates
-from .recorded_layer import RecordedLayer, contract_pairs, contract_settled, require_linear_backward
-from .recording import recorded
+from .output_hessian import as_samples, filled
+from .provenance import Traced
+from .recorded_layer import RecordedLayer, contract_pairs
+from .recording import recorded, seen
 from .roots import Columns, First, Root, single
-from .sample_losses import own_losses, require_own_losses
+
+#: Types of which a forward is one operation that has a rule, or moves beside it.
+ONE_OPERATION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding)
 
 __all__ = [
     "FisherType",
-    "SampleLosses",
     "Trial",
     "check_fisher_type",
+    "every_way",
     "fisher_diagonal",
     "in_batches",
-    "losses_by_output",
     "require_independent_samples",
 ]
 
@@ -90,13 +91,7 @@ def fisher_diagonal(
     """
     asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    try:
-        found = in_batches(task, *asked, weighted=weighted)
-    except DoubleBackwardError:  # of the checks; the definition needs one derivative
-        found = {}
-    rest = [layer for layer in task.layers if layer.name not in found]
-    if rest:
-        found |= by_loop(task, rest, *asked)
+    found = every_way(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
         tether = zero_tether(task.model)
@@ -104,22 +99,20 @@ def fisher_diagonal(
     else:
         values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
     errors = None
-    if weighted is not None and weighted.errors:
-        errors = {x.name: [e / count for e in weighted.errors.get(x.name, zeros(x))] for x in task.layers}
+    told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
+    if told:
+        errors = {x.name: [e / count for e in told.get(x.name, zeros(x))] for x in task.layers}
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
 
 
-@dataclass
-class ByWeight:
-    """A Fisher by its heaviest columns, and draws of the rest.
-
-    Attributes:
-        budget: how exact.
-        errors: by layer, the standard errors by parameter of what was drawn, as it turned out.
-    """
-
-    budget: Budget
-    errors: dict[str, list[Tensor]] = field(default_factory=dict)
+def every_way(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
+    """Of all layers, not divided by the number of samples yet: by the whole batch, or else sample by sample."""
+    try:
+        found = in_batches(task, fisher_type, num_draws, weighted=weighted)
+    except DoubleBackwardError:  # of the checks; the definition needs one derivative
+        found = {}
+    rest = [layer for layer in task.layers if layer.name not in found]
+    return found | (by_loop(task, rest, fisher_type, num_draws) if rest else {})
 
 
 @dataclass
@@ -143,7 +136,41 @@ def in_batches(
     weighted: ByWeight | None = None,
 ) -> Found:
     """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
-    with recorded(task.isolated, task.ruled, own_parameters=task.create_graph) as recording:
+    if task.owned is not None:  # whose samples no dimension of the inputs holds
+        return {}
+    one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
+    followed = _followed(task) if one_pair and trial is None else []
+    found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
+    if found is None:
+        return {}
+    missed = [x for x in followed if x.rule is not None and x.name not in found]
+    if missed:
+        rest = _in_batches(replace(task, layers=missed), [], fisher_type, num_draws, trial, weighted)
+        found |= rest or {}
+    return found
+
+
+def _followed(task: Measurement) -> list[Layer]:
+    """The layers that are followed by the operations that they consist of, all in one backward pass."""
+    if task.certain or task.create_graph or task.num_samples == 1:
+        return []
+    return [x for x in task.layers if x.rule is None or type(x.module) in ONE_OPERATION]
+
+
+def _in_batches(
+    task: Measurement,
+    followed: Sequence[Layer],
+    fisher_type: FisherType,
+    num_draws: int,
+    trial: Trial | None,
+    weighted: ByWeight | None,
+) -> Found | None:
+    """:func:`in_batches`, with some layers followed by operations; None where the losses of samples are not told."""
+    tapped = [x for x in task.ruled if x not in followed]
+    with (
+        recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
+        seen([x for x in followed if x.rule is not None]) as watched,
+    ):
         traced = task.traced(inputs=not task.create_graph)
         output, loss = task.loss(forward=traced)
         recording.close()
@@ -153,31 +180,53 @@ def in_batches(
         unusable = recording.unusable()
         layers = [
             RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
-            for x in task.ruled
+            for x in tapped
             if x.name in recording.leaves and x.name not in unusable
         ]
-        side = losses_by_output(task, output, loss, layers, second_order=fisher_type != "empirical")
+        second_order = fisher_type != "empirical"
+        side = None if traced.hooked else losses_by_definition(task, output, loss, second_order=second_order)
         if side is None:
-            return {}
+            if not recording.without_graph and not watched.without_graph:
+                loss = loss.detach()  # whose graph is as large as the output
+            side = losses_by_output(task, output, loss, layers, second_order=second_order)
+        if side is None:
+            return None
         pairs = _pairs(task, side, fisher_type, num_draws)
         linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
         if trial is not None:
             trial.of = pairs.num_columns
         if weighted is not None:
             trial = Trial(1)  # which finds out where samples are
-        how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
-        found = _by_rules(task, side.model_outputs, pairs, layers, **how)
+        found: Found = {}
+        told = None
+        if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
+            told = told_by_graph(task, side.model_outputs)
+            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=linear)
+        if layers:
+            how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
+            found |= _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
-    rest = [layer for layer in task.layers if layer.name not in found]
-    if not traced.independent:
+        watched.require_seen(loss)
+    rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
+    if not traced.independent and not _follows(task, traced, output, side, told):
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
-        return found | _by_weight(task, side.model_outputs, pairs, served, rest, weighted)
-    if rest and not traced.hooked:  # what is followed through the graph passes by its hooks
+        how = {"by_graph": not traced.hooked}
+        return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, **how)
+    if not followed and rest and not traced.hooked:
         found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
         rest = [layer for layer in rest if layer.name not in found]
     return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
+
+
+def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
+    """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
+    if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
+        return False
+    others = exchange(task.inputs, task.num_samples, task.sample_dim)
+    told = told_by_graph(task, side.model_outputs) if told is None else told
+    return others is not None and traced.follows(task.inputs, told, *others)
 
 
 def require_independent_samples(task: Measurement, output: Any) -> None:
@@ -205,79 +254,11 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
         )
 
 
-@dataclass
-class SampleLosses:
-    """The losses ℓ_n of samples taken alone, as functions of the model's output.
-
-    Attributes:
-        losses: shape (N,).
-        points: what they were computed from, samples in dim 0.
-        model_outputs: the model's output tensors in the same form.
-    """
-
-    losses: Tensor
-    points: list[Tensor]
-    model_outputs: list[Tensor]
-
-
-def losses_by_output(
-    task: Measurement, output: Any, loss: Tensor, layers: Sequence[RecordedLayer], *, second_order: bool
-) -> SampleLosses | None:
-    """The losses of samples, where the batch's is made of them by the model's output alone; else None.
-
-    Args:
-        task: the measurement.
-        output: the model's.
-        loss: the batch's.
-        layers: the recorded ones, from inside of which the loss must take nothing.
-        second_order: whether second derivatives of the loss are to be those of samples too.
-
-    Raises:
-        CouplingError: the loss couples the samples.
-        NonFiniteError: its gradient is nan or infinite.
-        InvalidArgumentError: it holds tensors of the batch itself, or is random.
-    """
-    differentiable = [t for t in tensors_in(output) if t.requires_grad]
-    if not differentiable or any(task.dimension(t) is None for t in differentiable):
-        return None
-    model_outputs: list[Tensor] = []
-    output = expose_output(output, model_outputs, task.dimension, detach=False)
-    by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
-    if by_output is None:
-        return None
-    whole, points, exposed = by_output
-    output_gradients = gradients(whole, points, create_graph=True)
-    if task.enters_model(whole, [leaf for z in layers for leaf in z.leaves]):
-        return None  # a weight penalty, features taken from inside the model, the model itself
-    if all(g is None for g in output_gradients):
-        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    if not all(bool(g.detach().isfinite().all()) for g in output_gradients if g is not None):
-        raise NonFiniteError(
-            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
-            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
-        )
-    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
-    if not by_rows and not loss_separates(output_gradients, points, task.generator):
-        raise CouplingError(
-            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
-            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
-        )
-    checked = require_own_losses(task, exposed, points, output_gradients, second_order=second_order)
-    if task.create_graph:  # the cotangents must stay connected to the model
-        points, exposed, checked = list(model_outputs), output, None
-    losses, points = (own_losses(task, exposed), points) if checked is None else checked
-    if not losses.requires_grad:  # all of them constant
-        losses = losses + sum(x.sum() for x in points) * 0
-    return SampleLosses(losses, points, model_outputs)
-
-
 def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
-        found = filled(gradients(side.losses.sum(), side.points, create_graph=task.create_graph), side.points)
-        return single(torch.cat([as_samples(g) for g in found], 1))
-    output_gradients = gradients(side.losses.sum(), side.points, create_graph=True)
-    return second_order_columns(task, output_gradients, side.points, fisher_type, num_draws)
+        return single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
+    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws)
 
 
 def _by_rules(
@@ -322,48 +303,6 @@ def _by_rules(
     return {name: (values, last) for name, values in heads.items()} | {
         name: (values, info) for name, values in by_columns.items()
     }
-
-
-def _by_weight(
-    task: Measurement,
-    model_outputs: Sequence[Tensor],
-    root: Root,
-    served: Sequence[RecordedLayer],
-    rest: Sequence[Layer],
-    weighted: ByWeight,
-) -> Found:
-    """The heaviest columns, and draws of the others: of layers that are settled, and of the rest."""
-    layers = [z.layer for z in served] + list(rest)
-    if not layers:
-        return {}
-    if rest and not task.certain:
-        outputs: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
-        replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
-        require_linear_backward(outputs, replacements, root, task.generator)
-
-    def contract(columns: Columns) -> list[Tensor]:
-        found = contract_settled(model_outputs, served, columns, chunk_size=task.chunk_size)
-        values = [v.detach().flatten() for parts in found if parts is not None for v in parts]
-        if rest:
-            by_sample = by_samples(task, rest, columns, linear=False)
-            values += [v.detach() for layer in rest for v in by_sample[layer.name][0]]
-        return values
-
-    with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
-        estimate = by_weight(root, weighted.budget, contract, task.generator, advance)
-    result: Found = {}
-    values, errors = iter(estimate.values), iter(estimate.errors)
-    for layer in layers:
-        own = [next(values) for _ in layer.parameters]
-        mine = [next(errors) for _ in layer.parameters] if estimate.errors else []
-        if mine:
-            weighted.errors[layer.name] = mine
-        error = relative_error(own, mine) if mine else 0.0
-        strategy = Strategy.PER_SAMPLE if layer in rest else Strategy.RULE
-        told = estimate.num_draws, error, estimate.converged
-        result[layer.name] = own, LayerInfo(strategy, 0, {"own_use": layer not in rest}, *told)
-    return result
 
 
 def _some(pairs: Columns, trial: Trial | None) -> Columns:

@@ -1,18 +1,18 @@
 """The Fisher of layers without a rule, by the operations that take their parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from .._torch.graph import outputs_of, users_of
+from .._torch.graph import Node, is_builtin, outputs_of, users_of
 from .._torch.sample_graph import inner_size, samples_in_nodes
 from ..errors import DoubleBackwardError
 from ..layers.contraction import contract, contract_sum
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import DIM_ZERO
 from ..layers.operations import OperationCall, per_sample_gradient
-from ..layers.per_sample import PerSample, dense, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
 from ..layers.selection import Layer
 from ..layers.uses import Route, Uses, carried, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
@@ -23,26 +23,40 @@ from .recorded_layer import require_linear_backward
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
 
-__all__ = ["by_uses"]
+__all__ = ["Told", "by_uses", "told_by_graph"]
+
+#: What a graph tells of its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
+Told = Mapping[tuple[Node, int], int | None]
 
 
-def by_uses(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
+def by_uses(
+    task: Measurement,
+    layers: Sequence[Layer],
+    pairs: Columns,
+    model_outputs: Sequence[Tensor] | None = None,
+    told: Told | None = None,
+    *,
+    linear: bool,
+) -> Found:
     """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
 
     Args:
         task: the measurement.
         layers: the layers.
         pairs: the cotangents on the model's output.
+        model_outputs: of a forward that used the layers' own parameters, samples in dim 0; by default it runs again.
+        told: what its graph tells of samples.
         linear: demand that the backward pass be linear in them.
     """
     if task.create_graph or task.num_samples == 1:
         return {}
-    model_outputs: list[Tensor] = []
-    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
+    if model_outputs is None:
+        again: list[Tensor] = []
+        expose_output(task.isolated.forward(task.inputs), again, task.dimension, detach=False)
+        model_outputs = again
     users = users_of(model_outputs)
     parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
-    sizes = [inner_size(f.shape, 0) for f in model_outputs]
-    told = samples_in_nodes(model_outputs, sizes, task.num_samples)
+    told = told_by_graph(task, model_outputs) if told is None else told
     evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, told)
     routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
     try:
@@ -53,7 +67,7 @@ def by_uses(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linea
     mine = [x for x in layers if x.name in usable]
     if not mine:
         return {}
-    if linear and not task.certain:
+    if linear and not task.certain and not all(is_builtin(node) for node in users):
         ends = [s for x in mine for s in task.isolated.replacements(x)]
         require_linear_backward(model_outputs, ends, pairs, task.generator)
     totals = {
@@ -72,6 +86,12 @@ def by_uses(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linea
                     _add(total, u, v, sign, p.numel())
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
+
+
+def told_by_graph(task: Measurement, model_outputs: Sequence[Tensor]) -> Told:
+    """Where the graph of outputs, samples in dim 0, has the samples."""
+    sizes = [inner_size(f.shape, 0) for f in model_outputs]
+    return samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
 
 
 def _pulled_back(
@@ -108,11 +128,18 @@ def _pulled_back(
     return result
 
 
+def _same_factor(u: PerSample, v: PerSample) -> bool:
+    """Whether what two per-sample gradients are linear in is all that they differ in."""
+    if isinstance(u, Outer) and isinstance(v, Outer):  # that of a matrix from the right has the cotangent in its place
+        return u.a is v.a or (isinstance(u.a, Tensor) and isinstance(v.a, Tensor) and torch.equal(u.a, v.a))
+    return isinstance(u, Tensor) or (isinstance(u, Rows) and isinstance(v, Rows) and torch.equal(u.ids, v.ids))
+
+
 def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int) -> None:
     """Add Σ_n u_n ⊙ v_n sign_n to the total."""
     if v is u and sign is None:
         contract_sum(u, numel=numel, out=total)
-    elif len(u) == 1:
+    elif len(u) == 1 and (v is u or _same_factor(u[0], v[0])):
         right = (
             v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
         )

@@ -40,7 +40,8 @@ def head_outputs(
         generator: for the cotangent.
     """
     shapes = [f.shape for f in model_outputs]
-    candidates = [z for z in layers if len(z.leaves) == 1 and z.leaves[0].shape in shapes and z.leaves[0].numel()]
+    ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1]
+    candidates = [z for z in ruled if z.leaves[0].shape in shapes and z.leaves[0].numel()]
     if not candidates:
         return {}
     where = generator.device

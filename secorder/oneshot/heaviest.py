@@ -1,5 +1,6 @@
 """Many columns: the heaviest of each sample, and the rest mixed by random signs."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +13,14 @@ from .roots import Columns, Draws, Pairs, Root
 
 __all__ = ["Contraction", "Heaviest", "by_weight", "heaviest"]
 
-#: Σ_k contract(u_k, v_k) of some columns, by parameter of all layers.
-Contraction = Callable[[Columns], list[Tensor]]
+#: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
+Contraction = Callable[[Columns], list[list[Tensor]]]
+
+#: Columns that are taken exactly, at most, or as many as there are draws at least.
+MAX_COLUMNS = 256
+
+#: Draws from which on half of them may be columns: two draws tell of their error.
+MIN_DRAWS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,32 +77,56 @@ def by_weight(
     contract: Contraction,
     generator: torch.Generator,
     advance: Callable[[int], None] = lambda _: None,
-) -> Estimate:
-    """The contraction of all columns: that of the heaviest, and of the rest an unbiased estimate.
+    seconds: float = math.inf,
+) -> list[Estimate]:
+    """What is asked for of all columns: that of the heaviest, and of the rest an unbiased estimate.
 
     Args:
         root: of the loss's Hessian.
-        budget: ``rtol`` is the rest's share of the trace, and the relative error that draws go down to.
+        budget: ``rtol`` is the rest's share of the trace, and the relative error of each layer that draws go down to;
+            without it, half of the columns that are taken in all are the heaviest ones, and half are draws.
         contract: of some columns.
         generator: of the signs.
         advance: of a progress bar, by columns and draws.
+        seconds: that draws may take, where an error is asked for.
 
     Returns:
-        exact where draws would be no fewer than the columns that are left.
+        layer by layer; exact where draws would be no fewer than the columns that are left.
     """
-    assert budget.rtol is not None
-    some = heaviest(root, budget.rtol) if root.weights is not None else None
+    some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     count = some.num_columns if some else 0
-    if count + budget.num_draws >= root.num_columns:
+    if count + _draws(budget, count) >= root.num_columns:
         values = contract(root)
         advance(root.num_columns)
-        return Estimate(values)
+        return [Estimate(parts) for parts in values]
     exact = contract(some) if some else []
     advance(count)
 
     def draw(number: int) -> list[Tensor]:
         draws = [contract(Draws.of(root, 1, generator, without=some.order if some else None)) for _ in range(number)]
-        return [torch.stack(parts) for parts in zip(*draws, strict=True)]
+        return [torch.stack(parts) for parts in zip(*(_joined(one) for one in draws), strict=True)]
 
-    like: Sequence[Tensor] = exact or [torch.zeros_like(v[0]) for v in draw(1)]
-    return average(draw, [torch.zeros_like(v) for v in like], budget, 1, advance, exact)
+    known = exact or [[torch.zeros_like(v) for v in parts] for parts in contract(Draws.of(root, 1, generator))]
+    sizes, flat = [len(parts) for parts in known], _joined(known)
+    fewer = budget.fewer(count) if budget.rtol is None else budget
+    found = average(draw, [torch.zeros_like(v) for v in flat], fewer, 1, advance, flat, seconds, sizes)
+    return found.split(sizes, budget)
+
+
+def _exactly(root: Root, budget: Budget) -> Heaviest | None:
+    """The columns that are not drawn."""
+    if root.weights is None:
+        return None
+    if budget.rtol is not None:
+        found = heaviest(root, budget.rtol)
+        return Heaviest(root, found.order[:, : max(MAX_COLUMNS, budget.num_draws)])
+    count = budget.num_draws // 2 if budget.num_draws >= MIN_DRAWS else 0
+    return Heaviest(root, root.weights().abs().topk(count, dim=1).indices) if count else None
+
+
+def _draws(budget: Budget, count: int) -> int:
+    return budget.num_draws if budget.rtol is not None else budget.num_draws - count
+
+
+def _joined(by_layer: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    return [v for parts in by_layer for v in parts]

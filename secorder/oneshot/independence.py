@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .._torch.failures import is_missing_graph
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..batch import sample_dimension
 from ..layers.dtypes import rounding
 from ..layers.layout import DIM_ZERO, Layout
@@ -25,6 +25,7 @@ from .isolation import IsolatedModel
 __all__ = [
     "block_diagonal",
     "changed_entries",
+    "exchange",
     "linear_products",
     "outputs_independent",
     "over_samples",
@@ -88,19 +89,28 @@ def outputs_independent(
     return True
 
 
-def _places_exchanged(
-    run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
-) -> bool:
-    """Whether samples in others' places, some of them twice and others not at all, have the outputs that they had."""
+def exchange(inputs: Any, count: int, sample_dim: int) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """For each place another sample, some twice and others nowhere, and what puts them there; None if all are alike."""
     order = _resampled(count)
     tensors = [(t, sample_dimension(t, count, sample_dim)) for t in tensors_in(inputs)]
     if not all(dim is None or _differ(t, dim, order) for t, dim in tensors):
-        return False
+        return None
 
     def exchanged(tensor: Tensor) -> Tensor:
         dim = sample_dimension(tensor, count, sample_dim)
         return tensor if dim is None else tensor.index_select(dim, order.to(tensor.device))
 
+    return order, exchanged
+
+
+def _places_exchanged(
+    run: Callable[[Any], Any], inputs: Any, base: Sequence[Tensor], count: int, sample_dim: int
+) -> bool:
+    """Whether samples in others' places, some of them twice and others not at all, have the outputs that they had."""
+    others = exchange(inputs, count, sample_dim)
+    if others is None:
+        return False
+    order, exchanged = others
     for before, after in zip(base, tensors_in(without_gradients(run, map_tensors(exchanged, inputs))), strict=True):
         dim = sample_dimension(before, count, sample_dim)
         if dim is None or not (before.is_floating_point() or before.is_complex()):
@@ -204,13 +214,18 @@ def block_diagonal(
     if count == 1:
         return True
     bits = sample_bits(count, points[0].device)
-    masks = [over_samples(bits, x, layout) for x, layout in zip(points, layouts, strict=True)]
-    vectors = [
-        torch.randn(mask.shape[1:], generator=generator, dtype=x.dtype, device=generator.device).to(x.device) * mask
-        for x, mask in zip(points, masks, strict=True)
-    ]
-    products = stacked_vjp(output_gradients, points, vectors)
-    return not any(bool((u.masked_fill(mask, 0) != 0).any()) for u, mask in zip(products, masks, strict=True))
+    seed = int(torch.randint(2**62, (1,), generator=generator, device=generator.device))
+    for ids in chunks(len(bits), default_chunk_size(sum(x.numel() for x in points), points[0], None)):
+        own = torch.Generator(generator.device).manual_seed(seed)
+        masks = [over_samples(bits[ids.start : ids.stop], x, layout) for x, layout in zip(points, layouts, strict=True)]
+        vectors = [
+            torch.randn(x.shape, generator=own, dtype=x.dtype, device=own.device).to(x.device) * mask
+            for x, mask in zip(points, masks, strict=True)
+        ]
+        products = stacked_vjp(output_gradients, points, vectors)
+        if any(bool((u != 0).logical_and_(~mask).any()) for u, mask in zip(products, masks, strict=True)):
+            return False
+    return True
 
 
 def linear_products(

@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -24,18 +23,19 @@ from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
 from .._torch.modules import (
     Place,
-    backward_hooks,
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
     is_scripted,
     parameter_places,
 )
-from .._torch.own_hooks import suspended
+from .._torch.own_hooks import OwnHook, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.surroundings import parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
+from .known_losses import known_loss
 from .state import State
 
 __all__ = [
@@ -43,8 +43,6 @@ __all__ = [
     "ReplacementsBypassed",
     "Result",
     "isolate",
-    "known_loss",
-    "loss_of_rows",
     "run_isolated",
 ]
 
@@ -54,6 +52,10 @@ Result = TypeVar("Result")
 class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
+
+#: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
+#: that it knows is no state of a forward.
+LEVELS_OF_HOOKS = 3
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -83,6 +85,7 @@ class IsolatedModel:
         self._take_loss_state = take_loss_state
         self._after: RandomState | None = None
         self._after_forward: State | None = None  # hooks of the model may write what the loss reads
+        self._loss_writes = False
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
         """The leaf that stands in for a parameter of a selected layer."""
@@ -130,8 +133,7 @@ class IsolatedModel:
         Args:
             seed: of other random numbers.
         """
-        if self._after_forward is not None:
-            self._after_forward.restore()
+        self.loss_writes()
         state = get_random_state(self._cuda)
         try:
             if seed is not None:
@@ -141,6 +143,12 @@ class IsolatedModel:
             yield
         finally:
             set_random_state(state, self._cuda)
+
+    def loss_writes(self) -> bool:
+        """Whether the loss has changed anything that it holds, as far as it ran; that is put back."""
+        if self._after_forward is not None:
+            self._loss_writes |= self._after_forward.restore()
+        return self._loss_writes
 
     @contextmanager
     def loss_holds(self, tensors: Mapping[int, Tensor]) -> Iterator[None]:
@@ -174,40 +182,6 @@ def run_isolated(work: Callable[[bool], Result], model: nn.Module | None = None)
     return work(True)
 
 
-def known_loss(loss_fn: Any) -> bool:
-    """Whether a loss is a function or module of PyTorch's own: without state, without random numbers, with no tensors.
-
-    Of all samples alike it is then, whatever their order, and vmap may run it.
-    """
-    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    if isinstance(loss_fn, nn.Module):
-        plain = type(loss_fn).__module__ == "torch.nn.modules.loss" and not forward_hooks(loss_fn)
-        return plain and not backward_hooks(loss_fn) and "forward" not in vars(loss_fn)
-    if isinstance(loss_fn, partial):
-        given = (*loss_fn.args, *loss_fn.keywords.values())
-        return known_loss(loss_fn.func) and all(isinstance(x, (str, int, float, bool)) for x in given)
-    return isinstance(loss_fn, FunctionType) and loss_fn.__module__ == "torch.nn.functional"
-
-
-#: PyTorch's losses that are sums or means over the elements of dim 0 of outputs and targets, as functions and modules.
-_ROW_BY_ROW = frozenset({
-    "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
-    "binary_cross_entropy_with_logits", "kl_div", "poisson_nll_loss", "soft_margin_loss", "CrossEntropyLoss", "NLLLoss",
-    "MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "BCELoss", "BCEWithLogitsLoss", "KLDivLoss", "PoissonNLLLoss",
-    "SoftMarginLoss",
-})  # fmt: skip
-
-
-def loss_of_rows(loss_fn: Any) -> bool:
-    """Whether a loss is by its definition made of losses of the rows of the outputs, for rows in dim 0."""
-    if not known_loss(loss_fn):
-        return False
-    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    while isinstance(loss_fn, partial):
-        loss_fn = loss_fn.func
-    return (type(loss_fn).__name__ if isinstance(loss_fn, nn.Module) else loss_fn.__name__) in _ROW_BY_ROW
-
-
 @contextmanager
 def isolate(
     model: nn.Module,
@@ -233,7 +207,7 @@ def isolate(
     themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        stack.enter_context(_own_settings(model, cuda))
+        stack.enter_context(_own_settings(model, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(list(model.parameters())))
         stack.enter_context(_differentiable(parameters.values()))
@@ -246,11 +220,13 @@ def isolate(
         stack.callback(_restore, buffers)
         tensors = [*model.parameters(), *model.buffers(), *replacements.values()]
         own = State(modules, tensors)
+        hooks = [hook for m in modules for hook in forward_hooks(m) if not isinstance(hook, OwnHook)]
+        of_hooks = State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        for state in (own, loss_state):
+        for state in (own, of_hooks, loss_state):
             if state is not None:
                 stack.callback(state.restore)
         start = get_random_state(cuda)
@@ -259,7 +235,7 @@ def isolate(
 
         def restart(random_state: RandomState | None) -> None:
             nonlocal ran
-            for state in (own, loss_state) if ran else ():
+            for state in (own, of_hooks, loss_state) if ran else ():
                 if state is not None:
                     state.restore()
             ran = True
@@ -276,10 +252,13 @@ def isolate(
 
 
 @contextmanager
-def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under."""
+def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's."""
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
+        stack.enter_context(parametrizations_computed_anew())
+        if in_training:
+            stack.enter_context(unseen())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())
@@ -291,9 +270,12 @@ def _own_settings(model: nn.Module, cuda: Sequence[int]) -> Iterator[None]:
 
 
 def _as_leaf(parameter: Tensor) -> Tensor:
-    """A leaf of the same memory; of an inference tensor, which autograd does not take, a copy."""
+    """A leaf of the same memory; of an inference tensor, which autograd does not take, a copy.
+
+    A parameter, which is what models that ask for one by ``get_parameter`` expect.
+    """
     detached = parameter.detach()
-    return (detached.clone() if parameter.is_inference() else detached).requires_grad_(True)
+    return nn.Parameter(detached.clone() if parameter.is_inference() else detached)
 
 
 def _usable(model: nn.Module, replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:

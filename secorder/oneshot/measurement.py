@@ -10,11 +10,21 @@ from torch import Tensor, nn
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import check_chunk_size, fresh_generator, gradients
-from ..batch import BatchMismatch, batch_size, require_agreement, sample_dimension, take_samples
+from ..batch import (
+    BatchMismatch,
+    arguments_of,
+    batch_size,
+    owned_batch,
+    require_agreement,
+    sample_dimension,
+    take_samples,
+)
 from ..errors import InvalidArgumentError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
-from .isolation import IsolatedModel, Result, isolate, known_loss, run_isolated
+from ..owners import Owned, take_owned
+from .isolation import IsolatedModel, Result, isolate, run_isolated
+from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
 from .provenance import Traced
 
@@ -43,6 +53,7 @@ class Measurement:
         known_loss: whether the loss is PyTorch's own, without any state.
         autocast: whether the user's code runs under autocast.
         mismatch: what is wrong with the sizes of inputs and targets, to be told if the loss fails.
+        owned: whose the inputs are, where no dimension holds the samples.
     """
 
     isolated: IsolatedModel
@@ -60,6 +71,7 @@ class Measurement:
     known_loss: bool
     autocast: bool
     mismatch: InvalidArgumentError | None = field(default=None, repr=False)
+    owned: Owned | None = field(default=None, repr=False)
 
     @property
     def model(self) -> nn.Module:
@@ -151,6 +163,13 @@ class Measurement:
                 leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
             return leaves[id(tensor)]
 
+        if self.owned is not None:
+            among = list(tensors_in(self.inputs))
+            args, kwargs = arguments_of(self.inputs)
+            args = tuple(take_owned(x, self.owned, among, index) for x in args)
+            kwargs = {name: take_owned(x, self.owned, among, index) for name, x in kwargs.items()}
+            (targets,) = take_samples([self.targets], index, self.num_samples, self.sample_dim, rows=rows)
+            return map_tensors(leaf, kwargs or args), map_tensors(leaf, targets), {}
         if isinstance(self.inputs, (tuple, list)):  # arguments of the model, and no list of samples
             parts = [*self.inputs, self.targets]
             taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
@@ -217,8 +236,12 @@ def measure(
     for layer in layers:
         _require_present(model, layer)
     mismatch = None
+    owned = owned_batch(inputs, targets, sample_dim)
+    whole = owned is not None and (owned.num_samples == 1 or not by_sample)  # a Hessian needs to know of no samples
+    if whole:
+        owned = None
     try:
-        count = batch_size(inputs, targets, sample_dim)
+        count = 1 if whole else batch_size(inputs, targets, sample_dim)
     except BatchMismatch as error:
         if by_sample:
             raise
@@ -227,13 +250,13 @@ def measure(
         targets = map_tensors(_usable, targets)
     generator = generator or fresh_generator(next((p.device for x in layers for p in x.parameters.values()), None))
     under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
-    certain = mismatch is None and independent_by_structure(model, sample_dim)
+    certain = mismatch is None and owned is None and independent_by_structure(model, sample_dim)
 
     def on_isolated(direct: bool) -> Result:
         with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct) as isolated:
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
-            return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch))
+            return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned))
 
     with explains_missing_targets(inputs, targets):
         return run_isolated(on_isolated, model)

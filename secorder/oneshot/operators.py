@@ -19,11 +19,12 @@ from .._torch.vjp import gradients, stacked_vjp
 from ..errors import InvalidArgumentError
 from ..layers.per_sample import total_gradient, with_cotangents
 from ..layers.selection import Layer
-from .fisher import SampleLosses, losses_by_output, require_independent_samples
+from .fisher import require_independent_samples
 from .hessian.budget import Budget
 from .hessian.investigate import investigate
 from .hessian.layer_graph import LayerGraph
 from .hessian.on_parameters import on_parameters
+from .losses_by_output import SampleLosses, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .recorded_layer import require_linear_backward
@@ -73,7 +74,7 @@ def _hessian_operators(task: Measurement) -> Blocks:
             facts, graph = found.facts[layer.name], found.graphs.get(layer.name)
             if not facts.used:
                 yield layer, None
-            elif facts.own_use and graph is not None and graph.layouts:
+            elif facts.own_use and graph is not None and graph.layouts and layer.rule is not None:
                 yield layer, ProductInZ(graph)
             else:
                 rest.append(layer)
@@ -136,6 +137,11 @@ def _flat(found: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 def _output_operators(task: Measurement, of: Curvature) -> Blocks:
+    if task.owned is not None:
+        raise InvalidArgumentError(
+            f"of={of!r} needs samples that a dimension of the inputs holds, not entries of a list or graphs: pass a "
+            'data set of batches of one, or take of="hessian".'
+        )
     output, loss = task.loss()
     side = losses_by_output(task, output, loss, [], second_order=of == "ggn") if loss.requires_grad else None
     if side is None:
@@ -157,7 +163,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
 
 def _metric(task: Measurement, side: SampleLosses, of: Curvature) -> Callable[[list[Tensor]], list[Tensor]]:
     """v ↦ M v / N on the model's output, sample by sample."""
-    output_gradients = gradients(side.losses.sum(), side.points, create_graph=of == "ggn")
+    output_gradients = side.gradients
     count = task.num_samples
 
     def ggn(vectors: list[Tensor]) -> list[Tensor]:

@@ -43,6 +43,20 @@ def output_root(gradients: Sequence[Tensor | None], points: Sequence[Tensor], ch
 
 def _groups(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Output tensors that interact, and which of their elements have curvature, in the shapes of one sample."""
+    reach, active = _reached(gradients, points)
+    groups: list[set[int]] = []
+    for members in reach.values():
+        merged = members.union(*(g for g in groups if g & members))
+        groups = [g for g in groups if not g & members] + [merged]
+    for group in groups:
+        order = sorted(group)
+        yield order, [active[i] for i in order]
+
+
+def _reached(
+    gradients: Sequence[Tensor | None], points: Sequence[Tensor]
+) -> tuple[dict[int, set[int]], dict[int, Tensor]]:
+    """Which output tensors each one interacts with, and which of their elements have curvature."""
     generator = torch.Generator(device="cpu").manual_seed(0)
     live = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad and points[i].numel()]
     reach: dict[int, set[int]] = {}
@@ -58,13 +72,7 @@ def _groups(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> Ite
                     reach.setdefault(i, {i}).add(j)
         if all(bool(some.all()) for some in active.values()):
             break
-    groups: list[set[int]] = []
-    for members in reach.values():
-        merged = members.union(*(g for g in groups if g & members))
-        groups = [g for g in groups if not g & members] + [merged]
-    for group in groups:
-        order = sorted(group)
-        yield order, [active[i] for i in order]
+    return reach, active
 
 
 def _of_group(
@@ -78,20 +86,21 @@ def _of_group(
     """The root in output tensors that interact, and which outputs of all it is of."""
     inside, own = [points[i] for i in group], [gradients[i] for i in group]
     sizes = [as_samples(x).shape[1] for x in inside]
-    every = torch.cat([ids[i] for i in group])
+    every = ids[group[0]] if len(group) == 1 else torch.cat([ids[i] for i in group])
 
     def product_of(where: Tensor) -> Product:
-        here = torch.searchsorted(every, where)  # among the group's own
+        whole = len(where) == len(every)
+        here = where if whole else torch.searchsorted(every, where)  # among the group's own
 
         def product(vectors: Tensor) -> Tensor:
-            if len(here) < sum(sizes):
+            if not whole:
                 vectors = vectors.new_zeros(*vectors.shape[:2], sum(sizes)).index_copy_(2, here, vectors)
             parts = [v.reshape(len(v), *x.shape) for v, x in zip(vectors.split(sizes, 2), inside, strict=True)]
             found = [
                 u.reshape(len(u), len(x), -1) for u, x in zip(stacked_vjp(own, inside, parts), inside, strict=True)
             ]
-            whole = (found[0] if len(found) == 1 else torch.cat(found, 2)).detach()
-            return whole if len(here) == sum(sizes) else whole[..., here]
+            together = (found[0] if len(found) == 1 else torch.cat(found, 2)).detach()
+            return together if whole else together[..., here]
 
         return product
 

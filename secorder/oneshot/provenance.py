@@ -1,6 +1,6 @@
 """What the calls of a forward tell of it: whether all that depends on the samples does so in the autograd graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from .._torch.modules import is_scripted
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.sample_graph import inner_size, leaves_of, samples_in_graph
 from .._torch.saved_tensors import saved_tensor_hooks_active
+from .entries import Entries
 from .isolation import IsolatedModel
 from .recording import is_watch
 
@@ -41,10 +42,10 @@ class Calls(TorchFunctionMode):
         packed: whether something, such as an activation checkpoint, took what autograd saves.
     """
 
-    def __init__(self, own: Callable[[Any], bool]) -> None:
-        """Hooks for which ``own`` is true do not count."""
+    def __init__(self, own: Callable[[Any], bool], entries: Entries | None = None) -> None:
+        """Hooks for which ``own`` is true do not count; ``entries`` are told of every call."""
         super().__init__()
-        self._own = own
+        self._own, self.entries = own, entries
         self.hooked = self.detached = self.packed = False
 
     def __torch_function__(
@@ -61,6 +62,8 @@ class Calls(TorchFunctionMode):
             self.detached |= _attribute(function) == "data"
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
             self.detached = not _all_have_gradients(result, name)
+        if self.entries is not None:
+            self.entries.called(name, (args, kwargs), result, creates=name in _CREATIONS, asks=name in _QUESTIONS)
         return result
 
 
@@ -116,6 +119,7 @@ class Traced:
         self._isolated, self._dimension, self._count = isolated, dimension, count
         self._inputs, self._known = inputs, known
         self.hooked, self.independent, self.packed = True, False, True
+        self._entries: Entries | None = None
 
     def __call__(self, inputs: Any) -> Any:
         """The model's output."""
@@ -151,9 +155,43 @@ class Traced:
 
     def _watched(self, inputs: Any, *, scripted: bool) -> Any:
         calls = Calls(is_watch)
-        output = self._run(calls, call_model, inputs)
+
+        def forward(model: nn.Module, copied: Any) -> Any:
+            if self._inputs and not scripted:
+                calls.entries = Entries(model)
+            return call_model(model, copied)
+
+        output = self._run(calls, forward, inputs)
         self.hooked, self.packed = calls.hooked or scripted, calls.packed or scripted
+        if not (self.hooked or self.packed or calls.detached):
+            self._entries = calls.entries
         return output
+
+    def follows(
+        self,
+        inputs: Any,
+        told: Mapping[tuple[Any, int], int | None],
+        order: Tensor,
+        exchanged: Callable[[Tensor], Tensor],
+    ) -> bool:
+        """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone.
+
+        Args:
+            inputs: the model's.
+            told: what the graph of its outputs tells of samples.
+            order: for each place the sample that is put there.
+            exchanged: puts them there.
+        """
+        entries, self._entries = self._entries, None
+
+        def run(replay: TorchFunctionMode) -> None:
+            def watched(copied: Any) -> Any:
+                with replay:
+                    return call_model(self._isolated.model, copied)
+
+            self._isolated.run(watched, map_tensors(exchanged, inputs))
+
+        return entries is not None and entries.independent(told, self._count, order, run)
 
     def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
         def run(copied: Any) -> Any:

@@ -1,7 +1,7 @@
 """Layers by their recorded outputs z: cotangents on the model's output pulled back to every z and contracted there."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "layout_options",
     "layouts_by_graph",
     "require_linear_backward",
+    "rounding_noise",
     "scale_draws",
     "scales",
     "settle_layouts",
@@ -34,6 +35,9 @@ __all__ = [
 
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
+
+#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
+ALIKE, MEASURED = 1.7, 64.0
 
 
 @dataclass(eq=False)
@@ -45,6 +49,7 @@ class RecordedLayer:
         inputs: the input tensors of each call.
         leaves: for each call the zero leaf ε that was added to its output z.
         layouts: for each call where its samples are.
+        settled: the layouts of which nothing else is to be asked; empty where they are to be found.
         with_graph: whether what is computed from the inputs is to be differentiable.
     """
 
@@ -52,6 +57,7 @@ class RecordedLayer:
     inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
     leaves: list[Tensor] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)
+    settled: list[Layout] = field(default_factory=list)
     with_graph: bool = False
 
     @property
@@ -84,11 +90,12 @@ def layout_options(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
 
 
 def _candidates(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
+    if z.settled:
+        return [z.settled]
     assert z.layer.rule is not None
-    by_call = [
-        candidate_layouts(inputs, leaf, num_samples, any_leading_dim=takes_any_leading_dim(z.layer.rule))
-        for inputs, leaf in zip(z.inputs, z.leaves, strict=True)
-    ]
+    how: Any = {"any_leading_dim": takes_any_leading_dim(z.layer.rule)}
+    calls = zip(z.inputs, z.leaves, strict=True)
+    by_call = [candidate_layouts(inputs, leaf, num_samples, **how) for inputs, leaf in calls]
     if not all(by_call):
         return []
     return [[call[min(index, len(call) - 1)] for call in by_call] for index in range(max(map(len, by_call)))]
@@ -96,9 +103,8 @@ def _candidates(z: RecordedLayer, num_samples: int) -> list[list[Layout]]:
 
 def _accepted(z: RecordedLayer, layouts: list[Layout]) -> bool:
     """Whether a layer's rule accepts layouts: not a shape that it is not for, such as a convolution without a batch."""
-    trial = RecordedLayer(z.layer, z.inputs, z.leaves, layouts)
     try:
-        trial.gradients([leaf.detach()[None] for leaf in z.leaves])
+        replace(z, layouts=layouts).gradients([leaf.detach()[None] for leaf in z.leaves])
     except AttributionError:
         return False
     return True
@@ -304,6 +310,7 @@ def scales(
     plain: dict[int, Tensor],
     weighted: dict[int, Tensor],
     weights: Tensor,
+    noise: Mapping[int, Tensor] | None = None,
 ) -> bool:
     """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
 
@@ -313,6 +320,7 @@ def scales(
         plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
         weighted: the same for cotangents that are weighted sample by sample.
         weights: the weights, shape (N,).
+        noise: by ``id(leaf)``, rounding in its gradient, where that was measured.
     """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
@@ -320,9 +328,28 @@ def scales(
         if not found.numel():
             continue
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
+        if noise is not None:
+            bound = bound + MEASURED * noise[id(leaf)]
         if not bool(((found - expected).abs() <= bound).all()):
             return False
     return True
+
+
+def rounding_noise(
+    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
+) -> dict[int, Tensor]:
+    """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
+
+    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
+    Weighting all samples alike shows that, and nothing else.
+
+    Args:
+        leaves: the leaves.
+        plain: their gradients by ``id(leaf)``.
+        pull_back: the same for cotangents times a number.
+    """
+    alike = pull_back(ALIKE)
+    return {id(leaf): (alike[id(leaf)] - ALIKE * plain[id(leaf)]).abs().amax() for leaf in leaves if leaf.numel()}
 
 
 def scale_draws(leaves: Sequence[Tensor]) -> int:

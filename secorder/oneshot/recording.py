@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import in_backward, leaf_variables
+from .._torch.engine import backward_since, current_backward, leaf_variables
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
@@ -131,13 +131,13 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
 @contextmanager
 def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
     """Records of layers nothing but whether they hide: of such come no gradients, and they would pass for unused."""
-    recording = Recording()
+    recording, outer = Recording(), current_backward()
 
     def hook(name: str) -> Callable[..., None]:
         def after(*_: Any) -> None:
             if not torch.is_grad_enabled():
                 recording.without_graph.add(name)
-            elif in_backward() and name in recording.without_graph:
+            elif backward_since(outer) and name in recording.without_graph:
                 recording.hidden.add(name)
 
         return after
@@ -155,17 +155,22 @@ class _Tap:
 
     def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
         self.recording, self.layer, self.places = recording, layer, places
-        self.detached = [place.value.detach() for place in places]
+        self.detached = [nn.Parameter(place.value.detach(), requires_grad=False) for place in places]
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
+        self.outer = current_backward()
+
+    def recomputing(self) -> bool:
+        """Whether a backward runs that has begun since (a checkpoint may run the model in one of the user's)."""
+        return backward_since(self.outer)
 
     def foreign(self) -> bool:
         """Whether another thread runs the model (in backward, autograd's own threads are ours)."""
-        return threading.get_ident() != self.owner and not in_backward()
+        return threading.get_ident() != self.owner and not self.recomputing()
 
     def idle(self) -> bool:
         """Whether the calls are of no interest any more: such as those of a loss that is computed once more."""
-        return not self.recording.open and not in_backward()
+        return not self.recording.open and not self.recomputing()
 
     def before(self, module: nn.Module, _: Any) -> None:
         """Detached parameters take the place of the replacement parameters."""
@@ -188,16 +193,16 @@ class _Tap:
         if not recording.open and not torch.is_grad_enabled():
             return None  # a forward whose outputs alone are looked at
         leaves: list[Tensor] = []
-        if not in_backward():  # a checkpoint recomputes in backward what is recorded already
+        if not self.recomputing():  # a checkpoint recomputes in backward what is recorded already
             leaves = recording.leaves.setdefault(name, [])
         if inside_transform():
             recording.differentiated.add(name)
             return None
         if not torch.is_grad_enabled():
             recording.without_graph.add(name)
-        elif in_backward() and name in recording.without_graph:
+        elif self.recomputing() and name in recording.without_graph:
             recording.hidden.add(name)
-        if not in_backward():
+        if not self.recomputing():
             tensors = tuple(tensors_in((args, kwargs)))
             recording.versions.extend((name, x, version(x)) for x in tensors)
             recording.inputs.setdefault(name, []).append(tensors)

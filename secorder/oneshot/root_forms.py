@@ -142,11 +142,10 @@ def _blocks(product: Product, f: Tensor, order: Tensor, chunk_size: int | None) 
     if (32 * count * number * width**2 > MAX_BLOCK_BYTES and width > 2) or width > MAX_BLOCK:
         return None
     flat = f.flatten(1)
-    r = _random(flat)
-    if width > 2 and number > 1:  # a look at half of them, before all columns are paid
-        half = torch.zeros_like(flat[0]).index_fill(0, order[::2].flatten(), 1)
-        if bool((product((r * half)[None])[0] * (1 - half) != 0).any()):
-            return None
+    if width == 1:  # in the order of the elements
+        return _elements(product, flat)
+    if number > 1 and _half_reaches_other(product, flat, order):  # a look before all columns are paid
+        return None
     blocks = flat.new_empty(count, number, width, width)
     for ids in chunks(width, default_chunk_size(3 * flat.numel(), flat, chunk_size)):
         basis = flat.new_zeros(len(ids), flat.shape[1])
@@ -155,11 +154,34 @@ def _blocks(product: Product, f: Tensor, order: Tensor, chunk_size: int | None) 
         blocks[..., ids.start : ids.stop] = columns[..., order].permute(1, 2, 3, 0)
     if number == 1:
         return blocks
+    r = _random(flat)
     found, vectors = product(r[None])[0][:, order], r[:, order]
     size = torch.einsum("nbij,nbj->nbi", blocks.abs(), vectors.abs())
     difference = found - torch.einsum("nbij,nbj->nbi", blocks, vectors)
-    eps = torch.finfo(f.dtype).eps
-    return None if bool((difference.abs() > min(64 * eps, 1 / 16) * size).any()) else blocks
+    return None if bool((difference.abs() > _rounding(f) * size).any()) else blocks
+
+
+def _elements(product: Product, flat: Tensor) -> Tensor | None:
+    """Blocks of one element; few copies of the outputs at once, which may be wide."""
+    diagonal = product(flat.new_ones(1, 1, 1).expand(1, *flat.shape))[0]
+    vector = _random(flat)
+    found = product(vector[None])[0]
+    vector.mul_(diagonal)
+    difference = found - vector
+    del found
+    wrong = difference.abs_() > vector.abs_().mul_(_rounding(flat))
+    return None if bool(wrong.any()) else diagonal[:, :, None, None]
+
+
+def _half_reaches_other(product: Product, flat: Tensor, order: Tensor) -> bool:
+    """Whether elements of some blocks interact with those of others."""
+    half = torch.zeros_like(flat[0], dtype=torch.bool).index_fill_(0, order[::2].flatten(), True)
+    found = product(_random(flat).mul_(half)[None])[0]
+    return bool((found != 0).logical_and_(~half).any())
+
+
+def _rounding(like: Tensor) -> float:
+    return min(64 * torch.finfo(like.dtype).eps, 1 / 16)
 
 
 def _block_root(blocks: Tensor, order: Tensor, flat: Tensor) -> Root:

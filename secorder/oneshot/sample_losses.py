@@ -7,21 +7,24 @@ detached, the second does not.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._torch.failures import is_out_of_memory, is_vmap_failure
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.dtypes import rounding
+from .known_losses import made_of_samples
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled
 
-__all__ = ["own_losses", "require_own_losses"]
+__all__ = ["BatchLoss", "gradients_of_losses", "own_gradients", "own_losses"]
 
 #: What to do about a loss that holds what belongs to the samples.
 HELD = (
@@ -30,14 +33,51 @@ HELD = (
 )
 
 
+@dataclass(eq=False)
+class BatchLoss:
+    """The loss of the batch as a function of leaves that stand for the model's output.
+
+    Attributes:
+        loss: its value.
+        points: the leaves, samples in dim 0.
+        output: the output that is made of them.
+        gradients: of the loss in the points, differentiable.
+    """
+
+    loss: Tensor
+    points: list[Tensor]
+    output: Any
+    gradients: list[Tensor | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Take the gradients."""
+        self.gradients = gradients(self.loss, self.points, create_graph=True)
+
+    def release(self) -> None:
+        """Keep the values of loss and gradients, and not the graph, which is several times as large as the output."""
+        self.loss = self.loss.detach()
+        self.gradients = [None if g is None else g.detach() for g in self.gradients]
+
+
 def own_losses(task: Measurement, output: Any) -> Tensor:
     """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target.
+
+    All of them in one call of the loss where vmap runs it; of a loss that nobody knows, where it has written nothing
+    that it holds, and the last sample alone gets the same.
 
     Raises:
         InvalidArgumentError: the loss works on the batch and fails on a sample alone.
         NonFiniteError: it is nan or infinite on one.
     """
-    losses = _by_vmap(task, output) if task.known_loss and not task.autocast else None
+    losses = None
+    many = task.num_samples > 2 and _in_tensors((output, task.targets, ()), task.num_samples)
+    if not task.autocast and (task.known_loss or (many and not task.isolated.loss_writes())):
+        losses = _by_vmap(task, output)
+        if losses is not None and not task.known_loss:
+            last = _one(task, output, task.num_samples - 1).detach()
+            bound = rounding(losses.dtype) * losses.detach().abs().amax()
+            if task.isolated.loss_writes() or not bool((losses[-1].detach() - last).abs() <= bound):
+                losses = None
     if losses is None:
         losses = torch.stack([_one(task, output, n) for n in range(task.num_samples)])
     finite = losses.detach().isfinite()
@@ -51,8 +91,17 @@ def own_losses(task: Measurement, output: Any) -> Tensor:
     return losses
 
 
+def _in_tensors(tree: Any, count: int) -> bool:
+    """Whether output or targets are tensors in plain containers, none of which may have an entry for each sample."""
+    if type(tree) is dict:
+        tree = tuple(tree.values())
+    if type(tree) in (tuple, list):
+        return len(tree) != count and all(_in_tensors(x, count) for x in tree)
+    return tree is None or (isinstance(tree, Tensor) and tree.layout == torch.strided)
+
+
 def _by_vmap(task: Measurement, output: Any) -> Tensor | None:
-    """All at once, or None where vmap cannot run the loss (or autocast casts otherwise inside of it)."""
+    """All at once, or None where vmap cannot run the loss."""
     tensors = list(tensors_in((output, task.targets)))
     dims = [task.dimension(t) for t in tensors]
     per_sample = [t for t, dim in zip(tensors, dims, strict=True) if dim is not None]
@@ -67,17 +116,18 @@ def _by_vmap(task: Measurement, output: Any) -> Tensor | None:
             sample, dim = next(rest)
             return sample.unsqueeze(dim)
 
-        return task.loss_fn(*map_tensors(alone, (output, task.targets))).reshape(())
+        return task.loss_again(*map_tensors(alone, (output, task.targets))).reshape(())
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.vmap(one, in_dims=tuple(kept))(*per_sample)
     except RuntimeError as error:  # an operator without a batching rule
-        if not is_out_of_memory(error) and not is_vmap_failure(error):
+        if is_out_of_memory(error) or (task.known_loss and not is_vmap_failure(error)):
             raise
-    except (ValueError, IndexError):  # a target of several rows a sample
-        pass
+    except Exception as error:  # a target of several rows a sample; what a loss of the user's is not written for
+        if task.known_loss and not isinstance(error, (ValueError, IndexError)):
+            raise
     return None
 
 
@@ -107,58 +157,55 @@ def _first_line(error: Exception | None) -> str:
     return (str(error).strip().splitlines() or [""])[0][:200]
 
 
-def require_own_losses(
-    task: Measurement,
-    output: Any,
-    points: Sequence[Tensor],
-    output_gradients: Sequence[Tensor | None],
-    *,
-    second_order: bool,
-) -> tuple[Tensor, list[Tensor]] | None:
-    """Raise unless the batch's loss treats its samples alike, and is made of their own losses.
+def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) -> list[Tensor | None]:
+    """The gradient of Σ_n ℓ_n in the batch's points, once it is known that the batch's loss is made of the ℓ_n.
 
     Args:
         task: the measurement.
-        output: the model's output, made of ``points``.
-        points: samples in dim 0.
-        output_gradients: of the batch's loss in ``points``, differentiable.
-        second_order: whether second derivatives must be unchanged, too, when samples are exchanged.
-
-    Returns:
-        the losses alone and the leaves that they were computed from, where that was done.
+        batch: the loss of the batch, which is released.
+        second_order: whether the gradient is to be differentiable, and whether second derivatives must be unchanged,
+            too, when samples are exchanged.
 
     Raises:
         InvalidArgumentError: samples that are exchanged together with their targets get other losses.
         CouplingError: the gradients of the losses alone are not multiples of the batch's.
     """
-    if task.num_samples == 1 or (task.known_loss and not _holds_tensors(task.loss_fn)):
-        return None
-    r = [task.random(x.shape, x) for x in points]
-    batch = _derivatives(output_gradients, points, r if second_order else None)
-    _require_invariance(task, output, batch, r if second_order else None)
-    _require_any_size(task, output)
-    leaves: list[Tensor] = []
-    alone = own_losses(task, expose_output(output, leaves, task.dimension, detach=True))
-    nothing: list[Tensor | None] = [None] * len(leaves)
-    gradient = gradients(alone.sum(), leaves, create_graph=True) if alone.requires_grad else nothing
+    points = batch.points
+    if task.num_samples == 1 or made_of_samples(task.loss_fn, batch.output, task.targets):
+        batch.release()
+        return gradients_of_losses(own_losses(task, batch.output), points, create_graph=second_order)
+    seed = int(torch.randint(2**62, (1,), generator=task.generator, device=task.generator.device))
+    vectors = partial(_vectors, points, seed)  # drawn again and again, for they are as large as the output
+    whole = _derivatives(batch.gradients, points, vectors())
+    batch.release()
+    first = whole[: len(whole) // 2]
+    _require_invariance(task, batch.output, whole if second_order else first, vectors if second_order else None)
+    _require_any_size(task, batch.output)
+    found = gradients_of_losses(own_losses(task, batch.output), points, create_graph=True)
     # With second derivatives too: single numbers are always multiples of one another.
-    own, batch = _derivatives(gradient, leaves, r), _derivatives(output_gradients, points, r)
-    square, dot = _products(own, own), _products(own, batch)
+    own = _derivatives(found, points, vectors())
+    square, dot = _products(own, own), _products(own, whole)
     factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
-    same = _close(own, batch, factor.abs()[:, None], factor[:, None])
+    same = _close(own, whole, factor.abs()[:, None], factor[:, None])
     if not same or bool((factor < -rounding(factor.dtype) * factor.abs().amax()).any()):
         raise CouplingError(
             "the loss uses a statistic of the batch (perhaps detached): in some sample's output, its gradient is no "
             "positive multiple of that of the sample's loss alone, so that per-sample gradients are not what the batch "
             "does; compute the statistic beforehand and pass it in targets; hessian_diagonal stays exact."
         )
-    return alone, leaves
+    return found if second_order else [None if g is None else g.detach() for g in found]
 
 
-def _holds_tensors(loss_fn: Any) -> bool:
-    """Whether a loss module of PyTorch's was given weights, which may be those of classes or of samples."""
-    loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    return isinstance(loss_fn, nn.Module) and next(loss_fn.buffers(), None) is not None
+def gradients_of_losses(losses: Tensor, points: Sequence[Tensor], *, create_graph: bool) -> list[Tensor | None]:
+    """The gradient of Σ_n ℓ_n; None where it does not depend on the points."""
+    if not losses.requires_grad:  # all of them constant
+        return [None] * len(points)
+    return gradients(losses.sum(), points, create_graph=create_graph)
+
+
+def _vectors(points: Sequence[Tensor], seed: int) -> list[Tensor]:
+    generator = torch.Generator(device=points[0].device).manual_seed(seed)
+    return [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for x in points]
 
 
 def _derivatives(
@@ -184,24 +231,21 @@ def _close(found: Sequence[Tensor], expected: Sequence[Tensor], scale: Tensor, f
 
 
 def _require_invariance(
-    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Sequence[Tensor] | None
+    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Callable[[], list[Tensor]] | None
 ) -> None:
     order = [*range(1, task.num_samples), 0]
-    others = None if vectors is None else [v[order] for v in vectors]
-    (permuted, targets), (_, by_rows) = task.cut(output, order), task.cut(output, order, rows=True)
     why = ""
-    for exchanged in (targets, by_rows):  # a label for each token, perhaps
-        leaves: list[Tensor] = []
+    for rows in (False, True):  # a label for each token, perhaps
         try:
-            loss = task.loss_again(expose_output(permuted, leaves, task.dimension, detach=True), exchanged)
-            again = _derivatives(gradients(loss.reshape(()), leaves, create_graph=True), leaves, others)
+            again = _exchanged(task, output, order, rows, vectors)
         except SecorderError:
             raise
         except Exception as error:
             why = f" (or none: {_first_line(error)})"
             continue
         size = torch.stack([x.abs().amax() for x in batch]).amax().clamp(max=1)
-        if _close(again, [x[order] for x in batch], size):
+        ends = (slice(1, None), slice(None, -1)), (slice(1), slice(-1, None))  # as the order has it, without a copy
+        if all(_close([x[found] for x in again], [x[here] for x in batch], size) for here, found in ends):
             return
     if not torch.equal(_value(task, output, seed=1), _value(task, output)):
         raise InvalidArgumentError(
@@ -212,6 +256,21 @@ def _require_invariance(
         "loss_fn does not treat the samples of a batch alike: exchanged together with their targets, they get other "
         f"losses{why}; {HELD}."
     )
+
+
+def _exchanged(
+    task: Measurement, output: Any, order: list[int], rows: bool, vectors: Callable[[], list[Tensor]] | None
+) -> list[Tensor]:
+    """The derivatives of the loss of samples in another order, in that order."""
+    leaves: list[Tensor] = []
+    permuted, targets = task.cut(output, order)
+    if rows:
+        _, targets = task.cut(output, order, rows=True)
+    exposed = expose_output(permuted, leaves, task.dimension, detach=True)
+    del permuted
+    loss = task.loss_again(exposed, targets).reshape(())
+    found = gradients(loss, leaves, create_graph=vectors is not None)
+    return _derivatives(found, leaves, None if vectors is None else [v[order] for v in vectors()])
 
 
 def _require_any_size(task: Measurement, output: Any) -> None:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ MAX_ELEMENTS = 10_000
 
 #: Elements of a tensor that are compared one by one, since changes through ``.data`` are not counted.
 MAX_COMPARED = 1_000_000
+
+#: Levels from the roots on that other objects than containers are looked at, where levels are told.
+OBJECTS = 2
 
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
 _FOREIGN = frozenset({
@@ -52,32 +56,43 @@ class State:
         roots: functions, bound methods, partials, modules and other objects.
         known: objects that are not to be looked at: their state is somebody else's.
         base: an earlier state of the same roots, whose copies of tensors will do.
+        levels: how far from the roots containers are looked at, and other objects only next to the roots; by default
+            both are however far they are.
     """
 
-    def __init__(self, roots: Iterable[Any], known: Iterable[Any] = (), base: "State | None" = None) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        known: Iterable[Any] = (),
+        base: "State | None" = None,
+        *,
+        levels: int | None = None,
+    ) -> None:
         self._base = base
+        self._few = levels is not None
         roots = list(roots)
         held = [p for root in roots if isinstance(root, nn.Module) for p in root.parameters(recurse=False)]
         self._sharded = any(hasattr(p, "placements") for p in held)
         self._saved: dict[int, tuple[Tensor, list[int]]] = {}
-        self._restores: list[Callable[[], None]] = []
+        self._restores: list[Callable[[], bool]] = []  # each tells whether there was anything to put back
         self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held
         self._exchanged: list[tuple[Callable[[Any], None], Tensor]] = []
         self._seen: dict[int, Any] = {id(x): x for x in known}  # kept: no other object may get the id
-        waiting = deque(roots)
+        waiting = deque((root, 0) for root in roots)
         while waiting and len(self._seen) < MAX_OBJECTS:
-            here = waiting.popleft()
+            here, level = waiting.popleft()
             if isinstance(here, _ATOMS) or id(here) in self._seen:
                 continue
             self._seen[id(here)] = here
-            waiting.extend(self._taken(here))
+            further = self._taken(here, objects=levels is None or level < OBJECTS)
+            waiting.extend([(x, level + 1) for x in further] if levels is None or level < levels else [])
 
-    def restore(self) -> None:
-        """Put everything back."""
-        for restore in self._restores:
-            restore()
+    def restore(self) -> bool:
+        """Put everything back; returns whether anything had been changed."""
+        changed = [restore() for restore in self._restores]
         for put, value in self._exchanged:
             put(value)
+        return any(changed)
 
     @contextmanager
     def exchanged(self, tensors: Mapping[int, Tensor]) -> Iterator[None]:
@@ -97,8 +112,8 @@ class State:
         if isinstance(held, Tensor):
             self._slots.append((held, put))
 
-    def _taken(self, x: Any) -> Iterable[Any]:
-        """Take down how to put an object back; returns what it leads to."""
+    def _taken(self, x: Any, *, objects: bool) -> Iterable[Any]:
+        """Take down how to put an object back; returns what it leads to. Of no containers only if they are wanted."""
         if isinstance(x, Tensor):
             self._tensor(x)
         elif isinstance(x, nn.Module):
@@ -117,7 +132,7 @@ class State:
             self._restores.append(generator)
         elif isinstance(x, type):
             return self._class(x)
-        elif not _foreign(type(x)):
+        elif objects and not _foreign(type(x)):
             return self._object(x)
         return ()
 
@@ -127,7 +142,8 @@ class State:
             return
         for name, value in list(vars(kind).items()):
             if not name.startswith("__") and not isinstance(value, _METHODS):
-                self._restores.append(partial(_set_on_class, kind, name, value))
+                put = partial(setattr, kind, name)
+                self._restores.append(partial(_reset, partial(vars(kind).get, name), put, value))
                 yield value
 
     def _object(self, x: Any) -> Iterator[Any]:
@@ -138,25 +154,31 @@ class State:
             for name in (slots,) if isinstance(slots, str) else slots:
                 if not name.startswith("__") and hasattr(x, name):
                     value = getattr(x, name)
-                    self._restores.append(partial(object.__setattr__, x, name, value))
+                    self._restores.append(
+                        partial(_reset, partial(getattr, x, name, None), partial(object.__setattr__, x, name), value)
+                    )
                     self._hold(value, partial(object.__setattr__, x, name))
                     yield value
 
     def _tensor(self, x: Tensor) -> None:
         if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
             return
+        if self._few and x.numel() > MAX_COMPARED:
+            return
         saved = self._base.unchanged(x) if self._base is not None else None
         saved = x.detach().clone() if saved is None else saved
         last, compared, flag = [version(x)], x.numel() <= MAX_COMPARED, x.requires_grad
         self._saved[id(x)] = saved, last
 
-        def restore() -> None:
-            if version(x) != last[0] or (compared and not _same(x, saved)):
+        def restore() -> bool:
+            changed = version(x) != last[0] or (compared and not _same(x, saved))
+            if changed:
                 with torch.no_grad():
                     if x.grad_fn is not None:  # something that requires a gradient was added to it
                         x.detach_()
                     x.requires_grad_(flag).copy_(saved)
                 last[0] = version(x)
+            return changed
 
         self._restores.append(restore)
 
@@ -187,15 +209,16 @@ class State:
                 held = cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-            self._restores.append(partial(setattr, cell, "cell_contents", held))
-            self._hold(held, partial(setattr, cell, "cell_contents"))
+            put = partial(setattr, cell, "cell_contents")
+            self._restores.append(partial(_reset, partial(_content, cell), put, held))
+            self._hold(held, put)
             yield held
         names, rebound = _global_names(function.__code__)
         for name in names & function.__globals__.keys():
-            held = function.__globals__[name]
+            held, put = function.__globals__[name], partial(function.__globals__.__setitem__, name)
             if name in rebound:
-                self._restores.append(partial(function.__globals__.__setitem__, name, held))
-            self._hold(held, partial(function.__globals__.__setitem__, name))
+                self._restores.append(partial(_reset, partial(function.__globals__.get, name), put, held))
+            self._hold(held, put)
             yield held
 
     def _container(self, x: Any) -> Iterable[Any]:
@@ -215,38 +238,49 @@ class State:
         return () if isinstance(x, bytearray) else list(x)
 
 
-def _set_on_class(kind: type, name: str, value: Any) -> None:
-    if vars(kind).get(name) is not value:
-        setattr(kind, name, value)
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # emptied
+        return cell
+
+
+def _reset(get: Callable[[], Any], put: Callable[[Any], object], value: Any) -> bool:
+    changed = get() is not value
+    if changed:
+        put(value)
+    return changed
 
 
 def _same(x: Tensor, saved: Tensor) -> bool:
     return torch.equal(x, saved) or bool(((x == saved) | ((x != x) & (saved != saved))).all())
 
 
-def _restore_attributes(module: nn.Module, saved: dict[str, Any]) -> None:
+def _restore_attributes(module: nn.Module, saved: dict[str, Any]) -> bool:
     """All but the mode, which a measurement may set itself."""
-    _restore_dict(vars(module), {**saved, "training": module.training})
+    return _restore_dict(vars(module), {**saved, "training": module.training})
 
 
-def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> None:
-    if len(table) != len(saved) or any(
-        key is not other or value is not held
-        for (key, value), (other, held) in zip(table.items(), saved.items(), strict=True)
-    ):
-        table.clear()
-        table.update(saved)
+def _restore_dict(table: dict[Any, Any], saved: dict[Any, Any]) -> bool:
+    if len(table) == len(saved) and all(map(is_, table, saved)) and all(map(is_, table.values(), saved.values())):
+        return False
+    table.clear()
+    table.update(saved)
+    return True
 
 
-def _restore_elements(x: Any, saved: list[Any]) -> None:
-    if len(x) == len(saved) and all(a is b for a, b in zip(x, saved, strict=True)):
-        return
+def _restore_elements(x: Any, saved: list[Any]) -> bool:
+    if len(x) == len(saved) and all(map(is_, x, saved)):
+        return False
     x.clear()
     (x.update if isinstance(x, set) else x.extend)(saved)
+    return True
 
 
-def _truncate(x: list[Any], length: int) -> None:
+def _truncate(x: list[Any], length: int) -> bool:
+    longer = len(x) > length
     del x[length:]
+    return longer
 
 
 def _global_names(code: types.CodeType) -> tuple[set[str], set[str]]:
@@ -262,23 +296,25 @@ def _global_names(code: types.CodeType) -> tuple[set[str], set[str]]:
     return names, rebound
 
 
-def _set_generator(generator: torch.Generator, state: Tensor) -> None:
-    generator.set_state(state)
+def _put_back(put: Callable[[Any], object], value: Any) -> bool:
+    """Put back what may have changed, or not: that is not asked."""
+    put(value)
+    return True
 
 
-def _generator(x: Any) -> Callable[[], None] | None:
+def _generator(x: Any) -> Callable[[], bool] | None:
     """How to put a source of random numbers, or an array of NumPy's, back; None for anything else."""
     if isinstance(x, torch.Generator):
-        return partial(_set_generator, x, x.get_state())
+        return partial(_put_back, x.set_state, x.get_state())
     if isinstance(x, random.Random):
-        return partial(x.setstate, x.getstate())
+        return partial(_put_back, x.setstate, x.getstate())
     numpy = sys.modules.get("numpy")
     if numpy is None:
         return None
     if isinstance(x, numpy.random.RandomState):
-        return partial(x.set_state, x.get_state())
+        return partial(_put_back, x.set_state, x.get_state())
     if isinstance(x, numpy.random.Generator):
-        return partial(setattr, x.bit_generator, "state", x.bit_generator.state)
+        return partial(_put_back, partial(setattr, x.bit_generator, "state"), x.bit_generator.state)
     if isinstance(x, numpy.ndarray) and x.size <= MAX_COMPARED and x.flags.writeable:
-        return partial(numpy.copyto, x, x.copy())
+        return partial(_put_back, partial(numpy.copyto, x), x.copy())
     return None

@@ -1,8 +1,6 @@
 """Traces of each layer's block, by the same strategies as diagonals."""
 
 import time
-from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,17 +8,15 @@ import torch
 from torch import Tensor
 
 from .._torch.pytree import tensors_in
-from .._torch.vjp import default_chunk_size
-from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
-from ..monitor.progress import progress_bar
 from .fisher import fisher_diagonal
+from .ggn_estimates import ggn_estimates
 from .hessian.budget import Budget
-from .hessian.estimate import ENOUGH, Estimate, average
+from .hessian.estimate import ENOUGH, Estimate
 from .hessian.output_draws import Reduce
 from .hessian.run import carry_out
 from .measurement import Measurement
-from .operators import Curvature, operators
+from .operators import Curvature
 
 __all__ = ["By", "Trace", "traces"]
 
@@ -55,17 +51,8 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     """
     if of == "hessian":
         estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
-    elif budget.method == "hutchinson" or (of == "ggn" and _takes_long(task, budget)):
-        estimates = {}
-        total = budget.num_draws * len(task.layers)
-        with (
-            progress_bar(task.progress, "Traces", total, unit="draws") as advance,
-            closing(operators(task, of)) as blocks,
-        ):
-            for layer, product in blocks:
-                nothing = Estimate(_nothing(layer, by))
-                drawn = None if product is None else _drawn(task, budget, layer, product, by, advance)
-                estimates[layer.name] = drawn or nothing
+    elif of == "ggn" and (budget.method == "hutchinson" or _takes_long(task, budget)):
+        estimates = ggn_estimates(task, budget, _sums(by))
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
@@ -106,29 +93,6 @@ def _sums(by: By) -> Reduce:
         return each if by == "parameter" else [torch.stack(each).sum(0)]
 
     return sums
-
-
-def _nothing(layer: Layer, by: By) -> list[Tensor]:
-    like = next(iter(layer.parameters.values()))
-    one = torch.zeros(1, dtype=compute_dtype(layer), device=like.device)
-    return [one] * (len(layer.parameters) if by == "parameter" else 1)
-
-
-def _drawn(
-    task: Measurement, budget: Budget, layer: Layer, product: object, by: By, advance: Callable[[int], None]
-) -> Estimate:
-    """From random signs v on the parameters, vᵀ B v."""
-    assert callable(product)
-    like = _nothing(layer, "layer")[0].expand(sum(_sizes(layer)))
-
-    def draw(count: int) -> list[Tensor]:
-        (vectors,) = task.signs(count, [like])
-        products = torch.stack([v * product(v) for v in vectors])
-        return _sums(by)(list(products.split(_sizes(layer), 1)))
-
-    size = default_chunk_size(sum(_sizes(layer)), like, task.chunk_size)
-    seconds = budget.draw_seconds / len(task.layers)
-    return average(draw, _nothing(layer, by), budget, size, advance, seconds=seconds)
 
 
 def _trace(estimate: Estimate, index: int, budget: Budget) -> Trace:

@@ -6,14 +6,14 @@ it is followed to what takes its output.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._torch.graph import Node, Output, Users, outputs_of
-from .._torch.sample_graph import inner_size
+from .._torch.sample_graph import SHARED, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
@@ -136,29 +136,51 @@ class ByCotangents(Evidence):
     ) -> None:
         super().__init__()
         self.told = told or {}
-        self.outputs, self.count = [f for f, _ in ends], count
-        self.plain = [torch.randn(f.shape, generator=generator, device="cpu").to(f) for f in self.outputs]
+        self.ends, self.count, self.generator = ends, count, generator
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """The model's outputs."""
+        return [f for f, _ in self.ends]
+
+    @cached_property
+    def plain(self) -> list[Tensor]:
+        """Random cotangents on them."""
+        return [torch.randn(f.shape, generator=self.generator, device="cpu").to(f) for f in self.outputs]
+
+    @cached_property
+    def weights(self) -> list[Tensor]:
+        """Random weights of the samples."""
         draws = 3 if any(torch.finfo(f.dtype).bits < 32 for f in self.outputs) else 1
-        self.weights = [0.5 + torch.randn(count, generator=generator, device="cpu").abs() for _ in range(draws)]
-        self.scaled = [
-            [c * over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, ends, strict=True)]
+        return [0.5 + torch.randn(self.count, generator=self.generator, device="cpu").abs() for _ in range(draws)]
+
+    @cached_property
+    def scaled(self) -> list[list[Tensor]]:
+        """The cotangents, weighted sample by sample."""
+        return [
+            [c * over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, self.ends, strict=True)]
             for w in self.weights
         ]
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
-        self.moved |= {node for (node, _), layout in zip(outputs, by_graph, strict=True) if layout is not None}
-        rest = [
-            i for i, (node, _) in enumerate(outputs) if by_graph[i] is None and not (self.told and _of_leaves(node))
-        ]
+        self.moved |= {node for node, output in outputs if self.told.get((node, output.number)) is not None}
+        rest = [i for i, (node, o) in enumerate(outputs) if by_graph[i] is None and not self._shared(node, o)]
         for i, layout in zip(rest, self._by_gradients([outputs[i] for i in rest]) if rest else (), strict=True):
             by_graph[i] = layout
         return by_graph
 
     def _by_graph(self, node: Node, output: Output) -> Layout | None:
-        inner = self.told.get((node, output.number))
-        options = () if inner is None else layouts_of(output.shape, self.count)
-        return next((o for o in options if _inner_size(o, output.shape) == inner), None)
+        here = (node, output.number)
+        options = layouts_of(output.shape, self.count)
+        if self.told and here not in self.told:  # nothing depends on it, such as on the last state of a recurrent layer
+            return next(iter(options), None)
+        inner = self.told.get(here)
+        return next((o for o in options if inner is not None and _inner_size(o, output.shape) == inner), None)
+
+    def _shared(self, node: Node, output: Output) -> bool:
+        """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""
+        return bool(self.told) and (self.told.get((node, output.number)) == SHARED or _of_leaves(node))
 
     def _by_gradients(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         plain = gradients_at(self.outputs, outputs, self.plain)

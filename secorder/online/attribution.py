@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .._torch.modules import Place
+from .._torch.pytree import tensors_in
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..layers.tying import Ties
 from ..layers.uses import Route
+from ..owners import Grouping
 from .relation import Shape, Verified
 
 __all__ = ["Attribution", "merged"]
@@ -21,6 +23,7 @@ class Attribution:
     Attributes:
         layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
         dims: for each tensor among the model's arguments, the dimension that holds the samples.
+        grouping: how samples own these tensors, where no dimension holds them.
         shapes: of these tensors in this batch.
         known: by layer, the calls that were verified.
         outputs: for each of the model's outputs in this batch, where the samples are in it.
@@ -45,6 +48,7 @@ class Attribution:
 
     layers: tuple[Layer, ...] = ()
     dims: tuple[int | None, ...] = ()
+    grouping: Grouping | None = None
     shapes: tuple[Shape, ...] = ()
     known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)
     outputs: tuple[Layout | None, ...] = ()
@@ -80,12 +84,21 @@ class Attribution:
         """The layers whose number a layer's calls take part in: those that share a parameter with it, or it alone."""
         return self.sharing(name) or [name]
 
-    def count(self, shapes: Sequence[Shape]) -> int | None:
-        """The number of samples of a batch, by its arguments' shapes; None where these contradict what is known."""
+    def count(self, arguments: Any) -> int | None:
+        """The number of samples of a batch, by its arguments; None where these contradict what is known."""
+        if self.grouping is None:
+            return self.count_by_shapes([tuple(t.shape) for t in tensors_in(arguments)])
+        owned = self.grouping.of(arguments)
+        return None if owned is None else owned.num_samples
+
+    def count_by_shapes(self, shapes: Sequence[Shape]) -> int | None:
+        """The number of samples where a dimension holds them; None where the shapes contradict what is known."""
         if len(shapes) != len(self.dims) or any(
             dim is not None and len(shape) <= dim for shape, dim in zip(shapes, self.dims, strict=True)
         ):
             return None
+        if self.dims and not any(dim is not None for dim in self.dims):
+            return 1  # each call is one sample
         sizes = {shape[dim] for shape, dim in zip(shapes, self.dims, strict=True) if dim is not None}
         if 0 in sizes:
             return 0

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch.norms import norms_of
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
 from ..layers.rank_one import RankOne
@@ -27,8 +28,9 @@ from .directions import IN_CHANNELS, Directions, Vectors
 
 __all__ = ["Audit", "actual", "explained", "explained_together"]
 
-#: Rows up to which the norm of a factor is taken whole: few may happen to be orthogonal to r or s.
-FEW = 32
+#: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
+#: rows, or samples of several rows each, that are looked at beside their products with r or s.
+FEW, FEW_SAMPLES = 32, 4
 #: What passes for rounding, in units in the last place of the products' size: of the parameter's dtype, and of a lower
 #: one that factors are rounded to before they are multiplied.
 UNITS = 64
@@ -81,7 +83,7 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
         right = right + 1
-        size = torch.dot(right, right)
+        size = _size(whole, right)
     else:
         size = _size(whole, right)
         if with_bias:
@@ -96,21 +98,20 @@ def explained_together(layers: Sequence[tuple[RankOne, Vectors]], with_bias: Ten
         layers: with the random vectors of each.
         with_bias: of each, one where that of the bias is to be in its number, else zero.
     """
-    left, right, seen = [], [], []
+    left, right, seen_g, seen_a = [], [], [], []
     for one, (r, s, start, rows, _) in layers:
         size, g, a = r.shape[0], one.cotangents, one.inputs
         g = g if size == rows else g[:, start : start + size]
         g, a = (t if t.dtype is r.dtype else t.to(r.dtype) for t in (g, a))
         left.append(torch.mv(g, r))
         right.append(torch.mv(a, s))
-        seen.append((g, a))
+        seen_g.append(g)
+        seen_a.append(a)
     of_g, of_a = torch.stack(left), torch.stack(right) + with_bias[:, None]
-    if of_g.shape[1] > FEW:
-        sizes = torch.linalg.vecdot(of_g, of_g) * torch.linalg.vecdot(of_a, of_a)
-    else:
-        norms = torch.stack(torch._foreach_norm([t for pair in seen for t in pair])).square().view(-1, 2)
-        sizes = norms[:, 0] * (norms[:, 1] + with_bias * of_g.shape[1])
-    return torch.linalg.vecdot(of_g, of_a), sizes
+    norms = torch.stack(norms_of(seen_g + seen_a)).square().view(2, -1)
+    sizes_of_g = norms[0] + torch.linalg.vecdot(of_g, of_g)  # by all that is seen, and by its products, as in _size
+    sizes_of_a = norms[1] + torch.linalg.vecdot(of_a, of_a) + with_bias * of_a.shape[1]
+    return torch.linalg.vecdot(of_g, of_a), sizes_of_g * sizes_of_a
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -150,9 +151,17 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
 
 
 def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The square of a factor's norm, by its product with random numbers where that has rows enough to tell."""
-    flat = product if product.shape[0] > FEW else whole.to(product.dtype).flatten()
-    return torch.dot(flat, flat)
+    """The square of a factor's norm; where it has rows enough, by their product with random numbers and by some rows.
+
+    Rows that are nearly alike, as tokens in a deep transformer are, may all happen to be orthogonal to what was drawn;
+    and a few rows alone do not tell of one that is much larger than the others.
+    """
+    if product.shape[0] <= FEW:
+        flat = whole.to(product.dtype).flatten()
+        return torch.dot(flat, flat)
+    some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
+    flat = some.to(product.dtype).flatten()
+    return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
 
 
 class Explained(NamedTuple):

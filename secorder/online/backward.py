@@ -50,7 +50,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     backward = fisher.backwards.get(number)
     if backward is None:
         backward = Backward(number, Audit(fisher.directions))
-        for other in fisher.backwards.values():  # of another thread: what is in .grad may be either's
+        for other in list(fisher.backwards.values()):  # of another thread: what is in .grad may be either's
             other.alone = backward.alone = False
         fisher.backwards[number] = backward
         after_backward(partial(leave, attachment, backward))
@@ -61,7 +61,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
         watch_squares(fisher, backward, record)
-    if record.recomputes:
+    if record.recomputes and not record.handles:
         attachment.register(record)
     return True
 

@@ -107,7 +107,8 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
             "overwrites its input in place: use an out-of-place operation, leave the layers out with layers=, or "
             "measure them with one-shot calls."
         )
-    kept = keep(tensors_in(start.arguments))
+    # A checkpoint around the model keeps its arguments, too, and computes it again without this.
+    kept = keep(tensors_in(start.arguments), here=layer.enclosing is attachment.model)
     if (layer.name, index) in record.hooked:
         return
     record.hooked.add((layer.name, index))

@@ -133,7 +133,7 @@ class OnlineFisher:
     def renew(self) -> None:
         """Go on with empty sums."""
         diagonal = self.accumulate == "diagonal"
-        self.sums = {x.name: LayerSums.empty(x, self.device, self.dtype, diagonal=diagonal) for x in self.layers}
+        self.sums = LayerSums.empty_of(self.layers, self.device, self.dtype, diagonal=diagonal)
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from .._torch.engine import in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import Aside, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
+from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
 from .backward import enter, let_go
@@ -68,6 +70,8 @@ class Attachment:
         #: Forwards counted towards ``every``, in train and in eval mode.
         self.counts = {True: 0, False: 0}
         self._running: dict[int, ForwardRecord] = {}  # by thread
+        self._again: dict[int, ForwardRecord] = {}  # by thread, what a checkpoint around the model computes again
+        self._sections: WeakKeyDictionary[Any, ref[ForwardRecord]] = WeakKeyDictionary()  # of checkpoints
         self._handles: list[Any] = []
         self._aside: Aside | None = None
         self._waiting: set[int] = set()  # threads whose forward has not begun
@@ -140,7 +144,7 @@ class Attachment:
         if inside_transform() or is_traced():
             saw("traced")
             return
-        if in_backward() and self.fisher.backwards.here():
+        if in_backward() and (self._computed_again() or self.fisher.backwards.here()):
             return  # a checkpoint computes the whole model again; the layers' hooks are back by themselves
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             saw("no grad")
@@ -188,8 +192,9 @@ class Attachment:
             self._aside = Aside(self.model)
 
     def owns(self, eager: EagerSection) -> bool:
-        """Whether a forward that runs is within this section."""
-        return any(record.eager is eager for record in self._running.values())
+        """Whether the forward that this thread runs is within this section."""
+        record = self._running.get(threading.get_ident())
+        return record is not None and record.eager is eager
 
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
         """The model's forward ended, perhaps by an exception (then without an output).
@@ -202,10 +207,13 @@ class Attachment:
         """
         thread = threading.get_ident()
         record = self._running.get(thread)
-        if in_backward() or is_running(self.model):
+        if is_running(self.model):
             return
         if record is None:
-            self._watch_unrecorded(output)
+            if in_backward():
+                self._leave_computed_again()
+            else:
+                self._watch_unrecorded(output)
             return
         if record.eager is not None:
             sections.append(record.eager)
@@ -220,12 +228,34 @@ class Attachment:
                 module_starts(record, root, record.start)
             hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)
             hook(self.model, args, kwargs, output)
-        settle(self, record, output)
+        settle(self, record, (args, kwargs), output)
+        for section in record.sections or ():
+            self._sections[section] = ref(record)
         for tensor in tensors_in(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
                 returned = self.fisher.returned and not tensor.dim() and tensor.is_floating_point()
                 tensor.register_hook(_Enters(self, record, returned=returned))
+
+    def _computed_again(self) -> bool:
+        """Whether a checkpoint around the model computes a forward again: if it was recorded, its layers are hooked.
+
+        Where the loss is inside of it too, that is before any gradient has come to the forward.
+        """
+        section = section_computed_again()
+        record = None if section is None else self._sections.get(section, lambda: None)()
+        if record is not None and not record.closed and not record.handles:
+            self.register(record)
+            self._again[threading.get_ident()] = record
+        return section is not None
+
+    def _leave_computed_again(self) -> None:
+        """The forward that is computed again has ended: hooks go, unless the backward that runs has use for them."""
+        record = self._again.pop(threading.get_ident(), None)
+        if record is not None and record.backward is None:
+            for handle in record.handles:
+                handle.remove()
+            record.handles.clear()
 
     def _watch_unrecorded(self, output: Any) -> None:
         """A forward that is not one of each ``every``: what it and a recorded one bring cannot be told apart."""

@@ -97,7 +97,8 @@ class Looks:
             places = zip(before.dims, after.dims, strict=False)
             if (
                 any(None not in pair and pair[0] != pair[1] for pair in places)
-                and before.count(after.shapes) is not None
+                and before.grouping is None
+                and before.count_by_shapes(after.shapes) is not None
             ):
                 return [layer.name for layer in before.layers]
         by_name = {x.name: x for x in after.layers}

@@ -42,7 +42,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
         return None
     shapes = shapes_of((args, kwargs) if kwargs else args)
     due, known = looks.due(), looks.known()
-    count = None if known is None else known.count(shapes)
+    count = None if known is None else known.count((args, kwargs))
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
@@ -57,7 +57,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
             if alone:
                 verified = True
                 known = _look(fisher, looks, known, args, kwargs)
-                count = None if known is None else known.count(shapes)
+                count = None if known is None else known.count((args, kwargs))
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
@@ -87,7 +87,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged since; whether the layers can be recorded."""
     changed = False
-    meta = []
+    meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same, on_meta = True, False
         for name, p in layer.parameters.items():
@@ -102,12 +102,22 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                     [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
                 )
                 continue
+            if not all(p.is_leaf for p in found.values()):
+                computed.append(layer.name)
+                continue
             layer = fisher.layers[index] = replace(layer, parameters=found)
             changed, on_meta = True, any(p.is_meta for p in found.values())
         if on_meta:
             meta.append(layer.name)
     if changed:
         looks.forget()
+    if computed:
+        fisher.troubles.saw("computed")
+        fisher.troubles.warn(
+            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
+        )
+        return False
     if not meta:
         fisher.follow()
     else:
@@ -200,14 +210,15 @@ def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) 
         reason = (
             f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
             "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples), or measure the layers with one-shot calls."
+            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
+            "with one-shot calls."
         )
     if fisher.troubles.strict:
         raise CouplingError(reason)
     fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
 
 
-def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
@@ -218,7 +229,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, output: Any) -> None
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output))
+        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     _require_present(fisher, record)
@@ -295,7 +306,7 @@ def _fall_back(
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
     able = [
-        x for x in layers if not x.sharded and found.count(record.shapes) and not record.attribution.sharing(x.name)
+        x for x in layers if not x.sharded and _same_samples(found, record) and not record.attribution.sharing(x.name)
     ]
     for layer in layers:
         if layer not in able:
@@ -315,6 +326,11 @@ def _fall_back(
         return
     for layer in record.fallback:
         record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+
+
+def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
+    """Whether what was found is of as many samples as the record has, as far as shapes tell."""
+    return found.grouping is not None or bool(found.count_by_shapes(record.shapes))
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:

@@ -1,8 +1,12 @@
 """What was accumulated, as it is told: the one place where the device is waited for."""
 
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
+from .._torch.several import divide_each
 from ..errors import AttributionError, InvalidArgumentError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
 from ..parallel.fsdp import whole_sum
@@ -61,9 +65,17 @@ class Counts(NamedTuple):
 def counts_of(fisher: OnlineFisher, stretch: OnlineFisher | Stretch) -> dict[str, Counts]:
     """What is in the sums of each layer."""
     if fisher.accumulate == "diagonal":
-        return {name: Counts(*sums.counts.tolist()) for name, sums in stretch.sums.items()}
+        table = on_host([sums.counts for sums in stretch.sums.values()])
+        return {name: Counts(*row) for name, row in zip(stretch.sums, table, strict=True)}
     rows = zip(stretch.sums, stretch.norms.rows(), strict=True)
     return {name: Counts(row.samples, row.weight, row.batches) for name, row in rows}
+
+
+def on_host(tensors: Sequence[Tensor]) -> list[Any]:
+    """Tensors of one shape as lists of numbers: gathered where the first one is, and read at once."""
+    device = tensors[0].device
+    found: list[Any] = torch.stack([t if t.device == device else t.to(device) for t in tensors]).tolist()
+    return found
 
 
 def everything(fisher: OnlineFisher) -> Stretch:
@@ -95,8 +107,10 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     stretch, troubles = read or (everything(fisher), untold(fisher))
     counts = told(fisher, stretch, troubles, missing)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
-    values = {x.name: [total / counts[x.name].weight for total in stretch.sums[x.name].sums] for x in chosen}
-    return Diagonals(chosen, values, {layer.name: LayerInfo(Strategy.ONLINE) for layer in chosen})
+    totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
+    found = Diagonals(chosen, totals, dict.fromkeys(totals, LayerInfo(Strategy.ONLINE)))
+    divide_each(list(found.values()), [counts[name].weight for name in found])
+    return found
 
 
 def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> dict[str, Trace]:
@@ -105,14 +119,24 @@ def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read |
     counts = told(fisher, stretch, troubles, missing)
     rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
     found, share = {}, ranks(stretch)
+    traces = _traces(fisher, stretch, list(counts)) if fisher.accumulate == "diagonal" else {}
     for name, count in counts.items():
         row, value = rows[name], None
         if fisher.accumulate == "diagonal":
-            value = sum(float(whole_sum(own, fisher.shard)) for own in stretch.sums[name].sums) / count.weight
+            value = traces[name] / count.weight
             effective = effective_samples(count.samples, count.batches, count.weight, fisher.decay)
         else:
             effective = row.weight**2 / row.weight_squares
         found[name] = trace_of(row, value, count.samples * share, effective * share)
+    return found
+
+
+def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dict[str, float]:
+    """The sums of the squares of these layers, read at once."""
+    parts = [(name, whole_sum(own, fisher.shard)) for name in names for own in stretch.sums[name].sums]
+    found = dict.fromkeys(names, 0.0)
+    for (name, _), value in zip(parts, on_host([part for _, part in parts]), strict=True):
+        found[name] += value
     return found
 
 

@@ -150,7 +150,7 @@ class Backwards(dict[int, Backward]):
 
     def here(self) -> list[Backward]:
         """Those of this thread."""
-        return [backward for backward in self.values() if backward.thread == threading.get_ident()]
+        return [backward for backward in list(self.values()) if backward.thread == threading.get_ident()]
 
     def let_go(self, backwards: Iterable[Backward]) -> None:
         """These have ended, or were broken off."""

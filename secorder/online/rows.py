@@ -1,6 +1,6 @@
 """The rows of each layer's output, and the samples that they belong to: by weighted cotangents, or by change."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import changed_entries, over_samples, separating_masks
-from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ..oneshot.recorded_layer import RecordedLayer, layout_options, rounding_noise, scale_draws, scales
 from ..parallel.fsdp import over_ranks
 from .samples import Hypothesis, any_layout, floating, run_changed
 
@@ -78,19 +78,18 @@ def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor,
 
     cotangents = [random(f.shape, f) for f in outputs]
     plain = pull_back(cotangents)
-    options = [_options(z, count) for z in layers]
+    draws = []
     for _ in range(scale_draws(leaves)):
         weights = 0.5 + random((count,), outputs[0]).abs()
-        scaled = pull_back(
-            [c * over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
-        )
-        options = [
-            [
-                [o for o in choices if scales([leaf], [o], plain, scaled, weights)]
-                for leaf, choices in zip(z.leaves, by_leaf, strict=True)
-            ]
-            for z, by_leaf in zip(layers, options, strict=True)
-        ]
+        spread = [over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
+        draws.append((weights, pull_back([c * w for c, w in zip(cotangents, spread, strict=True)])))
+    candidates = [_options(z, count) for z in layers]
+    options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
+    unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
+    if unsettled:
+        noise = rounding_noise(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
+        for i in unsettled:
+            options[i] = _that_scale(layers[i], candidates[i], plain, draws, noise)
     known, unknown, reached = _none_yet()
     for z, by_leaf in zip(layers, options, strict=True):
         name = z.layer.name
@@ -102,6 +101,20 @@ def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor,
         else:
             unknown.add(name)
     return known, unknown, reached
+
+
+def _that_scale(
+    z: RecordedLayer,
+    candidates: list[list[Layout]],
+    plain: dict[int, Tensor],
+    draws: Sequence[tuple[Tensor, dict[int, Tensor]]],
+    noise: Mapping[int, Tensor] | None = None,
+) -> list[list[Layout]]:
+    """For each output of a layer the layouts of which weighting the samples weights the rows."""
+    return [
+        [o for o in choices if all(scales([leaf], [o], plain, scaled, weights, noise) for weights, scaled in draws)]
+        for leaf, choices in zip(z.leaves, candidates, strict=True)
+    ]
 
 
 def _none_yet() -> Rows:

@@ -23,6 +23,7 @@ from .samples import (
     any_layout,
     equivariant,
     hypotheses,
+    of_owned,
     separates,
     shapes_of,
     told,
@@ -58,6 +59,12 @@ class Question:
         return list(drawn.gather(1, order))
 
 
+LISTED = (
+    "the model is called with a list of tensors, or rows that a vector gives to graphs, and its output does not tell "
+    "whether each of them is a sample: let it return one tensor of a row a sample, or pass "
+    'sample_dim="list" where each entry of the list is one, or the dimension that holds the samples'
+)
+
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
 Choice = tuple[Hypothesis, list[list[Layout]]]
 
@@ -67,14 +74,16 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
     model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
     tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
-        return Attribution(undecided="none of the model's arguments has a dimension for samples")
+        what = 'is a list, as sample_dim="list" says' if dim == "list" else "has a dimension for samples"
+        return Attribution(undecided=f"none of the model's arguments {what}")
     usual = tried[0]
-    certain = len(tried) == 1 and usual.dim == 0 and independent_by_structure(model, 0)
+    certain = len(tried) == 1 and usual.dim == 0 and usual.owned is None and independent_by_structure(model, 0)
     if (usual.num_samples <= 1 and len(tried) == 1) or certain or shard is not None:
         return usual, [any_layout(f, usual.num_samples) for f in base]
     before = asked.before
-    if before is not None and (count := before.count(shapes_of(arguments))) is not None and count > 1:
-        known = Hypothesis(before.dims, count, before.alternative)
+    if before is not None and (count := before.count(arguments)) is not None and count > 1:
+        owned = None if before.grouping is None else before.grouping.of(arguments)
+        known = Hypothesis(before.dims, count, before.alternative) if owned is None else of_owned(owned, arguments)
         options = separates(forward, arguments, base, known, asked.masks(count, TRIALS), usual=True)
         if options is not None:
             return known, options
@@ -90,29 +99,43 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
                 holding.append((hypothesis, options))
         if holding and dim is not None:
             break
-    if usual.num_samples == 1 and dim is None:
+    listed = [choice for choice in holding if choice[0].owned is not None]
+    if usual.num_samples == 1 and dim is None and not listed:
+        if any(h.owned is not None and h.num_samples > 1 for h in tried):
+            return Attribution(undecided=LISTED)
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
-    if (
-        not holding and dim is None and usual.dim == 0
-    ):  # perhaps nothing changes anything, as where weights start at zero
-        options = separates(forward, arguments, base, usual, asked.masks(usual.num_samples), usual=True)
-        holding = [] if options is None else [(usual, options)]
+    if dim is None and usual.dim == 0 and usual.num_samples > 1 and all(h is not usual for h, _ in holding):
+        # Perhaps nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
+        masks = asked.masks(usual.num_samples)
+        options = separates(forward, arguments, base, usual, masks, usual=True, accepts=bool(holding))
+        holding = holding if options is None else [(usual, options), *holding]
     if not holding:
+        if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
+            return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]
     with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
         alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
     first, options = alike[0]
-    return first._replace(alternative=next((h.dim for h, _ in alike if h.dim != first.dim), None)), options
+    others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
+    return first._replace(alternative=next(iter(others), None)), options
 
 
 def _by_size_alone(
     asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis]
 ) -> Choice | Attribution:
     """Where the outputs tell nothing of the number of samples (a loss alone)."""
+    if asked.sample_dim == "list":
+        return tried[0], []
+    if (
+        asked.sample_dim is None
+        and any(h.owned is not None and h.num_samples > 1 for h in tried)
+        and (tried[0].num_samples == 1 or None in tried[0].dims)
+    ):
+        return Attribution(undecided=LISTED)
     if base and all(f.numel() > 1 for f in base):
         return _nothing_separates(asked, forward, base, tried[0])
     sizes = {h.num_samples for h in tried if h.dim == tried[0].dim} - {1}

@@ -9,7 +9,7 @@ else, the rows that it looks up are.
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,14 +21,16 @@ from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..oneshot.independence import changed_entries
+from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
 
 __all__ = [
-    "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "run_changed",
-    "separates", "shapes_of", "told",
+    "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "of_owned",
+    "run_changed", "separates", "shapes_of", "told",
 ]  # fmt: skip
 
-#: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), or None.
-SampleDim = int | Mapping[str, int | None] | None
+#: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
+#: where each entry of a list among the arguments is a sample, or None.
+SampleDim = int | Literal["list"] | Mapping[str, int | None] | None
 
 Forward = Callable[[Any], Any]
 
@@ -40,11 +42,13 @@ class Hypothesis(NamedTuple):
         dims: for each tensor among the arguments, the dimension that holds its samples; None for one without.
         num_samples: how many there are.
         alternative: another dimension of which the same holds.
+        owned: whose the tensors are whose samples no dimension holds; None where one does.
     """
 
     dims: tuple[int | None, ...]
     num_samples: int
     alternative: int | None = None
+    owned: Owned | None = None
 
     @property
     def dim(self) -> int | None:
@@ -53,17 +57,19 @@ class Hypothesis(NamedTuple):
 
 
 def check_sample_dim(sample_dim: SampleDim) -> None:
-    """Raise unless it is None, a dimension, or a mapping to dimensions.
+    """Raise unless it is None, ``"list"``, a dimension, or a mapping to dimensions.
 
     Raises:
         InvalidArgumentError: it is not.
     """
+    if sample_dim == "list":
+        return
     dims = list(sample_dim.values()) if isinstance(sample_dim, Mapping) else [sample_dim]
     for dim in dims:
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 0):
             raise InvalidArgumentError(
-                "sample_dim must be an integer of at least 0, a mapping of argument names to such integers or None, or "
-                f"None, got {sample_dim!r}."
+                'sample_dim must be an integer of at least 0, "list", a mapping of argument names to such integers or '
+                f"None, or None, got {sample_dim!r}."
             )
 
 
@@ -84,19 +90,39 @@ def told(
         of_tensor.update((id(t), dim) for t in tensors_in(bound.get(name, kwargs.get(name))))
     dims = tuple(of_tensor.get(id(t)) for t in tensors_in((args, kwargs)))
     sizes = {t.shape[d] for t, d in zip(tensors_in((args, kwargs)), dims, strict=True) if d is not None and t.dim() > d}
+    if not any(dim is not None for dim in sample_dim.values()):  # each call is one sample
+        return Hypothesis(dims, 1)
     if len(sizes - {1}) > 1 or not sizes:
         raise InvalidArgumentError(f"in the dimensions of sample_dim the arguments have sizes {sorted(sizes)}.")
     return Hypothesis(dims, max(sizes))
 
 
-def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> list[Hypothesis]:
+def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["list"] | None) -> list[Hypothesis]:
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
+
+    Behind these come the entries of a list, and the graphs of a vector of indices.
 
     Args:
         arguments: of the model.
         outputs: its tensors.
-        dim: the dimension, where it was told.
+        dim: the dimension, where it was told, or ``"list"``.
     """
+    owned = owned_by_entries(arguments) if dim in (None, "list") else []
+    owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
+    found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
+    return found + [of_owned(x, arguments) for x in owned]
+
+
+def of_owned(owned: Owned, arguments: Any) -> Hypothesis:
+    """The hypothesis that samples own tensors, or their rows; others hold them in a dimension, if any."""
+    dims = [
+        None if owner is not None or t.dim() == 0 or t.shape[0] != owned.num_samples else 0
+        for t, owner in zip(tensors_in(arguments), owned.owners, strict=True)
+    ]
+    return Hypothesis(tuple(dims), owned.num_samples, owned=owned)
+
+
+def _in_dimensions(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> list[Hypothesis]:
     tensors = list(tensors_in(arguments))
     found = []
     for d in (0, 1) if dim is None else (dim,):
@@ -105,7 +131,7 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> li
         rest = [size for size in sizes if size not in known]
         for size in known if known or (d and dim is None) else [s for s in rest if s != 1] or rest:
             found.append(Hypothesis(tuple(_dim_of(t, size, d) for t in tensors), size))
-    return found[:4]
+    return found
 
 
 def _may_hold(output: Tensor, size: int) -> bool:
@@ -136,6 +162,7 @@ def separates(
     masks: Sequence[Tensor],
     *,
     usual: bool,
+    accepts: bool = False,
 ) -> list[list[Layout]] | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
 
@@ -148,6 +175,7 @@ def separates(
         hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
         usual: whether the hypothesis is to be taken where nothing tells.
+        accepts: whether inputs that the model does not accept tell against it.
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
@@ -158,7 +186,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return options if usual else None
+            return options if usual and not accepts else None
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -177,6 +205,8 @@ def separates(
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
     """Whether the model treats what may be its samples alike: exchanged there, they are so in its outputs."""
+    if hypothesis.owned is not None:
+        return True
     order = torch.arange(hypothesis.num_samples).roll(1)
     dims = iter(hypothesis.dims)
 
@@ -206,10 +236,15 @@ def floating(tree: Any) -> list[Tensor]:
 def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Any:
     """The model's output with other numbers for some samples: those of their neighbours, a little scaled."""
     dims = iter(hypothesis.dims)
+    owners = iter(hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners)
 
     def changed(tensor: Tensor) -> Tensor:
-        dim = next(dims)
-        if dim is None or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
+        dim, owner = next(dims), next(owners)
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.is_nested:
+            return tensor
+        if hypothesis.owned is not None and owner is not None and not _sparse(tensor):
+            return changed_rows(tensor, owner, mask)
+        if dim is None:
             return tensor
         if _sparse(tensor):
             return _mixed(tensor.to_dense(), dim, mask).to_sparse(layout=tensor.layout)
@@ -233,9 +268,10 @@ def _sparse(tensor: Tensor) -> bool:
 
 
 def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
+    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
     return not any(
-        dim is not None and (t.is_floating_point() or t.is_complex())
-        for t, dim in zip(tensors_in(arguments), hypothesis.dims, strict=True)
+        (dim is not None or owner is not None) and (t.is_floating_point() or t.is_complex())
+        for t, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True)
     )
 
 
@@ -244,27 +280,36 @@ class _OfIntegers(TorchFunctionMode):
 
     def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any) -> None:
         super().__init__()
-        self.mask, self.count, self.dim = mask, hypothesis.num_samples, hypothesis.dim or 0
-        self.ours: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
-        for tensor, dim in zip(tensors_in(arguments), hypothesis.dims, strict=True):
-            if dim is not None:
-                self.ours[tensor] = True
+        self.dim = hypothesis.dim or 0
+        #: By tensor, which of its rows are those of changed samples.
+        self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
+        owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
+        for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
+            if hypothesis.owned is not None and owner is not None:
+                self.ours[tensor] = (
+                    mask[owner.cpu().long()]
+                    if isinstance(owner, Tensor)
+                    else mask[owner].expand(tensor.shape[:1] or (1,))
+                )
+            elif dim is not None:
+                self.ours[tensor] = mask
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(tensors_in((args, kwargs)))
-        if not isinstance(result, Tensor) or not any(t in self.ours for t in given):
+        rows = next((self.ours[t] for t in given if t in self.ours), None)
+        if not isinstance(result, Tensor) or rows is None:
             return result
         if not result.is_floating_point():
-            self.ours[result] = True
+            self.ours[result] = rows
             return result
         if func not in (F.embedding, F.embedding_bag) and any(t.is_floating_point() for t in given):
             return result
         # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
-        if result.dim() > self.dim + 1 and result.shape[self.dim] == self.count:
-            return _mixed(result, self.dim, self.mask)
+        if result.dim() > self.dim + 1 and result.shape[self.dim] == len(rows):
+            return _mixed(result, self.dim, rows)
         return result
 
 

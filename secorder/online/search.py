@@ -12,6 +12,7 @@ up to the model.
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
 from .._torch.modules import batch_normalisation, buffer_places
-from .._torch.pytree import tensors_in
+from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
@@ -69,6 +70,7 @@ def attribute(
     """
     if sharded_parameter(layers) is not None:
         not_followed = [x.name for x in layers]
+    args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -80,6 +82,13 @@ def attribute(
         if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
             return replace(found, ties=ties)
     return _escalate(asked, layers)
+
+
+def _cut_off(seen: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    """An argument without what it was computed from, such as the forward before this one; given twice, it stays one."""
+    if tensor.grad_fn is None:
+        return tensor
+    return seen.setdefault(id(tensor), tensor.detach().requires_grad_())
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
@@ -258,6 +267,7 @@ def _told(
     by_rules = all(x.rule is not None for x in every)
     return Attribution(
         dims=hypothesis.dims,
+        grouping=None if hypothesis.owned is None else hypothesis.owned.grouping,
         shapes=shapes,
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
@@ -267,7 +277,10 @@ def _told(
         hidden=frozenset(uses.hidden),
         provisional=count == 1,
         alternative=hypothesis.alternative,
-        certain=hypothesis.dim == 0 and by_rules and independent_by_structure(asked.model, 0),
+        certain=hypothesis.dim == 0
+        and hypothesis.owned is None
+        and by_rules
+        and independent_by_structure(asked.model, 0),
     )
 
 

@@ -4,12 +4,14 @@ What one stretch of training brings is added up by itself; two of them, one afte
 when a number of both is asked for.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from .._torch.several import add_each, add_products
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contract_sum_low
@@ -18,7 +20,7 @@ from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 from .norms import NormSums, together_norms
 
-__all__ = ["LayerSums", "Stretch", "count_together", "joined", "put_aside", "together"]
+__all__ = ["LayerSums", "Stretch", "add_behind", "count_together", "joined", "put_aside", "together"]
 
 
 @dataclass
@@ -44,13 +46,33 @@ class LayerSums:
     ) -> "LayerSums":
         """Of a layer that has seen nothing; without a diagonal, it has no sums."""
         parts = zeros(layer) if diagonal else []
-        counts = torch.zeros(3, dtype=torch.float64, device=next(iter(layer.parameters.values())).device)
+        counts = torch.zeros(3, dtype=torch.float64, device=_device(layer))
         return cls([z.to(device, dtype) for z in parts], counts)
+
+    @classmethod
+    def empty_of(
+        cls,
+        layers: Sequence[Layer],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        *,
+        diagonal: bool = True,
+    ) -> "dict[str, LayerSums]":
+        """Of layers that have seen nothing, by name; what is in them is counted in the rows of one table a device."""
+        of = Counter(map(_device, layers))
+        rows = {place: iter(torch.zeros(size, 3, dtype=torch.float64, device=place)) for place, size in of.items()}
+        found = {}
+        for layer in layers:
+            parts = zeros(layer) if diagonal else []
+            if device is not None or dtype is not None:
+                parts = [z.to(device, dtype) for z in parts]
+            found[layer.name] = cls(parts, next(rows[_device(layer)]))
+        return found
 
     def follow(self, layer: Layer, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
         """Move to where the layer's parameters are by now: a model may be moved after a probe was attached to it."""
         here = self.counts.device
-        there = next(iter(layer.parameters.values())).device
+        there = _device(layer)
         if here == there:
             return
         fresh = LayerSums.empty(layer, device, dtype, diagonal=bool(self.sums))
@@ -129,9 +151,14 @@ def count_together(
             sums.counts[1].mul_(decay)
     counts, increments = [sums.counts for sums in every], [every[0]._increment(samples, decay, size)] * len(every)
     if goods is None:
-        torch._foreach_add_(counts, increments)
+        add_each(counts, increments)
     else:
-        torch._foreach_addcmul_(counts, increments, list(goods))
+        add_products(counts, increments, goods)
+
+
+def _device(layer: Layer) -> torch.device:
+    """Where a layer's sums are counted."""
+    return next(iter(layer.parameters.values())).device
 
 
 def _decayed(total: Tensor, beta: float) -> Tensor:
@@ -176,7 +203,37 @@ def joined(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
     )
 
 
-def put_aside(stretch: Stretch) -> Stretch:
-    """The same in the host's memory: an accelerator's is for what is added to."""
-    sums = {name: sums.to("cpu") for name, sums in stretch.sums.items()}
-    return Stretch(sums, stretch.seen.cpu(), stretch.elsewhere, stretch.batches, stretch.norms.to("cpu"))
+def put_aside(stretch: Stretch, *, copy: bool = False) -> Stretch:
+    """The same in the host's memory: an accelerator's is for what is added to.
+
+    Args:
+        stretch: what was taken out.
+        copy: of what is in the host's memory already, too, to be added to.
+    """
+    sums = {name: sums.to("cpu", copy=copy) for name, sums in stretch.sums.items()}
+    norms = stretch.norms.to("cpu", copy=copy)
+    return Stretch(sums, stretch.seen.to("cpu", copy=copy), stretch.elsewhere, stretch.batches, norms)
+
+
+def add_behind(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
+    """What two stretches have brought, one after the other; the earlier one's sums are added to.
+
+    Args:
+        earlier: what was put aside.
+        later: on any device.
+        decay: of a moving average.
+    """
+    pairs = [(earlier.sums[name], sums) for name, sums in later.sums.items()]
+    for old, new in pairs:
+        if decay is not None:
+            old.counts[1].mul_(decay**new.decays)
+            for total in old.sums:
+                total.mul_(decay**new.decays)
+        old.batches += new.batches
+        old.decays += new.decays
+    totals = [pair for old, new in pairs for pair in zip(old.sums, new.sums, strict=True)]
+    if totals:  # else norms alone are accumulated, and nothing is counted here
+        totals += [(old.counts, new.counts) for old, new in pairs]
+        add_each([old for old, _ in totals], [new.to(old) for old, new in totals])
+    rest = joined(replace(earlier, sums={}), put_aside(replace(later, sums={})), decay)
+    return replace(rest, sums=earlier.sums)

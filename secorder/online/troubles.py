@@ -13,8 +13,9 @@ __all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence"]
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, a method such as get_value(x) "
-    "that is called in place of the model, or another loss in a second backward through one forward), which belongs "
+    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or the loss of its output "
+    "(let the model return what the loss is the mean of), a method such as get_value(x) that is called in place of the "
+    "model, or another loss in a second backward through one forward), which belongs "
     "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
     "leave the layer out with layers=, or measure it with a one-shot call."
 )
@@ -33,6 +34,7 @@ CAUSES = {
     ),
     "traced": "The model was traced or exported while the probe was attached, which is not recorded.",
     "no grad": "It was called under torch.no_grad or in inference mode.",
+    "computed": "It was called with parameters that are computed from others (torch.func.functional_call).",
     "paused": "It was called inside of probe.paused().",
     "no gradient": "Its output did not depend on any parameter that requires a gradient.",
     "forward": "It was called, and no backward has reached its parameters since (torch.autograd.grad does not count).",
@@ -50,7 +52,8 @@ _NEVER_CALLED = (
     "The model that the probe is attached to was not called: methods of it that are called in its place (such as "
     "model.forward(x), or agent.get_value(x)), and a parent that calls its parts, run no hook of it: attach to the "
     "module that is called. A model that torch.compile had run before the probe was attached ignores hooks, too: "
-    "attach to what torch.compile returned."
+    "attach to what torch.compile returned. A training step that is compiled as one graph (fullgraph=True) hides the "
+    "model from hooks: run every k-th step uncompiled."
 )
 
 

@@ -89,7 +89,8 @@ def rows_of_uses(
     elif ends:
         told = None  # by the graph, which does not see what hooks do
         if not hooks.put:
-            told = samples_in_nodes([f for f, _ in ends], [o.inner_size(f) for f, o in ends], chosen.num_samples)
+            sizes = [o.inner_size(f) for f, o in ends]
+            told = samples_in_nodes([f for f, _ in ends], sizes, chosen.num_samples, tell_shared=True)
         evidence = ByCotangents(ends, chosen.num_samples, fresh_generator(), told)
     else:
         evidence = _ByChange(output, forward, arguments, chosen)

@@ -5,14 +5,14 @@ place. What was taken out is put together with what was accumulated before, in t
 nobody wants the mean over the whole run.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..oneshot.trace import Trace
 from ..results import Diagonals
 from .fisher import ADDING, OnlineFisher
 from .noise import NoiseScales
 from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, untold
-from .sums import Stretch, joined, put_aside, together
+from .sums import Stretch, add_behind, put_aside
 
 __all__ = ["Window", "take_window"]
 
@@ -93,14 +93,11 @@ def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
         troubles = untold(fisher)
         taken = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
         fisher.renew()
-    fisher.earlier = _put_behind(fisher.earlier, put_aside(taken), fisher.decay) if keep_total else None
+    earlier = fisher.earlier
+    if not keep_total:
+        fisher.earlier = None
+    elif earlier is None:
+        fisher.earlier = put_aside(taken, copy=True)
+    else:
+        fisher.earlier = add_behind(earlier, taken, fisher.decay)
     return Window(round(float(taken.seen) + taken.elsewhere), fisher, (taken, troubles))
-
-
-def _put_behind(earlier: Stretch | None, taken: Stretch, decay: float | None) -> Stretch:
-    """What was accumulated before the window, and in it."""
-    if earlier is None:
-        return taken
-    for name, sums in taken.sums.items():  # one layer after the other, so that no third copy is ever whole
-        earlier.sums[name] = together(earlier.sums[name], sums, decay)
-    return replace(joined(replace(earlier, sums={}), replace(taken, sums={}), decay), sums=earlier.sums)

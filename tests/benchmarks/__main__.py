@@ -5,10 +5,11 @@ drift on shared machines. The peers:
 
     pip install -e '.[bench]'
     pip install --no-deps backpack-for-pytorch curvlinops-for-pytorch nngeometry
+    pip install --no-deps hessian-eigenthings==1.0.0a5
     pip install --no-deps --target /tmp/torch-secorder torch-secorder && export TORCH_SECORDER=/tmp/torch-secorder
 
-Those of the second line pin torchvision, which nothing here needs; the last goes into a folder of its own, since our
-alias bears its import name.
+Those of the second line pin torchvision, which nothing here needs, that of the third is a pre-release; the last goes
+into a folder of its own, since our alias bears its import name.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessia
 
 from . import peers
 from .architectures import architectures
+from .curvature import curvature
 from .timing import Results, alternate
 from .workloads import WORKLOADS, Workload, mlp
 
@@ -359,6 +361,8 @@ def main() -> None:
         for key in chosen("mlp-small", "mlp-tanh", "cnn-tanh", "transformer-small", "lstm"):
             with sdpa_kernel(SDPBackend.MATH):
                 stochastic_hessian(results, key, repeats)
+        if not options.workloads:
+            curvature(results, repeats)
     if options.json:
         options.json.write_text(json.dumps({"run": heading, "tables": results.tables}, indent=1) + "\n")
     if options.readme:

@@ -245,16 +245,34 @@ def torch_secorder_extrapolated(work: Workload, elements: int = 300) -> float:
 # ---- estimates of the Hessian diagonal
 
 
-def curvlinops_hutchinson(work: Workload, draws: int) -> Work:
-    """Hutchinson's diagonal in the space of the parameters, by curvlinops."""
-    from curvlinops import HessianLinearOperator, hutchinson_diag
+def _curvlinops(work: Workload) -> Any:
+    from curvlinops import HessianLinearOperator
 
     model = copy.deepcopy(work.model)
-    parameters = list(model.parameters())
-    operator = HessianLinearOperator(
-        model, nn.CrossEntropyLoss(), parameters, [(work.inputs, work.targets)], check_deterministic=False
+    return HessianLinearOperator(
+        model, _criterion(work), list(model.parameters()), [(work.inputs, work.targets)], check_deterministic=False
     )
+
+
+def _criterion(work: Workload) -> nn.Module:
+    """The loss as a module, as peers want it."""
+    return work.loss_fn if isinstance(work.loss_fn, nn.Module) else nn.CrossEntropyLoss()
+
+
+def curvlinops_hutchinson(work: Workload, draws: int) -> Work:
+    """Hutchinson's diagonal in the space of the parameters, by curvlinops."""
+    from curvlinops import hutchinson_diag
+
+    operator = _curvlinops(work)
     return lambda: hutchinson_diag(operator, num_matvecs=draws).detach()
+
+
+def curvlinops_xdiag(work: Workload, draws: int) -> Work:
+    """XDiag, with the directions of largest curvature taken out."""
+    from curvlinops import xdiag
+
+    operator = _curvlinops(work)
+    return lambda: xdiag(operator, num_matvecs=draws).detach()
 
 
 def pyhessian_hutchinson(work: Workload, draws: int) -> Work:
@@ -267,7 +285,7 @@ def pyhessian_hutchinson(work: Workload, draws: int) -> Work:
     def run() -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            computer = hessian(model, nn.CrossEntropyLoss(), data=(work.inputs, work.targets), cuda=False)
+            computer = hessian(model, _criterion(work), data=(work.inputs, work.targets), cuda=False)
         total = torch.zeros(sum(p.numel() for p in computer.params))
         for _ in range(draws):
             v = [torch.randint_like(p, high=2) * 2 - 1 for p in computer.params]

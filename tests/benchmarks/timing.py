@@ -1,9 +1,10 @@
 """Alternating contestants, medians, and a table of ratios."""
 
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,17 +78,32 @@ class Results:
         self.tables.append({"work": work, "workload": workload, "rows": rows})
 
     def markdown(self) -> str:
-        """All tables in one, as they were shown."""
-        lines = ["| work | workload | contestant | median | ratio | rel. error |", "|---|---|---|---|---|---|"]
-        for table in self.tables:
-            head = f"| {table['work']} | {table['workload']} "
-            for row in table["rows"]:
-                if "refused" in row:
-                    shown = ["—", "refuses, or is not installed", ""]
-                else:
-                    seconds, error = row["seconds"], row["relative_error"]
-                    time = f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.0f} s"
-                    shown = [time, f"{row['ratio']:.2f}×", "" if error is None else f"{error:.0e}"]
-                lines.append(f"{head}| {row['contestant']} | {' | '.join(shown)} |")
-                head = "|  |  "
-        return "\n".join(lines)
+        """A table for each work: of a row, one workload, the first contestant's time, and the others' ratios to it."""
+        parts = []
+        for work in dict.fromkeys(table["work"] for table in self.tables):
+            tables = [table for table in self.tables if table["work"] == work]
+            names = list(dict.fromkeys(_contestant(row) for table in tables for row in table["rows"]))
+            lines = [f"**{work}**", "", f"| workload | {' | '.join(names)} |", "|---|" + "---:|" * len(names)]
+            for table in tables:
+                rows = {_contestant(row): row for row in table["rows"]}
+                first = next(iter(rows))
+                cells = [_cell(rows.get(name), first=name == first) for name in names]
+                lines.append(f"| {table['workload']} | {' | '.join(cells)} |")
+            parts.append("\n".join(lines))
+        return "\n\n".join(parts)
+
+
+def _contestant(row: Mapping[str, Any]) -> str:
+    """Its name, without how many draws it had time for."""
+    return re.sub(r", \d+ draws$", "", str(row["contestant"]))
+
+
+def _cell(row: Mapping[str, Any] | None, *, first: bool) -> str:
+    if row is None:
+        return ""
+    if "refused" in row:
+        return "refuses"
+    seconds, error = row["seconds"], row["relative_error"]
+    absolute = f"{seconds * 1e3:.1f} ms" if seconds < 10 else f"{seconds:.0f} s"
+    shown = absolute if first else f"{row['ratio']:.2f}×"
+    return shown if error is None else f"{shown} ({error:.0e})"

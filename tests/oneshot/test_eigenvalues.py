@@ -132,8 +132,8 @@ def test_ggn_and_fisher_against_dense_blocks(name: str, of: Any) -> None:
         assert values[layer].top[0] == pytest.approx(torch.linalg.eigvalsh(block)[-1].item(), rel=1e-7)
         assert traces[layer].value == pytest.approx(block.trace().item(), rel=1e-9)
         assert traces[layer].num_draws == 0
-        assert abs(drawn[layer].value - block.trace().item()) < 4 * drawn[layer].standard_error
-        assert drawn[layer].num_draws == 600
+        assert drawn[layer].value == pytest.approx(block.trace().item(), rel=1e-9)
+        assert drawn[layer].num_draws == 0  # as many draws as there are columns are no better than the columns
 
 
 @pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 
-from ..helpers import make, mlp, seeded
+from ..helpers import make, mlp, seed, seeded
 
 #: How often an estimate is repeated: the more, the smaller a bias that is seen.
 REPETITIONS = [75, pytest.param(400, marks=pytest.mark.slow)]
@@ -50,9 +50,12 @@ def test_diagonal(name: str, repetitions: int) -> None:
 
 
 @pytest.mark.parametrize("repetitions", REPETITIONS)
-@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+@pytest.mark.parametrize("of", ["hessian", "ggn"])
 def test_trace(of: Any, repetitions: int) -> None:
-    model, x, y = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
+    """Of the GGN with more classes than draws; with fewer it is exact, as the empirical Fisher's always is."""
+    seed()
+    many = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 90))
+    model, x, y = mlp() if of == "hessian" else many, torch.randn(6, 4), torch.randint(3, (6,))
     with CurvatureProbe(model, layers="0") as probe:
         exact = probe.hessian_trace(F.cross_entropy, x, y, of=of, method="exact")["0"].value
         found = [

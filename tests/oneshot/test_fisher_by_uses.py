@@ -1,14 +1,19 @@
 """One-shot Fishers of parameters that no layer with a rule holds: none runs sample by sample."""
 
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot import fisher_by_uses as by_uses_of
 
 from ..cases import CASES
-from ..helpers import run_again_where_nothing_tells
-from ..reference import assert_all_close, ggn_by_sample
+from ..helpers import run_again_where_nothing_tells, seed
+from ..reference import assert_all_close, fisher_by_sample, ggn_by_sample
 from ..test_matrix import brute_force, build
 
 NAMES = ("operations/conv1d", "operations/dora", "operations/relative_bias", "operations/cross_attention")
@@ -27,3 +32,57 @@ def test_by_operations(name: str, kind: Any) -> None:
         assert_all_close(found.by_parameter(), brute_force(case, "fisher"))
     else:
         assert_all_close(found.by_parameter(), ggn_by_sample(model, loss_fn, inputs, targets))
+
+
+def test_one_forward_and_one_backward_pass_are_all() -> None:
+    """Of a table that all samples share, too, and of parameters that no module with a rule holds."""
+    seed()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.places = nn.Embedding(9, 4), nn.Embedding(5, 4)
+            self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+            self.gain = nn.Parameter(torch.randn(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.norm(self.words(ids) + self.places(torch.arange(5))[None])
+            found: Tensor = self.head((x * self.gain).tanh().mean(1))
+            return found
+
+    model, ids, targets = Model().double(), torch.randint(9, (6, 5)), torch.randint(3, (6,))
+    calls: list[str] = []
+    model.head.register_forward_hook(lambda *_: calls.append("forward"))
+    counted = mock.patch.object(by_uses_of, "gradients_at", side_effect=by_uses_of.gradients_at)
+    with CurvatureProbe(model, "all") as probe, counted as passes:
+        found = probe.fisher_diagonal(F.cross_entropy, ids, targets)
+    assert (calls, passes.call_count) == (["forward"], 1)
+    assert_all_close(found.by_parameter(), fisher_by_sample(model, F.cross_entropy, ids, targets, 6))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "type-2", "mc"])
+def test_a_matrix_from_the_right_is_one_from_the_left_transposed(kind: Any) -> None:
+    """Also where the two factors of a pair differ, as for a loss of both signs."""
+    seed()
+
+    class Right(nn.Module):
+        def __init__(self, like: nn.Linear) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(like.weight.detach().t().clone()), nn.Parameter(like.bias.detach().clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.addmm(self.b, x.reshape(-1, 3), self.w).view(*x.shape[:-1], 4)
+
+    def signed(output: Tensor, targets: Any) -> Tensor:
+        return (targets[1] * F.cross_entropy(output, targets[0], reduction="none")).sum()
+
+    left = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Flatten(), nn.Linear(8, 3)).double()
+    right = nn.Sequential(Right(left[0]), *left[1:])
+    x, targets = torch.randn(4, 2, 3, dtype=torch.float64), (torch.arange(4) % 3, torch.tensor([1.0, -2.0, 0.5, -1.0]))
+    found = []
+    for model in (left, right):
+        with CurvatureProbe(model, "all") as probe:
+            options: dict[str, Any] = {"fisher_type": kind, "generator": torch.Generator().manual_seed(1)}
+            found.append(probe.fisher_diagonal(signed, x, targets, **options).by_parameter())
+    expected = {"0.w": found[0]["0.weight"].view(4, 3).t().flatten(), "0.b": found[0]["0.bias"].flatten()}
+    assert_all_close({name: found[1][name].flatten() for name in expected}, expected)

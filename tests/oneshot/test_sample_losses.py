@@ -1,5 +1,6 @@
 """The losses of samples alone, and whether the batch's is made of them."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,11 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CouplingError, InvalidArgumentError, NonFiniteError
+from secorder import (
+    CouplingError,
+    CurvatureProbe,
+    InvalidArgumentError,
+    NonFiniteError,
+    per_layer_fisher_diagonal,
+)
+from secorder._torch import vjp
 from secorder.oneshot.measurement import Measurement
-from secorder.oneshot.sample_losses import own_losses, require_own_losses
+from secorder.oneshot.sample_losses import BatchLoss, own_gradients, own_losses
 
+from ..benchmarks.memory import peak_memory
 from ..helpers import data, make, measured
+from ..reference import assert_all_close
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 
@@ -38,8 +48,12 @@ def test_a_loss_that_a_sample_alone_has_not() -> None:
 def check(task: Measurement) -> bool:
     output, _ = task.loss()
     point = output.detach().requires_grad_()
-    gradient = torch.autograd.grad(task.loss_again(point, task.targets), point, create_graph=True)
-    return require_own_losses(task, point, [point], gradient, second_order=True) is not None
+    batch = BatchLoss(task.loss_again(point, task.targets), [point], point)
+    (found,) = own_gradients(task, batch, second_order=True)
+    assert found is not None
+    assert not batch.loss.requires_grad
+    alone = [task.loss_fn(point[n : n + 1], task.targets[n : n + 1]) for n in range(len(point))]
+    return torch.allclose(found, torch.autograd.grad(sum(alone), point)[0], rtol=1e-12)
 
 
 def test_losses_of_samples_pass_and_others_are_told_apart() -> None:
@@ -52,9 +66,55 @@ def test_losses_of_samples_pass_and_others_are_told_apart() -> None:
         return F.cross_entropy(f - f.mean(0).detach(), t)
 
     assert measured(check, make(), data(), mine)
-    assert not measured(check, make(), data(), nn.CrossEntropyLoss())  # PyTorch's own needs no look
-    assert measured(check, make(), data(), nn.CrossEntropyLoss(weight=WEIGHTS))  # unless it has weights
+    assert measured(check, make(), data(), nn.CrossEntropyLoss())
+    assert measured(check, make(), data(), nn.CrossEntropyLoss(weight=WEIGHTS))
     with pytest.raises(InvalidArgumentError, match="does not treat the samples of a batch alike"):
         measured(check, make(), data(), weighted)
     with pytest.raises(CouplingError, match="statistic of the batch"):
         measured(check, make(), data(), centred)
+
+
+def test_a_loss_of_the_users_runs_once_for_all_samples_unless_it_writes() -> None:
+    calls = itertools.count()  # which nothing puts back
+    heard: list[float] = []
+
+    def plain(f: Tensor, t: Tensor) -> Tensor:
+        next(calls)
+        return (f.logsumexp(1) - f.gather(1, t[:, None])[:, 0]).mean()
+
+    def writing(f: Tensor, t: Tensor) -> Tensor:
+        heard.append(0.0)
+        return plain(f, t)
+
+    def deciding(f: Tensor, t: Tensor) -> Tensor:
+        return plain(f, t) if f.sum() > -1e9 else f.sum()  # which no vmap runs
+
+    expected = per_layer_fisher_diagonal(make(), F.cross_entropy, *data())
+    for loss_fn, most in ((plain, 7), (writing, 11), (deciding, 12)):
+        start = next(calls)
+        assert_all_close(per_layer_fisher_diagonal(make(), loss_fn, *data()), expected)
+        assert next(calls) - start - 1 <= most
+        assert not heard
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_targets_that_are_broadcast_couple_the_samples() -> None:
+    model, x, y = nn.Linear(4, 1), torch.randn(6, 4), torch.randn(6)
+    with pytest.raises(CouplingError, match="statistic of the batch"):
+        per_layer_fisher_diagonal(model, F.mse_loss, x, y)
+
+
+@pytest.mark.parametrize(("kind", "most"), [("empirical", 12), ("mc", 14)])
+def test_wide_outputs_of_a_loss_of_the_users(monkeypatch: pytest.MonkeyPatch, kind: Any, most: int) -> None:
+    """How many copies of the outputs are alive at once, with all that the loss keeps for its derivatives."""
+    x, y = torch.randn(16, 1), torch.randint(5000, (16,))
+    model = nn.Linear(1, 5000, bias=False)
+    monkeypatch.setitem(vjp.CHUNK_BYTES, "cpu", 1)  # as if the outputs were wider still
+
+    def by_hand(f: Tensor, t: Tensor) -> Tensor:
+        return (f.logsumexp(1) - f.gather(1, t[:, None])[:, 0]).mean()
+
+    with CurvatureProbe(model, reduction="mean") as probe:
+        run = lambda: probe.fisher_diagonal(by_hand, x, y, fisher_type=kind)  # noqa: E731
+        run()
+        assert peak_memory(run) < most * 8 * 16 * 5000

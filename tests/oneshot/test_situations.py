@@ -267,14 +267,16 @@ def test_complex_type_2() -> None:
     assert_all_close({f"a.{name}": v for name, v in found.items()}, expected)
 
 
-def test_graphs_have_a_hessian_without_samples() -> None:
-    def forward(m: Any, x: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
-        h = m.a(x)
-        h = torch.tanh(h + torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
-        return m.b(torch.zeros(3, 4).index_add(0, graph, h))
+def graphs(m: Any, x: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+    h = m.a(x)
+    h = torch.tanh(h + torch.zeros_like(h).index_add(0, edges[1], h[edges[0]]))
+    return m.b(torch.zeros(3 if m.training else int(graph.max()) + 1, 4).index_add(0, graph, h))
 
-    model = Net(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
-    inputs = (torch.randn(9, 3), torch.tensor([[0, 3, 7], [1, 4, 8]]), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2]))
+
+def test_graphs() -> None:
+    model = Net(graphs, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    edges, graph = torch.tensor([[0, 3, 7], [1, 4, 8]]), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
+    inputs = (torch.randn(9, 3), edges, graph)
     targets = torch.tensor([0, 1, 0])
     found = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets).by_parameter()
     assert_all_close(found, hessian_by_element(model, F.cross_entropy, inputs, targets))
@@ -282,15 +284,41 @@ def test_graphs_have_a_hessian_without_samples() -> None:
         estimate = probe.hessian_diagonal(F.cross_entropy, inputs, targets, method="hutchinson", num_draws=2000)
         assert (estimate["a"] - found["a.weight"].new_tensor(0)).isfinite().all()
         assert probe.estimate_cost(F.cross_entropy, inputs, targets)["a"].num_hvps > 0
-    with pytest.raises(InvalidArgumentError, match="must agree"):
+    with pytest.raises(CouplingError, match="work on the batch and fail on"):
         per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets)
+    model.eval()
+    ones = []
+    for n in range(3):
+        here = graph == n
+        ones.append((inputs[0][here], edges[:, n : n + 1] - here.nonzero()[0], graph[here] * 0))
+    found = per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets).by_parameter()
+    assert_all_close(found, fisher_of_ones(model, ones, targets))
+    with CurvatureProbe(model) as probe, pytest.raises(InvalidArgumentError, match="batches of one"):
+        probe.hessian_eigenvalues(F.cross_entropy, inputs, targets, of="ggn")
 
 
-def test_lists_of_images_have_a_hessian() -> None:
-    model = Net(lambda m, images: torch.stack([m.c(i).mean((1, 2)) for i in images]), c=nn.Conv2d(3, 2, 1))
-    images, labels = [torch.randn(3, 4 + k, 5) for k in range(4)], torch.tensor([0, 1, 0, 1])
+def fisher_of_ones(model: nn.Module, ones: list[Any], labels: Tensor) -> dict[str, Tensor]:
+    """The mean over batches of one."""
+    found = [fisher_by_sample(model, F.cross_entropy, x, labels[n : n + 1], 1) for n, x in enumerate(ones)]
+    return {name: torch.stack([f[name] for f in found]).mean(0) for name in found[0]}
+
+
+@pytest.mark.parametrize(("channels", "count"), [(1, 4), (3, 2), (3, 1)])
+def test_lists_of_images(channels: int, count: int) -> None:
+    def forward(m: Any, images: list[Tensor]) -> Tensor:
+        return torch.stack([m.b(torch.tanh(m.c(i)).mean((1, 2))) for i in images])
+
+    model = Net(forward, c=nn.Conv2d(channels, 3, 1), b=nn.Linear(3, 2))
+    images, labels = [torch.randn(channels, 4 + k, 5) for k in range(count)], torch.tensor([0, 1, 0, 1][:count])
     found = per_layer_hessian_diagonal(model, F.cross_entropy, (images,), labels).by_parameter()
     assert_all_close(found, hessian_by_element(model, F.cross_entropy, (images,), labels))
+    fisher = per_layer_fisher_diagonal(model, F.cross_entropy, (images,), labels).by_parameter()
+    assert_all_close(fisher, fisher_of_ones(model, [([image],) for image in images], labels))
+
+
+def test_inputs_on_meta() -> None:
+    with pytest.raises(InvalidArgumentError, match="inputs are on the meta device"):
+        per_layer_hessian_diagonal(make(), F.cross_entropy, torch.randn(N, 4, device="meta"), torch.zeros(N).long())
 
 
 @dataclasses.dataclass

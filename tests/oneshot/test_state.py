@@ -127,11 +127,17 @@ def test_state_is_put_back(name: str, wrap: Callable[[Any], Any]) -> None:
     for _ in range(2):
         function()
         assert repr(look()) != before
-        again.restore()
+        assert again.restore()
         assert repr(look()) == before
     function()
-    state.restore()
+    assert state.restore()
     assert repr(look()) == before
+
+
+def test_what_nobody_changed_is_not_told_to_be_changed() -> None:
+    kept, box = torch.zeros(2), {"a": [1], "b": {2}, "c": deque([3])}
+    state = State([lambda: (kept, box), slotted, teacher])
+    assert not state.restore()
 
 
 def test_cells_and_globals_that_are_assigned() -> None:
@@ -160,3 +166,25 @@ def test_tensors_are_exchanged_where_they_are_held() -> None:
         state.restore()
         assert all(t is b for t in function())
     assert all(t is a for t in function())
+
+
+def test_far_objects_are_left_alone_where_levels_are_told() -> None:
+    class Trainer:
+        def __init__(self) -> None:
+            self.queue = [1]
+
+    trainer, log = Trainer(), {"by_name": [0]}
+
+    class Callback:
+        def __init__(self) -> None:
+            self.trainer, self.log, self.count = trainer, log, 0
+
+        def hook(self) -> None: ...
+
+    callback = Callback()
+    state = State([callback.hook], levels=3)
+    trainer.queue.append(2)
+    log["by_name"].append(1)
+    callback.count = 1
+    state.restore()
+    assert (callback.count, log, trainer.queue) == (0, {"by_name": [0]}, [1, 2])

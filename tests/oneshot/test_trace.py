@@ -33,22 +33,30 @@ def test_a_ggn_of_many_outputs_is_drawn() -> None:
     """More than are afforded, not by the number of layers."""
     model, batch = make(), data()
     found = [
-        measured(lambda task, most=most: traces(task, Budget("auto", 16, max_hvps=most), of="ggn"), model, batch)["0"]
+        measured(lambda task, most=most: traces(task, Budget("auto", 2, max_hvps=most), of="ggn"), model, batch)["0"]
         for most in (2, 3)
     ]
-    assert [t.num_draws for t in found] == [16, 0]
-    assert abs(found[0].value - found[1].value) < 5 * found[0].standard_error
+    assert [t.num_draws for t in found] == [2, 0]
+    many = measured(lambda task: traces(task, Budget("hutchinson", 3), of="ggn"), model, batch)["0"]
+    assert (many.num_draws, many.value) == (0, pytest.approx(found[1].value))  # as many draws as columns: those
 
 
-@pytest.mark.parametrize("of", ["hessian", "ggn"])
-def test_draws_tell_their_number_and_whether_they_sufficed(of: Any) -> None:
+def test_an_empirical_fisher_has_one_column() -> None:
+    model, batch = mlp(), data()
+    drawn = measured(lambda task: traces(task, Budget("hutchinson", 1), of="fisher"), model, batch)
+    exact = measured(lambda task: traces(task, Budget("exact"), of="fisher"), model, batch)
+    assert drawn == exact
+
+
+def test_draws_tell_their_number_and_whether_they_sufficed() -> None:
     model, batch = mlp(), data()
 
-    def drawn(budget: Budget) -> Any:
+    def drawn(budget: Budget, of: Any = "hessian") -> Any:
         return measured(lambda task: traces(task, budget, of=of), model, batch)["0"]
 
-    one = drawn(Budget("hutchinson", num_draws=1))
-    assert (one.num_draws, one.standard_error, one.converged) == (1, torch.inf, False)
+    for of in ("hessian", "ggn"):
+        one = drawn(Budget("hutchinson", num_draws=1), of)
+        assert (one.num_draws, one.standard_error, one.converged) == (1, torch.inf, False)
     many = drawn(Budget("hutchinson", num_draws=16, rtol=0.02, max_draws=20_000))
     assert many.converged
     assert many.standard_error <= 0.02 * abs(many.value)

@@ -26,3 +26,17 @@ def test_layouts_of_uses(by_graph: bool) -> None:
     (use,) = found["table"].uses
     assert (use.node.name(), evidence.layouts[use.node]) == ("AddBackward0", [Layout(0)])
     assert routes["table"] == {("table", "ExpBackward0 0"), ("table", "ExpBackward0 0", "MulBackward0 0")}
+
+
+def test_outputs_that_nothing_depends_on_do_not_hide_where_samples_are() -> None:
+    """The states behind the last step of a recurrent layer: it would be followed, and run once a sample."""
+    core, x = torch.nn.LSTM(3, 2, batch_first=True), torch.randn(N, T, 3)
+    z = core(x)[0][:, -1]
+    users, parameters = users_of([z]), {"core": dict(core.named_parameters())}
+    evidence = ByCotangents([(z, DIM_ZERO)], N, seeded(), samples_in_nodes([z], [2], N))
+    routes: dict[str, frozenset[tuple[str, ...]]] = {"core": frozenset()}
+    found = follow_uses(users, parameters, evidence, routes, known=False)
+    assert not routes["core"]
+    if "MkldnnRnnLayerBackward0" in {node.name() for node in users}:
+        (use,) = found["core"].uses
+        assert evidence.layouts[use.node] == [Layout(1), Layout(0), Layout(0)]

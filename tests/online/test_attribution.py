@@ -26,7 +26,7 @@ from secorder.online.relation import Verified
 def test_the_number_of_samples_by_the_arguments_shapes(
     dims: tuple[int | None, ...], shapes: tuple[tuple[int, ...], ...], count: int | None
 ) -> None:
-    assert Attribution(dims=dims).count(shapes) == count
+    assert Attribution(dims=dims).count_by_shapes(shapes) == count
 
 
 def seen(rows: int) -> Verified:

@@ -226,3 +226,23 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     for name, value in expected.items():
         index, kind = name.split(".")
         assert_close(found[f"{names[index]}.{kind}"], value)
+
+
+class OneThreads(dict[int, Any]):
+    """Records by thread, as one thread may ask for them: others add and remove theirs while one walks over all."""
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("dictionary changed size during iteration")
+
+    values = items = __iter__
+
+
+def test_a_forward_asks_for_no_record_of_another_thread() -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model) as probe:
+        probe._attachment._running = OneThreads()
+        step(model, batch)
+        with torch.no_grad():
+            model(batch[0])
+        assert probe.num_samples == 6
+        probe._attachment._running = {}

@@ -9,7 +9,8 @@ from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
 from secorder.online.search import attribute
 
-from ..helpers import Net
+from ..helpers import Net, data
+from .loops import follow
 
 
 @pytest.mark.parametrize("returns_loss", [False, True])
@@ -25,3 +26,12 @@ def test_by_cotangents_and_by_change_the_same_rows_are_found(returns_loss: bool)
         "first": Layout(),
         "second": Layout(0, 3, True),
     }
+
+
+@pytest.mark.parametrize("width", [4, 8])
+def test_rounding_where_gradients_cancel(width: int) -> None:
+    """Behind a normalisation of two elements, what comes through is rounded relative to what cancels."""
+    model = nn.Sequential(nn.Linear(4, width), nn.GroupNorm(width // 2, width), nn.Tanh(), nn.Linear(width, 3))
+    came = follow(model, [data(width) for _ in range(4)], lambda m, b: F.cross_entropy(m(b[0]), b[1]))
+    assert came.exact
+    assert not came.warned

@@ -1,11 +1,14 @@
 """Which dimension holds the samples: found, or why not."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
 from secorder.layers.structure import independent_by_structure, linear_by_structure
 from secorder.oneshot.independence import outputs_independent, separating_masks
@@ -16,6 +19,7 @@ from secorder.online.samples import SampleDim
 from secorder.online.search import attribute
 
 from ..helpers import Net, data
+from ..reference import assert_all_close, fisher_by_sample
 
 
 def look(forward: Callable[..., Tensor], *shape: int, dim: SampleDim = None) -> Attribution:
@@ -104,3 +108,22 @@ def test_structure_that_leaves_no_doubt() -> None:
     assert linear_by_structure(chain[:5], chain[0])
     chain[4].register_forward_hook(lambda *_: None)
     assert not independent_by_structure(chain)
+
+
+def test_a_net_that_is_dead_at_first_has_its_samples_in_the_usual_dimension() -> None:
+    """One entry that comes alive when columns are changed is no evidence that columns are samples."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for a, b in ((2, 1), (1, 2), (2, 2)) for m in (nn.Linear(a, b, bias=False), nn.ReLU())))
+    model, inputs, targets = model.double(), torch.randn(3, 2).double(), torch.randn(3, 2).double()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.mse_loss(model(inputs), targets).backward()
+        probe.reset()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.abs_()
+        inputs = inputs.abs()
+        F.mse_loss(model(inputs), targets).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = probe.fisher_diagonal().by_parameter()
+    assert_all_close(found, fisher_by_sample(model, F.mse_loss, inputs, targets, 3))

@@ -278,3 +278,27 @@ def test_a_generator_through_a_frozen_discriminator() -> None:
     batches = [(torch.randn(4, 4),) for _ in range(3)]
     critic.requires_grad_(False)
     assert follow(generator, batches, loss).exact
+
+
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell", "Linear"])
+def test_a_state_that_one_forward_hands_to_the_next(kind: str) -> None:
+    """What a forward was given was computed by the layers that it calls itself."""
+
+    def forward(m: Any, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        if kind == "Linear":
+            state = torch.tanh(m.cell(torch.cat([x, state], 1)))
+        else:
+            state = m.cell(x, state) if kind == "GRUCell" else m.cell(x, (state, state))[0]
+        return m.head(state), state
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        state, total = torch.zeros(len(batch[0]), 5), torch.zeros(())
+        for x in batch[0].unbind(1):
+            output, state = model(x, state)
+            total = total + F.cross_entropy(output, batch[1])
+        return total
+
+    cell = nn.Linear(9, 5) if kind == "Linear" else getattr(nn, kind)(4, 5)
+    batches = [(torch.randn(n, 3, 4), torch.randint(3, (n,))) for n in (3, 3, 4)]
+    model = Net(forward, cell=cell, head=nn.Linear(5, 3))
+    assert follow(model, batches, loss, forwards="joined", layer_types="all").exact

@@ -772,3 +772,18 @@ def test_what_a_forward_collects_is_what_its_own_calls_collected(cleared: bool) 
                 total[name] = total.get(name, 0) + p.grad**2 / 17
     assert probe.num_samples == 17
     assert_all_close(probe.fisher_diagonal().by_parameter(), total)
+
+
+def test_parameters_that_are_computed_from_others() -> None:
+    """An inner step, and a loss of the model at what it leads to: the outer backward is no mean over samples."""
+    model, (inputs, targets) = make(), data()
+    own = dict(model.named_parameters())
+    with CurvatureProbe(model, reduction="mean") as probe:
+        inner = F.cross_entropy(model(inputs), targets)
+        gradients = torch.autograd.grad(inner, list(own.values()), create_graph=True)
+        adapted = {name: p - 0.1 * g for (name, p), g in zip(own.items(), gradients, strict=True)}
+        with pytest.warns(CurvatureWarning, match="computed from others"):
+            output = torch.func.functional_call(model, adapted, (inputs,))
+        F.cross_entropy(output, targets).backward()
+        with pytest.raises(AttributionError):
+            probe.fisher_diagonal()

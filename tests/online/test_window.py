@@ -32,6 +32,9 @@ def test_each_window_is_the_mean_since_the_last_look() -> None:
         assert_all_close(second.fisher_diagonal().by_parameter(), mean(expected[1:3], [3, 5]))
         assert (first.num_samples, second.num_samples, probe.num_samples) == (6, 8, 16)
         assert_all_close(probe.fisher_diagonal().by_parameter(), mean(expected, [6, 3, 5, 2]))
+        probe.window()  # what is added to the total is none of those that were looked at before
+        assert_all_close(first.fisher_diagonal().by_parameter(), expected[0])
+        assert_all_close(probe.fisher_diagonal().by_parameter(), mean(expected, [6, 3, 5, 2]))
         probe.reset()
         step(model, batches[1])
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected[1])

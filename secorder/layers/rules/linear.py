@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from ...errors import AttributionError
 from ..per_sample import Outer, PerSample
 from .registry import rule_of
 
@@ -12,6 +13,8 @@ __all__ = ["bias_gradient", "bilinear", "linear"]
 def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = a Wᵀ + b, over any number of positions between the sample and the feature dimension."""
     a = inputs[0]
+    if a.dim() < 2 or g.dim() < 2:
+        raise AttributionError("a single vector holds no dimension for samples.")
     samples, width = a.shape[0], a.shape[-1]
     a = a.reshape(samples, 1, -1, width)
     g = g.reshape(samples, 1, -1, g.shape[-1])

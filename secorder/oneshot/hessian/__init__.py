@@ -8,11 +8,13 @@ is run; :func:`.choice.choose` is a pure function from facts and a budget to str
 - :mod:`.unused`: the loss does not depend on the layer.
 - :mod:`.columns`: the model is piecewise linear after the layer, so that H_z = Jᵀ H_out J with H_out the loss's Hessian
   in the model's output. C columns of a root of H_out, C the outputs of one sample, serve all layers together.
+- :mod:`.column_draws`: where columns are too many, the heaviest ones of each sample, and the others mixed by signs.
 - :mod:`.chain`: the graph is a chain of segments between cuts, so that each sample's dense Hessian is carried backwards
   from one cut to the one before: linear in depth.
 - :mod:`.output_basis`: samples do not interact, so that H_z is block diagonal: v runs over the basis of one sample's z,
   for all samples at once, u = H_z v.
 - :mod:`.parameter_basis`: v runs over the basis of the parameters. Needs nothing, exact for any layer.
-- :mod:`.output_draws`: an unbiased estimate from random signs on every sample's z.
+- :mod:`.output_draws`: an unbiased estimate from random signs on every sample's z, with the directions of largest
+  curvature taken exactly where that pays (:mod:`.deflation`).
 - :mod:`.parameter_draws`: the same from random signs on the parameters.
 """

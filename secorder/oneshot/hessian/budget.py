@@ -1,7 +1,7 @@
 """How exact a measurement is to be, and what it may cost."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ...errors import InvalidArgumentError
@@ -86,6 +86,18 @@ class Budget:
         if max_draws < draws:
             raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {max_draws}.")
         return cls(method, draws, rtol, max_draws, max_hvps, max_work, max_seconds, draw_seconds)
+
+    def fewer(self, spent: int) -> "Budget":
+        """The budget when some of the products of its draws were used otherwise."""
+        if not spent:
+            return self
+        if self.rtol is None:
+            return replace(self, num_draws=max(2, self.num_draws - spent))
+        return replace(self, max_draws=max(self.num_draws, self.max_draws - spent))
+
+    def closer(self, factor: float) -> "Budget":
+        """The budget with so much less of an error."""
+        return self if self.rtol is None else replace(self, rtol=factor * self.rtol)
 
     def affords(self, num_products: int, elements: int, seconds: float = 0.0) -> bool:
         """Whether an exact strategy may be taken.

@@ -290,15 +290,15 @@ def _steps(task: Measurement, chain: Chain) -> list[_Step]:
 def _slopes(segment: Segment, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """φ′ in shape (N, size), the gradient before φ, and φ″ times the gradient, as autograd has them."""
     assert segment.into is not None
-    count, ones = len(gradient), torch.ones_like(gradient)
-    (first,) = edge_gradients(segment.out, [segment.into], ones)
-    (before,) = edge_gradients(segment.out, [segment.into], gradient, create_graph=True)
-    if first is None or before is None:
+    count = len(gradient)
+    (first,) = edge_gradients(segment.out, [segment.into], torch.ones_like(gradient), create_graph=True)
+    if first is None:
         nothing = torch.zeros_like(gradient)
         return nothing.view(count, -1), nothing, None
-    second = edge_gradients(before, [segment.into], ones)[0] if before.requires_grad else None
-    flat = None if second is None or not bool(second.any()) else second.detach().reshape(count, -1)
-    return first.detach().reshape(count, -1), before.detach(), flat
+    second = edge_gradients(first, [segment.into], gradient)[0] if first.requires_grad else None
+    first = first.detach()
+    flat = None if second is None or not bool(second.any()) else second.reshape(count, -1)
+    return first.reshape(count, -1), first * gradient, flat
 
 
 def _carried(

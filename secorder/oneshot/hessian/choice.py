@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...results import Strategy
-from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .facts import Facts
 
@@ -26,7 +26,7 @@ class StrategyModule(Protocol):
 
 #: Exact strategies for one layer, and estimates: the first that applies is taken, of the cheapest exact ones.
 EXACT: tuple[StrategyModule, ...] = (output_basis, parameter_basis)
-DRAWN: tuple[StrategyModule, ...] = (output_draws, parameter_draws)
+DRAWN: tuple[StrategyModule, ...] = (column_draws, output_draws, parameter_draws)
 
 
 @dataclass(frozen=True)

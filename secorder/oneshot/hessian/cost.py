@@ -75,6 +75,7 @@ class Cost(dict[str, LayerCost]):
 #: Strategies whose products end in z.
 _IN_Z = (
     Strategy.COLUMNS,
+    Strategy.COLUMN_DRAWS,
     Strategy.CHAIN,
     Strategy.OUTPUT_BASIS,
     Strategy.OUTPUT_DRAWS,
@@ -106,7 +107,7 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
             seconds = by_chain
         elif choice.strategy == Strategy.COLUMNS:
             seconds = choice.products * facts.seconds_by_column / served
-        elif choice.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
+        elif choice.strategy in (Strategy.COLUMN_DRAWS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
             draws = _expected_draws(budget, relative.get(layer.name, 0.0), facts.seconds_by_draw, chosen)
             seconds = draws * facts.seconds_by_draw
         else:

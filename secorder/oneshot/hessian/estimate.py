@@ -41,6 +41,23 @@ class Estimate:
         """``‖standard error‖ / ‖values‖``."""
         return relative_error(self.values, self.errors) if self.errors else 0.0
 
+    def beside(self, errors: Sequence[Tensor], budget: Budget) -> "Estimate":
+        """The same with the errors of what is independent of it, and was added."""
+        both = [torch.hypot(own, other) for own, other in zip(self.errors, errors, strict=True)]
+        (found,) = Estimate(self.values, both, self.num_draws).split([len(both)], budget)
+        return found
+
+    def split(self, sizes: Sequence[int], budget: Budget) -> list["Estimate"]:
+        """Those of several layers, each with so many values."""
+        enough = ENOUGH if budget.rtol is None else budget.rtol
+        found, start = [], 0
+        for size in sizes:
+            here = slice(start, start + size)
+            found.append(Estimate(self.values[here], self.errors[here], self.num_draws))
+            found[-1].converged = found[-1].relative_error <= enough
+            start += size
+        return found
+
 
 def average(
     draw: Draw,
@@ -50,6 +67,7 @@ def average(
     advance: Callable[[int], None],
     known: Sequence[Tensor] = (),
     seconds: float = math.inf,
+    groups: Sequence[int] = (),
 ) -> Estimate:
     """Mean of draws and its standard error (Welford's update), until the budget is content.
 
@@ -61,6 +79,7 @@ def average(
         advance: of the progress bar.
         known: what is known exactly and added to the mean.
         seconds: when they are over, no more draws are made than the least number.
+        groups: of several layers at once, how many values each has: the worst of them counts.
     """
     means = [z.clone() for z in like]
     squares, seen = [z.clone() for z in means], 0
@@ -78,7 +97,7 @@ def average(
         # One draw tells nothing of its error.
         errors = [(s / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(s, torch.inf) for s in squares]
         total = [m + k for m, k in zip(means, known, strict=True)]
-        error = relative_error(total, errors)
+        error = max(Estimate(total, errors).split(groups or [len(total)], budget), key=_relative).relative_error
         if budget.rtol is None:
             return Estimate(total, errors, seen, error <= ENOUGH)
         # As many more as fit in the time that is left.
@@ -88,6 +107,10 @@ def average(
         # The error falls with the root of the draws: go most of the way there.
         factor = min(4.0, max(1.2, (error / budget.rtol) ** 2))
         wanted = min(budget.max_draws, math.ceil(seen * factor), int(possible))
+
+
+def _relative(estimate: Estimate) -> float:
+    return estimate.relative_error
 
 
 def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:

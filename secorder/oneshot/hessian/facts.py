@@ -31,6 +31,7 @@ class Facts:
         piecewise_linear: whether the model is piecewise linear after the layer.
         num_columns: outputs of one sample of the model, where columns of a root of the loss's Hessian in them can be
             pulled back to z; else 0.
+        columns_drawn: whether such columns may be drawn: the graph shows that they are multiplied with a Jacobian.
         last: whether z is an output of the model in which the loss's Hessian is known: its columns are given together.
         chain_depth: the place on the chain, from the output backwards; 0 where none leads to the layer.
         chain_work: multiplications that carrying each sample's Hessian to the layer takes, from the place before it.
@@ -53,6 +54,7 @@ class Facts:
     samples_independent: bool | None = None
     piecewise_linear: bool | None = None
     num_columns: int = 0
+    columns_drawn: bool = False
     last: bool = False
     chain_depth: int = 0
     chain_work: int = 0

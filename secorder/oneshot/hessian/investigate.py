@@ -14,7 +14,7 @@ from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
-from ..isolation import loss_of_rows
+from ..known_losses import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
 from ..output_hessian import expose_output, loss_of_output, loss_separates
@@ -24,7 +24,9 @@ from ..recording import Recording, recorded
 from .budget import Budget
 from .chain import Chain, facts_of_chain, find_chain
 from .choice import choose
+from .column_draws import settled
 from .facts import Facts
+from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
 __all__ = ["Findings", "facts", "investigate", "verify_samples"]
@@ -90,6 +92,8 @@ def investigate(
     second_order = len(known) < len(task.layers)
     _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
     recording.require_seen(loss)
+    if not (traced.hooked or traced.packed or task.certain or task.create_graph):
+        _attach_by_operations(task, found, output, loss)
     side = _side(task, found, output, loss)
     if side is not None:
         side.by_graph = not traced.hooked
@@ -153,6 +157,17 @@ def _attach(
             found.learn(name, used=False)
 
 
+def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss: Tensor) -> None:
+    """The layers without a rule whose parameters are linear in the operations that take them."""
+    for graph in layers_by_operations(task, output, loss):
+        name = graph.layer.name
+        found.graphs[name] = graph
+        size = sum(leaf.numel() for leaf in graph.leaves)
+        written = sum(p.numel() for key, p in graph.layer.parameters.items() if key in graph.written_out)
+        elements = max(2 * size + 2 * task.num_samples * written, found.facts[name].passed_by_column)
+        found.learn(name, own_use=True, outputs=size // task.num_samples, output_elements=elements)
+
+
 def _needs_no_product(found: Findings, budget: Budget) -> bool:
     """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
     chosen = choose(list(found.facts.values()), budget)
@@ -195,7 +210,7 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
 def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -> None:
     """Whether the graph is a chain that leads to the layers, and what it would cost."""
     assert side is not None
-    found.chain = find_chain(task, side, _candidates(found))
+    found.chain = find_chain(task, side, [g for g in _candidates(found) if g.layer.rule is not None])
     if found.chain is not None:
         for name, facts in facts_of_chain(task, found.chain).items():
             found.learn(name, **facts)
@@ -214,11 +229,12 @@ def _with_columns(
     candidates = _without_chain(found, budget)
     heads = head_outputs(side.model_outputs, candidates, task.generator)
 
+    drawn = budget.method != "exact" and settled(task, side, candidates)
+
     def pays(layers: Sequence[str]) -> bool:
-        supposed = [
-            replace(found.facts[x], piecewise_linear=True, num_columns=side.size, last=x in heads) for x in layers
-        ]
-        return any(choice.strategy == "columns" for choice in choose(supposed, budget).values())
+        supposed: Any = {"piecewise_linear": True, "num_columns": side.size, "columns_drawn": drawn}
+        facts = [replace(found.facts[x], **supposed, last=x in heads) for x in layers]
+        return any(choice.strategy in ("columns", "column-draws") for choice in choose(facts, budget).values())
 
     if not pays([g.layer.name for g in candidates]):
         return None
@@ -238,7 +254,7 @@ def _with_columns(
         # Draws take the Gauss-Newton part of all candidates from columns.
         if budget.method == "hutchinson" or pays(certified):
             for graph in rest:
-                found.learn(graph.layer.name, num_columns=size)
+                found.learn(graph.layer.name, num_columns=size, columns_drawn=drawn)
     return side
 
 

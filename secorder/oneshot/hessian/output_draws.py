@@ -8,24 +8,22 @@ from torch import Tensor
 
 from ..._torch.vjp import default_chunk_size, stacked_vjp
 from ...layers.contraction import contract
-from ...layers.dtypes import zeros
+from ...layers.dtypes import compute_dtype, zeros
 from ...layers.per_sample import PerSample, with_cotangents
 from ...results import Strategy
 from ..measurement import Measurement
 from .budget import Budget
+from .deflation import PILOT_DRAWS, Pilot, Space, deflated, may_pay, pilot
 from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
 
-__all__ = ["NAME", "Reduce", "applies", "draws", "products", "run"]
+__all__ = ["NAME", "Reduce", "applies", "products", "run", "space_of"]
 
 NAME = Strategy.OUTPUT_DRAWS
 
 #: What is estimated, made of draws of the diagonal by parameter.
 Reduce = Callable[[list[Tensor]], list[Tensor]]
-
-#: Draws that decide whether the part that columns do not give is easier to estimate than the whole.
-_PILOT = 4
 
 
 def applies(facts: Facts) -> bool:
@@ -45,10 +43,12 @@ def run(
     elements: int,
     advance: Callable[[int], None],
     reduce: Reduce,
-    exact: Sequence[Tensor] = (),
+    exact: Estimate | None = None,
     seconds: float = math.inf,
 ) -> tuple[Strategy, Estimate]:
     """An estimate; of what columns do not give alone, where they gave the rest and that pays.
+
+    A few products tell what is easiest to estimate, and whether to take directions of each sample exactly first.
 
     Args:
         task: the measurement.
@@ -57,27 +57,64 @@ def run(
         elements: numbers that one product keeps.
         advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
-        exact: what columns gave, reduced: the generalised Gauss-Newton part; or nothing.
+        exact: what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
         seconds: that it may take, where an error is asked for.
     """
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
-    whole = draws(task, graph, graph.output_gradients, reduce)
-    if exact and graph.residual and budget.num_draws > 2 * _PILOT:
-        rest = draws(task, graph, graph.residual, reduce)
-        pilots = whole(_PILOT), rest(_PILOT)
-        if sum(v.var(0).sum() for v in pilots[1]) < sum(v.var(0).sum() for v in pilots[0]):
-            found = average(rest, [torch.zeros_like(v) for v in exact], budget, size, advance, exact, seconds)
-            return Strategy.COLUMNS_AND_OUTPUT_DRAWS, found
-    like = [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
-    return NAME, average(whole, like, budget, size, advance, seconds=seconds)
+    space = space_of(task, graph, graph.output_gradients, reduce, size)
+    strategy, known = NAME, [v[0] for v in reduce([z[None] for z in zeros(graph.layer)])]
+    draw: Draw = space.draw
+    spent = 0
+    errors: list[Tensor] = []
+    if (exact and budget.num_draws > 2 * PILOT_DRAWS) or may_pay(budget):
+        tried = pilot(space)
+        if exact and graph.residual:
+            rest = space_of(task, graph, graph.residual, reduce, size)
+            other = pilot(rest)
+            if _easier(other, tried, exact, budget.num_draws):
+                space, tried, strategy, known = rest, other, Strategy.COLUMNS_AND_OUTPUT_DRAWS, exact.values
+                errors = exact.errors
+        draw = space.draw
+        found = deflated(space, tried, known, budget, advance)
+        if found is not None:
+            draw, known, spent = found
+    how = budget.fewer(spent).closer(0.86 if errors else 1.0)  # with half of it, an error of less than the whole
+    estimate = average(draw, [torch.zeros_like(v) for v in known], how, size, advance, known, seconds)
+    return strategy, estimate.beside(errors, budget) if errors else estimate
 
 
-def draws(task: Measurement, graph: LayerGraph, output_gradients: Sequence[Tensor | None], reduce: Reduce) -> Draw:
-    """Draws of the diagonal, or of what is made of it."""
+def _easier(rest: Pilot, whole: Pilot, known: Estimate, count: int) -> bool:
+    """Whether the rest, besides what is known, has less of an error than the whole."""
+    if not known.errors:
+        return rest.spread < whole.spread
+    variances = [sum(float(v.double().var(0).sum()) for v in tried.values) / count for tried in (rest, whole)]
+    return variances[0] + sum(float(e.double().square().sum()) for e in known.errors) < variances[1]
 
-    def draw(count: int) -> list[Tensor]:
-        vectors = task.signs(count, graph.leaves)
-        u, v = graph.gradients(stacked_vjp(output_gradients, graph.leaves, vectors)), graph.gradients(vectors)
+
+def space_of(
+    task: Measurement, graph: LayerGraph, output_gradients: Sequence[Tensor | None], reduce: Reduce, size: int
+) -> Space:
+    """Vectors on z, and products with ∂²L/∂z², or with the part of it whose gradients are given."""
+    sizes = graph.sizes
+    kind = compute_dtype(graph.layer)
+
+    def rows(vectors: Sequence[Tensor]) -> Tensor:
+        parts = [
+            torch.stack([layout.split(v).flatten(1) for v in stacked])
+            for stacked, layout in zip(vectors, graph.layouts, strict=True)
+        ]
+        return torch.cat(parts, 2).to(kind)
+
+    def tensors(stacked: Tensor) -> list[Tensor]:
+        found = []
+        for part, leaf, layout in zip(stacked.split(sizes, 2), graph.leaves, graph.layouts, strict=True):
+            shape = layout.split(leaf).shape
+            found.append(torch.stack([layout.join(v.reshape(shape)) for v in part]).to(leaf.dtype))
+        return found
+
+    def values(products: Sequence[Tensor], vectors: Sequence[Tensor]) -> list[Tensor]:
+        u, v = graph.gradients(products), graph.gradients(vectors)
+        count = len(vectors[0])
         return reduce(
             [
                 torch.stack([contract(_pick(u[name], k), _pick(v[name], k), numel=p.numel()) for k in range(count)])
@@ -85,7 +122,14 @@ def draws(task: Measurement, graph: LayerGraph, output_gradients: Sequence[Tenso
             ]
         )
 
-    return draw
+    return Space(
+        lambda count: task.signs(count, graph.leaves),
+        lambda vectors: stacked_vjp(output_gradients, graph.leaves, vectors),
+        values,
+        rows,
+        tensors,
+        size,
+    )
 
 
 def _pick(gradient: PerSample, index: int) -> PerSample:

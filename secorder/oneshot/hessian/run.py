@@ -10,7 +10,7 @@ from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
-from . import chain, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
@@ -53,9 +53,9 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
         _chain(task, found, budget, reduce, outcomes)
         if matters(found, budget):
             learn_seconds(task, found, budget)
-        exact = _columns(task, found, budget, reduce, outcomes)
+        known = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
-        _in_z(task, found, chosen, budget, reduce, exact, outcomes)
+        _in_z(task, found, chosen, budget, reduce, known, outcomes)
     _on_parameters(task, found, chosen, budget, reduce, outcomes)
     return {layer.name: outcomes[layer.name] for layer in task.layers}
 
@@ -87,31 +87,45 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
 
 def _columns(
     task: Measurement, found: Findings, budget: Budget, reduce: Reduce, outcomes: dict[str, Outcome]
-) -> dict[str, list[Tensor]]:
+) -> dict[str, Estimate]:
     """Finish the layers that columns serve; returns what they give of those that are drawn."""
     side = found.output_side
-    chosen = choose(list(found.facts.values()), budget)
-    certified = {name for name, choice in chosen.items() if choice.strategy == Strategy.COLUMNS}
-    exact: dict[str, list[Tensor]] = {}
+    known: dict[str, Estimate] = {}
     if side is None:
-        return exact
-    served = [
-        graph
+        return known
+    chosen = choose(list(found.facts.values()), budget)
+    ways = {name: choice.strategy for name, choice in chosen.items()}
+    gauss_newton = {
+        name
         for name, graph in found.graphs.items()
-        if name in certified or (budget.method == "hutchinson" and found.facts[name].num_columns and graph.residual)
-    ]
+        if budget.method == "hutchinson" and found.facts[name].num_columns and graph.residual
+    }
+    few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
+    served = [g for name, g in found.graphs.items() if ways[name] == Strategy.COLUMNS or name in few]
+    lost = False
     for graph, values in zip(served, columns.run(task, side, served) if served else [], strict=True):
         name = graph.layer.name
         if values is None:
-            found.learn(name, num_columns=0)
-        elif name in certified:
-            checks = found.facts[name].checks | {"outputs_by_sample": True}
-            outcomes[name] = Outcome(columns.NAME, Estimate(_whole(reduce, values)), checks, graph.num_hvps)
+            found.learn(name, num_columns=0, columns_drawn=False)
+            lost |= ways[name] == Strategy.COLUMNS
         else:
-            exact[name] = _whole(reduce, values)
-    if any(name not in outcomes for name in certified):
+            known[name] = Estimate(_whole(reduce, values))
+    many = {name for name in gauss_newton - few if found.facts[name].columns_drawn}
+    drawn = [g for name, g in found.graphs.items() if ways[name] == Strategy.COLUMN_DRAWS or name in many]
+    if drawn:
+        closer = budget.closer(0.5) if many else budget  # what is drawn besides has an error of its own
+        seconds = len(drawn) * seconds_of_draws(budget, chosen)
+        with progress_bar(
+            task.progress, "Hessian by columns and draws", found.facts[drawn[0].layer.name].num_columns
+        ) as bar:
+            estimates = column_draws.run(task, side, drawn, closer, reduce, bar, seconds)
+        known |= {graph.layer.name: estimate for graph, estimate in zip(drawn, estimates, strict=True)}
+    for name in [x for x in known if ways[x] in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]:
+        checks = found.facts[name].checks | {"outputs_by_sample": True}
+        outcomes[name] = Outcome(ways[name], known.pop(name), checks, found.graphs[name].num_hvps)
+    if lost:
         verify_samples(task, found, budget)
-    return exact
+    return known
 
 
 def _in_z(
@@ -120,7 +134,7 @@ def _in_z(
     chosen: dict[str, Choice],
     budget: Budget,
     reduce: Reduce,
-    exact: dict[str, list[Tensor]],
+    known: dict[str, Estimate],
     outcomes: dict[str, Outcome],
 ) -> None:
     """The layers that go by z, on the graph that was recorded."""
@@ -139,7 +153,7 @@ def _in_z(
             else:
                 elements = facts.output_elements + facts.numel
                 how = budget, elements, advance, reduce
-                result = output_draws.run(task, graph, *how, exact.get(name, ()), seconds_of_draws(budget, chosen))
+                result = output_draws.run(task, graph, *how, known.get(name), seconds_of_draws(budget, chosen))
             outcomes[name] = Outcome(*result, facts.checks, sum(spent))
             graph.output_gradients = graph.residual = []  # frees the graph as far as no other layer needs it
 

@@ -1,6 +1,6 @@
 """Timing a few products of each layer, where it matters which strategy is taken."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -15,9 +15,9 @@ from ..output_root import output_root
 from ..recorded_layer import contract_pairs, layout_options
 from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
-from . import columns, output_basis, output_draws, parameter_basis, parameter_draws
+from . import column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
-from .choice import cheapest, choose
+from .choice import Choice, cheapest, choose
 from .estimate import Estimate
 from .facts import Facts
 from .investigate import Findings, verify_samples
@@ -64,7 +64,7 @@ def learn_seconds(task: Measurement, found: Findings, budget: Budget, *, draws: 
             found.learn(graph.layer.name, seconds_by_column=seconds)
         verify_samples(task, found, budget)  # where columns take too long
     chosen = choose(list(found.facts.values()), budget)
-    asked = [name for name in asked if chosen[name].strategy != Strategy.COLUMNS]
+    asked = [name for name in asked if chosen[name].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
     by_parameters = []
     for name in asked:
         facts = found.facts[name]
@@ -90,8 +90,8 @@ def _draw_some(
     few = replace(budget, num_draws=min(budget.num_draws, PILOT_DRAWS), rtol=None)
     chosen = choose(list(found.facts.values()), budget)
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
+    relative = _of_column_draws(task, found, few, chosen)
     gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
-    relative = {}
     for name, choice in chosen.items():
         facts = found.facts[name]
         estimates: list[Estimate] = []
@@ -109,6 +109,20 @@ def _draw_some(
         found.learn(name, seconds_by_draw=seconds / few.num_draws)
         relative[name] = estimates[0].relative_error * few.num_draws**0.5
     return relative
+
+
+def _of_column_draws(task: Measurement, found: Findings, few: Budget, chosen: Mapping[str, Choice]) -> dict[str, float]:
+    """A few draws of all layers that columns are drawn for together."""
+    graphs = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
+    if not graphs or found.output_side is None:
+        return {}
+    work = partial(column_draws.run, task, found.output_side, graphs, few, _unchanged, _nothing)
+    estimates: list[Estimate] = []
+    seconds = seconds_of(lambda: estimates.extend(work())) / few.num_draws
+    for graph in graphs:
+        found.learn(graph.layer.name, seconds_by_draw=seconds / len(graphs))
+    by_layer = zip(graphs, estimates, strict=True)
+    return {graph.layer.name: e.relative_error * max(1, e.num_draws) ** 0.5 for graph, e in by_layer}
 
 
 def _in_z(task: Measurement, graph: LayerGraph, facts: Facts, allowance: float) -> float:

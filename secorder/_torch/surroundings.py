@@ -1,0 +1,58 @@
+"""What surrounds a call of the user's: passes of our own that run inside of it are not to be seen by it.
+
+A checkpoint counts the tensors that are saved inside of it, :func:`torch.nn.utils.parametrize.cached` keeps what
+parametrizations computed, and a dispatch mode (a counter of operations, a checkpoint that selects what it keeps) takes
+note of each operation.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils import parametrize
+from torch.utils import _python_dispatch
+
+__all__ = ["parametrizations_computed_anew", "unseen"]
+
+
+@contextmanager
+def parametrizations_computed_anew() -> Iterator[None]:
+    """Inside, nothing is taken from the cache of parametrizations, and nothing is put there."""
+    module: Any = parametrize
+    enabled, cache = module._cache_enabled, module._cache
+    module._cache_enabled, module._cache = 0, {}
+    try:
+        yield
+    finally:
+        module._cache_enabled, module._cache = enabled, cache
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Inside, the hooks on saved tensors and the dispatch modes of outside are as if they were not there."""
+    hooks, modes = _taken_off_hooks(), _taken_off_modes()
+    try:
+        yield
+    finally:
+        for mode in reversed(modes):
+            _python_dispatch._push_mode(mode)
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _taken_off_hooks() -> list[Any]:
+    """Those on saved tensors, the innermost first."""
+    hooks = []
+    while (top := torch._C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    return hooks
+
+
+def _taken_off_modes() -> list[Any]:
+    """Dispatch modes, the innermost first; none where PyTorch's own are among them, which trace or fake tensors."""
+    modes = _python_dispatch._get_current_dispatch_mode_stack()
+    if any(getattr(mode, "_mode_key", None) is not None for mode in modes):
+        return []
+    return [_python_dispatch._pop_mode() for _ in modes]

@@ -1,0 +1,251 @@
+"""What enters the autograd graph without a gradient, such as ids and masks: does it hold each sample's own rows?
+
+The graph tells where samples are in all that requires a gradient. Tensors of which none does enter it as operands: the
+ids of a lookup, a mask. Those that the model makes of sizes, buffers and parameters alone are the same for all samples.
+Of the others the model is run once more as far as the last of them enters, with other samples in each sample's place:
+the operand must be the same as before, or have its rows exchanged likewise, where the graph has the samples.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .._torch.sample_graph import SHARED, place_of
+from .._torch.versions import version
+
+__all__ = ["Enough", "Entries", "Replay", "tensors_of"]
+
+#: Functions whose operands are aligned with their result by the last dimensions, as broadcasting does.
+_BROADCAST = frozenset({
+    "add", "radd", "sub", "rsub", "mul", "rmul", "div", "rdiv", "truediv", "rtruediv", "where", "masked_fill",
+})  # fmt: skip
+
+#: Functions whose first operand is aligned with their result by its first dimensions.
+_LOOKUPS = frozenset({"embedding", "linear"})
+
+#: What is told of a tensor without its values.
+_FACTS = (torch.Size, torch.device, torch.dtype, torch.layout)
+
+#: Tensors of a call's arguments, looked at this deep in lists and dictionaries.
+_DEPTH = 4
+
+
+class Enough(BaseException):
+    """The last call of interest was made: the model need not run on."""
+
+
+@dataclass
+class _Operand:
+    """A tensor that may depend on the inputs, where it enters first.
+
+    Attributes:
+        call: number of the call.
+        index: of the tensor among the call's.
+        tensor: the tensor.
+        version: as which it entered.
+        uses: what it entered: the node and output that the call ended with, its shape, whether the operand's dimensions
+            count from the first of that, and how many of the last are others.
+    """
+
+    call: int
+    index: int
+    tensor: Tensor
+    version: int
+    uses: list[tuple[Any, int, torch.Size, bool, int]] = field(default_factory=list)
+
+
+class Entries:
+    """Sees the calls of a forward.
+
+    Attributes:
+        opaque: whether something was seen of which nothing can be told.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.opaque = False
+        self._calls = 0
+        self._names: list[str] = []
+        #: By id: tensors that no input has a part in, as of a version.
+        self._clean: dict[int, tuple[Tensor, int]] = {}
+        self._operands: dict[tuple[int, int], _Operand] = {}
+        #: By the number of the call: numbers that were read of tensors that inputs may have a part in.
+        self._read: dict[int, Any] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            self._keep(tensor)
+
+    def _keep(self, tensor: Tensor) -> None:
+        self._clean[id(tensor)] = (tensor, version(tensor))
+
+    def _is_clean(self, tensor: Tensor) -> bool:
+        found = self._clean.get(id(tensor))
+        return found is not None and found[0] is tensor and found[1] == version(tensor)
+
+    def called(self, name: str, arguments: Any, result: Any, *, creates: bool, asks: bool) -> None:
+        """Enter a call.
+
+        Args:
+            name: of the function.
+            arguments: of the call.
+            result: of the call.
+            creates: it takes no more of its arguments than the shape.
+            asks: it tells nothing of their values.
+        """
+        self._calls += 1
+        self._names.append(name)
+        given = list(tensors_of(arguments))
+        graph = any(t.requires_grad for t in given)
+        dirty = [(i, t) for i, t in enumerate(given) if not t.requires_grad and not self._is_clean(t)]
+        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        results = list(tensors_of(result))
+        if not dirty or creates or (in_place and not graph and [t for _, t in dirty] == [result]):
+            for t in results if creates or not (graph or dirty) else ():
+                self._keep(t)
+            return
+        entered = [t for t in results if t.requires_grad]
+        if asks or (not entered and isinstance(result, _FACTS)):
+            return
+        if not results:
+            self._read[self._calls] = result
+            self.opaque |= graph or not isinstance(result, (bool, int, float, str, list, type(None)))
+        elif graph and (in_place or not entered):
+            self.opaque = True
+        else:
+            for index, tensor in dirty if entered else ():
+                self._enter(name, index, tensor, entered)
+
+    def _enter(self, name: str, index: int, tensor: Tensor, results: Sequence[Tensor]) -> None:
+        aligned = _aligned(name.strip("_"), index)
+        if aligned is None or len(results) != 1 or results[0].grad_fn is None:
+            self.opaque = True
+            return
+        key = id(tensor), version(tensor)
+        operand = self._operands.setdefault(key, _Operand(self._calls, index, tensor, key[1]))
+        operand.uses.append((results[0].grad_fn, results[0].output_nr, results[0].shape, *aligned))
+
+    def independent(
+        self,
+        told: Mapping[tuple[Any, int], int | None],
+        count: int,
+        order: Tensor,
+        run: Callable[["Replay"], None],
+    ) -> bool:
+        """Whether each operand's rows belong to the samples that the graph has there.
+
+        Args:
+            told: what the graph tells of all its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
+            count: the number N of samples.
+            order: for each place the sample that is put there.
+            run: runs the model under what it is given, on the samples so exchanged.
+        """
+        if self.opaque or any(inner is None for inner in told.values()):
+            return False
+        operands = list(self._operands.values())
+        wanted = {(operand.call, operand.index): operand for operand in operands}
+        last = max([operand.call for operand in operands] + list(self._read), default=0)
+        replay = Replay(self._names[:last], {call for call, _ in wanted}, set(self._read))
+        if last:
+            with suppress(Enough):
+                run(replay)
+        if replay.failed or replay.calls < last or any(replay.read.get(k) != v for k, v in self._read.items()):
+            return False
+        return all(
+            version(operand.tensor) == operand.version and _follows(operand, replay.seen.get(key), told, count, order)
+            for key, operand in wanted.items()
+        )
+
+
+class Replay(TorchFunctionMode):
+    """Inside, a model makes the same calls again, as far as they are of interest.
+
+    Attributes:
+        calls: how many it made.
+        seen: by call and number, the tensors that it made them with.
+        read: by call, numbers that were read.
+        failed: whether it made other calls.
+    """
+
+    def __init__(self, names: Sequence[str], entries: set[int], read: set[int]) -> None:
+        super().__init__()
+        self.calls, self.failed = 0, False
+        self.seen: dict[tuple[int, int], Tensor] = {}
+        self.read: dict[int, Any] = {}
+        self._names, self._entries, self._answers = names, entries, read
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Make a call."""
+        kwargs = kwargs or {}
+        self.calls += 1
+        self.failed |= self.calls > len(self._names) or getattr(function, "__name__", "") != self._names[self.calls - 1]
+        if self.failed:
+            raise Enough
+        if self.calls in self._entries:
+            for index, tensor in enumerate(tensors_of((args, kwargs))):
+                self.seen[self.calls, index] = tensor.detach()
+            if self.calls == len(self._names):
+                raise Enough
+        result = function(*args, **kwargs)
+        if self.calls in self._answers:
+            self.read[self.calls] = result
+        if self.calls == len(self._names):
+            raise Enough
+        return result
+
+
+def _follows(
+    operand: _Operand, after: Tensor | None, told: Mapping[tuple[Any, int], int | None], count: int, order: Tensor
+) -> bool:
+    """Whether an operand is the same after samples were exchanged, or exchanged as they are at all of its uses."""
+    before = operand.tensor
+    if after is None or after.shape != before.shape or after.dtype != before.dtype:
+        return False
+    if torch.equal(before, after):
+        return True
+    found: dict[tuple[int, int], bool] = {}
+    for node, number, shape, first, others in operand.uses:
+        inner = told.get((node, number), ...)
+        if inner is ...:  # the output does not depend on it
+            continue
+        place = None if inner is None or inner == SHARED else place_of(shape, inner, count)
+        if place is None:
+            return False
+        dim = place.dim if first else place.dim - len(shape) + before.dim()
+        apart = place.dim < len(shape) - others and 0 <= dim < before.dim()
+        if not apart or before.shape[dim] != shape[place.dim]:
+            return False
+        if (dim, place.step) not in found:
+            split = before.unflatten(dim, (-1, count, place.step)).index_select(dim + 1, order.to(before.device))
+            found[dim, place.step] = torch.equal(split.flatten(dim, dim + 2), after)
+        if not found[dim, place.step]:
+            return False
+    return True
+
+
+def _aligned(name: str, index: int) -> tuple[bool, int] | None:
+    """Whether an operand is aligned with a function's result by the first dimensions, and how many of the last are not.
+
+    None where it is not known.
+    """
+    if name in _LOOKUPS and index == 0:
+        return True, 1
+    if name == "scaled_dot_product_attention" and index == 3:  # the mask, whose last dimensions are queries and keys
+        return False, 2
+    return (False, 0) if name in _BROADCAST else None
+
+
+def tensors_of(arguments: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """The tensors among a call's arguments."""
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif depth and isinstance(arguments, (tuple, list)):
+        for x in arguments:
+            yield from tensors_of(x, depth - 1)
+    elif depth and isinstance(arguments, dict):
+        for x in arguments.values():
+            yield from tensors_of(x, depth - 1)

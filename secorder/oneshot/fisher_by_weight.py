@@ -1,0 +1,97 @@
+"""A Fisher of second order by the heaviest columns of each sample, and draws of the rest."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..layers.selection import Layer
+from ..monitor.progress import progress_bar
+from ..results import LayerInfo, Strategy
+from .fisher_by_samples import by_samples
+from .fisher_by_uses import by_uses
+from .fisher_pairs import Found
+from .heaviest import by_weight
+from .hessian.budget import Budget
+from .hessian.estimate import Estimate
+from .hessian.output_draws import Reduce
+from .measurement import Measurement
+from .output_hessian import expose_output
+from .recorded_layer import RecordedLayer, contract_settled, require_linear_backward
+from .roots import Columns, Root
+
+__all__ = ["ByWeight", "heaviest_columns"]
+
+
+def _whole(values: list[Tensor]) -> list[Tensor]:
+    return values
+
+
+@dataclass
+class ByWeight:
+    """A Fisher by its heaviest columns, and draws of the rest.
+
+    Attributes:
+        budget: how exact.
+        reduce: of stacked diagonals by parameter, what is wanted; linear in them.
+        estimates: by layer, as they turned out.
+    """
+
+    budget: Budget
+    reduce: Reduce = _whole
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+
+def heaviest_columns(
+    task: Measurement,
+    model_outputs: Sequence[Tensor],
+    root: Root,
+    served: Sequence[RecordedLayer],
+    rest: Sequence[Layer],
+    weighted: ByWeight,
+    *,
+    by_graph: bool,
+) -> Found:
+    """Of layers whose calls are settled, and of the rest.
+
+    Args:
+        task: the measurement, whose samples are independent.
+        model_outputs: output tensors, samples in dim 0.
+        root: of the loss's Hessian in them.
+        served: layers with recorded calls, of which it is known where samples are.
+        rest: other layers.
+        weighted: how exact, and what is wanted; receives the estimates.
+        by_graph: whether operations may be followed through the graph: no hook of the model's changes gradients.
+    """
+    layers = [z.layer for z in served] + list(rest)
+    if not layers:
+        return {}
+    if rest and not task.certain:
+        outputs: list[Tensor] = []
+        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
+        replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
+        require_linear_backward(outputs, replacements, root, task.generator)
+    strategies = dict.fromkeys((z.layer.name for z in served), Strategy.RULE)
+
+    def contract(columns: Columns) -> list[list[Tensor]]:
+        found = contract_settled(model_outputs, served, columns, chunk_size=task.chunk_size)
+        values = {z.layer.name: parts or [] for z, parts in zip(served, found, strict=True)}
+        others = by_uses(task, rest, columns, linear=False) if rest and by_graph else {}
+        left = [layer for layer in rest if layer.name not in others]
+        others |= by_samples(task, left, columns, linear=False) if left else {}
+        for name, (parts, info) in others.items():
+            values[name], strategies[name] = parts, info.strategy
+        return [[v[0] for v in weighted.reduce([p.detach().flatten()[None] for p in values[x.name]])] for x in layers]
+
+    with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
+        estimates = by_weight(root, weighted.budget, contract, task.generator, advance)
+    weighted.estimates |= {layer.name: e for layer, e in zip(layers, estimates, strict=True)}
+    return {
+        layer.name: (
+            e.values,
+            LayerInfo(
+                strategies[layer.name], 0, {"own_use": layer not in rest}, e.num_draws, e.relative_error, e.converged
+            ),
+        )
+        for layer, e in zip(layers, estimates, strict=True)
+    }

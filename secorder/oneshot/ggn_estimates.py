@@ -1,0 +1,35 @@
+"""What is made of the generalised Gauss-Newton matrix' diagonal, such as its trace, by draws on the model's outputs."""
+
+from .fisher import every_way
+from .fisher_by_weight import ByWeight
+from .hessian.budget import Budget
+from .hessian.estimate import Estimate
+from .hessian.output_draws import Reduce
+from .measurement import Measurement
+
+__all__ = ["ggn_estimates"]
+
+
+def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Estimate]:
+    """Layer by layer: exact where there are no more outputs than draws, else unbiased estimates.
+
+    With S a root of the loss's Hessian in the outputs, ``E[(Jᵀ S v)²]`` for random signs v on its columns: a draw takes
+    one vector-Jacobian product for all layers together. The heaviest columns of each sample are taken exactly
+    (:mod:`.heaviest`).
+
+    Args:
+        task: the measurement.
+        budget: how many draws, or how exact.
+        reduce: of stacked diagonals by parameter, what is wanted: linear in them.
+    """
+    weighted = ByWeight(budget, reduce)
+    found = every_way(task, "type-2", 1, weighted)
+    estimates: dict[str, Estimate] = {}
+    for layer in task.layers:
+        known = weighted.estimates.get(layer.name)
+        if known is None:
+            known = Estimate([v[0] for v in reduce([v.detach()[None] for v in found[layer.name][0]])])
+        known.values = [v / task.num_samples for v in known.values]
+        known.errors = [e / task.num_samples for e in known.errors]
+        estimates[layer.name] = known
+    return estimates

@@ -1,0 +1,147 @@
+"""Draws with the directions of largest curvature taken exactly, in each sample its own, and signs on what is left.
+
+With Q an orthonormal basis of some directions and P = I − QQᵀ, ``H = HQQᵀ + HPP``: of the first part, products with the
+columns of Q give the diagonal and the trace exactly; of the second, random signs v give ``E[HPv (Pv)ᵀ] = HPP``. So it
+is unbiased whatever Q is, and where H is nearly zero outside of Q, little is left to chance. Q is the range of H on
+some random signs (Meyer, Musco, Musco, Woodruff 2021, "Hutch++: optimal stochastic trace estimation"). Where H is block
+diagonal over samples, each of them has directions of its own, which the same few products give.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..._torch.vjp import chunks
+from .budget import Budget
+from .estimate import Draw, relative_error
+
+__all__ = ["PILOT_DRAWS", "Pilot", "Space", "deflated", "may_pay", "pilot"]
+
+#: Products that decide what is easiest to estimate, each time.
+PILOT_DRAWS = 4
+
+#: Draws from which on directions may be taken exactly.
+MIN_DRAWS = 32
+
+#: Directions of a sample at most, and memory that those of all samples may take.
+MAX_DIRECTIONS = 64
+MAX_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where vectors are drawn, what multiplies them, and what a product tells.
+
+    Attributes:
+        signs: so many vectors of random signs, stacked.
+        product: with a curvature, of stacked vectors.
+        values: what products and their vectors give, stacked: diagonals, or what is made of them.
+        rows: stacked vectors, sample by sample: shape (K, N, D).
+        tensors: the inverse.
+        size: products at a time.
+    """
+
+    signs: Callable[[int], list[Tensor]]
+    product: Callable[[list[Tensor]], list[Tensor]]
+    values: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
+    rows: Callable[[Sequence[Tensor]], Tensor]
+    tensors: Callable[[Tensor], list[Tensor]]
+    size: int
+
+    def draw(self, count: int, without: Tensor | None = None) -> list[Tensor]:
+        """What so many draws give, besides some directions (N, D, k)."""
+        vectors = self.signs(count)
+        if without is not None:
+            vectors = self.tensors(_projected(self.rows(vectors), without))
+        return self.values(self.product(vectors), vectors)
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """A few draws, made to decide by, and left out of the estimate.
+
+    Attributes:
+        spread: the variance of ``v ⊙ Hv``, summed up: of all elements off H's diagonal, the squares.
+        products: Hv, sample by sample.
+        values: what they give.
+    """
+
+    spread: float
+    products: Tensor
+    values: list[Tensor]
+
+
+def may_pay(budget: Budget) -> bool:
+    """Whether there may be draws enough."""
+    return (budget.num_draws if budget.rtol is None else budget.max_draws) >= MIN_DRAWS
+
+
+def pilot(space: Space, without: Tensor | None = None) -> Pilot:
+    """Draw a few times; besides some directions, where they are given."""
+    vectors = space.signs(PILOT_DRAWS)
+    if without is not None:
+        vectors = space.tensors(_projected(space.rows(vectors), without))
+    products = space.product(vectors)
+    u, v = space.rows(products), space.rows(vectors)
+    return Pilot(float((u * v).double().var(0).sum()), u, space.values(products, vectors))
+
+
+def deflated(
+    space: Space, tried: Pilot, known: Sequence[Tensor], budget: Budget, advance: Callable[[int], None]
+) -> tuple[Draw, list[Tensor], int] | None:
+    """Draws beside some directions, what those give exactly, and how many products that took; None where it won't pay.
+
+    Args:
+        space: of the vectors.
+        tried: a pilot in it.
+        known: what is known exactly already.
+        budget: how many draws, or how exact.
+        advance: of the progress bar.
+    """
+    planned = _planned(tried, known, budget)
+    count, size = tried.products.shape[1:]
+    directions = min(planned // 4, size // 4, MAX_DIRECTIONS)
+    directions = min(directions, MAX_BYTES // max(1, count * size * tried.products.element_size()))
+    if planned < MIN_DRAWS or directions <= PILOT_DRAWS or not tried.spread > 0:
+        return None
+    few = pilot(space, _directions(tried.products))
+    advance(PILOT_DRAWS)
+    if not few.spread < tried.spread / 2:
+        return None
+    sketch = [tried.products]
+    for ids in chunks(directions - PILOT_DRAWS, space.size):
+        sketch.append(space.rows(space.product(space.signs(len(ids)))))
+        advance(len(ids))
+    basis = _directions(torch.cat(sketch))
+    exact = [k.clone() for k in known]
+    for ids in chunks(basis.shape[2], space.size):
+        vectors = space.tensors(basis[:, :, ids.start : ids.stop].permute(2, 0, 1))
+        found = space.values(space.product(vectors), vectors)
+        exact = [total + part.sum(0) for total, part in zip(exact, found, strict=True)]
+        advance(len(ids))
+    return lambda number: space.draw(number, basis), exact, 2 * directions
+
+
+def _planned(tried: Pilot, known: Sequence[Tensor], budget: Budget) -> int:
+    """How many plain draws there would be, about."""
+    if budget.rtol is None:
+        return budget.num_draws
+    total = [v.mean(0) + k for v, k in zip(tried.values, known, strict=True)]
+    one = relative_error(total, [v.std(0) for v in tried.values])
+    return max(budget.num_draws, int(min(budget.max_draws, (one / budget.rtol) ** 2)))
+
+
+def _directions(products: Tensor) -> Tensor:
+    """An orthonormal basis of products (K, N, D), sample by sample: shape (N, D, k)."""
+    basis: Tensor = torch.linalg.qr(products.permute(1, 2, 0))[0]
+    return basis
+
+
+def _projected(vectors: Tensor, basis: Tensor) -> Tensor:
+    """Vectors (K, N, D) without their parts in a basis (N, D, k), taken off twice for rounding's sake."""
+    v = vectors.permute(1, 2, 0)
+    for _ in range(2):
+        v = v - basis @ (basis.mT @ v)
+    return v.permute(2, 0, 1)

@@ -1,0 +1,111 @@
+"""The losses of samples alone, as functions of the model's output, where the batch's loss goes by that alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.pytree import tensors_in
+from .._torch.vjp import gradients
+from ..errors import CouplingError, NonFiniteError
+from .known_losses import share_of_samples
+from .loss import require_dependence
+from .measurement import Measurement
+from .output_hessian import expose_output, loss_of_output, loss_separates
+from .recorded_layer import RecordedLayer
+from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
+
+__all__ = ["SampleLosses", "losses_by_definition", "losses_by_output"]
+
+
+@dataclass
+class SampleLosses:
+    """The losses ℓ_n of samples taken alone, as functions of the model's output, by their derivatives.
+
+    Attributes:
+        gradients: of Σ_n ℓ_n in ``points``; differentiable where second derivatives were asked for.
+        points: what they were computed from, samples in dim 0.
+        model_outputs: the model's output tensors in the same form.
+    """
+
+    gradients: list[Tensor | None]
+    points: list[Tensor]
+    model_outputs: list[Tensor]
+
+
+def losses_by_definition(task: Measurement, output: Any, loss: Tensor, *, second_order: bool) -> SampleLosses | None:
+    """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient."""
+    share = _precise_share(task, output)
+    if share is None or not output.requires_grad:
+        return None
+    found = gradients(loss, [output], create_graph=second_order or task.create_graph)
+    _require_finite(found)
+    return SampleLosses(_divided(found, share), [output], [output])
+
+
+def _precise_share(task: Measurement, output: Any) -> float | None:
+    """The sample's share in the loss, unless what the loss computes with is half precision."""
+    share = None if task.autocast else share_of_samples(task.loss_fn, output, task.targets, task.num_samples)
+    return share if share is not None and torch.finfo(output.dtype).bits >= 32 else None
+
+
+def losses_by_output(
+    task: Measurement, output: Any, loss: Tensor, layers: Sequence[RecordedLayer], *, second_order: bool
+) -> SampleLosses | None:
+    """The losses of samples, where the batch's is made of them by the model's output alone; else None.
+
+    Args:
+        task: the measurement.
+        output: the model's.
+        loss: the batch's.
+        layers: the recorded ones, from inside of which the loss must take nothing.
+        second_order: whether second derivatives of the loss are to be those of samples too.
+
+    Raises:
+        CouplingError: the loss couples the samples.
+        NonFiniteError: its gradient is nan or infinite.
+        InvalidArgumentError: it holds tensors of the batch itself, or is random.
+    """
+    differentiable = [t for t in tensors_in(output) if t.requires_grad]
+    if not differentiable or any(task.dimension(t) is None for t in differentiable):
+        return None
+    model_outputs: list[Tensor] = []
+    connected = expose_output(output, model_outputs, task.dimension, detach=False)
+    by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+    if by_output is None:
+        return None
+    batch = BatchLoss(*by_output)
+    del by_output
+    if task.enters_model(batch.loss, [leaf for z in layers for leaf in z.leaves]):
+        return None  # a weight penalty, features taken from inside the model, the model itself
+    if all(g is None for g in batch.gradients):
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    _require_finite(batch.gradients)
+    share = _precise_share(task, output)
+    if share is None and not loss_separates(batch.gradients, batch.points, task.generator):
+        raise CouplingError(
+            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
+            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
+        )
+    if share is None and task.create_graph:
+        own_gradients(task, batch, second_order=second_order)  # for its checks
+    if task.create_graph:  # the cotangents must stay connected to the model
+        found = gradients_of_losses(own_losses(task, connected), model_outputs, create_graph=True)
+        return SampleLosses(found, model_outputs, model_outputs)
+    if share is None:
+        return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)
+    return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
+
+
+def _divided(found: Sequence[Tensor | None], share: float) -> list[Tensor | None]:
+    return [g if g is None or share == 1 else g / share for g in found]
+
+
+def _require_finite(found: Sequence[Tensor | None]) -> None:
+    if not all(bool(g.detach().isfinite().all()) for g in found if g is not None):
+        raise NonFiniteError(
+            "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
+            "(a root or norm of zero, an overflow): there are no per-sample gradients here."
+        )

@@ -1,0 +1,155 @@
+"""Samples that no dimension holds: the entries of a list, and the graphs that a vector of indices gives nodes to."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._torch.pytree import map_tensors, tensors_in
+
+__all__ = ["Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "take_owned"]
+
+#: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
+Owner = int | Tensor | None
+
+
+class Grouping(NamedTuple):
+    """How samples own what is among the arguments.
+
+    Attributes:
+        place: of the tensor whose numbers tell the rows' samples; None where samples are the entries of lists.
+        tensors: among the arguments; zero for lists, which may have any length.
+    """
+
+    place: int | None
+    tensors: int
+
+    def of(self, arguments: Any) -> "Owned | None":
+        """Whose the tensors of a batch are; None where it has nothing of the kind, or more than one."""
+        found = owned_by_entries(arguments) if self.place is None else owned_by_index(arguments)
+        alike = [owned for owned in found if self.place is None or owned.grouping == self]
+        return alike[0] if len(alike) == 1 else None
+
+
+class Owned(NamedTuple):
+    """Which sample each tensor among some arguments, or each of its rows, belongs to.
+
+    Attributes:
+        owners: by tensor.
+        num_samples: how many there are.
+        grouping: how that is told.
+    """
+
+    owners: tuple[Owner, ...]
+    num_samples: int
+    grouping: Grouping
+
+
+def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Owned]:
+    """Lists of one entry a sample, such as images of several sizes; those of one length hold the same samples."""
+    by_length: dict[int, dict[int, int]] = {}
+    args, kwargs = arguments
+    for tree in (*args, *kwargs.values()):
+        for entries in _lists(tree):
+            owners = by_length.setdefault(len(entries), {})
+            owners.update((id(t), n) for n, entry in enumerate(entries) for t in tensors_in(entry))
+    tensors = list(tensors_in(arguments))
+    grouping = Grouping(None, 0)
+    return [Owned(tuple(owners.get(id(t)) for t in tensors), size, grouping) for size, owners in by_length.items()]
+
+
+def _lists(tree: Any) -> Iterator[list[Any]]:
+    """The outermost lists of a structure each of whose entries holds tensors."""
+    if type(tree) in (list, tuple):
+        entries = list(tree)
+        if entries and all(next(tensors_in(entry), None) is not None for entry in entries):
+            yield entries
+            return
+    for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
+        yield from _lists(child)
+
+
+def owned_by_index(arguments: Any) -> list[Owned]:
+    """Rows whose samples a vector ``[0, 0, 1, 1, 1, 2, …]`` tells, such as the nodes of a batch of graphs."""
+    tensors = list(tensors_in(arguments))
+    found = []
+    for place, index in enumerate(tensors):
+        if not _is_index(index):
+            continue
+        rows = len(index)
+        if any(t is not index and t.dim() and t.shape[0] == rows for t in tensors):
+            owners = tuple(index if t.dim() and t.shape[0] == rows else None for t in tensors)
+            found.append(Owned(owners, int(index[-1]) + 1, Grouping(place, len(tensors))))
+    return found
+
+
+def _is_index(tensor: Tensor) -> bool:
+    """Whether numbers begin with 0, and each is the one before it or the next."""
+    if tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32) or len(tensor) < 2 or tensor.is_meta:
+        return False
+    steps = tensor.diff()
+    return int(tensor[0]) == 0 and not bool(((steps < 0) | (steps > 1)).any())
+
+
+def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
+    """The tensor with other numbers for some samples, those of ``mask``, shape ``(N,)``."""
+    if isinstance(owner, int):
+        return tensor.flatten().roll(1).view_as(tensor) * 1.03125 if bool(mask[owner]) else tensor
+    here = mask.to(tensor.device)[owner.long()].view(-1, *(1,) * (tensor.dim() - 1))
+    return torch.where(here, tensor.roll(1, 0) * 1.03125, tensor)
+
+
+def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Sequence[int]) -> Any:
+    """What belongs to some samples, in this order, of some or all of the arguments.
+
+    Args:
+        tree: any structure of arguments.
+        owned: whose their tensors are.
+        tensors: those of all arguments.
+        chosen: which samples.
+    """
+    if owned.grouping.place is None:
+        return _entries(tree, owned.num_samples, chosen)
+    nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
+    return map_tensors(nodes.take, tree)
+
+
+def _entries(tree: Any, count: int, chosen: Sequence[int]) -> Any:
+    if type(tree) in (list, tuple):
+        if len(tree) == count and all(next(tensors_in(entry), None) is not None for entry in tree):
+            return type(tree)(tree[n] for n in chosen)
+        return type(tree)(_entries(child, count, chosen) for child in tree)
+    return {key: _entries(child, count, chosen) for key, child in tree.items()} if type(tree) is dict else tree
+
+
+class _Nodes:
+    """The nodes of some graphs, and the edges between them."""
+
+    def __init__(
+        self, index: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]
+    ) -> None:
+        self.index, self.chosen = index, chosen
+        self.owned = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner is not None}
+        self.rows = [(index == n).nonzero().flatten() for n in chosen]
+        edges = next((t for t in tensors if self._are_edges(t)), None)
+        self.kept = None if edges is None else [(index[edges] == n).all(0).nonzero().flatten() for n in chosen]
+        self.number = None if edges is None else edges.shape[1]
+
+    def _are_edges(self, tensor: Tensor) -> bool:
+        pairs = tensor.dim() == 2 and tensor.shape[0] == 2 and tensor.shape[1] > 0
+        return pairs and tensor.dtype == torch.int64 and bool(((tensor >= 0) & (tensor < len(self.index))).all())
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """What of a tensor belongs to them."""
+        if tensor is self.index:
+            return torch.cat([torch.full_like(rows, n) for n, rows in enumerate(self.rows)]).to(tensor.dtype)
+        if id(tensor) in self.owned:
+            return tensor[torch.cat(self.rows)]
+        if self.kept is not None and self._are_edges(tensor):
+            starts = torch.tensor([0, *(len(rows) for rows in self.rows)]).cumsum(0).tolist()
+            moved = zip(self.kept, self.rows, starts, strict=False)  # nodes of a graph follow one another
+            return torch.cat([tensor[:, kept] - int(rows[0]) + start for kept, rows, start in moved], 1)
+        if self.kept is not None and tensor.dim() and tensor.shape[0] == self.number:
+            return tensor[torch.cat(self.kept)]
+        return tensor

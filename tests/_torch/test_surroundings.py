@@ -1,0 +1,43 @@
+"""What surrounds a call sees nothing of passes of our own."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+from secorder._torch.surroundings import parametrizations_computed_anew, unseen
+
+
+def test_hooks_on_saved_tensors_and_modes_are_put_aside_and_back() -> None:
+    saved: list[tuple[str, Tensor]] = []
+    x = torch.randn(3, 3, requires_grad=True)
+
+    def packs(name: str) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append((name, t)) or t, lambda t: t)
+
+    with packs("outer"), packs("inner"), FlopCounterMode(display=False) as counter:
+        with unseen():
+            x.mm(x)
+        assert not saved
+        assert counter.get_total_flops() == 0
+        x.mm(x)
+        assert counter.get_total_flops() == 54
+    with packs("outer"):
+        with packs("inner"), unseen():
+            pass
+        x.mm(x)
+    assert [name for name, _ in saved] == ["inner"] * 2 + ["outer"] * 2
+
+
+def test_nothing_is_taken_from_the_cache_of_parametrizations_or_put_there() -> None:
+    layer = weight_norm(nn.Linear(3, 2))
+    with parametrize.cached():
+        with parametrizations_computed_anew():
+            other = layer.weight
+            assert layer.weight is not other
+        kept = layer.weight
+        assert kept is not other
+        with parametrizations_computed_anew():
+            assert layer.weight is not kept
+        assert layer.weight is kept

@@ -1,0 +1,127 @@
+"""Samples that no dimension holds: entries of lists, graphs, and calls of one sample."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import AttributionError, CurvatureProbe
+
+from ..helpers import Net, make
+from .loops import follow
+
+Images = tuple[list[Tensor], Tensor]
+
+
+def images(channels: int, *counts: int) -> list[Images]:
+    """Batches of images of several sizes, one label each."""
+    return [
+        ([torch.randn(channels, 5 + n, 6 - n) for n in range(count)], torch.randint(2, (count,))) for count in counts
+    ]
+
+
+def one_image(batch: Images) -> list[Images]:
+    return [([image], label[None]) for image, label in zip(*batch, strict=True)]
+
+
+def each(m: Any, batch: list[Tensor]) -> Tensor:
+    """One after the other."""
+    return torch.stack([m.head(torch.tanh(m.body(image[None])).sum((2, 3))[0]) for image in batch])
+
+
+def padded(m: Any, batch: list[Tensor]) -> Tensor:
+    height, width = (max(image.shape[d] for image in batch) for d in (1, 2))
+    whole = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in batch]
+    return m.head(torch.tanh(m.body(torch.stack(whole))).sum((2, 3)))
+
+
+def detector(forward: Callable[..., Any], channels: int) -> nn.Module:
+    return Net(forward, body=nn.Conv2d(channels, 3, 1, bias=False), head=nn.Linear(3, 2))
+
+
+def classify(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(*batch[:-1]), batch[-1])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("forward", [each, padded])
+def test_lists_of_images_of_several_sizes(forward: Any, channels: int) -> None:
+    """As many as there are channels, fewer, more, and one: no size tells."""
+    came = follow(detector(forward, channels), images(channels, 3, 3, 2, 4, 1, 3), classify, one_image)
+    assert came.exact
+
+
+def test_a_list_of_which_a_loss_alone_is_returned_has_to_be_told() -> None:
+    def forward(m: Any, batch: list[Tensor], labels: list[Tensor]) -> dict[str, Tensor]:
+        return {"loss": F.cross_entropy(padded(m, batch), torch.stack(labels))}
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(*batch)["loss"]
+
+    def alone(batch: Any) -> Any:
+        return [([image], [label]) for image, label in zip(*batch, strict=True)]
+
+    batches = [(x, list(y)) for x, y in images(1, 3, 3, 2)]
+    assert follow(detector(forward, 1), batches, loss, alone, sample_dim="list").exact
+    came = follow(detector(forward, 1), batches, loss, alone)
+    assert all('pass sample_dim="list"' in reason for reason in came.refused.values())
+    assert len(came.refused) == 2
+
+
+def test_a_list_of_outputs_is_refused() -> None:
+    model = detector(lambda m, batch: list(each(m, batch)), 1)
+    came = follow(model, images(1, 3, 3), lambda m, b: F.cross_entropy(torch.stack(m(b[0])), b[1]), one_image)
+    assert all("one tensor of a row a sample" in reason for reason in came.refused.values())
+    assert len(came.refused) == 2
+
+
+def test_a_list_of_features_holds_samples_in_a_dimension() -> None:
+    model = Net(
+        lambda m, xs: m.b(torch.cat([torch.tanh(m.a(x)).mean(1) for x in xs], 1)), a=nn.Linear(4, 5), b=nn.Linear(10, 3)
+    )
+    batches = [([torch.randn(n, 5, 4), torch.randn(n, 3, 4)], torch.randint(3, (n,))) for n in (4, 2, 2, 1, 3)]
+    assert follow(
+        model, batches, classify, lambda b: [([x[n : n + 1] for x in b[0]], b[1][n : n + 1]) for n in range(len(b[1]))]
+    ).exact
+
+
+def graphs(m: Any, nodes: Tensor, graph: Tensor) -> Tensor:
+    """The number of graphs is in no argument's shape; attention among the nodes of each."""
+    hidden = torch.tanh(m.a(m.table(nodes) if nodes.dtype == torch.long else nodes))
+    weights = m.gate(hidden).exp()
+    count = int(graph.max()) + 1
+    total = weights.new_zeros(count, 1).index_add(0, graph, weights)
+    return m.b(hidden.new_zeros(count, 5).index_add(0, graph, hidden * weights / total[graph]))
+
+
+def graph_batch(*sizes: int, integers: bool) -> Any:
+    graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    nodes = torch.randint(6, (len(graph),)) if integers else torch.randn(len(graph), 4)
+    return nodes, graph, torch.randint(3, (len(sizes),))
+
+
+def one_graph(batch: Any) -> list[Any]:
+    nodes, graph, y = batch
+    return [(nodes[graph == n], graph[graph == n] * 0, y[n : n + 1]) for n in range(len(y))]
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_graphs_whose_number_no_shape_tells(integers: bool) -> None:
+    model = Net(graphs, a=nn.Linear(4, 5), gate=nn.Linear(5, 1), b=nn.Linear(5, 3), table=nn.Embedding(6, 4))
+    sizes = [(2, 4, 3), (3, 3, 1, 2), (2, 2, 2), (4, 5), (1, 1, 1), (2, 2, 2)]
+    came = follow(model, [graph_batch(*s, integers=integers) for s in sizes], classify, one_graph)
+    assert came.exact
+
+
+def test_calls_of_one_sample() -> None:
+    model = make()
+    batches = [(torch.randn(4), torch.randint(3, ())) for _ in range(3)]
+    assert follow(model, batches, classify, lambda b: [b], sample_dim={"input": None}).exact
+    probe = CurvatureProbe(model)
+    with pytest.warns(UserWarning, match="for all of them where each call is one sample"):
+        classify(model, batches[0]).backward()
+    with pytest.raises(AttributionError, match="for all of them where each call is one sample"):
+        probe.fisher_diagonal()

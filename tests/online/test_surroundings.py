@@ -1,0 +1,133 @@
+"""Training code that puts something around the model: it meets nothing of the probe's, and the numbers are right."""
+
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.flop_counter import FlopCounterMode
+
+from secorder import CurvatureProbe
+
+from ..helpers import Net, data, make, seed
+from .loops import follow
+from .twins import Loop, bit_for_bit, traces
+
+Pair = tuple[Tensor, Tensor]
+Loss = Callable[[nn.Module, Pair], Tensor]
+
+
+def outside(model: nn.Module, batch: Pair, **options: Any) -> Tensor:
+    return F.cross_entropy(checkpoint(model, batch[0].requires_grad_(), **options), batch[1])
+
+
+def with_loss(model: nn.Module, batch: Pair, **options: Any) -> Tensor:
+    value: Tensor = checkpoint(
+        lambda x, y: F.cross_entropy(model(x), y), batch[0].requires_grad_(), batch[1], **options
+    )
+    return value
+
+
+def selective(model: nn.Module, batch: Pair) -> Tensor:
+    contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+    return outside(model, batch, use_reentrant=False, context_fn=contexts)
+
+
+def token(m: Any, x: Tensor) -> Tensor:
+    """What belongs to the model itself is used beside its layers."""
+    return m.b(torch.tanh(m.a(x) * m.get_parameter("gate")))
+
+
+def gated() -> nn.Module:
+    model = Net(token, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    model.register_parameter("gate", nn.Parameter(torch.randn(5)))
+    return model
+
+
+AROUND = {
+    "model": partial(outside, use_reentrant=False),
+    "model and loss": partial(with_loss, use_reentrant=False),
+    "model, reentrant": partial(outside, use_reentrant=True),
+    "model and loss, reentrant": partial(with_loss, use_reentrant=True),
+    "selective": selective,
+}
+
+
+def training(loss: Loss) -> Loop:
+    def loop(model: nn.Module) -> Any:
+        for _ in range(3):
+            model.zero_grad()
+            value = loss(model, data())
+            value.backward()
+            yield value
+
+    return loop
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize(("build", "options"), [(make, {"every": 2}), (gated, {"layer_types": "all"})])
+def test_a_checkpoint_around_the_model(around: str, build: Callable[[], nn.Module], options: Any) -> None:
+    loss = AROUND[around]
+    model = build()
+    before = traces(model)
+    assert follow(model, [data() for _ in range(4)], loss, **options).exact
+    assert traces(model) == before
+    bit_for_bit(build, training(loss), **options)
+
+
+def test_parametrizations_that_are_cached_around_the_model() -> None:
+    def loss(model: nn.Module, batch: Pair) -> Tensor:
+        with parametrize.cached():
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+    def build() -> nn.Module:
+        model = make()
+        weight_norm(model[0])
+        return model
+
+    assert follow(build(), [data() for _ in range(3)], loss, layer_types="all").exact
+    bit_for_bit(build, training(loss), layer_types="all")
+
+
+def test_a_counter_of_operations_around_the_forward() -> None:
+    model, (x, _) = make(), data()
+    with FlopCounterMode(display=False) as plain:
+        model(x)
+    with CurvatureProbe(model), FlopCounterMode(display=False) as probed:
+        model(x)
+    assert probed.get_total_flops() == plain.get_total_flops()
+
+
+class Watches:
+    """What users hang on layers: it keeps activations by name, means, and how often it was called."""
+
+    def __init__(self) -> None:
+        self.calls, self.shapes, self.mean = 0, defaultdict(list), torch.zeros(5)
+
+    def hook(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.calls += 1
+        self.shapes["all"].append(output.shape)
+        self.mean += output.detach().mean(0)
+
+
+def test_what_the_users_hooks_keep_is_of_the_users_forwards() -> None:
+    seen = []
+    for attached in (False, True):
+        seed()
+        model, watches, log, counts = make(), Watches(), [], {"calls": 0}
+        model[0].register_forward_hook(watches.hook)
+        model[1].register_forward_pre_hook(lambda m, a, log=log: log.append(1))
+        model.register_forward_hook(lambda m, a, o, counts=counts: counts.update(calls=counts["calls"] + 1))
+        probe = CurvatureProbe(model) if attached else None
+        for _ in range(4):
+            outside(model, data(), use_reentrant=False).backward()
+        seen.append((watches.calls, dict(watches.shapes), watches.mean.tolist(), log, counts))
+        assert probe is None or probe.num_samples == 24
+    assert seen[0] == seen[1]
