@@ -63,7 +63,10 @@ class Calls(TorchFunctionMode):
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
             self.detached = not _all_have_gradients(result, name)
         if self.entries is not None:
-            self.entries.called(name, (args, kwargs), result, creates=name in _CREATIONS, asks=name in _QUESTIONS)
+            try:
+                self.entries.called(name, (args, kwargs), result, creates=name in _CREATIONS, asks=name in _QUESTIONS)
+            except RuntimeError:  # of tensors of other kinds, which tell nothing
+                self.entries.opaque = True
         return result
 
 

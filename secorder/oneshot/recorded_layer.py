@@ -27,7 +27,6 @@ __all__ = [
     "layout_options",
     "layouts_by_graph",
     "require_linear_backward",
-    "rounding_noise",
     "scale_draws",
     "scales",
     "settle_layouts",
@@ -35,9 +34,6 @@ __all__ = [
 
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
-
-#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
-ALIKE, MEASURED = 1.7, 64.0
 
 
 @dataclass(eq=False)
@@ -329,27 +325,10 @@ def scales(
             continue
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
         if noise is not None:
-            bound = bound + MEASURED * noise[id(leaf)]
+            bound = bound + noise[id(leaf)]
         if not bool(((found - expected).abs() <= bound).all()):
             return False
     return True
-
-
-def rounding_noise(
-    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
-) -> dict[int, Tensor]:
-    """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
-
-    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
-    Weighting all samples alike shows that, and nothing else.
-
-    Args:
-        leaves: the leaves.
-        plain: their gradients by ``id(leaf)``.
-        pull_back: the same for cotangents times a number.
-    """
-    alike = pull_back(ALIKE)
-    return {id(leaf): (alike[id(leaf)] - ALIKE * plain[id(leaf)]).abs().amax() for leaf in leaves if leaf.numel()}
 
 
 def scale_draws(leaves: Sequence[Tensor]) -> int:

@@ -247,9 +247,8 @@ class Audit:
         key = self._home.get(id(parameter), id(parameter))
         self._actual[key] = self._actual[key] + value if key in self._actual else value
 
-    def see_all(self, parameters: Sequence[Tensor]) -> None:
-        """The whole gradients of parameters are what they have in ``.grad``."""
-        grads = {id(p): p.grad for p in parameters}
+    def see_all(self, grads: Mapping[int, Tensor]) -> None:
+        """The whole gradients of parameters are here, by ``id``."""
         for key, (parameter, bias, _) in self._numbers.items():
             whole, own = grads.get(key), None if bias is None else grads.get(id(bias))
             if whole is not None:

@@ -18,6 +18,7 @@ from .._torch.engine import (
     will_accumulate,
 )
 from ..layers.selection import Layer
+from ..parallel.fsdp import local
 from .audit import Audit
 from .closing import check_together, close
 from .fisher import OnlineFisher, quietly
@@ -82,7 +83,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
             continue
         graph = record.parameters(layer)
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
-        for name in backward.audit.watch(layer.parameters, graph, apart=apart):
+        parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
+        for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
                 backward.early.append((index, parameter))  # and not torch.autograd.grad
@@ -109,7 +111,9 @@ def _saw(
 ) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
     if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
-        backward.audit.see(parameter, gradient)
+        part = layer.gradient(parameter, gradient)
+        if part is not None:
+            backward.audit.see(parameter, part)
 
 
 def _runs(backward: Backward) -> bool:
@@ -137,12 +141,12 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
 
 def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     if backward.alone:
-        backward.audit.see_all(backward.fresh)
+        backward.audit.see_all({id(p): local(p.grad) for p in backward.fresh if p.grad is not None})
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for index, parameter in backward.early if reached else ():
         if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
-            fisher.failures[index].add_((parameter.grad != 0).any())
+            fisher.failures[index].add_((local(parameter.grad) != 0).any())
     backward.early.clear()
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters

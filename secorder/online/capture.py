@@ -15,6 +15,8 @@ from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, k
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
+from ..parallel.fsdp import local
+from ..parallel.tensor_parallel import Layouts, layouts, own
 from .backward import enter
 from .closing import second_backward
 from .delivery import bring
@@ -35,7 +37,11 @@ def layer_called(
     attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
     """A layer with a rule ran."""
-    index = _call(record, layer, (tuple(output.shape),))
+    ends = None
+    if layer.spread is not None and layer.split:
+        ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
+        inputs = tuple(own(x, ends[0], "its input") for x in inputs)
+    index = _call(record, layer, (tuple(local(output).shape),))
     if not _recordable(record, layer, (output,)):
         return
     kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
@@ -46,7 +52,8 @@ def layer_called(
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     node = accumulates_into(record.parameters(layer).values(), output)
     assert output.grad_fn is not None
-    output.grad_fn.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node))
+    gradient = _LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends)
+    output.grad_fn.register_prehook(gradient)
 
 
 def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:
@@ -136,9 +143,11 @@ class _LayerGradient:
         number: int,
         kept: Kept,
         node: Any,
+        ends: Layouts | None,
     ) -> None:
         self.attachment, self.record, self.layer = attachment, record, layer
         self.index, self.number, self.node = index, number, node
+        self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
 
@@ -152,14 +161,22 @@ class _LayerGradient:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
         if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
             return
-        total = total_of(g)
+        total = total_of(local(g))
         if not enter(self.attachment, record):
             second_backward(fisher, record, [layer.name], self.total, total)
             return
         kept, self.kept, self.total = self.kept, None, total
         if kept is None:
             return
-        bring(fisher, record, layer, self.index, (_unpacked(kept), g), total)
+        call: Any
+        try:
+            g = g if self.ends is None else own(g, self.ends[1], "the gradient on its output")
+            call = (_unpacked(kept), g)
+        except Exception as error:
+            if fisher.ranks is None:
+                raise
+            call = error
+        bring(fisher, record, layer, self.index, call, total)
 
 
 class _ModuleGradient:

@@ -26,7 +26,7 @@ MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
 def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> bool:
     """Whether a layer is added as any other is: here, in one dtype, by itself, and whatever other ranks find."""
     layer, like = one.layer, one.cotangents
-    if fisher.penalty is not None or fisher.shard is not None or fisher.on_nonfinite == "raise":
+    if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
     if record.weights is not None or record.attribution.sharing(layer.name) or fisher.low(record, layer):
         return False
