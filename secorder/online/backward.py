@@ -141,7 +141,7 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
 
 def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     if backward.alone:
-        backward.audit.see_all({id(p): local(p.grad) for p in backward.fresh if p.grad is not None})
+        backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for index, parameter in backward.early if reached else ():
