@@ -36,7 +36,16 @@ from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment
 from .online.looks import Looks
 from .online.noise import NoiseScales
-from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, untold
+from .online.reading import (
+    Missing,
+    diagonals,
+    fisher_traces,
+    noise_scales,
+    num_batches,
+    num_samples,
+    num_skipped,
+    untold,
+)
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
@@ -297,6 +306,11 @@ class CurvatureProbe:
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
         return num_samples(self._fisher)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches were recorded, those included that were left out."""
+        return num_batches(self._fisher)
 
     @property
     def num_skipped(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch.views import joined
 from .errors import InvalidArgumentError
 from .layers.selection import Layer, MeasuredBy
 from .parallel.fsdp import Shard, shards, whole
@@ -123,7 +124,7 @@ class Diagonals(dict[str, Tensor]):
         standard_error: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         """Assemble from flat tensors per parameter, in each layer's parameter order."""
-        super().__init__((layer.name, torch.cat(list(values[layer.name]))) for layer in layers)
+        super().__init__((layer.name, joined(values[layer.name])) for layer in layers)
         self.info = {layer.name: info[layer.name] for layer in layers}
         self.standard_error = (
             None

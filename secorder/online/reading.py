@@ -19,7 +19,17 @@ from .sums import Stretch, joined
 from .trace import effective_samples, trace_of
 from .troubles import OUTSIDE, sentence
 
-__all__ = ["Missing", "Read", "diagonals", "fisher_traces", "noise_scales", "num_samples", "num_skipped", "untold"]
+__all__ = [
+    "Missing",
+    "Read",
+    "diagonals",
+    "fisher_traces",
+    "noise_scales",
+    "num_batches",
+    "num_samples",
+    "num_skipped",
+    "untold",
+]
 
 #: What to do where a layer's number cannot be told.
 Missing = Literal["raise", "skip"]
@@ -37,6 +47,11 @@ def num_samples(fisher: OnlineFisher) -> int:
     """How many samples the accumulated Fisher has seen."""
     own = float(fisher.seen) + fisher.elsewhere
     return round(own if fisher.earlier is None else own + float(fisher.earlier.seen) + fisher.earlier.elsewhere)
+
+
+def num_batches(fisher: OnlineFisher) -> int:
+    """How many batches were recorded."""
+    return fisher.batches + (0 if fisher.earlier is None else fisher.earlier.batches)
 
 
 def num_skipped(fisher: OnlineFisher) -> dict[str, int]:
