@@ -71,25 +71,30 @@ def _lists(tree: Any) -> Iterator[list[Any]]:
 
 
 def owned_by_index(arguments: Any) -> list[Owned]:
-    """Rows whose samples a vector ``[0, 0, 1, 1, 1, 2, …]`` tells, such as the nodes of a batch of graphs."""
+    """Rows whose samples a vector tells, such as the nodes of a batch of graphs.
+
+    By their samples, ``[0, 0, 1, 1, 1, 2, …]``, or by where each begins and ends, ``[0, 2, 5, …]``.
+    """
     tensors = list(tensors_in(arguments))
     found = []
-    for place, index in enumerate(tensors):
-        if not _is_index(index):
-            continue
-        rows = len(index)
-        if any(t is not index and t.dim() and t.shape[0] == rows for t in tensors):
-            owners = tuple(index if t.dim() and t.shape[0] == rows else None for t in tensors)
-            found.append(Owned(owners, int(index[-1]) + 1, Grouping(place, len(tensors))))
+    for place, told in enumerate(tensors):
+        index = _index(told, [t.shape[0] for t in tensors if t is not told and t.dim()])
+        if index is not None:
+            owners = tuple(index if t.dim() and t.shape[0] == len(index) else None for t in tensors)
+            found.append(Owned(owners, int(index.max()) + 1, Grouping(place, len(tensors))))
     return found
 
 
-def _is_index(tensor: Tensor) -> bool:
-    """Whether numbers begin with 0, and each is the one before it or the next."""
+def _index(tensor: Tensor, rows: Sequence[int]) -> Tensor | None:
+    """The sample of each row, where numbers tell it of one of so many rows."""
     if tensor.dim() != 1 or tensor.dtype not in (torch.int64, torch.int32) or len(tensor) < 2 or tensor.is_meta:
-        return False
-    steps = tensor.diff()
-    return int(tensor[0]) == 0 and not bool(((steps < 0) | (steps > 1)).any())
+        return None
+    least, most = int(tensor.min()), int(tensor.max())
+    if least == 0 and len(tensor) in rows and len(tensor.unique()) == most + 1:
+        return tensor
+    if int(tensor[0]) == 0 and most in rows and bool((tensor.diff() > 0).all()):
+        return torch.arange(len(tensor) - 1, device=tensor.device).repeat_interleave(tensor.diff())
+    return None
 
 
 def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
@@ -126,10 +131,9 @@ def _entries(tree: Any, count: int, chosen: Sequence[int]) -> Any:
 class _Nodes:
     """The nodes of some graphs, and the edges between them."""
 
-    def __init__(
-        self, index: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]
-    ) -> None:
-        self.index, self.chosen = index, chosen
+    def __init__(self, told: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]) -> None:
+        self.told = told
+        index = self.index = next(owner for owner in owners if isinstance(owner, Tensor))
         self.owned = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner is not None}
         self.rows = [(index == n).nonzero().flatten() for n in chosen]
         edges = next((t for t in tensors if self._are_edges(t)), None)
@@ -142,14 +146,21 @@ class _Nodes:
 
     def take(self, tensor: Tensor) -> Tensor:
         """What of a tensor belongs to them."""
-        if tensor is self.index:
-            return torch.cat([torch.full_like(rows, n) for n, rows in enumerate(self.rows)]).to(tensor.dtype)
+        sizes = torch.tensor([len(rows) for rows in self.rows], device=tensor.device)
+        starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        if tensor is self.told and id(tensor) not in self.owned:
+            return starts.to(tensor.dtype)
+        if tensor is self.told:
+            return torch.arange(len(sizes), device=tensor.device).repeat_interleave(sizes).to(tensor.dtype)
         if id(tensor) in self.owned:
             return tensor[torch.cat(self.rows)]
         if self.kept is not None and self._are_edges(tensor):
-            starts = torch.tensor([0, *(len(rows) for rows in self.rows)]).cumsum(0).tolist()
-            moved = zip(self.kept, self.rows, starts, strict=False)  # nodes of a graph follow one another
-            return torch.cat([tensor[:, kept] - int(rows[0]) + start for kept, rows, start in moved], 1)
+            moved = []
+            for kept, rows, start in zip(self.kept, self.rows, starts, strict=False):
+                places = torch.zeros_like(self.index, dtype=torch.int64)
+                places[rows] = torch.arange(len(rows), device=tensor.device) + start
+                moved.append(places[tensor[:, kept]])
+            return torch.cat(moved, 1)
         if self.kept is not None and tensor.dim() and tensor.shape[0] == self.number:
             return tensor[torch.cat(self.kept)]
         return tensor

@@ -36,7 +36,16 @@ from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment
 from .online.looks import Looks
 from .online.noise import NoiseScales
-from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, untold
+from .online.reading import (
+    Missing,
+    diagonals,
+    fisher_traces,
+    noise_scales,
+    num_batches,
+    num_samples,
+    num_skipped,
+    untold,
+)
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
@@ -199,7 +208,12 @@ class CurvatureProbe:
             accumulate=accumulate,
             precision=precision,
         )
-        if self._fisher.shard is not None and not all(layer.sharded for layer in selected):
+        ranks = self._fisher.ranks
+        if ranks is not None and penalty is not None:
+            raise InvalidArgumentError(
+                'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
+            )
+        if ranks is not None and ranks.data and not all(layer.sharded for layer in selected):
             raise InvalidArgumentError(
                 "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
             )
@@ -292,6 +306,11 @@ class CurvatureProbe:
     def num_samples(self) -> int:
         """How many samples the accumulated Fisher has seen."""
         return num_samples(self._fisher)
+
+    @property
+    def num_batches(self) -> int:
+        """How many batches were recorded, those included that were left out."""
+        return num_batches(self._fisher)
 
     @property
     def num_skipped(self) -> dict[str, int]:
@@ -963,13 +982,20 @@ class CurvatureProbe:
     def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
         """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
         self._attached()
-        layers = self._fisher.layers
+        layers, ranks = self._fisher.layers, self._fisher.ranks
+        if ranks is not None and ranks.tensor:
+            raise InvalidArgumentError(
+                "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
+                "measure a copy of the model that is not cut, or read what training accumulates."
+            )
         if not any(layer.sharded for layer in layers):
             yield [present(layer) for layer in layers]
             return
         with gathered(self._model):
             yield [
-                replace(layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters})
+                replace(
+                    layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters}, spread=None
+                )
                 for layer in self._fisher.layers
             ]
 

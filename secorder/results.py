@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._torch.views import joined
 from .errors import InvalidArgumentError
-from .layers.selection import Layer
+from .layers.selection import Layer, MeasuredBy
 from .parallel.fsdp import Shard, shards, whole
 
 __all__ = ["Diagonals", "LayerInfo", "Strategy"]
@@ -66,6 +67,10 @@ class LayerInfo:
         converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
             its relative error is below one half.
         num_batches: batches that it is the mean of, or the sum.
+        measured_by: of the online Fisher, what told the samples' gradients of the latest batch: ``"rule"`` (one for the
+            type of layer), ``"operations"`` (a rule for each operation that takes a parameter), or ``"rerun"`` (the
+            layer, or the smallest module around it that can, is run again sample by sample: as exact, and slower);
+            ``""`` where it was not measured in this process, and of everything else.
     """
 
     strategy: Strategy
@@ -75,6 +80,7 @@ class LayerInfo:
     relative_error: float = 0.0
     converged: bool = True
     num_batches: int = 1
+    measured_by: MeasuredBy = ""
 
 
 class Diagonals(dict[str, Tensor]):
@@ -118,7 +124,7 @@ class Diagonals(dict[str, Tensor]):
         standard_error: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         """Assemble from flat tensors per parameter, in each layer's parameter order."""
-        super().__init__((layer.name, torch.cat(list(values[layer.name]))) for layer in layers)
+        super().__init__((layer.name, joined(values[layer.name])) for layer in layers)
         self.info = {layer.name: info[layer.name] for layer in layers}
         self.standard_error = (
             None
@@ -127,7 +133,7 @@ class Diagonals(dict[str, Tensor]):
         )
         self.layer_types = {layer.name: type(layer.module).__name__ for layer in layers}
         self._shards = {
-            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.sharded
+            layer.name: [Shard.of(p) for p in layer.parameters.values()] for layer in layers if layer.spread is not None
         }
         self._parameters = {
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]

@@ -4,18 +4,17 @@ import os
 import sys
 import time
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from secorder import CurvatureProbe, InvalidArgumentError, get_layer_curvature_stats
+from secorder import CurvatureProbe, get_layer_curvature_stats
 from secorder.means import mean_over_ranks
 
+from . import ranks_that_differ, recording_ranks, scaling_ranks, tensor_parallel_worker
 from .helpers import make
 from .reference import (
     assert_all_close,
@@ -27,6 +26,8 @@ from .reference import (
 )
 from .test_tied import Decoder, language_loss
 
+CASES = ranks_that_differ.CASES | recording_ranks.CASES | scaling_ranks.CASES | tensor_parallel_worker.CASES
+
 
 def main(case: str) -> None:
     torch.set_default_dtype(torch.float64)
@@ -37,7 +38,7 @@ def main(case: str) -> None:
     model = make()
     expected = fisher_by_sample(make(), F.cross_entropy, inputs, targets, 24)
     # Uneven: the first rank gets most; with three ranks, the last gets nothing.
-    bounds = [0, 16, 24, 24][: ranks + 1] if ranks == 3 else [0, 16, 24]
+    bounds = [0, 16, 24, 24, 24][: ranks + 1]
     mine = slice(bounds[rank], bounds[rank + 1])
     x, t = inputs[mine], targets[mine]
     if case == "online":
@@ -176,16 +177,9 @@ def main(case: str) -> None:
                 language_loss(decoder(x[mine]), y[mine]).backward()
                 for name, placed in probe.fisher_diagonal().by_parameter().items():
                     assert_close(placed.full_tensor(), expected[name])
-    elif case == "tensor_parallel":
-        mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("data", "tensor"))
-        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
-        with pytest.raises(InvalidArgumentError, match="tensor parallelism"):
-            CurvatureProbe(model)
-        fully_shard(model, mesh=mesh["data"])
-        with pytest.raises(InvalidArgumentError, match="tensor parallelism"):
-            CurvatureProbe(model, layers="0")
     else:
-        raise ValueError(case)
+        for one in [case] if case in CASES else sorted(name for name in CASES if name.startswith(case)):
+            CASES[one](rank, ranks)
     print(f"rank {rank} agrees", flush=True)
     leave(ranks)
 

@@ -14,7 +14,7 @@ def test_owners() -> None:
     (owned,) = owned_by_index(((torch.randn(4, 2), index, y), {}))
     assert (owned.num_samples, owned.grouping) == (3, Grouping(1, 3))
     assert owned.owners[2] is None
-    for other in ([0, 2, 3], [1, 1, 2], [0, 1, 0]):
+    for other in ([0, 2, 2], [1, 1, 2], [0, 1, 4]):
         assert not owned_by_index(((torch.randn(3, 2), torch.tensor(other)), {}))
 
 
@@ -23,6 +23,9 @@ def test_taking_graphs_takes_their_edges() -> None:
     edges, of_edges = torch.tensor([[0, 1, 2, 3], [1, 0, 3, 4]]), torch.arange(4.0)
     tree = nodes, edges, graph, of_edges
     (owned,) = owned_by_index((tree, {}))
+    bounds = torch.tensor([0, 2, 5])
+    (told,) = owned_by_index(((tree[0], bounds), {}))
+    assert take_owned((tree[0], bounds), told, (tree[0], bounds), [1, 1, 0])[1].tolist() == [0, 3, 6, 8]
     nodes, edges, graph, of_edges = take_owned(tree, owned, tree, [1, 0])
     assert nodes.flatten().tolist() == [2, 3, 4, 0, 1]
     assert graph.tolist() == [0, 0, 0, 1, 1]

@@ -5,7 +5,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-__all__ = ["fsdp_modules", "is_fsdp_hook"]
+__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook"]
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
@@ -15,6 +15,16 @@ def fsdp_modules(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def fsdp_mesh_dims(model: nn.Module) -> dict[int, int]:
+    """By ``id`` of a parameter that FSDP2 shards, how many dimensions of its mesh (the first ones) are FSDP2's own."""
+    found = {}
+    for module in fsdp_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group
+        for held in () if group is None else group.fsdp_params:
+            found[id(held.sharded_param)] = held.mesh_info.mesh.ndim
+    return found
 
 
 def is_fsdp_hook(hook: Any) -> bool:

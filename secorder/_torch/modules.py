@@ -25,10 +25,12 @@ __all__ = [
     "forward_hooks_removed",
     "gradient_hooks_removed",
     "held_parameter",
+    "hooks_on_all_modules",
     "is_running",
     "is_scripted",
     "kept_out_of_copies",
     "own_attributes",
+    "own_tensors",
     "parameter_places",
     "parameters_replaced",
     "tables_of",
@@ -105,6 +107,12 @@ def forward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that the module calls after and before its forward."""
     return [hook for hooks in forward_hook_dicts(module) for hook in hooks.values()]
+
+
+def hooks_on_all_modules() -> list[Any]:
+    """The hooks that every module calls after and before its forward."""
+    found = torch.nn.modules.module
+    return [*found._global_forward_hooks.values(), *found._global_forward_pre_hooks.values()]
 
 
 @contextmanager
@@ -261,6 +269,13 @@ _OWN = frozenset(vars(nn.Module()))
 def own_attributes(module: nn.Module) -> dict[str, Any]:
     """What was stored on a module beyond parameters, buffers, modules and hooks."""
     return {name: value for name, value in vars(module).items() if name not in _OWN}
+
+
+def own_tensors(module: nn.Module) -> list[Tensor]:
+    """The parameters and buffers that a module itself holds (``parameters(recurse=False)`` takes far longer)."""
+    if is_scripted(module):
+        return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return [t for table in (module._parameters, module._buffers) for t in table.values() if t is not None]
 
 
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:

@@ -22,6 +22,8 @@ class RandomState(NamedTuple):
 
 def cuda_devices(model: nn.Module) -> list[int]:
     """Indices of the CUDA devices that the model is on."""
+    if not torch.cuda.is_initialized():
+        return []
     return sorted({t.device.index or 0 for t in (*model.parameters(), *model.buffers()) if t.is_cuda})
 
 

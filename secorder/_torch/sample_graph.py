@@ -8,13 +8,13 @@ A node that mixes samples, or that is not known, tells nothing of what is behind
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["SHARED", "inner_size", "leaves_of", "place_of", "samples_in_graph", "samples_in_nodes"]
+__all__ = ["SHARED", "inner_size", "leaves_of", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes"]
 
 #: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
 SHARED = 0
@@ -64,9 +64,14 @@ def samples_in_graph(
     Returns:
         ``id(leaf)`` → its inner size; None where it is not told. A leaf without influence is missing.
     """
+    return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
+
+
+def samples_in_leaves(told: Mapping[tuple[Any, int], int | None], leaves: Sequence[Tensor]) -> dict[int, int | None]:
+    """What :func:`samples_in_nodes` tells of some leaves: ``id(leaf)`` → its inner size; that of others is missing."""
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
-    for (node, _), inner in samples_in_nodes(outputs, inner_sizes, count).items():
+    for (node, _), inner in told.items():
         key = id(getattr(node, "variable", None))
         if key in wanted:
             found[key] = inner

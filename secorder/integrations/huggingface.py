@@ -32,8 +32,9 @@ __all__ = ["CurvatureCallback"]
 class CurvatureCallback(TrainerCallback, ExportableState):
     """Attaches a probe while ``Trainer.train`` runs, and logs to what the trainer reports to.
 
-    A point is one step of the optimizer, whose micro-batches are counted together. What was accumulated and logged is
-    in the trainer's checkpoints, and a run that is resumed goes on from it.
+    A point is one step of the optimizer, whose micro-batches are counted together; ``model/loss`` is the trainer's own,
+    at its ``logging_steps``. What was accumulated and logged is in the trainer's checkpoints, and a run that is resumed
+    goes on from it.
 
     Args:
         sinks: where numbers go, as for :class:`secorder.CurvatureRecorder`. By default what ``report_to`` names:
@@ -99,7 +100,8 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         sinks = None
         if state.is_world_process_zero:
             sinks = _reported_to(args) if self._sinks is None else self._sinks
-        self.recorder = CurvatureRecorder(self.probe, sinks, **{"optimizer": kwargs.get("optimizer"), **self._schedule})
+        schedule = {"optimizer": kwargs.get("optimizer"), "synchronize": args.world_size > 1, **self._schedule}
+        self.recorder = CurvatureRecorder(self.probe, sinks, **schedule)
         # A checkpoint that was saved without this callback has no place for its state, which the trainer needs to save.
         places: Any = state.stateful_callbacks
         places.setdefault(type(self).__name__, self.state())
@@ -117,6 +119,12 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         """Log what is due."""
         if self.recorder is not None:
             self.recorder.step(state.global_step)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log the trainer's own loss beside, at its ``logging_steps``."""
+        loss = (kwargs.get("logs") or {}).get("loss")
+        if self.recorder is not None and loss is not None:
+            self.recorder.log({"loss": float(loss)}, state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Put what was accumulated and logged beside the trainer's checkpoint."""

@@ -112,7 +112,8 @@ class CurvatureCallback(pl.Callback):
             return  # until it is seen what is called
         self._found = module
         sinks = list(trainer.loggers) if self._sinks is None else self._sinks
-        schedule = {"optimizer": _Optimizers(trainer), **self._schedule}
+        together = {"synchronize": trainer.world_size > 1}
+        schedule = {"optimizer": _Optimizers(trainer), **together, **self._schedule}
         self.recorder = CurvatureRecorder(self.probe, sinks if trainer.is_global_zero else None, **schedule)
         self._active = True
         if self._resumed.get("module") == module:

@@ -55,7 +55,7 @@ def contract(
         numel: number of the parameter's elements.
         out: where given, ``out ← beta · out + alpha · result`` in place; at once, unless it has more than
             :data:`IN_PLACE_ELEMENTS`.
-        beta: factor of what ``out`` held.
+        beta: factor of what ``out`` held; 0 where it is to be forgotten, whatever it is.
         alpha: factor of the result.
         keep: where given, a bool on the device: whether squares count, or are zero whatever they are (nan).
 
@@ -98,9 +98,8 @@ def contract(
         target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
         return out
     pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
-    if out is not None and numel > IN_PLACE_ELEMENTS:
-        if beta != 1.0:
-            out.mul_(beta)
+    if out is not None and (beta == 0.0 or numel > IN_PLACE_ELEMENTS):
+        _scaled(out, beta)
         for gu_k, gv_k in pairs_of_k:
             _accumulate_products(out, a, gu_k, gv_k if gv is not gu else None, alpha, keep)
         return out
@@ -244,8 +243,7 @@ def _contract_rows(
     if out is None:
         total = products.new_zeros(u.rows, width).index_add(0, places % u.rows, products)
         return total.reshape(numel) * alpha
-    if beta != 1.0:
-        out.mul_(beta)
+    _scaled(out, beta)
     out.view(u.rows, width).index_add_(0, places % u.rows, products, alpha=alpha)
     return out
 
@@ -338,6 +336,10 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
 def _add(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:
     if out is None:
         return total if alpha == 1.0 else total * alpha
-    if beta != 1.0:
-        out.mul_(beta)
-    return out.add_(total, alpha=alpha)
+    return _scaled(out, beta).add_(total, alpha=alpha)
+
+
+def _scaled(out: Tensor, beta: float) -> Tensor:
+    if beta == 0.0:  # zero times nan is nan
+        return out.zero_()
+    return out if beta == 1.0 else out.mul_(beta)

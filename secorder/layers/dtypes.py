@@ -31,5 +31,5 @@ def rounding(dtype: torch.dtype) -> float:
 def zeros(layer: Layer) -> list[Tensor]:
     """A zero diagonal, by parameter; of a sharded one this rank's part."""
     dtype = compute_dtype(layer)
-    parts = [local(p) for p in layer.parameters.values()] if layer.sharded else layer.parameters.values()
+    parts = [local(p) for p in layer.parameters.values()] if layer.spread is not None else layer.parameters.values()
     return [torch.zeros(part.numel(), dtype=dtype, device=part.device) for part in parts]

@@ -1,17 +1,20 @@
 """Which layers of a model are looked at: selection by type and by name."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._torch.fsdp import fsdp_mesh_dims
 from .._torch.modules import is_scripted
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
-from ..parallel.fsdp import fully_sharded, managed
+from ..parallel import tensor_parallel
+from ..parallel.ranks import Axis, Ranks
+from ..parallel.spread import Spread, is_distributed
 from .per_sample import Rule
 from .rules import rule_for
 
@@ -19,9 +22,10 @@ __all__ = [
     "DEFAULT_LAYER_TYPES",
     "Layer",
     "LayerTypes",
+    "MeasuredBy",
     "present",
+    "ranks_of",
     "select_layers",
-    "sharded_parameter",
     "share_of_parameters",
     "trained",
 ]
@@ -31,6 +35,9 @@ DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
+
+#: What tells the per-sample gradients of a layer in training; empty where it is not known.
+MeasuredBy = Literal["", "rule", "operations", "rerun"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +52,7 @@ class Layer:
         enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
             directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
         by_operations: whether the layer is measured by the operations that take its parameters, without a rule.
+        spread: how the parameters lie over the ranks of a device mesh; None for whole ones.
     """
 
     name: str
@@ -53,11 +61,39 @@ class Layer:
     rule: Rule | None
     enclosing: nn.Module
     by_operations: bool = False
+    spread: Spread | None = None
 
-    @cached_property
+    @property
     def sharded(self) -> bool:
-        """Whether FSDP2 shards the parameters over the ranks."""
-        return any(hasattr(p, "device_mesh") for p in self.parameters.values())
+        """Whether FSDP2 shards the parameters over ranks that have samples of their own."""
+        return self.spread is not None and bool(self.spread.data)
+
+    @property
+    def split(self) -> bool:
+        """Whether ranks that have the same samples compute with parts of the layer (tensor parallelism)."""
+        return self.spread is not None and bool(self.spread.tensor)
+
+    def shape(self, local: str) -> torch.Size:
+        """The shape of what this rank computes with: of a parameter, or of its part of one that is cut by tensors."""
+        p = self.parameters[local]
+        return p.shape if self.spread is None else self.spread.shape(p)
+
+    def sizes(self) -> list[int]:
+        """By parameter, the number of elements of what this rank computes with."""
+        if self.spread is None:
+            return [p.numel() for p in self.parameters.values()]
+        return [self.shape(local).numel() for local in self.parameters]
+
+    def gradient(self, parameter: Tensor, gradient: Tensor) -> Tensor | None:
+        """What this rank has of a whole gradient, of the shape that it computes with; None where that is not known."""
+        if self.spread is None or not self.split:
+            return gradient.detach()
+        return self.spread.part_of_gradient(gradient, parameter)
+
+    @property
+    def measured_by(self) -> "MeasuredBy":
+        """What tells the per-sample gradients: see :attr:`secorder.LayerInfo.measured_by`."""
+        return "rule" if self.rule is not None else "operations" if self.by_operations else "rerun"
 
     def parameter_name(self, local: str) -> str:
         """The name of a parameter in ``model.named_parameters()``."""
@@ -100,6 +136,7 @@ def select_layers(
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     readers = _read_elsewhere(model)
+    managed = fsdp_mesh_dims(model) if any(map(is_distributed, model.parameters())) else {}
     selected = []
     for name, (module, parameters) in chosen.items():
         lazy = [
@@ -126,14 +163,15 @@ def select_layers(
                 f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
                 "leave it out with layers=."
             )
-        if any(hasattr(p, "device_mesh") for p in parameters.values()) and not unchecked:
-            _require_fully_sharded(model, name, module, parameters)
+        spread = None
+        if any(map(is_distributed, parameters.values())) and not unchecked:
+            spread = _spread(managed, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         enclosing = readers.get(module, module)
         empty = any(not p.numel() for p in parameters.values())  # a dimension of no elements: not what rules are for
         rule = rule_for(module) if enclosing is module and not shared and not empty else None
-        selected.append(Layer(name, module, parameters, rule, enclosing))
+        selected.append(Layer(name, module, parameters, rule, enclosing, spread=spread))
     return selected
 
 
@@ -159,9 +197,26 @@ def share_of_parameters(model: nn.Module, layers: Sequence[Layer]) -> float:
     return sum(size for key, size in every.items() if key in own) / total if total else 1.0
 
 
-def sharded_parameter(layers: Sequence[Layer]) -> nn.Parameter | None:
-    """A parameter that FSDP2 shards over the ranks, if one of the layers has any: it tells which ranks these are."""
-    return next((p for layer in layers if layer.sharded for p in layer.parameters.values()), None)
+def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
+    """The ranks that the parameters of layers lie over, and those that any parameter of the model is cut over."""
+    data: tuple[Axis, ...] = ()
+    for layer in layers:
+        if layer.spread is not None:
+            mesh: Any = next(iter(layer.parameters.values()))
+            data = tuple((mesh.device_mesh, dim) for dim in layer.spread.data)
+            break
+    cut = _cut(model)
+    return Ranks(data, cut) if data or cut else None
+
+
+def _cut(model: nn.Module) -> tuple[Axis, ...]:
+    """The dimensions of a mesh that parameters of a model are cut over by tensors."""
+    distributed: list[Any] = [p for p in model.parameters() if is_distributed(p)]
+    managed = fsdp_mesh_dims(model) if distributed else {}
+    for p in distributed:
+        if p.device_mesh.ndim > managed.get(id(p), 0):
+            return tuple((p.device_mesh, dim) for dim in range(managed.get(id(p), 0), p.device_mesh.ndim))
+    return ()
 
 
 def _read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -176,18 +231,34 @@ def _special_option(module: nn.Module) -> str | None:
     return None
 
 
-def _require_fully_sharded(model: nn.Module, name: str, module: nn.Module, parameters: dict[str, nn.Parameter]) -> None:
-    if not managed(model) or not all(fully_sharded(p) for p in parameters.values()):
+def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters: Mapping[str, Any]) -> Spread:
+    """How a layer's parameters lie over the ranks.
+
+    Args:
+        managed: by ``id`` of a parameter of FSDP2's, how many dimensions of its mesh are FSDP2's own.
+        name: of the layer.
+        module: the layer.
+        parameters: its parameters, one at least of which is distributed.
+
+    Raises:
+        InvalidArgumentError: in a way that is not known.
+    """
+    spreads = {(managed.get(id(p), 0), p.device_mesh.ndim) if is_distributed(p) else None for p in parameters.values()}
+    if len(spreads) > 1:
         raise InvalidArgumentError(
-            f"layer {name!r} has parameters that are sharded by tensor parallelism, which is not supported yet: leave "
-            "the layer out with layers=, or train under fully_shard or DistributedDataParallel alone."
+            f"layer {name!r} has parameters some of which lie over the ranks and some of which do not, or over others: "
+            "distribute all of them, or leave the layer out with layers=."
         )
+    ((data, dims),) = spreads  # type: ignore[misc]
+    spread = Spread(tuple(range(data)), tuple(range(data, dims)))
+    tensor_parallel.check(name, module, parameters, spread)
     if rule_for(module) is None or not all(p.requires_grad for p in parameters.values()):
         raise InvalidArgumentError(
-            f"layer {name!r} is sharded (fully_shard) and frozen, or of a type without a rule "
-            f"({type(module).__name__}), so that its module would have to run again, which sharded ones cannot: leave "
-            "it out with layers=, or enter a rule for its type."
+            f"layer {name!r} lies over the ranks (fully_shard, tensor parallelism) and is frozen, or of a type without "
+            f"a rule ({type(module).__name__}), so that its module would have to run again, which such ones cannot: "
+            "leave it out with layers=, or enter a rule for its type."
         )
+    return spread
 
 
 def _choose(

@@ -38,5 +38,5 @@ def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer],
         ties[layer.name] = {local: [(name, own) for name, _, own in by] for local, by in shared.items()}
         for name, module, _ in (holder for by in shared.values() for holder in by):
             own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            together[name] = Layer(name, module, own, rule_for(module), module)
+            together[name] = Layer(name, module, own, rule_for(module), module, spread=layer.spread)
     return (list(together.values()), ties) if ties else ([], {})

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from .._caution import caution
@@ -15,6 +16,7 @@ from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics
+from .training import learning_rates, mean_loss
 from .watched import Watched, measurement_options
 
 if TYPE_CHECKING:
@@ -62,7 +64,9 @@ class CurvatureRecorder:
             begins or ends (a dead layer, a trace that grew tenfold); by default a warning tells it. Sinks that take
             texts get all findings of now in either case.
         keep_total: as for :meth:`secorder.CurvatureProbe.window`.
-        synchronize: as for :meth:`secorder.CurvatureProbe.window`.
+        synchronize: the numbers are those of all ranks of the default process group, as is the loss, and the first rank
+            alone writes to the sinks; every rank needs a recorder, and calls :meth:`step`. Where parameters lie over
+            ranks (``fully_shard``) it is so in any case.
         strict: raise what fails, in place of a warning.
         hessian_options: further arguments of :meth:`secorder.CurvatureProbe.hessian_diagonal`, ``hessian_trace`` and
             ``hessian_eigenvalues``, such as ``method`` or ``max_iterations``.
@@ -127,15 +131,18 @@ class CurvatureRecorder:
         self._measured_on = (loss_fn, *(batch or ()))
         self._options = measurement_options(probe, hessian_options)
         self._optimizer = optimizer
-        self._window = {"keep_total": keep_total, "synchronize": synchronize}
         self._strict = strict
         self._failed: set[str] = set()
-        self._log = CurvatureLog(sinks, strict=strict)
         self._layers = probe.layer_parameters
+        apart = any(hasattr(p, "device_mesh") for group in self._layers.values() for p in group)
+        self._together = (synchronize or apart) and dist.is_available() and dist.is_initialized()
+        self._window = {"keep_total": keep_total, "synchronize": synchronize and not apart}
+        self._log = CurvatureLog(None if self._together and dist.get_rank() else sinks, strict=strict)
         self._norms = Norms(self._layers) if norms_every is not None else None
         self._findings = RunningFindings(on_finding)
         self._steps = 0
         self._steps_of_window = 0
+        self._unseen = 0  # steps since something was recorded
         self._loss: tuple[Any, int] = (0.0, 0)
 
     # ---- steps
@@ -166,6 +173,15 @@ class CurvatureRecorder:
             self._point(number, due)
         if self._norms is not None and self._due("norms", self._steps + 1):
             self._attempt("norms", self._norms.copy_weights)
+
+    def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
+        """Log numbers of yours beside: of the whole model, as ``model/name``.
+
+        Args:
+            numbers: by name.
+            step: the number of the step in the log; by default how often :meth:`step` was called.
+        """
+        self._log.numbers({WHOLE_MODEL: dict(numbers)}, self._steps if step is None else step)
 
     def _due(self, part: str, steps: int) -> bool:
         every = self._every[part]
@@ -216,12 +232,16 @@ class CurvatureRecorder:
         total, count = self._loss
         self._loss = (0.0, 0)
         if count:
-            point.add({WHOLE_MODEL: {"loss": float(total) / count}})
+            point.add({WHOLE_MODEL: {"loss": mean_loss(total, count, together=self._together)}})
         if self._optimizer is not None:
             point.add({WHOLE_MODEL: {"learning_rate": max(float(g["lr"]) for g in self._optimizer.param_groups)}})
+        if self._probe.decay is not None and self._window["synchronize"]:
+            self._probe.synchronize()
         source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
+        self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
         if not source.num_samples:
+            self._tell_unseen()
             return None
         point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
         if self._probe.accumulate == "trace":
@@ -241,6 +261,15 @@ class CurvatureRecorder:
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
         self._see_noise(source, point)
         return fisher
+
+    def _tell_unseen(self) -> None:
+        """Warn once where the probe had its chances and recorded nothing: training may call another module."""
+        if self._unseen >= self._probe.every and "unseen" not in self._failed:
+            self._failed.add("unseen")
+            caution(
+                f"no batch went through the probe's model in {self._unseen} steps, so that there is no Fisher to log: "
+                "attach the probe to the module that training calls, in train mode (detach() and paused() stop it too)."
+            )
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
@@ -281,21 +310,12 @@ class CurvatureRecorder:
     def _see_eigenvalues(self, point: Observation) -> None:
         found = self._measure("hessian_eigenvalues", point, "eigenvalues")
         top = {name: e.top[0] for name, e in found.items() if e.top}
-        rates = self._learning_rates()
+        rates = learning_rates(self._optimizer, self._layers)
         products = {shown(name): rates[name] * value for name, value in top.items() if name in rates}
         point.add({"hessian_top_eigenvalue": {shown(name): value for name, value in top.items()}})
         point.add({"learning_rate_times_eigenvalue": products})
         if products:
             point.add({WHOLE_MODEL: {"learning_rate_times_eigenvalue": max(products.values())}})
-
-    def _learning_rates(self) -> dict[str, float]:
-        """Layer → the largest learning rate of its parameters; of those that the optimizer has."""
-        if self._optimizer is None:
-            return {}
-        by_parameter = {id(p): float(group["lr"]) for group in self._optimizer.param_groups for p in group["params"]}
-        known = {name: [p for p in group if id(p) in by_parameter] for name, group in self._layers.items()}
-        rates = {name: [by_parameter[id(p)] for p in group] for name, group in known.items()}
-        return {name: max(group) for name, group in rates.items() if group}
 
     # ---- what was logged
 

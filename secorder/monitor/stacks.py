@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["STACKED", "norms", "stacks"]
@@ -16,7 +17,8 @@ def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
     """Tensors of one shape, dtype and device as the rows of one, with their places.
 
     Args:
-        tensors: of any kinds; they are taken one after the other, and let go when they are stacked.
+        tensors: of any kinds; they are taken one after the other, and let go when they are stacked. Of a ``DTensor`` it
+            is this rank's part.
 
     Returns:
         places of tensors, and these tensors along a new dimension 0: a copy, of :data:`STACKED` elements at most; a
@@ -29,7 +31,7 @@ def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
         [([0, 2], (2, 3)), ([1], (1, 2))]
     """
     waiting: dict[Any, list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(tensors):
+    for place, tensor in enumerate(map(_local, tensors)):
         size = tensor.numel()
         if 2 * size > STACKED:
             yield [place], tensor[None]
@@ -60,12 +62,29 @@ def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] |
             values: Any = rows if minus is None else rows - minus[index][1]
             dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
             found = torch.linalg.vector_norm(values.reshape(len(alike), -1), dim=1, dtype=dtype)
-            if hasattr(found, "full_tensor"):
-                found = found.full_tensor()
             places += alike
             parts.append(found.to(parts[0].device if parts else found.device, torch.float64))
-        numbers = torch.cat(parts).tolist() if parts else []
-    result = [0.0] * len(places)
-    for place, number in zip(places, numbers, strict=True):
-        result[place] = number
-    return result
+        if not parts:
+            return []
+        numbers = torch.cat(parts)[torch.tensor(places, device=parts[0].device).argsort()]
+        return list(_of_all_parts(tensors, numbers).tolist())
+
+
+def _local(tensor: Any) -> Tensor:
+    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return found
+
+
+def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:
+    """The norms of tensors from those of their parts on each rank: one all-reduce for each way to lie over a mesh."""
+    ways: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        if hasattr(tensor, "placements"):
+            cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+            ways.setdefault((tensor.device_mesh, tuple(cut)), []).append(place)
+    for (mesh, cut), alike in ways.items():
+        squares = numbers[alike].square()
+        for dim in cut:
+            dist.all_reduce(squares, group=mesh.get_group(dim))
+        numbers[alike] = squares.sqrt()
+    return numbers

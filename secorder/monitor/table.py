@@ -47,6 +47,7 @@ class _Row:
     shape: str
     parameters: int
     summaries: dict[str, LayerSummary]
+    measured_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def report(
 ) -> "Report":
     """A table of layers: name, type, shape, parameters, and of each curvature trace, mean, std, max, histogram.
 
-    The last row is of all layers together.
+    The last row is of all layers together. Where training measures a layer by anything but a rule for its type, a
+    column tells by what (:attr:`secorder.LayerInfo.measured_by`).
 
     Args:
         fisher: layer name → Fisher diagonal.
@@ -107,12 +109,13 @@ def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
     known = [d for d in diagonals.values() if isinstance(d, Diagonals)]
     types = {name: kind for d in known for name, kind in d.layer_types.items()}
     shapes = {name: shape for d in known for name, shape in d.parameter_shapes().items()}
+    ways = {name: info.measured_by for d in known for name, info in d.info.items() if info.measured_by}
     rows = []
     for name in names:
         shape = next(("×".join(map(str, s)) for s in shapes.get(name, {}).values()), "")
         size = next(d[name].numel() for d in diagonals.values() if name in d)
         here = {kind: rows_[name] for kind, rows_ in summaries.items() if name in rows_}
-        rows.append(_Row(name, types.get(name, ""), shape, size, here))
+        rows.append(_Row(name, types.get(name, ""), shape, size, here, ways.get(name, "")))
     return rows
 
 
@@ -196,6 +199,8 @@ class Report:
             if kind == "Hessian":
                 columns.append(_Column("H < 0", _statistic(kind, "negative", "{:.0%}"), 1))
             columns.append(_Column(*_histogram(kind, rows), 3, right=False))
+        if any(row.measured_by not in ("", "rule") for row in rows):
+            columns.insert(4, _Column("by", lambda row: row.measured_by, 6, right=False))
         if not any(row.kind for row in rows):
             columns = [c for c in columns if c.title not in ("type", "shape")]
         return columns
@@ -232,12 +237,12 @@ class Report:
             table.add_row(*cells(whole, whole.name), style="bold")
         return table
 
-    def _fitting(self, console: Console, width: int) -> Table:
+    def _fitting(self, width: int) -> Table:
         names = {row.name: row.name or "model" for row in self._rows}
-        return fitting(console, width, self._columns(), names, self._table)
+        return fitting(width, self._columns(), names, self._table)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._fitting(console, options.max_width)
+        yield self._fitting(options.max_width)
 
     def __str__(self) -> str:
         width = max(30, shutil.get_terminal_size((120, 24)).columns)
@@ -271,7 +276,7 @@ class Report:
 
     def _recorded(self, width: int) -> Console:
         console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
-        table = self._fitting(console, width)
+        table = self._fitting(width)
         console.width = min(width, Measurement.get(console, console.options, table).maximum)
         console.print(table)
         return console

@@ -4,6 +4,7 @@ import random
 
 _state = random.getstate()
 
+from rich.cells import cell_len  # noqa: E402
 from rich.console import Console, ConsoleOptions, Group, RenderResult  # noqa: E402
 from rich.live import Live  # noqa: E402
 from rich.measure import Measurement  # noqa: E402
@@ -37,4 +38,5 @@ __all__ = [
     "Text",
     "TextColumn",
     "TimeRemainingColumn",
+    "cell_len",
 ]

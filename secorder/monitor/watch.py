@@ -103,7 +103,7 @@ class Run:
             columns.append(_Column("tr F over time", {k: _chart(v) for k, v in self._trend.items()}, 1))
         whole = self._latest.get(WHOLE_MODEL, {})
         title = "   ".join([f"step {self.step}", *(f"{name} {value:.4g}" for name, value in whole.items())])
-        table = fitting(console, options.max_width, columns, layers, _table)
+        table = fitting(options.max_width, columns, layers, _table)
         yield Group(Text(title, "bold"), table, Text(self._findings))
 
 

@@ -36,6 +36,10 @@ class Watched(Protocol):
         """The method that takes out what was accumulated since the last look."""
 
     @property
+    def synchronize(self) -> Callable[..., Any]:
+        """The method that puts together what all ranks accumulated."""
+
+    @property
     def hessian_diagonal(self) -> Callable[..., Any]:
         """The method that measures the Hessian diagonal per layer."""
 

@@ -28,6 +28,12 @@ _BROADCAST = frozenset({
 #: Functions whose first operand is aligned with their result by its first dimensions.
 _LOOKUPS = frozenset({"embedding", "linear"})
 
+#: Operators that write into their first operand.
+_ASSIGNMENTS = frozenset({
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__", "__ior__",
+    "__ixor__", "__ilshift__", "__irshift__",
+})  # fmt: skip
+
 #: What is told of a tensor without its values.
 _FACTS = (torch.Size, torch.device, torch.dtype, torch.layout)
 
@@ -100,9 +106,9 @@ class Entries:
         given = list(tensors_of(arguments))
         graph = any(t.requires_grad for t in given)
         dirty = [(i, t) for i, t in enumerate(given) if not t.requires_grad and not self._is_clean(t)]
-        in_place = (name.endswith("_") and not name.endswith("__")) or name.startswith("__i")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNMENTS
         results = list(tensors_of(result))
-        if not dirty or creates or (in_place and not graph and [t for _, t in dirty] == [result]):
+        if not dirty or creates:
             for t in results if creates or not (graph or dirty) else ():
                 self._keep(t)
             return

@@ -35,7 +35,7 @@ from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
-from .fisher_by_uses import Told, by_uses, told_by_graph
+from .fisher_by_uses import Told, by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
@@ -97,7 +97,10 @@ def fisher_diagonal(
         tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
-        values = {name: [v.detach().div_(count) for v in parts] for name, (parts, _) in found.items()}
+        values = {
+            name: [(v.detach() if v.requires_grad else v).div_(count) for v in parts]
+            for name, (parts, _) in found.items()
+        }
     errors = None
     told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
     if told:
@@ -139,7 +142,7 @@ def in_batches(
     if task.owned is not None:  # whose samples no dimension of the inputs holds
         return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
-    followed = _followed(task) if one_pair and trial is None else []
+    followed = _followed(task) if one_pair else []  # of one pair, a trial is the whole
     found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
     if found is None:
         return {}
@@ -200,7 +203,7 @@ def _in_batches(
         found: Found = {}
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
-            told = told_by_graph(task, side.model_outputs)
+            told = traced.told(side.model_outputs)
             found = by_uses(task, followed, pairs, side.model_outputs, told, linear=linear)
         if layers:
             how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
@@ -208,7 +211,7 @@ def _in_batches(
         recording.require_seen(loss)
         watched.require_seen(loss)
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
-    if not traced.independent and not _follows(task, traced, output, side, told):
+    if not (task.certain or traced.independent) and not _follows(task, traced, output, side, told):
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
@@ -225,7 +228,7 @@ def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses,
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
     others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    told = told_by_graph(task, side.model_outputs) if told is None else told
+    told = traced.told(side.model_outputs) if told is None else told
     return others is not None and traced.follows(task.inputs, told, *others)
 
 

@@ -10,10 +10,10 @@ from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import Strategy
+from .cotangents import require_linear_backward
 from .fisher_pairs import Found, collect
 from .measurement import Measurement
 from .output_hessian import expose_output
-from .recorded_layer import require_linear_backward
 from .roots import Columns
 
 __all__ = ["by_samples"]

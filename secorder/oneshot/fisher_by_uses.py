@@ -16,14 +16,14 @@ from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
 from ..layers.selection import Layer
 from ..layers.uses import Route, Uses, carried, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
+from .cotangents import require_linear_backward
 from .fisher_pairs import Found
 from .measurement import Measurement
 from .output_hessian import expose_output
-from .recorded_layer import require_linear_backward
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
 
-__all__ = ["Told", "by_uses", "told_by_graph"]
+__all__ = ["Told", "by_uses"]
 
 #: What a graph tells of its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
 Told = Mapping[tuple[Node, int], int | None]
@@ -56,7 +56,9 @@ def by_uses(
         model_outputs = again
     users = users_of(model_outputs)
     parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
-    told = told_by_graph(task, model_outputs) if told is None else told
+    if told is None:
+        sizes = [inner_size(f.shape, 0) for f in model_outputs]
+        told = samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
     evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, told)
     routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
     try:
@@ -86,12 +88,6 @@ def by_uses(
                     _add(total, u, v, sign, p.numel())
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
-
-
-def told_by_graph(task: Measurement, model_outputs: Sequence[Tensor]) -> Told:
-    """Where the graph of outputs, samples in dim 0, has the samples."""
-    sizes = [inner_size(f.shape, 0) for f in model_outputs]
-    return samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
 
 
 def _pulled_back(

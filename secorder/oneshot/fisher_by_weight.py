@@ -8,6 +8,7 @@ from torch import Tensor
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import LayerInfo, Strategy
+from .cotangents import require_linear_backward
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
 from .fisher_pairs import Found
@@ -17,7 +18,7 @@ from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, whole
 from .measurement import Measurement
 from .output_hessian import expose_output
-from .recorded_layer import RecordedLayer, contract_settled, require_linear_backward
+from .recorded_layer import RecordedLayer, contract_settled
 from .roots import Columns, Root
 
 __all__ = ["ByWeight", "heaviest_columns"]

@@ -26,10 +26,12 @@ from .._torch.modules import (
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
+    hooks_on_all_modules,
     is_scripted,
+    own_tensors,
     parameter_places,
 )
-from .._torch.own_hooks import OwnHook, suspended
+from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.surroundings import parametrizations_computed_anew, unseen
@@ -201,26 +203,29 @@ def isolate(
         direct: leave all of them in their places.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    modules = [m for m in model.modules() if not is_scripted(m)]
+    whole = list(model.modules())
+    modules = [m for m in whole if not is_scripted(m)]
     everything = {id(m): m for m in (*modules, *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ()))}
     parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
     themselves = {key for key, p in parameters.items() if direct or (create_graph and p.requires_grad)}
+    held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
         stack.enter_context(_own_settings(model, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
-            stack.enter_context(_gradients_put_aside(list(model.parameters())))
+            stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
-        stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(model, replacements)))
+        stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
-        tensors = [*model.parameters(), *model.buffers(), *replacements.values()]
+        tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own = State(modules, tensors)
-        hooks = [hook for m in modules for hook in forward_hooks(m) if not isinstance(hook, OwnHook)]
+        hooks = [hook for m in modules for hook in forward_hooks(m)]
+        hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
         of_hooks = State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
@@ -278,9 +283,9 @@ def _as_leaf(parameter: Tensor) -> Tensor:
     return nn.Parameter(detached.clone() if parameter.is_inference() else detached)
 
 
-def _usable(model: nn.Module, replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:
+def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """Copies of the parameters that are inference tensors and have no replacement."""
-    rest = [p for p in model.parameters() if p.is_inference() and id(p) not in replacements]
+    rest = [p for p in parameters if p.is_inference() and id(p) not in replacements]
     return {id(p): p.detach().clone() for p in rest}
 
 

@@ -96,6 +96,8 @@ def losses_by_output(
         return SampleLosses(found, model_outputs, model_outputs)
     if share is None:
         return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)
+    if not second_order:
+        batch.release()
     return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
 
 

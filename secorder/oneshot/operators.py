@@ -19,6 +19,7 @@ from .._torch.vjp import gradients, stacked_vjp
 from ..errors import InvalidArgumentError
 from ..layers.per_sample import total_gradient, with_cotangents
 from ..layers.selection import Layer
+from .cotangents import require_linear_backward
 from .fisher import require_independent_samples
 from .hessian.budget import Budget
 from .hessian.investigate import investigate
@@ -27,7 +28,6 @@ from .hessian.on_parameters import on_parameters
 from .losses_by_output import SampleLosses, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
-from .recorded_layer import require_linear_backward
 from .recording import recorded
 from .roots import single
 

@@ -114,9 +114,9 @@ def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *,
             return tensor
         dim = None if dims is None else dims(tensor)
         real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-        point = real.reshape(1, -1) if dim is None else real.movedim(dim, 0)
+        point = real.reshape(1, -1) if dim is None else real.movedim(dim, 0) if dim else real
         points.append(point.detach().clone().requires_grad_(True) if detach else point)
-        result = points[-1].view(real.shape) if dim is None else points[-1].movedim(0, dim)
+        result = points[-1].view(real.shape) if dim is None else points[-1].movedim(0, dim) if dim else points[-1]
         return torch.view_as_complex(result.contiguous()) if tensor.is_complex() else result
 
     return map_tensors(replace, output)

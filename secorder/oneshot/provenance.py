@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.modules import is_scripted
 from .._torch.pytree import call_model, map_tensors, tensors_in
-from .._torch.sample_graph import inner_size, leaves_of, samples_in_graph
+from .._torch.sample_graph import inner_size, leaves_of, samples_in_leaves, samples_in_nodes
 from .._torch.saved_tensors import saved_tensor_hooks_active
 from .entries import Entries
 from .isolation import IsolatedModel
@@ -63,7 +63,10 @@ class Calls(TorchFunctionMode):
         elif not self.detached and name not in _CREATIONS and _has_gradient((args, tuple(kwargs.values()))):
             self.detached = not _all_have_gradients(result, name)
         if self.entries is not None:
-            self.entries.called(name, (args, kwargs), result, creates=name in _CREATIONS, asks=name in _QUESTIONS)
+            try:
+                self.entries.called(name, (args, kwargs), result, creates=name in _CREATIONS, asks=name in _QUESTIONS)
+            except RuntimeError:  # of tensors of other kinds, which tell nothing
+                self.entries.opaque = True
         return result
 
 
@@ -120,6 +123,7 @@ class Traced:
         self._inputs, self._known = inputs, known
         self.hooked, self.independent, self.packed = True, False, True
         self._entries: Entries | None = None
+        self._told: tuple[list[Any], dict[tuple[Any, int], int | None]] | None = None
 
     def __call__(self, inputs: Any) -> Any:
         """The model's output."""
@@ -193,6 +197,13 @@ class Traced:
 
         return entries is not None and entries.independent(told, self._count, order, run)
 
+    def told(self, outputs: Sequence[Tensor]) -> dict[tuple[Any, int], int | None]:
+        """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
+        if self._told is not None and self._told[0] == [f.grad_fn for f in outputs]:
+            return self._told[1]
+        sizes = [inner_size(f.shape, 0) for f in outputs]
+        return samples_in_nodes(outputs, sizes, self._count, tell_shared=True)
+
     def _run(self, calls: Calls, forward: Callable[[nn.Module, Any], Any], inputs: Any) -> Any:
         def run(copied: Any) -> Any:
             with calls:
@@ -206,7 +217,9 @@ class Traced:
         if len(placed) < len(outputs) or self._count == 1:
             return False
         sizes = [inner_size(t.shape, dim) for t, dim in placed]
-        found = samples_in_graph([t for t, _ in placed], sizes, inputs, self._count)
+        told = samples_in_nodes([t for t, _ in placed], sizes, self._count, tell_shared=True)
+        self._told = [t.grad_fn for t, _ in placed], told
+        found = samples_in_leaves(told, inputs)
         expected = {id(x): inner_size(x.shape, self._dimension(x) or 0) for x in inputs}
         return all(expected[key] == inner for key, inner in found.items())
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch.sample_graph import inner_size, samples_in_graph
-from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size
 from ..errors import AttributionError
 from ..layers.contraction import contract
 from ..layers.dtypes import cast, compute_dtype, rounding
@@ -16,6 +16,7 @@ from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
 from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
+from .cotangents import pull_back, random_numbers, require_sum
 from .independence import over_samples
 from .output_hessian import as_samples
 from .roots import Columns
@@ -26,8 +27,6 @@ __all__ = [
     "contract_settled",
     "layout_options",
     "layouts_by_graph",
-    "require_linear_backward",
-    "rounding_noise",
     "scale_draws",
     "scales",
     "settle_layouts",
@@ -35,9 +34,6 @@ __all__ = [
 
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
-
-#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
-ALIKE, MEASURED = 1.7, 64.0
 
 
 @dataclass(eq=False)
@@ -196,37 +192,37 @@ def contract_settled(
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts]
-    totals: dict[tuple[int, str], Tensor] = {}
+    totals: list[list[Tensor]] = [[] if create_graph else _empty(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
     for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
         some = pairs.columns(ids)
-        u = plain if plain and pairs.num_columns == 1 else _pull_back(model_outputs, leaves, some.u, create_graph)
-        v = None if some.v is None else _pull_back(model_outputs, leaves, some.v, create_graph)
+        u = plain if plain and pairs.num_columns == 1 else pull_back(model_outputs, leaves, some.u, create_graph)
+        v = None if some.v is None else pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
             watch(good, u, v, some.sign)
-        for z in good:
+        for z, total in zip(good, totals, strict=True):
             left = z.gradients([u[id(leaf)] for leaf in z.leaves])
             right = None if v is None else z.gradients([v[id(leaf)] for leaf in z.leaves])
-            for name, p in z.layer.parameters.items():
+            for index, (name, p) in enumerate(z.layer.parameters.items()):
                 other = right[name] if right is not None else _signed(left[name], some.sign)
+                if not create_graph:
+                    contract(left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0))
+                    continue
                 part = contract(left[name], other, numel=p.numel())
-                key = (id(z), name)
-                totals[key] = totals[key] + part if key in totals else part
+                if ids.start:
+                    total[index] = total[index] + part
+                else:
+                    total.append(part)
         advance(len(ids))
-    return [[totals[id(z), name] for name in z.layer.parameters] if z.layouts else None for z in layers]
+    found = iter(totals)
+    return [next(found) if z.layouts else None for z in layers]
 
 
-def _pull_back(
-    model_outputs: Sequence[Tensor], leaves: Sequence[Tensor], stack: Tensor, create_graph: bool
-) -> dict[int, Tensor]:
-    """Cotangents (K, N, C) on the outputs at the leaves, by ``id(leaf)``."""
-    sizes = [f[0].numel() for f in model_outputs]
-    cotangents = [
-        part.reshape(len(stack), *f.shape).to(f.dtype)
-        for part, f in zip(stack.split(sizes, 2), model_outputs, strict=True)
-    ]
-    found = stacked_vjp(model_outputs, leaves, cotangents, create_graph=create_graph)
-    return dict(zip((id(leaf) for leaf in leaves), found, strict=True))
+def _empty(layer: Layer) -> list[Tensor]:
+    """A part for each parameter of one vector, which is the layer's."""
+    sizes = [p.numel() for p in layer.parameters.values()]
+    device = next(p.device for p in layer.parameters.values())
+    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))
 
 
 def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:
@@ -253,10 +249,6 @@ def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | 
         id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf)
         for leaf, layout in zip(z.leaves, layouts, strict=True)
     )
-
-
-def _random(size: int, generator: torch.Generator, like: Tensor) -> Tensor:
-    return torch.randn(size, generator=generator, dtype=torch.float64, device=generator.device).to(like)
 
 
 def settle_layouts(
@@ -286,19 +278,19 @@ def settle_layouts(
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     count = model_outputs[0].shape[0]
-    plain = _pull_back(model_outputs, leaves, mixture, create_graph)
+    plain = pull_back(model_outputs, leaves, mixture, create_graph)
     options = [layout_options(z, count) for z in layers]
     for _ in range(scale_draws(leaves)):
-        weights = 0.5 + _random(count, generator, mixture).abs()
-        scaled = _pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
+        weights = 0.5 + random_numbers(count, generator, mixture).abs()
+        scaled = pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
         options = [
             [c for c in choices if scales(z.leaves, c, plain, scaled, weights)]
             for z, choices in zip(layers, options, strict=True)
         ]
     if linear:
         # Of opposite signs, since what keeps positive gradients alone (guided backpropagation) is linear in those.
-        both = _pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
-        _require_sum(leaves, plain, {key: -2 * g for key, g in scaled.items()}, both)
+        both = pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
+        require_sum(leaves, plain, {key: -2 * g for key, g in scaled.items()}, both)
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain
@@ -329,27 +321,10 @@ def scales(
             continue
         bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
         if noise is not None:
-            bound = bound + MEASURED * noise[id(leaf)]
+            bound = bound + noise[id(leaf)]
         if not bool(((found - expected).abs() <= bound).all()):
             return False
     return True
-
-
-def rounding_noise(
-    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
-) -> dict[int, Tensor]:
-    """Rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
-
-    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
-    Weighting all samples alike shows that, and nothing else.
-
-    Args:
-        leaves: the leaves.
-        plain: their gradients by ``id(leaf)``.
-        pull_back: the same for cotangents times a number.
-    """
-    alike = pull_back(ALIKE)
-    return {id(leaf): (alike[id(leaf)] - ALIKE * plain[id(leaf)]).abs().amax() for leaf in leaves if leaf.numel()}
 
 
 def scale_draws(leaves: Sequence[Tensor]) -> int:
@@ -361,39 +336,3 @@ def _signed(gradient: PerSample, sign: Tensor | None) -> PerSample | None:
     if sign is None:
         return None
     return with_cotangents(gradient, lambda g: g * sign.view(*sign.shape, *(1,) * (g.dim() - 2)))
-
-
-def require_linear_backward(
-    model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Columns, generator: torch.Generator
-) -> None:
-    """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
-
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-        ends: where the backward pass ends.
-        pairs: the cotangents that are to be pulled back, of which the two are made.
-        generator: of what they are made with.
-
-    Raises:
-        AttributionError: it is not, so that it is not multiplication with a Jacobian.
-    """
-    one = pairs.mixture(generator).detach()
-    other = one * -(1.5 + _random(one.shape[1], generator, one).abs())[:, None]
-    found = [_pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
-    _require_sum(ends, *found)
-
-
-def _require_sum(
-    ends: Sequence[Tensor], one: dict[int, Tensor], other: dict[int, Tensor], both: dict[int, Tensor]
-) -> None:
-    for end in ends:
-        first, second, together = (found[id(end)].detach() for found in (one, other, both))
-        if not first.numel():
-            continue
-        bound = rounding(together.dtype) * torch.maximum(first.abs(), second.abs()).amax()
-        if bool(((first + second - together).abs() > bound).any()):
-            raise AttributionError(
-                "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "
-                "or scales gradients, a custom autograd.Function), so that there is no Jacobian to multiply with: "
-                'remove it, or ask for the empirical Fisher; hessian_diagonal(method="exact") takes it as it is.'
-            )

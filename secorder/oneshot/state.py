@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.modules import is_scripted, own_attributes, tables_of
+from .._torch.modules import is_scripted, own_attributes, own_tensors, tables_of
 from .._torch.versions import version
 
 __all__ = ["State"]
@@ -71,8 +71,8 @@ class State:
         self._base = base
         self._few = levels is not None
         roots = list(roots)
-        held = [p for root in roots if isinstance(root, nn.Module) for p in root.parameters(recurse=False)]
-        self._sharded = any(hasattr(p, "placements") for p in held)
+        held = [t for root in roots if isinstance(root, nn.Module) for t in own_tensors(root)]
+        self._sharded = any(hasattr(t, "placements") for t in held)
         self._saved: dict[int, tuple[Tensor, list[int]]] = {}
         self._restores: list[Callable[[], bool]] = []  # each tells whether there was anything to put back
         self._slots: list[tuple[Tensor, Callable[[Any], None]]] = []  # where tensors are held

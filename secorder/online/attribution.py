@@ -82,10 +82,10 @@ class Attribution:
         """The layers whose number a layer's calls take part in: those that share a parameter with it, or it alone."""
         return self.sharing(name) or [name]
 
-    def count(self, arguments: Any) -> int | None:
+    def count(self, arguments: Any, shapes: Sequence[Shape] | None = None) -> int | None:
         """The number of samples of a batch, by its arguments; None where these contradict what is known."""
         if self.grouping is None:
-            return self.count_by_shapes([tuple(t.shape) for t in tensors_in(arguments)])
+            return self.count_by_shapes(shapes or [tuple(t.shape) for t in tensors_in(arguments)])
         owned = self.grouping.of(arguments)
         return None if owned is None else owned.num_samples
 

@@ -18,6 +18,7 @@ from .._torch.engine import (
     will_accumulate,
 )
 from ..layers.selection import Layer
+from ..parallel.fsdp import local
 from .audit import Audit
 from .closing import check_together, close
 from .fisher import OnlineFisher, quietly
@@ -82,7 +83,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         slots = dict(zip(layer.parameters, record.slots.get(layer.name, ()), strict=False))
         graph = record.parameters(layer)
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
-        for name in backward.audit.watch(layer.parameters, graph, apart=apart):
+        parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
+        for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
             moved = not layer.sharded and name in slots and slot(parameter) not in (None, slots[name])
             if moved and will_accumulate(accumulate_node(graph[name])):  # and not torch.autograd.grad
@@ -110,7 +112,9 @@ def _saw(
 ) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
     if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
-        backward.audit.see(parameter, gradient)
+        part = layer.gradient(parameter, gradient)
+        if part is not None:
+            backward.audit.see(parameter, part)
 
 
 def _runs(backward: Backward) -> bool:
@@ -131,12 +135,12 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
 def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     for parameter in backward.fresh:
         if parameter.grad is not None and backward.alone:
-            backward.audit.see(parameter, parameter.grad)
+            backward.audit.see(parameter, local(parameter.grad))
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for index, parameter in backward.early if reached else ():
         if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
-            fisher.failures[index].add_((parameter.grad != 0).any())
+            fisher.failures[index].add_((local(parameter.grad) != 0).any())
     backward.early.clear()
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters

@@ -15,6 +15,8 @@ from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, k
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
+from ..parallel.fsdp import local
+from ..parallel.tensor_parallel import Layouts, layouts, own
 from .backward import enter
 from .closing import second_backward
 from .delivery import bring
@@ -34,7 +36,11 @@ def layer_called(
     attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
     """A layer with a rule ran."""
-    index = _call(record, layer, (tuple(output.shape),))
+    ends = None
+    if layer.spread is not None and layer.split:
+        ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
+        inputs = tuple(own(x, ends[0], "its input") for x in inputs)
+    index = _call(record, layer, (tuple(local(output).shape),))
     if not _recordable(record, layer, [output]):
         return
     kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
@@ -44,7 +50,7 @@ def layer_called(
     if layer.sharded:
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     node = accumulates_into(record.parameters(layer).values(), output)
-    _on_gradient(attachment, record, output, _LayerGradient(attachment, record, layer, index, kept, node))
+    _on_gradient(attachment, record, output, _LayerGradient(attachment, record, layer, index, kept, node, ends))
 
 
 def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:
@@ -136,10 +142,18 @@ class _LayerGradient:
     """What the gradient on a layer's output does."""
 
     def __init__(
-        self, attachment: "Attachment", record: ForwardRecord, layer: Layer, index: int, kept: Kept, node: Any
+        self,
+        attachment: "Attachment",
+        record: ForwardRecord,
+        layer: Layer,
+        index: int,
+        kept: Kept,
+        node: Any,
+        ends: Layouts | None,
     ) -> None:
         self.attachment, self.record, self.layer = attachment, record, layer
         self.index, self.node = index, node
+        self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
 
@@ -150,14 +164,22 @@ class _LayerGradient:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
         if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
             return
-        total = total_of(g)
+        total = total_of(local(g))
         if not enter(self.attachment, record):
             second_backward(fisher, record, [layer.name], self.total, total)
             return
         kept, self.kept, self.total = self.kept, None, total
         if kept is None:
             return
-        bring(fisher, record, layer, self.index, (_unpacked(kept, layer), g.detach()), total)
+        call: Any
+        try:
+            g = g.detach() if self.ends is None else own(g, self.ends[1], "the gradient on its output")
+            call = (_unpacked(kept, layer), g)
+        except Exception as error:
+            if fisher.ranks is None:
+                raise
+            call = error
+        bring(fisher, record, layer, self.index, call, total)
 
 
 class _ModuleGradient:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
 from ..parallel.fsdp import Shard, local
+from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norms import COLUMNS, NormSums
 from .sums import LayerSums, Stretch, put_aside
@@ -61,7 +62,7 @@ def _state_of(fisher: OnlineFisher, stretch: "OnlineFisher | Stretch", prefix: s
         )
         for (name, p), total in zip(layer.parameters.items(), sums.sums, strict=bool(sums.sums)):
             key = f"{prefix}sums/{layer.parameter_name(name)}"
-            state[key] = Shard.of(p).place(total.clone()) if layer.sharded else total.clone()
+            state[key] = Shard.of(p).place(total.clone()) if layer.spread is not None else total.clone()
     return state
 
 
@@ -129,8 +130,14 @@ def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) 
 
 def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) -> None:
     """See :meth:`secorder.CurvatureProbe.synchronize`."""
-    if fisher.shard is not None:
+    if fisher.ranks is not None and fisher.ranks.data:
         return  # sums are those of all ranks at every step
+    if fisher.ranks is not None and (group is None or fisher.ranks.holds(group)):
+        raise InvalidArgumentError(
+            "ranks that have parts of layers (tensor parallelism) have the same samples, which are not to be added up: "
+            "pass synchronize() the group of those that have other samples (mesh.get_group of that dimension)."
+        )
+    share_troubles(fisher, group)
     divided = fisher.seen.new_tensor(float(fisher.earlier is not None))
     add_up([divided], group)
     if float(divided):  # on some rank a window was looked at: then all of them add up what came before apart

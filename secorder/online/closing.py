@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward
+from ..parallel.fsdp import local
+from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
 from .penalty import add_shared
@@ -22,6 +24,10 @@ __all__ = [
 _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."
+)
+_UNRETURNED = (
+    "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
+    "forward that raised): let the model return what the loss is computed from."
 )
 
 
@@ -63,7 +69,9 @@ def second_backward(
     The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
     """
     owners = [own for name in names for own in record.attribution.owners(name) if own in fisher.sums]
-    if before is None:
+    if record.unreturned:
+        fisher.troubles.leave_out(record, owners, _UNRETURNED)
+    elif before is None:
         fisher.troubles.mark(owners, _SECOND)
     else:
         names = [layer.name for layer in fisher.layers]
@@ -94,6 +102,8 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         fisher.add(group[0])
     if fisher.penalty is None:
         _audit(fisher, backward)
+        if fisher.ranks is not None and groups:
+            share_troubles(fisher, fisher.ranks)
     elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
         record = groups[0][0]
         inverse = float(record.num_samples) if record.mean else 1.0
@@ -135,7 +145,7 @@ def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -
         return
     for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
         if p.grad is not None and slot(p) != before:
-            fisher.failures[index].add_((p.grad != 0).any())
+            fisher.failures[index].add_((local(p.grad) != 0).any())
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:

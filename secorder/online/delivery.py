@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..layers.contraction import IN_PLACE_ELEMENTS, contract
+from ..layers.contraction import IN_PLACE_ELEMENTS, contract, contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
+from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
-from ..layers.per_sample import Outer, PerSample, per_sample_gradients, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from ..layers.uses import Piece, pieces
 from ..oneshot.isolation import run_isolated
+from ..parallel.tensor_parallel import own_rows
+from .agreement import give_up
 from .finite import total_of, witness
 from .norms import take_norms, takes_norms
 from .penalty import explain
@@ -32,7 +35,12 @@ __all__ = ["bring", "deliver", "deliver_module"]
 
 
 def bring(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, index: int, call: Call | Piece, total: Tensor
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    index: int,
+    call: Call | Piece | Exception,
+    total: Tensor,
 ) -> None:
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
@@ -41,7 +49,7 @@ def bring(
         record: of the forward.
         layer: the layer.
         index: the call's number in the forward.
-        call: what it brings.
+        call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
         total: the sum of the gradient's elements.
     """
     calls = record.captured.setdefault(layer.name, [])
@@ -71,36 +79,64 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
         _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came])
         return
-    gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
-    gradients = gradients or _gradients(layer, calls, layouts)
-    products = _tell(fisher, record, layer, gradients)
     totals: list[Tensor | None] = [total for _, _, total in came]
+    try:
+        gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
+        gradients = gradients or _gradients(layer, calls, layouts)
+        parts = _prepare(fisher, record, layer, gradients, totals)
+    except Exception:
+        if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
+            give_up(fisher.ranks, layer.name)
+        raise
+    record.received.add(layer.name)
+    if fisher.accumulate == "diagonal":
+        good = fisher.good(layer, totals)
+        if layer.name in record.parts:
+            record.parts[layer.name] = (record.parts[layer.name][0], good)
+        else:
+            fisher.add_squares(record, layer, parts, good)
+
+
+def _prepare(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    seen: list[Tensor | None],
+) -> list[Tensor | Sequence[PerSample]]:
+    """Take the norms of a layer's per-sample gradients; its squares, or what they are made of.
+
+    Args:
+        fisher: that they are added to.
+        record: of the forward.
+        layer: the layer.
+        gradients: of its parameters.
+        seen: numbers that are finite where all that is added is, to be added to.
+    """
+    products = _tell(fisher, record, layer, gradients)
     if record.weights is not None:
         gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
-    record.received.add(layer.name)
-    parts = [[gradients[name]] for name in layer.parameters]
     if record.attribution.sharing(layer.name):
-        totals += [witness(part, products.get(name)) for name, part in gradients.items()]
-        good = fisher.good(layer, totals) if fisher.accumulate == "diagonal" else None
-        record.parts[layer.name] = (gradients, good)
-        return
+        seen += [witness(part, products.get(name)) for name, part in gradients.items()]
+        record.parts[layer.name] = (gradients, None)
+        return []
     if takes_norms(record):
-        take_norms(fisher, record, layer, parts)
-    if fisher.accumulate == "diagonal":
-        _add_formed(fisher, record, layer, gradients, products, totals)
+        take_norms(fisher, record, layer, [[gradients[name]] for name in layer.parameters])
+    return _formed(fisher, record, layer, gradients, products, seen) if fisher.accumulate == "diagonal" else []
 
 
-def _add_formed(
+def _formed(
     fisher: "OnlineFisher",
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],
     products: Mapping[str, Tensor],
     seen: list[Tensor | None],
-) -> None:
-    """Add a layer's squares; those that are formed apart anyway tell themselves whether they are finite.
+) -> list[Tensor | Sequence[PerSample]]:
+    """A layer's squares, or what they are made of; those that are formed apart tell themselves whether they are finite.
 
     Args:
+        fisher: that they are added to.
         record: of the forward.
         layer: the layer.
         gradients: of its parameters.
@@ -108,14 +144,18 @@ def _add_formed(
         seen: numbers that are finite where all of the layer's cotangents are.
     """
     parts: list[Tensor | Sequence[PerSample]] = []
-    together = layer.sharded or fisher.low(record, layer)
-    for name, p in layer.parameters.items():
+    low = fisher.low(record, layer)
+    for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
-        squares = None if together else squares_apart(part, p.numel())
+        squares: Tensor | None = None
+        if layer.sharded:  # before the other ranks wait for it
+            squares = (contract_sum_low if low else contract_sum)([part], numel=numel)
+        elif not low:
+            squares = squares_apart(part, numel)
         parts.append([part] if squares is None else squares)
         if fisher.on_nonfinite != "keep":
-            seen.append(witness(part, products.get(name)) if squares is None else squares.amax())
-    fisher.add_squares(record, layer, parts, fisher.good(layer, seen))
+            seen.append(witness(part, products.get(name)) if squares is None else squares.amax() if numel else None)
+    return parts
 
 
 def _deliver_pieces(
@@ -141,13 +181,28 @@ def _gradients(layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mappin
     assert layer.rule is not None
     kind = compute_dtype(layer)
     cleaned = []
+    for call in calls:
+        if isinstance(call, Exception):
+            raise call
     for index, (inputs, g) in enumerate(calls):
         inputs = tuple(cast(x if x.layout is torch.strided else x.to_dense(), kind) for x in inputs)
         g = cast(g, kind)
         if g.dim() == 1 and takes_any_leading_dim(layer.rule):  # one sample, without a dimension for it
             inputs, g, layouts[index] = tuple(x.unsqueeze(0) for x in inputs), g.unsqueeze(0), DIM_ZERO
         cleaned.append((inputs, g))
-    return per_sample_gradients(layer.rule, layer.module, cleaned, layouts)
+    return _own_rows(layer, per_sample_gradients(layer.rule, layer.module, cleaned, layouts))
+
+
+def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, PerSample]:
+    """Of a table whose rows lie over the ranks, those that are here."""
+    part = gradients.get("weight")
+    if layer.spread is None or not layer.split or not isinstance(part, Rows):
+        return gradients
+    weight, (dim,) = layer.parameters["weight"], layer.spread.tensor
+    if layer.spread.cut(weight, dim) != 0:
+        return gradients
+    first, count = layer.spread.part(weight, dim)
+    return {"weight": Rows(*own_rows(part.ids, part.g, first, count), count)}
 
 
 def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key: Layer) -> None:

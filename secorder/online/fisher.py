@@ -18,8 +18,9 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.selection import Layer, sharded_parameter
-from ..parallel.fsdp import local, over_ranks
+from ..layers.selection import Layer, MeasuredBy, ranks_of
+from ..parallel.fsdp import local
+from .agreement import agree
 from .audit import Directions
 from .closing import add_tied, audit_uncalled, audit_unreached
 from .finite import finite
@@ -115,13 +116,14 @@ class OnlineFisher:
 
     def reset(self) -> None:
         """Forget everything accumulated."""
-        #: A parameter that FSDP2 shards over the ranks, if any is: then sums and counts are those of all ranks.
-        self.shard = sharded_parameter(self.layers)
+        #: Those that parameters lie over, if any do: they decide alike, and sums and counts are those of all samples.
+        self.ranks = ranks_of(self.model, self.layers)
         self.renew()
         self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
+        self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled()
 
     def renew(self) -> None:
@@ -154,7 +156,7 @@ class OnlineFisher:
 
     def of_all(self, record: ForwardRecord) -> int:
         """Samples of the batch on all ranks that share the sums."""
-        return record.num_samples if self.shard is None else record.together
+        return record.num_samples if self.ranks is None else record.together
 
     def norms_due(self) -> bool:
         """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
@@ -166,7 +168,9 @@ class OnlineFisher:
 
     def count_of(self, record: ForwardRecord) -> float | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""
-        return self.of_all(record) if record.counted is None else record.counted
+        if self.ranks is not None:
+            return record.counted_together
+        return record.num_samples if record.counted is None else record.counted
 
     def add_gradients(
         self,
@@ -210,11 +214,13 @@ class OnlineFisher:
     def good(self, layer: Layer, totals: Sequence[Tensor | None]) -> Tensor | None:
         """Whether a layer's gradients are finite, by the sums of their elements; None where every batch counts."""
         if self.on_nonfinite == "keep" or not totals:
+            if self.ranks is not None:
+                agree(self.ranks, layer.name, bad=False)
             return None
         first, *rest = [total for total in totals if total is not None]
         good = finite(sum((total if total.device == first.device else total.to(first) for total in rest), first))
-        if self.shard is not None:  # all ranks leave the batch out, or none
-            good = good.new_tensor(not over_ranks(float(not bool(good)), self.shard, "max"))
+        if self.ranks is not None:  # all ranks leave the batch out, or none
+            good = good.new_tensor(not agree(self.ranks, layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):
             raise NonFiniteError(
                 f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
@@ -228,6 +234,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
+        self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):

@@ -116,7 +116,7 @@ class Attachment:
         A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with.
         """
         with self._beginning:
-            yield self.fisher.shard is not None or threads_running(self.model) <= self._waiting
+            yield self.fisher.ranks is not None or threads_running(self.model) <= self._waiting
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
@@ -221,7 +221,7 @@ class Attachment:
         self._drop(thread)
         root = next((x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations), None)
         if output is None or self.pauses:
-            record.closed = True
+            record.closed, record.unreturned = True, output is None
             return
         if root is not None:
             if root.rule is None and record.start is not None:

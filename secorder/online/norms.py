@@ -20,7 +20,7 @@ from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
-from ..parallel.fsdp import sum_over_ranks
+from ..parallel.ranks import Ranks
 from .record import Backward, ForwardRecord
 
 if TYPE_CHECKING:
@@ -209,7 +209,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
                 continue
             leaf = record.parameters(layer)[name]
             node = accumulate_node(leaf)
-            saw = partial(_saw, backward, id(parameter), node)
+            saw = partial(_saw, backward, layer, parameter, node)
             if layer.sharded:
                 backward.handles.append(node.register_prehook(partial(_first, saw)))
             else:
@@ -221,13 +221,14 @@ def _first(saw: Any, gradients: tuple[Tensor | None, ...]) -> None:
         saw(gradients[0])
 
 
-def _saw(backward: Backward, key: int, node: Any, gradient: Tensor) -> None:
+def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if backward.ended or not will_accumulate(node):
         return
-    if key in backward.norms or gradient.layout is not torch.strided:
+    key, part = id(parameter), layer.gradient(parameter, gradient)
+    if key in backward.norms or part is None or part.layout is not torch.strided:
         backward.norms[key] = None  # it comes in parts, as reentrant checkpoints bring it
     else:
-        (backward.norms[key],) = norms_of([gradient.detach()])
+        (backward.norms[key],) = norms_of([part])
 
 
 def read_squares(backward: Backward) -> None:
@@ -251,10 +252,20 @@ def take_norms(
     fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts_of: Sequence[Sequence[PerSample]]
 ) -> None:
     """Keep the squared norms of a layer's per-sample gradients until the backward has ended."""
-    sizes = [p.numel() for p in layer.parameters.values()]
-    record.norms[layer.name] = squared_norms(parts_of, sizes)
+    sizes = layer.sizes()
+    if layer.split:  # of what several ranks have, one counts it
+        own = _answered_for(layer)
+        parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
+    table = fisher.norms.table
+    record.norms[layer.name] = squared_norms(parts_of, sizes) if sizes else table.new_zeros(record.num_samples)
     if _by_factors(fisher, record, layer):
-        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes)
+        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if sizes else table.new_zeros(())
+
+
+def _answered_for(layer: Layer) -> list[int]:
+    """The numbers of a layer's parameters whose norms this rank adds to those of the ranks with other parts."""
+    parameters = layer.parameters.values()
+    return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
 
 
 def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
@@ -265,13 +276,18 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
         record: of one forward whose backward has ended, or the first of those whose row n is one sample.
         zeros: layers that the loss does not depend on.
     """
-    places = [i for i, x in enumerate(fisher.layers) if x.name in record.norms or x.name in zeros]
+    here = [x.name in record.norms or x.name in zeros for x in fisher.layers]
+    if fisher.ranks is not None:  # what one rank has not, is left out by all
+        here = [not missing for missing in fisher.ranks.largest([not x for x in here])]
+    places = [i for i, present in enumerate(here) if present]
     if not places:
         return None
     sums, layers = fisher.norms, [fisher.layers[i] for i in places]
     none = sums.table.new_zeros(record.num_samples) if zeros else None
     squares = _stack([record.norms.get(layer.name, none) for layer in layers], sums.table)  # type: ignore[misc]
     totals, told = _totals(fisher, record, layers, sums.table)
+    if fisher.ranks is not None:
+        squares, totals = _of_all_parts(fisher.ranks, layers, squares, totals)
     own = squares.sum(1)
     ones = sums.constant(("ones", len(layers)), [1.0] * len(layers))
     told_of = ones if all(told) else own.new_tensor(told)
@@ -284,8 +300,8 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     kept = fisher.on_nonfinite == "keep"
     increments = torch.where(finite[:, None], numbers.t() @ linear, _not_finite(linear) if kept else 0.0)
     good = None if kept else finite
-    if fisher.shard is not None:
-        increments, good = _of_all_ranks(fisher, increments, good)
+    if fisher.ranks is not None:
+        increments, good = _of_all_ranks(fisher.ranks, increments, good)
     if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
         name = layers[int((~good).nonzero()[0])].name
         raise NonFiniteError(
@@ -303,11 +319,21 @@ def _not_finite(linear: Tensor) -> Tensor:
     return row
 
 
-def _of_all_ranks(fisher: "OnlineFisher", increments: Tensor, good: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The sum over the ranks that share the parameters; all of them leave a layer's batch out, or none."""
+def _of_all_parts(ranks: Ranks, layers: Sequence[Layer], squares: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
+    """‖g_n‖² of each layer and sample, and ‖Σ_n g_n‖², of layers that lie in parts over the ranks."""
+    split = [i for i, layer in enumerate(layers) if layer.split]
+    if not split:
+        return squares, totals
+    found = ranks.of_all_parts(torch.cat([squares[split], totals[split, None]], 1))
+    index = torch.tensor(split, device=squares.device)
+    return squares.index_copy(0, index, found[:, :-1]), totals.index_copy(0, index, found[:, -1])
+
+
+def _of_all_ranks(ranks: Ranks, increments: Tensor, good: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The sum over the ranks that have samples of their own; all of them leave a layer's batch out, or none."""
     bad = torch.zeros_like(increments[:, :1]) if good is None else (~good)[:, None].to(increments.dtype)
     batches = COLUMNS["batches"]
-    found = sum_over_ranks(torch.cat([increments, bad], 1), fisher.shard)
+    found = ranks.of_all_samples(torch.cat([increments, bad], 1))
     increments, bad = found[:, :-1], found[:, -1:]
     increments[:, batches] = (bad[:, 0] == 0).to(increments.dtype)
     return torch.where(bad == 0, increments, 0.0), None if good is None else bad[:, 0] == 0
@@ -324,7 +350,10 @@ def _totals(
     width = max(len(layer.parameters) for layer in layers)
     zero = like.new_zeros(())
     for layer in layers:
-        norms: list[Tensor | None] = [backward.norms.get(id(p)) for p in layer.parameters.values()]
+        parameters = list(layer.parameters.values())
+        norms: list[Tensor | None] = [backward.norms.get(id(p)) for p in parameters]
+        if layer.split and None not in norms:
+            norms = [norms[i] for i in _answered_for(layer)]
         if layer.name in record.squares:
             norms = [record.squares[layer.name].sqrt()]
         elif layer.name not in record.norms:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,11 @@ from torch import nn
 from .._torch.graph import Users, users_of
 from .._torch.modules import held_parameter
 from .._torch.pytree import tensors_in
-from ..errors import CouplingError, NonFiniteError, SecorderError
+from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
-from ..parallel.fsdp import over_ranks
+from ..parallel.ranks import Ranks
+from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
 from .fisher import OnlineFisher
@@ -23,8 +25,9 @@ from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
+from .sample_dimension import LISTED
 from .samples import shapes_of
-from .troubles import OUTSIDE
+from .troubles import OUTSIDE, tell_coupled, tell_normalised
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -42,39 +45,53 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
         return None
     shapes = shapes_of((args, kwargs))
     due, known = looks.due(), looks.known()
-    count = None if known is None else known.count((args, kwargs))
+    count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
     wanted = due and count is not None and count > 1
-    if fisher.shard is not None:  # a look gathers parameters: all ranks take it, or none
-        needed = bool(over_ranks(float(needed), fisher.shard, "max"))
-        wanted = not over_ranks(float(not wanted), fisher.shard, "max")
+    empty = _empty(shapes)
+    if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
+        someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
+        needed, wanted, empty = someone_needs > 0, not someone_does_not_want, someone_has_none > 0
+    error: Exception | None = None
     if needed or wanted:
-        if _empty(shapes):
+        if empty:
             fisher.troubles.saw("empty")
             return None
         with attachment.alone() as alone:
             if alone:
                 verified = True
-                known = _look(fisher, looks, known, args, kwargs)
-                count = None if known is None else known.count((args, kwargs))
+                try:
+                    known = _look(fisher, looks, known, args, kwargs)
+                except Exception as raised:
+                    if fisher.ranks is None:
+                        raise
+                    known, error = None, raised
+                count = None if known is None else known.count((args, kwargs), shapes)
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
-    if fisher.shard is not None:
-        together = round(over_ranks(max(count or 0, 0), fisher.shard))
+    opened = partial(_opened, fisher, known, count, shapes, verified, (args, kwargs))
+    return opened() if fisher.ranks is None else opened_together(fisher, fisher.ranks, error, opened)
+
+
+def _opened(
+    fisher: OnlineFisher, known: Attribution | None, count: int | None, shapes: Any, verified: bool, arguments: Any
+) -> ForwardRecord | None:
+    """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
-        _coupled(fisher, known, shapes)
+        tell_coupled(fisher.troubles, list(fisher.sums), known, shapes)
         return None
     if known is None or count is None:
         return None
-    if count == 0 and fisher.shard is None:
+    if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
+    args, kwargs = arguments
     # Of a chain of torch's own layers nothing is ever run again.
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
     record = ForwardRecord(known, count, shapes, verified, start)
-    record.together = count if fisher.shard is None else together
+    record.together = count
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
@@ -155,7 +172,7 @@ def _look(
             sums.batches += 1
         return None
     if found.undecided and found.provisional:
-        fisher.troubles.saw("one sample")
+        fisher.troubles.saw("listed" if found.undecided == LISTED else "one sample")
         return None
     if found.undecided:
         fisher.troubles.mark(names, f"{found.undecided}.")
@@ -168,7 +185,7 @@ def _look(
             f"sample_dim={found.alternative}."
         )
     if found.normalised:
-        _normalised(fisher)
+        tell_normalised(fisher.troubles, names)
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
@@ -187,36 +204,6 @@ def _look(
     return looks.known()
 
 
-def _normalised(fisher: OnlineFisher) -> None:
-    names = [layer.name for layer in fisher.layers]
-    message = (
-        "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
-        f"gradients of the layers {names} are those for the statistics of the batch as they are: train with "
-        "model.eval() statistics, or leave the layers out with layers=."
-    )
-    if fisher.troubles.strict:
-        raise CouplingError(message)
-    fisher.troubles.warn(message)
-
-
-def _coupled(fisher: OnlineFisher, found: Attribution, shapes: Sequence[Shape]) -> None:
-    if found.separable is not None:
-        reason = (
-            "the dimension that is told to hold the samples does not separate them in the model, and dim "
-            f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
-        )
-    else:
-        reason = (
-            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
-            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
-            "with one-shot calls."
-        )
-    if fisher.troubles.strict:
-        raise CouplingError(reason)
-    fisher.troubles.mark([layer.name for layer in fisher.layers], reason)
-
-
 def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
@@ -231,6 +218,9 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
+    if fisher.ranks is not None:
+        _settle_together(attachment, fisher.ranks, record, start)
+        return
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and start is not None:
@@ -246,6 +236,30 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     hook_uses(attachment, record)
     for layer in unexplained:
         _unknown(fisher, record, record.attribution, layer)
+
+
+def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardRecord, start: Start | None) -> None:
+    """Settle where parameters lie over ranks: they look again together, and leave out the same layers."""
+    fisher = attachment.fisher
+    error: Exception | None = None
+    unexplained: list[Layer] = []
+    try:
+        _require_present(fisher, record)
+        unexplained = _explain(record, record.attribution)
+    except Exception as raised:
+        error = raised
+        record.troubled |= set(fisher.sums)
+    wanted, unable = ranks.largest([bool(unexplained), start is None or record.verified])
+    if wanted and not unable:
+        assert start is not None
+        found = _look_again(attachment, start)
+        if found is not None and not (found.unclear or found.undecided):
+            unexplained = [x for x in _explain(record, found) if x in unexplained]
+    for layer in unexplained:
+        _unknown(fisher, record, record.attribution, layer)
+    leave_out_together(fisher, ranks, record)
+    if error is not None:
+        raise error
 
 
 def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:
@@ -304,9 +318,7 @@ def _fall_back(
 ) -> None:
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
-    able = [
-        x for x in layers if not x.sharded and _same_samples(found, record) and not record.attribution.sharing(x.name)
-    ]
+    able = [x for x in layers if _same_samples(found, record) and not record.attribution.sharing(x.name)]
     for layer in layers:
         if layer not in able:
             _unknown(fisher, record, found, layer)

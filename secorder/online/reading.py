@@ -1,6 +1,7 @@
 """What was accumulated, as it is told: the one place where the device is waited for."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,17 @@ from .sums import Stretch, joined
 from .trace import effective_samples, trace_of
 from .troubles import OUTSIDE, sentence
 
-__all__ = ["Missing", "Read", "diagonals", "fisher_traces", "noise_scales", "num_samples", "num_skipped", "untold"]
+__all__ = [
+    "Missing",
+    "Read",
+    "diagonals",
+    "fisher_traces",
+    "noise_scales",
+    "num_batches",
+    "num_samples",
+    "num_skipped",
+    "untold",
+]
 
 #: What to do where a layer's number cannot be told.
 Missing = Literal["raise", "skip"]
@@ -36,6 +47,11 @@ def num_samples(fisher: OnlineFisher) -> int:
     """How many samples the accumulated Fisher has seen."""
     own = float(fisher.seen) + fisher.elsewhere
     return round(own if fisher.earlier is None else own + float(fisher.earlier.seen) + fisher.earlier.elsewhere)
+
+
+def num_batches(fisher: OnlineFisher) -> int:
+    """How many batches were recorded."""
+    return fisher.batches + (0 if fisher.earlier is None else fisher.earlier.batches)
 
 
 def num_skipped(fisher: OnlineFisher) -> dict[str, int]:
@@ -108,7 +124,10 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     counts = told(fisher, stretch, troubles, missing)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
     totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
-    found = Diagonals(chosen, totals, dict.fromkeys(totals, LayerInfo(Strategy.ONLINE)))
+    unknown = LayerInfo(Strategy.ONLINE)
+    infos = {by: replace(unknown, measured_by=by) for by in set(fisher.measured_by.values())}
+    ways = {name: infos[by] for name, by in fisher.measured_by.items()}
+    found = Diagonals(chosen, totals, {name: ways.get(name, unknown) for name in totals})
     divide_each(list(found.values()), [counts[name].weight for name in found])
     return found
 
@@ -133,7 +152,10 @@ def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read |
 
 def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dict[str, float]:
     """The sums of the squares of these layers, read at once."""
-    parts = [(name, whole_sum(own, fisher.shard)) for name in names for own in stretch.sums[name].sums]
+    held = {layer.name: layer.parameters.values() for layer in fisher.layers}
+    parts = [
+        (name, whole_sum(own, p)) for name in names for own, p in zip(stretch.sums[name].sums, held[name], strict=True)
+    ]
     found = dict.fromkeys(names, 0.0)
     for (name, _), value in zip(parts, on_host([part for _, part in parts]), strict=True):
         found[name] += value

@@ -195,12 +195,14 @@ class ForwardRecord:
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
         goods: of each layer that was added, whether its gradient is finite.
-        together: samples on all ranks that share sharded parameters.
+        together: samples on all ranks that parameters lie over.
+        counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
         slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
+        unreturned: whether the forward ended without an output: it returned none, or raised.
         eager: the section in which nothing is compiled, while the forward runs.
     """
 
@@ -237,11 +239,13 @@ class ForwardRecord:
     counted: Tensor | None = None
     goods: list[Tensor] = field(default_factory=list)
     together: int = 0
+    counted_together: int = 0
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
     slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
     backward: Backward | None = None
     closed: bool = False
+    unreturned: bool = False
     eager: EagerSection | None = None
 
     def of_another(self) -> bool:

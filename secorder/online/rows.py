@@ -12,12 +12,16 @@ from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import changed_entries, over_samples, separating_masks
-from ..oneshot.recorded_layer import RecordedLayer, layout_options, rounding_noise, scale_draws, scales
-from ..parallel.fsdp import over_ranks
+from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ..parallel.fsdp import local
+from ..parallel.ranks import Ranks
 from .samples import Hypothesis, any_layout, floating, run_changed
 
 __all__ = ["Rows", "rows_of_layers"]
 
+
+#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
+ALIKE, MEASURED = 1.7, 64.0
 
 #: By layer the calls with their layouts, the layers without, the layers that the output depends on.
 Rows = tuple[dict[str, list[tuple[Layout, Tensor]]], set[str], set[str]]
@@ -31,7 +35,7 @@ def rows_of_layers(
     chosen: Hypothesis,
     base: list[Tensor],
     options: list[list[Layout]],
-    shard: Tensor | None,
+    ranks: Ranks | None,
 ) -> Rows:
     """Which rows of each layer's output belong to which sample.
 
@@ -43,7 +47,7 @@ def rows_of_layers(
         chosen: where samples are in the arguments.
         base: the model's outputs.
         options: where samples may be in each of them.
-        shard: a sharded parameter, whose ranks do the same together.
+        ranks: that parameters lie over, and do the same together.
     """
     ends = [(f, o[0]) for f, o in zip(base, options, strict=False) if o and f.requires_grad and not f.is_complex()]
     if ends:
@@ -51,7 +55,7 @@ def rows_of_layers(
             return _by_cotangents(seen, ends, chosen.num_samples)
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
             pass
-    return _by_change(layers, arguments, forward, chosen, shard)
+    return _by_change(layers, arguments, forward, chosen, ranks)
 
 
 def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
@@ -87,7 +91,7 @@ def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor,
     options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
     unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
     if unsettled:
-        noise = rounding_noise(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
+        noise = _rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
         for i in unsettled:
             options[i] = _that_scale(layers[i], candidates[i], plain, draws, noise)
     known, unknown, reached = _none_yet()
@@ -117,6 +121,31 @@ def _that_scale(
     ]
 
 
+def _rounding(
+    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
+) -> dict[int, Tensor]:
+    """What may be rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
+
+    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
+    Weighting all samples alike shows that, and nothing else, where the backward pass is linear: times two, all bits but
+    the exponent stay.
+
+    Args:
+        leaves: the leaves.
+        plain: their gradients by ``id(leaf)``.
+        pull_back: the same for cotangents times a number.
+    """
+    alike, twice = pull_back(ALIKE), pull_back(2.0)
+    noise = {}
+    for leaf in leaves:
+        g = plain[id(leaf)]
+        linear = bool(torch.equal(twice[id(leaf)], 2 * g))
+        noise[id(leaf)] = (
+            MEASURED * (alike[id(leaf)] - ALIKE * g).abs().amax() if linear and leaf.numel() else g.new_zeros(())
+        )
+    return noise
+
+
 def _none_yet() -> Rows:
     return {}, set(), set()
 
@@ -126,7 +155,7 @@ def _by_change(
     arguments: Any,
     forward: Callable[[Any], Any],
     chosen: Hypothesis,
-    shard: Tensor | None,
+    ranks: Ranks | None,
 ) -> Rows:
     """By the rows of each layer's output that change where samples are changed."""
     outputs: dict[str, list[Tensor]] = {}
@@ -140,23 +169,25 @@ def _by_change(
                 return
             reached.add(name)
             outputs.setdefault(name, []).extend(floating(output))
-            values.setdefault(name, []).extend(t.detach().clone() for t in floating(output))
+            values.setdefault(name, []).extend(local(t).clone() for t in floating(output))
 
         return hook
 
     def run(mask: Tensor | None) -> _Seen:
         outputs.clear()
         values.clear()
-        with torch.enable_grad() if shard is None else torch.no_grad():
+        with torch.enable_grad() if ranks is None else torch.no_grad():
             result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
-        return _Seen(dict(values), _slopes(result, outputs) if shard is None else {})
+        return _Seen(dict(values), _slopes(result, outputs) if ranks is None else {})
 
-    handles = [layer.enclosing.register_forward_hook(keep(layer.name)) for layer in layers]
+    # Where parameters lie over ranks, before hooks that make something else of what a layer returns.
+    first = ranks is not None
+    handles = [layer.enclosing.register_forward_hook(keep(layer.name), prepend=first) for layer in layers]
     masks = list(separating_masks(chosen.num_samples))
     try:
         base = run(None)
         # Every rank that shares the parameters runs the model as often, whatever its number of samples.
-        turns = len(masks) if shard is None else int(over_ranks(len(masks), shard, "max"))
+        turns = len(masks) if ranks is None else round(ranks.largest([len(masks)])[0])
         changed = [run(mask) for mask in masks]
         for _ in range(turns - len(masks)):
             run(None)

@@ -16,6 +16,7 @@ from .._torch.vjp import fresh_generator
 from ..layers.layout import Layout
 from ..layers.structure import independent_by_structure
 from ..oneshot.independence import separating_masks
+from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .samples import (
     Hypothesis,
@@ -46,6 +47,7 @@ class Question:
     direct: bool
     not_followed: Collection[str] = ()
     fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
+    ranks: Ranks | None = None  # that parameters lie over, and look together
 
     @staticmethod
     def masks(count: int, trials: int | None = None) -> list[Tensor]:
@@ -69,7 +71,7 @@ LISTED = (
 Choice = tuple[Hypothesis, list[list[Layout]]]
 
 
-def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | None) -> Choice | Attribution:
+def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attribution:
     """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
     model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
     tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
@@ -78,7 +80,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
         return Attribution(undecided=f"none of the model's arguments {what}")
     usual = tried[0]
     certain = len(tried) == 1 and usual.dim == 0 and usual.owned is None and independent_by_structure(model, 0)
-    if (usual.num_samples <= 1 and len(tried) == 1) or certain or shard is not None:
+    if (usual.num_samples <= 1 and len(tried) == 1) or certain or asked.ranks is not None:
         return usual, [any_layout(f, usual.num_samples) for f in base]
     before = asked.before
     if before is not None and (count := before.count(arguments)) is not None and count > 1:
@@ -102,7 +104,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
     listed = [choice for choice in holding if choice[0].owned is not None]
     if usual.num_samples == 1 and dim is None and not listed:
         if any(h.owned is not None and h.num_samples > 1 for h in tried):
-            return Attribution(undecided=LISTED)
+            return Attribution(provisional=True, undecided=LISTED)
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
@@ -114,6 +116,8 @@ def choose(asked: Question, forward: Any, base: list[Tensor], shard: Tensor | No
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
+        if dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
+            return Attribution(undecided=LISTED)
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]

@@ -22,6 +22,8 @@ from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..oneshot.independence import changed_entries
 from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
+from ..parallel.fsdp import local
+from ..parallel.spread import is_distributed
 
 __all__ = [
     "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "of_owned",
@@ -299,9 +301,10 @@ class _OfIntegers(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(tensors_in((args, kwargs)))
-        rows = next((self.ours[t] for t in given if t in self.ours), None)
-        if not isinstance(result, Tensor) or rows is None:
+        all_rows = {id(rows): rows for t in given if (rows := self._rows(t)) is not None}
+        if not isinstance(result, Tensor) or len(all_rows) != 1:  # of several entries of a list nothing is known
             return result
+        (rows,) = all_rows.values()
         if not result.is_floating_point():
             self.ours[result] = rows
             return result
@@ -309,8 +312,19 @@ class _OfIntegers(TorchFunctionMode):
             return result
         # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
         if result.dim() > self.dim + 1 and result.shape[self.dim] == len(rows):
+            if is_distributed(result):  # rows of a table that lies over ranks, which look it up without a graph
+                part = local(result)
+                part.copy_(_mixed(part, self.dim, rows))
+                return result
             return _mixed(result, self.dim, rows)
         return result
+
+    def _rows(self, tensor: Tensor) -> Tensor | None:
+        """Which rows of a tensor change, if it is one of the integers, or what each rank has of them."""
+        if not is_distributed(tensor) or tensor.is_floating_point():
+            return self.ours.get(tensor)
+        memory = local(tensor).untyped_storage().data_ptr()
+        return next((rows for own, rows in self.ours.items() if memory == own.untyped_storage().data_ptr()), None)
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:

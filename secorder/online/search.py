@@ -25,13 +25,14 @@ from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
-from ..layers.selection import Layer, sharded_parameter
+from ..layers.selection import Layer, ranks_of
 from ..layers.structure import independent_by_structure
 from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..parallel.fsdp import over_ranks
+from ..parallel.fsdp import local
+from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -68,10 +69,11 @@ def attribute(
         direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
         not_followed: layers that are not to be measured by operations.
     """
-    if sharded_parameter(layers) is not None:
+    ranks = ranks_of(model, layers)
+    if ranks is not None:
         not_followed = [x.name for x in layers]
     args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
-    asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed)
+    asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
     layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
@@ -107,13 +109,13 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
-        if not found.coupled and not any(x.sharded for x in layers):
+        if not found.coupled and asked.ranks is None:
             missing |= found.reached & without_gradient(model, layers, asked.arguments)
         movable = {
             x.name
             for x in layers
             if x.name in missing
-            and not x.sharded
+            and asked.ranks is None
             and (x.by_operations or x.rule is not None or x.enclosing is not model)
         }
         if found.coupled or not movable:
@@ -142,7 +144,7 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
 def _by_operations(asked: Question, layer: Layer) -> Layer:
     """The layer measured by operations, where that may be: its parameters are trained, so that the graph holds them."""
     trained = all(p.requires_grad for p in layer.parameters.values())
-    if not trained or layer.sharded or layer.name in asked.not_followed:
+    if not trained or asked.ranks is not None or layer.name in asked.not_followed:
         return layer
     return replace(layer, rule=None, by_operations=True)
 
@@ -174,21 +176,21 @@ def _attribute(
     """One look at layers, of every one that is asked about, in their present enclosing modules."""
     model, arguments = asked.model, asked.arguments
     operated, layers = [x for x in layers if x.by_operations], [x for x in layers if not x.by_operations]
-    # Sharded parameters are gathered and freed by hooks of FSDP2, and are not replaced; what uses them outside of their
-    # layers shows in the audit.
-    shard = sharded_parameter(layers)
-    with isolate(model, None, [] if shard is not None else [*layers, *operated], direct=asked.direct) as isolated:
+    # Parameters that lie over ranks are gathered and freed by hooks of FSDP2, or DTensors, and are not replaced: what
+    # uses them outside of their layers shows in the audit.
+    ranks = asked.ranks
+    with isolate(model, None, [] if ranks is not None else [*layers, *operated], direct=asked.direct) as isolated:
         for module in asked.fixed:
             module.training = False  # until the isolation ends
 
-        forward = _forward(asked, isolated, shard)
-        with recorded(isolated, layers, own_parameters=shard is not None) as recording:
+        forward = _forward(asked, isolated)
+        with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
             with Selections() as selections:
                 output = forward(arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
-            if _not_finite(output, shard):
+            if _not_finite(output, ranks):
                 return Attribution(unclear=True), None
             base = floating(output)
             seen = [  # now: further forwards are recorded too
@@ -196,26 +198,26 @@ def _attribute(
                 for x in layers
                 if recording.leaves.get(x.name)
             ]
-            choice = choose(asked, forward, base, shard) if chosen is None else chosen
+            choice = choose(asked, forward, base) if chosen is None else chosen
             if isinstance(choice, Attribution):
                 return replace(choice, changing=changing), None
             hypothesis, options = choice
-            if shard is not None and over_ranks(hypothesis.num_samples == 0, shard, "max"):
+            if ranks is not None and ranks.any(hypothesis.num_samples == 0):
                 raise InvalidArgumentError(
                     "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
                 )
             outside = (
                 set()
-                if shard is not None
+                if ranks is not None
                 else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
             )
             outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
             found = _NONE
             if layers:
-                found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, shard)
+                found = rows_of_layers(seen, layers, asked.arguments, forward, hypothesis, base, options, ranks)
         before = asked.before
         same = before is not None and before.layers == tuple(every) and before.selections == selections.count
-        routable = shard is None and not same
+        routable = ranks is None and not same
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, isolated, forward, hypothesis, options, routable)
@@ -229,7 +231,7 @@ def _attribute(
     ), choice
 
 
-def _forward(asked: Question, isolated: IsolatedModel, shard: Tensor | None) -> Callable[..., Any]:
+def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
     """The model on arguments, which ``begins`` is called with before."""
     kernels = attention_kernels()  # those of now: no second derivatives are taken here, for which some have none
 
@@ -239,7 +241,7 @@ def _forward(asked: Question, isolated: IsolatedModel, shard: Tensor | None) -> 
             return asked.model(*copied[0], **copied[1])
 
         # FSDP2 expects a backward after a forward with gradients.
-        with torch.set_grad_enabled(shard is None and torch.is_grad_enabled()), sdpa_kernel(kernels):
+        with torch.set_grad_enabled(asked.ranks is None and torch.is_grad_enabled()), sdpa_kernel(kernels):
             return isolated.run(run, arguments)
 
     return forward
@@ -307,7 +309,9 @@ def _uses(
     )
 
 
-def _not_finite(output: Any, shard: Tensor | None) -> bool:
+def _not_finite(output: Any, ranks: Ranks | None) -> bool:
     """Logits may be masked by -inf; nan, and the gradients that it spoils, say nothing."""
-    bad = any(bool((t.isnan() | (t == torch.inf)).any()) for t in tensors_in(output) if t.is_floating_point())
-    return bool(over_ranks(bad, shard, "max")) if shard is not None else bad
+    bad = any(
+        bool((t.isnan() | (t == torch.inf)).any()) for t in map(local, tensors_in(output)) if t.is_floating_point()
+    )
+    return bad if ranks is None else ranks.any(bad)

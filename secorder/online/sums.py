@@ -109,19 +109,20 @@ class LayerSums:
         if lean and are_rank_one(single) and self._here(layer, kind):
             add_rank_one(single, self.sums, beta=beta, alpha=alpha, keep=good)
             return
-        for p, total, parts in zip(layer.parameters.values(), self.sums, parts_of, strict=True):
+        for p, numel, total, parts in zip(layer.parameters.values(), layer.sizes(), self.sums, parts_of, strict=True):
             if isinstance(parts, Tensor):
-                kept = parts if good is None else parts.nan_to_num_().mul_(good)
-                _decayed(total, beta).add_(kept.to(total), alpha=alpha)
+                part = parts if good is None else parts.nan_to_num_().mul_(good)
             elif not parts:
                 _decayed(total, beta)
-            elif layer.sharded:
-                part = contract(parts, numel=p.numel(), alpha=alpha, keep=good)  # by this rank's samples
-                _decayed(total, beta).add_(shard_of_sum(part, p).to(total))
-            elif total.dtype is kind and total.device == p.device:
-                contract(parts, numel=p.numel(), out=total, beta=beta, alpha=alpha, keep=good)
+                continue
+            elif not layer.sharded and total.dtype is kind and total.device == p.device:
+                contract(parts, numel=numel, out=total, beta=beta, alpha=alpha, keep=good)
+                continue
             else:
-                part = contract(parts, numel=p.numel(), keep=good)
+                part = contract(parts, numel=numel, keep=good)
+            if layer.spread is not None and layer.sharded:  # each rank's α is that of its own samples
+                _decayed(total, beta).add_(shard_of_sum(part.mul_(alpha), p, layer.spread).to(total))
+            else:
                 _decayed(total, beta).add_(part.to(total), alpha=alpha)
 
     def _here(self, layer: Layer, kind: torch.dtype) -> bool:

@@ -5,10 +5,13 @@ from typing import Any
 
 from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
-from ..errors import AttributionError, NonFiniteError, SecorderError
+from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderError
+from .attribution import Attribution
 from .record import ForwardRecord
+from .relation import Shape
+from .sample_dimension import LISTED
 
-__all__ = ["OUTSIDE", "Troubles", "sentence"]
+__all__ = ["OUTSIDE", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
 
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
@@ -35,6 +38,7 @@ CAUSES = {
     "empty": "A batch was empty.",
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
+    "listed": f"Perhaps {LISTED}.",
     "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
     "one sample": (
         "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
@@ -139,3 +143,34 @@ def sentence(names: Sequence[str], reason: str) -> str:
     """A reason, with the layers that it is of."""
     which = f"layer {names[0]!r}" if len(names) == 1 else f"layers {list(names)}"
     return f"{which}: {reason}"
+
+
+def tell_normalised(troubles: Troubles, names: Sequence[str]) -> None:
+    """Say that samples are coupled by batch normalisation, whose statistics are taken as they are."""
+    message = (
+        "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
+        f"gradients of the layers {list(names)} are those for the statistics of the batch as they are: train with "
+        "model.eval() statistics, or leave the layers out with layers=."
+    )
+    if troubles.strict:
+        raise CouplingError(message)
+    troubles.warn(message)
+
+
+def tell_coupled(troubles: Troubles, names: Sequence[str], found: Attribution, shapes: Sequence[Shape]) -> None:
+    """Say that samples influence one another, and what may be told."""
+    if found.separable is not None:
+        reason = (
+            "the dimension that is told to hold the samples does not separate them in the model, and dim "
+            f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
+        )
+    else:
+        reason = (
+            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
+            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
+            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
+            "with one-shot calls."
+        )
+    if troubles.strict:
+        raise CouplingError(reason)
+    troubles.mark(names, reason)

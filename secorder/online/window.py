@@ -23,6 +23,7 @@ class Window:
 
     Attributes:
         num_samples: that it holds, of all ranks where it was synchronised.
+        num_batches: that were recorded in it on this rank, those included that were left out.
 
     Example:
         >>> import torch
@@ -39,6 +40,7 @@ class Window:
     """
 
     num_samples: int
+    num_batches: int
     _fisher: OnlineFisher = field(repr=False)
     _read: Read = field(repr=False)
 
@@ -100,4 +102,4 @@ def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
         fisher.earlier = put_aside(taken, copy=True)
     else:
         fisher.earlier = add_behind(earlier, taken, fisher.decay)
-    return Window(round(float(taken.seen) + taken.elsewhere), fisher, (taken, troubles))
+    return Window(round(float(taken.seen) + taken.elsewhere), taken.batches, fisher, (taken, troubles))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..errors import ProbeStateError
 
-__all__ = ["add_up"]
+__all__ = ["add_up", "largest"]
 
 
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
@@ -21,8 +21,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised.
     """
-    if not dist.is_available() or not dist.is_initialized():
-        raise ProbeStateError("torch.distributed is not initialised: call torch.distributed.init_process_group first.")
+    _require_initialised()
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors:
         buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
@@ -31,3 +30,24 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
         dist.all_reduce(flat, group=group)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
+
+
+def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
+    """The largest of each element on any rank.
+
+    Args:
+        tensor: of the same shape on every rank.
+        group: a process group; the default group if None.
+
+    Raises:
+        ProbeStateError: ``torch.distributed`` is not initialised.
+    """
+    _require_initialised()
+    found = tensor.clone()
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    return found
+
+
+def _require_initialised() -> None:
+    if not dist.is_available() or not dist.is_initialized():
+        raise ProbeStateError("torch.distributed is not initialised: call torch.distributed.init_process_group first.")

@@ -6,7 +6,7 @@ parameter's placements is the reduce-scatter (under hybrid sharding, with an all
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,17 +15,14 @@ from torch import Tensor, nn
 from .._torch.fsdp import fsdp_modules, is_fsdp_hook
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
+from .spread import Spread
 
 __all__ = [
     "Shard",
-    "fully_sharded",
     "gathered",
     "local",
-    "managed",
-    "over_ranks",
     "shard_of_sum",
     "shards",
-    "sum_over_ranks",
     "whole",
     "whole_sum",
 ]
@@ -42,37 +39,30 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def shard_of_sum(part: Tensor, parameter: Any) -> Tensor:
-    """This rank's shard, flat, of the sum over ranks of ``part`` (flat, of the parameter's size)."""
-    from torch.distributed.tensor import DTensor, Partial
+def shard_of_sum(part: Tensor, parameter: Any, spread: Spread) -> Tensor:
+    """This rank's shard, flat, of the sum over ranks with samples of their own of ``part``.
+
+    Args:
+        part: flat, of what each rank computes with: of the whole parameter's size, or of its part of a cut one.
+        parameter: the parameter.
+        spread: how it lies over its mesh.
+    """
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
     mesh = parameter.device_mesh
-    partial = DTensor.from_local(part.view(parameter.shape), mesh, [Partial()] * mesh.ndim, run_check=False)
-    return partial.redistribute(placements=parameter.placements).to_local().reshape(-1)
-
-
-def over_ranks(value: float, parameter: Any, how: Literal["sum", "max"] = "sum") -> float:
-    """The sum or maximum of a number over the ranks that a parameter is sharded over."""
-    number = torch.tensor(float(value), dtype=torch.float64, device=parameter.device_mesh.device_type)
-    for dim in range(parameter.device_mesh.ndim):
-        operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
-        dist.all_reduce(number, op=operation, group=parameter.device_mesh.get_group(dim))
-    return number.item()
-
-
-def sum_over_ranks(tensor: Tensor, parameter: Any) -> Tensor:
-    """The sum of a tensor over the ranks that a parameter is sharded over."""
-    found = tensor.clone()
-    for dim in range(parameter.device_mesh.ndim):
-        dist.all_reduce(found, group=parameter.device_mesh.get_group(dim))
-    return found
+    if spread.tensor:
+        mesh = mesh[tuple(mesh.mesh_dim_names[dim] for dim in spread.data)]
+    kept = [parameter.placements[dim] for dim in spread.data]
+    placements = [Replicate() if placement.is_replicate() else Shard(placement.dim) for placement in kept]
+    partial = DTensor.from_local(part.view(spread.shape(parameter)), mesh, [Partial()] * mesh.ndim, run_check=False)
+    return partial.redistribute(placements=placements).to_local().reshape(-1)
 
 
 def whole_sum(part: Tensor, parameter: Any) -> Tensor:
     """The sum of all elements of what the ranks hold a part of each; without a sharded parameter, of what is here."""
     own = part.sum(dtype=torch.float64)
     for dim, placement in enumerate(getattr(parameter, "placements", ())):
-        if placement.is_shard():
+        if not placement.is_replicate():
             dist.all_reduce(own, group=parameter.device_mesh.get_group(dim))
     return own
 
@@ -143,14 +133,3 @@ def gathered(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-
-
-def fully_sharded(parameter: Any) -> bool:
-    """Whether a parameter is sharded over all its ranks, or over groups that have the same: not by tensors too."""
-    *outer, inner = getattr(parameter, "placements", [None])
-    return inner is not None and inner.is_shard() and all(placement.is_replicate() for placement in outer)
-
-
-def managed(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to the model or to modules of it."""
-    return bool(fsdp_modules(model))

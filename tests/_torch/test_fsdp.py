@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch import nn
 
-from secorder._torch.fsdp import fsdp_modules, is_fsdp_hook
+from secorder._torch.fsdp import fsdp_mesh_dims, fsdp_modules, is_fsdp_hook
 from secorder._torch.modules import forward_hooks
 
 
@@ -35,6 +35,7 @@ def test_modules_and_hooks_are_found() -> None:
     fully_shard(model[0], mesh=mesh)
     model[0].register_forward_hook(lambda *_: None)
     assert fsdp_modules(model) == [model[0]]
+    assert fsdp_mesh_dims(model) == {id(p): 1 for p in model[0].parameters()}
     hooks = forward_hooks(model[0])
     assert [is_fsdp_hook(hook) for hook in hooks].count(False) == 1
     assert any(is_fsdp_hook(hook) for hook in hooks)

@@ -19,6 +19,7 @@ from secorder._torch.modules import (
     gradient_hooks_removed,
     is_scripted,
     own_attributes,
+    own_tensors,
     parameter_places,
     parameters_replaced,
     tables_of,
@@ -126,6 +127,8 @@ def test_what_is_stored_on_a_module_besides_its_own() -> None:
     module.kept = [1]  # type: ignore[assignment]
     assert own_attributes(module) == {"in_features": 2, "out_features": 2, "kept": [1]}
     assert [list(table) for table in tables_of(module)] == [["weight", "bias"], [], []]
+    assert [t.shape for t in own_tensors(nn.Sequential(module))] == []
+    assert {id(t) for t in own_tensors(module)} == {id(t) for t in module.parameters()}
 
 
 def test_hooks_on_gradients() -> None:

@@ -53,13 +53,15 @@ def test_hugging_face(tmp_path: Path) -> None:
         num_train_epochs=1,
         learning_rate=0.0,
         report_to=["tensorboard"],
+        logging_steps=1,
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
+        trainer.train()
     assert callback.probe is not None
     assert not callback.probe.attached
     assert callback.probe.num_samples == 8
@@ -71,7 +73,9 @@ def test_hugging_face(tmp_path: Path) -> None:
     assert_all_close(found, by_layer, 1e-4)
     assert {"fisher_mean/classifier", "hessian_trace/classifier", "gradient_norm/classifier"} <= scalars(tmp_path)
     assert callback.recorder is not None
-    assert callback.recorder.history.to_dict()["step"] == [1, 2]  # a point a step, not a micro-batch
+    history = callback.recorder.history.to_dict()
+    assert history["step"] == [1, 2]  # a point a step, not a micro-batch
+    assert history["model/loss"] == [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {

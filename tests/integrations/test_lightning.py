@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from secorder import CurvatureWarning, InvalidArgumentError
 
-from ..helpers import make
+from ..helpers import make, run_ranks
 from ..reference import assert_all_close, fisher_by_sample
 
 pl = pytest.importorskip("lightning.pytorch")
@@ -106,6 +106,12 @@ def test_what_is_called_is_found(tmp_path: Path, data: TensorDataset, kind: type
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_a_module_that_is_not_called_is_told(tmp_path: Path, data: TensorDataset) -> None:
+    """The LightningModule itself, where ``training_step`` calls a part of it."""
+    with pytest.warns(CurvatureWarning, match="no batch went through the probe's model in 2 steps"):
+        trainer(tmp_path, CurvatureCallback("", log_every=2)).fit(Model(), DataLoader(data, batch_size=8))
+
+
 def test_several_modules_are_named(tmp_path: Path, data: TensorDataset) -> None:
     with pytest.warns(CurvatureWarning, match=r"calls several modules: 'net\.0', 'net\.1', 'net\.2'"):
         trainer(tmp_path, CurvatureCallback()).fit(Parts(), DataLoader(data, batch_size=8))
@@ -168,3 +174,8 @@ def test_layers_of_another_type(tmp_path: Path, data: TensorDataset) -> None:
     trainer(tmp_path, callback).fit(Model(), DataLoader(data, batch_size=8))
     assert callback.probe is not None
     assert list(callback.probe.fisher_diagonal()) == ["2"]
+
+
+@pytest.mark.slow
+def test_ranks_log_what_one_process_logs_of_all_samples() -> None:
+    run_ranks("lightning", 2)

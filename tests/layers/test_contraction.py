@@ -21,6 +21,8 @@ def test_every_form_of_a_per_sample_gradient(name: str) -> None:
     out = torch.ones(SIZE)
     assert contract(u, v, numel=SIZE, out=out, beta=0.5, alpha=3.0) is out
     torch.testing.assert_close(out, 0.5 + 3 * products)
+    contract(u, numel=SIZE, out=out.fill_(torch.nan), beta=0.0)
+    torch.testing.assert_close(out, squares)
     stacked = with_cotangents(u, lambda g: torch.stack([g, g.roll(1, -1) * 2]))
     torch.testing.assert_close(contract(stacked, numel=SIZE), squares + (written_out(v) ** 2).sum(0))
 

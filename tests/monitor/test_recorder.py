@@ -1,5 +1,6 @@
 """The recorder, against brute force."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from secorder import CurvatureProbe, CurvatureRecorder, CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from secorder.monitor.sinks.json_lines import points
 
-from ..helpers import Taking, data, make, reference
+from ..helpers import Taking, data, make, reference, run_ranks
 
 
 def trained(steps: int, **options: Any) -> tuple[CurvatureRecorder, list[dict[str, Tensor]], list[float]]:
@@ -107,6 +108,30 @@ def test_numbers_go_to_every_sink(tmp_path: Path) -> None:
     recorder.close()
 
 
+def test_a_probe_that_sees_nothing_is_told_once_and_one_that_left_all_out_is_not() -> None:
+    model, batch, other = make(), data(), make()
+    with CurvatureProbe(other, reduction="mean", every=2) as probe:
+        recorder = CurvatureRecorder(probe, log_every=1)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(4):
+                F.cross_entropy(model(batch[0]), batch[1]).backward()
+                recorder.step(loss=1.0)
+            (F.cross_entropy(other(batch[0]), batch[1]) * torch.inf).backward()
+            recorder.step()
+        assert ["no batch went through the probe's model" in str(one.message) for one in told] == [True]
+        log = CurvatureRecorder(probe, log_every=4)
+        for _ in range(3):
+            log.step(loss=1.0)
+        with pytest.warns(CurvatureWarning, match="no batch went through the probe's model in 4 steps"):
+            log.step(loss=1.0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(4):
+                log.step(loss=1.0)
+        assert len(log.history.points("model")) == 2
+
+
 def test_training_goes_on_whatever_fails() -> None:
     class Broken(Taking):
         def scalars(self, step: int, numbers: Any) -> None:
@@ -188,3 +213,8 @@ def test_recorder_refuses(arguments: dict[str, Any], message: str) -> None:
 def test_what_is_no_sink() -> None:
     with pytest.raises(InvalidTypeError, match=r"a sink has scalars\(step"):
         CurvatureRecorder(CurvatureProbe(make()), 3)
+
+
+@pytest.mark.slow
+def test_ranks_log_what_one_process_logs_of_all_samples_and_the_first_writes() -> None:
+    run_ranks("recorder", 2)

@@ -83,6 +83,38 @@ def test_many_layers_of_any_sizes_keep_their_order() -> None:
         assert together[name].counts == alone.counts
 
 
+@pytest.mark.parametrize("size", [70_000, 200_000])
+@pytest.mark.parametrize("kind", ["fisher", "some zero", "negative", "nan", "inf", "alike", "zero"])
+def test_large_layers_of_any_kind_against_numpy(kind: str, size: int) -> None:
+    """Of what is a Fisher's, each entry is looked at a few times only; nothing of others is lost by that."""
+    values = torch.rand(size, dtype=torch.float32) ** 8
+    change: dict[str, Callable[[], Any]] = {
+        "some zero": lambda: values[:1000].zero_(),
+        "negative": lambda: values[7].neg_(),
+        "nan": lambda: values[7].fill_(torch.nan),
+        "inf": lambda: values[7].fill_(torch.inf),
+        "alike": lambda: values.mul_(1e-6).add_(1.0),
+        "zero": lambda: values.zero_(),
+    }
+    if kind in change:
+        change[kind]()
+    array = values.double().numpy()
+    with np.errstate(invalid="ignore"):
+        expected = {
+            "mean": array.mean(),
+            "std": array.std(ddof=1),
+            "max": array.max(),
+            "min": array.min(),
+            "trace": array.sum(),
+            "negative": (array < 0).mean(),
+            "zero": (array == 0).mean(),
+            "nonfinite": (~np.isfinite(array)).mean(),
+        }
+    found = layer_statistics({"a": values})["a"]
+    assert found == pytest.approx(expected, rel=1e-10, abs=0, nan_ok=True)
+    assert found["zero"] == expected["zero"]
+
+
 def test_summaries_put_together_are_that_of_all_entries() -> None:
     parts = [torch.randn(100) * 3, torch.randn(7) - 5, torch.zeros(3), torch.zeros(0), torch.randn(1)]
     summaries = summarize({str(i): part for i, part in enumerate(parts)})

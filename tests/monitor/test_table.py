@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, report
 
@@ -167,3 +167,34 @@ def test_a_notebook_shows_everything() -> None:
     for text in ("Conv2d", "2×1×3×3", "mean F", "H &lt; 0", "total", f"{fisher['3'].mean():.2e}"):
         assert text in html
     assert html.count("<tr") == 1 + 2 + 3 + 1
+
+
+class Scale(nn.Module):
+    """Measured by the operation that takes its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class Mixed(Scale):
+    """Run again: no rule for its operation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(x, self.weight.expand(3, 4))
+
+
+def test_what_measures_a_layer_is_told_where_it_is_no_rule() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), Scale(), Mixed())
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        model(torch.randn(5, 4)).square().mean().backward()
+        found = probe.fisher_diagonal()
+        assert [info.measured_by for info in found.info.values()] == ["rule", "operations", "rerun"]
+        shown = str(report(found))
+        assert [line.split()[9] for line in shown.splitlines()[3:6]] == ["rule", "operations", "rerun"]
+    with CurvatureProbe(model, layers="0", reduction="mean") as probe:
+        model(torch.randn(5, 4)).square().mean().backward()
+        assert " by " not in str(report(probe.fisher_diagonal()))

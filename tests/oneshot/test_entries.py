@@ -50,6 +50,8 @@ TOLD: dict[str, Callable[..., Tensor]] = {
     "mask": lambda m, ids, mask: m.words(ids) * mask.unsqueeze(-1),
     "mask, made anew": masked_by_loop,
     "attention": attended,
+    "other end": lambda m, ids, mask: m.words(ids) * (~(mask > 0)).add(1.0).unsqueeze(-1),
+    "changed in place": lambda m, ids, mask: m.words(plus_one(ids)) + m.gate,
     "where": lambda m, ids, mask: torch.where(mask[..., None] > 0, m.words(ids), m.gate),
     "length": lambda m, ids, mask: m.words(ids) * (1.0 / mask.sum(1))[:, None, None],
 }
@@ -69,6 +71,13 @@ COUPLED: dict[str, Callable[..., Tensor]] = {
     "vmap": lambda m, ids, mask: m.words(torch.vmap(lambda x: x + 0, 1, 0)(ids)),
     "shared": lambda m, ids, mask: m.words(ids) @ m.words(ids[:, :1]).flatten(0, 1).t() @ m.gate,
 }
+
+
+def plus_one(ids: Tensor) -> Tensor:
+    ids = ids.clone()
+    ids += 1
+    ids %= WORDS
+    return ids.add_(0)
 
 
 def setting(x: Tensor, mask: Tensor) -> Tensor:

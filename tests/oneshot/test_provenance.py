@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CouplingError, CurvatureProbe
-from secorder.oneshot import fisher
+from secorder._torch.sample_graph import samples_in_nodes
+from secorder.oneshot import fisher, provenance
+from secorder.oneshot.measurement import Measurement
 
-from ..helpers import Net
+from .. import helpers
+from ..helpers import Net, data
 from ..reference import assert_all_close, fisher_by_sample
 
 N = 12
@@ -123,3 +126,24 @@ def test_outputs_of_the_inputs_alone_require_no_gradient() -> None:
     with CurvatureProbe(Net(lambda m, x: (m.a(x), 2 * x), a=nn.Linear(3, 2))) as probe:
         probe.fisher_diagonal(loss_fn, x, t)
     assert not x.requires_grad
+
+
+def test_a_graph_is_read_once_for_inputs_and_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(1)
+        return samples_in_nodes(*args, **kwargs)
+
+    def work(task: Measurement) -> None:
+        traced = task.traced(inputs=True)
+        output = traced(task.inputs)
+        again = samples_in_nodes([output], [3], 6, tell_shared=True)
+        assert traced.told([output]) == again
+        assert len(read) == 1
+        assert traced.told([output.square()]) != again  # of another tensor it tells anew
+        assert len(read) == 2
+
+    monkeypatch.setattr(provenance, "samples_in_nodes", counted)
+    model = Net(lambda m, x: m.b(torch.tanh(m.a(x))), a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    helpers.measured(work, model, data())

@@ -5,14 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder import AttributionError
 from secorder.layers.layout import DIM_ZERO
 from secorder.oneshot.measurement import Measurement
 from secorder.oneshot.recorded_layer import (
     RecordedLayer,
     contract_pairs,
     layout_options,
-    require_linear_backward,
     scale_draws,
     settle_layouts,
 )
@@ -70,22 +68,6 @@ def test_rows_that_are_no_samples_have_no_layout() -> None:
 
     assert measured(work, make(), data()) == [True, True]
     assert measured(work, make(Fn(mixes)), data()) == [False, True]
-
-
-def test_a_backward_that_clamps_has_no_jacobian() -> None:
-    def clamps(h: Tensor) -> Tensor:
-        h = h * 1
-        h.register_hook(lambda g: g.clamp(-0.1, 0.1))
-        return h
-
-    for function, linear in ((torch.tanh, True), (clamps, False)):
-        x = torch.randn(6, 3, requires_grad=True)
-        pair = single(torch.randn(6, 3))
-        if linear:
-            require_linear_backward([function(x)], [x], pair, seeded())
-        else:
-            with pytest.raises(AttributionError, match="not linear"):
-                require_linear_backward([function(x)], [x], pair, seeded())
 
 
 def test_half_precision_is_looked_at_more_often() -> None:

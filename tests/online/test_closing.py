@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
 from ..helpers import Net, data, make, reference
 from ..reference import assert_all_close
@@ -67,3 +67,15 @@ def test_tied_layers_are_put_together() -> None:
     batch = data()
     loss_of(model, batch).backward()
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_an_output_that_is_kept_and_not_returned() -> None:
+    kept: list[Tensor] = []
+    model = Net(lambda m, x: kept.append(m.a(x)), a=nn.Linear(4, 3))
+    inputs, targets = data()
+    with CurvatureProbe(model) as probe:
+        model(inputs)
+        with pytest.warns(CurvatureWarning, match="let the model return what the loss is computed from"):
+            F.cross_entropy(kept[-1], targets).backward()
+        with pytest.raises(AttributionError, match="returned nothing"):
+            probe.fisher_diagonal()

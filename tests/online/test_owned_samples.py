@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, ProbeStateError
 
 from ..helpers import Net, make
 from .loops import follow
@@ -73,9 +73,11 @@ def test_a_list_of_which_a_loss_alone_is_returned_has_to_be_told() -> None:
 
 def test_a_list_of_outputs_is_refused() -> None:
     model = detector(lambda m, batch: list(each(m, batch)), 1)
-    came = follow(model, images(1, 3, 3), lambda m, b: F.cross_entropy(torch.stack(m(b[0])), b[1]), one_image)
-    assert all("one tensor of a row a sample" in reason for reason in came.refused.values())
-    assert len(came.refused) == 2
+    with CurvatureProbe(model) as probe:
+        for batch, labels in images(1, 3, 3):
+            F.cross_entropy(torch.stack(model(batch)), labels).backward()
+        with pytest.raises(ProbeStateError, match="one tensor of a row a sample"):
+            probe.fisher_diagonal()
 
 
 def test_a_list_of_features_holds_samples_in_a_dimension() -> None:
@@ -83,9 +85,12 @@ def test_a_list_of_features_holds_samples_in_a_dimension() -> None:
         lambda m, xs: m.b(torch.cat([torch.tanh(m.a(x)).mean(1) for x in xs], 1)), a=nn.Linear(4, 5), b=nn.Linear(10, 3)
     )
     batches = [([torch.randn(n, 5, 4), torch.randn(n, 3, 4)], torch.randint(3, (n,))) for n in (4, 2, 2, 1, 3)]
-    assert follow(
+    batches.insert(0, ([x[:1] for x in batches[0][0]], batches[0][1][:1]))  # of one, which tells nothing
+    came = follow(
         model, batches, classify, lambda b: [([x[n : n + 1] for x in b[0]], b[1][n : n + 1]) for n in range(len(b[1]))]
-    ).exact
+    )
+    assert not came.refused
+    assert came.left_out == {"a": [0], "b": [0]}
 
 
 def graphs(m: Any, nodes: Tensor, graph: Tensor) -> Tensor:
@@ -99,6 +104,7 @@ def graphs(m: Any, nodes: Tensor, graph: Tensor) -> Tensor:
 
 def graph_batch(*sizes: int, integers: bool) -> Any:
     graph = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    graph = graph[torch.randperm(len(graph))] if len(sizes) == 4 else graph  # in any order
     nodes = torch.randint(6, (len(graph),)) if integers else torch.randn(len(graph), 4)
     return nodes, graph, torch.randint(3, (len(sizes),))
 
@@ -106,6 +112,25 @@ def graph_batch(*sizes: int, integers: bool) -> Any:
 def one_graph(batch: Any) -> list[Any]:
     nodes, graph, y = batch
     return [(nodes[graph == n], graph[graph == n] * 0, y[n : n + 1]) for n in range(len(y))]
+
+
+def packed(m: Any, tokens: Tensor, bounds: Tensor) -> Tensor:
+    """Sequences one after the other, with where each begins and ends."""
+    sample = torch.arange(len(bounds) - 1).repeat_interleave(bounds.diff())
+    return graphs(m, tokens, sample)
+
+
+def test_sequences_with_their_bounds() -> None:
+    def batch(*sizes: int) -> Any:
+        return torch.randn(sum(sizes), 4), torch.tensor([0, *sizes]).cumsum(0), torch.randint(3, (len(sizes),))
+
+    def alone(b: Any) -> list[Any]:
+        ends = b[1].tolist()
+        pairs = zip(ends[:-1], ends[1:], b[2], strict=True)
+        return [(b[0][start:end], torch.tensor([0, end - start]), y[None]) for start, end, y in pairs]
+
+    model = Net(packed, a=nn.Linear(4, 5), gate=nn.Linear(5, 1), b=nn.Linear(5, 3))
+    assert follow(model, [batch(2, 4, 3), batch(3, 3), batch(2, 2, 2), batch(3, 1)], classify, alone).exact
 
 
 @pytest.mark.parametrize("integers", [False, True])

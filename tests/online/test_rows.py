@@ -35,3 +35,18 @@ def test_rounding_where_gradients_cancel(width: int) -> None:
     came = follow(model, [data(width) for _ in range(4)], lambda m, b: F.cross_entropy(m(b[0]), b[1]))
     assert came.exact
     assert not came.warned
+
+
+def test_what_is_not_linear_is_no_rounding() -> None:
+    """A hook that divides by the norm of the whole batch's gradient couples samples in backward alone."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        hidden = torch.tanh(m.first(x))
+        if hidden.requires_grad:
+            hidden.register_hook(lambda g: g / g.norm())
+        return m.second(hidden)
+
+    model = Net(forward, first=nn.Linear(4, 4), second=nn.Linear(4, 3))
+    found = attribute(model, select_layers(model), (torch.randn(5, 4),), {}, 0)
+    assert "first" not in found.known or {x.name: x for x in found.layers}["first"].enclosing is model
+    assert "second" in found.known

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from secorder import CurvatureProbe, InvalidArgumentError
-from secorder.parallel.fsdp import Shard, fully_sharded, local, managed, over_ranks, shard_of_sum, whole
+from secorder.layers.selection import ranks_of, select_layers
+from secorder.parallel.fsdp import Shard, local, shard_of_sum, whole
+from secorder.parallel.spread import Spread, is_distributed
 
 from ..helpers import data, make, reference, run_ranks, step
 from ..reference import assert_all_close
@@ -19,7 +21,7 @@ from ..reference import assert_all_close
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("case", ["sharded", "sharded_tied", "norms_sharded", "tensor_parallel"])
+@pytest.mark.parametrize("case", ["sharded", "sharded_tied", "norms_sharded"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     run_ranks(case, ranks)
 
@@ -51,22 +53,24 @@ def test_a_mixed_precision_policy_is_refused_and_nothing_changed(alone: nn.Seque
         with pytest.raises(InvalidArgumentError, match="mixed-precision policy"):
             probe.hessian_diagonal(nn.functional.cross_entropy, *data())
         assert hooks == [len(m._forward_hooks) for m in model.modules()]
-    assert all(fully_sharded(p) for p in model.parameters())
+    assert all(is_distributed(p) for p in model.parameters())
 
 
 def test_shards_and_sums(alone: nn.Sequential) -> None:
     weight = alone[0].weight
-    assert managed(alone)
-    assert not managed(make())
-    assert fully_sharded(weight)
-    assert not fully_sharded(make()[0].weight)
+    (layer, _) = select_layers(alone)
+    assert (layer.spread, layer.sharded, layer.split) == (Spread((0,), ()), True, False)
+    assert not is_distributed(make()[0].weight)
     assert local(weight).shape == (5, 4)
     part = torch.arange(20.0)
-    assert torch.equal(shard_of_sum(part, weight), part)
+    assert torch.equal(shard_of_sum(part, weight, layer.spread), part)
     placed = Shard.of(weight).place(part)
     assert placed.placements == weight.placements
     assert torch.equal(whole(placed), part.view(5, 4))
-    assert over_ranks(3, weight) == over_ranks(3, weight, "max") == 3
+    ranks = ranks_of(alone, [layer])
+    assert ranks is not None
+    assert ranks.together([3, 4]) == ranks.largest([3, 4]) == [3, 4]
+    assert ranks_of(make(), select_layers(make())) is None
 
 
 def test_a_whole_life(alone: nn.Sequential) -> None:

@@ -1,0 +1,20 @@
+"""Tensors that are parts of others."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["joined"]
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """All parts in one vector: that of which they are parts, if they are all of it in their order."""
+    base, end = parts[0]._base, 0
+    if base is None or base.dim() != 1 or base.requires_grad:
+        return torch.cat(list(parts))
+    for part in parts:
+        if part._base is not base or part.storage_offset() != base.storage_offset() + end or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.numel()
+    return base if end == base.numel() else torch.cat(list(parts))

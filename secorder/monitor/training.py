@@ -1,0 +1,48 @@
+"""What training itself tells: its loss and its learning rates."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["learning_rates", "mean_loss"]
+
+
+def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:
+    """The mean of several steps' losses.
+
+    Args:
+        total: their sum.
+        count: how many.
+        together: whether it is of all ranks, each of which must call this.
+    """
+    if not together:
+        return float(total) / count
+    numbers = torch.stack([torch.as_tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)])
+    numbers = numbers.to(total.device if isinstance(total, Tensor) else numbers.device)
+    dist.all_reduce(numbers)
+    return float(numbers[0] / numbers[1])
+
+
+def learning_rates(optimizer: Any, layers: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
+    """The largest learning rate of each layer's parameters; of those that the optimizer has.
+
+    Args:
+        optimizer: anything with ``param_groups``, or None.
+        layers: layer name → parameters.
+
+    Example:
+        >>> import torch
+        >>> from secorder.monitor.training import learning_rates
+        >>> weight, bias, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
+        >>> optimizer = torch.optim.SGD([{"params": weight, "lr": 0.1}, {"params": bias, "lr": 0.2}])
+        >>> learning_rates(optimizer, {"fc": [weight, bias], "head": [frozen]})
+        {'fc': 0.2}
+    """
+    if optimizer is None:
+        return {}
+    by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}
+    known = {name: [by_parameter[id(p)] for p in group if id(p) in by_parameter] for name, group in layers.items()}
+    return {name: max(rates) for name, rates in known.items() if rates}

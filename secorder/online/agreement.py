@@ -1,0 +1,107 @@
+"""What ranks whose parameters lie over one another decide together, so that none waits for a collective of another's.
+
+A batch that one of them cannot record, or a layer's batch, is left out by all; and what one of them cannot tell, none
+does: whoever reads on one rank goes on, or is told why not, as on all.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+from zlib import crc32
+
+import torch
+
+from ..errors import AttributionError
+from ..parallel.all_reduce import largest
+from ..parallel.ranks import Ranks
+from .record import ForwardRecord
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+    from .fisher import OnlineFisher
+
+__all__ = ["agree", "give_up", "leave_out_together", "opened_together", "share_troubles"]
+
+ELSEWHERE = "on another rank it could not be told, whose warnings say why."
+
+
+def agree(ranks: Ranks, layer: str, *, bad: bool) -> bool:
+    """Whether a layer's batch, of which this rank has formed its part, is bad on any rank.
+
+    Raises:
+        AttributionError: a rank could not form its part, or formed that of another layer.
+    """
+    found, failed, last, first = ranks.largest([bad, False, *_number(layer)])
+    if failed:
+        raise AttributionError(ELSEWHERE)
+    if last != -first:
+        raise AttributionError(
+            "the ranks reach their layers in other orders, so that what they bring cannot be put together: let the "
+            "model call its layers in one order on every rank, or leave them out with layers=."
+        )
+    return found > 0
+
+
+def give_up(ranks: Ranks, layer: str) -> None:
+    """Take part in :func:`agree` where this rank cannot form its part, so that no other waits for it."""
+    ranks.largest([True, True, *_number(layer)])
+
+
+def _number(layer: str) -> tuple[int, int]:
+    """What stands for a layer, and its negative: by the largest of both all ranks see whether they mean one layer."""
+    number = crc32(layer.encode())
+    return number, -number
+
+
+def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | None") -> None:
+    """Mark the layers that another rank cannot tell.
+
+    Args:
+        fisher: of this rank.
+        group: the ranks that parameters lie over, or a process group whose sums are put together.
+    """
+    marked = fisher.failures.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
+    own = torch.stack([fisher.failures, marked]).clamp(max=1)
+    found = (group.most(own) if isinstance(group, Ranks) else largest(own, group)).tolist()
+    if not any(map(any, found)):
+        return
+    fisher.failures.clamp_(min=fisher.failures.new_tensor(found[0]))
+    for layer, elsewhere in zip(fisher.layers, found[1], strict=True):
+        if elsewhere:
+            fisher.troubles.marks.setdefault(layer.name, ELSEWHERE)
+
+
+def opened_together(
+    fisher: "OnlineFisher", ranks: Ranks, error: Exception | None, opened: Callable[[], ForwardRecord | None]
+) -> ForwardRecord | None:
+    """The record of this rank's part of a batch; None on all ranks where one of them has none.
+
+    Args:
+        fisher: of this rank.
+        ranks: that parameters lie over.
+        error: that a look ended in on this rank, to be raised when the others know.
+        opened: makes the record.
+    """
+    record = None
+    try:
+        record = None if error is not None else opened()
+    except Exception as raised:  # by a function of the user's, on this rank perhaps alone
+        error = raised
+    here = 0 if record is None else record.num_samples
+    counted = here if record is None or record.counted is None else int(record.counted)
+    together, weighed, missing = ranks.together([here, counted, record is None])
+    if missing:
+        share_troubles(fisher, ranks)
+    if error is not None:
+        raise error
+    if missing or record is None:
+        return None
+    record.together, record.counted_together = round(together), round(weighed)
+    return record
+
+
+def leave_out_together(fisher: "OnlineFisher", ranks: Ranks, record: ForwardRecord) -> None:
+    """Leave a batch out of the layers that are troubled in it on any rank."""
+    elsewhere = zip(fisher.sums, ranks.largest([name in record.troubled for name in fisher.sums]), strict=True)
+    names = [name for name, troubled in elsewhere if troubled and name not in record.troubled]
+    fisher.troubles.leave_out(record, names, ELSEWHERE)

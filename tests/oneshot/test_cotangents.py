@@ -1,0 +1,35 @@
+"""Cotangents pulled back, and backward passes that are not linear in them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder import AttributionError
+from secorder.oneshot.cotangents import pull_back, require_linear_backward
+from secorder.oneshot.roots import single
+
+from ..helpers import seeded
+
+
+def test_cotangents_are_pulled_back_to_every_leaf() -> None:
+    x, w = torch.randn(4, 3, requires_grad=True), torch.randn(3, 2, requires_grad=True)
+    stack = torch.randn(5, 4, 2)
+    found = pull_back([x @ w], [x, w], stack, False)
+    assert torch.allclose(found[id(x)], stack @ w.T)
+    assert torch.allclose(found[id(w)], x.T @ stack)
+
+
+def test_a_backward_that_clamps_has_no_jacobian() -> None:
+    def clamps(h: Tensor) -> Tensor:
+        h = h * 1
+        h.register_hook(lambda g: g.clamp(-0.1, 0.1))
+        return h
+
+    for function, linear in ((torch.tanh, True), (clamps, False)):
+        x = torch.randn(6, 3, requires_grad=True)
+        pair = single(torch.randn(6, 3))
+        if linear:
+            require_linear_backward([function(x)], [x], pair, seeded())
+        else:
+            with pytest.raises(AttributionError, match="not linear"):
+                require_linear_backward([function(x)], [x], pair, seeded())
