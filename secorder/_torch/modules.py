@@ -25,6 +25,7 @@ __all__ = [
     "forward_hooks_removed",
     "gradient_hooks_removed",
     "held_parameter",
+    "hooks_on_all_modules",
     "is_running",
     "is_scripted",
     "kept_out_of_copies",
@@ -106,6 +107,12 @@ def forward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
 def forward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that the module calls after and before its forward."""
     return [hook for hooks in forward_hook_dicts(module) for hook in hooks.values()]
+
+
+def hooks_on_all_modules() -> list[Any]:
+    """The hooks that every module calls after and before its forward."""
+    found = torch.nn.modules.module
+    return [*found._global_forward_hooks.values(), *found._global_forward_pre_hooks.values()]
 
 
 @contextmanager

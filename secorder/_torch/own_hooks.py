@@ -9,7 +9,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from .modules import forward_hook_dicts, forward_hooks
 
-__all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "suspended"]
+__all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "is_own", "suspended"]
 
 
 class OwnHook:
@@ -32,6 +32,11 @@ def _ignore(*_: Any) -> None:
 
 def _no_hook() -> Callable[..., None]:
     return _ignore
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook on modules is the library's."""
+    return isinstance(hook, OwnHook) or isinstance(getattr(hook, "__self__", None), Aside)
 
 
 class Aside:  # a handle

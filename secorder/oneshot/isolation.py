@@ -26,11 +26,12 @@ from .._torch.modules import (
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
+    hooks_on_all_modules,
     is_scripted,
     own_tensors,
     parameter_places,
 )
-from .._torch.own_hooks import OwnHook, suspended
+from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.surroundings import parametrizations_computed_anew, unseen
@@ -223,7 +224,8 @@ def isolate(
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own = State(modules, tensors)
-        hooks = [hook for m in modules for hook in forward_hooks(m) if not isinstance(hook, OwnHook)]
+        hooks = [hook for m in modules for hook in forward_hooks(m)]
+        hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
         of_hooks = State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)

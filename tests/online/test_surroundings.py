@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -122,12 +123,16 @@ def test_what_the_users_hooks_keep_is_of_the_users_forwards() -> None:
     for attached in (False, True):
         seed()
         model, watches, log, counts = make(), Watches(), [], {"calls": 0}
+        everywhere: list[int] = []
+        handle = register_module_forward_hook(lambda m, a, o, everywhere=everywhere: everywhere.append(1))
         model[0].register_forward_hook(watches.hook)
         model[1].register_forward_pre_hook(lambda m, a, log=log: log.append(1))
         model.register_forward_hook(lambda m, a, o, counts=counts: counts.update(calls=counts["calls"] + 1))
         probe = CurvatureProbe(model) if attached else None
         for _ in range(4):
-            outside(model, data(), use_reentrant=False).backward()
-        seen.append((watches.calls, dict(watches.shapes), watches.mean.tolist(), log, counts))
+            inputs, targets = data()
+            F.cross_entropy(model(inputs), targets).backward()
+        handle.remove()
+        seen.append((watches.calls, dict(watches.shapes), watches.mean.tolist(), log, counts, everywhere))
         assert probe is None or probe.num_samples == 24
     assert seen[0] == seen[1]
