@@ -142,7 +142,7 @@ def in_batches(
     if task.owned is not None:  # whose samples no dimension of the inputs holds
         return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
-    followed = _followed(task) if one_pair and trial is None else []
+    followed = _followed(task) if one_pair else []  # of one pair, a trial is the whole
     found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
     if found is None:
         return {}

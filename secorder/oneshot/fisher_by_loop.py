@@ -1,7 +1,7 @@
 """The Fisher by definition: the model and the loss on batches of one."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from .measurement import Measurement
 from .output_hessian import expose_output, loss_of_output
 from .recording import seen
 
-__all__ = ["by_loop", "one_sample"]
+__all__ = ["by_loop", "trial_of_loop"]
 
 
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
@@ -113,13 +113,19 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
     return output, loss
 
 
-def one_sample(task: Measurement, index: int) -> tuple[Any, Tensor]:
-    """Output and loss of a batch that holds one sample.
+def trial_of_loop(task: Measurement, layers: Sequence[Layer]) -> Callable[[list[int]], None]:
+    """What :func:`by_loop` does with a batch of some samples, of which it makes many, for the time that it takes."""
+    replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
+    sketch = _Sketch(replacements, task.num_samples, task.autocast)
 
-    Raises:
-        CouplingError, NonFiniteError: as :func:`by_loop`.
-    """
-    return _of_samples(task, [index])
+    def trial(index: list[int]) -> None:
+        _, loss = _of_samples(task, index)
+        g = _gradients(loss, replacements)
+        sketch.of(g)
+        for u in g:
+            u.mul(u)
+
+    return trial
 
 
 def _which(index: list[int]) -> str:

@@ -1,26 +1,30 @@
 """What a Fisher will take, before it is paid: the checks are run, and a few of its columns."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .._torch.pytree import tensors_in
-from .._torch.vjp import gradients
 from ..errors import DoubleBackwardError
+from ..layers.selection import Layer
 from ..results import Strategy
 from .fisher import Trial, in_batches
-from .fisher_by_loop import one_sample
+from .fisher_by_loop import trial_of_loop
 from .fisher_pairs import FisherType, Found
 from .hessian.choice import Choice
 from .hessian.cost import Cost, base_bytes, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .recording import recorded
-from .timing import seconds_of
+from .timing import least_seconds_of, seconds_of
 
 __all__ = ["fisher_cost"]
 
 #: Columns of the longer trial.
 SOME = 33
+
+#: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
+WHOLE_BATCHES = 3
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,14 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int) -> C
     """
     timed = _timed(task, fisher_type, num_draws)
     passed, leaves = _sizes(task)
-    sample = _seconds_of_sample(task) if len(timed.strategies) < len(task.layers) else 0.0
+    rest = [layer for layer in task.layers if layer.name not in timed.strategies]
+    columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
+    loop = _seconds_of_loop(task, rest, columns) / len(rest) if rest else 0.0
     costs = {}
     for layer in task.layers:
         numel = sum(p.numel() for p in layer.parameters.values())
         z = leaves.get(layer.name, 0)
         strategy = timed.strategies.get(layer.name, Strategy.LOOP)
-        columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
         products = columns * (1 if strategy in (Strategy.RULE, Strategy.UNUSED) else task.num_samples)
         facts = Facts(
             layer.name,
@@ -66,9 +71,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int) -> C
             output_elements=max(z, passed),
             parameter_elements=numel + 4 * passed,
         )
-        seconds = timed.seconds * columns / max(1, len(timed.strategies))
-        if strategy == Strategy.LOOP:
-            seconds = task.num_samples * sample * columns / (len(task.layers) - len(timed.strategies))
+        seconds = loop if layer in rest else timed.seconds * columns / len(timed.strategies)
         costs[layer.name] = layer_cost(task, facts, Choice(strategy, products, products), seconds)
     return Cost(costs, timed.overhead, base_bytes(task, passed, passed + sum(leaves.values())))
 
@@ -86,10 +89,10 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
         return _Timed({}, 0, start, 0.0)
-    first = seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
+    first = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
     if one.of <= 1:
         return _Timed(strategies, one.of, first, 0.0)
-    longer = seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
+    longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
     seconds = max(longer - first, 1e-9) / (min(SOME, one.of) - 1)
     return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
 
@@ -110,14 +113,10 @@ def _sizes(task: Measurement) -> tuple[int, dict[str, int]]:
     return passed, {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
 
 
-def _seconds_of_sample(task: Measurement) -> float:
-    """A forward and a gradient of a batch of one."""
-    replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
-
-    def work() -> None:
-        _, loss = one_sample(task, 0)
-        if loss.requires_grad:
-            gradients(loss, replacements)
-
-    work()
-    return seconds_of(work)
+def _seconds_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> float:
+    """The model and the loss on the whole batch, for the checks, and on one sample after the other."""
+    trial = trial_of_loop(task, layers)
+    trial([0])
+    sample = least_seconds_of(lambda: trial([0]))
+    batch = least_seconds_of(lambda: trial(list(range(task.num_samples))))
+    return task.num_samples * sample * columns + WHOLE_BATCHES * batch

@@ -39,7 +39,7 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .backward import enter
+from .backward import enter, let_go
 from .capture import layer_called, module_called, module_starts
 from .closing import unrecorded
 from .fisher import OnlineFisher
@@ -96,7 +96,7 @@ class Attachment:
         self._handles.clear()
         for thread in list(self._running):
             self._drop(thread)
-        self.fisher.backwards.let_go(self.fisher.backwards.values())
+        let_go(self.fisher, list(self.fisher.backwards.values()))
 
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
@@ -156,7 +156,7 @@ class Attachment:
                 return  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
         if not in_backward():  # backward passes of this thread that have not ended were broken off
-            self.fisher.backwards.let_go(self.fisher.backwards.here())
+            let_go(self.fisher, self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
         if count % self.every:

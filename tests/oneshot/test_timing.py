@@ -2,7 +2,7 @@
 
 import pytest
 
-from secorder.oneshot.timing import seconds_of, seconds_per_product
+from secorder.oneshot.timing import least_seconds_of, seconds_of, seconds_per_product
 
 
 @pytest.mark.parametrize(
@@ -25,3 +25,18 @@ def test_two_trials_tell_what_one_product_takes(
 
 def test_seconds_of_work() -> None:
     assert seconds_of(lambda: None) >= 0
+
+
+@pytest.mark.parametrize(("seconds", "least", "runs"), [([0.01, 0.03, 0.005, 0.02], 0.005, 4), ([2.0, 1.0], 2.0, 1)])
+def test_short_trials_are_run_a_few_times(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], least: float, runs: int
+) -> None:
+    now, made = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def work() -> None:
+        now[0] += seconds[len(made)]
+        made.append(1)
+
+    assert least_seconds_of(work) == pytest.approx(least)
+    assert len(made) == runs
