@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from secorder import CurvatureProbe, get_layer_curvature_stats
 from secorder.means import mean_over_ranks
 
-from . import ranks_that_differ, recording_ranks, tensor_parallel_worker
+from . import ranks_that_differ, recording_ranks, scaling_ranks, tensor_parallel_worker
 from .helpers import make
 from .reference import (
     assert_all_close,
@@ -26,7 +26,7 @@ from .reference import (
 )
 from .test_tied import Decoder, language_loss
 
-CASES = ranks_that_differ.CASES | recording_ranks.CASES | tensor_parallel_worker.CASES
+CASES = ranks_that_differ.CASES | recording_ranks.CASES | scaling_ranks.CASES | tensor_parallel_worker.CASES
 
 
 def main(case: str) -> None:
