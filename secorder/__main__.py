@@ -4,7 +4,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,9 @@ def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
     except Exception as error:
         raise InvalidArgumentError(f"{path} failed: {_told(error)}") from error
     if not isinstance(made, tuple) or len(made) != 3:
-        raise InvalidTypeError(f"{path} must return (model, loss_fn, data), got {type(made).__name__}.")
+        got = f"{len(made)} of them" if isinstance(made, tuple) else type(made).__name__
+        hint = ": inputs and targets are one, (model, loss_fn, (inputs, targets))" if got == "4 of them" else ""
+        raise InvalidTypeError(f"{path} must return (model, loss_fn, data), got {got}{hint}.")
     if not isinstance(made[0], nn.Module):
         raise InvalidTypeError(f"{path} must return a module first, got {type(made[0]).__name__}.")
     return made
@@ -151,6 +153,8 @@ def _loader(data: Any, size: int) -> Iterable[Any]:
         if len(data[0]) != len(data[1]):
             raise InvalidArgumentError(f"inputs hold {len(data[0])} samples and targets {len(data[1])}.")
         data = TensorDataset(*data)
+    elif isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Mapping) and isinstance(data[1], Tensor):
+        return DataLoader(_samples(*data), batch_size=size)
     if isinstance(data, Dataset):
         return DataLoader(data, batch_size=size)
     if isinstance(data, (Tensor, dict, str)) or not isinstance(data, Iterable):
@@ -158,6 +162,15 @@ def _loader(data: Any, size: int) -> Iterable[Any]:
             f"data must be a DataLoader, a data set, or (inputs, targets) as tensors, got {type(data).__name__}."
         )
     return data
+
+
+def _samples(inputs: Mapping[str, Tensor], targets: Tensor) -> Any:
+    """One by one the samples of a batch whose inputs have names."""
+    sizes = {name: len(x) for name, x in inputs.items()}
+    if different := [name for name, size in sizes.items() if size != len(targets)]:
+        held = ", ".join(f"{name} {sizes[name]}" for name in different)
+        raise InvalidArgumentError(f"targets hold {len(targets)} samples, and of the inputs {held}.")
+    return [({name: x[i] for name, x in inputs.items()}, target) for i, target in enumerate(targets)]
 
 
 def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]:

@@ -69,6 +69,26 @@ def one_dict():
     model, loss_fn, data = factory()
     return model, loss_fn, {"x": data[0]}
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, ids, mask):
+        return self.fc(ids) * mask[:, None]
+
+def named():
+    _, loss_fn, data = factory()
+    return Named(), loss_fn, ({"ids": data[0], "mask": torch.ones(10)}, data[1])
+
+def uneven_names():
+    model, loss_fn, (inputs, targets) = named()
+    return model, loss_fn, ({**inputs, "mask": torch.ones(4)}, targets)
+
+def four():
+    model, loss_fn, data = factory()
+    return model, loss_fn, *data
+
 def generator():
     model, loss_fn, data = factory()
     return model, loss_fn, ((data[0][i : i + 5], data[1][i : i + 5]) for i in (0, 5))
@@ -113,6 +133,11 @@ def test_a_generator_is_measured_whole(factory: str, capsys: pytest.CaptureFixtu
     """The batch that was tried is no batch less."""
     assert main(["diagnose", "made_for_test:generator", "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["num_samples"] == 10
+
+
+def test_inputs_with_names_are_cut_into_batches(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diagnose", "made_for_test:named", "--batch-size", "5"]) == 0
+    assert "10 samples" in capsys.readouterr().out
 
 
 def test_the_command_is_installed_under_its_name() -> None:
@@ -163,6 +188,8 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:missing"], "has no function 'missing'"),
         (["no_such_module:factory"], "No module named 'no_such_module'"),
         (["made_for_test:wrong"], "must return (model, loss_fn, data), got int"),
+        (["made_for_test:four"], "got 4 of them: inputs and targets are one, (model, loss_fn, (inputs, targets))"),
+        (["made_for_test:uneven_names"], "targets hold 10 samples, and of the inputs mask 4"),
         (["made_for_test:uneven"], "inputs hold 10 samples and targets 3"),
         (["made_for_test:nan"], "the loss is nan"),
         (["made_for_test:factory", "--batch-size", "0"], "at least 1"),

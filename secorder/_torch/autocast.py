@@ -20,6 +20,8 @@ _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
 def autocast_state() -> AutocastState:
     """What is enabled now."""
+    if not torch._C._is_any_autocast_enabled():
+        return {}
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)}
 
 

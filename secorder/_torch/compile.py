@@ -2,14 +2,13 @@
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from .compiler import run_eagerly
+from .compiler import enter_eager, leave_eager
 
 __all__ = [
     "EagerSection", "being_compiled", "hooks_prevent_compiling", "is_traced", "leave_graph", "may_break_graph",
@@ -100,7 +99,7 @@ class EagerSection:
     @uncompiled
     def __init__(self) -> None:
         self._callback: Any = None
-        self._stance = ExitStack()
+        self._eager = False
 
     @uncompiled  # as yet, compiling is on
     def begin(self) -> None:
@@ -117,9 +116,12 @@ class EagerSection:
 
     def run_compiled_code_eagerly(self) -> None:
         """Neither is what was compiled run as such."""
-        self._stance.enter_context(run_eagerly())
+        enter_eager()
+        self._eager = True
 
     def end(self) -> None:
         """As it was before."""
-        self._stance.close()
+        if self._eager:
+            leave_eager()
+            self._eager = False
         eval_frame.set_eval_frame(self._callback)

@@ -3,11 +3,12 @@
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-__all__ = ["eager", "run_eagerly"]
+__all__ = ["eager", "enter_eager", "leave_eager", "run_eagerly"]
 
 
 class _Stance:
@@ -16,26 +17,36 @@ class _Stance:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.inside = 0
-        self.before = ExitStack()
+        self.turned: Any = None
 
 
 _STANCE = _Stance()
 
 
-@contextmanager
-def run_eagerly() -> Iterator[None]:
-    """Inside, compiled functions run as they were written, in every thread; passes of several threads may overlap."""
+def enter_eager() -> None:
+    """Until :func:`leave_eager`, compiled functions run as they were written, in every thread; several may overlap."""
     with _STANCE.lock:
         if not _STANCE.inside:
-            _STANCE.before.enter_context(torch.compiler.set_stance("force_eager"))
+            _STANCE.turned = torch.compiler.set_stance("force_eager")  # at once
         _STANCE.inside += 1
+
+
+def leave_eager() -> None:
+    """As it was before, unless someone else is inside."""
+    with _STANCE.lock:
+        _STANCE.inside -= 1
+        if not _STANCE.inside:
+            _STANCE.turned.__exit__(None, None, None)
+
+
+@contextmanager
+def run_eagerly() -> Iterator[None]:
+    """Inside, compiled functions run as they were written."""
+    enter_eager()
     try:
         yield
     finally:
-        with _STANCE.lock:
-            _STANCE.inside -= 1
-            if not _STANCE.inside:
-                _STANCE.before.close()
+        leave_eager()
 
 
 @contextmanager

@@ -27,6 +27,10 @@ _Where = Literal["outside", "in an object", "in a sequence of an object"]
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of a nested structure, depth first; of a structure that is in it twice, once."""
+    if isinstance(tree, Tensor):
+        return iter((tree,))
+    if type(tree) is tuple and all(isinstance(child, Tensor) for child in tree):  # as most modules are called
+        return iter(tree)
     return _tensors(tree, {})
 
 

@@ -5,17 +5,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_each", "divide_each"]
+__all__ = ["add_each", "add_products", "divide_each", "multiply_each", "square_each"]
 
 
-def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, alpha: float = 1.0) -> None:
     """Add to each tensor another one of its shape, in place.
 
     Args:
         totals: at least one.
         parts: as many; each of the dtype and on the device of its total.
+        alpha: that the parts are multiplied by.
     """
-    torch._foreach_add_(list(totals), list(parts))
+    torch._foreach_add_(list(totals), list(parts), alpha=alpha)
+
+
+def add_products(totals: Sequence[Tensor], parts: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Add to each tensor the product of two others, in place: another one of its shape, and a number or a bool.
+
+    Args:
+        totals: at least one.
+        parts: as many.
+        factors: as many.
+    """
+    torch._foreach_addcmul_(list(totals), list(parts), list(factors))
+
+
+def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
+    """Multiply each tensor by a number or a bool, in place: by one for all, or each by its own on the same device.
+
+    Args:
+        tensors: at least one.
+        factors: one, or as many.
+    """
+    torch._foreach_mul_(list(tensors), factors if isinstance(factors, float) else list(factors))
+
+
+def square_each(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The squares of each tensor's elements.
+
+    Args:
+        tensors: at least one.
+    """
+    return list(torch._foreach_mul(list(tensors), list(tensors)))
 
 
 def divide_each(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:

@@ -10,4 +10,9 @@ def version(tensor: Tensor) -> int:
 
     Inference tensors do not count (nor can they be changed in place where gradients are taken): always 0.
     """
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        if tensor.is_inference():
+            return 0
+        raise

@@ -18,8 +18,6 @@ __all__ = [
     "ACCELERATOR_CHUNK_ELEMENTS",
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
-    "add_rank_one",
-    "are_rank_one",
     "contract",
     "contract_basis",
     "contract_sum",
@@ -107,53 +105,6 @@ def contract(
     for gu_k, gv_k in pairs_of_k:
         _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
     return _add(total, out, beta, alpha)
-
-
-def are_rank_one(parts: Sequence[PerSample]) -> bool:
-    """Whether a layer's per-sample gradients are products of one input and one cotangent each, all the same cotangents.
-
-    Args:
-        parts: of each parameter of the layer.
-    """
-    g = parts[0].g if isinstance(parts[0], Outer) else None
-    return (
-        g is not None
-        and g.dim() == 4
-        and g.shape[1] == g.shape[2] == 1
-        and all(isinstance(part, Outer) and part.g is g and not isinstance(part.a, Patches) for part in parts)
-    )
-
-
-def add_rank_one(
-    parts: Sequence[PerSample],
-    outs: Sequence[Tensor],
-    *,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    keep: Tensor | None = None,
-) -> None:
-    """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` for all parameters of a layer: Σ_n g_n² (a_n²)ᵀ, squared once.
-
-    Args:
-        parts: per-sample gradients that :func:`are_rank_one`.
-        outs: for each its sum, 1-D.
-        beta: as for :func:`contract`.
-        alpha: as for :func:`contract`.
-        keep: as for :func:`contract`.
-    """
-    g = parts[0].g  # type: ignore[union-attr]
-    pairs = g.view(g.shape[0], -1)
-    pairs = _kept(pairs * pairs, keep)
-    for part, out in zip(parts, outs, strict=True):
-        a = part.a  # type: ignore[union-attr]
-        if a is None:
-            _add(pairs.sum(0), out, beta, alpha)
-            continue
-        a = whole_input(a).view(g.shape[0], -1)
-        squares = a * a
-        if keep is not None:
-            squares.nan_to_num_()  # times zero, where it does not count
-        out.view(-1, a.shape[1]).addmm_(pairs.t(), squares, beta=beta, alpha=alpha)
 
 
 def _accumulate_products(

@@ -26,6 +26,10 @@ __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 #: What an element costs that is written and read again, in multiplications of a matrix product (measured on a CPU).
 TRAFFIC = 16
 
+#: Elements of per-sample gradients, and of the patches for them, that are formed at once: in the middle of a backward,
+#: whose peak of memory they are not to raise.
+FORMED_ELEMENTS = CHUNK_ELEMENTS // 2
+
 #: Positions of a sample up to which each is compared with each.
 FEW_POSITIONS = 128
 
@@ -135,11 +139,11 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
     fan_in = a.shape[-1]
     copied = positions * fan_in if isinstance(a, Patches) else 0
     if positions * positions * (fan_in + width + TRAFFIC) < width * fan_in * (positions + TRAFFIC):
-        few = max(1, CHUNK_ELEMENTS // (groups * (positions * positions + copied)))
+        few = max(1, FORMED_ELEMENTS // (groups * (positions * positions + copied)))
         found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     else:
         convolved = isinstance(a, Patches) and a.convolves_well(width)
-        elements = min(CONVOLUTION_ELEMENTS, CHUNK_ELEMENTS) if convolved else CHUNK_ELEMENTS
+        elements = min(CONVOLUTION_ELEMENTS, FORMED_ELEMENTS) if convolved else FORMED_ELEMENTS
         few = max(1, elements // (groups * (width * fan_in + (0 if convolved else copied))))
         found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     return found[0] if len(found) == 1 else torch.cat(found)

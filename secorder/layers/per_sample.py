@@ -98,11 +98,11 @@ def per_sample_gradients(
         layout = layouts[index] if layouts else DIM_ZERO
         if layout.dim:
             inputs, g = tuple(x.movedim(layout.dim, 0) for x in inputs), g.movedim(layout.dim, 0)
-        gradients = rule(module, inputs, g)
+        gradients = dict(rule(module, inputs, g))
         if layout.rows > 1:
             gradients = {name: _regroup(gradient, layout) for name, gradient in gradients.items()}
         parts.append(gradients)
-    return {name: merge([part[name] for part in parts]) for name in parts[0]}
+    return parts[0] if len(parts) == 1 else {name: merge([part[name] for part in parts]) for name in parts[0]}
 
 
 def stacked_gradients(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -63,12 +64,12 @@ class Layer:
     by_operations: bool = False
     spread: Spread | None = None
 
-    @property
+    @cached_property
     def sharded(self) -> bool:
         """Whether FSDP2 shards the parameters over ranks that have samples of their own."""
         return self.spread is not None and bool(self.spread.data)
 
-    @property
+    @cached_property
     def split(self) -> bool:
         """Whether ranks that have the same samples compute with parts of the layer (tensor parallelism)."""
         return self.spread is not None and bool(self.spread.tensor)

@@ -15,7 +15,10 @@ from .measurement import Measurement
 from .operators import Curvature, Operator, operators
 from .trace import By
 
-__all__ = ["Eigenvalues", "blocks_of", "eigenvalues", "lanczos", "lanczos_steps", "nothing", "restricted"]
+__all__ = ["TOLERANCE", "Eigenvalues", "blocks_of", "eigenvalues", "lanczos", "lanczos_steps", "nothing", "restricted"]
+
+#: The usual tolerance.
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,13 @@ from .fisher_pairs import Found
 from .heaviest import by_weight
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
-from .hessian.output_draws import Reduce
+from .hessian.output_draws import Reduce, whole
 from .measurement import Measurement
 from .output_hessian import expose_output
 from .recorded_layer import RecordedLayer, contract_settled
 from .roots import Columns, Root
 
 __all__ = ["ByWeight", "heaviest_columns"]
-
-
-def _whole(values: list[Tensor]) -> list[Tensor]:
-    return values
 
 
 @dataclass
@@ -39,7 +35,7 @@ class ByWeight:
     """
 
     budget: Budget
-    reduce: Reduce = _whole
+    reduce: Reduce = whole
     estimates: dict[str, Estimate] = field(default_factory=dict)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
-from ..errors import CouplingError, NonFiniteError
+from ..errors import CouplingError, NonFiniteError, SecorderError
 from .known_losses import share_of_samples
 from .loss import require_dependence
 from .measurement import Measurement
@@ -84,11 +84,10 @@ def losses_by_output(
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     _require_finite(batch.gradients)
     share = _precise_share(task, output)
-    if share is None and not loss_separates(batch.gradients, batch.points, task.generator):
-        raise CouplingError(
-            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
-            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
-        )
+    if share is None and not (second_order or task.create_graph):
+        return SampleLosses(_own_gradients(task, batch, output, loss), batch.points, model_outputs)
+    if share is None:
+        _require_separate(task, batch)
     if share is None and task.create_graph:
         own_gradients(task, batch, second_order=second_order)  # for its checks
     if task.create_graph:  # the cotangents must stay connected to the model
@@ -99,6 +98,29 @@ def losses_by_output(
     if not second_order:
         batch.release()
     return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
+
+
+def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tensor) -> list[Tensor | None]:
+    """The losses' own gradients, which are the batch's, as are products with its Hessian: so it couples nothing.
+
+    Raises:
+        SecorderError: they are not; where it is the loss that couples samples, of that.
+    """
+    try:
+        return own_gradients(task, batch, second_order=False)
+    except SecorderError:
+        again = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+        if again is not None:
+            _require_separate(task, BatchLoss(*again))
+        raise
+
+
+def _require_separate(task: Measurement, batch: BatchLoss) -> None:
+    if not loss_separates(batch.gradients, batch.points, task.generator):
+        raise CouplingError(
+            "the loss couples the samples of a batch (a contrastive loss, a batch statistic), so that per-sample "
+            "gradients are not defined: use a loss that is a mean or sum over samples; hessian_diagonal stays exact."
+        )
 
 
 def _divided(found: Sequence[Tensor | None], share: float) -> list[Tensor | None]:

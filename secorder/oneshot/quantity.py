@@ -1,9 +1,9 @@
 """The cost of every measurement."""
 
+import math
 import time
 from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 from torch import Tensor
@@ -11,21 +11,27 @@ from torch import Tensor
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..results import Strategy
-from .eigenvalues import lanczos
+from .eigenvalues import TOLERANCE, Eigenvalues, lanczos
 from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
 from .hessian.choice import Choice
 from .hessian.cost import Cost, LayerCost, base_bytes, estimate_cost, layer_cost
 from .hessian.facts import Facts
+from .hessian.output_draws import whole
 from .measurement import Measurement
 from .operators import Operator, ProductInZ, operators
-from .timing import TRIAL_SECONDS, seconds_per_product
+from .timing import TRIAL_SECONDS, seconds_of
+from .trace import sums
 
 __all__ = ["Quantity", "quantity_cost"]
 
 #: Whose cost is asked for.
 Quantity = Literal["hessian", "trace", "eigenvalues", "fisher"]
+
+
+#: Iterations of the first trial.
+_FIRST = 10
 
 
 def quantity_cost(
@@ -42,7 +48,7 @@ def quantity_cost(
         InvalidArgumentError: there is no such measurement.
     """
     if quantity in ("hessian", "trace"):
-        return estimate_cost(task, budget)
+        return estimate_cost(task, budget, sums("layer") if quantity == "trace" else whole)
     if quantity == "eigenvalues":
         return _krylov_cost(task, max_iterations)
     if quantity == "fisher":
@@ -51,7 +57,7 @@ def quantity_cost(
 
 
 def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
-    """Of all iterations that may be made; most blocks take fewer."""
+    """Of the iterations that a short trial tells of, for one eigenvalue at each end to the usual tolerance."""
     sizes: dict[str, Facts] = {}
     timed: dict[str, tuple[Strategy, float]] = {}
     start = time.perf_counter()
@@ -66,7 +72,7 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
             like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
             vector = task.random((numel,), like)
             before = time.perf_counter()
-            seconds = seconds_per_product(partial(_iterations, product, vector), 8, TRIAL_SECONDS / len(task.layers))
+            seconds = _seconds_of_lanczos(product, vector, max_iterations, TRIAL_SECONDS / len(task.layers))
             inside += time.perf_counter() - before
             timed[layer.name] = Strategy.PARAMETER_PRODUCTS, seconds
             if isinstance(product, ProductInZ):
@@ -79,7 +85,7 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
         strategy, seconds = timed[name]
         products = 0 if strategy == Strategy.UNUSED else min(max_iterations, sizes[name].numel)
         exact = 0 if strategy == Strategy.UNUSED else sizes[name].numel
-        found = layer_cost(task, sizes[name], Choice(strategy, products, exact), products * seconds)
+        found = layer_cost(task, sizes[name], Choice(strategy, products, exact), seconds)
         like = next(iter(next(x for x in task.layers if x.name == name).parameters.values()))
         kept = 2 * products * sizes[name].numel * like.element_size()  # Lanczos' vectors
         return replace(found, num_bytes=found.num_bytes + kept)
@@ -88,5 +94,20 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead, base_bytes(task, passed, passed))
 
 
-def _iterations(product: Operator, start: Tensor, count: int) -> None:
-    lanczos(product, start, 1, 0.0, count)
+def _seconds_of_lanczos(product: Operator, start: Tensor, most: int, allowance: float) -> float:
+    """How long it takes to converge, by the iterations that there is time for; residuals fall geometrically, about."""
+    most, count = min(most, len(start)), _FIRST
+    told: list[Eigenvalues] = []
+    product(start)  # what happens the first time alone
+    begun = time.perf_counter()
+    while True:
+        seconds = seconds_of(lambda: told.append(lanczos(product, start, 1, TOLERANCE, min(count, most))))  # noqa: B023
+        found = told[-1]
+        if found.converged or count >= most:
+            return seconds
+        if time.perf_counter() - begun > allowance:
+            break
+        count *= 2
+    fallen = math.log(found.residual / max(abs(found.top[0]), abs(found.bottom[0]), 1e-300))
+    wanted = found.num_hvps * math.log(TOLERANCE) / fallen if fallen < 0 else most
+    return seconds * min(most, max(wanted, found.num_hvps)) / found.num_hvps

@@ -302,10 +302,23 @@ def _put_back(put: Callable[[Any], object], value: Any) -> bool:
     return True
 
 
+def _put_generator(generator: torch.Generator, state: Tensor) -> bool:
+    changed = not torch.equal(generator.get_state(), state)
+    generator.set_state(state)
+    return changed
+
+
+def _put_array(array: Any, saved: Any) -> bool:
+    changed = bool(array.tobytes() != saved.tobytes())
+    if changed:
+        array[...] = saved
+    return changed
+
+
 def _generator(x: Any) -> Callable[[], bool] | None:
     """How to put a source of random numbers, or an array of NumPy's, back; None for anything else."""
     if isinstance(x, torch.Generator):
-        return partial(_put_back, x.set_state, x.get_state())
+        return partial(_put_generator, x, x.get_state())
     if isinstance(x, random.Random):
         return partial(_put_back, x.setstate, x.getstate())
     numpy = sys.modules.get("numpy")
@@ -316,5 +329,5 @@ def _generator(x: Any) -> Callable[[], bool] | None:
     if isinstance(x, numpy.random.Generator):
         return partial(_put_back, partial(setattr, x.bit_generator, "state"), x.bit_generator.state)
     if isinstance(x, numpy.ndarray) and x.size <= MAX_COMPARED and x.flags.writeable:
-        return partial(_put_back, partial(numpy.copyto, x), x.copy())
+        return partial(_put_array, x, x.copy())
     return None

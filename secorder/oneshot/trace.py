@@ -18,7 +18,7 @@ from .hessian.run import carry_out
 from .measurement import Measurement
 from .operators import Curvature
 
-__all__ = ["By", "Trace", "traces"]
+__all__ = ["By", "Trace", "sums", "traces"]
 
 #: What a block is made of: a layer's parameters together, or one parameter.
 By = Literal["layer", "parameter"]
@@ -50,14 +50,14 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
     See :meth:`secorder.CurvatureProbe.hessian_trace`, which this function carries out.
     """
     if of == "hessian":
-        estimates = {name: o.estimate for name, o in carry_out(task, budget, _sums(by)).items()}
+        estimates = {name: o.estimate for name, o in carry_out(task, budget, sums(by)).items()}
     elif of == "ggn" and (budget.method == "hutchinson" or _takes_long(task, budget)):
-        estimates = ggn_estimates(task, budget, _sums(by))
+        estimates = ggn_estimates(task, budget, sums(by))
     else:
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
             layer.name: Estimate(
-                [v[0] for v in _sums(by)([part[None] for part in diagonals[layer.name].split(_sizes(layer))])]
+                [v[0] for v in sums(by)([part[None] for part in diagonals[layer.name].split(_sizes(layer))])]
             )
             for layer in task.layers
         }
@@ -85,7 +85,7 @@ def _sizes(layer: Layer) -> list[int]:
     return [p.numel() for p in layer.parameters.values()]
 
 
-def _sums(by: By) -> Reduce:
+def sums(by: By) -> Reduce:
     """Sums of stacked diagonals: of all parameters together, or of each; in shape ``(k, 1)``."""
 
     def sums(values: list[Tensor]) -> list[Tensor]:

@@ -76,6 +76,8 @@ class Attribution:
 
     def sharing(self, name: str) -> list[str]:
         """The layers whose gradient is put together, and takes part of what a layer's calls bring."""
+        if not self.ties:
+            return []
         return [own for own, by in self.ties.items() if any(name == h for holders in by.values() for h, _ in holders)]
 
     def owners(self, name: str) -> list[str]:

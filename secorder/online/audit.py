@@ -13,29 +13,21 @@ each time. It is blind to *which* sample a row belongs to. Nothing is read on th
 Source: Freivalds (1977), "Probabilistic machines can use less running time".
 """
 
-import random
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch.norms import norms_of
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
+from ..layers.rank_one import RankOne
+from .directions import IN_CHANNELS, Directions, Vectors
 
-__all__ = ["Audit", "Directions", "Vectors", "actual", "explained"]
+__all__ = ["Audit", "actual", "explained", "explained_together"]
 
-#: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
-WHOLE_ELEMENTS = 1 << 17
-BLOCK = 64
-#: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
-OUT_CHANNELS, IN_CHANNELS = 16, 4
-#: Random vectors that parameters of one shape are looked at with in turn (seldom is seven the period of a penalty),
-#: and backward passes after which others are drawn.
-IN_TURN, KEPT = 7, 112
-#: Sets of numbers that are kept on the device.
-CONSTANTS = 16
 #: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
 #: rows, or samples of several rows each, that are looked at beside their products with r or s.
 FEW, FEW_SAMPLES = 32, 4
@@ -47,112 +39,20 @@ UNITS_OF_FACTORS = 8
 TF32 = 2.0**-10
 
 
-class Vectors(NamedTuple):
-    """The random vectors of one parameter in one backward.
-
-    Attributes:
-        r: normal, one a row of the block.
-        s: normal, one a column; of a convolution, zero but for some input channels.
-        start: the first row of the block.
-        rows: rows of the parameter.
-        channel: the first of these input channels.
-    """
-
-    r: Tensor
-    s: Tensor
-    start: int
-    rows: int
-    channel: int = 0
-
-    @property
-    def whole(self) -> bool:
-        """Whether the block is all of the parameter."""
-        return self.r.shape[0] == self.rows
-
-
-class Directions:
-    """Random numbers, drawn once and looked at from random places: a private stream that costs nothing."""
-
-    def __init__(self) -> None:
-        self._places = random.Random()
-        self._generator = torch.Generator()
-        self._generator.seed()
-        self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
-        self._constants: dict[tuple[float, ...], Tensor] = {}
-        self._passes = 0
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Directions, ()  # a copy draws numbers of its own
-
-    def _take(self, size: int, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
-        pool = self._pool.get(key)
-        if pool is None or len(pool) < 2 * size:
-            numbers = torch.randn(max(2 * size, 1 << 13), generator=self._generator, device="cpu")
-            pool = self._pool[key] = numbers.to(like)
-        start = self._places.randrange(len(pool) - size + 1)
-        return pool[start : start + size]
-
-    def begin(self) -> None:
-        """A backward begins."""
-        self._passes += 1
-        if self._passes % KEPT == 0:
-            self._kept.clear()
-
-    def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        """Numbers that are much the same each time, where they are already on the device; 1-D."""
-        key = tuple(numbers)
-        found = self._constants.get(key)
-        if found is None or found.device != like.device or found.dtype is not like.dtype:
-            if len(self._constants) > CONSTANTS:
-                self._constants.clear()
-            found = self._constants[key] = like.new_tensor(numbers)
-        return found
-
-    def vectors(self, parameter: Tensor) -> Vectors:
-        """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
-        key = (parameter.shape, parameter.dtype, parameter.device)
-        found = self._kept.get(key)
-        if found is None:
-            first = self._drawn(parameter)
-            if not first.whole:
-                return first
-            found = self._kept[key] = [first, *(self._drawn(parameter) for _ in range(IN_TURN - 1))]
-        return found[self._passes % IN_TURN]
-
-    def _drawn(self, parameter: Tensor) -> Vectors:
-        rows = parameter.shape[0] if parameter.dim() else 1
-        columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
-        block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
-        block = block if parameter.dim() < 3 else min(block, OUT_CHANNELS)
-        start = self._places.randrange(rows - block + 1)
-        like = parameter.detach()
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
-        channel = 0
-        if parameter.dim() > 2 and parameter.shape[1] > IN_CHANNELS:
-            channel, size = self._places.randrange(parameter.shape[1] - IN_CHANNELS + 1), columns // parameter.shape[1]
-            some = torch.zeros_like(s)
-            some[channel * size : (channel + IN_CHANNELS) * size] = s[: IN_CHANNELS * size]
-            s = some
-        return Vectors(self._take(block, like), s, start, rows, channel)
-
-    def some(self, names: Sequence[str], most: int) -> set[str]:
-        """So many of the names at most, drawn anew."""
-        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
-
-
-def actual(gradient: Tensor, vectors: Vectors) -> Tensor:
-    """rᵀ G s, of the parameter's whole gradient."""
+def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
+    """rᵀ G s, of the parameter's whole gradient; with that of its bias, rᵀ (G s + b), where it is given."""
     r, s = vectors.r, vectors.s
-    gradient = gradient.detach()
-    matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
-    if not vectors.whole:
-        matrix = matrix[vectors.start : vectors.start + r.shape[0]]
-    if matrix.dtype is not r.dtype:
-        matrix = matrix.to(r.dtype)
+    matrix = _block(gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1), vectors)
+    if bias is not None:
+        return torch.dot(torch.addmv(_block(bias, vectors), matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
+
+
+def _block(gradient: Tensor, vectors: Vectors) -> Tensor:
+    """The rows that are looked at."""
+    if not vectors.whole:
+        gradient = gradient[vectors.start : vectors.start + vectors.r.shape[0]]
+    return gradient if gradient.dtype is vectors.r.dtype else gradient.to(vectors.r.dtype)
 
 
 def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False) -> tuple[Tensor, Tensor]:
@@ -189,6 +89,29 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
         if with_bias:
             right, size = right + 1, size + right.shape[0]
     return torch.dot(left, right), _size(seen, left) * size
+
+
+def explained_together(layers: Sequence[tuple[RankOne, Vectors]], with_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`explained` of the weights of several layers, shapes ``(layers,)``.
+
+    Args:
+        layers: with the random vectors of each.
+        with_bias: of each, one where that of the bias is to be in its number, else zero.
+    """
+    left, right, seen_g, seen_a = [], [], [], []
+    for one, (r, s, start, rows, _) in layers:
+        size, g, a = r.shape[0], one.cotangents, one.inputs
+        g = g if size == rows else g[:, start : start + size]
+        g, a = (t if t.dtype is r.dtype else t.to(r.dtype) for t in (g, a))
+        left.append(torch.mv(g, r))
+        right.append(torch.mv(a, s))
+        seen_g.append(g)
+        seen_a.append(a)
+    of_g, of_a = torch.stack(left), torch.stack(right) + with_bias[:, None]
+    norms = torch.stack(norms_of(seen_g + seen_a)).square().view(2, -1)
+    sizes_of_g = norms[0] + torch.linalg.vecdot(of_g, of_g)  # by all that is seen, and by its products, as in _size
+    sizes_of_a = norms[1] + torch.linalg.vecdot(of_a, of_a) + with_bias * of_a.shape[1]
+    return torch.linalg.vecdot(of_g, of_a), sizes_of_g * sizes_of_a
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -255,13 +178,27 @@ class Explained(NamedTuple):
     tolerance: float
 
 
+class Number(NamedTuple):
+    """What one side of the identity is a number of.
+
+    Attributes:
+        parameter: a weight, mostly.
+        bias: that is one number with it.
+        vectors: the random ones.
+    """
+
+    parameter: Tensor
+    bias: Tensor | None
+    vectors: Vectors
+
+
 class Audit:
     """Both sides of the identity for the parameters of one backward; weight and bias of a layer are one number."""
 
     def __init__(self, directions: Directions) -> None:
         self._directions = directions
         directions.begin()
-        self._vectors: dict[int, Vectors] = {}
+        self._numbers: dict[int, Number] = {}
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
         self._seen: set[int] = set()
@@ -280,25 +217,46 @@ class Audit:
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
-        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in self._vectors]
+        known, home = self._numbers, self._home
+        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in known and id(p) not in home]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
+        if one and graph["weight"].dim() > 1:
+            weight, bias = parameters["weight"], parameters["bias"]
+            known[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"]))
+            home[id(bias)] = id(weight)
+            return chosen
         for name in chosen:
-            key = id(parameters[name])
-            if one and name == "bias" and graph["weight"].dim() > 1:
-                weight = self._vectors[id(parameters["weight"])]
-                self._vectors[key] = weight._replace(s=weight.r.new_ones(1))
-                self._home[key] = id(parameters["weight"])
-            else:
-                self._vectors[key] = self._directions.vectors(graph[name])
+            known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
         return chosen
 
-    def see(self, parameter: Tensor, gradient: Tensor) -> None:
-        """The whole gradient of a parameter is here."""
+    def _vectors_of(self, parameter: Tensor) -> Vectors | None:
+        """Those of a parameter that is looked at; of a bias, the rows of its weight's."""
+        home = self._home.get(id(parameter))
+        number = self._numbers.get(id(parameter) if home is None else home)
+        if number is None or home is None:
+            return None if number is None else number.vectors
+        r, _, start, rows, _ = number.vectors
+        return Vectors(r, self._directions.constants([1.0], r), start, rows)
+
+    def see(self, parameter: Tensor, gradient: Tensor, bias: Tensor | None = None) -> None:
+        """The whole gradient of a parameter is here, perhaps with that of the bias that is one number with it."""
+        vectors = self._vectors_of(parameter)
+        assert vectors is not None
         self._seen.add(id(parameter))
-        vectors = self._vectors[id(parameter)]
-        value = actual(gradient.detach(), vectors)
+        value = actual(gradient.detach(), vectors, bias)
         key = self._home.get(id(parameter), id(parameter))
         self._actual[key] = self._actual[key] + value if key in self._actual else value
+
+    def see_all(self, grads: Mapping[int, Tensor]) -> None:
+        """The whole gradients of parameters are here, by ``id``."""
+        for key, (parameter, bias, _) in self._numbers.items():
+            whole, own = grads.get(key), None if bias is None else grads.get(id(bias))
+            if whole is not None:
+                self.see(parameter, whole, own)
+                if own is not None:
+                    self._seen.add(id(bias))
+            elif bias is not None and own is not None:
+                self.see(bias, own)
 
     def saw(self, parameter: Tensor) -> bool:
         """Whether the whole gradient of a parameter has come."""
@@ -321,19 +279,46 @@ class Audit:
         """
         brought = {}
         for local, p in parameters.items():
-            vectors, part = self._vectors.get(id(p)), gradients.get(local)
-            if vectors is None or part is None:
+            part, home = gradients.get(local), self._home.get(id(p))
+            if part is None or (home is not None and _same_cotangents(gradients.get("weight"), part)):
+                continue  # a bias is in the weight's number
+            vectors = self._vectors_of(p)
+            if vectors is None:
                 continue
-            joined = self._home.get(id(parameters["bias"])) == id(p) if "bias" in parameters else False
-            same = joined and _same_cotangents(part, gradients.get("bias"))
-            home = self._home.get(id(p))
-            if home is not None and _same_cotangents(gradients.get("weight"), part):
-                continue  # in the weight's number
+            bias = self._numbers[id(p)].bias if home is None else None
+            same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same)
             brought[local] = value
             found = Explained(value, size, _tolerance(value, p.dtype, low, part))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
+
+    def explain_rank_one(self, layers: Sequence[RankOne], low: torch.dtype | None) -> list[Tensor | None]:
+        """:meth:`explain` of several layers at once; the number of each, None where it is not looked at.
+
+        Args:
+            layers: that wait to be added.
+            low: the dtype that autocast computes in, where it does.
+        """
+        found: list[Tensor | None] = [None] * len(layers)
+        together: list[tuple[int, RankOne, Number]] = []
+        for index, one in enumerate(layers):
+            parameters = one.layer.parameters
+            number = self._numbers.get(id(parameters["weight"]))
+            if number is None or number.bias is not parameters.get("bias"):
+                found[index] = self.explain(one.layer.name, parameters, one.gradients, low).get("weight")
+            else:
+                together.append((index, one, number))
+        if together:
+            flags = [0.0 if number.bias is None else 1.0 for _, _, number in together]
+            with_bias = self._directions.constants(flags, together[0][1].cotangents)
+            values, sizes = explained_together([(one, number.vectors) for _, one, number in together], with_bias)
+            for (index, one, number), value, size in zip(together, values.unbind(), sizes.unbind(), strict=True):
+                tolerance = _tolerance(value, number.parameter.dtype, low, one.gradients["weight"])
+                known = self._explained.setdefault((one.layer.name, id(number.parameter)), [])
+                known.append(Explained(value, size, tolerance))
+                found[index] = value
+        return found
 
     def failures(self, layers: Sequence[tuple[Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
         """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
@@ -341,30 +326,21 @@ class Audit:
         Args:
             layers: of each its parameters, and the layers that bring gradients of these, itself among them.
         """
-        indices: list[int] = []
-        wholes: list[Tensor] = []
-        values: list[Tensor] = []
-        sizes: list[Tensor] = []
-        squares: list[float] = []
+        rows: list[tuple[int, Tensor, Tensor, Tensor, float]] = []
         for index, (parameters, holders) in enumerate(layers):
-            keys = dict.fromkeys(self._home.get(id(p), id(p)) for p in parameters.values())
-            for key in keys:
+            for parameter in parameters.values():
+                key = id(parameter)
                 whole = self._actual.get(key)
-                if whole is None:
-                    continue
-                known = [found for name in holders for found in self._explained.get((name, key), ())]
-                tolerance = max((found.tolerance for found in known), default=0.0)
-                indices.append(index)
-                wholes.append(whole)
-                values.append(_sum([found.value for found in known], whole))
-                sizes.append(_sum([found.size for found in known], whole))
-                squares.append(tolerance**2)
-        if not indices:
+                if whole is not None:  # that of a bias may be in its weight's
+                    known = [found for name in holders for found in self._explained.get((name, key), ())]
+                    rows.append((index, whole, *_sum(known, whole)))
+        if not rows:
             return None
+        indices, wholes, values, sizes, tolerances = zip(*rows, strict=True)
         whole = _stack(wholes)
         difference = whole - _stack(values)
-        bounds = _stack(sizes) * self._directions.constants(squares, whole)
-        return indices, (difference * difference > bounds) & (whole - whole == 0)
+        bounds = _stack(sizes) * self._directions.constants([tolerance**2 for tolerance in tolerances], whole)
+        return list(indices), (difference * difference > bounds) & (whole - whole == 0)
 
 
 def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
@@ -383,12 +359,18 @@ def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:
 
 def _stack(numbers: Sequence[Tensor]) -> Tensor:
     like = numbers[0]
-    if any(x.dtype is not like.dtype or x.device != like.device for x in numbers):
+    if len({(x.dtype, x.device) for x in numbers}) > 1:
         numbers = [x.to(like) for x in numbers]
     return torch.stack(list(numbers))
 
 
-def _sum(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+def _sum(parts: Sequence[Explained], like: Tensor) -> Explained:
+    """What several layers bring, or none."""
     if len(parts) == 1:
         return parts[0]
-    return torch.stack([part.to(like) for part in parts]).sum() if parts else like.new_zeros(())
+    if not parts:
+        return Explained(like.new_zeros(()), like.new_zeros(()), 0.0)
+    value, size = (
+        torch.stack([x.to(like) for x in numbers]).sum() for numbers in zip(*[p[:2] for p in parts], strict=True)
+    )
+    return Explained(value, size, max(part.tolerance for part in parts))

@@ -1,7 +1,7 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +24,13 @@ from .closing import check_together, close
 from .fisher import OnlineFisher, quietly
 from .norms import watch_squares
 from .penalty import watch
-from .record import Backward, ForwardRecord, slot
+from .record import Backward, ForwardRecord
+from .waiting import add_waiting
 
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["enter", "leave"]
+__all__ = ["enter", "leave", "let_go"]
 
 #: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
 #: looked at, all of them.
@@ -42,6 +43,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if number is None:
         return False
     fisher = attachment.fisher
+    if record.closed and record.recomputes and not record.handles and not attachment.pauses:
+        attachment.register(record)  # a second backward, in which layers save as many tensors again
+        after_backward(partial(_unhook, record))
     if record.backward is not None:
         # A checkpoint of the reentrant kind runs a backward of its own inside of the one that is on its way.
         return not record.closed and (record.backward.number == number or record.recomputes)
@@ -66,6 +70,12 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     return True
 
 
+def _unhook(record: ForwardRecord) -> None:
+    for handle in record.handles:
+        handle.remove()
+    record.handles.clear()
+
+
 def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
     fisher = attachment.fisher
@@ -80,15 +90,13 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
     for index, layer in enumerate(fisher.layers):
         if layer.name not in audited and layer.name in captured:
             continue
-        slots = dict(zip(layer.parameters, record.slots.get(layer.name, ()), strict=False))
         graph = record.parameters(layer)
         apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
         for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
-            moved = not layer.sharded and name in slots and slot(parameter) not in (None, slots[name])
-            if moved and will_accumulate(accumulate_node(graph[name])):  # and not torch.autograd.grad
-                backward.early.append((index, parameter))
+            if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
+                backward.early.append((index, parameter))  # and not torch.autograd.grad
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
@@ -132,10 +140,17 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
         fisher.troubles.guarded(None, fisher.sums, quietly, _leave, fisher, backward)
 
 
+def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
+    """Backward passes were broken off: what waits to be added is, and nothing of ours stays on the model."""
+    for backward in backwards:
+        for record in backward.records:
+            quietly(add_waiting, fisher, record)
+    fisher.backwards.let_go(backwards)
+
+
 def _leave(fisher: OnlineFisher, backward: Backward) -> None:
-    for parameter in backward.fresh:
-        if parameter.grad is not None and backward.alone:
-            backward.audit.see(parameter, local(parameter.grad))
+    if backward.alone:
+        backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
     for index, parameter in backward.early if reached else ():

@@ -1,6 +1,6 @@
 """Calls of layers, as their hooks see them: what is kept of a call, and what its gradient does when it comes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
@@ -25,6 +25,7 @@ from .fisher import quietly
 from .record import ForwardRecord, ModuleCall, Start
 from .relation import Shape
 from .samples import floating
+from .troubles import OVERWRITTEN
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -41,7 +42,7 @@ def layer_called(
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own(x, ends[0], "its input") for x in inputs)
     index = _call(record, layer, (tuple(local(output).shape),))
-    if not _recordable(record, layer, [output]):
+    if not _recordable(record, layer, (output,)):
         return
     kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
     if (layer.name, index) in record.hooked:
@@ -50,13 +51,15 @@ def layer_called(
     if layer.sharded:
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     node = accumulates_into(record.parameters(layer).values(), output)
-    _on_gradient(attachment, record, output, _LayerGradient(attachment, record, layer, index, kept, node, ends))
+    assert output.grad_fn is not None
+    gradient = _LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends)
+    output.grad_fn.register_prehook(gradient)
 
 
 def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:
     """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
     calls = record.calls.setdefault(layer.name, [])
-    if not in_backward() or record.backward is None:
+    if record.backward is None or not in_backward():
         calls.append(shapes)
         return len(calls) - 1
     again = record.recomputed.setdefault(layer.name, set())
@@ -73,13 +76,14 @@ def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) 
     if not torch.is_grad_enabled():
         record.recomputes = True  # by a reentrant checkpoint; or never, under torch.no_grad
         return False
-    if not in_backward() and saved_tensor_hooks_active():
+    if saved_tensor_hooks_active() and not in_backward():
         record.recomputes = True
         if (section := checkpoint_section()) is not None:
             record.sections = WeakSet() if record.sections is None else record.sections
             record.sections.add(section)
-    if any(t.requires_grad for t in outputs):
-        return True
+    for t in outputs:
+        if t.requires_grad:
+            return True
     if not any(p.requires_grad for p in layer.parameters.values()):
         record.without_gradient.add(layer.name)
     return False
@@ -120,26 +124,15 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
     gradient = _ModuleGradient(attachment, record, layer, call, kept)
     for position, tensor in enumerate(tensors):
         if tensor.requires_grad:
-            _on_gradient(attachment, record, tensor, partial(gradient, position))
-
-
-def _on_gradient(attachment: "Attachment", record: ForwardRecord, tensor: Tensor, received: Any) -> None:
-    """Call with the gradient on a tensor, as it goes on from there: after every hook on the tensor has changed it."""
-    assert tensor.grad_fn is not None
-    tensor.grad_fn.register_prehook(partial(_pass_on, attachment, tensor.output_nr, received))
-
-
-@never_compiled
-def _pass_on(
-    attachment: "Attachment", number: int, received: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]
-) -> None:
-    g = gradients[number]
-    if g is not None and not attachment.pauses and not inside_transform():
-        received(g)
+            assert tensor.grad_fn is not None
+            tensor.grad_fn.register_prehook(partial(gradient, position, tensor.output_nr))
 
 
 class _LayerGradient:
-    """What the gradient on a layer's output does."""
+    """What the gradient on a layer's output does, as it goes on from there: after hooks on the output have changed it.
+
+    A prehook on the output's node of the graph.
+    """
 
     def __init__(
         self,
@@ -147,18 +140,22 @@ class _LayerGradient:
         record: ForwardRecord,
         layer: Layer,
         index: int,
+        number: int,
         kept: Kept,
         node: Any,
         ends: Layouts | None,
     ) -> None:
         self.attachment, self.record, self.layer = attachment, record, layer
-        self.index, self.node = index, node
+        self.index, self.number, self.node = index, number, node
         self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
 
-    def __call__(self, g: Tensor) -> None:
-        self.attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
+    @never_compiled
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        g, attachment = gradients[self.number], self.attachment
+        if g is not None and not attachment.pauses and not inside_transform():
+            attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
@@ -173,8 +170,8 @@ class _LayerGradient:
             return
         call: Any
         try:
-            g = g.detach() if self.ends is None else own(g, self.ends[1], "the gradient on its output")
-            call = (_unpacked(kept, layer), g)
+            g = g if self.ends is None else own(g, self.ends[1], "the gradient on its output")
+            call = (_unpacked(kept), g)
         except Exception as error:
             if fisher.ranks is None:
                 raise
@@ -192,7 +189,11 @@ class _ModuleGradient:
         self.kept: Kept | None = kept
         self.totals: dict[int, Tensor] = {}
 
-    def __call__(self, position: int, g: Tensor) -> None:
+    @never_compiled
+    def __call__(self, position: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+        g = gradients[number]
+        if g is None or self.attachment.pauses or inside_transform():
+            return
         names = [layer.name for layer in self.record.parts_of(self.layer)]
         self.attachment.fisher.troubles.guarded(self.record, names, quietly, self.receive, position, g)
 
@@ -215,20 +216,17 @@ class _ModuleGradient:
         self.totals[position] = total
         kept, self.kept = self.kept, None
         if kept is not None:
-            self.call.tensors = _unpacked(kept, self.layer)
+            self.call.tensors = _unpacked(kept)
             record.modules.setdefault(self.layer.name, []).append(self.call)
         if self.call.gradients[position] is None:
             self.call.gradients[position] = g.detach()
 
 
-def _unpacked(kept: Kept, layer: Layer) -> tuple[Tensor, ...]:
+def _unpacked(kept: Kept) -> tuple[Tensor, ...]:
     try:
         return kept.tensors()
     except OverwrittenError as error:
-        raise AttributionError(
-            "its input was overwritten in place before backward: use an out-of-place operation after it, or leave the "
-            "layer out with layers=."
-        ) from error
+        raise AttributionError(OVERWRITTEN) from error
 
 
 def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:

@@ -12,7 +12,8 @@ from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
 from .penalty import add_shared
-from .record import Backward, ForwardRecord, slot
+from .record import Backward, ForwardRecord
+from .waiting import add_waiting
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -90,9 +91,12 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
     read_squares(backward)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:
-        for layer in group[0].attribution.layers:
-            if any(layer.name in record.captured for record in group):
+        captured = {name for record in group for name in record.captured}
+        for layer in group[0].attribution.layers if captured else ():
+            if layer.name in captured:
                 fisher.troubles.guarded(group[0], (layer.name,), deliver, fisher, group, layer)
+        for record in group:
+            add_waiting(fisher, record)
         for key in dict.fromkeys(name for record in group for name in record.modules):
             parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]
             names = [x.name for x in group[0].parts_of(parts[0])]
@@ -124,7 +128,8 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     troubled = {name for record in backward.records for name in record.troubled}
     chosen = [(i, layer) for i, layer in enumerate(fisher.layers) if layer.name not in troubled]
     tied = [record.attribution for record in backward.records if record.attribution.ties]
-    asked = [(layer.parameters, {layer.name}.union(*(one.holders(layer.name) for one in tied))) for _, layer in chosen]
+    holders = [{layer.name}.union(*[one.holders(layer.name) for one in tied]) for _, layer in chosen]
+    asked = [(layer.parameters, names) for (_, layer), names in zip(chosen, holders, strict=True)]
     found = backward.audit.failures(asked)
     if found is not None:
         indices = [chosen[i][0] for i in found[0]]
@@ -143,8 +148,8 @@ def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -
     records = record.backward.records if record.backward is not None else [record]
     if any(layer.name in one.received for one in records) or layer.sharded:
         return
-    for p, before in zip(layer.parameters.values(), record.slots.get(layer.name, ()), strict=False):
-        if p.grad is not None and slot(p) != before:
+    for p in layer.parameters.values():
+        if p.grad is not None and record.moved(p):
             fisher.failures[index].add_((local(p.grad) != 0).any())
 
 
@@ -157,7 +162,7 @@ def audit_uncalled(fisher: "OnlineFisher") -> None:
 def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add what the layers that share a parameter brought in this backward."""
     parts, record.parts = record.parts, {}
-    for layer in fisher.layers:
+    for layer in fisher.layers if record.attribution.ties else ():
         holders = record.attribution.ties.get(layer.name, {})
         brought = {local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()}
         here = [part for pairs in brought.values() for part, _ in pairs]

@@ -16,6 +16,7 @@ from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
 from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
+from ..layers.rank_one import rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from ..layers.uses import Piece, pieces
@@ -27,6 +28,7 @@ from .norms import take_norms, takes_norms
 from .penalty import explain
 from .record import Call, ForwardRecord
 from .rerun import rerun_gradients
+from .waiting import may_wait, wait
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -83,6 +85,10 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
         gradients = gradients or _gradients(layer, calls, layouts)
+        one = rank_one(layer, gradients, came[0][2]) if len(came) == 1 and fisher.ranks is None else None
+        if one is not None and may_wait(fisher, record, one):
+            wait(fisher, record, one)
+            return
         parts = _prepare(fisher, record, layer, gradients, totals)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
@@ -186,7 +192,7 @@ def _gradients(layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mappin
             raise call
     for index, (inputs, g) in enumerate(calls):
         inputs = tuple(cast(x if x.layout is torch.strided else x.to_dense(), kind) for x in inputs)
-        g = cast(g, kind)
+        g = cast(g.detach(), kind)
         if g.dim() == 1 and takes_any_leading_dim(layer.rule):  # one sample, without a dimension for it
             inputs, g, layouts[index] = tuple(x.unsqueeze(0) for x in inputs), g.unsqueeze(0), DIM_ZERO
         cleaned.append((inputs, g))

@@ -1,13 +1,15 @@
 """The Fisher of the user's own passes: what records bring is made into squares and added up.
 
 The squares of a layer are added as soon as its gradient is complete, so that its inputs are freed while the backward
-goes on; :meth:`OnlineFisher.add` closes a record when its backward has ended: what tied layers brought is put together,
-layers that the loss does not depend on get their zeros, and the audit is compared.
+goes on, or soon after, together with those of other small layers; :meth:`OnlineFisher.add` closes a record when its
+backward has ended: what tied layers brought is put together, layers that the loss does not depend on get their zeros,
+and the audit is compared.
 """
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -18,17 +20,18 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
+from ..layers.rank_one import RankOne, add_rank_one
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from ..parallel.fsdp import local
 from .agreement import agree
-from .audit import Directions
 from .closing import add_tied, audit_uncalled, audit_unreached
+from .directions import Directions
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backwards, ForwardRecord
 from .reduction import Weights
 from .schedule import now_and_then
-from .sums import LayerSums, Stretch
+from .sums import LayerSums, Stretch, count_together
 from .troubles import Troubles
 from .uncalled import Uncalled
 
@@ -119,6 +122,9 @@ class OnlineFisher:
         #: Those that parameters lie over, if any do: they decide alike, and sums and counts are those of all samples.
         self.ranks = ranks_of(self.model, self.layers)
         self.renew()
+        for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
+            for record in backward.records:
+                record.waiting.clear()
         self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
@@ -189,22 +195,41 @@ class OnlineFisher:
         self, record: ForwardRecord, layer: Layer, parts: Sequence[Tensor | Sequence[PerSample]], good: Tensor | None
     ) -> None:
         """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
-        sums = self.sums[layer.name]
-        alpha = self.factor(record)
-        if self.decay is not None:
-            alpha *= (1 - self.decay) / self.of_all(record)
-        low = self.low(record, layer)
-        with ADDING:
-            before = [version(total) for total in sums.sums]
-            try:
-                sums.add(layer, parts, decay=self.decay, alpha=alpha, good=good, low=low)
-                sums.count(self.count_of(record), good, self.decay, self.of_all(record))
-            except BaseException as error:  # out of memory, an interrupt: a part of a batch must not stay in unseen
-                if before != [version(total) for total in sums.sums]:
-                    self.troubles.marks[layer.name] = _INTERRUPTED.format(type(error).__name__)
-                raise
+        sums, low = self.sums[layer.name], self.low(record, layer)
+        with self._adding([layer.name]):
+            sums.add(layer, parts, decay=self.decay, alpha=self._alpha(record), good=good, low=low)
+            sums.count(self.count_of(record), good, self.decay, self.of_all(record))
         if good is not None:
             record.goods.append(good)
+
+    def add_rank_one(self, record: ForwardRecord, layers: Sequence[RankOne], goods: Sequence[Tensor] | None) -> None:
+        """The same for layers that are added together, of each whether its gradient is finite."""
+        every = [self.sums[one.layer.name] for one in layers]
+        outs = [
+            dict(zip(one.layer.parameters, sums.sums, strict=True)) for one, sums in zip(layers, every, strict=True)
+        ]
+        beta = 1.0 if self.decay is None else self.decay
+        with self._adding([one.layer.name for one in layers]):
+            add_rank_one([one.factors for one in layers], outs, beta=beta, alpha=self._alpha(record), keeps=goods)
+            count_together(every, self.count_of(record), goods, self.decay, self.of_all(record))
+        record.goods.extend(goods or ())
+
+    def _alpha(self, record: ForwardRecord) -> float:
+        """What the squares of a record are multiplied by."""
+        return self.factor(record) * (1.0 if self.decay is None else (1 - self.decay) / self.of_all(record))
+
+    @contextmanager
+    def _adding(self, names: Sequence[str]) -> Iterator[None]:
+        """Inside, these layers' sums are added to; where that is broken off, a part of a batch stays in none unseen."""
+        with ADDING:
+            before = [[version(total) for total in self.sums[name].sums] for name in names]
+            try:
+                yield
+            except BaseException as error:  # out of memory, an interrupt
+                for name, versions in zip(names, before, strict=True):
+                    if versions != [version(total) for total in self.sums[name].sums]:
+                        self.troubles.marks[name] = _INTERRUPTED.format(type(error).__name__)
+                raise
 
     def low(self, record: ForwardRecord, layer: Layer) -> bool:
         """Whether the factors of a layer's squares are rounded to bfloat16."""

@@ -39,7 +39,7 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .backward import enter
+from .backward import enter, let_go
 from .capture import layer_called, module_called, module_starts
 from .closing import unrecorded
 from .fisher import OnlineFisher
@@ -96,7 +96,7 @@ class Attachment:
         self._handles.clear()
         for thread in list(self._running):
             self._drop(thread)
-        self.fisher.backwards.let_go(self.fisher.backwards.values())
+        let_go(self.fisher, list(self.fisher.backwards.values()))
 
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
@@ -156,7 +156,7 @@ class Attachment:
                 return  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
         if not in_backward():  # backward passes of this thread that have not ended were broken off
-            self.fisher.backwards.let_go(self.fisher.backwards.here())
+            let_go(self.fisher, self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
         if count % self.every:
@@ -244,7 +244,7 @@ class Attachment:
         """
         section = section_computed_again()
         record = None if section is None else self._sections.get(section, lambda: None)()
-        if record is not None and not record.closed and not record.handles:
+        if record is not None and not record.handles:  # also where it is closed: as many tensors are to be saved again
             self.register(record)
             self._again[threading.get_ident()] = record
         return section is not None
@@ -252,7 +252,7 @@ class Attachment:
     def _leave_computed_again(self) -> None:
         """The forward that is computed again has ended: hooks go, unless the backward that runs has use for them."""
         record = self._again.pop(threading.get_ident(), None)
-        if record is not None and record.backward is None:
+        if record is not None and (record.backward is None or record.backward.ended):
             for handle in record.handles:
                 handle.remove()
             record.handles.clear()

@@ -19,8 +19,10 @@ from .._torch.norms import norms_of
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
+from ..layers.rank_one import RankOne, norms_of_rank_one
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
+from .finite import finite
 from .record import Backward, ForwardRecord
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ __all__ = [
     "add_norms",
     "read_squares",
     "take_norms",
+    "take_norms_together",
     "takes_norms",
     "together_norms",
     "watch_squares",
@@ -184,10 +187,9 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
     Samples weigh differently, a backward may hold several batches, a parameter is frozen, or the layer's gradients are
     formed anyway.
     """
-    if layer.rule is None:
+    if layer.rule is None or record.weights is not None or fisher.forwards == "separate":
         return True
-    frozen = any(not p.requires_grad for p in layer.parameters.values())
-    return record.weights is not None or fisher.forwards == "separate" or frozen
+    return False in [p.requires_grad for p in layer.parameters.values()]
 
 
 def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
@@ -268,6 +270,19 @@ def _answered_for(layer: Layer) -> list[int]:
     return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
 
 
+def take_norms_together(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
+    """The same for layers that are added together."""
+    flags = [float("bias" in one.gradients) for one in layers]
+    factors = [one.factors for one in layers]
+    norms = norms_of_rank_one(factors, fisher.directions.constants(flags, layers[0].cotangents))
+    for one, own in zip(layers, norms.unbind(), strict=True):
+        record.norms[one.layer.name] = own
+        if _by_factors(fisher, record, one.layer):
+            sizes = [p.numel() for p in one.layer.parameters.values()]
+            parts = [[one.gradients[name]] for name in one.layer.parameters]
+            record.squares[one.layer.name] = squared_norm_of_sum(parts, sizes)
+
+
 def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
     """Add what a record's layers have brought; whether each of all layers was finite, where all were added.
 
@@ -290,16 +305,16 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
         squares, totals = _of_all_parts(fisher.ranks, layers, squares, totals)
     own = squares.sum(1)
     ones = sums.constant(("ones", len(layers)), [1.0] * len(layers))
-    told_of = ones if all(told) else own.new_tensor(told)
-    numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told_of, told_of * own, totals])
+    told_of, told_own = (ones, own) if all(told) else (own.new_tensor(told), own * own.new_tensor(told))
+    numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told_of, told_own, totals])
     everywhere = fisher.of_all(record)
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / everywhere
     count = record.num_samples if record.counted is None else record.counted
     linear = sums.linear(_Terms(count, weight, fisher.factor(record)))
-    finite = numbers.sum(0).isfinite()  # of what is nowhere negative
+    fine = finite(numbers.sum(0))  # of what is nowhere negative
     kept = fisher.on_nonfinite == "keep"
-    increments = torch.where(finite[:, None], numbers.t() @ linear, _not_finite(linear) if kept else 0.0)
-    good = None if kept else finite
+    increments = torch.where(fine[:, None], numbers.t() @ linear, _not_finite(linear) if kept else 0.0)
+    good = None if kept else fine
     if fisher.ranks is not None:
         increments, good = _of_all_ranks(fisher.ranks, increments, good)
     if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
@@ -350,25 +365,25 @@ def _totals(
     width = max(len(layer.parameters) for layer in layers)
     zero = like.new_zeros(())
     for layer in layers:
-        parameters = list(layer.parameters.values())
-        norms: list[Tensor | None] = [backward.norms.get(id(p)) for p in parameters]
-        if layer.split and None not in norms:
-            norms = [norms[i] for i in _answered_for(layer)]
+        known = True
         if layer.name in record.squares:
             norms = [record.squares[layer.name].sqrt()]
         elif layer.name not in record.norms:
             norms = [zero]  # the loss does not depend on it
-        elif not alone or fisher.penalty is not None:
-            norms = [None]
-        told.append(all(norm is not None for norm in norms))
-        known = [norm for norm in norms if norm is not None] if told[-1] else []
-        rows += [*known, *[zero] * (width - len(known))]
+        else:
+            parts = [backward.norms.get(id(p)) for p in layer.parameters.values()]
+            norms = [norm for norm in parts if norm is not None]
+            known = alone and fisher.penalty is None and len(norms) == len(parts)
+            if layer.split and known:
+                norms = [norms[i] for i in _answered_for(layer)]
+        told.append(known)
+        norms = norms if known else []
+        rows += [*norms, *[zero] * (width - len(norms))]
     return _stack(rows, like).view(len(layers), width).square().sum(1), told
 
 
 def _stack(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     """Of several dtypes and devices, in float64."""
-    first = tensors[0]
-    if all(t.dtype is first.dtype and t.device == first.device for t in tensors):
+    if len({(t.dtype, t.device) for t in tensors}) == 1:
         return torch.stack(list(tensors)).to(like)
     return torch.stack([t.to(like) for t in tensors])

@@ -43,7 +43,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     fisher, looks = attachment.fisher, attachment.looks
     if not _refresh(fisher, looks):
         return None
-    shapes = shapes_of((args, kwargs))
+    shapes = shapes_of((args, kwargs) if kwargs else args)
     due, known = looks.due(), looks.known()
     count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
@@ -106,9 +106,10 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     changed = False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
-        same = True
+        same, on_meta = True, False
         for name, p in layer.parameters.items():
             same = same and held_parameter(layer.module, name) is p
+            on_meta = on_meta or p.is_meta
         if not same:
             now = dict(layer.module.named_parameters(remove_duplicate=False))
             shapes = {name: p.shape for name, p in layer.parameters.items()}
@@ -122,8 +123,8 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
                 computed.append(layer.name)
                 continue
             layer = fisher.layers[index] = replace(layer, parameters=found)
-            changed = True
-        if any(p.is_meta for p in layer.parameters.values()):
+            changed, on_meta = True, any(p.is_meta for p in found.values())
+        if on_meta:
             meta.append(layer.name)
     if changed:
         looks.forget()
@@ -212,7 +213,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    record.slots = {layer.name: [slot(p) for p in layer.parameters.values()] for layer in fisher.layers}
+    record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
         users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by

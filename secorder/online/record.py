@@ -31,9 +31,10 @@ from .._torch.engine import in_backward
 from .._torch.modules import Place
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
-from .._torch.saved_tensors import checkpoint_section
+from .._torch.saved_tensors import checkpoint_section, saved_tensor_hooks_active
 from .._torch.versions import version
 from ..layers.layout import Layout
+from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..layers.uses import Uses
 from .attribution import Attribution
@@ -41,6 +42,9 @@ from .audit import Audit
 from .relation import Shape
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
+
+#: What is in ``.grad`` of a parameter: an ``id`` and how often it was changed; None where there is nothing.
+Slot = tuple[int, int] | None
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
@@ -155,7 +159,7 @@ class Backwards(dict[int, Backward]):
             backward.let_go()
 
 
-def slot(parameter: Tensor) -> tuple[int, int] | None:
+def slot(parameter: Tensor) -> Slot:
     """What tells whether something was accumulated in ``.grad`` since."""
     return None if parameter.grad is None else (id(parameter.grad), version(parameter.grad))
 
@@ -182,7 +186,8 @@ class ForwardRecord:
         replaced: the names of these: what their own calls bring is not to be counted.
         captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements.
         modules: by layer, the calls of enclosing modules whose gradient has come.
-        received: layers whose squares are added.
+        received: layers whose squares are added, or wait to be.
+        waiting: layers that are to be added together.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -199,7 +204,7 @@ class ForwardRecord:
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
-        slots: by layer, what ``.grad`` of its parameters was when the forward had ended.
+        slots: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
         unreturned: whether the forward ended without an output: it returned none, or raised.
@@ -226,6 +231,7 @@ class ForwardRecord:
     captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
+    waiting: list[RankOne] = field(default_factory=list)
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -242,7 +248,7 @@ class ForwardRecord:
     counted_together: int = 0
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
-    slots: dict[str, list[tuple[int, int] | None]] = field(default_factory=dict)
+    slots: dict[int, Slot] | None = None
     backward: Backward | None = None
     closed: bool = False
     unreturned: bool = False
@@ -250,7 +256,9 @@ class ForwardRecord:
 
     def of_another(self) -> bool:
         """Whether a checkpoint computes a part of another forward again."""
-        section = checkpoint_section() if in_backward() else None
+        if not saved_tensor_hooks_active() or not in_backward():
+            return False
+        section = checkpoint_section()
         return section is not None and (self.sections is None or section not in self.sections)
 
     def parts_of(self, layer: Layer) -> list[Layer]:
@@ -262,6 +270,12 @@ class ForwardRecord:
             for x in self.attribution.layers
             if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
         ]
+
+    def moved(self, parameter: Tensor) -> bool:
+        """Whether something was accumulated in ``.grad`` since the forward ended."""
+        if parameter.grad is None or self.slots is None:
+            return False
+        return slot(parameter) != self.slots.get(id(parameter))
 
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from .._torch.several import add_each
-from ..layers.contraction import add_rank_one, are_rank_one, contract_sum
+from .._torch.several import add_each, add_products
+from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import PerSample
@@ -20,7 +20,7 @@ from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 from .norms import NormSums, together_norms
 
-__all__ = ["LayerSums", "Stretch", "add_behind", "joined", "put_aside", "together"]
+__all__ = ["LayerSums", "Stretch", "add_behind", "count_together", "joined", "put_aside", "together"]
 
 
 @dataclass
@@ -104,11 +104,6 @@ class LayerSums:
         beta = 1.0 if decay is None else decay
         contract = contract_sum_low if low else contract_sum
         kind = compute_dtype(layer)
-        single = [parts[0] for parts in parts_of if not isinstance(parts, Tensor) and len(parts) == 1]
-        lean = len(single) == len(parts_of) and not low and not layer.sharded
-        if lean and are_rank_one(single) and self._here(layer, kind):
-            add_rank_one(single, self.sums, beta=beta, alpha=alpha, keep=good)
-            return
         for p, numel, total, parts in zip(layer.parameters.values(), layer.sizes(), self.sums, parts_of, strict=True):
             if isinstance(parts, Tensor):
                 part = parts if good is None else parts.nan_to_num_().mul_(good)
@@ -125,24 +120,9 @@ class LayerSums:
             else:
                 _decayed(total, beta).add_(part.to(total), alpha=alpha)
 
-    def _here(self, layer: Layer, kind: torch.dtype) -> bool:
-        """Whether all sums are where squares are formed, and of their dtype."""
-        return all(
-            total.dtype is kind and total.device == p.device
-            for total, p in zip(self.sums, layer.parameters.values(), strict=True)
-        )
-
     def count(self, samples: float | Tensor, good: Tensor | None, decay: float | None, size: int | None = None) -> None:
         """Count a batch of so many samples, of ``size``; not where it is not good (a bool on the layer's device)."""
-        self.batches += 1
-        if decay is not None:
-            self.decays += 1
-            self.counts[1].mul_(decay)
-        increment = self._increment(samples, decay, size)
-        if good is None:
-            self.counts.add_(increment)
-        else:
-            self.counts.addcmul_(increment, good)
+        count_together([self], samples, None if good is None else [good], decay, size)
 
     def _increment(self, samples: float | Tensor, decay: float | None, size: int | None) -> Tensor:
         weight = samples if decay is None else (1 - decay) * (1.0 if size is None else samples / size)
@@ -155,6 +135,26 @@ class LayerSums:
                 self._increments.clear()
             self._increments[key] = self.counts.new_tensor([samples, weight, 1.0])
         return self._increments[key]
+
+
+def count_together(
+    every: Sequence[LayerSums],
+    samples: float | Tensor,
+    goods: Sequence[Tensor] | None,
+    decay: float | None,
+    size: int | None = None,
+) -> None:
+    """:meth:`LayerSums.count` of several layers on one device."""
+    for sums in every:
+        sums.batches += 1
+        if decay is not None:
+            sums.decays += 1
+            sums.counts[1].mul_(decay)
+    counts, increments = [sums.counts for sums in every], [every[0]._increment(samples, decay, size)] * len(every)
+    if goods is None:
+        add_each(counts, increments)
+    else:
+        add_products(counts, increments, goods)
 
 
 def _device(layer: Layer) -> torch.device:

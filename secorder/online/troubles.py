@@ -11,7 +11,7 @@ from .record import ForwardRecord
 from .relation import Shape
 from .sample_dimension import LISTED
 
-__all__ = ["OUTSIDE", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
+__all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
 
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
@@ -21,6 +21,12 @@ OUTSIDE = (
     "model, or another loss in a second backward through one forward), which belongs "
     "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
     "leave the layer out with layers=, or measure it with a one-shot call."
+)
+
+#: Why a batch is left out of a layer whose input is no longer there.
+OVERWRITTEN = (
+    "its input was overwritten in place before backward: use an out-of-place operation after it, or leave the layer "
+    "out with layers=."
 )
 
 #: What may be behind it where nothing is accumulated, by what the hooks saw.

@@ -2,7 +2,7 @@
 
 import torch
 
-from secorder._torch.several import add_each, divide_each
+from secorder._torch.several import add_each, add_products, divide_each, multiply_each, square_each
 
 
 def test_each_tensor_by_itself() -> None:
@@ -10,3 +10,9 @@ def test_each_tensor_by_itself() -> None:
     add_each(totals, [torch.arange(3.0), torch.full((2,), 0.5, dtype=torch.float32), torch.tensor(2.0)])
     divide_each(totals, [2.0, 0.5, 3.0])
     assert [t.tolist() for t in totals] == [[0.5, 1.0, 1.5], [3.0, 3.0], 1.0]
+    add_products(totals, square_each(totals), [torch.tensor(True), torch.tensor(False), torch.tensor(2.0)])
+    assert [t.tolist() for t in totals] == [[0.75, 2.0, 3.75], [3.0, 3.0], 3.0]
+    multiply_each(totals, 2.0)
+    multiply_each(totals, [torch.tensor(True), torch.tensor(False), torch.tensor(0.5)])
+    add_each(totals, totals, alpha=0.5)
+    assert [t.tolist() for t in totals] == [[2.25, 6.0, 11.25], [0.0, 0.0], 4.5]

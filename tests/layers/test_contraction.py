@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from secorder.layers import contraction
-from secorder.layers.contraction import add_rank_one, are_rank_one, contract, contract_basis, contract_sum
+from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.per_sample import Outer, Rows, with_cotangents
 
 from .forms import NAMES, SIZE, N, form, written_out
@@ -76,21 +76,3 @@ def test_what_is_no_basis_is_contracted_as_any_other() -> None:
     assert isinstance(rows, Rows)
     pair = with_cotangents(rows, lambda g: torch.randn(2, *g.shape))
     torch.testing.assert_close(contract_basis(pair, pair, numel=SIZE), contract(pair, numel=SIZE))
-
-
-@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
-def test_layers_whose_squares_are_products_are_squared_once(bad: float | None) -> None:
-    a, g = torch.randn(N, 1, 1, 4), torch.randn(N, 1, 1, 6)
-    parts = [Outer(a, g), Outer(None, g)]
-    outs = [torch.ones(24), torch.ones(6)]
-    expected = [0.5 + 3 * contract(part, numel=out.numel()) for part, out in zip(parts, outs, strict=True)]
-    assert are_rank_one(parts)
-    assert not are_rank_one([Outer(a, g), Outer(None, g.clone())])
-    assert not are_rank_one([Outer(torch.randn(N, 1, 2, 4), torch.randn(N, 1, 2, 6))])
-    assert not are_rank_one([torch.randn(N, 24)])
-    if bad is not None:  # then nothing is added
-        g[1, 0, 0, 2] = a[0, 0, 0, 1] = bad
-        expected = [0.5 * out for out in outs]
-    add_rank_one(parts, outs, beta=0.5, alpha=3.0, keep=torch.tensor(bad is None))
-    for found, value in zip(outs, expected, strict=True):
-        torch.testing.assert_close(found, value)

@@ -33,7 +33,7 @@ def check(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> None
 def test_products_of_positions_and_gradients(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One position, few, many; weights alone, with their bias, used twice; a few samples at a time."""
     for elements in (1 << 20, 100):
-        monkeypatch.setattr(norms, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(norms, "FORMED_ELEMENTS", elements)
         for positions, fan_in, width in itertools.product([1, 4, 40], [3, 30], [2, 20]):
             a, g = torch.randn(5, groups, positions, fan_in), torch.randn(5, groups, positions, width)
             sizes = [groups * fan_in * width, groups * width]

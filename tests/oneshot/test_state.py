@@ -136,7 +136,8 @@ def test_state_is_put_back(name: str, wrap: Callable[[Any], Any]) -> None:
 
 def test_what_nobody_changed_is_not_told_to_be_changed() -> None:
     kept, box = torch.zeros(2), {"a": [1], "b": {2}, "c": deque([3])}
-    state = State([lambda: (kept, box), slotted, teacher])
+    weights, generator = np.array([1.0, np.nan]), torch.Generator()
+    state = State([lambda: (kept, box, weights, generator), slotted, teacher])
     assert not state.restore()
 
 

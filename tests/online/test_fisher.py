@@ -22,7 +22,7 @@ from secorder import (
     ProbeStateError,
 )
 from secorder.layers import contraction
-from secorder.online.sums import LayerSums
+from secorder.online import fisher
 
 from ..helpers import Net, data, make, reference, step
 from ..reference import assert_all_close
@@ -253,7 +253,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("at", ["add", "count"])
+@pytest.mark.parametrize("at", ["add_rank_one", "count_together"])
 def test_sums_that_hold_a_part_of_a_batch_are_not_told(
     interrupt: type[BaseException], at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,7 +266,7 @@ def test_sums_that_hold_a_part_of_a_batch_are_not_told(
     with CurvatureProbe(model) as probe:
         step(model, batch)
         state = probe.state_dict()
-        monkeypatch.setattr(LayerSums, at, breaks_off)
+        monkeypatch.setattr(fisher, at, breaks_off)
         if interrupt is KeyboardInterrupt:  # the user's, and so it goes through
             with pytest.raises(KeyboardInterrupt):
                 step(model, batch)
@@ -275,7 +275,7 @@ def test_sums_that_hold_a_part_of_a_batch_are_not_told(
                 step(model, batch)
         monkeypatch.undo()
         step(model, batch)
-        if at == "count":
+        if at == "count_together":
             with pytest.raises(AttributionError, match="broken off"):
                 probe.fisher_diagonal()
             probe.load_state_dict(state)

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from secorder import CurvatureProbe
 
-from ..helpers import Net, data, make, seed
+from ..helpers import Net, data, make, reference, seed
+from ..reference import assert_all_close
 from .loops import follow
 from .twins import Loop, bit_for_bit, traces
 
@@ -136,3 +137,25 @@ def test_what_the_users_hooks_keep_is_of_the_users_forwards() -> None:
         seen.append((watches.calls, dict(watches.shapes), watches.mean.tolist(), log, counts, everywhere))
         assert probe is None or probe.num_samples == 24
     assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("where", ["inside", "around"])
+def test_a_second_backward_through_a_checkpoint(where: str) -> None:
+    """The layers save as many tensors as at first, though nothing is counted again."""
+    inside = Net(
+        lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)),
+        a=nn.Sequential(nn.Linear(4, 5), nn.Tanh()),
+        b=nn.Linear(5, 3),
+    )
+    model, batch = inside if where == "inside" else make(), data()
+    before = traces(model)
+    probe = CurvatureProbe(model, reduction="mean")
+    attached = traces(model)
+    loss = F.cross_entropy(model(batch[0]), batch[1]) if where == "inside" else AROUND["model and loss"](model, batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert traces(model) == attached
+    probe.detach()
+    assert traces(model) == before
+    found = probe.fisher_diagonal().by_parameter()
+    assert_all_close(found, {k: v for k, v in reference(model, batch).items() if k in found})

@@ -10,9 +10,10 @@ from ..measurement import Measurement
 from ..recording import recorded
 from .budget import Budget
 from .chain import CHAIN_BYTES, seconds_of_chain, shortened
-from .choice import Choice, choose, seconds_of_draws
+from .choice import Choice, choose
 from .facts import Facts
 from .investigate import investigate
+from .output_draws import Reduce, whole
 from .trials import learn_seconds
 
 __all__ = ["Cost", "LayerCost", "base_bytes", "estimate_cost", "layer_cost"]
@@ -29,7 +30,8 @@ class LayerCost:
         exact_hvps: those of the cheapest exact strategy that is allowed.
         num_bytes: memory of one batch of products, about.
         seconds: that it will take, by short trials; of what serves several layers at once, an equal part. For an
-            estimate down to ``rtol``, by the spread of a few draws; for eigenvalues, at most.
+            estimate down to ``rtol``, by the spread of the first draws; for eigenvalues, of one at each end to the
+            usual tolerance, by how residuals fall.
     """
 
     strategy: Strategy
@@ -84,16 +86,22 @@ _IN_Z = (
 )
 
 
-def estimate_cost(task: Measurement, budget: Budget) -> Cost:
+def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> Cost:
     """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run.
 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
+
+    Args:
+        task: the measurement.
+        budget: how exact, how expensive.
+        reduce: of stacked diagonals by parameter, what is wanted.
     """
+    _investigated(task, budget)  # what happens the first time alone
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
-        relative = learn_seconds(task, found, budget, draws=True)
+        drawn = learn_seconds(task, found, budget, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
     carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     by_chain = 0.0
@@ -108,8 +116,7 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         elif choice.strategy == Strategy.COLUMNS:
             seconds = choice.products * facts.seconds_by_column / served
         elif choice.strategy in (Strategy.COLUMN_DRAWS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
-            draws = _expected_draws(budget, relative.get(layer.name, 0.0), facts.seconds_by_draw, chosen)
-            seconds = draws * facts.seconds_by_draw
+            seconds = drawn.get(layer.name, 0.0)
         else:
             seconds = choice.products * facts.seconds
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
@@ -117,6 +124,11 @@ def estimate_cost(task: Measurement, budget: Budget) -> Cost:
         overhead += 3 * found.seconds  # another forward and gradient
     most = max(found.facts.values(), key=lambda f: f.passed)
     return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
+
+
+def _investigated(task: Measurement, budget: Budget) -> None:
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        investigate(task, recording, budget, columns=True)
 
 
 def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
@@ -130,15 +142,6 @@ def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
     parameters = [p for layer in task.layers for p in layer.parameters.values()]
     size = max(p.element_size() for p in parameters)
     return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))
-
-
-def _expected_draws(budget: Budget, relative: float, seconds: float, chosen: dict[str, Choice]) -> float:
-    """How many draws it will take, if one has this standard error relative to the whole."""
-    if budget.rtol is None:
-        return budget.num_draws
-    wanted = min(budget.max_draws, (relative / budget.rtol) ** 2)
-    possible = seconds_of_draws(budget, chosen) / seconds if seconds else wanted
-    return max(budget.num_draws, min(wanted, possible))
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:

@@ -104,7 +104,8 @@ def deflated(
     count, size = tried.products.shape[1:]
     directions = min(planned // 4, size // 4, MAX_DIRECTIONS)
     directions = min(directions, MAX_BYTES // max(1, count * size * tried.products.element_size()))
-    if planned < MIN_DRAWS or directions <= PILOT_DRAWS or not tried.spread > 0:
+    enough = MIN_DRAWS if budget.rtol is None else 2 * MIN_DRAWS  # how many there will be is a guess
+    if planned < enough or directions <= PILOT_DRAWS or not tried.spread > 0:
         return None
     few = pilot(space, _directions(tried.products))
     advance(PILOT_DRAWS)

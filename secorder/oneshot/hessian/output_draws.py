@@ -18,12 +18,17 @@ from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
 
-__all__ = ["NAME", "Reduce", "applies", "products", "run", "space_of"]
+__all__ = ["NAME", "Reduce", "applies", "products", "run", "space_of", "whole"]
 
 NAME = Strategy.OUTPUT_DRAWS
 
 #: What is estimated, made of draws of the diagonal by parameter.
 Reduce = Callable[[list[Tensor]], list[Tensor]]
+
+
+def whole(values: list[Tensor]) -> list[Tensor]:
+    """The diagonals themselves."""
+    return values
 
 
 def applies(facts: Facts) -> bool:

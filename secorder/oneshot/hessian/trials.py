@@ -1,9 +1,11 @@
 """Timing a few products of each layer, where it matters which strategy is taken."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..._torch.vjp import default_chunk_size
@@ -17,12 +19,13 @@ from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
 from . import column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
-from .choice import Choice, cheapest, choose
+from .choice import cheapest, choose, seconds_of_draws
 from .estimate import Estimate
 from .facts import Facts
 from .investigate import Findings, verify_samples
 from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
+from .output_draws import Reduce
 
 __all__ = ["learn_seconds", "matters"]
 
@@ -41,17 +44,19 @@ def matters(found: Findings, budget: Budget) -> bool:
     return products * FORWARDS * found.seconds > budget.max_seconds / 10
 
 
-def learn_seconds(task: Measurement, found: Findings, budget: Budget, *, draws: bool = False) -> dict[str, float]:
+def learn_seconds(
+    task: Measurement, found: Findings, budget: Budget, *, draws: Reduce | None = None
+) -> dict[str, float]:
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
         task: the measurement.
         found: whose facts to complete.
         budget: how exact, how expensive.
-        draws: make a few draws of the layers that are to be drawn, too.
+        draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this.
 
     Returns:
-        by layer, the standard error of one draw relative to the diagonal, where draws were made.
+        by layer, the seconds that its draws are to take, where draws were made.
     """
     chosen = choose(list(found.facts.values()), budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
@@ -80,49 +85,83 @@ def learn_seconds(task: Measurement, found: Findings, budget: Budget, *, draws: 
             seconds = _on_parameters(task, layer, own, found.facts[layer.name], allowance)
             found.learn(layer.name, seconds=seconds)
     verify_samples(task, found, budget)
-    return _draw_some(task, found, budget, gradients) if draws else {}
+    return _draw_some(task, found, budget, gradients, draws) if draws else {}
 
 
 def _draw_some(
-    task: Measurement, found: Findings, budget: Budget, gradients: dict[str, list[Tensor | None]]
+    task: Measurement, found: Findings, budget: Budget, gradients: dict[str, list[Tensor | None]], reduce: Reduce
 ) -> dict[str, float]:
-    """Draw as many times as tells how long it takes, and how many draws there will be."""
-    few = replace(budget, num_draws=min(budget.num_draws, PILOT_DRAWS), rtol=None)
+    """Draw as many times as tells how long it takes; returns the seconds that all of a layer's draws are to take."""
     chosen = choose(list(found.facts.values()), budget)
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
-    relative = _of_column_draws(task, found, few, chosen)
     gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
+    together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
+    limit, expected = seconds_of_draws(budget, chosen), {}
     for name, choice in chosen.items():
-        facts = found.facts[name]
-        estimates: list[Estimate] = []
+        facts, names = found.facts[name], [name]
         if choice.strategy == Strategy.OUTPUT_DRAWS:
-            how = few, facts.output_elements + facts.numel, _nothing, _unchanged
-            work = partial(output_draws.run, task, found.graphs[name], *how)
-            seconds = seconds_of(lambda: estimates.append(work()[1]))  # noqa: B023 - called at once
+            elements = facts.output_elements + facts.numel
+            work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
         elif choice.strategy == Strategy.PARAMETER_DRAWS:
             layer = next(x for x in task.layers if x.name == name)
-            own = few, facts.parameter_elements, _nothing, _unchanged
-            other = partial(parameter_draws.run, task, layer, gradients[name], *own)
-            seconds = seconds_of(lambda: estimates.append(other()))  # noqa: B023 - called at once
+            work = partial(_drawn_on_parameters, task, layer, gradients[name], facts.parameter_elements, reduce)
+        elif choice.strategy == Strategy.COLUMN_DRAWS and name not in expected and found.output_side is not None:
+            work = partial(_drawn_columns, task, found.output_side, together, reduce)
+            names = [graph.layer.name for graph in together]
         else:
             continue
-        found.learn(name, seconds_by_draw=seconds / few.num_draws)
-        relative[name] = estimates[0].relative_error * few.num_draws**0.5
-    return relative
+        by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit)
+        for each in names:
+            found.learn(each, seconds_by_draw=by_draw / len(names))
+            expected[each] = seconds / len(names)
+    return expected
 
 
-def _of_column_draws(task: Measurement, found: Findings, few: Budget, chosen: Mapping[str, Choice]) -> dict[str, float]:
-    """A few draws of all layers that columns are drawn for together."""
-    graphs = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
-    if not graphs or found.output_side is None:
-        return {}
-    work = partial(column_draws.run, task, found.output_side, graphs, few, _unchanged, _nothing)
-    estimates: list[Estimate] = []
-    seconds = seconds_of(lambda: estimates.extend(work())) / few.num_draws
-    for graph in graphs:
-        found.learn(graph.layer.name, seconds_by_draw=seconds / len(graphs))
-    by_layer = zip(graphs, estimates, strict=True)
-    return {graph.layer.name: e.relative_error * max(1, e.num_draws) ** 0.5 for graph, e in by_layer}
+#: Draws by a budget, in so many seconds.
+_Draws = Callable[[Budget, float], list[Estimate]]
+
+
+def _drawn_in_z(
+    task: Measurement, graph: LayerGraph, elements: int, reduce: Reduce, budget: Budget, seconds: float
+) -> list[Estimate]:
+    return [output_draws.run(task, graph, budget, elements, _nothing, reduce, None, seconds)[1]]
+
+
+def _drawn_on_parameters(
+    task: Measurement,
+    layer: Layer,
+    own: list[Tensor | None],
+    elements: int,
+    reduce: Reduce,
+    budget: Budget,
+    seconds: float,
+) -> list[Estimate]:
+    return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
+
+
+def _drawn_columns(
+    task: Measurement, side: OutputSide, graphs: list[LayerGraph], reduce: Reduce, budget: Budget, seconds: float
+) -> list[Estimate]:
+    return column_draws.run(task, side, graphs, budget, reduce, _nothing, seconds)
+
+
+def _seconds_of_draws(work: _Draws, budget: Budget, limit: float) -> tuple[float, float]:
+    """Of one draw, and of all that the budget asks for, of which the first ones tell how many they are."""
+    count = min(budget.num_draws, PILOT_DRAWS)
+    few = replace(budget, num_draws=count, rtol=None)
+    by_draw = seconds_of(lambda: work(few, limit)) / count
+    if budget.rtol is None:
+        return by_draw, budget.num_draws * by_draw
+    told: list[Estimate] = []
+    seconds = seconds_of(lambda: told.extend(work(budget, min(limit, TRIAL_SECONDS))))
+    worst = max(told, key=lambda estimate: estimate.relative_error)
+    if worst.converged or not worst.errors:
+        return by_draw, seconds
+    error, norm = (torch.cat([v.flatten() for v in x]).double().norm().item() for x in (worst.errors, worst.values))
+    known = norm**2 - error**2  # the errors of what was drawn are in it
+    wanted = worst.num_draws * error**2 / (known * budget.rtol**2) if known > 0 else math.inf
+    rest = max(0.0, min(budget.max_draws, wanted) - worst.num_draws) * by_draw
+    return by_draw, seconds + min(rest, max(0.0, limit - seconds))
 
 
 def _in_z(task: Measurement, graph: LayerGraph, facts: Facts, allowance: float) -> float:
@@ -168,10 +207,6 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
     for graph in usual:
         graph.layouts = []
     return seconds
-
-
-def _unchanged(values: list[Tensor]) -> list[Tensor]:
-    return values
 
 
 def _nothing(_: int) -> None:

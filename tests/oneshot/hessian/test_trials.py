@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from secorder.layers.selection import select_layers
+from secorder.oneshot.hessian import trials
 from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.estimate import Estimate
 from secorder.oneshot.hessian.facts import Facts
 from secorder.oneshot.hessian.investigate import Findings, investigate
+from secorder.oneshot.hessian.output_draws import whole
 from secorder.oneshot.hessian.trials import learn_seconds, matters
 from secorder.oneshot.measurement import Measurement, measure
 from secorder.oneshot.recording import recorded
@@ -40,11 +45,28 @@ def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -
     def work(task: Measurement) -> tuple[dict[str, Facts], dict[str, float]]:
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
             found = investigate(task, recording, budget, columns=True)
-            return found.facts, learn_seconds(task, found, budget, draws=True)
+            return found.facts, learn_seconds(task, found, budget, draws=whole)
 
-    facts, relative = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
+    facts, expected = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
     first = facts["0"]
     assert max(first.seconds, first.seconds_by_column, first.seconds_by_draw) > 0
     drawn = {name for name, f in facts.items() if f.seconds_by_draw}
-    assert set(relative) == drawn
-    assert all(0 < error < math.inf for error in relative.values())
+    assert set(expected) == drawn
+    assert all(0 < seconds < math.inf for seconds in expected.values())
+
+
+@pytest.mark.parametrize(("limit", "seconds"), [(math.inf, 1.6 + 0.1 * (16 / 0.03 - 16)), (10.0, 10.0)])
+def test_how_many_draws_there_will_be(monkeypatch: pytest.MonkeyPatch, limit: float, seconds: float) -> None:
+    """By the error of the first ones, which is in their own norm too."""
+
+    def work(budget: Budget, seconds: float) -> list[Estimate]:
+        return [Estimate([torch.tensor([2.0])], [torch.tensor([1.0])], 16, converged=False)]
+
+    def timed(run: Callable[[], object]) -> float:
+        run()
+        return 1.6
+
+    monkeypatch.setattr(trials, "seconds_of", timed)
+    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit)
+    assert found == (pytest.approx(0.1), pytest.approx(seconds))
+    assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit)[1] == pytest.approx(10.0)

@@ -1,0 +1,117 @@
+"""Random vectors that an audit looks at parameters with: drawn once, and taken from random places."""
+
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["IN_CHANNELS", "Directions", "Vectors"]
+
+#: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
+WHOLE_ELEMENTS = 1 << 17
+BLOCK = 64
+#: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
+OUT_CHANNELS, IN_CHANNELS = 16, 4
+#: Random vectors that parameters of one shape are looked at with in turn (seldom is seven the period of a penalty),
+#: and backward passes after which others are drawn.
+IN_TURN, KEPT = 7, 112
+#: Sets of numbers that are kept on the device.
+CONSTANTS = 16
+
+
+class Vectors(NamedTuple):
+    """The random vectors of one parameter in one backward.
+
+    Attributes:
+        r: normal, one a row of the block.
+        s: normal, one a column; of a convolution, zero but for some input channels.
+        start: the first row of the block.
+        rows: rows of the parameter.
+        channel: the first of these input channels.
+    """
+
+    r: Tensor
+    s: Tensor
+    start: int
+    rows: int
+    channel: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether the block is all of the parameter."""
+        return self.r.shape[0] == self.rows
+
+
+class Directions:
+    """Random numbers, drawn once and looked at from random places: a private stream that costs nothing."""
+
+    def __init__(self) -> None:
+        self._places = random.Random()
+        self._generator = torch.Generator()
+        self._generator.seed()
+        self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
+        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._passes = 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Directions, ()  # a copy draws numbers of its own
+
+    def _take(self, size: int, like: Tensor) -> Tensor:
+        key = (like.device, like.dtype)
+        pool = self._pool.get(key)
+        if pool is None or len(pool) < 2 * size:
+            numbers = torch.randn(max(2 * size, 1 << 13), generator=self._generator, device="cpu")
+            pool = self._pool[key] = numbers.to(like)
+        start = self._places.randrange(len(pool) - size + 1)
+        return pool[start : start + size]
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self._passes += 1
+        if self._passes % KEPT == 0:
+            self._kept.clear()
+
+    def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
+        """Numbers that are much the same each time, where they are already on the device; 1-D."""
+        key = tuple(numbers)
+        found = self._constants.get(key)
+        if found is None or found.device != like.device or found.dtype is not like.dtype:
+            if len(self._constants) > CONSTANTS:
+                self._constants.clear()
+            found = self._constants[key] = like.new_tensor(numbers)
+        return found
+
+    def vectors(self, parameter: Tensor) -> Vectors:
+        """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
+        key = (parameter.shape, parameter.dtype, parameter.device)
+        found = self._kept.get(key)
+        if found is None:
+            first = self._drawn(parameter)
+            if not first.whole:
+                return first
+            found = self._kept[key] = [first, *(self._drawn(parameter) for _ in range(IN_TURN - 1))]
+        return found[self._passes % IN_TURN]
+
+    def _drawn(self, parameter: Tensor) -> Vectors:
+        rows = parameter.shape[0] if parameter.dim() else 1
+        columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
+        block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
+        block = block if parameter.dim() < 3 else min(block, OUT_CHANNELS)
+        start = self._places.randrange(rows - block + 1)
+        like = parameter.detach()
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
+        channel = 0
+        if parameter.dim() > 2 and parameter.shape[1] > IN_CHANNELS:
+            channel, size = self._places.randrange(parameter.shape[1] - IN_CHANNELS + 1), columns // parameter.shape[1]
+            some = torch.zeros_like(s)
+            some[channel * size : (channel + IN_CHANNELS) * size] = s[: IN_CHANNELS * size]
+            s = some
+        return Vectors(self._take(block, like), s, start, rows, channel)
+
+    def some(self, names: Sequence[str], most: int) -> set[str]:
+        """So many of the names at most, drawn anew."""
+        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))

@@ -1,0 +1,66 @@
+"""Layers that wait to be added together."""
+
+import math
+
+import pytest
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe, CurvatureWarning
+from secorder.online import waiting
+
+from ..helpers import data, reference, step
+from ..reference import assert_all_close
+
+
+def chain() -> nn.Sequential:
+    """Three layers, one without a bias."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 5, bias=False), nn.Hardtanh(), nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize("most", ["none", "MOST_ELEMENTS", "MOST_LAYERS"])
+def test_how_many_wait_changes_nothing(most: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch, whose gradients are alone in ``.grad``, and the next one; few samples, and more than few."""
+    if most != "none":
+        monkeypatch.setattr(waiting, most, 0)
+    model, batches = chain(), [data(5), data(40)]
+    with CurvatureProbe(model) as probe, CurvatureProbe(model, accumulate="trace") as traced:
+        for batch in batches:
+            step(model, batch)
+        few, many = (reference(model, batch) for batch in batches)
+        expected = {name: (5 * few[name] + 40 * many[name]) / 45 for name in few}
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+        for name, found in traced.fisher_trace().items():
+            trace = sum(float(own.sum()) for key, own in expected.items() if key.startswith(f"{name}."))
+            assert math.isclose(found.value, trace, rel_tol=1e-5)
+
+
+def test_an_input_that_is_overwritten_while_its_layer_waits() -> None:
+    """The batch is left out of that layer; the others have theirs."""
+    model, batch = chain(), data()
+
+    def overwrite(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        output.register_hook(lambda g: output.detach().zero_() * 0 + g)
+
+    with CurvatureProbe(model) as probe:
+        step(model, batch)
+        expected = reference(model, batch)
+        model[3].register_forward_hook(overwrite)  # the input of the last layer, whose gradient has come
+        with pytest.warns(CurvatureWarning, match="'4'.*overwritten in place"):
+            step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> None:
+    model, batch = chain(), data()
+
+    def fails(_: Tensor) -> None:
+        raise ValueError("half-way")
+
+    with CurvatureProbe(model) as probe:
+        handle = model[0].weight.register_hook(fails)
+        with pytest.raises(ValueError, match="half-way"):
+            step(model, data(3))
+        handle.remove()
+        probe.reset()
+        step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
