@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online import backward, closing, delivery
+from secorder.online import backward, closing, delivery, waiting
 from secorder.online.fisher import OnlineFisher
 from secorder.online.hooks import Attachment
 from secorder.online.looks import Looks
@@ -157,7 +157,9 @@ PLACES: dict[str, Any] = {
     "look": Looks,
     "deliver": delivery,
     "_gradients": delivery,
-    "_tell": delivery,
+    "wait": delivery,
+    "add_waiting": closing,
+    "_add": waiting,
     "check_together": backward,
     "close": backward,
     "add": OnlineFisher,

@@ -30,7 +30,7 @@ from .waiting import add_waiting
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["enter", "leave", "let_go"]
+__all__ = ["enter", "leave", "let_go", "saves_again"]
 
 #: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
 #: looked at, all of them.
@@ -43,9 +43,8 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if number is None:
         return False
     fisher = attachment.fisher
-    if record.closed and record.recomputes and not record.handles and not attachment.pauses:
-        attachment.register(record)  # a second backward, in which layers save as many tensors again
-        after_backward(partial(_unhook, record))
+    if record.closed:  # a second backward
+        saves_again(attachment, record)
     if record.backward is not None:
         # A checkpoint of the reentrant kind runs a backward of its own inside of the one that is on its way.
         return not record.closed and (record.backward.number == number or record.recomputes)
@@ -70,10 +69,11 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     return True
 
 
-def _unhook(record: ForwardRecord) -> None:
-    for handle in record.handles:
-        handle.remove()
-    record.handles.clear()
+def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
+    """A backward that is not recorded: layers that a checkpoint computes again save as much as at first."""
+    if record.recomputes and not record.handles and current_backward() is not None:
+        attachment.register(record)
+        after_backward(record.unhook)
 
 
 def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:

@@ -30,7 +30,7 @@ from .troubles import OVERWRITTEN
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["counts_in", "layer_called", "module_called", "module_starts"]
+__all__ = ["counts_in", "keeps_as_many", "layer_called", "module_called", "module_starts"]
 
 
 def layer_called(
@@ -54,6 +54,15 @@ def layer_called(
     assert output.grad_fn is not None
     gradient = _LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends)
     output.grad_fn.register_prehook(gradient)
+
+
+def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    """A checkpoint computes a call again in a backward that is not recorded: as many tensors are kept as at first.
+
+    It refuses a computation that keeps fewer.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in outputs):
+        keep(inputs, here=layer.rule is None and layer.enclosing is model)
 
 
 def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:

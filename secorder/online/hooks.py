@@ -39,13 +39,14 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .backward import enter, let_go
-from .capture import layer_called, module_called, module_starts
+from .backward import enter, let_go, saves_again
+from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .closing import unrecorded
 from .fisher import OnlineFisher
 from .looks import Looks
 from .opening import open_record, settle
 from .record import ForwardRecord, Start
+from .samples import floating
 
 __all__ = ["Attachment"]
 
@@ -101,9 +102,7 @@ class Attachment:
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
         record = self._running.pop(thread)
-        for handle in record.handles:
-            handle.remove()
-        record.handles.clear()
+        record.unhook()
         if record.eager is not None:
             record.eager.end()
             record.eager = None
@@ -179,8 +178,7 @@ class Attachment:
         try:
             self.register(record)
         except BaseException:
-            for handle in record.handles:
-                handle.remove()
+            record.unhook()
             raise
         self._running[thread] = record
         record.eager = eager
@@ -253,9 +251,7 @@ class Attachment:
         """The forward that is computed again has ended: hooks go, unless the backward that runs has use for them."""
         record = self._again.pop(threading.get_ident(), None)
         if record is not None and (record.backward is None or record.backward.ended):
-            for handle in record.handles:
-                handle.remove()
-            record.handles.clear()
+            record.unhook()
 
     def _watch_unrecorded(self, output: Any) -> None:
         """A forward that is not one of each ``every``: what it and a recorded one bring cannot be told apart."""
@@ -294,7 +290,10 @@ class _Enters:
 
     @never_compiled
     def __call__(self, g: Tensor) -> None:
-        if self.attachment.pauses or inside_transform():
+        if inside_transform():
+            return
+        if self.attachment.pauses:
+            self.attachment.fisher.troubles.guarded(self.record, (), saves_again, self.attachment, self.record)
             return
         if self.returned and self.record.backward is None:  # the loss itself: what it is multiplied by in training
             weights, scale = self.record.weights, g.detach().double()
@@ -363,17 +362,20 @@ class _LayerHook(OwnHook):
 
     def foreign(self) -> bool:
         """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""
-        other = threading.get_ident() != self.record.thread and not in_backward()
-        return (
-            other or bool(self.owner.pauses or self.owner.suspensions) or inside_transform() or self.record.of_another()
-        )
+        other = (threading.get_ident() != self.record.thread or bool(self.owner.pauses)) and not in_backward()
+        return other or bool(self.owner.suspensions) or inside_transform() or self.record.of_another()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         if not self.foreign():
-            self.owner.fisher.troubles.guarded(self.record, (self.layer.name,), self.run, module, args, kwargs, output)
+            run = self.save if self.owner.pauses else self.run
+            self.owner.fisher.troubles.guarded(self.record, (self.layer.name,), run, module, args, kwargs, output)
 
     def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         raise NotImplementedError
+
+    def save(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """While the probe is paused, a checkpoint that computes the call again is to find as many tensors saved."""
+        keeps_as_many(self.owner.model, self.layer, list(tensors_in((args, kwargs))), floating(output))
 
 
 class _LayerCalled(_LayerHook):
@@ -384,6 +386,9 @@ class _LayerCalled(_LayerHook):
 
 
 class _ModuleStarts(_LayerHook):
+    def save(self, *_: Any) -> None:
+        pass  # the hook at the end of the call does
+
     def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         module_starts(self.record, self.layer, Start(module, args, kwargs, self.record.attribution.changing))
 

@@ -254,6 +254,12 @@ class ForwardRecord:
     unreturned: bool = False
     eager: EagerSection | None = None
 
+    def unhook(self) -> None:
+        """The layers' hooks go."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
     def of_another(self) -> bool:
         """Whether a checkpoint computes a part of another forward again."""
         if not saved_tensor_hooks_active() or not in_backward():

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError
 
@@ -246,3 +247,34 @@ def test_a_forward_asks_for_no_record_of_another_thread() -> None:
             model(batch[0])
         assert probe.num_samples == 6
         probe._attachment._running = {}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("layers", [["a", "b.0", "c"], "all"])
+@pytest.mark.parametrize("how", ["paused", "detached"])
+def test_a_checkpoint_whose_backward_is_not_recorded_saves_as_many_tensors(
+    how: str, layers: Any, reentrant: bool
+) -> None:
+    """Else it stops training, since what it computes again is not what it computed."""
+
+    def forward(m: Any, x: Any) -> Any:
+        return m.c(checkpoint(m.b, torch.tanh(m.a(x)), use_reentrant=reentrant))
+
+    b = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.MultiheadAttention(5, 1))
+    b[2].forward = lambda x, f=b[2].forward: f(x, x, x)[0]
+    model, (inputs, targets) = Net(forward, a=nn.Linear(4, 5), b=b, c=nn.Linear(5, 3)), data()
+    F.cross_entropy(model(inputs), targets).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    probe = CurvatureProbe(model, layers=layers) if layers != "all" else CurvatureProbe(model, "all")
+    loss = F.cross_entropy(model(inputs), targets)
+    if how == "paused":
+        with probe.paused():
+            loss.backward()
+    else:
+        probe.detach()
+        loss.backward()
+    for parameter, gradient in zip(model.parameters(), expected, strict=True):
+        assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
+    probe.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
