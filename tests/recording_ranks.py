@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
@@ -121,6 +121,47 @@ def lightning(rank: int, ranks: int) -> None:
     written_once(rank, path)
 
 
+class WithLoss(nn.Module):
+    """A model that returns its loss, as the trainer wants it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Any, labels: Any = None) -> Any:
+        z = self.net(x)
+        return {"loss": F.cross_entropy(z, labels), "logits": z}
+
+
+def trainer(rank: int, ranks: int) -> None:
+    """The Trainer's own strategy: traces are those of all samples, at its points, by the first rank."""
+    from transformers import Trainer, TrainingArguments
+
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    torch.manual_seed(3)
+    inputs, targets = torch.randn(6 * ranks, 4), torch.randint(3, (6 * ranks,))
+    path = file_of_all()
+    every = {"log_every": 2, "norms_every": None, "histograms_every": None}
+    callback = CurvatureCallback(str(path), reduction="mean", **every)
+    options = {"report_to": "none", "save_strategy": "no", "logging_strategy": "no", "disable_tqdm": True, "seed": 1}
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder, use_cpu=True, per_device_train_batch_size=6, num_train_epochs=4, learning_rate=0.1, optim="sgd",
+            lr_scheduler_type="constant", max_grad_norm=0, **options,
+        )  # fmt: skip
+        data = [{"x": x, "labels": y} for x, y in zip(inputs, targets, strict=True)]
+        Trainer(WithLoss(), arguments, train_dataset=data, callbacks=[callback]).train()
+    single = mlp()
+    same, _ = train(single, single, inputs, targets, None)
+    assert callback.recorder is not None
+    points, others = callback.recorder.history.to_dict(), same.history.to_dict()
+    assert points["step"] == [2, 4]
+    for layer in ("0", "2", "4"):
+        assert_close(torch.tensor(points[f"fisher_trace/net.{layer}"]), torch.tensor(others[f"fisher_trace/{layer}"]))
+    written_once(rank, path)
+
+
 def written_once(rank: int, path: Path) -> None:
     """The first rank has written each point, and no other has."""
     dist.barrier()
@@ -131,4 +172,4 @@ def written_once(rank: int, path: Path) -> None:
         path.unlink()
 
 
-CASES = {"recorder": record, "lightning": lightning}
+CASES = {"recorder": record, "lightning": lightning, "trainer": trainer}

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from secorder import CurvatureProbe, CurvatureWarning
 
-from ..helpers import refused_where_nothing_tells
+from ..helpers import refused_where_nothing_tells, run_ranks
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -279,3 +279,8 @@ def test_a_model_that_the_trainer_compiles(tmp_path: Path) -> None:
     assert_all_close(
         callback.probe.fisher_diagonal().by_parameter(), expected.probe.fisher_diagonal().by_parameter(), 1e-4
     )
+
+
+@pytest.mark.slow
+def test_ranks_log_what_one_process_logs_of_all_samples() -> None:
+    run_ranks("trainer", 2)
