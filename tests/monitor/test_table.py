@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, report
 
+from ..helpers import run_again_where_nothing_tells
+
 
 def make() -> tuple[nn.Sequential, torch.Tensor, torch.Tensor]:
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3))
@@ -187,6 +189,7 @@ class Mixed(Scale):
         return torch.cdist(x, self.weight.expand(3, 4))
 
 
+@run_again_where_nothing_tells
 def test_what_measures_a_layer_is_told_where_it_is_no_rule() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Scale(), Mixed())
     with CurvatureProbe(model, "all", reduction="mean") as probe:

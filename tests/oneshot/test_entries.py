@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secorder import CouplingError, CurvatureProbe
 from secorder.oneshot import fisher as oneshot
 
-from ..helpers import seed
+from ..helpers import run_again_where_nothing_tells, seed
 from ..reference import assert_all_close, fisher_of, gradients_by_sample
 
 N, T, W, WORDS = 5, 5, 4, 7
@@ -101,6 +101,7 @@ def made(forward: Callable[..., Tensor]) -> tuple[nn.Module, Any, Tensor]:
     return model, (ids, mask), torch.randint(3, (N,))
 
 
+@run_again_where_nothing_tells
 @pytest.mark.parametrize("name", TOLD)
 def test_independence_is_told_without_another_forward(name: str) -> None:
     model, inputs, targets = made(TOLD[name])

@@ -35,6 +35,7 @@ def test_by_operations(name: str, kind: Any) -> None:
         assert_all_close(found.by_parameter(), ggn_by_sample(model, loss_fn, inputs, targets))
 
 
+@run_again_where_nothing_tells
 def test_one_forward_and_one_backward_pass_are_all() -> None:
     """Of a table that all samples share, too, and of parameters that no module with a rule holds."""
     seed()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 
-from ...helpers import seed, seeded
+from ...helpers import run_again_where_nothing_tells, seed, seeded
 from ...reference import assert_all_close, hessian_by_element
 
 N, T, W = 4, 2, 3
@@ -51,6 +51,9 @@ LINEAR: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
     "one after the other": (lambda m, x: (x + m.a) @ torch.eye(W, dtype=x.dtype) + m.b, {"a": (W,), "b": (W,)}),
 }
 
+#: Of these, where nothing is multiplied: no tensor is saved that would have to be told.
+ONLY_ADDED = ("token and places", "one after the other")
+
 #: Not linear in them all together.
 NOT_LINEAR: dict[str, tuple[Callable[..., Tensor], dict[str, tuple[int, ...]]]] = {
     "twice": (lambda m, x: torch.tanh(x @ m.w) @ m.w.t(), {"w": (W, W)}),
@@ -67,7 +70,9 @@ def made(how: Callable[..., Tensor], shapes: dict[str, tuple[int, ...]]) -> tupl
     return Own(how, shapes).double(), torch.randn(N, T, W, dtype=torch.float64), torch.arange(N) % 3
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=() if x in ONLY_ADDED else run_again_where_nothing_tells) for x in LINEAR]
+)
 def test_draws_on_what_is_linear(name: str) -> None:
     model, x, targets = made(*LINEAR[name])
     with CurvatureProbe(model, "all") as probe:
@@ -92,6 +97,7 @@ def test_what_is_not_linear_goes_by_its_parameters(name: str) -> None:
     assert_all_close(exact.by_parameter(), hessian_by_element(model, F.cross_entropy, x, targets))
 
 
+@run_again_where_nothing_tells
 @pytest.mark.parametrize("name", ["addmm", "packed", "convolution"])
 def test_the_basis_of_one_sample_is_less_than_that_of_the_parameters(name: str) -> None:
     model, x, targets = made(*LINEAR[name])
