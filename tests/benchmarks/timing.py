@@ -95,7 +95,7 @@ class Results:
 
 def _contestant(row: Mapping[str, Any]) -> str:
     """Its name, without how many draws it had time for."""
-    return re.sub(r", \d+ draws$", "", str(row["contestant"]))
+    return re.sub(r", \d+( draws)?$", "", str(row["contestant"]))
 
 
 def _cell(row: Mapping[str, Any] | None, *, first: bool) -> str:
