@@ -33,7 +33,7 @@ class Attribution:
         coupled: whether samples influence one another in the model.
         normalised: whether they do by its batch normalisation alone; the rest is then known for fixed statistics.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
-        provisional: whether the batch could not tell where samples are (a batch of one).
+        provisional: whether the batch could not tell where samples are (a batch of one, or nothing changed anything).
         undecided: why it cannot be told which dimension holds the samples; empty where it can.
         separable: another dimension that separates, where the one that was told does not.
         alternative: another dimension that would do as well as the one that was taken.

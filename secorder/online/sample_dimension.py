@@ -112,7 +112,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
         # Perhaps nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
         masks = asked.masks(usual.num_samples)
         options = separates(forward, arguments, base, usual, masks, usual=True, accepts=bool(holding))
-        holding = holding if options is None else [(usual, options), *holding]
+        holding = holding if options is None else [(usual._replace(untested=True), options), *holding]
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")

@@ -45,12 +45,14 @@ class Hypothesis(NamedTuple):
         num_samples: how many there are.
         alternative: another dimension of which the same holds.
         owned: whose the tensors are whose samples no dimension holds; None where one does.
+        untested: whether it is taken because nothing changed anything, as where weights start at zero.
     """
 
     dims: tuple[int | None, ...]
     num_samples: int
     alternative: int | None = None
     owned: Owned | None = None
+    untested: bool = False
 
     @property
     def dim(self) -> int | None:

@@ -278,7 +278,7 @@ def _told(
         reached=frozenset(reached | uses.reached),
         routes=uses.routes,
         hidden=frozenset(uses.hidden),
-        provisional=count == 1,
+        provisional=count == 1 or hypothesis.untested,
         alternative=hypothesis.alternative,
         certain=hypothesis.dim == 0
         and hypothesis.owned is None
