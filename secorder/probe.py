@@ -41,7 +41,6 @@ from .online.reading import (
     diagonals,
     fisher_traces,
     noise_scales,
-    num_batches,
     num_samples,
     num_skipped,
     untold,
@@ -310,7 +309,7 @@ class CurvatureProbe:
     @property
     def num_batches(self) -> int:
         """How many batches were recorded, those included that were left out."""
-        return num_batches(self._fisher)
+        return self._fisher.num_batches
 
     @property
     def num_skipped(self) -> dict[str, int]:

@@ -128,28 +128,9 @@ def _prepare(
         return []
     if takes_norms(record):
         take_norms(fisher, record, layer, [[gradients[name]] for name in layer.parameters])
-    return _formed(fisher, record, layer, gradients, products, seen) if fisher.accumulate == "diagonal" else []
-
-
-def _formed(
-    fisher: "OnlineFisher",
-    record: ForwardRecord,
-    layer: Layer,
-    gradients: Mapping[str, PerSample],
-    products: Mapping[str, Tensor],
-    seen: list[Tensor | None],
-) -> list[Tensor | Sequence[PerSample]]:
-    """A layer's squares, or what they are made of; those that are formed apart tell themselves whether they are finite.
-
-    Args:
-        fisher: that they are added to.
-        record: of the forward.
-        layer: the layer.
-        gradients: of its parameters.
-        products: what the audit made of them.
-        seen: numbers that are finite where all of the layer's cotangents are.
-    """
     parts: list[Tensor | Sequence[PerSample]] = []
+    if fisher.accumulate != "diagonal":
+        return parts
     low = fisher.low(record, layer)
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
@@ -159,7 +140,7 @@ def _formed(
         elif not low:
             squares = squares_apart(part, numel)
         parts.append([part] if squares is None else squares)
-        if fisher.on_nonfinite != "keep":
+        if fisher.on_nonfinite != "keep":  # squares that are formed apart tell themselves whether they are finite
             seen.append(witness(part, products.get(name)) if squares is None else squares.amax() if numel else None)
     return parts
 

@@ -164,13 +164,18 @@ class OnlineFisher:
         """Samples of the batch on all ranks that share the sums."""
         return record.num_samples if self.ranks is None else record.together
 
+    @property
+    def num_batches(self) -> int:
+        """How many batches were recorded."""
+        return self.batches + (0 if self.earlier is None else self.earlier.batches)
+
     def norms_due(self) -> bool:
         """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
         if self.penalty is not None:
             return False
         if self.accumulate == "trace" or not self.norms.added:
             return True
-        return now_and_then(self.batches + (0 if self.earlier is None else self.earlier.batches), ONE_IN)
+        return now_and_then(self.num_batches, ONE_IN)
 
     def count_of(self, record: ForwardRecord) -> float | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""

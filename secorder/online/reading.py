@@ -25,7 +25,6 @@ __all__ = [
     "diagonals",
     "fisher_traces",
     "noise_scales",
-    "num_batches",
     "num_samples",
     "num_skipped",
     "untold",
@@ -47,11 +46,6 @@ def num_samples(fisher: OnlineFisher) -> int:
     """How many samples the accumulated Fisher has seen."""
     own = float(fisher.seen) + fisher.elsewhere
     return round(own if fisher.earlier is None else own + float(fisher.earlier.seen) + fisher.earlier.elsewhere)
-
-
-def num_batches(fisher: OnlineFisher) -> int:
-    """How many batches were recorded."""
-    return fisher.batches + (0 if fisher.earlier is None else fisher.earlier.batches)
 
 
 def num_skipped(fisher: OnlineFisher) -> dict[str, int]:

@@ -139,10 +139,11 @@ class Backward:
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""
         self.ended = True
-        for handles in (self.handles, *(record.handles for record in self.records)):
-            for handle in handles:
-                handle.remove()
-            handles.clear()
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        for record in self.records:
+            record.unhook()
 
 
 class Backwards(dict[int, Backward]):
