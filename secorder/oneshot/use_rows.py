@@ -224,7 +224,7 @@ def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Te
 
     before, after = split(plain), split(scaled)
     if not before.numel():
-        return torch.ones(len(plain), dtype=torch.bool)
+        return plain.new_ones(len(plain), dtype=torch.bool)
     expected = before * weights.to(before)[:, None]
     bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
     return ((after - expected).abs() <= bound).flatten(1).all(1)

@@ -49,7 +49,7 @@ class Directions:
 
     def __init__(self) -> None:
         self._places = random.Random()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}

@@ -211,7 +211,7 @@ def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> boo
     """Whether the model treats what may be its samples alike: exchanged there, they are so in its outputs."""
     if hypothesis.owned is not None:
         return True
-    order = torch.arange(hypothesis.num_samples).roll(1)
+    order = torch.arange(hypothesis.num_samples, device="cpu").roll(1)
     dims = iter(hypothesis.dims)
 
     def exchanged(tensor: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .._torch.fsdp import fsdp_modules, is_fsdp_hook
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
+from .all_reduce import all_reduce
 from .spread import Spread
 
 __all__ = [
@@ -63,7 +63,7 @@ def whole_sum(part: Tensor, parameter: Any) -> Tensor:
     own = part.sum(dtype=torch.float64)
     for dim, placement in enumerate(getattr(parameter, "placements", ())):
         if not placement.is_replicate():
-            dist.all_reduce(own, group=parameter.device_mesh.get_group(dim))
+            all_reduce(own, group=parameter.device_mesh.get_group(dim))
     return own
 
 
