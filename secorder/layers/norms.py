@@ -80,7 +80,7 @@ class DenseNorms:
 def _one_sample(part: PerSample, size: int) -> PerSample:
     """Per-sample gradients as that of one sample, whose positions are those of all."""
     if isinstance(part, Tensor):
-        return part.reshape(1, -1, size).sum(1)
+        return part.reshape(1, len(part), size).sum(1)
     if isinstance(part, Rows):
         return Rows(part.ids.reshape(1, -1), part.g.flatten(0, 1)[None], part.rows)
     if isinstance(part.a, Patches):
@@ -109,7 +109,7 @@ def _of_sum(parts: Sequence[PerSample], size: int) -> Tensor:
 def _of_one(part: PerSample, size: int) -> Tensor:
     """Of per-sample gradients in one form."""
     if isinstance(part, Tensor):
-        return _squares(part.reshape(-1, size))
+        return _squares(part.reshape(len(part), size))
     return _of_rows(part) if isinstance(part, Rows) else _of_outer(part)
 
 
@@ -144,7 +144,7 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
     else:
         convolved = isinstance(a, Patches) and a.convolves_well(width)
         elements = min(CONVOLUTION_ELEMENTS, FORMED_ELEMENTS) if convolved else FORMED_ELEMENTS
-        few = max(1, elements // (groups * (width * fan_in + (0 if convolved else copied))))
+        few = max(1, elements // max(1, groups * (width * fan_in + (0 if convolved else copied))))
         found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -165,7 +165,7 @@ def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) 
         formed = a.weight_gradients(rows, g)
     else:
         formed = torch.bmm(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1))
-    norms = _squares(formed.reshape(-1, g.shape[1] * g.shape[3] * a.shape[3]))
+    norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
     return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
 
 

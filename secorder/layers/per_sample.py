@@ -185,7 +185,7 @@ def dense(gradient: PerSample, numel: int) -> Tensor:
 def total_gradient(gradient: PerSample, numel: int) -> Tensor:
     """Σ_n of per-sample gradients, flat: the layer's whole gradient, as far as it is explained by them."""
     if isinstance(gradient, Tensor):
-        return gradient.reshape(-1, numel).sum(0)
+        return gradient.reshape(len(gradient), numel).sum(0)
     if isinstance(gradient, Rows):
         total = gradient.g.new_zeros(gradient.rows, gradient.g.shape[-1])
         return total.index_add(0, gradient.ids.flatten(), gradient.g.flatten(0, 1)).reshape(numel)

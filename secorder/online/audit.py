@@ -65,9 +65,8 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
     """
     r, s = vectors.r, vectors.s
     if isinstance(gradient, Tensor):
-        matrix = gradient.reshape(len(gradient), vectors.rows, -1)[:, vectors.start : vectors.start + len(r)].to(
-            r.dtype
-        )
+        matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
+        matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
         return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
     if isinstance(gradient, Rows):
@@ -218,7 +217,11 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
         known, home = self._numbers, self._home
-        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in known and id(p) not in home]
+        chosen = [
+            n
+            for n, p in parameters.items()
+            if p.requires_grad and p.numel() and id(p) not in known and id(p) not in home
+        ]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
         if one and graph["weight"].dim() > 1:
             weight, bias = parameters["weight"], parameters["bias"]
