@@ -1,6 +1,7 @@
 """Reductions over the ranks of a process group: everything in one bucket a dtype, by ``torch.distributed``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ProbeStateError
 
-__all__ = ["add_up", "largest"]
+__all__ = ["add_up", "largest", "own_device", "raised_on_all"]
 
 
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
@@ -46,6 +47,40 @@ def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     found = tensor.clone()
     dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found
+
+
+def own_device(group: "dist.ProcessGroup | None" = None) -> torch.device:
+    """Where this rank's numbers are reduced: a group of NCCL alone takes no tensors of the CPU."""
+    _require_initialised()
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+@contextmanager
+def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
+    """What raises inside on one rank raises on all of them, so that none waits for a sum that never comes.
+
+    Each rank must enter it. Where nothing is raised, one number is reduced.
+
+    Args:
+        group: a process group; the default group if None.
+
+    Raises:
+        ProbeStateError: another rank raised, or ``torch.distributed`` is not initialised.
+    """
+    failed = torch.zeros((), dtype=torch.long, device=own_device(group))
+    try:
+        yield
+    except Exception:
+        dist.all_reduce(failed.fill_(1 + dist.get_rank()), op=dist.ReduceOp.MAX, group=group)
+        raise
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if int(failed):
+        raise ProbeStateError(
+            f"measuring this rank's part went well, but rank {int(failed) - 1} raised an error, which says why: there is "
+            "no mean over all ranks."
+        )
 
 
 def _require_initialised() -> None:
