@@ -13,7 +13,6 @@ whose product it is, never formed where it needn't be, or :class:`Rows`, zero bu
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ __all__ = [
     "Rule",
     "chunk_elements",
     "dense",
-    "magnitude",
     "merge",
     "per_sample_gradients",
     "stacked",
@@ -213,15 +211,3 @@ def total_gradient(gradient: PerSample, numel: int) -> Tensor:
             ]
         ).sum(0)
     return torch.bmm(g.transpose(1, 2), gradient.a.transpose(0, 1).flatten(1, 2)).reshape(numel)
-
-
-def magnitude(gradient: PerSample, numel: int) -> Tensor:
-    """The largest element of :func:`total_gradient` of absolute values: what rounding is relative to."""
-    if isinstance(gradient, Outer):
-        a = gradient.a
-        if isinstance(a, Patches):
-            a = replace(a, image=a.image.abs())
-        elif a is not None:
-            a = a.abs()
-        gradient = Outer(a, gradient.g)
-    return total_gradient(with_cotangents(gradient, torch.abs), numel).amax()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward
-from ..parallel.fsdp import local
+from .._torch.fsdp import local
 from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
