@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks
-from .patches import Patches, whole_input
+from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
@@ -150,8 +150,8 @@ def _add_matrix_products(
     left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     for r in chunks(target.shape[1], rows):
-        left = torch.bmm(left_t[:, r.start : r.stop], inputs)
-        right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
+        left = matrix_products(left_t[:, r.start : r.stop], inputs, a)
+        right = left if right_t is None else matrix_products(right_t[:, r.start : r.stop], inputs, a)
         _add_products(target[:, r.start : r.stop], left, right, alpha, keep)
         del left, right  # before the next are formed
 
