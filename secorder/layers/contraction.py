@@ -12,20 +12,15 @@ from torch import Tensor
 
 from .._torch.vjp import chunks
 from .patches import Patches, whole_input
-from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge
+from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
-    "ACCELERATOR_CHUNK_ELEMENTS",
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
     "contract",
     "contract_basis",
     "contract_sum",
 ]
-
-#: As :data:`~secorder.layers.per_sample.CHUNK_ELEMENTS`, where memory is plenty and each call costs a launch.
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
-
 
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
@@ -120,7 +115,7 @@ def _accumulate_products(
     keep: Tensor | None,
 ) -> None:
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
-    budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    budget = chunk_elements(gu.device)
     count, groups, positions, width = gu.shape
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
@@ -300,7 +295,8 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
         squares = (a * a).squeeze(2).transpose(0, 1)
         return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
     total = a.new_zeros(groups * width, a.shape[-1])
-    for chunk in torch.arange(count, device=index.device).split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+    few = max(1, chunk_elements(a.device) // max(1, a[:, 0].numel()))
+    for chunk in torch.arange(count, device=index.device).split(few):
         g, p, o = group[chunk], position[chunk], column[chunk]
         inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
         weights = u.g[chunk, :, g, :, o]  # (k, N, P)

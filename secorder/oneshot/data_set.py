@@ -162,7 +162,7 @@ def _over(
 def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
-    return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64)]
+    return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
 
 
 def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:

@@ -146,7 +146,9 @@ class ByCotangents(Evidence):
     @cached_property
     def plain(self) -> list[Tensor]:
         """Random cotangents on them."""
-        return [torch.randn(f.shape, generator=self.generator, device="cpu").to(f) for f in self.outputs]
+        return [
+            torch.randn(f.shape, generator=self.generator, device=self.generator.device).to(f) for f in self.outputs
+        ]
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -224,7 +226,7 @@ def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Te
 
     before, after = split(plain), split(scaled)
     if not before.numel():
-        return torch.ones(len(plain), dtype=torch.bool)
+        return plain.new_ones(len(plain), dtype=torch.bool)
     expected = before * weights.to(before)[:, None]
     bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
     return ((after - expected).abs() <= bound).flatten(1).all(1)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.float32 import Operation, rounding_of_products
 from .._torch.norms import norms_of
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
@@ -36,7 +37,6 @@ FEW, FEW_SAMPLES = 32, 4
 UNITS = 64
 UNITS_OF_FACTORS = 8
 #: Of what matrix units may round float32 to.
-TF32 = 2.0**-10
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -65,9 +65,8 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
     """
     r, s = vectors.r, vectors.s
     if isinstance(gradient, Tensor):
-        matrix = gradient.reshape(len(gradient), vectors.rows, -1)[:, vectors.start : vectors.start + len(r)].to(
-            r.dtype
-        )
+        matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
+        matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
         return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
     if isinstance(gradient, Rows):
@@ -220,7 +219,11 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
         known, home = self._numbers, self._home
-        chosen = [n for n, p in parameters.items() if p.requires_grad and id(p) not in known and id(p) not in home]
+        chosen = [
+            n
+            for n, p in parameters.items()
+            if p.requires_grad and p.numel() and id(p) not in known and id(p) not in home
+        ]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
         if one and graph["weight"].dim() > 1:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -348,11 +351,16 @@ class Audit:
 def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
     """What part of a number's size may be rounding: ``dtype`` of the parameter, ``low`` what factors are rounded to."""
     factors = 0.0 if low is None else torch.finfo(low).eps
-    if value.is_cuda and dtype is torch.float32:
-        convolved = isinstance(gradient, Outer) and isinstance(gradient.a, Patches)
-        lower = torch.backends.cudnn.allow_tf32 if convolved else torch.get_float32_matmul_precision() != "highest"
-        factors = max(factors, TF32 if lower else 0.0)
+    if dtype is torch.float32:
+        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in _operations(gradient)))
     return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
+
+
+def _operations(gradient: PerSample) -> tuple[Operation, ...]:
+    """What the whole gradient may have been made by."""
+    if isinstance(gradient, Outer):
+        return ("convolution",) if isinstance(gradient.a, Patches) else ("product",)
+    return "product", "convolution", "recurrence"
 
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:

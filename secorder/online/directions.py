@@ -51,11 +51,11 @@ class Directions:
 
     def __init__(self) -> None:
         self._places = random.Random()
-        self._generator = torch.Generator()
+        self._generator = torch.Generator("cpu")
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
-        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -78,9 +78,9 @@ class Directions:
 
     def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
         """Numbers that are much the same each time, where they are already on the device; 1-D."""
-        key = tuple(numbers)
+        key = (tuple(numbers), like.dtype, like.device)
         found = self._constants.get(key)
-        if found is None or found.device != like.device or found.dtype is not like.dtype:
+        if found is None:
             if len(self._constants) > CONSTANTS:
                 self._constants.clear()
             found = self._constants[key] = like.new_tensor(numbers)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secorder.layers import contraction
+from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.per_sample import Outer, Rows, with_cotangents
 
@@ -30,7 +30,7 @@ def test_every_form_of_a_per_sample_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["positions", "groups", "bias"])
 def test_a_few_elements_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a large parameter takes: pieces of rows, added in place."""
-    monkeypatch.setattr(contraction, "CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr(per_sample, "CHUNK_ELEMENTS", 4)
     monkeypatch.setattr(contraction, "IN_PLACE_ELEMENTS", 1)
     u = form(name)
     v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)

@@ -787,3 +787,24 @@ def test_parameters_that_are_computed_from_others() -> None:
         F.cross_entropy(output, targets).backward()
         with pytest.raises(AttributionError):
             probe.fisher_diagonal()
+
+
+# ---- layers of no width
+
+
+@pytest.mark.parametrize("layer_types", [None, "all"])
+@pytest.mark.parametrize("size", [(4, 4), (4, 3, 4)])
+def test_layers_without_inputs_or_outputs(size: tuple[int, ...], layer_types: Any) -> None:
+    """A width that was divided down to zero: those layers have no numbers, and the others have theirs."""
+    parts = {"a": nn.Linear(4, 0), "b": nn.Linear(0, 3), "c": nn.Linear(4, 5), "d": nn.Linear(5, 3)}
+    model = Net(lambda m, x: (m.b(m.a(x)) + m.d(torch.tanh(m.c(x)))).view(len(x), -1, 3).mean(1), **parts)
+    batch = torch.randn(size), torch.randint(3, (4,))
+    expected = reference(model, batch)
+    with CurvatureProbe(model, layer_types) as probe:
+        train(model, batch, 2)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    with CurvatureProbe(model, layer_types, accumulate="trace") as probe:
+        train(model, batch, 2)
+        for name, trace in probe.fisher_trace().items():
+            whole = sum(float(expected[f"{name}.{local}"].sum()) for local in ("weight", "bias"))
+            assert trace.value == pytest.approx(whole, rel=1e-9)
