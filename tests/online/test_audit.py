@@ -49,7 +49,7 @@ def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.Mo
 )
 def test_what_explains_the_gradient_of_a_convolution(convolution: nn.Conv2d, shape: tuple[int, ...]) -> None:
     """Looked at by a few channels, at one place of the kernel each time: in the end, at all of them."""
-    images = torch.randn(shape)
+    convolution, images = convolution.to(torch.float64), torch.randn(shape, dtype=torch.float64)
     output = convolution(images)
     g = torch.randn_like(output)
     (whole,) = torch.autograd.grad(output, [convolution.weight], g)
