@@ -26,6 +26,10 @@ __all__ = [
 IN_PLACE_ELEMENTS = 1 << 22
 
 
+#: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
+#: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
+ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
+
 #: Elements of per-sample gradients of one grouped convolution, measured on a CPU.
 CONVOLUTION_ELEMENTS = 1 << 18
 
@@ -130,8 +134,30 @@ def _accumulate_products(
             _add_products(target, left, right, alpha, keep)
             del left, right  # before the next are formed
         return
+    image = a.image if isinstance(a, Patches) else a
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gu, gv, image))
+    if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
+        _add_sample_by_sample(target, a, gu, gv, alpha)
+        return
     for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
+
+
+def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float) -> None:
+    """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
+    groups, width, fan_in = target.shape
+    rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
+    few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
+    memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
+    for n in chunks(len(gu), few):
+        inputs = a[n.start : n.stop]
+        factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
+        for r in chunks(width, rows):
+            formed = [own[:, : len(r)] for own in memory]
+            for i in range(len(n)):
+                for g, out in zip(factors, formed, strict=True):
+                    torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
+                target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
 
 
 def _add_matrix_products(

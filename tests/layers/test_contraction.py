@@ -40,6 +40,22 @@ def test_a_few_elements_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(contract(u, numel=SIZE), (written_out(u) ** 2).sum(0))
 
 
+@pytest.mark.parametrize("name", ["positions", "groups"])
+def test_one_sample_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is larger than a cache wants, a few rows of one sample at a time; also where that is differentiated."""
+    monkeypatch.setattr(contraction, "ALONE_ELEMENTS", 1)
+    monkeypatch.setattr(contraction, "CACHED_ELEMENTS", 4)
+    u = form(name)
+    v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)
+    expected = (written_out(u) * written_out(v)).sum(0)
+    torch.testing.assert_close(contract(u, v, numel=SIZE), expected)
+    torch.testing.assert_close(contract(u, numel=SIZE), (written_out(u) ** 2).sum(0))
+    differentiable = with_cotangents(u, lambda g: g.clone().requires_grad_())
+    found = contract(differentiable, v, numel=SIZE)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad
+
+
 @pytest.mark.parametrize(
     "names",
     [["positions", "rows"], ["rows", "positions", "rows"], ["positions", "one_position"], ["rows", "dense"],
