@@ -136,7 +136,8 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
         if indices == list(range(len(fisher.layers))):
             fisher.failures.add_(found[1])
         else:
-            fisher.failures.index_add_(0, torch.tensor(indices, device=fisher.failures.device), found[1].long())
+            places = fisher.directions.numbers(len(fisher.layers), fisher.failures)
+            fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
 
 
 def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
