@@ -120,6 +120,9 @@ def _accumulate_products(
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
+            if gv is None and left.is_cuda and not left.requires_grad:
+                _add_squares(total, left, alpha, keep)
+                continue
             right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
             total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
         return
@@ -186,9 +189,17 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, kee
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
     if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
+    elif right is left and left.is_cuda and not left.requires_grad:
+        _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
         target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
+
+
+def _add_squares(target: Tensor, each: Tensor, alpha: float, keep: Tensor | None) -> None:
+    """Add α Σ_n each_n² to ``target`` in one pass over ``each``: few kernels, as an accelerator likes."""
+    norms = _kept(torch.linalg.vector_norm(each, dim=0), keep)
+    target.addcmul_(norms, norms, value=alpha)
 
 
 def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:
