@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.dtypes import compute_dtype
+from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .measurement import Measurement
@@ -33,7 +33,8 @@ class Eigenvalues:
     Attributes:
         top: the largest eigenvalues, descending.
         bottom: the smallest eigenvalues, ascending.
-        residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block.
+        residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block. What products
+            lack of a symmetric matrix' (by hooks that clamp gradients, by noise) is added to it.
         num_hvps: products taken.
         converged: whether the residual met the tolerance.
     """
@@ -148,15 +149,16 @@ def lanczos_steps(
     alphas: list[float] = []
     betas: list[float] = []
     top, bottom, residual, bound = [0.0] * count, [0.0] * count, math.inf, 0.0
+    skew = 0.0  # of a symmetric operator, a product has no part in vectors before the last two, and β in the one before
     for step in range(1, iterations + 1):
         known = space[:step]
         w = yield known[-1]
-        alpha = w @ known[-1]
-        for _ in range(2):  # twice is enough
-            w = w - known.T @ (known @ w)
-        found = torch.stack([alpha, w.norm()]).tolist()  # the one look at the device
-        alphas.append(found[0])
-        beta = found[1]
+        overlaps = known @ w
+        w = w - known.T @ overlaps
+        w = w - known.T @ (known @ w)  # twice is enough
+        *overlap, beta = torch.cat([overlaps, w.norm()[None]]).tolist()  # the one look at the device
+        alphas.append(overlap[-1])
+        skew = max(skew, math.dist(overlap[:-1], [0.0] * (step - 2) + betas[-1:]))
         values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
         size = values.abs().max().item()
         exhausted = beta <= 1e-12 * max(size, 1e-300)
@@ -164,15 +166,16 @@ def lanczos_steps(
         if last or step >= FEWEST:
             k = min(count, len(values))
             ends = torch.cat([vectors[-1, :k], vectors[-1, -k:]]).abs().max().item()
-            residual, bound = 0.0 if exhausted else beta * ends, tolerance * size
+            lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size
+            residual = lack + (0.0 if exhausted or step == start.numel() else beta * ends)
             top, bottom = values[-k:].flip(0).tolist(), values[:k].tolist()
-            if last or (residual <= bound and len(values) >= 2 * count):
+            if last or lack > bound or (residual <= bound and len(values) >= 2 * count):
                 break
         if step == len(space):
             space = torch.cat([space, space.new_empty(min(step, iterations - step), start.numel())])
         torch.div(w, beta, out=space[step])
         betas.append(beta)
-    return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound or len(alphas) == start.numel())
+    return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound)
 
 
 def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:

@@ -108,6 +108,21 @@ def test_no_more_products_than_the_tolerance_takes() -> None:
     assert before.residual > asked * 5
 
 
+@pytest.mark.parametrize("skew", [0.05, 0.0])
+def test_what_products_lack_of_a_symmetric_matrix_is_told(skew: float) -> None:
+    """Of a matrix that is not, and of products that are not linear: no residual by the recurrence tells of them."""
+    values = torch.linspace(-1, 5, 9)
+    beside = skew * torch.randn(9, 9, generator=seeded())
+
+    def product(v: Tensor) -> Tensor:
+        return values * v + beside @ v if skew else (values * v).clamp(-1.0, 1.0)
+
+    found = lanczos(product, torch.randn(9, generator=seeded()), 1, 1e-3, 9)
+    assert not found.converged
+    assert found.residual > 0.01
+    assert found.num_hvps <= 9
+
+
 def ggn_blocks(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, of: str) -> dict[str, Tensor]:
     """Each layer's dense block of the GGN or the Fisher, sample by sample."""
     result = {}

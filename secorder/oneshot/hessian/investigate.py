@@ -262,20 +262,20 @@ def _with_columns(
     if heads:
         side.root = output_root(side.output_gradients, side.points, task.chunk_size)
         side.heads = known_heads(side.model_outputs, candidates, heads, side.root)
-    size = side.root.num_columns if side.root else side.size
     for graph in candidates:
         if graph.layer.name in known or graph.layer.name in side.heads:
             found.learn(graph.layer.name, piecewise_linear=True)
-        if graph.layer.name in side.heads:
-            found.learn(graph.layer.name, num_columns=size, last=True)
+        if graph.layer.name in side.heads and side.root is not None:
+            found.learn(graph.layer.name, num_columns=side.root.num_columns, last=True)
     rest = [g for g in candidates if g.layer.name not in side.heads]
     if pays([g.layer.name for g in rest]):
         _piecewise_linear(task, found, side, [g for g in rest if g.layer.name not in known])
         certified = [g.layer.name for g in rest if found.facts[g.layer.name].piecewise_linear]
         # Draws take the Gauss-Newton part of all candidates from columns.
         if budget.method == "hutchinson" or pays(certified):
+            side.root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
             for graph in rest:
-                found.learn(graph.layer.name, num_columns=size, columns_drawn=drawn)
+                found.learn(graph.layer.name, num_columns=side.root.num_columns, columns_drawn=drawn)
     return side
 
 
