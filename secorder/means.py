@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
-from .parallel.all_reduce import add_up, own_device, raised_on_all
+from .parallel.all_reduce import add_up, raised_on_all
 from .results import Diagonals, LayerInfo
 
 __all__ = ["RunningMean", "joined_info", "mean_over_ranks", "weighted_mean", "weighted_sum"]
@@ -98,7 +98,7 @@ def mean_over_ranks(
     if not isinstance(diagonals, Diagonals):
         with raised_on_all(group):
             diagonals = diagonals()
-    total = torch.tensor(weight, dtype=torch.float64, device=own_device(group))
+    total = torch.tensor(weight, dtype=torch.float64)
     values = {name: weight * d for name, d in diagonals.items()}
     errors = {name: (weight * e) ** 2 for name, e in (diagonals.standard_error or {}).items()}
     add_up([total, *values.values(), *errors.values()], group)

@@ -199,7 +199,7 @@ def zero_tether(model: nn.Module) -> Tensor:
 
     Added to a diagonal that happens to be constant, it makes its derivative zero rather than an error.
     """
-    total = torch.zeros(())
+    total = torch.zeros((), device="cpu")
     for parameter in model.parameters():
         if parameter.requires_grad:
             total = total.to(parameter.device) + parameter.flatten()[:1].sum() * 0

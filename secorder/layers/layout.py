@@ -35,9 +35,10 @@ class Layout(NamedTuple):
         if self.rows == 1:
             return tensor.movedim(self.dim, 0)
         tensor = tensor.movedim(self.dim, 0)
+        count = tensor.shape[0] // self.rows
         if self.sample_major:
-            return tensor.reshape(-1, self.rows, *tensor.shape[1:])
-        return tensor.reshape(self.rows, -1, *tensor.shape[1:]).movedim(1, 0)
+            return tensor.reshape(count, self.rows, *tensor.shape[1:])
+        return tensor.reshape(self.rows, count, *tensor.shape[1:]).movedim(1, 0)
 
     def join(self, tensor: Tensor) -> Tensor:
         """The inverse of :meth:`split`."""

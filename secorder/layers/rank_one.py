@@ -59,6 +59,8 @@ def rank_one(layer: Layer, gradients: Mapping[str, PerSample], total: Tensor) ->
         return None
     if bias is not None and not (isinstance(bias, Outer) and bias.a is None and bias.g is g):
         return None
+    if not a.shape[3] or not g.shape[3]:  # a layer without inputs or outputs
+        return None
     samples = g.shape[0]
     inputs, cotangents = a.view(samples, a.shape[3]), g.view(samples, g.shape[3])
     return RankOne(layer, gradients, inputs, cotangents, total, (version(a), version(g)))

@@ -159,8 +159,8 @@ def carried(
         yield leaves[node], gradient
         return
     shape = shape_of(node, number)
-    numel = torch.Size(shape).numel()
-    yield from _pulled_back(dense(gradient, numel).reshape(-1, *shape), (node, number), leaves, followed)
+    flat = dense(gradient, torch.Size(shape).numel())
+    yield from _pulled_back(flat.reshape(len(flat), *shape), (node, number), leaves, followed)
 
 
 def _pulled_back(

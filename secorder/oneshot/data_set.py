@@ -132,7 +132,7 @@ def _over(
     *,
     errors: bool,
 ) -> tuple[Any, int]:
-    """The measurement of all batches together, with standard errors of one batch too where wanted; and their samples."""
+    """The measurement of all batches together, with ``errors`` those of one batch too; and how many samples."""
     if options.pop("create_graph", False):
         raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
     model, dim, told = probe.data_context
@@ -168,7 +168,7 @@ def _over(
 def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
-    return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64)]
+    return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
 
 
 def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:

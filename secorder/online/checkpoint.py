@@ -7,9 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.fsdp import local
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
-from ..parallel.fsdp import Shard, local
+from ..parallel.fsdp import Shard
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norms import COLUMNS, NormSums
@@ -43,8 +44,8 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
     state = {
-        "header": torch.tensor([VERSION, *_settings(fisher), *counts]),
-        "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64),
+        "header": torch.tensor([VERSION, *_settings(fisher), *counts], device="cpu"),
+        "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
         "failures": fisher.failures.clone(),
         **_state_of(fisher, fisher, ""),
     }

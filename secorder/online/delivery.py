@@ -15,7 +15,7 @@ from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
-from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, dense, per_sample_gradients, with_cotangents
 from ..layers.rank_one import rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
@@ -81,7 +81,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
         _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came])
         return
-    totals: list[Tensor | None] = [total for _, _, total in came]
+    totals: list[Tensor | None] = [*_multiplied_by(record), *(total for _, _, total in came)]
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
         gradients = gradients or _gradients(layer, calls, layouts)
@@ -149,7 +149,7 @@ def _deliver_pieces(
     fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
 ) -> None:
     """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
-    seen = list(totals)
+    seen = [*_multiplied_by(record), *totals]
     for turn in range(max(map(len, parts.values()), default=0)):
         gradients = {name: forms[turn] for name, forms in parts.items() if turn < len(forms)}
         products = _tell(fisher, record, layer, gradients)
@@ -203,7 +203,7 @@ def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key
             calls.append(call)
     if not layers or not calls:
         return
-    totals = [total_of(g) for call in calls for g in call.gradients if g is not None]
+    totals = [total_of(g) for call in calls for g in call.gradients if g is not None] + _multiplied_by(record)
     found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
     for layer, (squares, norms) in zip(layers, found, strict=True):
         if norms is not None:
@@ -230,9 +230,10 @@ def _rerun(
     for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
         for layer, (sums, norms), gradients in zip(layers, found, chunk, strict=True):
             _tell(fisher, record, layer, dict(zip(layer.parameters, gradients, strict=True)))
-            flats = [g.reshape(len(g), -1) for g in gradients]  # of a scalar, too
+            parts: Sequence[PerSample] = gradients
             if record.weights is not None:
-                flats = [flat * record.weights[at : at + len(flat), None].to(flat) for flat in flats]
+                parts = [weighted(g, record.weights[at : at + len(g)]) for g in gradients]
+            flats = [dense(part, p.numel()) for part, p in zip(parts, layer.parameters.values(), strict=True)]
             for total, flat in zip(sums, flats, strict=bool(sums)):
                 total.add_((flat * flat).sum(0))
             if norms is not None:
@@ -250,6 +251,11 @@ def _tell(
     elif record.backward is not None:
         return record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
     return {}
+
+
+def _multiplied_by(record: ForwardRecord) -> list[Tensor]:
+    """A number that is finite where what the samples' gradients are multiplied by is."""
+    return [] if record.weights is None else [record.weights.sum()]
 
 
 def squares_apart(part: PerSample, numel: int) -> Tensor | None:

@@ -107,7 +107,7 @@ class Looks:
             calls = before.known.get(layer.name, ())
             if not calls or layer.name in before.unknown | before.outside | after.hidden:
                 continue
-            if (by_name.get(layer.name) != layer and layer.name in by_name) or any(
+            if not _alike(layer, by_name.get(layer.name, layer)) or any(
                 explain(calls, now.place, now.shape, now.arguments, now.num_samples) not in (None, now.layout)
                 for now in after.known.get(layer.name, ())
             ):
@@ -129,3 +129,8 @@ class Looks:
         self._modules = list(self._model.modules())
         self._known.clear()
         self._batches.clear()
+
+
+def _alike(one: Layer, other: Layer) -> bool:
+    """Whether a layer is measured in the same way."""
+    return (one.rule, one.by_operations, one.enclosing) == (other.rule, other.by_operations, other.enclosing)

@@ -19,6 +19,7 @@ from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
+from .finite import finite
 from .fisher import OnlineFisher
 from .looks import Looks
 from .operations import explain_uses, follow, hook_uses
@@ -96,6 +97,7 @@ def _opened(
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
         weights = weights.double()
+        weights = torch.where(finite(weights), weights, torch.nan)  # of an infinite one, too, the batch does not count
         record.counted = (weights != 0).sum()
         record.weights = torch.where(weights != 0, 1 / weights, 0.0)
     return record

@@ -36,6 +36,8 @@ Missing = Literal["raise", "skip"]
 #: What is read: a stretch of training, and the layers whose numbers are not to be told of it, with the reason.
 Read = tuple[Stretch, Mapping[str, str]]
 
+_NOT_FINITE = 'lower the learning rate or the loss scale, or pass on_nonfinite="keep" to see them.'
+
 NO_NOISE = (
     "the gradient of a batch's mean is not seen apart, or every batch had one sample: gradient noise needs batches of "
     'two at least, one forward for each backward (or forwards="joined" or "separate", as it is), and no penalty=.'
@@ -195,6 +197,8 @@ def told(
         for name in counts:
             if name in fisher.troubles.left_out:
                 raise _unseen(fisher, stretch, name)
+        if any(sums.batches for sums in stretch.sums.values()):
+            raise ProbeStateError(f"nothing is accumulated yet: every gradient so far held nan or inf: {_NOT_FINITE}")
         raise ProbeStateError(fisher.troubles.nothing_accumulated())
     chosen = {}
     for name, count in counts.items():
@@ -209,10 +213,7 @@ def _unseen(fisher: OnlineFisher, stretch: Stretch, name: str) -> SecorderError:
     """Why a layer has seen no sample that counts."""
     reason = fisher.troubles.left_out.get(name)
     if stretch.sums[name].batches and reason is None:
-        return NonFiniteError(
-            f"every gradient of layer {name!r} so far held nan or inf: lower the learning rate or the loss scale, or "
-            'pass on_nonfinite="keep" to see them.'
-        )
+        return NonFiniteError(f"every gradient of layer {name!r} so far held nan or inf: {_NOT_FINITE}")
     if reason is None:
         reason = (
             "no gradient reaches it in training (it is frozen, with nothing trainable before it, or no recorded batch "

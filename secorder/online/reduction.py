@@ -83,17 +83,25 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
 
 
 def _is_weighted(loss: nn.Module) -> bool:
-    return getattr(loss, "weight", None) is not None
+    return getattr(loss, "weight", None) is not None or getattr(loss, "ignore_index", -100) != -100
 
 
 def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor | None:
     """The weights c_n of a batch; None where the function returns none, for a mean over the samples.
 
     Raises:
-        InvalidArgumentError: they are not one real number a sample.
+        InvalidArgumentError: they are not one real number a sample, or the function raised.
     """
-    with torch.no_grad():
-        weights = function(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            weights = function(*args, **kwargs)
+    except InvalidArgumentError:
+        raise
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"reduction= raised {type(error).__name__}: {error}. It is called as the model is, and returns the weights "
+            "c_n of L = Σ_n c_n ℓ_n."
+        ) from error
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != (num_samples,) or weights.is_complex():

@@ -44,7 +44,7 @@ def rerun_gradients(
         replacements = [s for layer in layers for s in isolated.replacements(layer)]
         graphs = [_run_again(isolated, layers[0], call) for call in calls]
         for ids in chunks(count, default_chunk_size(elements, replacements[0], None)):
-            masks = torch.zeros(len(ids), count, dtype=torch.bool)
+            masks = torch.zeros(len(ids), count, dtype=torch.bool, device="cpu")
             masks[range(len(ids)), list(ids)] = True
             total = [s.new_zeros(len(ids), *s.shape, dtype=kind) for s, kind in zip(replacements, kinds, strict=True)]
             for ends in graphs:

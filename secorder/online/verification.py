@@ -78,7 +78,7 @@ def verify(
     if known and all(abs(ratio * num_samples**2 - 1) < TOLERANCE for ratio in known) and num_samples > 1:
         return Verification(False, 'your loss is a mean: pass reduction="mean".', ratios)
     differing = {
-        name: reasons.get(name) or f"the online Fisher is {ratio:.3g} times the one-shot one"
+        name: reasons.get(name) or _difference(ratio)
         for name, ratio in ratios.items()
         if not abs(ratio - 1) < TOLERANCE
     }
@@ -102,6 +102,16 @@ def _ratio(online: Tensor | None, one_shot: Tensor) -> float:
     ratio = float(found.sum() / expected.sum()) if float(expected.sum()) else (1.0 if not float(found.sum()) else 1e30)
     error = float((found - ratio * expected).norm() / (ratio * expected).norm().clamp(min=1e-300))
     return ratio if error < TOLERANCE else float("nan")  # else not a matter of a factor
+
+
+def _difference(ratio: float) -> str:
+    if ratio == ratio:
+        return f"the online Fisher is {ratio:.3g} times the one-shot one"
+    return (
+        "the online Fisher is not the one-shot one times a number, as where a loss weights samples (padding, classes): "
+        "pass reduction= with a function of the model's arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, "
+        "such as secorder.token_weights"
+    )
 
 
 def _fraction(scale: float) -> str:

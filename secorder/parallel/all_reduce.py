@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,27 @@ from torch import Tensor
 
 from ..errors import ProbeStateError
 
-__all__ = ["add_up", "largest", "own_device", "raised_on_all"]
+__all__ = ["add_up", "all_reduce", "largest", "raised_on_all"]
+
+
+def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:
+    """As ``torch.distributed.all_reduce``, in place, for a tensor on any device.
+
+    NCCL knows nothing of the host's memory, where sums may be kept: they make the way over the group's device.
+
+    Args:
+        tensor: of the same shape on every rank.
+        op: the sum if None.
+        group: a process group; the default group if None.
+    """
+    op = dist.ReduceOp.SUM if op is None else op
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if tensor.device.type in kinds:
+        dist.all_reduce(tensor, op=op, group=group)
+        return
+    moved = tensor.to(kinds[0])
+    dist.all_reduce(moved, op=op, group=group)
+    tensor.copy_(moved)
 
 
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
@@ -28,7 +49,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
         buckets.setdefault((tensor.dtype, tensor.device), []).append(tensor)
     for bucket in buckets.values():
         flat = torch.cat([t.reshape(-1) for t in bucket])
-        dist.all_reduce(flat, group=group)
+        all_reduce(flat, group=group)
         for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
@@ -45,16 +66,8 @@ def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     """
     _require_initialised()
     found = tensor.clone()
-    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=group)
+    all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found
-
-
-def own_device(group: "dist.ProcessGroup | None" = None) -> torch.device:
-    """Where this rank's numbers are reduced: a group of NCCL alone takes no tensors of the CPU."""
-    _require_initialised()
-    if dist.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 @contextmanager
@@ -69,17 +82,18 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
     Raises:
         ProbeStateError: another rank raised, or ``torch.distributed`` is not initialised.
     """
-    failed = torch.zeros((), dtype=torch.long, device=own_device(group))
+    _require_initialised()
+    failed = torch.zeros((), dtype=torch.long, device="cpu")  # or the number of the rank, from 1 on
     try:
         yield
     except Exception:
-        dist.all_reduce(failed.fill_(1 + dist.get_rank()), op=dist.ReduceOp.MAX, group=group)
+        all_reduce(failed.fill_(1 + dist.get_rank()), op=dist.ReduceOp.MAX, group=group)
         raise
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if int(failed):
         raise ProbeStateError(
-            f"measuring this rank's part went well, but rank {int(failed) - 1} raised an error, which says why: there is "
-            "no mean over all ranks."
+            f"measuring this rank's part went well, but rank {int(failed) - 1} raised an error, which says why: there "
+            "is no mean over all ranks."
         )
 
 

@@ -9,29 +9,22 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from .._torch.fsdp import fsdp_modules, is_fsdp_hook
+from .._torch.fsdp import fsdp_modules, is_fsdp_hook, local
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
+from .all_reduce import all_reduce
 from .spread import Spread
 
 __all__ = [
     "Shard",
     "gathered",
-    "local",
     "shard_of_sum",
     "shards",
     "whole",
     "whole_sum",
 ]
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter, or the parameter where it is not sharded."""
-    found: Tensor = parameter.detach()
-    return found.to_local() if hasattr(found, "to_local") else found
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -63,7 +56,7 @@ def whole_sum(part: Tensor, parameter: Any) -> Tensor:
     own = part.sum(dtype=torch.float64)
     for dim, placement in enumerate(getattr(parameter, "placements", ())):
         if not placement.is_replicate():
-            dist.all_reduce(own, group=parameter.device_mesh.get_group(dim))
+            all_reduce(own, group=parameter.device_mesh.get_group(dim))
     return own
 
 

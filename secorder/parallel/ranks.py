@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .all_reduce import all_reduce
+
 __all__ = ["Axis", "Ranks"]
 
 #: A device mesh, and one of its dimensions.
@@ -50,7 +52,7 @@ class Ranks:
         """
         found = self.of_all_samples(self._numbers(numbers))
         for axis, dim in self.tensor:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
+            all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
         return found.tolist()
 
     def any(self, flag: bool) -> bool:
@@ -65,7 +67,7 @@ class Ranks:
         """The largest of each element on any rank."""
         found = tensor.clone()
         for axis, dim in (*self.data, *self.tensor):
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
+            all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
         return found
 
     def of_all_samples(self, tensor: Tensor) -> Tensor:
@@ -80,5 +82,5 @@ class Ranks:
 def _sum(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
     found = tensor.clone() if axes else tensor
     for axis, dim in axes:
-        dist.all_reduce(found, group=axis.get_group(dim))
+        all_reduce(found, group=axis.get_group(dim))
     return found

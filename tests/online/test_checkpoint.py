@@ -21,6 +21,16 @@ def test_a_state_is_tensors_alone_and_comes_back() -> None:
         assert all(torch.equal(probe.fisher_diagonal()[name], value) for name, value in before.items())
 
 
+def test_the_default_device_is_no_concern_of_a_state() -> None:
+    model, batch = mlp(), data()
+    with CurvatureProbe(model, decay=0.9) as probe:
+        step(model, batch)
+        with torch.device("meta"):
+            state = probe.state_dict()
+            probe.load_state_dict(state)
+        assert not any(value.is_meta for value in state.values())
+
+
 def test_a_state_that_is_none() -> None:
     probe = CurvatureProbe(mlp())
     with pytest.raises(InvalidArgumentError, match="version"):

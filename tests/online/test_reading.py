@@ -1,5 +1,7 @@
 """What was accumulated is told as a mean, or it is said why it is not."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,15 @@ def test_the_mean_over_all_samples() -> None:
 def test_nothing_seen_raises() -> None:
     with CurvatureProbe(make()) as probe, pytest.raises(ProbeStateError, match="was not called"):
         diagonals(probe._fisher)
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_gradients_none_of_which_was_a_number_are_named(accumulate: Any) -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model, reduction="mean", accumulate=accumulate) as probe:
+        (F.cross_entropy(model(batch[0]), batch[1]) * torch.nan).backward()
+        with pytest.raises(ProbeStateError, match="every gradient so far held nan or inf"):
+            probe.fisher_trace()
 
 
 def test_layers_that_cannot_be_told_are_raised_for_or_left_out() -> None:

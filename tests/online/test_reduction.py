@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from secorder import InvalidArgumentError
+from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.online.reduction import check_reduction, loss_scale_of, weights_of
+
+from ..helpers import data, mlp, step
 
 
 @pytest.mark.parametrize(
@@ -18,7 +20,9 @@ def test_what_is_taken(given: Any, expected: str) -> None:
     assert check_reduction(given) == expected
 
 
-@pytest.mark.parametrize("given", ["none", 3, nn.MSELoss(reduction="none"), nn.CrossEntropyLoss(torch.ones(3))])
+@pytest.mark.parametrize(
+    "given", ["none", 3, nn.MSELoss(reduction="none"), nn.CrossEntropyLoss(torch.ones(3)), nn.NLLLoss(ignore_index=0)]
+)
 def test_what_is_not(given: Any) -> None:
     with pytest.raises(InvalidArgumentError):
         check_reduction(given)
@@ -28,6 +32,26 @@ def test_weights_are_one_a_sample() -> None:
     assert torch.equal(weights_of(lambda x: x[:, 0], (torch.ones(3, 2),), {}, 3), torch.ones(3))
     with pytest.raises(InvalidArgumentError, match="one a sample"):
         weights_of(lambda x: x, (torch.ones(3, 2),), {}, 3)
+    with pytest.raises(InvalidArgumentError, match=r"reduction= raised TypeError: .* called as the model is"):
+        weights_of(lambda x, labels: labels, (torch.ones(3, 2),), {}, 3)
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_batch_whose_weights_are_no_numbers_does_not_count(bad: float, accumulate: Any) -> None:
+    model, batch = mlp(), data()
+    number = 1 / len(batch[0])
+    with CurvatureProbe(model, reduction="mean", accumulate=accumulate) as probe:
+        step(model, batch)
+        expected = probe.fisher_trace()
+    told = iter([number, bad, number])
+    weights = lambda x: torch.tensor([number] * (len(x) - 1) + [next(told)])  # noqa: E731
+    with CurvatureProbe(model, reduction=weights, accumulate=accumulate) as probe:
+        for _ in range(3):
+            step(model, batch)
+        assert probe.num_skipped == dict.fromkeys(probe.layer_names, 1)
+        for name, trace in probe.fisher_trace().items():
+            assert trace.value == pytest.approx(expected[name].value, rel=1e-9)
 
 
 def test_scales() -> None:

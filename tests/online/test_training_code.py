@@ -198,6 +198,35 @@ def test_a_model_without_arguments() -> None:
         probe.fisher_diagonal()
 
 
+def test_a_generator_among_the_arguments_is_put_back() -> None:
+    """What a look at the batch draws from it, training draws afterwards."""
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            output = model(data()[0], generator)
+            output.square().sum(1).mean().backward()
+            yield output, generator.get_state()
+
+    def build() -> nn.Module:
+        return Net(lambda m, x, generator: m.body(x + torch.randn(4, generator=generator)), body=make())
+
+    assert bit_for_bit(build, loop).fisher_diagonal()
+
+
+def test_an_iterator_among_the_arguments_is_left_alone() -> None:
+    def loop(model: nn.Module) -> Iterator[Any]:
+        steps = iter(range(5))
+        for _ in range(3):
+            output = model(data()[0], steps)
+            output.square().sum(1).mean().backward()
+            yield output
+
+    probe = bit_for_bit(lambda: Net(lambda m, x, steps: m.body(x + next(steps)), body=make()), loop)
+    with pytest.raises(AttributionError, match="called with an iterator"):
+        probe.fisher_diagonal()
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_sparse_inputs(by_rows: bool) -> None:
     dense = torch.randn(6, 4) * (torch.rand(6, 4) > 0.5)
@@ -787,3 +816,24 @@ def test_parameters_that_are_computed_from_others() -> None:
         F.cross_entropy(output, targets).backward()
         with pytest.raises(AttributionError):
             probe.fisher_diagonal()
+
+
+# ---- layers of no width
+
+
+@pytest.mark.parametrize("layer_types", [None, "all"])
+@pytest.mark.parametrize("size", [(4, 4), (4, 3, 4)])
+def test_layers_without_inputs_or_outputs(size: tuple[int, ...], layer_types: Any) -> None:
+    """A width that was divided down to zero: those layers have no numbers, and the others have theirs."""
+    parts = {"a": nn.Linear(4, 0), "b": nn.Linear(0, 3), "c": nn.Linear(4, 5), "d": nn.Linear(5, 3)}
+    model = Net(lambda m, x: (m.b(m.a(x)) + m.d(torch.tanh(m.c(x)))).view(len(x), -1, 3).mean(1), **parts)
+    batch = torch.randn(size), torch.randint(3, (4,))
+    expected = reference(model, batch)
+    with CurvatureProbe(model, layer_types) as probe:
+        train(model, batch, 2)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    with CurvatureProbe(model, layer_types, accumulate="trace") as probe:
+        train(model, batch, 2)
+        for name, trace in probe.fisher_trace().items():
+            whole = sum(float(expected[f"{name}.{local}"].sum()) for local in ("weight", "bias"))
+            assert trace.value == pytest.approx(whole, rel=1e-9)

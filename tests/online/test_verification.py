@@ -78,6 +78,15 @@ def test_a_layer_that_differs_says_why() -> None:
     assert "2" not in found.differing
 
 
+def test_samples_that_the_loss_weights_say_what_to_pass() -> None:
+    model, (inputs, targets) = make(), data()
+    weighted = nn.CrossEntropyLoss(torch.linspace(0.2, 3.0, 3))
+    with CurvatureProbe(model) as probe:
+        found = probe.verify(weighted, inputs, targets)
+    assert not found
+    assert all("such as secorder.token_weights" in reason for reason in found.differing.values())
+
+
 class Tagger(nn.Module):
     """Labels for tokens, some of which are padding; the loss is a mean over the others."""
 

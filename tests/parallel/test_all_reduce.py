@@ -1,15 +1,18 @@
 """Two and three real processes against one."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from secorder import CurvatureProbe, ProbeStateError
 from secorder.parallel.all_reduce import raised_on_all
 
-from ..helpers import run_ranks
+from ..helpers import data, mlp, run_ranks, step
+from ..reference import assert_all_close
 
 
 @pytest.mark.slow
@@ -36,3 +39,18 @@ def test_without_a_process_group() -> None:
     with pytest.raises(ProbeStateError, match="init_process_group"):
         probe.synchronize()
     assert torch.distributed.is_available()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NCCL is of CUDA devices")
+@pytest.mark.parametrize("where", ["cpu", "cuda"])
+def test_a_group_that_knows_no_host_memory(where: str, tmp_path: Path) -> None:
+    model, (inputs, targets) = mlp().cuda(), data()
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with CurvatureProbe(model, accumulator_device=where) as probe:
+            step(model, (inputs.cuda(), targets.cuda()))
+            before = probe.fisher_diagonal()
+            probe.synchronize()
+            assert_all_close(probe.fisher_diagonal(), before)
+    finally:
+        dist.destroy_process_group()

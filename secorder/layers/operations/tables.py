@@ -42,4 +42,5 @@ def _rows(call: OperationCall, ids: Tensor, padding: int = -1) -> PerSample | No
     if 0 <= padding < 2**63 - 1:
         g = g * (ids != padding).unsqueeze(-1)
     found, g = call.layout.split(ids.long()), call.layout.split(g)
-    return Rows(found.reshape(len(found), -1), g.reshape(len(g), -1, g.shape[-1]), call.shape(0)[0])
+    found = found.flatten(1) if found.dim() > 1 else found[:, None]
+    return Rows(found, g.reshape(*found.shape, g.shape[-1]), call.shape(0)[0])

@@ -16,4 +16,4 @@ def embedding(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[
     ids = ids.flatten(1) if ids.dim() > 1 else ids[:, None]
     if module.padding_idx is not None:
         g = g * (inputs[0] != module.padding_idx).unsqueeze(-1)
-    return {"weight": Rows(ids, g.reshape(*ids.shape, -1), module.num_embeddings)}
+    return {"weight": Rows(ids, g.reshape(*ids.shape, g.shape[-1]), module.num_embeddings)}

@@ -1,5 +1,7 @@
 """Layers that multiply their input by a matrix."""
 
+import math
+
 from torch import Tensor, nn
 
 from ...errors import AttributionError
@@ -15,9 +17,9 @@ def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str
     a = inputs[0]
     if a.dim() < 2 or g.dim() < 2:
         raise AttributionError("a single vector holds no dimension for samples.")
-    samples, width = a.shape[0], a.shape[-1]
-    a = a.reshape(samples, 1, -1, width)
-    g = g.reshape(samples, 1, -1, g.shape[-1])
+    samples, positions = a.shape[0], math.prod(a.shape[1:-1])
+    a = a.reshape(samples, 1, positions, a.shape[-1])
+    g = g.reshape(samples, 1, positions, g.shape[-1])
     return {"weight": Outer(a, g), "bias": bias_gradient(g)}
 
 
