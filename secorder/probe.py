@@ -122,7 +122,8 @@ class CurvatureProbe:
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
-        accumulator_device: where the sums are kept; by default where the parameters are.
+        accumulator_device: where the sums are kept; by default where the parameters are. ``"cpu"`` saves an
+            accelerator's memory: what a step brings is copied there while the next steps run.
         accumulator_dtype: their dtype; by default the parameters', float32 for half precision.
 
     Raises:
