@@ -114,7 +114,9 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
             synchronize = given.pop("synchronize", False)
             with raised_on_all() if synchronize else nullcontext():
                 found, seen = _over(probe, measure, loss_fn, data, by_sample(given), given, errors=synchronize)
-            result: R = mean_over_ranks(found, seen) if synchronize else found
+            if synchronize:
+                found = mean_over_ranks(found, seen)
+            result: R = found
             return result
 
         return either
