@@ -72,14 +72,16 @@ def contract(
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
     groups, positions = gu.shape[-3], gu.shape[-2]
+    if a is None:
+        left = gu.squeeze(-2) if positions == 1 else gu.sum(-2)
+        right = left if v is None else gv.squeeze(-2) if positions == 1 else gv.sum(-2)
+        return _add(_kept((left * right).reshape(-1, numel).sum(0), keep), out, beta, alpha)
     if positions == 1:
         # One position: the per-sample gradient is a rank-one product and its square factorises, so that
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
         pairs = (gu * gv).squeeze(-2)
         if pairs.dim() == 4:
             pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
-        if a is None:
-            return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
         pairs = _kept(pairs, keep)
         a = whole_input(a)
         if groups == 1 and out is not None:
@@ -109,7 +111,7 @@ def contract(
 
 def _accumulate_products(
     total: Tensor,
-    a: Tensor | Patches | None,
+    a: Tensor | Patches,
     gu: Tensor,
     gv: Tensor | None,
     alpha: float,
@@ -118,12 +120,6 @@ def _accumulate_products(
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
     count, groups, positions, width = gu.shape
-    if a is None:
-        for n in chunks(count, max(1, budget // max(1, total.numel()))):
-            left = gu[n.start : n.stop].sum(2).flatten(1)
-            right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
-            total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
-        return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
@@ -135,8 +131,14 @@ def _accumulate_products(
             _add_products(target, left, right, alpha, keep)
             del left, right  # before the next are formed
         return
-    for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
+    for n in chunks(count, _alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
+
+
+def _alike(count: int, most: int) -> int:
+    """Samples a piece, at most so many, of pieces that are about as large, and even: two threads share each."""
+    size = -(-count // max(1, -(-count // most)))
+    return size + 1 if size % 2 and size < most else size
 
 
 def _add_matrix_products(
