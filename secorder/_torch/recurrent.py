@@ -33,5 +33,6 @@ def kept_gates(node: Node, steps: int, count: int, width: int) -> Tensor | None:
         or workspace.numel() * workspace.element_size() < needed * outputs.element_size()
     ):
         return None
-    whole = workspace.view(outputs.dtype)[:needed]
-    return whole.view(steps, count, row)[:, :, : 4 * width].unflatten(2, (4, width))
+    rows = workspace.view(outputs.dtype)[:needed].view(steps, count, row)
+    gates: Tensor = rows[:, :, : 4 * width].unflatten(2, (4, width))
+    return gates

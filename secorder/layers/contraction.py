@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .._torch.vjp import chunks
 from .patches import Patches, whole_input
-from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge
+from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
-    "ACCELERATOR_CHUNK_ELEMENTS",
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
     "contract",
@@ -23,13 +22,13 @@ __all__ = [
     "contract_sum",
 ]
 
-#: As :data:`~secorder.layers.per_sample.CHUNK_ELEMENTS`, where memory is plenty and each call costs a launch.
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
-
-
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
 
+
+#: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
+#: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
+ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
 
 #: Elements of per-sample gradients of one grouped convolution, measured on a CPU.
 CONVOLUTION_ELEMENTS = 1 << 18
@@ -118,7 +117,7 @@ def _accumulate_products(
     keep: Tensor | None,
 ) -> None:
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
-    budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    budget = chunk_elements(gu.device)
     count, groups, positions, width = gu.shape
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
@@ -131,8 +130,30 @@ def _accumulate_products(
             _add_products(target, left, right, alpha, keep)
             del left, right  # before the next are formed
         return
+    image = a.image if isinstance(a, Patches) else a
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gu, gv, image))
+    if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
+        _add_sample_by_sample(target, a, gu, gv, alpha)
+        return
     for n in chunks(count, _alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
+
+
+def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float) -> None:
+    """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
+    groups, width, fan_in = target.shape
+    rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
+    few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
+    memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
+    for n in chunks(len(gu), few):
+        inputs = a[n.start : n.stop]
+        factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
+        for r in chunks(width, rows):
+            formed = [own[:, : len(r)] for own in memory]
+            for i in range(len(n)):
+                for g, out in zip(factors, formed, strict=True):
+                    torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
+                target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
 
 
 def _alike(count: int, most: int) -> int:
@@ -276,7 +297,8 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
         squares = (a * a).squeeze(2).transpose(0, 1)
         return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
     total = a.new_zeros(groups * width, a.shape[-1])
-    for chunk in torch.arange(count, device=index.device).split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+    few = max(1, chunk_elements(a.device) // max(1, a[:, 0].numel()))
+    for chunk in torch.arange(count, device=index.device).split(few):
         g, p, o = group[chunk], position[chunk], column[chunk]
         inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
         weights = u.g[chunk, :, g, :, o]  # (k, N, P)

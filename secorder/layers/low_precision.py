@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
-from .contraction import ACCELERATOR_CHUNK_ELEMENTS, contract_sum
+from .contraction import contract_sum
 from .patches import whole_input
-from .per_sample import Outer, PerSample
+from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
 __all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low"]
 

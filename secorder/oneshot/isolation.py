@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
+from .._torch.cudnn import differentiable_recurrence
+from .._torch.float32 import full_float32
 from .._torch.modules import (
     Place,
     buffer_places,
@@ -264,6 +266,9 @@ def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -
         stack.enter_context(parametrizations_computed_anew())
         if in_training:
             stack.enter_context(unseen())
+        else:
+            stack.enter_context(full_float32())
+            stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())

@@ -146,7 +146,9 @@ class ByCotangents(Evidence):
     @cached_property
     def plain(self) -> list[Tensor]:
         """Random cotangents on them."""
-        return [torch.randn(f.shape, generator=self.generator, device="cpu").to(f) for f in self.outputs]
+        return [
+            torch.randn(f.shape, generator=self.generator, device=self.generator.device).to(f) for f in self.outputs
+        ]
 
     @cached_property
     def weights(self) -> list[Tensor]:

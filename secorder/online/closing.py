@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward
-from ..parallel.fsdp import local
+from .._torch.fsdp import local
 from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
@@ -136,7 +136,7 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
         if indices == list(range(len(fisher.layers))):
             fisher.failures.add_(found[1])
         else:
-            fisher.failures.index_add_(0, torch.tensor(indices, device=fisher.failures.device), found[1].long())
+            fisher.failures.index_add_(0, fisher.directions.constants(indices, fisher.failures), found[1].long())
 
 
 def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:

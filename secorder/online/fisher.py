@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
+from .._torch.fsdp import local
 from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne, add_rank_one
 from ..layers.selection import Layer, MeasuredBy, ranks_of
-from ..parallel.fsdp import local
 from .agreement import agree
 from .closing import add_tied, audit_uncalled, audit_unreached
 from .directions import Directions

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
+from .._torch.fsdp import local
 from .._torch.modules import batch_normalisation, buffer_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
@@ -31,7 +32,6 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..parallel.fsdp import local
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .outside import share_parameters, uses_outside, without_gradient

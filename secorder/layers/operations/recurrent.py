@@ -7,6 +7,8 @@ inputs and outputs of all steps). Each weight's per-sample gradient is then one 
 Source: Hochreiter, Schmidhuber (1997), "Long short-term memory"; with a forget gate, Gers, Schmidhuber, Cummins (2000).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -57,21 +59,24 @@ def _factors(call: OperationCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     gates = _gates(call, x, before)
     by_cell, by_output, through = _derivatives(gates, first_c)
     found = h.new_empty(count, steps, 4, width)
-    dc = torch.zeros_like(first_c) if last_c is None else last_c.reshape(count, width)
-    dh = torch.zeros_like(first_h) if last_h is None else last_h.reshape(count, width)
+    dc = torch.zeros_like(first_c) if last_c is None else last_c.reshape(count, width).clone()
+    dh = torch.zeros_like(first_h) if last_h is None else last_h.reshape(count, width).clone()
     outside = [None] * steps if g is None else list(g.unbind(0))
     if outside[-1] is not None:
-        dh = dh + outside[-1]
-    weight, forget = call.saved("weight1"), gates[:, :, 1].unbind(0)
-    by_gates, rows = zip(by_cell.unbind(0), by_output.unbind(0), through.unbind(0), strict=True), found.unbind(1)
-    for t, (of_cell, of_output, on) in reversed(list(enumerate(by_gates))):
-        dc = torch.addcmul(dc, dh, on)
-        torch.mul(of_cell, dc.unsqueeze(1), out=rows[t][:, :3])
-        torch.mul(of_output, dh, out=rows[t][:, 3])
+        dh += outside[-1]
+    weight, forget, on_cells = call.saved("weight1"), gates[:, :, 1].unbind(0), dc.unsqueeze(1)
+    of_cell, of_output, of_all = (part.unbind(1) for part in (found[:, :, :3], found[:, :, 3], found.flatten(2)))
+    for t, (cell, output, on) in reversed(list(enumerate(zip(by_cell, by_output, through, strict=True)))):
+        dc.addcmul_(dh, on)
+        torch.mul(cell, on_cells, out=of_cell[t])
+        torch.mul(output, dh, out=of_output[t])
         if t:
-            dc = dc * forget[t]
-            flat, more = rows[t].flatten(1), outside[t - 1]
-            dh = torch.mm(flat, weight) if more is None else torch.addmm(more, flat, weight)
+            dc *= forget[t]
+            more = outside[t - 1]
+            if more is None:
+                torch.mm(of_all[t], weight, out=dh)
+            else:
+                torch.addmm(more, of_all[t], weight, out=dh)
     rows_of_gates = found.flatten(2).unsqueeze(1)
     x, before = (part.transpose(0, 1).contiguous().unsqueeze(1) for part in (x, before))
     return x, before, rows_of_gates, rows_of_gates.sum(2, keepdim=True)
@@ -99,12 +104,12 @@ def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
     return gates
 
 
-def _derivatives(gates: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _derivatives(gates: Tensor, first: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """What gradients on cells and outputs are multiplied by, from the gates and the first cell.
 
     Returns:
-        what the gradient on a cell brings to the three gates that make it; what that on an output brings to the last
-        gate, and to the cell.
+        by step, what the gradient on a cell brings to the three gates that make it; what that on an output brings to
+        the last gate, and to the cell.
     """
     i, f, c, o = gates.unbind(2)
     steps = len(gates)
@@ -119,4 +124,4 @@ def _derivatives(gates: Tensor, first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sigmoid.grad_input(c, i, grad_input=by_cell[:, :, 0])
     sigmoid.grad_input(cells[:-1], f, grad_input=by_cell[:, :, 1])
     tanh.grad_input(i, c, grad_input=by_cell[:, :, 2])
-    return by_cell, sigmoid(squashed, o), tanh(o, squashed)
+    return by_cell.unbind(0), sigmoid(squashed, o).unbind(0), tanh(o, squashed).unbind(0)
