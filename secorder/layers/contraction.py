@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks
-from .patches import Patches, whole_input
+from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
@@ -71,16 +71,14 @@ def contract(
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
     groups, positions = gu.shape[-3], gu.shape[-2]
-    if a is None:
-        left = gu.squeeze(-2) if positions == 1 else gu.sum(-2)
-        right = left if v is None else gv.squeeze(-2) if positions == 1 else gv.sum(-2)
-        return _add(_kept((left * right).reshape(-1, numel).sum(0), keep), out, beta, alpha)
     if positions == 1:
         # One position: the per-sample gradient is a rank-one product and its square factorises, so that
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
         pairs = (gu * gv).squeeze(-2)
         if pairs.dim() == 4:
             pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
+        if a is None:
+            return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
         pairs = _kept(pairs, keep)
         a = whole_input(a)
         if groups == 1 and out is not None:
@@ -110,7 +108,7 @@ def contract(
 
 def _accumulate_products(
     total: Tensor,
-    a: Tensor | Patches,
+    a: Tensor | Patches | None,
     gu: Tensor,
     gv: Tensor | None,
     alpha: float,
@@ -119,6 +117,15 @@ def _accumulate_products(
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = chunk_elements(gu.device)
     count, groups, positions, width = gu.shape
+    if a is None:
+        for n in chunks(count, max(1, budget // max(1, total.numel()))):
+            left = gu[n.start : n.stop].sum(2).flatten(1)
+            if gv is None and left.is_cuda and not left.requires_grad:
+                _add_squares(total, left, alpha, keep)
+                continue
+            right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
+            total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
+        return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
@@ -178,8 +185,8 @@ def _add_matrix_products(
     left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     for r in chunks(target.shape[1], rows):
-        left = torch.bmm(left_t[:, r.start : r.stop], inputs)
-        right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
+        left = matrix_products(left_t[:, r.start : r.stop], inputs, a)
+        right = left if right_t is None else matrix_products(right_t[:, r.start : r.stop], inputs, a)
         _add_products(target[:, r.start : r.stop], left, right, alpha, keep)
         del left, right  # before the next are formed
 
@@ -188,9 +195,17 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, kee
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
     if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
+    elif right is left and left.is_cuda and not left.requires_grad:
+        _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
         target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
+
+
+def _add_squares(target: Tensor, each: Tensor, alpha: float, keep: Tensor | None) -> None:
+    """Add α Σ_n each_n² to ``target`` in one pass over ``each``: few kernels, as an accelerator likes."""
+    norms = _kept(torch.linalg.vector_norm(each, dim=0), keep)
+    target.addcmul_(norms, norms, value=alpha)
 
 
 def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:

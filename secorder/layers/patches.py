@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-__all__ = ["Patches", "whole_input", "windows"]
+from .._torch.float32 import products_as_convolutions
+
+__all__ = ["Patches", "matrix_products", "whole_input", "windows"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,14 @@ class Patches:
         a = windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
         patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
         return patches
+
+
+def matrix_products(left: Tensor, right: Tensor, factor: "Tensor | Patches") -> Tensor:
+    """Batched matrix products, whose right ones are of an input factor: of patches, as exact as a convolution is."""
+    if not (left.is_cuda and isinstance(factor, Patches)):
+        return torch.bmm(left, right)
+    with products_as_convolutions(left.device):
+        return torch.bmm(left, right)
 
 
 def whole_input(a: Tensor | Patches) -> Tensor:

@@ -61,6 +61,9 @@ class ReplacementsBypassed(Exception):
 #: that it knows is no state of a forward.
 LEVELS_OF_HOOKS = 3
 
+#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
+LEVELS_OF_ARGUMENTS = 4
+
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -123,8 +126,12 @@ class IsolatedModel:
                 copies[id(tensor)] = tensor.clone()
             return copies[id(tensor)]
 
-        with autocast(self._ambient if ambient is None else ambient):
-            result = forward(map_tensors(copied, arguments))
+        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        try:
+            with autocast(self._ambient if ambient is None else ambient):
+                result = forward(map_tensors(copied, arguments))
+        finally:
+            given.restore()
         if self._take_loss_state is not None:
             self._after_forward = self._take_loss_state(self._loss_state)
             self._after = get_random_state(self._cuda)
