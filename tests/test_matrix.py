@@ -147,8 +147,15 @@ def check(what: str, case: Case, tolerance: float = 1e-9) -> str:
 PAIRS = [(what, case) for case in CASES for what in MEASUREMENTS if SAID_OF.get(what, what) not in case.skip]
 
 
+def require_same_draws(what: str, case: Case) -> None:
+    """Skip what draws other random numbers than brute force: an LSTM's dropout, in and without cuDNN."""
+    if case.name == "graph/dropout_in_lstm" and what == "fisher" and torch.get_default_device().type == "cuda":
+        pytest.skip("one-shot measurements run recurrent layers without cuDNN, which draws other masks")
+
+
 @pytest.mark.parametrize(("what", "case"), PAIRS, ids=[f"{case.name}-{what}" for what, case in PAIRS])
 def test_exact_or_refused(what: str, case: Case) -> None:
+    require_same_draws(what, case)
     check(what, case)
 
 
@@ -163,6 +170,7 @@ SINGLE = [
 
 @pytest.mark.parametrize(("what", "case"), SINGLE, ids=[f"{case.name}-{what}" for what, case in SINGLE])
 def test_float32(what: str, case: Case) -> None:
+    require_same_draws(what, case)
     same_draws = not case.by_slices or torch.get_default_device().type == "cpu"  # else others in each dtype
     reference = brute_force(case, MEASUREMENTS[what], torch.float64 if same_draws else torch.float32)
     with default_dtype(torch.float32):
@@ -200,6 +208,7 @@ FISHER = [(what, case) for what, case in SINGLE if what != "hessian"]
 @pytest.mark.parametrize(("what", "case"), FISHER, ids=[f"{case.name}-{what}" for what, case in FISHER])
 def test_fisher_under_bfloat16_autocast(what: str, case: Case) -> None:
     """Within 2e-2 of brute force under the same autocast, or nearer to float64 than that brute force is."""
+    require_same_draws(what, case)
     exact = brute_force(case, MEASUREMENTS[what])
     reference = brute_force_or_skip(case, MEASUREMENTS[what])
     batch = build(case, torch.float32)

@@ -68,7 +68,7 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
         matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
         matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
-        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * len(matrix)  # samples may be alike
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r

@@ -28,7 +28,7 @@ from .closing import add_tied, audit_uncalled, audit_unreached
 from .directions import Directions
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
-from .record import Backwards, ForwardRecord
+from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights
 from .schedule import now_and_then
 from .sums import LayerSums, Stretch, count_together
@@ -158,7 +158,15 @@ class OnlineFisher:
     def factor(self, record: ForwardRecord) -> float:
         """What squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n."""
         scale = float(record.num_samples**2) if record.mean else 1.0
-        return scale / float(self.loss_scale()) ** 2
+        return scale / self.loss_scale_of(record.backward) ** 2
+
+    def loss_scale_of(self, backward: Backward | None) -> float:
+        """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
+        if backward is None:
+            return float(self.loss_scale())
+        if backward.loss_scale is None:
+            backward.loss_scale = float(self.loss_scale())
+        return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
         """Samples of the batch on all ranks that share the sums."""
