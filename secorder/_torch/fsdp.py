@@ -1,11 +1,17 @@
-"""FSDP2 (``fully_shard``): the modules that it manages, and the hooks that it puts on them."""
+"""FSDP2 (``fully_shard``): the modules that it manages, the hooks that it puts on them, and a rank's own part."""
 
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook"]
+__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook", "local"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that lies over ranks, such as a sharded parameter; any other tensor, detached."""
+    found: Tensor = tensor.detach()
+    return found.to_local() if hasattr(found, "to_local") else found
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

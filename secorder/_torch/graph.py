@@ -112,7 +112,9 @@ def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tens
 
 def run_node_once(node: Node, gradients: Sequence[Tensor | None], indices: Sequence[int]) -> list[Tensor]:
     """:func:`run_node` for several inputs at once."""
-    found = node(*gradients)
+    # What has no elements, such as the second state of cuDNN's layers that have one, some nodes take only as None.
+    real = [None if g is None or not g.numel() else g for g in gradients]
+    found = node(*(gradients if all(g is None for g in real) else real))
     result = []
     for index in indices:
         g = found[index] if isinstance(found, tuple) else found

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks
-from .patches import Patches, whole_input
-from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge
+from .patches import Patches, matrix_products, whole_input
+from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
-    "ACCELERATOR_CHUNK_ELEMENTS",
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
     "contract",
@@ -23,13 +22,13 @@ __all__ = [
     "contract_sum",
 ]
 
-#: As :data:`~secorder.layers.per_sample.CHUNK_ELEMENTS`, where memory is plenty and each call costs a launch.
-ACCELERATOR_CHUNK_ELEMENTS = 1 << 25
-
-
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
 
+
+#: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
+#: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
+ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
 
 #: Elements of per-sample gradients of one grouped convolution, measured on a CPU.
 CONVOLUTION_ELEMENTS = 1 << 18
@@ -116,11 +115,14 @@ def _accumulate_products(
     keep: Tensor | None,
 ) -> None:
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
-    budget = CHUNK_ELEMENTS if gu.device.type == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    budget = chunk_elements(gu.device)
     count, groups, positions, width = gu.shape
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
+            if gv is None and left.is_cuda and not left.requires_grad:
+                _add_squares(total, left, alpha, keep)
+                continue
             right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
             total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
         return
@@ -135,8 +137,30 @@ def _accumulate_products(
             _add_products(target, left, right, alpha, keep)
             del left, right  # before the next are formed
         return
+    image = a.image if isinstance(a, Patches) else a
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gu, gv, image))
+    if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
+        _add_sample_by_sample(target, a, gu, gv, alpha)
+        return
     for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
+
+
+def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float) -> None:
+    """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
+    groups, width, fan_in = target.shape
+    rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
+    few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
+    memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
+    for n in chunks(len(gu), few):
+        inputs = a[n.start : n.stop]
+        factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
+        for r in chunks(width, rows):
+            formed = [own[:, : len(r)] for own in memory]
+            for i in range(len(n)):
+                for g, out in zip(factors, formed, strict=True):
+                    torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
+                target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
 
 
 def _add_matrix_products(
@@ -155,8 +179,8 @@ def _add_matrix_products(
     left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     for r in chunks(target.shape[1], rows):
-        left = torch.bmm(left_t[:, r.start : r.stop], inputs)
-        right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
+        left = matrix_products(left_t[:, r.start : r.stop], inputs, a)
+        right = left if right_t is None else matrix_products(right_t[:, r.start : r.stop], inputs, a)
         _add_products(target[:, r.start : r.stop], left, right, alpha, keep)
         del left, right  # before the next are formed
 
@@ -165,9 +189,17 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, kee
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
     if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
+    elif right is left and left.is_cuda and not left.requires_grad:
+        _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
         target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
+
+
+def _add_squares(target: Tensor, each: Tensor, alpha: float, keep: Tensor | None) -> None:
+    """Add α Σ_n each_n² to ``target`` in one pass over ``each``: few kernels, as an accelerator likes."""
+    norms = _kept(torch.linalg.vector_norm(each, dim=0), keep)
+    target.addcmul_(norms, norms, value=alpha)
 
 
 def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:
@@ -274,7 +306,8 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
         squares = (a * a).squeeze(2).transpose(0, 1)
         return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
     total = a.new_zeros(groups * width, a.shape[-1])
-    for chunk in torch.arange(count, device=index.device).split(max(1, CHUNK_ELEMENTS // max(1, a[:, 0].numel()))):
+    few = max(1, chunk_elements(a.device) // max(1, a[:, 0].numel()))
+    for chunk in torch.arange(count, device=index.device).split(few):
         g, p, o = group[chunk], position[chunk], column[chunk]
         inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
         weights = u.g[chunk, :, g, :, o]  # (k, N, P)

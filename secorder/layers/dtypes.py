@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..parallel.fsdp import local
+from .._torch.fsdp import local
 from .selection import Layer
 
 __all__ = ["cast", "compute_dtype", "rounding", "zeros"]

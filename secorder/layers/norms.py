@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS
-from .patches import Patches, whole_input
-from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, dense, merge, total_gradient
+from .patches import Patches, matrix_products, whole_input
+from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge, total_gradient
 
 __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 
@@ -27,8 +27,8 @@ __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 TRAFFIC = 16
 
 #: Elements of per-sample gradients, and of the patches for them, that are formed at once: in the middle of a backward,
-#: whose peak of memory they are not to raise.
-FORMED_ELEMENTS = CHUNK_ELEMENTS // 2
+#: whose peak of memory they are not to raise; a part of what a step of a contraction may form.
+FORMED_PART = 2
 
 #: Positions of a sample up to which each is compared with each.
 FEW_POSITIONS = 128
@@ -138,12 +138,13 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
     count, groups, positions, width = g.shape
     fan_in = a.shape[-1]
     copied = positions * fan_in if isinstance(a, Patches) else 0
+    formed = chunk_elements(g.device) // FORMED_PART
     if positions * positions * (fan_in + width + TRAFFIC) < width * fan_in * (positions + TRAFFIC):
-        few = max(1, FORMED_ELEMENTS // (groups * (positions * positions + copied)))
+        few = max(1, formed // (groups * (positions * positions + copied)))
         found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     else:
         convolved = isinstance(a, Patches) and a.convolves_well(width)
-        elements = min(CONVOLUTION_ELEMENTS, FORMED_ELEMENTS) if convolved else FORMED_ELEMENTS
+        elements = min(CONVOLUTION_ELEMENTS, formed) if convolved else formed
         few = max(1, elements // max(1, groups * (width * fan_in + (0 if convolved else copied))))
         found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     return found[0] if len(found) == 1 else torch.cat(found)
@@ -164,7 +165,7 @@ def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) 
     if isinstance(a, Patches) and a.convolves_well(g.shape[3]):
         formed = a.weight_gradients(rows, g)
     else:
-        formed = torch.bmm(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1))
+        formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)
     norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
     return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
 

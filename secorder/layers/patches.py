@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-__all__ = ["Patches", "whole_input", "windows"]
+from .._torch.float32 import products_as_convolutions
+
+__all__ = ["Patches", "matrix_products", "whole_input", "windows"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ class Patches:
     dilation: tuple[int, ...]
     groups: int
     shape: tuple[int, int, int, int]
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many positions there are in each spatial dimension."""
+        spatial = self.image.shape[2:]
+        return [
+            (size - gap * (k - 1) - 1) // step + 1
+            for size, k, step, gap in zip(spatial, self.kernel, self.stride, self.dilation, strict=True)
+        ]
+
+    def seen_at(self, place: int) -> Tensor:
+        """What each position sees at one place of the kernel, shape ``(N, groups, channels, …)``: a view."""
+        image: Tensor = self.image.unflatten(1, (self.groups, -1))
+        sizes = self.sizes
+        for dim in reversed(range(len(self.kernel))):
+            place, offset = divmod(place, self.kernel[dim])
+            first, step = offset * self.dilation[dim], self.stride[dim]
+            last = first + step * (sizes[dim] - 1)
+            image = image[(slice(None),) * (3 + dim) + (slice(first, last + 1, step),)]
+        return image
 
     def convolves_well(self, width: int) -> bool:
         """Whether :meth:`weight_gradients` is faster than copies of the patches and a matrix product.
@@ -54,15 +76,11 @@ class Patches:
         image, spatial = self.image[rows], len(self.kernel)
         factor = g[rows].transpose(2, 3)
         count, groups, width, _ = factor.shape
-        sizes = [
-            (size - gap * (k - 1) - 1) // step + 1
-            for size, k, step, gap in zip(image.shape[2:], self.kernel, self.stride, self.dilation, strict=True)
-        ]
         backward = (conv1d_weight, conv2d_weight, conv3d_weight)[spatial - 1]
         gradients: Tensor = backward(  # type: ignore[no-untyped-call]
             image.reshape(1, -1, *image.shape[2:]),
             (count * groups * width, image.shape[1] // groups, *self.kernel),
-            factor.reshape(1, -1, *sizes),
+            factor.reshape(1, -1, *self.sizes),
             stride=self.stride,
             dilation=self.dilation,
             groups=count * groups,
@@ -75,6 +93,14 @@ class Patches:
         a = windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
         patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
         return patches
+
+
+def matrix_products(left: Tensor, right: Tensor, factor: "Tensor | Patches") -> Tensor:
+    """Batched matrix products, whose right ones are of an input factor: of patches, as exact as a convolution is."""
+    if not (left.is_cuda and isinstance(factor, Patches)):
+        return torch.bmm(left, right)
+    with products_as_convolutions(left.device):
+        return torch.bmm(left, right)
 
 
 def whole_input(a: Tensor | Patches) -> Tensor:

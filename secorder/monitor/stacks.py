@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.fsdp import local
+
 __all__ = ["STACKED", "norms", "stacks"]
 
 #: Elements that are put together, at most.
@@ -31,7 +33,7 @@ def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
         [([0, 2], (2, 3)), ([1], (1, 2))]
     """
     waiting: dict[Any, list[tuple[int, Tensor]]] = {}
-    for place, tensor in enumerate(map(_local, tensors)):
+    for place, tensor in enumerate(map(local, tensors)):
         size = tensor.numel()
         if 2 * size > STACKED:
             yield [place], tensor[None]
@@ -68,11 +70,6 @@ def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] |
             return []
         numbers = torch.cat(parts)[torch.tensor(places, device=parts[0].device).argsort()]
         return list(_of_all_parts(tensors, numbers).tolist())
-
-
-def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return found
 
 
 def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:

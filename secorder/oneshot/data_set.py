@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from ..batch import batch_size, sample_dimension
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..means import RunningMean, joined_info, mean_over_ranks
 from ..monitor.progress import progress_bar
+from ..parallel.all_reduce import raised_on_all
 from ..results import Diagonals
 from .hessian.estimate import relative_error
 from .loss import losses
@@ -109,8 +111,13 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
                 return measure(*args, **kwargs)
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
-            found: R = _over(probe, measure, loss_fn, data, by_sample(given), given)
-            return found
+            synchronize = given.pop("synchronize", False)
+            with raised_on_all() if synchronize else nullcontext():
+                found, seen = _over(probe, measure, loss_fn, data, by_sample(given), given, errors=synchronize)
+            if synchronize:
+                found = mean_over_ranks(found, seen)
+            result: R = found
+            return result
 
         return either
 
@@ -124,11 +131,12 @@ def _over(
     data: Iterable[Any],
     by_sample: bool,
     options: dict[str, Any],
-) -> Any:
-    """The measurement of all batches together."""
+    *,
+    errors: bool,
+) -> tuple[Any, int]:
+    """The measurement of all batches together, with ``errors`` those of one batch too; and how many samples."""
     if options.pop("create_graph", False):
         raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
-    synchronize = options.pop("synchronize", False)
     model, dim, told = probe.data_context
     total = len(data) if isinstance(data, Sized) else None
     running, first, sample = RunningMean([], []), None, None
@@ -153,10 +161,10 @@ def _over(
             advance(1)
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    if len(kept) > 1 or synchronize:
+    if len(kept) > 1 or errors:
         scale = float(seen) if kind == "sum" else 1.0
         first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
-    return mean_over_ranks(first, seen) if synchronize else first
+    return first, seen
 
 
 def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:

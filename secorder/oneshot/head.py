@@ -15,7 +15,7 @@ from ..errors import AttributionError
 from ..layers.contraction import contract
 from ..layers.layout import DIM_ZERO
 from ..layers.patches import Patches
-from ..layers.per_sample import CHUNK_ELEMENTS, Outer
+from ..layers.per_sample import Outer, chunk_elements
 from .output_hessian import as_samples
 from .recorded_layer import RecordedLayer
 from .roots import Root
@@ -100,7 +100,7 @@ def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: i
     def split(factor: Tensor) -> Tensor:  # (N, G, P, k) -> (N P, G, 1, k)
         return factor.transpose(1, 2).flatten(0, 1).unsqueeze(2)
 
-    size = len(g) if a is None else max(1, CHUNK_ELEMENTS // max(1, math.prod(a.shape[1:])))
+    size = len(g) if a is None else max(1, chunk_elements(g.device) // max(1, math.prod(a.shape[1:])))
     total = g.new_zeros(numel)
     for n in chunks(len(g), size):
         here = slice(n.start, n.stop)

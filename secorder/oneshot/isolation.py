@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
+from .._torch.cudnn import differentiable_recurrence
+from .._torch.float32 import full_float32
 from .._torch.modules import (
     Place,
     buffer_places,
@@ -58,6 +60,9 @@ class ReplacementsBypassed(Exception):
 #: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
 #: that it knows is no state of a forward.
 LEVELS_OF_HOOKS = 3
+
+#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
+LEVELS_OF_ARGUMENTS = 4
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -121,8 +126,12 @@ class IsolatedModel:
                 copies[id(tensor)] = tensor.clone()
             return copies[id(tensor)]
 
-        with autocast(self._ambient if ambient is None else ambient):
-            result = forward(map_tensors(copied, arguments))
+        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        try:
+            with autocast(self._ambient if ambient is None else ambient):
+                result = forward(map_tensors(copied, arguments))
+        finally:
+            given.restore()
         if self._take_loss_state is not None:
             self._after_forward = self._take_loss_state(self._loss_state)
             self._after = get_random_state(self._cuda)
@@ -264,6 +273,9 @@ def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -
         stack.enter_context(parametrizations_computed_anew())
         if in_training:
             stack.enter_context(unseen())
+        else:
+            stack.enter_context(full_float32())
+            stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())

@@ -9,6 +9,7 @@ M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,13 +22,13 @@ from ..layers.per_sample import total_gradient, with_cotangents
 from ..layers.selection import Layer
 from .cotangents import require_linear_backward
 from .fisher import require_independent_samples
-from .hessian.budget import Budget
-from .hessian.investigate import investigate
+from .hessian.investigate import attached
 from .hessian.layer_graph import LayerGraph
 from .hessian.on_parameters import on_parameters
 from .losses_by_output import SampleLosses, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
+from .recorded_layer import layout_options
 from .recording import recorded
 from .roots import single
 
@@ -69,12 +70,16 @@ def operators(task: Measurement, of: Curvature) -> Blocks:
 def _hessian_operators(task: Measurement) -> Blocks:
     rest = []
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        found = investigate(task, recording, Budget("hutchinson"), columns=False)
+        found, _, _ = attached(task, recording)
         for layer in task.layers:
             facts, graph = found.facts[layer.name], found.graphs.get(layer.name)
             if not facts.used:
                 yield layer, None
-            elif facts.own_use and graph is not None and graph.layouts and layer.rule is not None:
+                continue
+            # Which rows belong to which sample does not matter to their sum.
+            layouts = layout_options(graph, task.num_samples) if facts.own_use and graph is not None else []
+            if graph is not None and layouts:
+                graph.layouts = layouts[0]
                 yield layer, ProductInZ(graph)
             else:
                 rest.append(layer)
@@ -89,6 +94,13 @@ class ProductInZ:
 
     graph: LayerGraph
 
+    @cached_property
+    def constant(self) -> list[Tensor]:
+        """What each call adds that does not depend on θ: its output where θ is zero."""
+        zero = {name: torch.zeros_like(p) for name, p in self.graph.layer.parameters.items()}
+        with torch.no_grad():
+            return [_call(self.graph, zero, call) for call in self.graph.inputs]
+
     def __call__(self, v: Tensor) -> Tensor:
         """The product with a flat vector."""
         graph = self.graph
@@ -98,9 +110,9 @@ class ProductInZ:
             name: part.view_as(p).to(p.dtype)
             for (name, p), part in zip(graph.layer.parameters.items(), parts, strict=True)
         }
-        zero = {name: torch.zeros_like(p) for name, p in along.items()}
         with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
-            tangents = [_call(graph, along, call) - _call(graph, zero, call) for call in graph.inputs]
+            calls = zip(graph.inputs, self.constant, strict=True)
+            tangents = [_call(graph, along, call) - constant for call, constant in calls]
         found = graph.gradients(stacked_vjp(graph.output_gradients, graph.leaves, [t[None] for t in tangents]))
         flat = [
             total_gradient(with_cotangents(found[name], lambda g: g[0]), size)

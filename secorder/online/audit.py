@@ -14,12 +14,13 @@ Source: Freivalds (1977), "Probabilistic machines can use less running time".
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .._torch.float32 import Operation, rounding_of_products
 from .._torch.norms import norms_of
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
@@ -36,7 +37,6 @@ FEW, FEW_SAMPLES = 32, 4
 UNITS = 64
 UNITS_OF_FACTORS = 8
 #: Of what matrix units may round float32 to.
-TF32 = 2.0**-10
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -68,7 +68,7 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
         matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
         matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
-        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * len(matrix)  # samples may be alike
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r
@@ -98,7 +98,8 @@ def explained_together(layers: Sequence[tuple[RankOne, Vectors]], with_bias: Ten
         with_bias: of each, one where that of the bias is to be in its number, else zero.
     """
     left, right, seen_g, seen_a = [], [], [], []
-    for one, (r, s, start, rows, _) in layers:
+    for one, vectors in layers:
+        r, s, start, rows = vectors[:4]
         size, g, a = r.shape[0], one.cotangents, one.inputs
         g = g if size == rows else g[:, start : start + size]
         g, a = (t if t.dtype is r.dtype else t.to(r.dtype) for t in (g, a))
@@ -142,10 +143,11 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
         a = a.reshape(-1, a.shape[3])
         return torch.mv(a if a.dtype is s.dtype else a.to(s.dtype), s)
     here = slice(vectors.channel, vectors.channel + IN_CHANNELS)
-    image = a.image.unflatten(1, (a.groups, -1))[:, :, here].flatten(1, 2).to(s.dtype)
-    kernel = s.view(1, -1, *a.kernel)[:, here].expand(a.groups, -1, *a.kernel)
-    convolve = (F.conv1d, F.conv2d, F.conv3d)[len(a.kernel) - 1]
-    found: Tensor = convolve(image, kernel, stride=a.stride, dilation=a.dilation, groups=a.groups)
+    seen = a.seen_at(vectors.place)[:, :, here]  # a convolution with one output is many times as slow
+    weights = s.view(-1, prod(a.kernel))[here, vectors.place]
+    found = seen[:, :, 0] * weights[0]
+    for channel in range(1, len(weights)):
+        found.addcmul_(seen[:, :, channel], weights[channel])
     return found.flatten(2)
 
 
@@ -238,7 +240,7 @@ class Audit:
         number = self._numbers.get(id(parameter) if home is None else home)
         if number is None or home is None:
             return None if number is None else number.vectors
-        r, _, start, rows, _ = number.vectors
+        r, _, start, rows = number.vectors[:4]
         return Vectors(r, self._directions.constants([1.0], r), start, rows)
 
     def see(self, parameter: Tensor, gradient: Tensor, bias: Tensor | None = None) -> None:
@@ -349,11 +351,16 @@ class Audit:
 def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
     """What part of a number's size may be rounding: ``dtype`` of the parameter, ``low`` what factors are rounded to."""
     factors = 0.0 if low is None else torch.finfo(low).eps
-    if value.is_cuda and dtype is torch.float32:
-        convolved = isinstance(gradient, Outer) and isinstance(gradient.a, Patches)
-        lower = torch.backends.cudnn.allow_tf32 if convolved else torch.get_float32_matmul_precision() != "highest"
-        factors = max(factors, TF32 if lower else 0.0)
+    if dtype is torch.float32:
+        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in _operations(gradient)))
     return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
+
+
+def _operations(gradient: PerSample) -> tuple[Operation, ...]:
+    """What the whole gradient may have been made by."""
+    if isinstance(gradient, Outer):
+        return ("convolution",) if isinstance(gradient.a, Patches) else ("product",)
+    return "product", "convolution", "recurrence"
 
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:

@@ -17,8 +17,8 @@ from .._torch.engine import (
     first_gradient_hook,
     will_accumulate,
 )
+from .._torch.fsdp import local
 from ..layers.selection import Layer
-from ..parallel.fsdp import local
 from .audit import Audit
 from .closing import check_together, close
 from .fisher import OnlineFisher, quietly

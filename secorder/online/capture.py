@@ -10,12 +10,12 @@ from torch import Tensor
 
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, accumulates_into, in_backward, will_accumulate
+from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
-from ..parallel.fsdp import local
 from ..parallel.tensor_parallel import Layouts, layouts, own
 from .backward import enter
 from .closing import second_backward

@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.fsdp import local
 from .._torch.surroundings import lasting
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
-from ..parallel.fsdp import Shard, local
+from ..parallel.fsdp import Shard
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norms import COLUMNS, NormSums

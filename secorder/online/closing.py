@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import current_backward
-from ..parallel.fsdp import local
+from .._torch.fsdp import local
 from .agreement import share_troubles
 from .delivery import deliver, deliver_module
 from .norms import read_squares
@@ -112,7 +112,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         record = groups[0][0]
         inverse = float(record.num_samples) if record.mean else 1.0
         alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
-        scale = float(fisher.loss_scale())
+        scale = fisher.loss_scale_of(backward)
         add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
     elif groups:
         fisher.troubles.mark(
@@ -136,7 +136,8 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
         if indices == list(range(len(fisher.layers))):
             fisher.failures.add_(found[1])
         else:
-            fisher.failures.index_add_(0, torch.tensor(indices, device=fisher.failures.device), found[1].long())
+            places = fisher.directions.numbers(len(fisher.layers), fisher.failures)
+            fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
 
 
 def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:

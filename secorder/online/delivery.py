@@ -15,7 +15,7 @@ from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
-from ..layers.per_sample import Outer, PerSample, Rows, per_sample_gradients, with_cotangents
+from ..layers.per_sample import Outer, PerSample, Rows, dense, per_sample_gradients, with_cotangents
 from ..layers.rank_one import rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
@@ -230,9 +230,10 @@ def _rerun(
     for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
         for layer, (sums, norms), gradients in zip(layers, found, chunk, strict=True):
             _tell(fisher, record, layer, dict(zip(layer.parameters, gradients, strict=True)))
-            flats = [g.reshape(len(g), -1) for g in gradients]  # of a scalar, too
+            parts: Sequence[PerSample] = gradients
             if record.weights is not None:
-                flats = [flat * record.weights[at : at + len(flat), None].to(flat) for flat in flats]
+                parts = [weighted(g, record.weights[at : at + len(g)]) for g in gradients]
+            flats = [dense(part, p.numel()) for part, p in zip(parts, layer.parameters.values(), strict=True)]
             for total, flat in zip(sums, flats, strict=bool(sums)):
                 total.add_((flat * flat).sum(0))
             if norms is not None:

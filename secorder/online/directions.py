@@ -26,10 +26,11 @@ class Vectors(NamedTuple):
 
     Attributes:
         r: normal, one a row of the block.
-        s: normal, one a column; of a convolution, zero but for some input channels.
+        s: normal, one a column; of a convolution, zero but for some input channels at one place of the kernel.
         start: the first row of the block.
         rows: rows of the parameter.
         channel: the first of these input channels.
+        place: that place of the kernel, as places are counted in memory.
     """
 
     r: Tensor
@@ -37,6 +38,7 @@ class Vectors(NamedTuple):
     start: int
     rows: int
     channel: int = 0
+    place: int = 0
 
     @property
     def whole(self) -> bool:
@@ -53,7 +55,8 @@ class Directions:
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
-        self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+        self._numbers: dict[torch.device, tuple[Tensor, ...]] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -76,13 +79,20 @@ class Directions:
 
     def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
         """Numbers that are much the same each time, where they are already on the device; 1-D."""
-        key = tuple(numbers)
+        key = (tuple(numbers), like.dtype, like.device)
         found = self._constants.get(key)
-        if found is None or found.device != like.device or found.dtype is not like.dtype:
+        if found is None:
             if len(self._constants) > CONSTANTS:
                 self._constants.clear()
             found = self._constants[key] = like.new_tensor(numbers)
         return found
+
+    def numbers(self, count: int, like: Tensor) -> tuple[Tensor, ...]:
+        """The numbers below ``count``, each a tensor on the device: an index made of them is not waited for."""
+        known = self._numbers.get(like.device, ())
+        if len(known) < count:
+            known = self._numbers[like.device] = torch.arange(count, device=like.device).unbind()
+        return known
 
     def vectors(self, parameter: Tensor) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
@@ -103,14 +113,15 @@ class Directions:
         start = self._places.randrange(rows - block + 1)
         like = parameter.detach()
         like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        if parameter.dim() > 2:
+            channels = parameter.shape[1]
+            size, few = columns // max(channels, 1), min(channels, IN_CHANNELS)
+            channel, place = self._places.randrange(channels - few + 1), self._places.randrange(max(size, 1))
+            s = like.new_zeros(columns)
+            s.view(channels, -1)[channel : channel + few, place] = self._take(few, like)
+            return Vectors(self._take(block, like), s, start, rows, channel, place)
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
-        channel = 0
-        if parameter.dim() > 2 and parameter.shape[1] > IN_CHANNELS:
-            channel, size = self._places.randrange(parameter.shape[1] - IN_CHANNELS + 1), columns // parameter.shape[1]
-            some = torch.zeros_like(s)
-            some[channel * size : (channel + IN_CHANNELS) * size] = s[: IN_CHANNELS * size]
-            s = some
-        return Vectors(self._take(block, like), s, start, rows, channel)
+        return Vectors(self._take(block, like), s, start, rows)
 
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
+from .._torch.fsdp import local
 from .._torch.surroundings import lasting
 from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
@@ -23,13 +24,12 @@ from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne, add_rank_one
 from ..layers.selection import Layer, MeasuredBy, ranks_of
-from ..parallel.fsdp import local
 from .agreement import agree
 from .closing import add_tied, audit_uncalled, audit_unreached
 from .directions import Directions
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
-from .record import Backwards, ForwardRecord
+from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights
 from .schedule import now_and_then
 from .stretch import Stretch
@@ -167,7 +167,15 @@ class OnlineFisher:
     def factor(self, record: ForwardRecord) -> float:
         """What squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n."""
         scale = float(record.num_samples**2) if record.mean else 1.0
-        return scale / float(self.loss_scale()) ** 2
+        return scale / self.loss_scale_of(record.backward) ** 2
+
+    def loss_scale_of(self, backward: Backward | None) -> float:
+        """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
+        if backward is None:
+            return float(self.loss_scale())
+        if backward.loss_scale is None:
+            backward.loss_scale = float(self.loss_scale())
+        return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
         """Samples of the batch on all ranks that share the sums."""

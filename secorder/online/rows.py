@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch.fsdp import local
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator, gradients
 from ..errors import DoubleBackwardError
@@ -13,7 +14,6 @@ from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import changed_entries, over_samples, separating_masks
 from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
-from ..parallel.fsdp import local
 from ..parallel.ranks import Ranks
 from .samples import Hypothesis, any_layout, floating, run_changed
 

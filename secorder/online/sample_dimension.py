@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.modules import evaluating
+from .._torch.pytree import tensors_in
 from .._torch.vjp import fresh_generator
 from ..layers.layout import Layout
 from ..layers.structure import independent_by_structure
@@ -76,8 +77,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
     tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
-        what = 'is a list, as sample_dim="list" says' if dim == "list" else "has a dimension for samples"
-        return Attribution(undecided=f"none of the model's arguments {what}")
+        return Attribution(undecided=_no_candidate(arguments, dim))
     usual = tried[0]
     certain = len(tried) == 1 and usual.dim == 0 and usual.owned is None and independent_by_structure(model, 0)
     if (usual.num_samples <= 1 and len(tried) == 1) or certain or asked.ranks is not None:
@@ -86,19 +86,20 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     if before is not None and (count := before.count(arguments)) is not None and count > 1:
         owned = None if before.grouping is None else before.grouping.of(arguments)
         known = Hypothesis(before.dims, count, before.alternative) if owned is None else of_owned(owned, arguments)
-        options = separates(forward, arguments, base, known, asked.masks(count, TRIALS), usual=True)
-        if options is not None:
-            return known, options
+        still = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
+        if still is not None:
+            return known, still.layouts
     if not any(any_layout(f, h.num_samples) for f in base for h in tried):
         return _by_size_alone(asked, forward, base, tried)
-    holding = []
+    holding, without_evidence = [], None
     for hypothesis in tried:
         if hypothesis.num_samples > 1:
-            masks = asked.masks(hypothesis.num_samples)
+            found = separates(forward, arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
             alone = hypothesis is usual and (dim is not None or len(tried) == 1)
-            options = separates(forward, arguments, base, hypothesis, masks, usual=alone)
-            if options is not None:
-                holding.append((hypothesis, options))
+            if found is not None and (found.told or alone):
+                holding.append((hypothesis, found.layouts))
+            elif hypothesis is usual:
+                without_evidence = found
         if holding and dim is not None:
             break
     listed = [choice for choice in holding if choice[0].owned is not None]
@@ -108,11 +109,9 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
-    if dim is None and usual.dim == 0 and usual.num_samples > 1 and all(h is not usual for h, _ in holding):
-        # Perhaps nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
-        masks = asked.masks(usual.num_samples)
-        options = separates(forward, arguments, base, usual, masks, usual=True, accepts=bool(holding))
-        holding = holding if options is None else [(usual._replace(untested=True), options), *holding]
+    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding):
+        # Nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
+        holding = [(usual._replace(untested=True), without_evidence.layouts), *holding]
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
@@ -123,9 +122,29 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
         return holding[0]
     with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
         alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
+    most = max(_held(options) for _, options in alike)
+    alike = [choice for choice in alike if _held(choice[1]) == most]
     first, options = alike[0]
     others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
     return first._replace(alternative=next(iter(others), None)), options
+
+
+def _no_candidate(arguments: tuple[tuple[Any, ...], dict[str, Any]], dim: SampleDim) -> str:
+    """Why nothing among the arguments may hold samples."""
+    args, kwargs = arguments
+    if next(tensors_in(arguments), None) is None and (args or kwargs):
+        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in (*args, *kwargs.values())))
+        return (
+            f"the model is called with {kinds} and no tensor, in which samples could be found: call it with tensors, "
+            "or attach the probe to the part of it that is called with them"
+        )
+    what = 'is a list, as sample_dim="list" says' if dim == "list" else "has a dimension for samples"
+    return f"none of the model's arguments {what}"
+
+
+def _held(options: Sequence[Sequence[Layout]]) -> int:
+    """How many of the outputs may hold the samples."""
+    return sum(map(bool, options))
 
 
 def _by_size_alone(
@@ -158,7 +177,7 @@ def _nothing_separates(asked: Question, forward: Any, base: Sequence[Tensor], us
     separable = None
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
-            masks = asked.masks(other.num_samples)
-            if separates(forward, asked.arguments, base, other, masks, usual=False) is not None:
+            found = separates(forward, asked.arguments, base, other, asked.masks(other.num_samples))
+            if found is not None and found.told:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)

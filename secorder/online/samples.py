@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
 from ..oneshot.independence import changed_entries
 from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
-from ..parallel.fsdp import local
 from ..parallel.spread import is_distributed
 
 __all__ = [
-    "Hypothesis", "SampleDim", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses", "of_owned",
-    "run_changed", "separates", "shapes_of", "told",
+    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses",
+    "of_owned", "run_changed", "separates", "shapes_of", "told",
 ]  # fmt: skip
 
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
@@ -58,6 +58,20 @@ class Hypothesis(NamedTuple):
     def dim(self) -> int | None:
         """The dimension of the first argument that has samples."""
         return next((dim for dim in self.dims if dim is not None), None)
+
+
+class Separation(NamedTuple):
+    """What samples that are changed tell of a hypothesis that they do not refute.
+
+    Attributes:
+        layouts: of each output, where the samples may be in it.
+        told: whether anything changed: where nothing did, this is no evidence.
+        accepted: whether the model accepted what was changed.
+    """
+
+    layouts: list[list[Layout]]
+    told: bool
+    accepted: bool = True
 
 
 def check_sample_dim(sample_dim: SampleDim) -> None:
@@ -164,13 +178,8 @@ def separates(
     base: Sequence[Tensor],
     hypothesis: Hypothesis,
     masks: Sequence[Tensor],
-    *,
-    usual: bool,
-    accepts: bool = False,
-) -> list[list[Layout]] | None:
+) -> Separation | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
-
-    Where nothing changes at all nothing is told: that is no evidence for a dimension other than the usual one.
 
     Args:
         forward: the model on its arguments, from one and the same state.
@@ -178,8 +187,6 @@ def separates(
         base: the floating-point outputs for them.
         hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
-        usual: whether the hypothesis is to be taken where nothing tells.
-        accepts: whether inputs that the model does not accept tell against it.
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
@@ -190,7 +197,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return options if usual and not accepts else None
+            return Separation(options, told=False, accepted=False)
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -204,7 +211,7 @@ def separates(
             options[index] = [o for o in options[index] if not bool(o.split(moved)[kept].any())]
             if not options[index]:
                 return None
-    return options if changes or usual else None
+    return Separation(options, told=changes)
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:

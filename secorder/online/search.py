@@ -10,7 +10,7 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
+from .._torch.fsdp import local
 from .._torch.modules import batch_normalisation, buffer_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
@@ -31,7 +32,6 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..parallel.fsdp import local
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .outside import share_parameters, uses_outside, without_gradient
@@ -43,6 +43,11 @@ from .samples import Hypothesis, SampleDim, floating, shapes_of
 from .use_rows import UseRows, rows_of_uses
 
 __all__ = ["attribute"]
+
+_USED_UP = (
+    "the model is called with an iterator, which running the model once more to see where samples are would use up: "
+    "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
 
 
 def attribute(
@@ -72,6 +77,8 @@ def attribute(
     ranks = ranks_of(model, layers)
     if ranks is not None:
         not_followed = [x.name for x in layers]
+    if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
+        return Attribution(undecided=_USED_UP)
     args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:

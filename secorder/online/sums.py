@@ -1,12 +1,14 @@
 """The sums of each layer: squared per-sample gradients, and their number of samples. Nothing is read on the host."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._torch.host_copy import begin_copy, goes_to_host
 from .._torch.several import add_each, add_products, set_to_zero
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
@@ -18,22 +20,50 @@ from ..parallel.fsdp import shard_of_sum
 __all__ = ["LayerSums", "count_together", "empty"]
 
 
+class Arriving(NamedTuple):
+    """A sum of squares on its way to the host: ``total ← beta · total + alpha · arrived()``."""
+
+    arrived: Callable[[], Tensor]
+    total: Tensor
+    beta: float
+    alpha: float
+
+
 @dataclass
 class LayerSums:
     """Σ of squared per-sample gradients of one layer (or their moving average), by parameter.
 
     Attributes:
-        sums: 1-D, one a parameter.
+        totals: 1-D, one a parameter; read as :attr:`sums`, which waits for what is on its way to them.
         counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
         batches: that were handed in, bad ones among them.
         decays: how often a moving average has moved on.
     """
 
-    sums: list[Tensor]
+    totals: list[Tensor]
     counts: Tensor
     batches: int = 0
     decays: int = 0
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
+    _arriving: list[Arriving] = field(default_factory=list)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums, with what was on its way from an accelerator to the host."""
+        while self._arriving:
+            part = self._arriving[0].arrived()  # where an interrupt may come, before it is taken from the list
+            here = self._arriving.pop(0)
+            _decayed(here.total, here.beta).add_(part.to(here.total), alpha=here.alpha)
+        return self.totals
+
+    @sums.setter
+    def sums(self, totals: list[Tensor]) -> None:
+        self._arriving.clear()
+        self.totals = totals
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert self.sums is self.totals  # nothing is on its way
+        return self.__dict__.copy()
 
     @classmethod
     def empty(
@@ -112,6 +142,8 @@ class LayerSums:
                 part = contract(parts, numel=numel, keep=good)
             if layer.spread is not None and layer.sharded:  # each rank's α is that of its own samples
                 _decayed(total, beta).add_(shard_of_sum(part.mul_(alpha), p, layer.spread).to(total))
+            elif goes_to_host(part, total):
+                self._arriving.append(Arriving(begin_copy(part), total, beta, alpha))
             else:
                 _decayed(total, beta).add_(part.to(total), alpha=alpha)
 

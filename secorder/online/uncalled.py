@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from .._torch.fsdp import local
 from .._torch.versions import version
 from ..layers.selection import Layer
-from ..parallel.fsdp import local
 
 __all__ = ["Uncalled"]
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch.fsdp import fsdp_modules, is_fsdp_hook
+from .._torch.fsdp import fsdp_modules, is_fsdp_hook, local
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
 from .all_reduce import all_reduce
@@ -20,18 +20,11 @@ from .spread import Spread
 __all__ = [
     "Shard",
     "gathered",
-    "local",
     "shard_of_sum",
     "shards",
     "whole",
     "whole_sum",
 ]
-
-
-def local(parameter: Tensor) -> Tensor:
-    """This rank's shard of a parameter, or the parameter where it is not sharded."""
-    found: Tensor = parameter.detach()
-    return found.to_local() if hasattr(found, "to_local") else found
 
 
 def whole(tensor: Tensor) -> Tensor:

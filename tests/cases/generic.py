@@ -250,7 +250,7 @@ def transformer_time_major() -> Any:
 @case()
 def packed_sequence() -> Any:
     def forward(m: Any, x: Tensor) -> Tensor:
-        lengths = (x[:, :, 0] > -9).sum(1)
+        lengths = (x[:, :, 0] > -9).sum(1).cpu()
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
         return m.head(m.core(packed)[1][-1])
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secorder.layers import contraction
+from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.per_sample import Outer, Rows, with_cotangents
 
@@ -30,7 +30,7 @@ def test_every_form_of_a_per_sample_gradient(name: str) -> None:
 @pytest.mark.parametrize("name", ["positions", "groups", "bias"])
 def test_a_few_elements_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a large parameter takes: pieces of rows, added in place."""
-    monkeypatch.setattr(contraction, "CHUNK_ELEMENTS", 4)
+    monkeypatch.setattr(per_sample, "CHUNK_ELEMENTS", 4)
     monkeypatch.setattr(contraction, "IN_PLACE_ELEMENTS", 1)
     u = form(name)
     v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)
@@ -38,6 +38,22 @@ def test_a_few_elements_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) ->
     contract(u, v, numel=SIZE, out=out, beta=0.5, alpha=3.0)
     torch.testing.assert_close(out, 0.5 + 3 * (written_out(u) * written_out(v)).sum(0))
     torch.testing.assert_close(contract(u, numel=SIZE), (written_out(u) ** 2).sum(0))
+
+
+@pytest.mark.parametrize("name", ["positions", "groups"])
+def test_one_sample_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is larger than a cache wants, a few rows of one sample at a time; also where that is differentiated."""
+    monkeypatch.setattr(contraction, "ALONE_ELEMENTS", 1)
+    monkeypatch.setattr(contraction, "CACHED_ELEMENTS", 4)
+    u = form(name)
+    v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)
+    expected = (written_out(u) * written_out(v)).sum(0)
+    torch.testing.assert_close(contract(u, v, numel=SIZE), expected)
+    torch.testing.assert_close(contract(u, numel=SIZE), (written_out(u) ** 2).sum(0))
+    differentiable = with_cotangents(u, lambda g: g.clone().requires_grad_())
+    found = contract(differentiable, v, numel=SIZE)
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder.layers import norms
+from secorder.layers import norms, per_sample
 from secorder.layers.norms import DenseNorms, squared_norm_of_sum, squared_norms
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
 
@@ -33,7 +33,7 @@ def check(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> None
 def test_products_of_positions_and_gradients(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One position, few, many; weights alone, with their bias, used twice; a few samples at a time."""
     for elements in (1 << 20, 100):
-        monkeypatch.setattr(norms, "FORMED_ELEMENTS", elements)
+        monkeypatch.setattr(per_sample, "CHUNK_ELEMENTS", elements)
         for positions, fan_in, width in itertools.product([1, 4, 40], [3, 30], [2, 20]):
             a, g = torch.randn(5, groups, positions, fan_in), torch.randn(5, groups, positions, width)
             sizes = [groups * fan_in * width, groups * width]

@@ -8,7 +8,6 @@ from secorder.layers.layout import Layout
 from secorder.layers.per_sample import (
     PerSample,
     dense,
-    magnitude,
     merge,
     per_sample_gradients,
     stacked_gradients,
@@ -22,12 +21,11 @@ from .forms import NAMES, SIZE, N, form, written_out
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_form_written_out_summed_and_bounded(name: str) -> None:
+def test_every_form_written_out_and_summed(name: str) -> None:
     gradient = form(name)
     by_sample = written_out(gradient)
     torch.testing.assert_close(dense(gradient, SIZE), by_sample)
     torch.testing.assert_close(total_gradient(gradient, SIZE), by_sample.sum(0))
-    assert magnitude(gradient, SIZE) >= by_sample.abs().sum(0).max() * (1 - 1e-12)
     torch.testing.assert_close(written_out(with_cotangents(gradient, lambda g: -3 * g)), -3 * by_sample)
 
 
@@ -36,13 +34,6 @@ def test_the_sum_of_several_calls(name: str) -> None:
     parts = [form(name) for _ in range(3)]
     torch.testing.assert_close(dense(merge(parts), SIZE), sum(written_out(part) for part in parts))
     assert merge(parts[:1]) is parts[0]
-
-
-def test_magnitude_of_what_cancels() -> None:
-    """Rounding is relative to the summands, not to their sum."""
-    gradient = torch.stack([torch.ones(6, 4), -torch.ones(6, 4)])
-    assert total_gradient(gradient, SIZE).abs().max() == 0
-    assert magnitude(gradient, SIZE) == 2
 
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

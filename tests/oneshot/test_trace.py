@@ -33,11 +33,11 @@ def test_a_ggn_of_many_outputs_is_drawn() -> None:
     """More than are afforded, not by the number of layers."""
     model, batch = make(), data()
     found = [
-        measured(lambda task, most=most: traces(task, Budget("auto", 2, max_hvps=most), of="ggn"), model, batch)["0"]
+        measured(lambda task, most=most: traces(task, Budget("auto", 1, max_hvps=most), of="ggn"), model, batch)["0"]
         for most in (2, 3)
     ]
-    assert [t.num_draws for t in found] == [2, 0]
-    many = measured(lambda task: traces(task, Budget("hutchinson", 3), of="ggn"), model, batch)["0"]
+    assert [t.num_draws for t in found] == [1, 0]
+    many = measured(lambda task: traces(task, Budget("hutchinson", 2), of="ggn"), model, batch)["0"]
     assert (many.num_draws, many.value) == (0, pytest.approx(found[1].value))  # as many draws as columns: those
 
 
@@ -57,7 +57,7 @@ def test_draws_tell_their_number_and_whether_they_sufficed() -> None:
     for of in ("hessian", "ggn"):
         one = drawn(Budget("hutchinson", num_draws=1), of)
         assert (one.num_draws, one.standard_error, one.converged) == (1, torch.inf, False)
-    many = drawn(Budget("hutchinson", num_draws=16, rtol=0.02, max_draws=20_000))
+    many = drawn(Budget("hutchinson", num_draws=16, rtol=0.02, max_draws=200_000))
     assert many.converged
     assert many.standard_error <= 0.02 * abs(many.value)
     assert many.num_draws > 16

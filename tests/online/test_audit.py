@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
 from secorder.layers.rank_one import rank_one
+from secorder.layers.rules.convolution import convolution as rule
 from secorder.layers.selection import select_layers
 from secorder.online.audit import UNITS, actual, explained, explained_together
 from secorder.online.directions import Directions
@@ -36,6 +37,37 @@ def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.Mo
         assert (actual(whole, vectors) - value).abs() <= bound
         other = whole + 1e-3 * torch.randn(shape)
         assert (actual(other, vectors) - value).abs() > bound
+
+
+@pytest.mark.parametrize(
+    ("convolution", "shape"),
+    [
+        (nn.Conv1d(3, 40, 5, stride=3), (4, 3, 40)),
+        (nn.Conv2d(12, 8, 3, stride=2, padding=1, dilation=2, groups=2), (5, 12, 11, 13)),
+        (nn.Conv3d(2, 4, (1, 2, 3), dilation=(1, 2, 1)), (3, 2, 5, 6, 7)),
+    ],
+)
+def test_what_explains_the_gradient_of_a_convolution(convolution: nn.Conv2d, shape: tuple[int, ...]) -> None:
+    """Looked at by a few channels, at one place of the kernel each time: in the end, at all of them."""
+    convolution, images = convolution.to(torch.float64), torch.randn(shape, dtype=torch.float64)
+    output = convolution(images)
+    g = torch.randn_like(output)
+    (whole,) = torch.autograd.grad(output, [convolution.weight], g)
+    part = rule(convolution, (images,), g)["weight"]
+    looked_at = torch.zeros(convolution.weight[0].numel(), dtype=torch.bool)
+    for _ in range(200):
+        vectors = Directions()._drawn(convolution.weight)
+        value, square = explained(part, vectors)
+        assert (actual(whole, vectors) - value).abs() <= UNITS * torch.finfo(torch.float64).eps * square.sqrt()
+        looked_at |= vectors.s != 0
+    assert looked_at.all()
+
+
+def test_samples_that_are_alike_round_as_their_sum_does() -> None:
+    """A norm's scale, or a bias behind an average over positions: all samples push the same way."""
+    gradient = torch.randn(1, 6).expand(50, 6)
+    _, square = explained(gradient, Directions().vectors(gradient[0]))
+    assert square.sqrt() >= gradient.sum(0).norm() * (1 - 1e-12)
 
 
 def test_rows_that_are_nearly_alike_round_as_much_where_they_are_orthogonal_to_what_is_drawn() -> None:

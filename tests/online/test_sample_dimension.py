@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from secorder.layers.selection import select_layers
 from secorder.layers.structure import independent_by_structure, linear_by_structure
 from secorder.oneshot.independence import outputs_independent, separating_masks
 from secorder.oneshot.isolation import isolate
+from secorder.online import samples
 from secorder.online.attribution import Attribution
 from secorder.online.sample_dimension import Question
-from secorder.online.samples import SampleDim
+from secorder.online.samples import Hypothesis, SampleDim, Separation
 from secorder.online.search import attribute
 
-from ..helpers import Net, data
+from ..helpers import Net, data, make
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -43,6 +45,33 @@ def test_two_dimensions_that_would_do_are_told_of() -> None:
     assert found.alternative == 1
 
 
+def test_the_dimension_that_more_outputs_hold_is_taken() -> None:
+    """Words and their contexts: one number a word, and one for each of its three contexts."""
+    tables = {"a": nn.Embedding(9, 4), "b": nn.Embedding(9, 4)}
+    model = Net(lambda m, word, near: (m.a(word).sum(1), (m.a(word)[:, None] * m.b(near)).sum(2)), **tables)
+    words = torch.randint(9, (5,)), torch.randint(9, (5, 3))
+    found = attribute(model, select_layers(model, "all"), words, {}, None)
+    assert found.dims == (0, 0)
+    assert found.alternative is None
+
+
+def test_a_dimension_of_which_nothing_tells_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that starts at zero: nothing refutes the usual dimension, and nothing supports the other one."""
+    tried = []
+
+    def separates(forward: Any, arguments: Any, base: Any, hypothesis: Hypothesis, masks: Any) -> Separation | None:
+        tried.append(hypothesis.dim)
+        return samples.separates(forward, arguments, base, hypothesis, masks)
+
+    monkeypatch.setattr("secorder.online.sample_dimension.separates", separates)
+    model = Net(lambda m, x: m.a(x), a=nn.Linear(4, 4))
+    nn.init.zeros_(model.a.weight)
+    found = attribute(model, select_layers(model), (torch.randn(8, 3, 4),), {}, None)
+    assert found.provisional
+    assert found.dims == (0,)
+    assert tried == [0, 1]
+
+
 def test_a_dimension_that_was_told_and_does_not_separate() -> None:
     found = look(over_time, 5, 3, 4, dim=0)
     assert found.coupled
@@ -50,6 +79,13 @@ def test_a_dimension_that_was_told_and_does_not_separate() -> None:
     none = look(lambda m, x: m.a(x).cumsum(0).cumsum(1), 5, 3, 4, dim=0)
     assert none.coupled
     assert none.separable is None
+
+
+def test_arguments_that_are_no_tensors_are_named() -> None:
+    model = Net(lambda m, texts, scale: m.a(scale * torch.tensor([[float(len(t))] * 4 for t in texts])), a=make()[0])
+    found = attribute(model, select_layers(model), (["ab", "c"],), {"scale": 2.0}, None)
+    assert "called with list, float and no tensor" in found.undecided
+    assert "attach the probe to the part of it" in found.undecided
 
 
 def test_where_nothing_tells_of_the_number_it_is_said() -> None:

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 from secorder import CurvatureProbe, InvalidArgumentError
+from secorder._torch.fsdp import local
 from secorder.layers.selection import ranks_of, select_layers
-from secorder.parallel.fsdp import Shard, local, shard_of_sum, whole
+from secorder.parallel.fsdp import Shard, shard_of_sum, whole
 from secorder.parallel.spread import Spread, is_distributed
 
 from ..helpers import data, make, reference, run_ranks, step

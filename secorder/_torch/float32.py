@@ -1,0 +1,91 @@
+"""What float32 is rounded to by PyTorch's settings: TF32 on tensor cores, bfloat16 on some processors."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+
+__all__ = ["Operation", "full_float32", "products_as_convolutions", "rounding_of_products"]
+
+#: A product of matrices, a convolution, or a recurrent layer.
+Operation = Literal["product", "convolution", "recurrence"]
+
+#: Half the distance of neighbours near one, in the settings' words and in the older ones for matrix products.
+_ROUNDED = {"tf32": 2.0**-11, "bf16": 2.0**-8, "high": 2.0**-11, "medium": 2.0**-8}
+
+#: The settings by what is computed, since PyTorch 2.9: device, ``torch.backends.<library>.<operation>``.
+_SETTINGS: dict[tuple[str, Operation], tuple[str, str]] = {
+    ("cuda", "product"): ("cuda", "matmul"),
+    ("cuda", "convolution"): ("cudnn", "conv"),
+    ("cuda", "recurrence"): ("cudnn", "rnn"),
+    ("cpu", "product"): ("mkldnn", "matmul"),
+    ("cpu", "convolution"): ("mkldnn", "conv"),
+    ("cpu", "recurrence"): ("mkldnn", "rnn"),
+}
+_BY_OPERATION = hasattr(torch.backends.cudnn, "conv")
+
+
+def rounding_of_products(device: torch.device, operation: Operation = "product") -> float:
+    """The relative error that a setting allows in factors of float32; zero where they are taken as they are.
+
+    Args:
+        device: where the operation runs.
+        operation: which.
+    """
+    if _BY_OPERATION:
+        place = _SETTINGS.get((device.type, operation))
+        return 0.0 if place is None else _ROUNDED.get(_setting(place).fp32_precision, 0.0)
+    if device.type == "cuda" and operation != "product":
+        return _ROUNDED["tf32"] if torch.backends.cudnn.allow_tf32 else 0.0
+    precision = torch.get_float32_matmul_precision()
+    return _ROUNDED.get(precision, 0.0)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Products, convolutions and recurrent layers in float32 proper, whatever the settings; these are put back."""
+    settings = [_setting(place) for place in _SETTINGS.values()] if _BY_OPERATION else []
+    before = [setting.fp32_precision for setting in settings]
+    undo = ExitStack()
+    try:
+        matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # made operation by operation: PyTorch refuses to tell them in the older words
+        for setting, value in zip(settings, before, strict=True):
+            if value in _ROUNDED:
+                setting.fp32_precision = "ieee"
+    else:
+        if matmul != "highest":
+            undo.callback(torch.set_float32_matmul_precision, matmul)
+            torch.set_float32_matmul_precision("highest")
+        if convolutions:
+            undo.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
+            torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        undo.close()
+        for setting, value in zip(settings, before, strict=True):
+            if setting.fp32_precision != value:
+                setting.fp32_precision = value
+
+
+@contextmanager
+def products_as_convolutions(device: torch.device) -> Iterator[None]:
+    """Matrix products in TF32 on a device whose convolutions are: the precision of training's own weight gradient."""
+    if device.type != "cuda" or not rounding_of_products(device, "convolution") or rounding_of_products(device):
+        yield
+        return
+    setting: Any = torch.backends.cuda.matmul
+    name, tf32 = ("fp32_precision", "tf32") if _BY_OPERATION else ("allow_tf32", True)
+    before = getattr(setting, name)
+    setattr(setting, name, tf32)
+    try:
+        yield
+    finally:
+        setattr(setting, name, before)
+
+
+def _setting(place: tuple[str, str]) -> Any:
+    library, operation = place
+    return getattr(getattr(torch.backends, library), operation)
