@@ -36,7 +36,6 @@ FEW, FEW_SAMPLES = 32, 4
 #: one that factors are rounded to before they are multiplied.
 UNITS = 64
 UNITS_OF_FACTORS = 8
-#: Of what matrix units may round float32 to.
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
