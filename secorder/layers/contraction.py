@@ -130,7 +130,7 @@ def _accumulate_products(
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
     rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
-    if isinstance(a, Patches) and a.convolves_well(width):
+    if isinstance(a, Patches) and a.convolves_well:
         for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
@@ -142,7 +142,7 @@ def _accumulate_products(
     if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
         _add_sample_by_sample(target, a, gu, gv, alpha)
         return
-    for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
+    for n in chunks(count, _alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
@@ -161,6 +161,12 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
                 for g, out in zip(factors, formed, strict=True):
                     torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
                 target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
+
+
+def _alike(count: int, most: int) -> int:
+    """Samples a piece, at most so many, of pieces that are about as large, and even: two threads share each."""
+    size = -(-count // max(1, -(-count // most)))
+    return size + 1 if size % 2 and size < most else size
 
 
 def _add_matrix_products(
