@@ -34,6 +34,10 @@ __all__ = [
 #: How the loss of a batch is made of its samples'.
 Kind = Literal["mean", "sum"]
 
+#: Inputs and targets, and these with the number of their samples.
+Batch = tuple[Any, Any]
+CountedBatch = tuple[Any, Any, int]
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -152,7 +156,7 @@ def _over(
             if sample is None:
                 running, first, sample = RunningMean.like(_values(found)), found, (x, t, count)
             elif kind is None:
-                kind = reduction_of(model, loss_fn, *sample, dim, told)
+                kind = reduction_of(model, loss_fn, sample, dim, told, (x, t))
                 if kind == "sum":
                     running.mean = [m / sample[2] for m in running.mean]
             running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
@@ -196,7 +200,7 @@ def _rebuilt(
 
 
 def reduction_of(
-    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, count: int, dim: int, told: Kind | None
+    model: nn.Module, loss_fn: Any, first: CountedBatch, dim: int, told: Kind | None, following: Batch | None = None
 ) -> Kind:
     """As the loss's values tell, else as it was told.
 
@@ -204,7 +208,7 @@ def reduction_of(
         InvalidArgumentError: neither.
     """
     try:
-        return find_reduction(model, loss_fn, inputs, targets, count, dim)
+        return find_reduction(model, loss_fn, first, dim, following)
     except InvalidArgumentError as error:
         if told is not None:
             return told
@@ -214,13 +218,25 @@ def reduction_of(
 
 
 def find_reduction(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, count: int, dim: int
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    first: CountedBatch,
+    dim: int,
+    following: Batch | None = None,
 ) -> Kind:
     """How a loss reduces samples, from its value on a batch and on the batch's two parts.
 
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        first: inputs, targets and their number of samples.
+        dim: where samples are in the inputs.
+        following: the batch after it: where the first holds one sample, these two are the parts of one.
+
     Raises:
-        InvalidArgumentError: it is neither a mean nor a sum, or the batch is too small to tell.
+        InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
     """
+    inputs, targets, count = first
 
     def part(tree: Any, start: int, length: int) -> Any:
         def cut(tensor: Tensor) -> Tensor:
@@ -229,14 +245,43 @@ def find_reduction(
 
         return map_tensors(cut, tree)
 
-    cut = count // 3
+    cut, parts, whole = count // 3 or count // 2, None, (inputs, targets)
     if cut:
-        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in ((0, cut), (cut, count - cut))]
-        whole, first, second = losses(model, loss_fn, [(inputs, targets), *parts])
-        if torch.allclose(whole, (cut * first + (count - cut) * second) / count, rtol=1e-3):
+        sizes = cut, count - cut
+        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in zip((0, cut), sizes, strict=True)]
+    elif following is not None and (joined := _joined(whole, following, count, dim)) is not None:
+        sizes = count, batch_size(*following, dim)
+        parts, whole = [whole, following], joined
+    if parts and count < 3 and _alike(parts[0][1], parts[1][1]):  # of one class, weights of classes do not show
+        parts = None
+    if parts:
+        together, one, other = losses(model, loss_fn, [whole, *parts])
+        if torch.allclose(together, (sizes[0] * one + sizes[1] * other) / sum(sizes), rtol=1e-3):
             return "mean"
-        if torch.allclose(whole, first + second, rtol=1e-3):
+        if torch.allclose(together, one + other, rtol=1e-3):
             return "sum"
     raise InvalidArgumentError(
         'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
     )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether targets are the same."""
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+    return bool(pairs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _joined(one: Batch, other: Batch, count: int, dim: int) -> Batch | None:
+    """Two batches in one; None where their tensors are not of one shape but for the samples."""
+    rest = tensors_in(other)
+
+    def cat(tensor: Tensor) -> Tensor:
+        at = sample_dimension(tensor, count, dim)
+        following = next(rest)
+        return tensor if at is None else torch.cat([tensor, following], at)
+
+    try:
+        joined: Batch = map_tensors(cat, one)
+    except (RuntimeError, StopIteration, IndexError):
+        return None
+    return joined

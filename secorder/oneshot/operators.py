@@ -18,6 +18,7 @@ from torch import Tensor
 from .._torch.modules import parameters_replaced
 from .._torch.vjp import gradients, stacked_vjp
 from ..errors import InvalidArgumentError
+from ..layers.dtypes import cast
 from ..layers.per_sample import total_gradient, with_cotangents
 from ..layers.selection import Layer
 from .cotangents import require_linear_backward
@@ -113,7 +114,8 @@ class ProductInZ:
         with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
             calls = zip(graph.inputs, self.constant, strict=True)
             tangents = [_call(graph, along, call) - constant for call, constant in calls]
-        found = graph.gradients(stacked_vjp(graph.output_gradients, graph.leaves, [t[None] for t in tangents]))
+        vectors = [t.to(leaf.dtype)[None] for t, leaf in zip(tangents, graph.leaves, strict=True)]
+        found = graph.gradients(stacked_vjp(graph.output_gradients, graph.leaves, vectors))
         flat = [
             total_gradient(with_cotangents(found[name], lambda g: g[0]), size)
             for (name, _), size in zip(graph.layer.parameters.items(), sizes, strict=True)
@@ -122,10 +124,11 @@ class ProductInZ:
 
 
 def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    """The layer's output with other parameters, past its hooks, which would record the call."""
+    """The layer's output with other parameters, past its hooks, which would record the call; never under autocast."""
     module = graph.layer.module
+    kind = next(iter(parameters.values())).dtype
     with parameters_replaced(module, parameters):
-        output: Tensor = module.forward(*inputs)
+        output: Tensor = module.forward(*(cast(x, kind) for x in inputs))
         return output
 
 

@@ -85,8 +85,13 @@ def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:
     """c of each position, shape (N, before, 1, after), where the product is c p ⊙ (r − ⟨p, r⟩); else None."""
     centred = (r - (p * r).sum(2, keepdim=True)).mul_(p)
     square = (centred * centred).sum(2, keepdim=True)
-    scale = (product * centred).sum(2, keepdim=True).div_(square).masked_fill_(square == 0, 0)
-    # Where a probability is near one, the products cancel to rounding of c itself, and c is told by other positions.
+    # Of a probability near one, differences cancel to rounding: c is told by the others, however small.
+    others = centred.masked_fill(p > 0.5, 0)
+    largest = others.abs().amax(2, keepdim=True)
+    others.div_(largest)
+    scale = (product / largest * others).sum(2, keepdim=True) / (others * others).sum(2, keepdim=True)
+    scale = scale.masked_fill(largest == 0, 0)
+    # And where rounding is more than a product, it is that of other positions.
     eps = torch.finfo(p.dtype).eps
     size, known = scale.abs(), (square > (1e4 * eps) ** 2) & (scale != 0)
     usual = size[known].median() if bool(known.any()) else size.amax()

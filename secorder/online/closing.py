@@ -112,7 +112,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         record = groups[0][0]
         inverse = float(record.num_samples) if record.mean else 1.0
         alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
-        scale = float(fisher.loss_scale())
+        scale = fisher.loss_scale_of(backward)
         add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
     elif groups:
         fisher.troubles.mark(

@@ -119,6 +119,7 @@ class Backward:
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
         unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
+        loss_scale: what the loss was multiplied by; None until it is needed.
     """
 
     def __init__(self, number: int, audit: Audit) -> None:
@@ -135,6 +136,7 @@ class Backward:
         self.norms: dict[int, Tensor | None] = {}
         self.unread: list[Tensor] = []
         self.audit = audit
+        self.loss_scale: float | None = None
 
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""

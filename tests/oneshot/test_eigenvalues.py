@@ -108,6 +108,19 @@ def test_no_more_products_than_the_tolerance_takes() -> None:
     assert before.residual > asked * 5
 
 
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+def test_eigenvalues_under_autocast(of: Any) -> None:
+    model, (inputs, targets) = make(), data()
+    dense = blocks(model, F.cross_entropy, inputs, targets)
+    if of != "hessian":
+        dense = ggn_blocks(model, F.cross_entropy, inputs, targets, of)
+    model, inputs = model.float(), inputs.float()
+    with torch.autocast("cpu", torch.bfloat16), CurvatureProbe(model) as probe:
+        found = probe.hessian_eigenvalues(F.cross_entropy, inputs, targets, of=of, tolerance=0.05)
+    for layer, values in found.items():
+        assert values.top[0] == pytest.approx(torch.linalg.eigvalsh(dense[layer])[-1].item(), rel=0.05)
+
+
 @pytest.mark.parametrize("skew", [0.05, 0.0])
 def test_what_products_lack_of_a_symmetric_matrix_is_told(skew: float) -> None:
     """Of a matrix that is not, and of products that are not linear: no residual by the recurrence tells of them."""

@@ -158,6 +158,19 @@ def test_forms_are_found_in_single_precision(name: str) -> None:
     assert ((product(root) - hessian).abs() <= 1e-5 * hessian.abs().amax((1, 2), keepdim=True)).all()
 
 
+@pytest.mark.parametrize("margin", [0.0, 12.0, 16.0, 40.0])
+def test_the_curvature_of_a_fitted_network_is_right_to_rounding_in_single_precision(margin: float) -> None:
+    """Of probabilities next to one, the loss's own products are nothing but rounding."""
+    f = torch.randn(N, C, generator=seeded(), dtype=torch.float32) + margin * F.one_hot(LABELS, C).float()
+    point = f.requires_grad_()
+    root = output_root(gradients(F.cross_entropy(point, LABELS), [point], create_graph=True), [point])
+    p = f.detach().double().softmax(1)
+    rest = (p[:, None] * (1 - torch.eye(C))).sum(2)  # 1 − p, without cancelling
+    expected = torch.where(torch.eye(C) == 1, (p * rest)[:, None], -p[:, :, None] * p[:, None]) / N
+    size = expected.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((product(root) - expected).abs() <= 2e-5 * size[:, :, None] * size[:, None]).all()
+
+
 @pytest.mark.parametrize("scale", [1.0, 20.0, 50.0, 300.0])
 @pytest.mark.parametrize("ignored", [False, True])
 def test_classes_that_are_sure_in_single_precision(scale: float, ignored: bool) -> None:
