@@ -49,7 +49,7 @@ from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs
-from .recording import recorded, seen
+from .recording import Recording, recorded, seen
 from .roots import Columns, First, Root, single
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
@@ -183,13 +183,8 @@ def _in_batches(
         if not loss.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
-        unusable = recording.unusable()
-        layers = [
-            RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
-            for x in tapped
-            if x.name in recording.leaves and x.name not in unusable
-        ]
-        second_order = fisher_type != "empirical"
+        layers = _usable(recording, tapped, with_graph=task.create_graph)
+        second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
         side = None if traced.hooked else losses_by_definition(task, output, loss, second_order=second_order)
         if side is None:
             if not recording.without_graph and not watched.without_graph:
@@ -198,7 +193,6 @@ def _in_batches(
         if side is None:
             return None
         pairs = _pairs(task, side, fisher_type, num_draws)
-        linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
         if trial is not None:
             trial.of = pairs.num_columns
         if weighted is not None:
@@ -207,9 +201,9 @@ def _in_batches(
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
             told = traced.told(side.model_outputs)
-            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=linear)
+            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=second_order)
         if layers:
-            how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
+            how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
             found |= _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
         watched.require_seen(loss)
@@ -221,9 +215,19 @@ def _in_batches(
         how = {"by_graph": not traced.hooked}
         return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, **how)
     if not followed and rest and not traced.hooked:
-        found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
+        found |= by_uses(task, rest, _some(pairs, trial), linear=second_order)
         rest = [layer for layer in rest if layer.name not in found]
-    return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
+    return found | (by_samples(task, rest, _some(pairs, trial), linear=second_order) if rest else {})
+
+
+def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) -> list[RecordedLayer]:
+    """The layers of which the recorded calls tell all."""
+    unusable = recording.unusable()
+    return [
+        RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=with_graph)
+        for x in layers
+        if x.name in recording.leaves and x.name not in unusable
+    ]
 
 
 def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
