@@ -50,8 +50,8 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         CurvatureProbe(model, **{"layer_types": layer_types, "frozen": True, **case.options}) as probe,
     ):
         warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
-        if what == "hessian":
-            return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()
+        if what == "hessian":  # "auto" would estimate it where the machine is so busy that it seems to take long
+            return probe.hessian_diagonal(loss_fn, inputs, targets, method="exact").by_parameter()
         if what == "fisher":
             return probe.fisher_diagonal(loss_fn, inputs, targets).by_parameter()
         if what == "norms":
