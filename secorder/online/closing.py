@@ -147,6 +147,8 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
     parameter that the loss uses.
     """
     layer, backward = fisher.layers[index], record.backward
+    if layer.name in record.troubled or (backward is not None and layer.name in record.received and not backward.early):
+        return
     records = [record] if backward is None else backward.records
     reached = any(layer.name in one.received for one in records)
     for p in layer.parameters.values() if not layer.sharded else ():

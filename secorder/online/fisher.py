@@ -284,12 +284,10 @@ class OnlineFisher:
         self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
         add_tied(self, record)
         zeros = []
-        early = record.backward is not None and bool(record.backward.early)
         for index, layer in enumerate(self.layers):
             name = layer.name
             if name in record.received or name in record.troubled or name in record.without_gradient:
-                if early and name not in record.troubled:
-                    audit_early(self, record, index)
+                audit_early(self, record, index)
                 continue
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
