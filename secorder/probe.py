@@ -748,7 +748,8 @@ class CurvatureProbe:
             of: as for :meth:`hessian_trace`.
             by: as for :meth:`hessian_trace`.
             count: how many at each end.
-            tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus.
+            tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus. An eigenvalue's own
+                error is about the square of it, over the gap to the next: 0.03 mostly gives three digits.
             max_iterations: products of a block at most; of a data set, passes through it, all blocks together.
             generator: random numbers of the start.
             chunk_size: products batched at most, in the checks.

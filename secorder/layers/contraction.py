@@ -130,7 +130,7 @@ def _accumulate_products(
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
     rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
-    if isinstance(a, Patches) and a.convolves_well(width):
+    if isinstance(a, Patches) and a.convolves_well:
         for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
