@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layers.side_by_side import Frame, frame_of
+
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
@@ -56,6 +58,7 @@ class Directions:
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+        self._frames: dict[tuple[int, ...], tuple[Frame, Any]] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -75,6 +78,7 @@ class Directions:
         self._passes += 1
         if self._passes % KEPT == 0:
             self._kept.clear()
+            self._frames.clear()
 
     def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
         """Numbers that are much the same each time, where they are already on the device; 1-D."""
@@ -114,6 +118,14 @@ class Directions:
             return Vectors(self._take(block, like), s, start, rows, channel, place)
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
         return Vectors(self._take(block, like), s, start, rows)
+
+    def frame(self, of: Sequence[Vectors], with_bias: Tensor) -> Frame:
+        """The frame of several layers that are looked at whole with these, kept as long as the vectors are."""
+        key = (*map(id, of), id(with_bias))
+        if key not in self._frames:
+            frame = frame_of([(vectors.r, vectors.s) for vectors in of], with_bias)
+            self._frames[key] = (frame, (of, with_bias))  # which keeps these, so that no others get their ids
+        return self._frames[key][0]
 
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""

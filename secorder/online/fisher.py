@@ -21,7 +21,7 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.rank_one import RankOne, add_rank_one
+from ..layers.rank_one import RankOne
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
 from .closing import add_tied, audit_uncalled, audit_unreached
@@ -207,17 +207,28 @@ class OnlineFisher:
         if good is not None:
             record.goods.append(good)
 
-    def add_rank_one(self, record: ForwardRecord, layers: Sequence[RankOne], goods: Sequence[Tensor] | None) -> None:
-        """The same for layers that are added together, of each whether its gradient is finite."""
+    def add_rank_one(
+        self, record: ForwardRecord, layers: Sequence[RankOne], add: Callable[..., None], goods: Tensor | None
+    ) -> None:
+        """The same for layers that are added together.
+
+        Args:
+            record: of the forward.
+            layers: the layers.
+            add: adds their squares to sums, by the parameters' names.
+            goods: of each whether its gradient is finite, shape ``(layers,)``.
+        """
         every = [self.sums[one.layer.name] for one in layers]
         outs = [
             dict(zip(one.layer.parameters, sums.sums, strict=True)) for one, sums in zip(layers, every, strict=True)
         ]
         beta = 1.0 if self.decay is None else self.decay
         with self._adding([one.layer.name for one in layers]):
-            add_rank_one([one.factors for one in layers], outs, beta=beta, alpha=self._alpha(record), keeps=goods)
-            count_together(every, self.count_of(record), goods, self.decay, self.of_all(record))
-        record.goods.extend(goods or ())
+            add(outs, beta=beta, alpha=self._alpha(record))
+            counted = None if goods is None else goods.unbind()
+            count_together(every, self.count_of(record), counted, self.decay, self.of_all(record))
+        if goods is not None:
+            record.goods.append(goods)
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""
@@ -306,10 +317,11 @@ class OnlineFisher:
         count = self.count_of(record)
         if good is not None:
             self.seen.add_(count * good.to(self.seen))
-        elif len(record.goods) < len(self.layers):
+        elif sum([good.numel() for good in record.goods]) < len(self.layers):
             self.seen.add_(count)
         else:
-            self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
+            here = [good.to(self.seen.device).any() for good in record.goods]
+            self.seen.add_(count * (here[0] if len(here) == 1 else torch.stack(here).any()))
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:
