@@ -274,7 +274,7 @@ class Audit:
         return brought
 
     def looks_at_weights(self, layers: Sequence[RankOne]) -> list[Vectors] | None:
-        """The random vectors of layers' weights, looked at or not; None unless all are whole, and as factors are."""
+        """The random vectors of layers' weights, looked at or not; None unless all are as their factors are."""
         found = []
         for one in layers:
             weight = one.layer.parameters["weight"]
@@ -283,8 +283,6 @@ class Audit:
             if apart or weight.dtype is not one.inputs.dtype:
                 return None
             found.append(self._directions.vectors(weight) if number is None else number.vectors)
-            if not found[-1].whole:
-                return None
         return found
 
     def explain_weights(

@@ -58,7 +58,7 @@ class Directions:
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
-        self._frames: dict[tuple[int, ...], tuple[Frame, Any]] = {}
+        self._frames: dict[tuple[Any, ...], list[Frame]] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -119,13 +119,26 @@ class Directions:
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
         return Vectors(self._take(block, like), s, start, rows)
 
-    def frame(self, of: Sequence[Vectors], with_bias: Tensor) -> Frame:
-        """The frame of several layers that are looked at whole with these, kept as long as the vectors are."""
-        key = (*map(id, of), id(with_bias))
-        if key not in self._frames:
-            frame = frame_of([(vectors.r, vectors.s) for vectors in of], with_bias)
-            self._frames[key] = (frame, (of, with_bias))  # which keeps these, so that no others get their ids
-        return self._frames[key][0]
+    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors], flags: Sequence[float]) -> Frame | None:
+        """The frame of several layers, kept as long as their vectors are.
+
+        Args:
+            parameters: of each the weight, all of one dtype on one device.
+            of: the vectors that it is looked at with; None is returned where these are no longer those of now.
+            flags: of each, one where it has a bias, else zero.
+        """
+        if any(vectors is not self.vectors(p) for p, vectors in zip(parameters, of, strict=True)):
+            return None  # another backward has begun since, or only a block of rows is looked at
+        key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
+        frames = self._frames.get(key)
+        if frames is None:
+            if len(self._frames) >= CONSTANTS:
+                self._frames.clear()
+            with_bias = self.constants(flags, of[0].r)
+            in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
+            frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
+            self._frames[key] = frames
+        return frames[self._passes % IN_TURN]
 
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""

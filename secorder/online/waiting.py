@@ -88,8 +88,9 @@ def _side_by_side(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequenc
     vectors = record.backward.audit.looks_at_weights(layers)
     if vectors is None:
         return None
-    with_bias = fisher.directions.constants([float("bias" in one.layer.parameters) for one in layers], vectors[0].r)
-    return SideBySide(fisher.directions.frame(vectors, with_bias), [one.factors for one in layers])
+    flags = [float("bias" in one.layer.parameters) for one in layers]
+    frame = fisher.directions.frame([one.layer.parameters["weight"] for one in layers], vectors, flags)
+    return None if frame is None else SideBySide(frame, [one.factors for one in layers])
 
 
 def _add_side_by_side(
