@@ -103,8 +103,20 @@ def _opened(
     return record
 
 
+def _as_they_were(fisher: OnlineFisher) -> bool:
+    """Whether the modules hold the parameters that the layers have, where these are counted."""
+    for layer in fisher.layers:
+        held, here = layer.module._parameters, fisher.sums[layer.name].counts.device
+        for name, p in layer.parameters.items():
+            if held.get(name) is not p or p.device != here or p.is_meta:
+                return False
+    return fisher.seen.device == fisher.sums[fisher.layers[0].name].counts.device
+
+
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
-    """Take note of parameters that were exchanged since; whether the layers can be recorded."""
+    """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
+    if _as_they_were(fisher):
+        return True
     changed = False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):

@@ -98,8 +98,9 @@ def _add_side_by_side(
 ) -> None:
     assert record.backward is not None
     goods = together.finite()
-    record.backward.audit.explain_weights(layers, *together.explained(), record.autocast_dtype)
+    bad, (values, sizes) = ~goods, together.explained()
+    record.backward.audit.explain_weights(layers, values.masked_fill_(bad, torch.nan), sizes, record.autocast_dtype)
     if takes_norms(record):
-        keep_norms(fisher, record, layers, together.norms().masked_fill_(~goods[:, None], torch.nan))
+        keep_norms(fisher, record, layers, together.norms().masked_fill_(bad[:, None], torch.nan))
     if fisher.accumulate == "diagonal":
         fisher.add_rank_one(record, layers, together.add_to, goods)
