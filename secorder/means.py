@@ -1,13 +1,13 @@
 """Sums and means of diagonals: over batches, over ranks."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .errors import InvalidArgumentError
-from .parallel.all_reduce import add_up
+from .parallel.all_reduce import add_up, raised_on_all
 from .results import Diagonals, LayerInfo
 
 __all__ = ["RunningMean", "joined_info", "mean_over_ranks", "weighted_mean", "weighted_sum"]
@@ -77,12 +77,15 @@ def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Dia
 
 
 def mean_over_ranks(
-    diagonals: Diagonals, weight: float, group: "torch.distributed.ProcessGroup | None" = None
+    diagonals: Diagonals | Callable[[], Diagonals],
+    weight: float,
+    group: "torch.distributed.ProcessGroup | None" = None,
 ) -> Diagonals:
     """``Σ_r w_r D_r / Σ_r w_r`` over the ranks: the diagonal of the whole batch from those of its parts.
 
     Args:
-        diagonals: of this rank's part of the batch.
+        diagonals: of this rank's part of the batch; or a function that measures them, which every rank must pass then:
+            where it raises on one rank, it raises on all of them, and none waits for the others.
         weight: its number of samples, for a Fisher and for the Hessian of a mean loss.
         group: a process group; the default group if None.
 
@@ -90,8 +93,11 @@ def mean_over_ranks(
         the same on every rank; standard errors are combined as those of independent estimates.
 
     Raises:
-        ProbeStateError: ``torch.distributed`` is not initialised.
+        ProbeStateError: ``torch.distributed`` is not initialised, or measuring failed on another rank.
     """
+    if not isinstance(diagonals, Diagonals):
+        with raised_on_all(group):
+            diagonals = diagonals()
     total = torch.tensor(weight, dtype=torch.float64)
     values = {name: weight * d for name, d in diagonals.items()}
     errors = {name: (weight * e) ** 2 for name, e in (diagonals.standard_error or {}).items()}

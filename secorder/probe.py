@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -49,6 +49,7 @@ from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
+from .parallel.all_reduce import raised_on_all
 from .parallel.fsdp import gathered
 from .results import Diagonals
 
@@ -121,7 +122,8 @@ class CurvatureProbe:
         on_nonfinite: what to do with a layer's gradient that holds nan or inf (one bad batch, a step that a
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
-        accumulator_device: where the sums are kept; by default where the parameters are.
+        accumulator_device: where the sums are kept; by default where the parameters are. ``"cpu"`` saves an
+            accelerator's memory: what a step brings is copied there while the next steps run.
         accumulator_dtype: their dtype; by default the parameters', float32 for half precision.
 
     Raises:
@@ -424,18 +426,19 @@ class CurvatureProbe:
         if rtol is not None and (fisher_type != "type-2" or create_graph):
             raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
         budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
-        fisher = self._measure(
-            lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=True,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
-        warn_if_not_finite(fisher, "Fisher")
+        with raised_on_all() if synchronize else nullcontext():
+            fisher = self._measure(
+                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
+                loss_fn,
+                inputs,
+                targets,
+                by_sample=True,
+                generator=generator,
+                create_graph=create_graph,
+                chunk_size=chunk_size,
+                progress=progress,
+            )
+            warn_if_not_finite(fisher, "Fisher")
         return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def _tell_assumed(self) -> None:
@@ -745,7 +748,8 @@ class CurvatureProbe:
             of: as for :meth:`hessian_trace`.
             by: as for :meth:`hessian_trace`.
             count: how many at each end.
-            tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus.
+            tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus. An eigenvalue's own
+                error is about the square of it, over the gap to the next: 0.03 mostly gives three digits.
             max_iterations: products of a block at most; of a data set, passes through it, all blocks together.
             generator: random numbers of the start.
             chunk_size: products batched at most, in the checks.

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from secorder import AttributionError, CurvatureProbe, get_layer_curvature_stats
+from secorder import AttributionError, CurvatureProbe, ProbeStateError, get_layer_curvature_stats
 from secorder.layers.rules import RULES, rule_of
+from secorder.means import mean_over_ranks
 
 from .helpers import make, seed
 from .reference import assert_all_close, assert_close, fisher_by_sample
@@ -244,7 +245,33 @@ def coupled(rank: int, ranks: int) -> None:
         assert all((diagonal > 0).any() for diagonal in probe.fisher_diagonal().values())
 
 
+def one_shot(rank: int, ranks: int) -> None:
+    """A measurement that raises on one rank raises on all, and the next one goes well."""
+    model = make()
+    (batch,), whole = batches_of(rank, ranks, 1)
+
+    def fails(outputs: Tensor, targets: Tensor) -> Tensor:
+        if rank == 0:
+            raise KeyError("on this rank alone")
+        return F.cross_entropy(outputs, targets)
+
+    with CurvatureProbe(model) as probe:
+        ways: list[Callable[[Any], Any]] = [
+            lambda loss_fn: probe.fisher_diagonal(loss_fn, *batch, synchronize=True),
+            lambda loss_fn: probe.fisher_diagonal(loss_fn, [batch], synchronize=True),
+            lambda loss_fn: mean_over_ranks(lambda: probe.fisher_diagonal(loss_fn, *batch), len(batch[0])),
+        ]
+        expected = fisher_by_sample(make(), F.cross_entropy, *whole(0), len(whole(0)[0]))
+        for way in ways:
+            with pytest.raises(
+                KeyError if rank == 0 else ProbeStateError, match="this rank" if rank == 0 else "rank 0"
+            ):
+                way(fails)
+            assert_all_close(way(F.cross_entropy).by_parameter(), expected)
+
+
 CASES = {
+    "differ_one_shot": one_shot,
     "differ_coupled": coupled,
     "differ_weights": weights,
     "differ_first_batches": first_batches,

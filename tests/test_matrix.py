@@ -50,8 +50,8 @@ def measure(what: str, case: Case, batch: tuple[Any, ...]) -> dict[str, Tensor]:
         CurvatureProbe(model, **{"layer_types": layer_types, "frozen": True, **case.options}) as probe,
     ):
         warnings.simplefilter("ignore", CurvatureWarning)  # of layers that are measured without a rule
-        if what == "hessian":
-            return probe.hessian_diagonal(loss_fn, inputs, targets).by_parameter()
+        if what == "hessian":  # "auto" would estimate it where the machine is so busy that it seems to take long
+            return probe.hessian_diagonal(loss_fn, inputs, targets, method="exact").by_parameter()
         if what == "fisher":
             return probe.fisher_diagonal(loss_fn, inputs, targets).by_parameter()
         if what == "norms":
@@ -122,7 +122,8 @@ def brute_force(
     batch = build(case, dtype)
     with default_dtype(dtype), torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=autocast):
         if quantity == "hessian":
-            return hessian_by_element(*batch)
+            with torch.backends.cudnn.flags(enabled=False):  # whose recurrent layers have no second derivative
+                return hessian_by_element(*batch)
         if case.by_slices:
             gradients = gradients_by_slices(*batch, case.count)
         else:
@@ -146,8 +147,15 @@ def check(what: str, case: Case, tolerance: float = 1e-9) -> str:
 PAIRS = [(what, case) for case in CASES for what in MEASUREMENTS if SAID_OF.get(what, what) not in case.skip]
 
 
+def require_same_draws(what: str, case: Case) -> None:
+    """Skip what draws other random numbers than brute force: an LSTM's dropout, in and without cuDNN."""
+    if case.name == "graph/dropout_in_lstm" and what == "fisher" and torch.get_default_device().type == "cuda":
+        pytest.skip("one-shot measurements run recurrent layers without cuDNN, which draws other masks")
+
+
 @pytest.mark.parametrize(("what", "case"), PAIRS, ids=[f"{case.name}-{what}" for what, case in PAIRS])
 def test_exact_or_refused(what: str, case: Case) -> None:
+    require_same_draws(what, case)
     check(what, case)
 
 
@@ -162,6 +170,7 @@ SINGLE = [
 
 @pytest.mark.parametrize(("what", "case"), SINGLE, ids=[f"{case.name}-{what}" for what, case in SINGLE])
 def test_float32(what: str, case: Case) -> None:
+    require_same_draws(what, case)
     same_draws = not case.by_slices or torch.get_default_device().type == "cpu"  # else others in each dtype
     reference = brute_force(case, MEASUREMENTS[what], torch.float64 if same_draws else torch.float32)
     with default_dtype(torch.float32):
@@ -178,15 +187,19 @@ def test_float32(what: str, case: Case) -> None:
 #: What torch's own nn.LSTM raises in bfloat16 on a processor without AVX-512.
 NO_BFLOAT16_LSTM = "could not create a primitive descriptor for the LSTM forward propagation primitive"
 
+#: What torch's own nn.AdaptiveLogSoftmaxWithLoss raises under autocast on CUDA.
+NO_BFLOAT16_ADAPTIVE = "index_copy_(): self and source expected to have the same dtype"
+
 
 def brute_force_or_skip(case: Case, quantity: str) -> dict[str, Tensor]:
     """Brute force under autocast; where torch itself cannot run the model so on this machine, the test is skipped."""
     try:
         return brute_force(case, quantity, torch.float32, autocast=True)
     except RuntimeError as error:
-        if NO_BFLOAT16_LSTM not in str(error):
+        adaptive = torch.get_default_device().type == "cuda" and NO_BFLOAT16_ADAPTIVE in str(error)
+        if NO_BFLOAT16_LSTM not in str(error) and not adaptive:
             raise
-        pytest.skip(f"torch's own nn.LSTM has no bfloat16 on this processor: {error}")
+        pytest.skip(f"torch's own module has no bfloat16 on this processor: {error}")
 
 
 FISHER = [(what, case) for what, case in SINGLE if what != "hessian"]
@@ -195,6 +208,7 @@ FISHER = [(what, case) for what, case in SINGLE if what != "hessian"]
 @pytest.mark.parametrize(("what", "case"), FISHER, ids=[f"{case.name}-{what}" for what, case in FISHER])
 def test_fisher_under_bfloat16_autocast(what: str, case: Case) -> None:
     """Within 2e-2 of brute force under the same autocast, or nearer to float64 than that brute force is."""
+    require_same_draws(what, case)
     exact = brute_force(case, MEASUREMENTS[what])
     reference = brute_force_or_skip(case, MEASUREMENTS[what])
     batch = build(case, torch.float32)

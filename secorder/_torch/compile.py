@@ -66,7 +66,9 @@ def _translator() -> Any:
 def hooks_prevent_compiling(module: nn.Module) -> bool:
     """Whether nothing of the module's forward is compiled where a hook of its own has broken the graph.
 
-    So it is with modules of PyTorch's own, such as ``nn.Sequential``, before PyTorch looked for hooks there.
+    So it is with modules of PyTorch's own, such as ``nn.Sequential``, before PyTorch (2.12) looked for hooks there, and
+    with ``nn.Module.compile`` even where no hook is. Modules of the user's in them are compiled. These PyTorch do not
+    mind where ``fullgraph=True`` finds nothing to compile.
     """
     from torch._dynamo import trace_rules
 

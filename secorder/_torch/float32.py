@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Operation", "full_float32", "rounding_of_products"]
+__all__ = ["Operation", "full_float32", "products_as_convolutions", "rounding_of_products"]
 
 #: A product of matrices, a convolution, or a recurrent layer.
 Operation = Literal["product", "convolution", "recurrence"]
@@ -68,6 +68,22 @@ def full_float32() -> Iterator[None]:
         for setting, value in zip(settings, before, strict=True):
             if setting.fp32_precision != value:
                 setting.fp32_precision = value
+
+
+@contextmanager
+def products_as_convolutions(device: torch.device) -> Iterator[None]:
+    """Matrix products in TF32 on a device whose convolutions are: the precision of training's own weight gradient."""
+    if device.type != "cuda" or not rounding_of_products(device, "convolution") or rounding_of_products(device):
+        yield
+        return
+    setting: Any = torch.backends.cuda.matmul
+    name, tf32 = ("fp32_precision", "tf32") if _BY_OPERATION else ("allow_tf32", True)
+    before = getattr(setting, name)
+    setattr(setting, name, tf32)
+    try:
+        yield
+    finally:
+        setattr(setting, name, before)
 
 
 def _setting(place: tuple[str, str]) -> Any:

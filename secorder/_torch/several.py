@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_each", "add_products", "divide_each", "multiply_each", "square_each"]
+__all__ = ["add_each", "add_products", "divide_each", "multiply_each", "set_to_zero", "square_each"]
 
 
 def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, alpha: float = 1.0) -> None:
@@ -38,6 +38,15 @@ def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) 
         factors: one, or as many.
     """
     torch._foreach_mul_(list(tensors), factors if isinstance(factors, float) else list(factors))
+
+
+def set_to_zero(tensors: Sequence[Tensor]) -> None:
+    """Set all elements of each tensor to zero, in place.
+
+    Args:
+        tensors: at least one.
+    """
+    torch._foreach_zero_(list(tensors))
 
 
 def square_each(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 A checkpoint counts the tensors that are saved inside of it, :func:`torch.nn.utils.parametrize.cached` keeps what
 parametrizations computed, and a dispatch mode (a counter of operations, a checkpoint that selects what it keeps) takes
-note of each operation.
+note of each operation. A look at what was accumulated is taken where a user evaluates, too.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,14 @@ import torch
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 
-__all__ = ["parametrizations_computed_anew", "unseen"]
+__all__ = ["lasting", "parametrizations_computed_anew", "unseen"]
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Inside, what is made can be added to later, elsewhere: tensors made under ``inference_mode`` could not."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager

@@ -5,7 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["joined"]
+__all__ = ["is_view", "joined"]
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd knows it as a part of another tensor: an operation in place then puts new nodes in its place."""
+    return tensor._is_view()
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

@@ -101,7 +101,7 @@ def diagnose(
             if first is None:
                 first = (x, t, count)
             elif reduction is None:
-                reduction = find_reduction(model, loss_fn, *first, sample_dim)
+                reduction = find_reduction(model, loss_fn, first, sample_dim, (x, t))
                 if reduction == "sum":  # the first batch was weighted as that of a mean
                     assert hessian is not None
                     hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks
-from .patches import Patches, whole_input
+from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 
 __all__ = [
@@ -120,6 +120,9 @@ def _accumulate_products(
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
+            if gv is None and left.is_cuda and not left.requires_grad:
+                _add_squares(total, left, alpha, keep)
+                continue
             right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
             total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
         return
@@ -127,7 +130,7 @@ def _accumulate_products(
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
     rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
-    if isinstance(a, Patches) and a.convolves_well(width):
+    if isinstance(a, Patches) and a.convolves_well:
         for n in chunks(count, max(1, CONVOLUTION_ELEMENTS // total.numel())):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
@@ -139,7 +142,7 @@ def _accumulate_products(
     if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
         _add_sample_by_sample(target, a, gu, gv, alpha)
         return
-    for n in chunks(count, max(1, budget // (groups * (rows + positions) * fan_in))):
+    for n in chunks(count, _alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
@@ -160,6 +163,12 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
                 target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
 
 
+def _alike(count: int, most: int) -> int:
+    """Samples a piece, at most so many, of pieces that are about as large, and even: two threads share each."""
+    size = -(-count // max(1, -(-count // most)))
+    return size + 1 if size % 2 and size < most else size
+
+
 def _add_matrix_products(
     target: Tensor,
     a: Tensor | Patches,
@@ -176,8 +185,8 @@ def _add_matrix_products(
     left_t = gu[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     right_t = None if gv is None else gv[n.start : n.stop].flatten(0, 1).transpose(1, 2)
     for r in chunks(target.shape[1], rows):
-        left = torch.bmm(left_t[:, r.start : r.stop], inputs)
-        right = left if right_t is None else torch.bmm(right_t[:, r.start : r.stop], inputs)
+        left = matrix_products(left_t[:, r.start : r.stop], inputs, a)
+        right = left if right_t is None else matrix_products(right_t[:, r.start : r.stop], inputs, a)
         _add_products(target[:, r.start : r.stop], left, right, alpha, keep)
         del left, right  # before the next are formed
 
@@ -186,9 +195,17 @@ def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, kee
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
     if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
+    elif right is left and left.is_cuda and not left.requires_grad:
+        _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
         target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
+
+
+def _add_squares(target: Tensor, each: Tensor, alpha: float, keep: Tensor | None) -> None:
+    """Add α Σ_n each_n² to ``target`` in one pass over ``each``: few kernels, as an accelerator likes."""
+    norms = _kept(torch.linalg.vector_norm(each, dim=0), keep)
+    target.addcmul_(norms, norms, value=alpha)
 
 
 def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:

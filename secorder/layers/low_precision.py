@@ -73,33 +73,35 @@ def contract_sum_low(
     part = parts[0]
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:
         return contract_sum(parts, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
-    total = _one_position(part, keep) if part.g.shape[2] == 1 else _positions(part, keep)
+    total = _one_position(part) if part.g.shape[2] == 1 else _positions(part)
     total = total.reshape(numel)
+    if keep is not None:
+        total.nan_to_num_().mul_(keep)
     if out is None:
         return total * alpha
-    return out.mul_(beta).add_(total, alpha=alpha)
+    if beta != 1.0:
+        out.mul_(beta)
+    return out.add_(total, alpha=alpha)
 
 
-def _one_position(part: Outer, keep: Tensor | None) -> Tensor:
+def _one_position(part: Outer) -> Tensor:
     """Σ_n g_n² (a_n²)ᵀ by groups, ``(groups, out, in)``."""
     assert part.a is not None
     g, a = part.g.squeeze(2).transpose(0, 1), whole_input(part.a).squeeze(2).transpose(0, 1)
-    left, right = g * g, a * a
-    if keep is not None:
-        left, right = left.nan_to_num_().mul_(keep), right.nan_to_num_()
-    return product_in_float32(left.to(LOW).transpose(1, 2), right.to(LOW))
+    return product_in_float32((g * g).to(LOW).transpose(1, 2), (a * a).to(LOW))
 
 
-def _positions(part: Outer, keep: Tensor | None) -> Tensor:
-    """Σ_n (Σ_p g_{n,p} a_{n,p}ᵀ)², a few samples' gradients at a time."""
+def _positions(part: Outer) -> Tensor:
+    """Σ_n (Σ_p g_{n,p} a_{n,p}ᵀ)², a few samples' gradients at a time, ``(groups, out, in)``."""
     assert part.a is not None
     count, groups, positions, width = part.g.shape
     fan_in = part.a.shape[-1]
-    total = part.g.new_zeros(groups, width, fan_in)
+    found: list[Tensor] = []
     for n in chunks(count, max(1, ACCELERATOR_CHUNK_ELEMENTS // (groups * (width + positions) * fan_in))):
         rows = slice(n.start, n.stop)
         left = part.g[rows].to(LOW).flatten(0, 1).transpose(1, 2)
-        formed = torch.bmm(left, part.a[rows].to(LOW).flatten(0, 1)).unflatten(0, (-1, groups)).to(total.dtype)
-        squares = formed.mul_(formed).sum(0)
-        total += squares if keep is None else squares.nan_to_num_().mul_(keep)
-    return total
+        formed = torch.bmm(left, part.a[rows].to(LOW).flatten(0, 1)).unflatten(0, (-1, groups))
+        found.append(torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32).square_())  # in one pass over it
+        if len(found) > 1:
+            found[0].add_(found.pop())
+    return found[0]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS
-from .patches import Patches, whole_input
+from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge, total_gradient
 
 __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
@@ -143,7 +143,7 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
         few = max(1, formed // (groups * (positions * positions + copied)))
         found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
     else:
-        convolved = isinstance(a, Patches) and a.convolves_well(width)
+        convolved = isinstance(a, Patches) and a.convolves_well
         elements = min(CONVOLUTION_ELEMENTS, formed) if convolved else formed
         few = max(1, elements // max(1, groups * (width * fan_in + (0 if convolved else copied))))
         found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
@@ -162,10 +162,10 @@ def _by_products(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """The norms of some samples' gradients, which are formed."""
-    if isinstance(a, Patches) and a.convolves_well(g.shape[3]):
+    if isinstance(a, Patches) and a.convolves_well:
         formed = a.weight_gradients(rows, g)
     else:
-        formed = torch.bmm(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1))
+        formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)
     norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
     return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
 

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-__all__ = ["Patches", "whole_input", "windows"]
+from .._torch.float32 import products_as_convolutions
+
+__all__ = ["Patches", "matrix_products", "whole_input", "windows"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,17 @@ class Patches:
             image = image[(slice(None),) * (3 + dim) + (slice(first, last + 1, step),)]
         return image
 
-    def convolves_well(self, width: int) -> bool:
+    @property
+    def convolves_well(self) -> bool:
         """Whether :meth:`weight_gradients` is faster than copies of the patches and a matrix product.
 
-        By shape alone, so that a run can be repeated bit for bit: on oneDNN, measured from 3 to 512 channels, where
-        there is enough to do at each sample for what a call and its reordering of memory cost.
+        By shape alone, so that a run can be repeated bit for bit: on oneDNN, measured from 3 to 512 channels and from
+        16 positions on, where there is enough to do at each sample for what a call and its reordering of memory cost.
         """
-        image, (_, groups, positions, fan_in) = self.image, self.shape
+        image, (_, groups, positions, _) = self.image, self.shape
         if image.device.type != "cpu" or image.dtype is not torch.float32 or not torch.backends.mkldnn.enabled:
             return False
-        return groups == 1 and image.shape[1] >= 16 and positions >= (64 if width * fan_in >= 1 << 17 else 256)
+        return groups == 1 and image.shape[1] >= 16 and positions >= 48
 
     def weight_gradients(self, rows: slice, g: Tensor) -> Tensor:
         """Per-sample gradients of some samples as one convolution with a group for each, no patches copied.
@@ -91,6 +94,14 @@ class Patches:
         a = windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
         patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
         return patches
+
+
+def matrix_products(left: Tensor, right: Tensor, factor: "Tensor | Patches") -> Tensor:
+    """Batched matrix products, whose right ones are of an input factor: of patches, as exact as a convolution is."""
+    if not (left.is_cuda and isinstance(factor, Patches)):
+        return torch.bmm(left, right)
+    with products_as_convolutions(left.device):
+        return torch.bmm(left, right)
 
 
 def whole_input(a: Tensor | Patches) -> Tensor:

@@ -20,6 +20,7 @@ from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_
 from .layout import Layout
 from .operations import MAPS, OPERATIONS
 from .operations.registry import each
+from .operations.routed import OwnedRows, through_rows
 from .per_sample import Outer, PerSample, Rows, dense, merge
 
 __all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
@@ -135,7 +136,7 @@ def layouts_of(shape: Sequence[int], count: int) -> list[Layout]:
 
 
 def carried(
-    gradient: PerSample, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
+    gradient: PerSample | OwnedRows, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
 ) -> Iterable[tuple[str, PerSample]]:
     """Carry a per-sample gradient from an operation's input on to the parameters that it was made of.
 
@@ -145,6 +146,9 @@ def carried(
         leaves: by the node of each parameter, its name.
         followed: the nodes between.
     """
+    if isinstance(gradient, OwnedRows):
+        yield from _pulled_back(gradient, source, leaves, followed)
+        return
     node, number = source
     while node not in leaves:
         move = MAPS.get(node.name())
@@ -164,8 +168,8 @@ def carried(
 
 
 def _pulled_back(
-    gradient: Tensor, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
-) -> Iterable[tuple[str, Tensor]]:
+    gradient: Tensor | OwnedRows, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
+) -> Iterable[tuple[str, PerSample]]:
     """The same by the backward of the operations between, run for all samples at once."""
     order: list[Node] = []
 
@@ -180,20 +184,36 @@ def _pulled_back(
         return False
 
     visit(source[0])
-    brought: dict[tuple[Node, int], Tensor] = {source: gradient}
+    brought: dict[tuple[Node, int], Tensor | OwnedRows] = {source: gradient}
     for node in reversed(order):
         if node in leaves:
             if (node, 0) in brought:
-                yield leaves[node], brought[node, 0]
+                yield leaves[node], _written_out(brought[node, 0])
             continue
         own = [brought.pop((node, k), None) for k in range(len(outputs_of(node, real=False)))]
         given = [k for k, g in enumerate(own) if g is not None]
         if not given:
             continue
         wanted = [i for i, (x, _) in enumerate(node.next_functions) if x in order]
-        for index, g in zip(wanted, _through(node, own, given, wanted), strict=True):
+        found: Sequence[PerSample | OwnedRows] | None = through_rows(node, own, wanted)
+        if found is None:
+            found = _through(node, [None if g is None else _written_out(g) for g in own], given, wanted)
+        for index, part in zip(wanted, found, strict=True):
             before = node.next_functions[index]
-            brought[before] = brought[before] + g if before in brought else g
+            if isinstance(part, (Outer, Rows)):
+                yield from carried(part, before, leaves, followed)
+            else:
+                brought[before] = _sum(brought[before], part) if before in brought else part
+
+
+def _written_out(gradient: Tensor | OwnedRows) -> Tensor:
+    return gradient.written_out() if isinstance(gradient, OwnedRows) else gradient
+
+
+def _sum(one: Tensor | OwnedRows, other: Tensor | OwnedRows) -> Tensor | OwnedRows:
+    if isinstance(one, OwnedRows) and isinstance(other, OwnedRows) and one.owner is other.owner:
+        return one._replace(g=one.g + other.g)
+    return _written_out(one) + _written_out(other)
 
 
 def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], wanted: Sequence[int]) -> list[Tensor]:

@@ -23,6 +23,9 @@ BINS = 32
 #: Entries of a large layer that are looked at in float64 at a time: as many as stay near the processor.
 PART = 2**16
 
+#: Entries from which on each diagonal in the host's memory is looked at by itself.
+ALONE = 2**13
+
 #: How small a part of the sum of squares the spread about the mean may be where it is their difference.
 SPREAD = 1e-3
 
@@ -199,8 +202,8 @@ def _numbers(given: Tensor, histograms: bool, entries: int | None = None) -> Ten
         empty = torch.full((rows, len(STATISTICS)), torch.nan, dtype=torch.float64, device=given.device)
         more = [empty.new_full((rows, 4), torch.nan), empty.new_zeros(rows, BINS)]
         return torch.cat([empty, *more], 1) if histograms else empty
-    plain = _plain_moments(given[0]) if rows == 1 and size > PART and given.is_cpu else None
-    moments = _moments(given) if plain is None else plain
+    moments = _each_plain(given) if size > ALONE and given.is_cpu else None
+    moments = _moments(given) if moments is None else moments
     if not histograms:
         return moments
     return torch.cat([moments, _histograms(given[:, :: max(1, size // entries) if entries else 1])], 1)
@@ -221,6 +224,17 @@ def _moments(given: Tensor) -> Tensor:
     kinds = given < 0, given == 0, ~(given.abs() < torch.inf)
     shares = [where.sum(1, dtype=counted).double() / size for where in kinds]
     return torch.stack([mean, std, values.amax(1), values.amin(1), total, *shares], 1)
+
+
+def _each_plain(given: Tensor) -> Tensor | None:
+    """:func:`_plain_moments` of each row; None where one has none."""
+    found = []
+    for row in given:
+        own = _plain_moments(row)
+        if own is None:
+            return None
+        found.append(own)
+    return torch.cat(found)
 
 
 def _plain_moments(values: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from os import PathLike
 from typing import Literal
 
@@ -14,6 +15,7 @@ from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .fitting import fitting
 from .html import html_table
+from .plain import plain
 from .statistics import LayerSummary, merged, summarize
 from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
 
@@ -26,7 +28,7 @@ _SPARK_BINS = 12
 
 
 #: Entries of a layer that its bar is of: what a glance can tell of millions, at a small part of the cost.
-HISTOGRAM = 1 << 16
+HISTOGRAM = 1 << 13
 
 #: Name of the last row, of all layers together.
 TOTAL = "total"
@@ -38,7 +40,7 @@ SortKey = Literal["name", "parameters", "trace", "mean", "std", "max", "negative
 _SORT_KEYS = ("name", "parameters", "trace", "mean", "std", "max", "negative")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Row:
     """One layer: what it is, and for each curvature its summary."""
 
@@ -203,8 +205,9 @@ class Report:
             columns.insert(4, _Column("by", lambda row: row.measured_by, 6, right=False))
         if not any(row.kind for row in rows):
             columns = [c for c in columns if c.title not in ("type", "shape")]
-        return columns
+        return [replace(column, text=cache(column.text)) for column in columns]
 
+    @cached_property
     def _total(self) -> _Row | None:
         """All layers as one row; None of fewer than two."""
         rows = self._rows
@@ -231,7 +234,7 @@ class Report:
                 table.add_row(*shown)
             if group is not None:
                 table.add_section()
-        whole = self._total()
+        whole = self._total
         if whole is not None:
             table.add_section()
             table.add_row(*cells(whole, whole.name), style="bold")
@@ -246,6 +249,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max(30, shutil.get_terminal_size((120, 24)).columns)
+        text = plain(self._fitting(width), width)
+        if text is not None:
+            return text
         console = Console(file=io.StringIO(), width=width, no_color=True, force_terminal=False)
         with console.capture() as captured:
             console.print(self)
@@ -259,7 +265,7 @@ class Report:
             if group is not None:
                 rows.append(("group", [group] + [""] * (len(columns) - 1)))
             rows += [("", [column.text(row) for column in columns]) for row in layers]
-        whole = self._total()
+        whole = self._total
         if whole is not None:
             rows.append(("total", [column.text(whole) for column in columns]))
         return html_table([(c.title, c.right) for c in columns], rows, self._title)

@@ -57,13 +57,14 @@ def eigenvalues_of_data(
     """
     data = list(batches_of(data)) if isinstance(data, Iterator) else data
     model, dim, told = probe.data_context
-    sizes, first = [], None
+    sizes, first, following = [], None, None
     for x, t in batches_of(data):
         sizes.append(batch_size(x, t, dim))
+        following = following or (None if first is None else (x, t))
         first = first or (x, t, sizes[0])
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    mean = of != "hessian" or len(sizes) == 1 or reduction_of(model, loss_fn, *first, dim, told) == "mean"
+    mean = of != "hessian" or len(sizes) == 1 or reduction_of(model, loss_fn, first, dim, told, following) == "mean"
     weights = [n / sum(sizes) if mean else 1.0 for n in sizes]
     layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first[:2])
     steps = {

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import nullcontext
 from functools import wraps
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
@@ -14,6 +15,7 @@ from ..batch import batch_size, sample_dimension
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..means import RunningMean, joined_info, mean_over_ranks
 from ..monitor.progress import progress_bar
+from ..parallel.all_reduce import raised_on_all
 from ..results import Diagonals
 from .hessian.estimate import relative_error
 from .loss import losses
@@ -31,6 +33,10 @@ __all__ = [
 
 #: How the loss of a batch is made of its samples'.
 Kind = Literal["mean", "sum"]
+
+#: Inputs and targets, and these with the number of their samples.
+Batch = tuple[Any, Any]
+CountedBatch = tuple[Any, Any, int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -109,8 +115,13 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
                 return measure(*args, **kwargs)
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
-            found: R = _over(probe, measure, loss_fn, data, by_sample(given), given)
-            return found
+            synchronize = given.pop("synchronize", False)
+            with raised_on_all() if synchronize else nullcontext():
+                found, seen = _over(probe, measure, loss_fn, data, by_sample(given), given, errors=synchronize)
+            if synchronize:
+                found = mean_over_ranks(found, seen)
+            result: R = found
+            return result
 
         return either
 
@@ -124,11 +135,12 @@ def _over(
     data: Iterable[Any],
     by_sample: bool,
     options: dict[str, Any],
-) -> Any:
-    """The measurement of all batches together."""
+    *,
+    errors: bool,
+) -> tuple[Any, int]:
+    """The measurement of all batches together, with ``errors`` those of one batch too; and how many samples."""
     if options.pop("create_graph", False):
         raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
-    synchronize = options.pop("synchronize", False)
     model, dim, told = probe.data_context
     total = len(data) if isinstance(data, Sized) else None
     running, first, sample = RunningMean([], []), None, None
@@ -144,7 +156,7 @@ def _over(
             if sample is None:
                 running, first, sample = RunningMean.like(_values(found)), found, (x, t, count)
             elif kind is None:
-                kind = reduction_of(model, loss_fn, *sample, dim, told)
+                kind = reduction_of(model, loss_fn, sample, dim, told, (x, t))
                 if kind == "sum":
                     running.mean = [m / sample[2] for m in running.mean]
             running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
@@ -153,10 +165,10 @@ def _over(
             advance(1)
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    if len(kept) > 1 or synchronize:
+    if len(kept) > 1 or errors:
         scale = float(seen) if kind == "sum" else 1.0
         first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
-    return mean_over_ranks(first, seen) if synchronize else first
+    return first, seen
 
 
 def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
@@ -188,7 +200,7 @@ def _rebuilt(
 
 
 def reduction_of(
-    model: nn.Module, loss_fn: Any, inputs: Any, targets: Any, count: int, dim: int, told: Kind | None
+    model: nn.Module, loss_fn: Any, first: CountedBatch, dim: int, told: Kind | None, following: Batch | None = None
 ) -> Kind:
     """As the loss's values tell, else as it was told.
 
@@ -196,7 +208,7 @@ def reduction_of(
         InvalidArgumentError: neither.
     """
     try:
-        return find_reduction(model, loss_fn, inputs, targets, count, dim)
+        return find_reduction(model, loss_fn, first, dim, following)
     except InvalidArgumentError as error:
         if told is not None:
             return told
@@ -206,13 +218,25 @@ def reduction_of(
 
 
 def find_reduction(
-    model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, count: int, dim: int
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    first: CountedBatch,
+    dim: int,
+    following: Batch | None = None,
 ) -> Kind:
     """How a loss reduces samples, from its value on a batch and on the batch's two parts.
 
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        first: inputs, targets and their number of samples.
+        dim: where samples are in the inputs.
+        following: the batch after it: where the first holds one sample, these two are the parts of one.
+
     Raises:
-        InvalidArgumentError: it is neither a mean nor a sum, or the batch is too small to tell.
+        InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
     """
+    inputs, targets, count = first
 
     def part(tree: Any, start: int, length: int) -> Any:
         def cut(tensor: Tensor) -> Tensor:
@@ -221,14 +245,43 @@ def find_reduction(
 
         return map_tensors(cut, tree)
 
-    cut = count // 3
+    cut, parts, whole = count // 3 or count // 2, None, (inputs, targets)
     if cut:
-        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in ((0, cut), (cut, count - cut))]
-        whole, first, second = losses(model, loss_fn, [(inputs, targets), *parts])
-        if torch.allclose(whole, (cut * first + (count - cut) * second) / count, rtol=1e-3):
+        sizes = cut, count - cut
+        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in zip((0, cut), sizes, strict=True)]
+    elif following is not None and (joined := _joined(whole, following, count, dim)) is not None:
+        sizes = count, batch_size(*following, dim)
+        parts, whole = [whole, following], joined
+    if parts and count < 3 and _alike(parts[0][1], parts[1][1]):  # of one class, weights of classes do not show
+        parts = None
+    if parts:
+        together, one, other = losses(model, loss_fn, [whole, *parts])
+        if torch.allclose(together, (sizes[0] * one + sizes[1] * other) / sum(sizes), rtol=1e-3):
             return "mean"
-        if torch.allclose(whole, first + second, rtol=1e-3):
+        if torch.allclose(together, one + other, rtol=1e-3):
             return "sum"
     raise InvalidArgumentError(
         'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
     )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether targets are the same."""
+    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+    return bool(pairs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _joined(one: Batch, other: Batch, count: int, dim: int) -> Batch | None:
+    """Two batches in one; None where their tensors are not of one shape but for the samples."""
+    rest = tensors_in(other)
+
+    def cat(tensor: Tensor) -> Tensor:
+        at = sample_dimension(tensor, count, dim)
+        following = next(rest)
+        return tensor if at is None else torch.cat([tensor, following], at)
+
+    try:
+        joined: Batch = map_tensors(cat, one)
+    except (RuntimeError, StopIteration, IndexError):
+        return None
+    return joined

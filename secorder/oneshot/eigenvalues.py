@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers.dtypes import compute_dtype
+from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .measurement import Measurement
@@ -20,6 +21,10 @@ __all__ = ["TOLERANCE", "Eigenvalues", "blocks_of", "eigenvalues", "lanczos", "l
 #: The usual tolerance.
 TOLERANCE = 1e-3
 
+#: Products before which nothing passes for converged: a start that has next to nothing of the largest eigenvector looks
+#: as if it had found others.
+FEWEST = 5
+
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -28,7 +33,8 @@ class Eigenvalues:
     Attributes:
         top: the largest eigenvalues, descending.
         bottom: the smallest eigenvalues, ascending.
-        residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block.
+        residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block. What products
+            lack of a symmetric matrix' (by hooks that clamp gradients, by noise) is added to it.
         num_hvps: products taken.
         converged: whether the residual met the tolerance.
     """
@@ -138,31 +144,46 @@ def lanczos_steps(
     start: Tensor, count: int, tolerance: float, iterations: int
 ) -> Generator[Tensor, Tensor, Eigenvalues]:
     """:func:`lanczos` that yields each vector whose product it is to be sent."""
-    basis = [start / start.norm()]
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
+    space = start.new_empty(min(iterations, 16), start.numel())  # the basis, with room to grow
+    torch.div(start, start.norm(), out=space[0])
+    alphas: list[float] = []
+    betas: list[float] = []
     top, bottom, residual, bound = [0.0] * count, [0.0] * count, math.inf, 0.0
+    skew = 0.0  # of a symmetric operator, a product has no part in vectors before the last two, and β in the one before
     for step in range(1, iterations + 1):
-        w = yield basis[-1]
-        alphas.append(w @ basis[-1])
-        known = torch.stack(basis)
-        for _ in range(2):  # twice is enough
-            w = w - known.T @ (known @ w)
-        beta = w.norm()
-        t = torch.diag(torch.stack(alphas).double())
-        if betas:
-            off = torch.stack(betas).double()
-            t = t + torch.diag(off, 1) + torch.diag(off, -1)
-        values, vectors = torch.linalg.eigh(t)
+        known = space[:step]
+        w = yield known[-1]
+        overlaps = known @ w
+        w = w - known.T @ overlaps
+        w = w - known.T @ (known @ w)  # twice is enough
+        *overlap, beta = torch.cat([overlaps, w.norm()[None]]).tolist()  # the one look at the device
+        alphas.append(overlap[-1])
+        skew = max(skew, math.dist(overlap[:-1], [0.0] * (step - 2) + betas[-1:]))
+        values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
         size = values.abs().max().item()
-        last = step == iterations or beta.item() <= 1e-12 * max(size, 1e-300)
-        if last or step % 5 == 0:
+        exhausted = beta <= 1e-12 * max(size, 1e-300)
+        last = step == iterations or exhausted
+        if last or step >= FEWEST:
             k = min(count, len(values))
-            ends = torch.cat([vectors[-1, :k], vectors[-1, -k:]]).abs() * (0.0 if beta.item() <= 1e-12 * size else beta)
-            residual, bound = ends.max().item(), tolerance * size
+            ends = torch.cat([vectors[-1, :k], vectors[-1, -k:]]).abs().max().item()
+            lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size
+            residual = lack + (0.0 if exhausted or step == start.numel() else beta * ends)
             top, bottom = values[-k:].flip(0).tolist(), values[:k].tolist()
-            if last or (residual <= bound and len(values) >= 2 * count):
+            if last or lack > bound or (residual <= bound and len(values) >= 2 * count):
                 break
-        basis.append(w / beta)
+        if step == len(space):
+            space = torch.cat([space, space.new_empty(min(step, iterations - step), start.numel())])
+        torch.div(w, beta, out=space[step])
         betas.append(beta)
-    return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound or len(alphas) == start.numel())
+    return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound)
+
+
+def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:
+    """A symmetric matrix, where it takes no time: in the host's memory, in double precision."""
+    how: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    t = torch.diag(torch.tensor(diagonal, **how))
+    if beside:
+        off = torch.tensor(beside, **how)
+        t.diagonal(1).copy_(off)
+        t.diagonal(-1).copy_(off)
+    return t

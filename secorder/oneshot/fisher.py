@@ -19,6 +19,7 @@ gradients do not exist, and :class:`~secorder.CouplingError` says so. Where the 
 alone (a weight penalty, the network inside of the loss), the model and the loss run on batches of one.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, zero_tether
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
@@ -47,7 +49,7 @@ from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs
-from .recording import recorded, seen
+from .recording import Recording, recorded, seen
 from .roots import Columns, First, Root, single
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
@@ -170,8 +172,9 @@ def _in_batches(
 ) -> Found | None:
     """:func:`in_batches`, with some layers followed by operations; None where the losses of samples are not told."""
     tapped = [x for x in task.ruled if x not in followed]
+    bare = _called_alone(task, tapped)
     with (
-        recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
+        recorded(task.isolated, tapped, own_parameters=task.create_graph or bare, bare=bare) as recording,
         seen([x for x in followed if x.rule is not None]) as watched,
     ):
         traced = task.traced(inputs=not task.create_graph)
@@ -180,13 +183,8 @@ def _in_batches(
         if not loss.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
-        unusable = recording.unusable()
-        layers = [
-            RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=task.create_graph)
-            for x in tapped
-            if x.name in recording.leaves and x.name not in unusable
-        ]
-        second_order = fisher_type != "empirical"
+        layers = _usable(recording, tapped, with_graph=task.create_graph)
+        second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
         side = None if traced.hooked else losses_by_definition(task, output, loss, second_order=second_order)
         if side is None:
             if not recording.without_graph and not watched.without_graph:
@@ -195,7 +193,6 @@ def _in_batches(
         if side is None:
             return None
         pairs = _pairs(task, side, fisher_type, num_draws)
-        linear = fisher_type != "empirical"  # of which each sample has one cotangent alone
         if trial is not None:
             trial.of = pairs.num_columns
         if weighted is not None:
@@ -204,9 +201,9 @@ def _in_batches(
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
             told = traced.told(side.model_outputs)
-            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=linear)
+            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=second_order)
         if layers:
-            how: Any = {"linear": linear, "by_graph": not traced.hooked, "trial": trial}
+            how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
             found |= _by_rules(task, side.model_outputs, pairs, layers, **how)
         recording.require_seen(loss)
         watched.require_seen(loss)
@@ -218,9 +215,19 @@ def _in_batches(
         how = {"by_graph": not traced.hooked}
         return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, **how)
     if not followed and rest and not traced.hooked:
-        found |= by_uses(task, rest, _some(pairs, trial), linear=linear)
+        found |= by_uses(task, rest, _some(pairs, trial), linear=second_order)
         rest = [layer for layer in rest if layer.name not in found]
-    return found | (by_samples(task, rest, _some(pairs, trial), linear=linear) if rest else {})
+    return found | (by_samples(task, rest, _some(pairs, trial), linear=second_order) if rest else {})
+
+
+def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) -> list[RecordedLayer]:
+    """The layers of which the recorded calls tell all."""
+    unusable = recording.unusable()
+    return [
+        RecordedLayer(x, recording.inputs[x.name], recording.leaves[x.name], with_graph=with_graph)
+        for x in layers
+        if x.name in recording.leaves and x.name not in unusable
+    ]
 
 
 def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
@@ -273,17 +280,10 @@ def _by_rules(
     linear: bool,
     by_graph: bool,
     trial: Trial | None,
+    bare: bool,
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
-    if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
-        with recorded(task.isolated, [z.layer for z in layers], own_parameters=False):
-            ends = [t for t in tensors_in(task.isolated.forward(task.inputs)) if t.requires_grad]
-    else:
-        ends = list(model_outputs)
-    replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]
-    reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
-    used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
-    alone = [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
+    alone = list(layers) if bare else _used_alone(task, model_outputs, layers)
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
     columns = _some(pairs, trial)
@@ -306,6 +306,29 @@ def _by_rules(
     return {name: (values, last) for name, values in heads.items()} | {
         name: (values, info) for name, values in by_columns.items()
     }
+
+
+def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
+    """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
+    if not task.certain or task.create_graph:
+        return False
+    places = Counter(id(place.value) for m in task.model.modules() for place in parameter_places(m))
+    return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))
+
+
+def _used_alone(
+    task: Measurement, model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer]
+) -> list[RecordedLayer]:
+    """The layers whose parameters the model's outputs do not depend on but through their calls."""
+    if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
+        with recorded(task.isolated, [z.layer for z in layers], own_parameters=False):
+            ends = [t for t in tensors_in(task.isolated.forward(task.inputs)) if t.requires_grad]
+    else:
+        ends = list(model_outputs)
+    replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]
+    reached = gradients(ends, replacements, [torch.ones_like(f) for f in ends]) if ends else [None] * len(replacements)
+    used = {id(s) for s, r in zip(replacements, reached, strict=True) if r is not None}
+    return [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
 
 
 def _some(pairs: Columns, trial: Trial | None) -> Columns:

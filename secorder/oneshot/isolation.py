@@ -61,6 +61,9 @@ class ReplacementsBypassed(Exception):
 #: that it knows is no state of a forward.
 LEVELS_OF_HOOKS = 3
 
+#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
+LEVELS_OF_ARGUMENTS = 4
+
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -123,8 +126,12 @@ class IsolatedModel:
                 copies[id(tensor)] = tensor.clone()
             return copies[id(tensor)]
 
-        with autocast(self._ambient if ambient is None else ambient):
-            result = forward(map_tensors(copied, arguments))
+        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        try:
+            with autocast(self._ambient if ambient is None else ambient):
+                result = forward(map_tensors(copied, arguments))
+        finally:
+            given.restore()
         if self._take_loss_state is not None:
             self._after_forward = self._take_loss_state(self._loss_state)
             self._after = get_random_state(self._cuda)
@@ -213,7 +220,8 @@ def isolate(
     held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        stack.enter_context(_own_settings(model, cuda, in_training=loss_fn is None))
+        start = get_random_state(cuda)
+        stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
@@ -236,8 +244,6 @@ def isolate(
         for state in (own, of_hooks, loss_state):
             if state is not None:
                 stack.callback(state.restore)
-        start = get_random_state(cuda)
-
         ran = False
 
         def restart(random_state: RandomState | None) -> None:
@@ -259,8 +265,15 @@ def isolate(
 
 
 @contextmanager
-def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's."""
+def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
+
+    Args:
+        model: the model.
+        state: of random numbers, which it is put back to.
+        cuda: devices that the model is on.
+        in_training: whether it is in the middle of the user's.
+    """
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(parametrizations_computed_anew())
@@ -274,7 +287,7 @@ def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -
         stack.enter_context(eager())
         stack.enter_context(plain_checkpoints())
         stack.enter_context(no_autocast())
-        stack.callback(set_random_state, get_random_state(cuda), cuda)
+        stack.callback(set_random_state, state, cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

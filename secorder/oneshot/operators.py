@@ -9,6 +9,7 @@ M = ∂²ℓ_n/∂f_n² or M = g_n g_nᵀ with g_n = ∂ℓ_n/∂f_n.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -17,17 +18,18 @@ from torch import Tensor
 from .._torch.modules import parameters_replaced
 from .._torch.vjp import gradients, stacked_vjp
 from ..errors import InvalidArgumentError
+from ..layers.dtypes import cast, rounding
 from ..layers.per_sample import total_gradient, with_cotangents
 from ..layers.selection import Layer
 from .cotangents import require_linear_backward
 from .fisher import require_independent_samples
-from .hessian.budget import Budget
-from .hessian.investigate import investigate
+from .hessian.investigate import attached
 from .hessian.layer_graph import LayerGraph
 from .hessian.on_parameters import on_parameters
 from .losses_by_output import SampleLosses, losses_by_output
 from .measurement import Measurement
 from .output_hessian import as_samples, filled
+from .recorded_layer import layout_options
 from .recording import recorded
 from .roots import single
 
@@ -69,18 +71,30 @@ def operators(task: Measurement, of: Curvature) -> Blocks:
 def _hessian_operators(task: Measurement) -> Blocks:
     rest = []
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        found = investigate(task, recording, Budget("hutchinson"), columns=False)
+        found, _, _ = attached(task, recording)
         for layer in task.layers:
             facts, graph = found.facts[layer.name], found.graphs.get(layer.name)
             if not facts.used:
                 yield layer, None
-            elif facts.own_use and graph is not None and graph.layouts and layer.rule is not None:
-                yield layer, ProductInZ(graph)
-            else:
+                continue
+            product = _product_in_z(task, graph) if facts.own_use and graph is not None else None
+            if product is None:
                 rest.append(layer)
+            else:
+                yield layer, product
     del found
     for layer, own in on_parameters(task, rest):
         yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
+
+
+def _product_in_z(task: Measurement, graph: LayerGraph) -> "ProductInZ | None":
+    """The layer's block by its calls: which rows belong to which sample does not matter to their sum."""
+    for layouts in layout_options(graph, task.num_samples):
+        graph.layouts = layouts
+        product = ProductInZ(graph)
+        if product.adjoint(task):
+            return product
+    return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,31 +103,53 @@ class ProductInZ:
 
     graph: LayerGraph
 
+    @cached_property
+    def constant(self) -> list[Tensor]:
+        """What each call adds that does not depend on θ: its output where θ is zero."""
+        zero = {name: torch.zeros_like(p) for name, p in self.graph.layer.parameters.items()}
+        with torch.no_grad():
+            return [_call(self.graph, zero, call) for call in self.graph.inputs]
+
     def __call__(self, v: Tensor) -> Tensor:
         """The product with a flat vector."""
         graph = self.graph
-        sizes = [p.numel() for p in graph.layer.parameters.values()]
-        parts = v.split(sizes)
-        along = {
-            name: part.view_as(p).to(p.dtype)
-            for (name, p), part in zip(graph.layer.parameters.items(), parts, strict=True)
-        }
-        zero = {name: torch.zeros_like(p) for name, p in along.items()}
+        return self.back(stacked_vjp(graph.output_gradients, graph.leaves, self.forth(v))).to(v.dtype)
+
+    def forth(self, v: Tensor) -> list[Tensor]:
+        """J v by call, each shape ``(1, *z.shape)``."""
+        graph, parameters = self.graph, self.graph.layer.parameters
+        parts = zip(parameters.items(), v.split([p.numel() for p in parameters.values()]), strict=True)
+        along = {name: part.view_as(p).to(p.dtype) for (name, p), part in parts}
         with torch.no_grad():  # z is affine in θ: J v is the difference of two calls
-            tangents = [_call(graph, along, call) - _call(graph, zero, call) for call in graph.inputs]
-        found = graph.gradients(stacked_vjp(graph.output_gradients, graph.leaves, [t[None] for t in tangents]))
-        flat = [
-            total_gradient(with_cotangents(found[name], lambda g: g[0]), size)
-            for (name, _), size in zip(graph.layer.parameters.items(), sizes, strict=True)
+            calls = zip(graph.inputs, self.constant, graph.leaves, strict=True)
+            return [(_call(graph, along, x) - constant).to(leaf.dtype)[None] for x, constant, leaf in calls]
+
+    def back(self, cotangents: Sequence[Tensor]) -> Tensor:
+        """Jᵀ u of cotangents by call, each shape ``(1, *z.shape)``: flat."""
+        found = self.graph.gradients(cotangents)
+        parts = [
+            total_gradient(with_cotangents(found[name], lambda g: g[0]), p.numel())
+            for name, p in self.graph.layer.parameters.items()
         ]
-        return torch.cat(flat).to(v.dtype)
+        return torch.cat(parts)
+
+    def adjoint(self, task: Measurement) -> bool:
+        """Whether ``⟨J v, u⟩ = ⟨v, Jᵀ u⟩`` for random v and u, to rounding: where the rule is one for the calls."""
+        cotangents = [task.random((1, *leaf.shape), leaf) for leaf in self.graph.leaves]
+        back = self.back(cotangents)
+        v = task.random(back.shape, back)
+        forth = torch.cat([(t * u).flatten() for t, u in zip(self.forth(v), cotangents, strict=True)]).to(back.dtype)
+        kinds = {t.dtype for t in (*self.graph.leaves, *self.graph.layer.parameters.values())}
+        size = torch.maximum(forth.norm(), (v * back).norm())
+        return bool((forth.sum() - v @ back).abs() <= max(map(rounding, kinds)) * size)
 
 
 def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    """The layer's output with other parameters, past its hooks, which would record the call."""
+    """The layer's output with other parameters, past its hooks, which would record the call; never under autocast."""
     module = graph.layer.module
+    kind = next(iter(parameters.values())).dtype
     with parameters_replaced(module, parameters):
-        output: Tensor = module.forward(*inputs)
+        output: Tensor = module.forward(*(cast(x, kind) for x in inputs))
         return output
 
 

@@ -14,7 +14,8 @@ from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import version
-from .._torch.vjp import gradients
+from .._torch.views import is_view
+from .._torch.vjp import gradients, stand_in
 from ..errors import AttributionError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, _restore
@@ -100,7 +101,9 @@ def is_watch(hook: Any) -> bool:
 
 
 @contextmanager
-def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool) -> Iterator[Recording]:
+def recorded(
+    isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool, bare: bool = False
+) -> Iterator[Recording]:
     """Record the calls of ``layers`` in the forwards run inside.
 
     A zero leaf ε is added to each output: differentiating with respect to it is differentiating with respect to the
@@ -111,10 +114,11 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
         layers: the layers to record.
         own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
             a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
+        bare: whether no hook changes gradients: then nothing is added to an output, and ε stands for it in the graph.
     """
     recording = Recording()
     handles = []
-    taps = [_Tap(recording, layer, [] if own_parameters else _places(isolated, layer)) for layer in layers]
+    taps = [_Tap(recording, x, [] if own_parameters else _places(isolated, x), bare=bare) for x in layers]
     try:
         for tap in taps:
             if not own_parameters:
@@ -153,8 +157,8 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 class _Tap:
     """The hooks by which one layer's calls are recorded."""
 
-    def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
-        self.recording, self.layer, self.places = recording, layer, places
+    def __init__(self, recording: Recording, layer: Layer, places: list[Place], *, bare: bool) -> None:
+        self.recording, self.layer, self.places, self.bare = recording, layer, places, bare
         self.detached = [nn.Parameter(place.value.detach(), requires_grad=False) for place in places]
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
@@ -209,11 +213,15 @@ class _Tap:
         return map_tensors(partial(self.with_leaf, leaves), output)
 
     def with_leaf(self, leaves: list[Tensor], tensor: Tensor) -> Tensor:
-        """The tensor plus a zero leaf, which is entered in ``leaves``."""
+        """The tensor plus a zero leaf, which is entered in ``leaves``; or as it is, with what stands for it there."""
         if not tensor.is_floating_point():
             return tensor
-        leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # a zero that takes no memory
-        result = tensor + leaves[-1]
+        if self.bare and tensor.grad_fn is not None and not is_view(tensor):
+            leaves.append(stand_in(tensor.grad_fn, tensor.output_nr))
+            result = tensor
+        else:
+            leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # which takes no memory
+            result = tensor + leaves[-1]
         if torch.is_grad_enabled():
             result.register_hook(partial(self.recording.watch.seen, self.layer.name))
         return result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks, default_chunk_size
-from .roots import Root
+from .roots import Map, Root
 
 __all__ = ["Product", "form_root", "signed_factors", "softmax_root"]
 
@@ -26,6 +26,10 @@ MAX_BLOCK_BYTES = 1 << 27
 
 #: The largest block that is factored.
 MAX_BLOCK = 512
+
+#: Classes up to which a softmax has one column fewer than classes: of many, one matters little, and running sums lose
+#: digits.
+FEW_CLASSES = 64
 
 
 def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | None = None) -> Root:
@@ -52,7 +56,7 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
 
 
 def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | None:
-    """``√(c p_k) (e_k − p)``, p the softmax over one dimension (or all), c a number for each position.
+    """The root of c (diag p − p pᵀ), p the softmax over one dimension (or all), c a number for each position.
 
     Args:
         product: with the Hessian.
@@ -81,8 +85,13 @@ def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:
     """c of each position, shape (N, before, 1, after), where the product is c p ⊙ (r − ⟨p, r⟩); else None."""
     centred = (r - (p * r).sum(2, keepdim=True)).mul_(p)
     square = (centred * centred).sum(2, keepdim=True)
-    scale = (product * centred).sum(2, keepdim=True).div_(square).masked_fill_(square == 0, 0)
-    # Where a probability is near one, the products cancel to rounding of c itself, and c is told by other positions.
+    # Of a probability near one, differences cancel to rounding: c is told by the others, however small.
+    others = centred.masked_fill(p > 0.5, 0)
+    largest = others.abs().amax(2, keepdim=True)
+    others.div_(largest)
+    scale = (product / largest * others).sum(2, keepdim=True) / (others * others).sum(2, keepdim=True)
+    scale = scale.masked_fill(largest == 0, 0)
+    # And where rounding is more than a product, it is that of other positions.
     eps = torch.finfo(p.dtype).eps
     size, known = scale.abs(), (square > (1e4 * eps) ** 2) & (scale != 0)
     usual = size[known].median() if bool(known.any()) else size.amax()
@@ -93,7 +102,22 @@ def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:
 
 
 def _root_of_softmax(p: Tensor, scale: Tensor, flat: Tensor) -> Root:
-    weight = scale.abs().sqrt()
+    """By a column for each class, or by one fewer where that is worth it."""
+    _, before, classes, after = p.shape
+    fewer = classes <= FEW_CLASSES and p.dtype in (torch.float32, torch.float64)
+    number = classes - 1 if fewer else classes
+    places = torch.arange(before * after, device=p.device).view(before, 1, after).expand(-1, classes, -1)
+    sign = None
+    if bool((scale < 0).any()):
+        sign = torch.where(scale < 0, -1.0, 1.0).to(p.dtype).expand(-1, -1, number, -1).flatten(1)
+    left, weights = (_cholesky_factor if fewer else _centred_columns)(p, scale.abs())
+    diagonal = (p - p * p).mul_(scale).flatten(1)
+    return Root(left, before * number * after, flat, None, sign, diagonal, places.flatten(), weights)
+
+
+def _centred_columns(p: Tensor, scale: Tensor) -> tuple[Map, Callable[[], Tensor]]:
+    """``√(c p_k) (e_k − p)``, and their ``‖u_k‖²``; c positive."""
+    weight = scale.sqrt()
 
     def left(coefficients: Tensor) -> Tensor:
         xi = coefficients.unflatten(2, p.shape[1:]) * p.sqrt()
@@ -102,18 +126,40 @@ def _root_of_softmax(p: Tensor, scale: Tensor, flat: Tensor) -> Root:
         result: Tensor = (xi - p * xi.sum(3, keepdim=True)).mul_(weight).flatten(2)
         return result
 
-    _, before, classes, after = p.shape
-    places = torch.arange(before * after, device=p.device).view(before, 1, after).expand(-1, classes, -1)
-    sign = None
-    if bool((scale < 0).any()):
-        sign = torch.where(scale < 0, -1.0, 1.0).to(p.dtype).expand(p.shape).flatten(1)
-    diagonal = (p - p * p).mul_(scale).flatten(1)
-
-    def weights() -> Tensor:  # ‖√(c p_k) (e_k − p)‖²
+    def weights() -> Tensor:
         square = (p * p).sum(2, keepdim=True)
-        return (scale.abs() * p * (1 - 2 * p + square)).flatten(1)
+        return (scale * p * (1 - 2 * p + square)).flatten(1)
 
-    return Root(left, before * classes * after, flat, None, sign, diagonal, places.flatten(), weights)
+    return left, weights
+
+
+def _cholesky_factor(p: Tensor, scale: Tensor) -> tuple[Map, Callable[[], Tensor]]:
+    """The Cholesky factor of ``c (diag p − p pᵀ)``, of rank one less than there are classes.
+
+    With ``q_k = Σ_{i ≥ k} p_i``: on the diagonal ``√(p_k q_{k+1} / q_k)``, below it ``−p_i √(p_k / (q_k q_{k+1}))``.
+    Every entry is a product of positive numbers, and right to rounding of its own size.
+
+    Source: Tanabe, Sagae (1992), "An exact Cholesky decomposition and the generalized inverse of the
+    variance-covariance matrix of the multinomial distribution", Journal of the Royal Statistical Society B 54.
+    """
+    weight = scale.sqrt()
+    rest = p.flip(2).cumsum(2).flip(2)
+    own, rest = (p / rest)[:, :, :-1].sqrt(), rest[:, :, 1:].sqrt()
+    own = own.nan_to_num_(0.0)  # where it, and what comes after, is zero
+    beside, below = own * rest, (own / rest).masked_fill_(rest == 0, 0.0)
+
+    def left(coefficients: Tensor) -> Tensor:
+        xi = coefficients.unflatten(2, own.shape[1:])
+        result = p.new_zeros(len(xi), *p.shape)
+        result[:, :, :, :-1] = xi * beside
+        result[:, :, :, 1:] -= (xi * below).cumsum_(3) * p[:, :, 1:]
+        return result.mul_(weight).flatten(2)
+
+    def weights() -> Tensor:
+        size = (p * p).flip(2).cumsum(2).flip(2)[:, :, 1:].sqrt()
+        return (scale * (beside.square() + (below * size).square())).flatten(1)
+
+    return left, weights
 
 
 # ---- blocks

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Draws", "First", "Pairs", "Root", "from_hessian", "joined", "single"]
+__all__ = ["Columns", "Draws", "First", "Map", "Pairs", "Root", "from_hessian", "joined", "single"]
 
 #: A linear map of coefficients (M, N or 1, K) to cotangents (M, N, C).
 Map = Callable[[Tensor], Tensor]

@@ -154,7 +154,8 @@ class ByCotangents(Evidence):
     def weights(self) -> list[Tensor]:
         """Random weights of the samples."""
         draws = 3 if any(torch.finfo(f.dtype).bits < 32 for f in self.outputs) else 1
-        return [0.5 + torch.randn(self.count, generator=self.generator, device="cpu").abs() for _ in range(draws)]
+        own = self.generator
+        return [0.5 + torch.randn(self.count, generator=own, device=own.device).abs() for _ in range(draws)]
 
     @cached_property
     def scaled(self) -> list[list[Tensor]]:

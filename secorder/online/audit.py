@@ -35,7 +35,6 @@ FEW, FEW_SAMPLES = 32, 4
 #: one that factors are rounded to before they are multiplied.
 UNITS = 64
 UNITS_OF_FACTORS = 8
-#: Of what matrix units may round float32 to.
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -54,29 +53,32 @@ def _block(gradient: Tensor, vectors: Vectors) -> Tensor:
     return gradient if gradient.dtype is vectors.r.dtype else gradient.to(vectors.r.dtype)
 
 
-def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False) -> tuple[Tensor, Tensor]:
+def explained(
+    gradient: PerSample, vectors: Vectors, *, with_bias: bool = False, terms: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the square of the size that its rounding is relative to.
 
     Args:
         gradient: of one parameter.
         vectors: the random ones.
         with_bias: of an :class:`~secorder.layers.per_sample.Outer`, with that of the bias that has the same cotangents.
+        terms: how many rows an element of a dense gradient is the sum of.
     """
     r, s = vectors.r, vectors.s
     if isinstance(gradient, Tensor):
         matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
         matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
-        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten())
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * (len(matrix) * _added(terms))
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
-        return torch.dot(left, right), _size(seen, right) * len(right)
+        return torch.dot(left, right), _size(seen, right) * (len(right) * _added(len(right) / vectors.rows))
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left) * left.shape[0]
+        return left.sum(), _size(seen, left) * (left.shape[0] * _added(left.shape[0]))
     right = _inputs(gradient, vectors).flatten()
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
@@ -86,6 +88,8 @@ def explained(gradient: PerSample, vectors: Vectors, *, with_bias: bool = False)
         size = _size(whole, right)
         if with_bias:
             right, size = right + 1, size + right.shape[0]
+    if with_bias and isinstance(gradient.a, Patches):
+        size = size + right.shape[0] * _added(right.shape[0])
     return torch.dot(left, right), _size(seen, left) * size
 
 
@@ -138,6 +142,15 @@ def _size(whole: Tensor, product: Tensor) -> Tensor:
     some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
     flat = some.to(product.dtype).flatten()
     return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
+
+
+def _added(terms: float) -> float:
+    """What the square of a size is multiplied by, where so many terms may be added to a sum one after the other.
+
+    Where they are alike, as behind an average over positions, this rounds by an eighth of their number, in units in the
+    last place: so measured of the gradients of biases of convolutions, of layer norms, and of rows of a table, on CPUs.
+    """
+    return max(1.0, terms / (4 * UNITS)) ** 2
 
 
 class Explained(NamedTuple):
@@ -194,11 +207,7 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
         known, home = self._numbers, self._home
-        chosen = [
-            n
-            for n, p in parameters.items()
-            if p.requires_grad and p.numel() and id(p) not in known and id(p) not in home
-        ]
+        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and self._vectors_of(p) is None]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
         if one and graph["weight"].dim() > 1:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -248,6 +257,7 @@ class Audit:
         parameters: Mapping[str, Tensor],
         gradients: Mapping[str, PerSample],
         low: torch.dtype | None,
+        elements: int = 0,
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
@@ -256,6 +266,7 @@ class Audit:
             parameters: of the layer.
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
+            elements: of the layer's outputs.
         """
         brought = {}
         for local, p in parameters.items():
@@ -267,7 +278,7 @@ class Audit:
                 continue
             bias = self._numbers[id(p)].bias if home is None else None
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
-            value, size = explained(part, vectors, with_bias=same)
+            value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
             found = Explained(value, size, _tolerance(value, p.dtype, low, _operations(part)))
             self._explained.setdefault((name, home or id(p)), []).append(found)

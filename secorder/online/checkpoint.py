@@ -8,13 +8,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._torch.fsdp import local
+from .._torch.surroundings import lasting
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
 from ..parallel.fsdp import Shard
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norms import COLUMNS, NormSums
-from .sums import LayerSums, Stretch, put_aside
+from .stretch import Stretch, put_aside
+from .sums import LayerSums
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -67,6 +69,7 @@ def _state_of(fisher: OnlineFisher, stretch: "OnlineFisher | Stretch", prefix: s
     return state
 
 
+@lasting()
 def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Mapping[str, Tensor]) -> None:
     """See :meth:`secorder.CurvatureProbe.load_state_dict`."""
     header = state.get("header") if isinstance(state, Mapping) else None
@@ -129,6 +132,7 @@ def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) 
         raise InvalidArgumentError(f"the state has other shapes of the parameters {different}.")
 
 
+@lasting()
 def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) -> None:
     """See :meth:`secorder.CurvatureProbe.synchronize`."""
     if fisher.ranks is not None and fisher.ranks.data:

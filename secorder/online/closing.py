@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
 __all__ = [
-    "add_tied", "audit_uncalled", "audit_unreached", "check_together", "close", "second_backward", "unrecorded",
+    "add_tied", "audit_early", "audit_uncalled", "check_together", "close", "second_backward", "unrecorded",
 ]  # fmt: skip
 
 _SECOND = (
@@ -112,7 +112,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         record = groups[0][0]
         inverse = float(record.num_samples) if record.mean else 1.0
         alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
-        scale = float(fisher.loss_scale())
+        scale = fisher.loss_scale_of(backward)
         add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
     elif groups:
         fisher.troubles.mark(
@@ -136,20 +136,26 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
         if indices == list(range(len(fisher.layers))):
             fisher.failures.add_(found[1])
         else:
-            fisher.failures.index_add_(0, fisher.directions.constants(indices, fisher.failures), found[1].long())
+            places = fisher.directions.numbers(len(fisher.layers), fisher.failures)
+            fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
 
 
-def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
-    """A layer that no call brought a gradient of has none: not one that came before the audit could see it, either.
+def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+    """Whether something came for a layer before the audit could see it, where no call brought a gradient.
 
-    A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative.
+    A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative, or of a
+    parameter that the loss uses.
     """
-    layer = fisher.layers[index]
-    records = record.backward.records if record.backward is not None else [record]
-    if any(layer.name in one.received for one in records) or layer.sharded:
+    layer, backward = fisher.layers[index], record.backward
+    if layer.name in record.troubled or (backward is not None and layer.name in record.received and not backward.early):
         return
-    for p in layer.parameters.values():
-        if p.grad is not None and record.moved(p):
+    records = [record] if backward is None else backward.records
+    reached = any(layer.name in one.received for one in records)
+    for p in layer.parameters.values() if not layer.sharded else ():
+        unseen = not reached or (
+            backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
+        )
+        if unseen and p.grad is not None and record.moved(p):
             fisher.failures[index].add_((local(p.grad) != 0).any())
 
 

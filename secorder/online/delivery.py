@@ -5,6 +5,7 @@ module that is run again the per-sample gradients of all its parts. What they br
 """
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -278,7 +279,9 @@ def _tell(
     if fisher.penalty is not None:
         explain(record, layer, gradients)
     elif record.backward is not None:
-        return record.backward.audit.explain(layer.name, layer.parameters, gradients, record.autocast_dtype)
+        audit, low = record.backward.audit, record.autocast_dtype
+        elements = sum(prod(shape) for call in record.calls.get(layer.name, ()) for shape in call)
+        return audit.explain(layer.name, layer.parameters, gradients, low, elements)
     return {}
 
 

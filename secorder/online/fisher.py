@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
 from .._torch.fsdp import local
+from .._torch.surroundings import lasting
 from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
@@ -24,14 +25,15 @@ from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
-from .closing import add_tied, audit_uncalled, audit_unreached
+from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
-from .record import Backwards, ForwardRecord
+from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights
 from .schedule import now_and_then
-from .sums import LayerSums, Stretch, count_together
+from .stretch import Stretch
+from .sums import LayerSums, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
@@ -117,6 +119,7 @@ class OnlineFisher:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "backwards": Backwards()}
 
+    @lasting()
     def reset(self) -> None:
         """Forget everything accumulated."""
         #: Those that parameters lie over, if any do: they decide alike, and sums and counts are those of all samples.
@@ -132,10 +135,16 @@ class OnlineFisher:
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled()
 
-    def renew(self) -> None:
-        """Go on with empty sums."""
-        diagonal = self.accumulate == "diagonal"
-        self.sums = LayerSums.empty_of(self.layers, self.device, self.dtype, diagonal=diagonal)
+    @lasting()
+    def renew(self, copied: Sequence[str] = ()) -> None:
+        """Go on with empty sums; those of the layers whose sums have been copied are set to zero as they are."""
+        diagonal, kept = self.accumulate == "diagonal", set(copied)
+        others = [layer for layer in self.layers if layer.name not in kept]
+        fresh = LayerSums.empty_of(others, self.device, self.dtype, diagonal=diagonal)
+        if kept:
+            empty([self.sums[name] for name in copied])
+            fresh = {layer.name: fresh.get(layer.name) or self.sums[layer.name] for layer in self.layers}
+        self.sums: dict[str, LayerSums] = fresh
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
@@ -158,7 +167,15 @@ class OnlineFisher:
     def factor(self, record: ForwardRecord) -> float:
         """What squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n."""
         scale = float(record.num_samples**2) if record.mean else 1.0
-        return scale / float(self.loss_scale()) ** 2
+        return scale / self.loss_scale_of(record.backward) ** 2
+
+    def loss_scale_of(self, backward: Backward | None) -> float:
+        """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
+        if backward is None:
+            return float(self.loss_scale())
+        if backward.loss_scale is None:
+            backward.loss_scale = float(self.loss_scale())
+        return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
         """Samples of the batch on all ranks that share the sums."""
@@ -281,11 +298,12 @@ class OnlineFisher:
         for index, layer in enumerate(self.layers):
             name = layer.name
             if name in record.received or name in record.troubled or name in record.without_gradient:
+                audit_early(self, record, index)
                 continue
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
-            audit_unreached(self, record, index)
+            audit_early(self, record, index)
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:

@@ -163,14 +163,16 @@ class Attachment:
         if computes_by_its_hooks(self.model) and not differentiable(self.model, (args, kwargs)):
             saw("no gradient")
             return
-        if eager.whole_graph_wanted():
-            saw("compiled")
-            return
-        if eager.within_compiled_code() and hooks_prevent_compiling(self.model):
-            self.fisher.troubles.warn(
-                f"PyTorch {torch.__version__} compiles nothing of a {type(self.model).__name__} with a probe: it runs "
-                "as it was written. Attach to what torch.compile returned, or make it a part of your own module."
-            )
+        if eager.within_compiled_code():
+            if hooks_prevent_compiling(self.model):  # so there is no whole graph, nor a PyTorch that insists on one
+                self.fisher.troubles.warn(
+                    f"PyTorch {torch.__version__} compiles nothing of a {type(self.model).__name__} with a probe but "
+                    "modules of your own in it: the rest runs as it was written. Attach to what torch.compile "
+                    "returned, or make it a part of your own module."
+                )
+            elif eager.whole_graph_wanted():
+                saw("compiled")
+                return
         eager.run_compiled_code_eagerly()  # also where the model is looked at
         record = open_record(self, args, kwargs)
         if record is None:

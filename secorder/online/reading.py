@@ -15,7 +15,7 @@ from ..results import Diagonals, LayerInfo, Strategy
 from .closing import audit_uncalled
 from .fisher import OnlineFisher
 from .noise import NoiseScales, noise_of
-from .sums import Stretch, joined
+from .stretch import Stretch, joined
 from .trace import effective_samples, trace_of
 from .troubles import OUTSIDE, sentence
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.modules import evaluating
+from .._torch.pytree import tensors_in
 from .._torch.vjp import fresh_generator
 from ..layers.layout import Layout
 from ..layers.structure import independent_by_structure
@@ -76,8 +77,7 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
     tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
-        what = 'is a list, as sample_dim="list" says' if dim == "list" else "has a dimension for samples"
-        return Attribution(undecided=f"none of the model's arguments {what}")
+        return Attribution(undecided=_no_candidate(arguments, dim))
     usual = tried[0]
     certain = len(tried) == 1 and usual.dim == 0 and usual.owned is None and independent_by_structure(model, 0)
     if (usual.num_samples <= 1 and len(tried) == 1) or certain or asked.ranks is not None:
@@ -127,6 +127,19 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     first, options = alike[0]
     others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
     return first._replace(alternative=next(iter(others), None)), options
+
+
+def _no_candidate(arguments: tuple[tuple[Any, ...], dict[str, Any]], dim: SampleDim) -> str:
+    """Why nothing among the arguments may hold samples."""
+    args, kwargs = arguments
+    if next(tensors_in(arguments), None) is None and (args or kwargs):
+        kinds = ", ".join(dict.fromkeys(type(x).__name__ for x in (*args, *kwargs.values())))
+        return (
+            f"the model is called with {kinds} and no tensor, in which samples could be found: call it with tensors, "
+            "or attach the probe to the part of it that is called with them"
+        )
+    what = 'is a list, as sample_dim="list" says' if dim == "list" else "has a dimension for samples"
+    return f"none of the model's arguments {what}"
 
 
 def _held(options: Sequence[Sequence[Layout]]) -> int:

@@ -10,7 +10,7 @@ elsewhere, a frozen layer with nothing trainable before it) is looked for in the
 up to the model.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -44,6 +44,11 @@ from .use_rows import UseRows, rows_of_uses
 
 __all__ = ["attribute"]
 
+_USED_UP = (
+    "the model is called with an iterator, which running the model once more to see where samples are would use up: "
+    "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
 
 def attribute(
     model: nn.Module,
@@ -72,6 +77,8 @@ def attribute(
     ranks = ranks_of(model, layers)
     if ranks is not None:
         not_followed = [x.name for x in layers]
+    if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
+        return Attribution(undecided=_USED_UP)
     args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:

@@ -1,26 +1,32 @@
-"""The sums of each layer: squared per-sample gradients, and how many samples are in them. Nothing is read on the host.
-
-What one stretch of training brings is added up by itself; two of them, one after the other, are put :func:`together`
-when a number of both is asked for.
-"""
+"""The sums of each layer: squared per-sample gradients, and their number of samples. Nothing is read on the host."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._torch.several import add_each, add_products
+from .._torch.host_copy import begin_copy, goes_to_host
+from .._torch.several import add_each, add_products, set_to_zero
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
-from .norms import NormSums, together_norms
 
-__all__ = ["LayerSums", "Stretch", "add_behind", "count_together", "joined", "put_aside", "together"]
+__all__ = ["LayerSums", "count_together", "empty"]
+
+
+class Arriving(NamedTuple):
+    """A sum of squares on its way to the host: ``total ← beta · total + alpha · arrived()``."""
+
+    arrived: Callable[[], Tensor]
+    total: Tensor
+    beta: float
+    alpha: float
 
 
 @dataclass
@@ -28,17 +34,36 @@ class LayerSums:
     """Σ of squared per-sample gradients of one layer (or their moving average), by parameter.
 
     Attributes:
-        sums: 1-D, one a parameter.
+        totals: 1-D, one a parameter; read as :attr:`sums`, which waits for what is on its way to them.
         counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
         batches: that were handed in, bad ones among them.
         decays: how often a moving average has moved on.
     """
 
-    sums: list[Tensor]
+    totals: list[Tensor]
     counts: Tensor
     batches: int = 0
     decays: int = 0
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
+    _arriving: list[Arriving] = field(default_factory=list)
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The sums, with what was on its way from an accelerator to the host."""
+        while self._arriving:
+            part = self._arriving[0].arrived()  # where an interrupt may come, before it is taken from the list
+            here = self._arriving.pop(0)
+            _decayed(here.total, here.beta).add_(part.to(here.total), alpha=here.alpha)
+        return self.totals
+
+    @sums.setter
+    def sums(self, totals: list[Tensor]) -> None:
+        self._arriving.clear()
+        self.totals = totals
+
+    def __getstate__(self) -> dict[str, Any]:
+        assert self.sums is self.totals  # nothing is on its way
+        return self.__dict__.copy()
 
     @classmethod
     def empty(
@@ -80,7 +105,7 @@ class LayerSums:
             fresh.counts = self.counts.to(fresh.counts)
             fresh.sums = [mine.to(new) for mine, new in zip(self.sums, fresh.sums, strict=True)]
         self.sums, self.counts = fresh.sums, fresh.counts
-        self._increments.clear()
+        self._increments = {}
 
     def to(self, device: torch.device | str, *, copy: bool = False) -> "LayerSums":
         """The same on another device."""
@@ -117,6 +142,8 @@ class LayerSums:
                 part = contract(parts, numel=numel, keep=good)
             if layer.spread is not None and layer.sharded:  # each rank's α is that of its own samples
                 _decayed(total, beta).add_(shard_of_sum(part.mul_(alpha), p, layer.spread).to(total))
+            elif goes_to_host(part, total):
+                self._arriving.append(Arriving(begin_copy(part), total, beta, alpha))
             else:
                 _decayed(total, beta).add_(part.to(total), alpha=alpha)
 
@@ -157,6 +184,13 @@ def count_together(
         add_products(counts, increments, goods)
 
 
+def empty(every: Sequence[LayerSums]) -> None:
+    """Set what is in layers' sums to zero, in place."""
+    set_to_zero([total for sums in every for total in (*sums.sums, sums.counts)])
+    for sums in every:
+        sums.batches = sums.decays = 0
+
+
 def _device(layer: Layer) -> torch.device:
     """Where a layer's sums are counted."""
     return next(iter(layer.parameters.values())).device
@@ -164,77 +198,3 @@ def _device(layer: Layer) -> torch.device:
 
 def _decayed(total: Tensor, beta: float) -> Tensor:
     return total if beta == 1.0 else total.mul_(beta)
-
-
-@dataclass
-class Stretch:
-    """What one stretch of training has brought.
-
-    Attributes:
-        sums: by layer.
-        seen: samples of all batches that count, float64.
-        elsewhere: samples that other ranks had seen when they were synchronised.
-        batches: recorded.
-        norms: what the norms of per-sample gradients tell.
-    """
-
-    sums: dict[str, LayerSums]
-    seen: Tensor
-    elsewhere: float
-    batches: int
-    norms: NormSums
-
-
-def together(earlier: LayerSums, later: LayerSums, decay: float | None) -> LayerSums:
-    """What two stretches have brought of a layer, one after the other; where the later one is."""
-    kept = 1.0 if decay is None else decay**later.decays
-    sums = [torch.add(new, old.to(new), alpha=kept) for old, new in zip(earlier.sums, later.sums, strict=True)]
-    counts = earlier.counts.to(later.counts) * later.counts.new_tensor([1.0, kept, 1.0]) + later.counts
-    return LayerSums(sums, counts, earlier.batches + later.batches, earlier.decays + later.decays)
-
-
-def joined(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
-    """What two stretches of training have brought, one after the other."""
-    return Stretch(
-        {name: together(earlier.sums[name], sums, decay) for name, sums in later.sums.items()},
-        earlier.seen.to(later.seen) + later.seen,
-        earlier.elsewhere + later.elsewhere,
-        earlier.batches + later.batches,
-        together_norms(earlier.norms, later.norms),
-    )
-
-
-def put_aside(stretch: Stretch, *, copy: bool = False) -> Stretch:
-    """The same in the host's memory: an accelerator's is for what is added to.
-
-    Args:
-        stretch: what was taken out.
-        copy: of what is in the host's memory already, too, to be added to.
-    """
-    sums = {name: sums.to("cpu", copy=copy) for name, sums in stretch.sums.items()}
-    norms = stretch.norms.to("cpu", copy=copy)
-    return Stretch(sums, stretch.seen.to("cpu", copy=copy), stretch.elsewhere, stretch.batches, norms)
-
-
-def add_behind(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
-    """What two stretches have brought, one after the other; the earlier one's sums are added to.
-
-    Args:
-        earlier: what was put aside.
-        later: on any device.
-        decay: of a moving average.
-    """
-    pairs = [(earlier.sums[name], sums) for name, sums in later.sums.items()]
-    for old, new in pairs:
-        if decay is not None:
-            old.counts[1].mul_(decay**new.decays)
-            for total in old.sums:
-                total.mul_(decay**new.decays)
-        old.batches += new.batches
-        old.decays += new.decays
-    totals = [pair for old, new in pairs for pair in zip(old.sums, new.sums, strict=True)]
-    if totals:  # else norms alone are accumulated, and nothing is counted here
-        totals += [(old.counts, new.counts) for old, new in pairs]
-        add_each([old for old, _ in totals], [new.to(old) for old, new in totals])
-    rest = joined(replace(earlier, sums={}), put_aside(replace(later, sums={})), decay)
-    return replace(rest, sums=earlier.sums)

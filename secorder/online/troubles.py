@@ -174,8 +174,8 @@ def tell_coupled(troubles: Troubles, names: Sequence[str], found: Attribution, s
         reason = (
             f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
             "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples; for all of them where each call is one sample), or measure the layers "
-            "with one-shot calls."
+            "for an argument without samples; for all of them where each call is one sample, such as one graph whose "
+            "nodes are classified), or measure the layers with one-shot calls."
         )
     if troubles.strict:
         raise CouplingError(reason)

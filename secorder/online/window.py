@@ -7,12 +7,13 @@ nobody wants the mean over the whole run.
 
 from dataclasses import dataclass, field
 
+from .._torch.surroundings import lasting
 from ..oneshot.trace import Trace
 from ..results import Diagonals
 from .fisher import ADDING, OnlineFisher
 from .noise import NoiseScales
 from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, untold
-from .sums import Stretch, add_behind, put_aside
+from .stretch import Stretch, add_behind, put_aside, small
 
 __all__ = ["Window", "take_window"]
 
@@ -89,12 +90,15 @@ class Window:
         return noise_scales(self._fisher, missing, self._read)
 
 
+@lasting()
 def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
     """See :meth:`secorder.CurvatureProbe.window`."""
     with ADDING:
         troubles = untold(fisher)
-        taken = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
-        fisher.renew()
+        vectors = small(fisher.sums)
+        sums = fisher.sums if vectors is None else {**fisher.sums, **vectors.layers(fisher.sums)}
+        taken = Stretch(sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms, vectors)
+        fisher.renew(() if vectors is None else vectors.names)
     earlier = fisher.earlier
     if not keep_total:
         fisher.earlier = None

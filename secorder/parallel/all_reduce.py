@@ -1,6 +1,7 @@
 """Reductions over the ranks of a process group: everything in one bucket a dtype, by ``torch.distributed``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ProbeStateError
 
-__all__ = ["add_up", "all_reduce", "largest"]
+__all__ = ["add_up", "all_reduce", "largest", "raised_on_all"]
 
 
 def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:
@@ -67,6 +68,33 @@ def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
     found = tensor.clone()
     all_reduce(found, op=dist.ReduceOp.MAX, group=group)
     return found
+
+
+@contextmanager
+def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
+    """What raises inside on one rank raises on all of them, so that none waits for a sum that never comes.
+
+    Each rank must enter it. Where nothing is raised, one number is reduced.
+
+    Args:
+        group: a process group; the default group if None.
+
+    Raises:
+        ProbeStateError: another rank raised, or ``torch.distributed`` is not initialised.
+    """
+    _require_initialised()
+    failed = torch.zeros((), dtype=torch.long, device="cpu")  # or the number of the rank, from 1 on
+    try:
+        yield
+    except Exception:
+        all_reduce(failed.fill_(1 + dist.get_rank()), op=dist.ReduceOp.MAX, group=group)
+        raise
+    all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if int(failed):
+        raise ProbeStateError(
+            f"measuring this rank's part went well, but rank {int(failed) - 1} raised an error, which says why: there "
+            "is no mean over all ranks."
+        )
 
 
 def _require_initialised() -> None:

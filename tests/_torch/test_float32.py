@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secorder import CurvatureProbe
-from secorder._torch.float32 import Operation, full_float32, rounding_of_products
+from secorder._torch.float32 import Operation, full_float32, products_as_convolutions, rounding_of_products
 
 from ..helpers import data, mlp
 
@@ -122,3 +122,12 @@ def test_an_audit_knows_what_training_rounds(layer: Callable[[], nn.Module], sha
             model.zero_grad()
             F.cross_entropy(model(x), y).backward()
         assert probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_products_as_convolutions(name: str) -> None:
+    SETTINGS[name]()
+    before, allowed = told(), rounding_of_products(CUDA, "convolution")
+    with products_as_convolutions(CUDA):
+        assert rounding_of_products(CUDA) >= allowed
+    assert told() == before

@@ -2,7 +2,7 @@
 
 import torch
 
-from secorder._torch.several import add_each, add_products, divide_each, multiply_each, square_each
+from secorder._torch.several import add_each, add_products, divide_each, multiply_each, set_to_zero, square_each
 
 
 def test_each_tensor_by_itself() -> None:
@@ -16,3 +16,5 @@ def test_each_tensor_by_itself() -> None:
     multiply_each(totals, [torch.tensor(True), torch.tensor(False), torch.tensor(0.5)])
     add_each(totals, totals, alpha=0.5)
     assert [t.tolist() for t in totals] == [[2.25, 6.0, 11.25], [0.0, 0.0], 4.5]
+    set_to_zero(totals)
+    assert [t.tolist() for t in totals] == [[0.0, 0.0, 0.0], [0.0, 0.0], 0.0]

@@ -6,7 +6,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from secorder._torch.surroundings import parametrizations_computed_anew, unseen
+from secorder._torch.surroundings import lasting, parametrizations_computed_anew, unseen
 
 
 def test_hooks_on_saved_tensors_and_modes_are_put_aside_and_back() -> None:
@@ -41,3 +41,12 @@ def test_nothing_is_taken_from_the_cache_of_parametrizations_or_put_there() -> N
         with parametrizations_computed_anew():
             assert layer.weight is not kept
         assert layer.weight is kept
+
+
+def test_what_is_made_can_be_added_to_elsewhere() -> None:
+    with torch.inference_mode():
+        with lasting():
+            made = torch.ones(2)
+            assert not torch.is_grad_enabled()
+        assert torch.is_inference(torch.ones(2))
+    assert made.add_(1).tolist() == [2.0, 2.0]

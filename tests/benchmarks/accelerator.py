@@ -45,8 +45,8 @@ def multilayer(small: bool) -> Made:
 
 def residual(small: bool) -> Made:
     """ResNet-18's layers on images of 224 × 224."""
-    width, size, count = (8, 32, 4) if small else (64, 224, 64)
-    return resnet18(width), torch.randn(count, 3, size, size), torch.randint(10, (count,))
+    width, size, count = (8, 64, 4) if small else (64, 224, 64)
+    return resnet18(width, large=True), torch.randn(count, 3, size, size), torch.randint(10, (count,))
 
 
 def decoder(small: bool) -> Made:

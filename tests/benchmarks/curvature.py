@@ -26,6 +26,10 @@ STEPS = 40
 #: Draws a layer of ours, which set the clock.
 DRAWS = 32
 
+#: The tolerance on residuals, which is about the root of the eigenvalue's own error: what power iteration, which stops
+#: where an eigenvalue changes little, is to be compared with.
+LOOSE = 0.03
+
 #: Layers of BERT whose traces are told.
 _BERT = "core.bert.encoder.layer."
 TRACED = [
@@ -280,10 +284,11 @@ def _hutch_plus_plus(work: Trained, layer: str, seconds: float) -> Callable[[], 
 
 
 def top_eigenvalues(results: Results, work: Trained, repeats: int, tolerance: float = 1e-3) -> None:
-    """The largest eigenvalue in modulus of single layers, to equal tolerance."""
+    """The largest eigenvalue in modulus of single layers, to equal tolerance, and to about equal error."""
     exact: dict[str, float] = {}
+    loose = f"secorder, tolerance {LOOSE:g}"
     runs: dict[str, dict[str, Callable[[], float]]] = {
-        "secorder": {}, "hessian-eigenthings lanczos": {}, "PyHessian eigenvalues": {}
+        "secorder": {}, loose: {}, "hessian-eigenthings lanczos": {}, "PyHessian eigenvalues": {}
     }  # fmt: skip
     refused: dict[str, str] = {}
     probes = []
@@ -299,6 +304,7 @@ def top_eigenvalues(results: Results, work: Trained, repeats: int, tolerance: fl
 
         exact[layer] = ours(1e-7)
         runs["secorder"][layer] = lambda ours=ours: ours(tolerance)
+        runs[loose][layer] = lambda ours=ours: ours(LOOSE)
         for name, make in {"hessian-eigenthings lanczos": _lanczos, "PyHessian eigenvalues": _power_iteration}.items():
             try:
                 runs[name][layer] = make(work, layer, tolerance)

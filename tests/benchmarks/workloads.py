@@ -76,9 +76,10 @@ class BasicBlock(nn.Module):
         return torch.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
 
 
-def resnet18(width: int = 64) -> nn.Sequential:
-    """The shape of ResNet-18 for 32×32 images; batch normalisation in eval mode."""
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+def resnet18(width: int = 64, *, large: bool = False) -> nn.Sequential:
+    """The shape of ResNet-18 for 32×32 images, or ``large`` ones of 224×224; batch normalisation in eval mode."""
+    stem = nn.Conv2d(3, width, 7, 2, 3, bias=False) if large else nn.Conv2d(3, width, 3, 1, 1, bias=False)
+    layers: list[nn.Module] = [stem, nn.BatchNorm2d(width), nn.ReLU()] + [nn.MaxPool2d(3, 2, 1)] * large
     fan_in = width
     for stage, stride in enumerate((1, 2, 2, 2)):
         out = width * 2**stage

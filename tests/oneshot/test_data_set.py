@@ -28,6 +28,21 @@ def summed(f: Tensor, t: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed])
+def test_batches_of_one_and_of_two(loss_fn: Any) -> None:
+    """The next one tells with the first whether the loss is a mean or a sum, unless both have the same targets."""
+    model, expected = make(), hessian_by_element(make(), loss_fn, X[:5], Y[:5])
+    with CurvatureProbe(model) as probe:
+        for size in (1, 2):
+            loader = DataLoader(TensorDataset(X[:5], Y[:5]), size)
+            assert_all_close(probe.hessian_diagonal(loss_fn, loader, method="exact").by_parameter(), expected)
+        alike = [(X[:1], Y[:1]), (X[1:2], Y[:1])]
+        for measure in (probe.hessian_diagonal, probe.hessian_eigenvalues):
+            with pytest.raises(InvalidArgumentError, match="a mean or a sum"):
+                measure(loss_fn, alike)
+        assert probe.hessian_eigenvalues(loss_fn, DataLoader(TensorDataset(X[:3], Y[:3])), max_iterations=2)
+
+
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed])
 def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
     model = mlp()
     before = {k: v.clone() for k, v in model.state_dict().items()}

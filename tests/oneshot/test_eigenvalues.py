@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import secorder.oneshot.eigenvalues
 from secorder import CurvatureProbe, InvalidArgumentError
+from secorder.oneshot.eigenvalues import lanczos
 
 from ..helpers import Twice, data, make, mlp, seeded
 
@@ -90,6 +91,49 @@ def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
     assert found["2"].num_hvps == 3
     with pytest.raises(InvalidArgumentError, match="at least 1"):
         probe.hessian_eigenvalues(F.cross_entropy, *data(), count=0)
+
+
+def test_no_more_products_than_the_tolerance_takes() -> None:
+    """Of a matrix: one product fewer, and the residual is above what was asked."""
+    values = torch.cat([torch.linspace(-1, 1, 40), torch.tensor([3.0, 5.0])])
+    start = torch.randn(42, generator=seeded())
+    asked = 1e-4
+    found = lanczos(lambda v: values * v, start, 1, asked, 42)
+    assert found.converged
+    assert found.top == pytest.approx([5.0], rel=1e-7)
+    assert found.bottom == pytest.approx([-1.0], rel=1e-4)
+    assert found.residual <= asked * 5
+    before = lanczos(lambda v: values * v, start, 1, asked, found.num_hvps - 1)
+    assert not before.converged
+    assert before.residual > asked * 5
+
+
+@pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
+def test_eigenvalues_under_autocast(of: Any) -> None:
+    model, (inputs, targets) = make(), data()
+    dense = blocks(model, F.cross_entropy, inputs, targets)
+    if of != "hessian":
+        dense = ggn_blocks(model, F.cross_entropy, inputs, targets, of)
+    model, inputs = model.float(), inputs.float()
+    with torch.autocast("cpu", torch.bfloat16), CurvatureProbe(model) as probe:
+        found = probe.hessian_eigenvalues(F.cross_entropy, inputs, targets, of=of, tolerance=0.05)
+    for layer, values in found.items():
+        assert values.top[0] == pytest.approx(torch.linalg.eigvalsh(dense[layer])[-1].item(), rel=0.05)
+
+
+@pytest.mark.parametrize("skew", [0.05, 0.0])
+def test_what_products_lack_of_a_symmetric_matrix_is_told(skew: float) -> None:
+    """Of a matrix that is not, and of products that are not linear: no residual by the recurrence tells of them."""
+    values = torch.linspace(-1, 5, 9)
+    beside = skew * torch.randn(9, 9, generator=seeded())
+
+    def product(v: Tensor) -> Tensor:
+        return values * v + beside @ v if skew else (values * v).clamp(-1.0, 1.0)
+
+    found = lanczos(product, torch.randn(9, generator=seeded()), 1, 1e-3, 9)
+    assert not found.converged
+    assert found.residual > 0.01
+    assert found.num_hvps <= 9
 
 
 def ggn_blocks(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, of: str) -> dict[str, Tensor]:

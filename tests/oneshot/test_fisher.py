@@ -1,13 +1,17 @@
-"""The Monte Carlo Fisher tends to the exact one."""
+"""The Monte Carlo Fisher tends to the exact one, and chains are run as they are."""
+
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secorder import CurvatureProbe, per_layer_fisher_diagonal
 
-from ..helpers import mlp, seeded
-from ..reference import assert_all_close
+from ..helpers import mlp, seed, seeded
+from ..reference import assert_all_close, fisher_by_sample, ggn_by_sample
 
 N = 6
 
@@ -36,3 +40,52 @@ def test_monte_carlo_is_reproducible() -> None:
             for _ in range(2)
         )
     assert_all_close(first, second, 0.0)
+
+
+def in_place(kind: str) -> nn.Sequential:
+    """Chains of PyTorch's own modules, which overwrite what layers returned, or call a layer twice."""
+    seed()
+    relu, first, last = nn.ReLU(inplace=True), nn.Linear(4, 4), nn.Linear(4, 3)
+    if kind == "images":
+        convolutions = [nn.Conv2d(2, 3, 3, padding=1), relu, nn.BatchNorm2d(3).eval(), nn.Hardtanh(inplace=True)]
+        return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(48, 4), nn.Dropout(0.0), nn.Identity(), relu, last)
+    if kind == "positions":  # what a linear layer returns is a view there
+        return nn.Sequential(first, relu, nn.LayerNorm(4), nn.SiLU(inplace=True), nn.Flatten(), nn.Linear(20, 3), relu)
+    if kind == "twice":
+        return nn.Sequential(first, relu, first, nn.Tanh(), last)
+    tied = nn.Linear(4, 4)
+    tied.weight = first.weight
+    return nn.Sequential(first, relu, tied, nn.Tanh(), last)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+@pytest.mark.parametrize("kind", ["images", "positions", "twice", "tied"])
+def test_outputs_of_layers_are_followed_where_they_are_overwritten(kind: str, fisher_type: str) -> None:
+    model = in_place(kind)
+    shape = {"images": (2, 4, 4), "positions": (5, 4)}.get(kind, (4,))
+    inputs, targets = torch.randn(N, *shape), torch.randint(3, (N,))
+    by = fisher_by_sample if fisher_type == "empirical" else ggn_by_sample
+    reference = (N,) if fisher_type == "empirical" else ()
+    expected = by(model, F.cross_entropy, inputs, targets, *reference)
+    layers = ["0", "4"] if kind == "tied" else None  # the other use is in a layer that is not looked at
+    for loss_fn in (F.cross_entropy, lambda f, t: F.cross_entropy(f, t)):
+        with CurvatureProbe(model, None if layers else "all", layers=layers) as probe:
+            found = probe.fisher_diagonal(loss_fn, inputs, targets, fisher_type=fisher_type).by_parameter()
+        assert_all_close(found, {name: expected[name] for name in found})
+        assert len(found) == len(list(model.parameters())) - (kind == "tied")
+
+
+def test_nothing_is_added_to_what_layers_of_a_chain_return() -> None:
+    inputs, targets = torch.randn(N, 2, 4, 4), torch.randint(3, (N,))
+
+    class Adds(TorchDispatchMode):
+        shapes: ClassVar[list[torch.Size]] = []
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.add.Tensor:
+                self.shapes.append(args[0].shape)
+            return function(*args, **(kwargs or {}))
+
+    with CurvatureProbe(in_place("images"), "all") as probe, Adds() as adds:
+        probe.fisher_diagonal(F.cross_entropy, inputs, targets)
+    assert not any(shape[:1] == (N,) for shape in adds.shapes)

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import InvalidArgumentError
+from secorder.oneshot.hessian.layer_graph import LayerGraph
 from secorder.oneshot.measurement import Measurement
-from secorder.oneshot.operators import check_curvature, operators
+from secorder.oneshot.operators import ProductInZ, check_curvature, operators
 
 from ..helpers import Net, Twice, data, make, measured
 from ..reference import assert_close
@@ -66,6 +67,20 @@ def test_the_block_of_what_is_not_used_is_none(of: Any) -> None:
             return {layer.name: product is None for layer, product in blocks}
 
     assert measured(work, model, data()) == {"a": False, "b": True}
+
+
+def test_a_block_goes_by_its_calls_where_the_rule_is_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rule that is not the adjoint of what the layer does is seen, and the parameters themselves are taken."""
+
+    def strategies(task: Measurement) -> list[bool]:
+        with closing(operators(task, "hessian")) as blocks:
+            return [isinstance(product, ProductInZ) for _, product in blocks]
+
+    for build, batch in ((make, data()), (Twice, data())):
+        assert any(measured(strategies, build(), batch))
+    gradients = LayerGraph.gradients
+    monkeypatch.setattr(LayerGraph, "gradients", lambda self, u: gradients(self, [1.01 * x for x in u]))
+    assert measured(strategies, make(), data()) == [False, False]
 
 
 def test_curvatures_and_blocks_that_there_are() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder.oneshot.root_forms import form_root, signed_factors
+from secorder.oneshot.root_forms import _cholesky_factor, form_root, signed_factors
 from secorder.oneshot.roots import Root
 
 N = 4
@@ -69,3 +69,17 @@ def test_signed_factors_are_roots_of_any_symmetric_matrix_that_its_diagonal_boun
         again = torch.einsum("qik,qjk,qk->qij", columns, columns, sign)
         assert ((again - h).abs() <= 1e-9 * (h.diagonal(dim1=1, dim2=2).abs().sqrt()[:, :, None] ** 2 + h.abs())).all()
     assert signed_factors(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])) is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, 60.0])
+def test_the_root_of_a_softmax_has_a_column_fewer_and_is_right_to_rounding_in_every_class(scale: float) -> None:
+    """Also where a class is sure, and where others underflow, in single precision."""
+    p = (torch.randn(64, 1, 5, 1) * scale).float().softmax(2)
+    left, weights = _cholesky_factor(p, p.new_ones(64, 1, 1, 1))
+    u = left(torch.eye(4, dtype=torch.float32)[:, None]).double()
+    found, q = torch.einsum("kni,knj->nij", u, u), p.flatten(1).double()
+    rest = (q[:, None] * (1 - torch.eye(5))).sum(2)  # 1 − p, without cancelling
+    expected = torch.where(torch.eye(5) == 1, (q * rest)[:, None], -q[:, :, None] * q[:, None])
+    size = expected.diagonal(dim1=1, dim2=2).sqrt()
+    assert ((found - expected).abs() <= 2e-6 * size[:, :, None] * size[:, None] + 1e-42).all()
+    torch.testing.assert_close(weights().double(), u.square().sum(2).T, rtol=1e-5, atol=1e-18)

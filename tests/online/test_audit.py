@@ -61,6 +61,13 @@ def test_what_explains_the_gradient_of_a_convolution(convolution: nn.Conv2d, sha
     assert looked_at.all()
 
 
+def test_samples_that_are_alike_round_as_their_sum_does() -> None:
+    """A norm's scale, or a bias behind an average over positions: all samples push the same way."""
+    gradient = torch.randn(1, 6).expand(50, 6)
+    _, square = explained(gradient, Directions().vectors(gradient[0]))
+    assert square.sqrt() >= gradient.sum(0).norm() * (1 - 1e-12)
+
+
 def test_rows_that_are_nearly_alike_round_as_much_where_they_are_orthogonal_to_what_is_drawn() -> None:
     """As in a deep transformer, whose tokens grow alike: then one unlucky number would make the bound too small."""
     torch.manual_seed(0)

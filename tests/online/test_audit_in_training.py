@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 from secorder import CurvatureProbe, CurvatureWarning
 from secorder.online.reading import untold
 
-from ..helpers import Net, data, make, reference, seed
+from ..helpers import Fn, Net, data, make, reference, seed
 from ..reference import assert_all_close
 from .loops import follow
 
@@ -342,6 +342,30 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "embedding": Embedded,
     "transformer": Blocks,
 }
+
+
+AVERAGED: dict[str, Callable[[], nn.Module]] = {
+    "convolution": lambda: nn.Sequential(Fn(lambda x: x[:, None]), nn.Conv1d(1, 8, 9), nn.AdaptiveAvgPool1d(1)),
+    "transposed": lambda: nn.Sequential(Fn(lambda x: x[:, None]), nn.ConvTranspose1d(1, 8, 3), nn.AdaptiveAvgPool1d(1)),
+    "layer norm": lambda: nn.Sequential(Fn(lambda x: x.view(8, -1, 8)), nn.LayerNorm(8), Fn(lambda x: x.mean(1))),
+    "one row": lambda: nn.Sequential(Fn(lambda x: x.view(8, -1).long()), nn.Embedding(1, 8), Fn(lambda x: x.mean(1))),
+}
+
+
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_no_false_alarm_behind_an_average_over_many_positions(kind: str) -> None:
+    """PyTorch adds thousands of equal numbers one after the other, in float32, and is off by a ten-thousandth."""
+    model = nn.Sequential(AVERAGED[kind](), nn.Flatten(), nn.Linear(8, 3)).float()
+    probe = CurvatureProbe(model, layer_types="all")
+    for _ in range(4):
+        classify(model, (torch.rand(8, 8192, dtype=torch.float32), torch.full((8,), 1))).backward()
+        model.zero_grad()
+    assert not suspects(probe)
+    for _ in range(4):
+        loss = classify(model, (torch.rand(8, 8192, dtype=torch.float32), torch.full((8,), 1)))
+        (loss + 0.1 * sum(p.square().sum() for p in model.parameters())).backward()
+        model.zero_grad()
+    assert len(suspects(probe)) == 2
 
 
 @pytest.mark.parametrize("kind", MODELS)

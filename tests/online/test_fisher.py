@@ -39,6 +39,17 @@ def test_the_loss_scale_is_divided_out(given: Any) -> None:
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
+def test_the_loss_scale_is_asked_for_once_in_a_backward() -> None:
+    """On an accelerator, a scaler waits for all that was launched."""
+    asked = []
+    model, batch = make(), data()
+    with CurvatureProbe(model, loss_scale=lambda: asked.append(1) or 0.25) as probe:
+        for number in (1, 2, 3):
+            step(model, batch, 0.25)
+            assert len(asked) == number
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
+
+
 @pytest.mark.parametrize("given", [0.0, -1.0, "big"])
 def test_a_loss_scale_that_is_none(given: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="loss_scale"):

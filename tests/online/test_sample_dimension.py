@@ -20,7 +20,7 @@ from secorder.online.sample_dimension import Question
 from secorder.online.samples import Hypothesis, SampleDim, Separation
 from secorder.online.search import attribute
 
-from ..helpers import Net, data
+from ..helpers import Net, data, make
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -79,6 +79,13 @@ def test_a_dimension_that_was_told_and_does_not_separate() -> None:
     none = look(lambda m, x: m.a(x).cumsum(0).cumsum(1), 5, 3, 4, dim=0)
     assert none.coupled
     assert none.separable is None
+
+
+def test_arguments_that_are_no_tensors_are_named() -> None:
+    model = Net(lambda m, texts, scale: m.a(scale * torch.tensor([[float(len(t))] * 4 for t in texts])), a=make()[0])
+    found = attribute(model, select_layers(model), (["ab", "c"],), {"scale": 2.0}, None)
+    assert "called with list, float and no tensor" in found.undecided
+    assert "attach the probe to the part of it" in found.undecided
 
 
 def test_where_nothing_tells_of_the_number_it_is_said() -> None:

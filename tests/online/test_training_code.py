@@ -198,6 +198,35 @@ def test_a_model_without_arguments() -> None:
         probe.fisher_diagonal()
 
 
+def test_a_generator_among_the_arguments_is_put_back() -> None:
+    """What a look at the batch draws from it, training draws afterwards."""
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(3):
+            output = model(data()[0], generator)
+            output.square().sum(1).mean().backward()
+            yield output, generator.get_state()
+
+    def build() -> nn.Module:
+        return Net(lambda m, x, generator: m.body(x + torch.randn(4, generator=generator)), body=make())
+
+    assert bit_for_bit(build, loop).fisher_diagonal()
+
+
+def test_an_iterator_among_the_arguments_is_left_alone() -> None:
+    def loop(model: nn.Module) -> Iterator[Any]:
+        steps = iter(range(5))
+        for _ in range(3):
+            output = model(data()[0], steps)
+            output.square().sum(1).mean().backward()
+            yield output
+
+    probe = bit_for_bit(lambda: Net(lambda m, x, steps: m.body(x + next(steps)), body=make()), loop)
+    with pytest.raises(AttributionError, match="called with an iterator"):
+        probe.fisher_diagonal()
+
+
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_sparse_inputs(by_rows: bool) -> None:
     dense = torch.randn(6, 4) * (torch.rand(6, 4) > 0.5)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from secorder import CurvatureProbe, ProbeStateError
+from secorder.online.fisher import Accumulate
 
 from ..helpers import data, mlp, reference, step
 from ..reference import assert_all_close
@@ -100,3 +101,25 @@ def test_a_window_that_is_open_is_saved_and_loaded() -> None:
         assert again.num_samples == window.num_samples == 8
         for name, value in window.fisher_diagonal().items():
             assert torch.equal(again.fisher_diagonal()[name], value)
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_what_is_taken_out_where_a_user_evaluates_can_be_added_to(accumulate: Accumulate) -> None:
+    """Sums made under ``inference_mode`` could not: training went on without being recorded."""
+    model, batches = mlp(), [data(n) for n in (6, 3, 5)]
+    with torch.inference_mode():
+        probe = CurvatureProbe(model, reduction="mean", accumulate=accumulate)
+    for batch in batches:
+        step(model, batch)
+        with torch.inference_mode():
+            probe.window()
+            state = probe.state_dict()
+            probe.reset()
+            probe.load_state_dict(state)
+    step(model, batches[0])
+    probe.detach()
+    expected = mean([reference(model, batch) for batch in (*batches, batches[0])], [6, 3, 5, 6])
+    traces = {name: trace.value for name, trace in probe.fisher_trace().items()}
+    for name, trace in traces.items():
+        own = sum(part.sum() for key, part in expected.items() if key.rpartition(".")[0] == name)
+        assert trace == pytest.approx(float(own))

@@ -1,6 +1,7 @@
 """Two and three real processes against one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from secorder import CurvatureProbe, ProbeStateError
+from secorder.parallel.all_reduce import raised_on_all
 
 from ..helpers import data, mlp, run_ranks, step
 from ..reference import assert_all_close
@@ -18,6 +20,18 @@ from ..reference import assert_all_close
 @pytest.mark.parametrize("case", ["online", "windows", "norms", "averaged", "decay", "one_shot"])
 def test_ranks_agree_with_one_process(case: str, ranks: int) -> None:
     run_ranks(case, ranks)
+
+
+@pytest.mark.slow
+def test_what_raises_on_one_rank_raises_on_all() -> None:
+    run_ranks("differ_one_shot", 2)
+
+
+def test_an_error_inside_goes_on_as_it_is(mesh: Any) -> None:
+    with pytest.raises(KeyError), raised_on_all():
+        raise KeyError
+    with raised_on_all():
+        pass
 
 
 def test_without_a_process_group() -> None:

@@ -13,6 +13,7 @@ from ...errors import AttributionError, InvalidArgumentError
 from ..layout import Layout
 from ..per_sample import PerSample
 from .call import OperationCall
+from .routed import OwnedRows, put_back
 
 __all__ = [
     "MAPS", "OPERATIONS", "Map", "OperationRule", "each", "operation_rule", "parameter_map", "per_sample_gradient",
@@ -73,10 +74,11 @@ def _entered(table: dict[str, R], nodes: Sequence[str]) -> Callable[[R], R]:
     return enter
 
 
-def per_sample_gradient(call: OperationCall, index: int) -> PerSample:
+def per_sample_gradient(call: OperationCall, index: int) -> PerSample | OwnedRows:
     """What each sample brings to an input of an operation.
 
-    By its rule; where there is none, by the operation's own backward, run once a sample on the sample's gradient alone.
+    By its rule; of rows that are put back into their places, by whose these are; else by the operation's own backward,
+    run once a sample on the sample's gradient alone.
 
     Args:
         call: the operation.
@@ -90,7 +92,10 @@ def per_sample_gradient(call: OperationCall, index: int) -> PerSample:
     """
     rule = OPERATIONS.get(call.node.name())
     found = None if rule is None else rule(call, index)
-    return _by_its_backward(call, index) if found is None else found
+    if found is not None:
+        return found
+    rows = put_back(call, index)
+    return _by_its_backward(call, index) if rows is None else rows
 
 
 def _by_its_backward(call: OperationCall, index: int) -> Tensor:

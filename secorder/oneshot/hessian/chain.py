@@ -12,8 +12,10 @@ second nonlinearity from the end), and as a matrix a sample before; where nothin
 but a diagonal is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -168,13 +170,17 @@ def _goes_on(chain: Chain, index: int) -> bool:
 # ---- carrying
 
 
+#: A gradient that is computed when it is asked for: of what is piecewise linear, none needs to be.
+_Gradient = Callable[[], Tensor]
+
+
 @dataclass(eq=False)
 class _Step:
     """A segment with what it takes to carry a Hessian through it.
 
     Attributes:
         segment: the segment.
-        gradient: the loss's in its end, of the tensor's shape.
+        gradient: makes the loss's in its end, of the tensor's shape.
         first: φ′ of an elementwise function, shape (N, size).
         second: φ″ times the gradient; None for zero.
         diagonal: whether no more than the diagonal is asked for before it.
@@ -183,7 +189,7 @@ class _Step:
     """
 
     segment: Segment
-    gradient: Tensor
+    gradient: _Gradient
     first: Tensor | None = None
     second: Tensor | None = None
     diagonal: bool = False
@@ -256,24 +262,18 @@ def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor
 
 def _steps(task: Measurement, chain: Chain) -> list[_Step]:
     """What is the same for all samples, or cheap: gradients, φ′ and φ″; and, backwards, what is asked for."""
-    (gradient,) = (g for g in chain.side.output_gradients if g is not None)
-    gradient = gradient.detach().reshape(chain.segments[0].shape)
+    (found,) = (g for g in chain.side.output_gradients if g is not None)
+    gradient: _Gradient = partial(torch.reshape, found.detach(), chain.segments[0].shape)
     steps = []
-    for segment in chain.segments:
+    for segment, ahead in zip_longest(chain.segments, chain.segments[1:]):
         step = _Step(segment, gradient)
         steps.append(step)
         if segment.into is None:
             break
-        if segment.kind == Kind.SAME:
-            gradient = gradient.reshape(segment.shape_before)
-        elif segment.kind == Kind.LINEAR:
-            assert segment.weight is not None
-            gradient = gradient @ segment.weight.t()
-        elif segment.kind == Kind.ELEMENTWISE:
-            step.first, gradient, step.second = _slopes(segment, gradient)
-        else:
-            (found,) = edge_gradients(segment.out, [segment.into], gradient)
-            gradient = torch.zeros_like(gradient) if found is None else found
+        if segment.kind == Kind.ELEMENTWISE:
+            step.first, step.second = _slopes(segment, gradient, found)
+        known = None if ahead is None else _known_gradient(chain, ahead)
+        gradient = cache(partial(_gradient_before, step)) if known is None else partial(known.reshape, ahead.shape)
     asked = "nothing"
     for step in reversed(steps):
         step.last, step.diagonal = asked == "nothing", asked == "diagonal"
@@ -287,18 +287,36 @@ def _steps(task: Measurement, chain: Chain) -> list[_Step]:
     return steps
 
 
-def _slopes(segment: Segment, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """φ′ in shape (N, size), the gradient before φ, and φ″ times the gradient, as autograd has them."""
+def _known_gradient(chain: Chain, segment: Segment) -> Tensor | None:
+    """The gradient in a segment's end, where that is a layer's output."""
+    leaves = segment.leaves if segment.kind == Kind.SAME else []
+    return next((g.detach() for key in leaves for g in chain.graphs[key].output_gradients if g is not None), None)
+
+
+def _gradient_before(step: _Step) -> Tensor:
+    """The gradient before a segment, by that in its end."""
+    segment, gradient = step.segment, step.gradient()
+    if segment.kind == Kind.SAME:
+        return gradient.reshape(segment.shape_before)
+    if segment.weight is not None:
+        return gradient @ segment.weight.t()
+    if step.first is not None:
+        return step.first.view_as(gradient) * gradient
     assert segment.into is not None
-    count = len(gradient)
-    (first,) = edge_gradients(segment.out, [segment.into], torch.ones_like(gradient), create_graph=True)
+    (found,) = edge_gradients(segment.out, [segment.into], gradient)
+    return gradient.new_zeros(segment.shape_before) if found is None else found
+
+
+def _slopes(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
+    assert segment.into is not None
+    (first,) = edge_gradients(segment.out, [segment.into], like.new_ones(segment.shape), create_graph=True)
     if first is None:
-        nothing = torch.zeros_like(gradient)
-        return nothing.view(count, -1), nothing, None
-    second = edge_gradients(first, [segment.into], gradient)[0] if first.requires_grad else None
-    first = first.detach()
+        return like.new_zeros(segment.shape).flatten(1), None
+    second = edge_gradients(first, [segment.into], gradient())[0] if first.requires_grad else None
+    count = len(first)
     flat = None if second is None or not bool(second.any()) else second.reshape(count, -1)
-    return first.reshape(count, -1), first * gradient, flat
+    return first.detach().reshape(count, -1), flat
 
 
 def _carried(
@@ -327,7 +345,7 @@ def _carried(
 def _through(task: Measurement, chain: Chain, step: _Step, block: Block) -> tuple[Block, list[tuple[int, Block]]]:
     """The Hessian before any segment, and in the layers inside, by products of the segment alone."""
     segment, count = step.segment, task.num_samples
-    weights = step.gradient.clone().requires_grad_(True)
+    weights = step.gradient().clone().requires_grad_(True)
     ends: list[Any] = [chain.graphs[key].leaves[0] for key in segment.leaves]
     shapes = [tuple(leaf.shape) for leaf in ends]
     if not step.last:
@@ -339,7 +357,7 @@ def _through(task: Measurement, chain: Chain, step: _Step, block: Block) -> tupl
         key = segment.leaves[index] if index < len(segment.leaves) else None
         all_of_it = not step.diagonal if key is None else key in step.whole
         size = _size(shape, task)
-        like = block.diagonal() if block.only is not None else step.gradient
+        like = block.diagonal() if block.only is not None else weights
         result = like.new_zeros(count, size, size) if all_of_it else like.new_zeros(count, size)
         at_once = max(1, _BYTES // (4 * max(1, segment.work) * like.element_size()))
         for ids in chunks(size, at_once):

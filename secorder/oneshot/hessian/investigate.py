@@ -1,7 +1,7 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,7 @@ from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["Findings", "facts", "investigate", "verify_samples"]
+__all__ = ["Findings", "attached", "facts", "investigate", "verify_samples"]
 
 
 @dataclass
@@ -76,22 +76,10 @@ def investigate(
         columns: whether columns, and the chain, may be used.
         everything: whether to look at what the chain would make superfluous.
     """
-    start = time.perf_counter()
     traced = task.traced(inputs=False)
-    output, loss = task.loss(second_order=True, forward=traced)
-    recording.close()
-    seconds = time.perf_counter() - start
-    if not loss.requires_grad:
-        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
-    passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
-    found = Findings(
-        {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}, {}, None, seconds
-    )
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
-    _attach(task, found, recording, loss, task.ruled, create_graph=second_order)
-    recording.require_seen(loss)
+    found, output, loss = attached(task, recording, traced, create_graph=second_order)
     if not (traced.hooked or traced.packed or task.certain or task.create_graph):
         _attach_by_operations(task, found, output, loss)
     side = _side(task, found, output, loss)
@@ -109,6 +97,39 @@ def investigate(
     if chain and everything:
         _follow_chain(task, found, found.separate)
     return found
+
+
+def attached(
+    task: Measurement,
+    recording: Recording,
+    forward: Callable[[Any], Any] | None = None,
+    *,
+    create_graph: bool = True,
+) -> tuple[Findings, Any, Tensor]:
+    """Run the model once, and find out which layers are used, and which of them by their recorded calls alone.
+
+    Args:
+        task: the measurement.
+        recording: of the layers that have a rule; the forward is run in it.
+        forward: how to run the model on the inputs; as it is by default.
+        create_graph: whether gradients in z are to be differentiated.
+
+    Returns:
+        what was found, the model's output, and the loss.
+    """
+    start = time.perf_counter()
+    output, loss = task.loss(second_order=True, forward=forward)
+    recording.close()
+    seconds = time.perf_counter() - start
+    if not loss.requires_grad:
+        require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+    outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
+    facts = {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}
+    found = Findings(facts, {}, None, seconds)
+    _attach(task, found, recording, loss, task.ruled, create_graph=create_graph)
+    recording.require_seen(loss)
+    return found, output, loss
 
 
 def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
@@ -241,20 +262,20 @@ def _with_columns(
     if heads:
         side.root = output_root(side.output_gradients, side.points, task.chunk_size)
         side.heads = known_heads(side.model_outputs, candidates, heads, side.root)
-    size = side.root.num_columns if side.root else side.size
     for graph in candidates:
         if graph.layer.name in known or graph.layer.name in side.heads:
             found.learn(graph.layer.name, piecewise_linear=True)
-        if graph.layer.name in side.heads:
-            found.learn(graph.layer.name, num_columns=size, last=True)
+        if graph.layer.name in side.heads and side.root is not None:
+            found.learn(graph.layer.name, num_columns=side.root.num_columns, last=True)
     rest = [g for g in candidates if g.layer.name not in side.heads]
     if pays([g.layer.name for g in rest]):
         _piecewise_linear(task, found, side, [g for g in rest if g.layer.name not in known])
         certified = [g.layer.name for g in rest if found.facts[g.layer.name].piecewise_linear]
         # Draws take the Gauss-Newton part of all candidates from columns.
         if budget.method == "hutchinson" or pays(certified):
+            side.root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
             for graph in rest:
-                found.learn(graph.layer.name, num_columns=size, columns_drawn=drawn)
+                found.learn(graph.layer.name, num_columns=side.root.num_columns, columns_drawn=drawn)
     return side
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from ..._torch.vjp import default_chunk_size, stacked_vjp
+from ...errors import AttributionError
 from ...layers.dtypes import compute_dtype, zeros
 from ...layers.selection import Layer
 from ...results import Strategy
+from ..independence import linear_products
 from ..measurement import Measurement
 from .budget import Budget
 from .estimate import Estimate, average
@@ -51,8 +53,17 @@ def run(
         advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
         seconds: that it may take, where an error is asked for.
+
+    Raises:
+        AttributionError: products are not linear in the vector, so that no mean of draws is the diagonal.
     """
     replacements = task.isolated.replacements(layer)
+    if not (task.certain or linear_products(output_gradients, replacements, task.generator, together=True)):
+        raise AttributionError(
+            f"products with the Hessian of layer {layer.name!r} are not linear in the vector (by a hook that clamps "
+            "gradients, a custom autograd.Function), so that no mean of draws is its diagonal: remove it; "
+            'method="exact" takes it as it is.'
+        )
     kind = compute_dtype(layer)
 
     def draw(count: int) -> list[Tensor]:

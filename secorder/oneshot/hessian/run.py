@@ -102,10 +102,12 @@ def _columns(
     }
     few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
     served = [g for name, g in found.graphs.items() if ways[name] == Strategy.COLUMNS or name in few]
-    lost = False
-    for graph, values in zip(served, columns.run(task, side, served) if served else [], strict=True):
+    lost, before = False, [graph.layouts for graph in served]
+    given = columns.run(task, side, served) if served else []
+    for graph, values, layouts in zip(served, given, before, strict=True):
         name = graph.layer.name
         if values is None:
+            graph.layouts = layouts  # which others go by
             found.learn(name, num_columns=0, columns_drawn=False)
             lost |= ways[name] == Strategy.COLUMNS
         else:

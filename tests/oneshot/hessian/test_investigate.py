@@ -24,7 +24,7 @@ def outside(m: Any, x: Tensor) -> Tensor:
 
 MODELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "tanh": (make, {"0": {"own_use": True, "samples_independent": True, "piecewise_linear": False}}),
-    "relu": (lambda: make(nn.ReLU()), {"0": {"own_use": True, "piecewise_linear": True, "num_columns": 3}}),
+    "relu": (lambda: make(nn.ReLU()), {"0": {"own_use": True, "piecewise_linear": True, "num_columns": 2}}),
     "coupled": (lambda: make(Fn(mixes)), {"0": {"own_use": True, "samples_independent": False}}),
     "twice": (Twice, {"a": {"own_use": False}, "b": {"own_use": True}}),
     "outside": (lambda: Net(outside, a=nn.Linear(4, 4), b=nn.Linear(4, 3)), {"a": {"own_use": False}}),
