@@ -227,25 +227,14 @@ class OnlineFisher:
     def add_rank_one(
         self, record: ForwardRecord, layers: Sequence[RankOne], add: Callable[..., None], goods: Tensor | None
     ) -> None:
-        """The same for layers that are added together.
-
-        Args:
-            record: of the forward.
-            layers: the layers.
-            add: adds their squares to sums, by the parameters' names.
-            goods: of each whether its gradient is finite, shape ``(layers,)``.
-        """
+        """The same for layers that are added together, by a function of their sums, by the parameters' names."""
         every = [self.sums[one.layer.name] for one in layers]
-        outs = [
-            dict(zip(one.layer.parameters, sums.sums, strict=True)) for one, sums in zip(layers, every, strict=True)
-        ]
-        beta = 1.0 if self.decay is None else self.decay
+        outs = [dict(zip(one.layer.parameters, self.sums[one.layer.name].sums, strict=True)) for one in layers]
         with self._adding([one.layer.name for one in layers]):
-            add(outs, beta=beta, alpha=self._alpha(record))
-            counted = None if goods is None else goods.unbind()
-            count_together(every, self.count_of(record), counted, self.decay, self.of_all(record))
-        if goods is not None:
-            record.goods.append(goods)
+            add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
+            each = None if goods is None else goods.unbind()
+            count_together(every, self.count_of(record), each, self.decay, self.of_all(record))
+        record.goods.extend(each or ())
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""
@@ -335,11 +324,10 @@ class OnlineFisher:
         count = self.count_of(record)
         if good is not None:
             self.seen.add_(count * good.to(self.seen))
-        elif sum([good.numel() for good in record.goods]) < len(self.layers):
+        elif len(record.goods) < len(self.layers):
             self.seen.add_(count)
         else:
-            here = [good.to(self.seen.device).any() for good in record.goods]
-            self.seen.add_(count * (here[0] if len(here) == 1 else torch.stack(here).any()))
+            self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
-from .._torch.modules import held_parameter
+from .._torch.modules import held_parameter, holds
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -106,9 +106,11 @@ def _opened(
 def _as_they_were(fisher: OnlineFisher) -> bool:
     """Whether the modules hold the parameters that the layers have, where these are counted."""
     for layer in fisher.layers:
-        held, here = layer.module._parameters, fisher.sums[layer.name].counts.device
-        for name, p in layer.parameters.items():
-            if held.get(name) is not p or p.device != here or p.is_meta:
+        here = fisher.sums[layer.name].counts.device
+        if here.type == "meta" or not holds(layer.module, layer.parameters):
+            return False
+        for p in layer.parameters.values():
+            if p.device != here:
                 return False
     return fisher.seen.device == fisher.sums[fisher.layers[0].name].counts.device
 

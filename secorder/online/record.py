@@ -202,7 +202,7 @@ class ForwardRecord:
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
-        goods: whether gradients are finite, of one layer that was added, or of each of several.
+        goods: of each layer that was added, whether its gradient is finite.
         together: samples on all ranks that parameters lie over.
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
