@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from torch.utils import checkpoint
@@ -19,16 +20,13 @@ def plain_checkpoints() -> Iterator[None]:
     module: Any = checkpoint
     kind, owner = module.CheckpointFunction, threading.get_ident()
 
-    class Plain:
-        """What ``checkpoint`` calls in place of its autograd function."""
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """What ``checkpoint`` calls in place of its autograd function's."""
+        if threading.get_ident() != owner:  # another thread trains
+            return kind.apply(function, preserve, *args)
+        return function(*args)
 
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            if threading.get_ident() != owner:  # another thread trains
-                return kind.apply(function, preserve, *args)
-            return function(*args)
-
-    module.CheckpointFunction = Plain
+    module.CheckpointFunction = SimpleNamespace(apply=apply)
     try:
         yield
     finally:

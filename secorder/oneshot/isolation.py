@@ -220,7 +220,8 @@ def isolate(
     held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        stack.enter_context(_own_settings(model, cuda, in_training=loss_fn is None))
+        start = get_random_state(cuda)
+        stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
@@ -243,8 +244,6 @@ def isolate(
         for state in (own, of_hooks, loss_state):
             if state is not None:
                 stack.callback(state.restore)
-        start = get_random_state(cuda)
-
         ran = False
 
         def restart(random_state: RandomState | None) -> None:
@@ -266,8 +265,15 @@ def isolate(
 
 
 @contextmanager
-def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's."""
+def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
+
+    Args:
+        model: the model.
+        state: of random numbers, which it is put back to.
+        cuda: devices that the model is on.
+        in_training: whether it is in the middle of the user's.
+    """
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(parametrizations_computed_anew())
@@ -281,7 +287,7 @@ def _own_settings(model: nn.Module, cuda: Sequence[int], *, in_training: bool) -
         stack.enter_context(eager())
         stack.enter_context(plain_checkpoints())
         stack.enter_context(no_autocast())
-        stack.callback(set_random_state, get_random_state(cuda), cuda)
+        stack.callback(set_random_state, state, cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

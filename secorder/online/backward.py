@@ -87,7 +87,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
     audited = fisher.directions.some(names, most)
     captured = {name for name, _ in record.hooked}
     shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
-    for index, layer in enumerate(fisher.layers):
+    for layer in fisher.layers:
         if layer.name not in audited and layer.name in captured:
             continue
         graph = record.parameters(layer)
@@ -96,7 +96,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
         for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
-                backward.early.append((index, parameter))  # and not torch.autograd.grad
+                backward.early.add(id(parameter))  # and not torch.autograd.grad
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
@@ -153,10 +153,6 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
         backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
     backward.fresh.clear()
     reached = [record for record in backward.records if _reached(record, backward)]
-    for index, parameter in backward.early if reached else ():
-        if parameter.grad is not None and backward.alone and not backward.audit.saw(parameter):
-            fisher.failures[index].add_((local(parameter.grad) != 0).any())
-    backward.early.clear()
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None

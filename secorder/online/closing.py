@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
 __all__ = [
-    "add_tied", "audit_uncalled", "audit_unreached", "check_together", "close", "second_backward", "unrecorded",
+    "add_tied", "audit_early", "audit_uncalled", "check_together", "close", "second_backward", "unrecorded",
 ]  # fmt: skip
 
 _SECOND = (
@@ -140,17 +140,22 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
             fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
 
 
-def audit_unreached(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
-    """A layer that no call brought a gradient of has none: not one that came before the audit could see it, either.
+def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+    """Whether something came for a layer before the audit could see it, where no call brought a gradient.
 
-    A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative.
+    A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative, or of a
+    parameter that the loss uses.
     """
-    layer = fisher.layers[index]
-    records = record.backward.records if record.backward is not None else [record]
-    if any(layer.name in one.received for one in records) or layer.sharded:
+    layer, backward = fisher.layers[index], record.backward
+    if layer.name in record.troubled or (backward is not None and layer.name in record.received and not backward.early):
         return
-    for p in layer.parameters.values():
-        if p.grad is not None and record.moved(p):
+    records = [record] if backward is None else backward.records
+    reached = any(layer.name in one.received for one in records)
+    for p in layer.parameters.values() if not layer.sharded else ():
+        unseen = not reached or (
+            backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
+        )
+        if unseen and p.grad is not None and record.moved(p):
             fisher.failures[index].add_((local(p.grad) != 0).any())
 
 

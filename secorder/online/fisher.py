@@ -25,7 +25,7 @@ from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne, add_rank_one
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
-from .closing import add_tied, audit_uncalled, audit_unreached
+from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
@@ -287,11 +287,12 @@ class OnlineFisher:
         for index, layer in enumerate(self.layers):
             name = layer.name
             if name in record.received or name in record.troubled or name in record.without_gradient:
+                audit_early(self, record, index)
                 continue
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
             sums = self.sums[name]
-            audit_unreached(self, record, index)
+            audit_early(self, record, index)
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:

@@ -112,8 +112,8 @@ class Backward:
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
         fresh: parameters without a gradient when it began: what they have at its end is this pass's.
-        early: parameters whose gradient has changed between the end of the forward and this pass's first gradient, and
-            the numbers of their layers: where no more comes, they are used in the loss alone.
+        early: parameters, by ``id``, whose gradient has changed between the end of the forward and this pass's first
+            gradient: where no more comes, they are used in the loss alone.
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
         takes_norms: whether the norms of its per-sample gradients are taken.
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
@@ -130,7 +130,7 @@ class Backward:
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []
-        self.early: list[tuple[int, Tensor]] = []
+        self.early: set[int] = set()
         self.whole: dict[int, Tensor] = {}
         self.takes_norms = False
         self.norms: dict[int, Tensor | None] = {}
