@@ -37,8 +37,8 @@ class RankOne(NamedTuple):
     @property
     def gradients(self) -> dict[str, PerSample]:
         """The per-sample gradients of its parameters, by name."""
-        g = self.cotangents[:, None, None]
-        both = {"weight": Outer(self.inputs[:, None, None], g), "bias": Outer(None, g)}
+        a, g = (x.view(x.shape[0], 1, 1, x.shape[1]) for x in self.factors)
+        both = {"weight": Outer(a, g), "bias": Outer(None, g)}
         return {name: both[name] for name in self.layer.parameters}
 
     @property

@@ -24,7 +24,7 @@ __all__ = ["add_waiting", "may_wait", "wait"]
 #: Elements of factors that wait, at most, and layers.
 MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
 #: Elements of factors up to which a copy of them costs less than the calls of the operations that it saves.
-SMALL_ELEMENTS = 1 << 15
+SMALL_ELEMENTS = 1 << 16
 
 
 def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> bool:
