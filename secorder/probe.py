@@ -1,6 +1,5 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -29,6 +28,7 @@ from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.quantity import Quantity, quantity_cost
+from .oneshot.timing import seconds_of
 from .oneshot.told import warn_if_estimated, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
@@ -862,25 +862,11 @@ class CurvatureProbe:
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
-        inside = 0.0
-
-        def work(task: Measurement) -> Cost:
-            nonlocal inside
-            start = time.perf_counter()
-            found = quantity_cost(task, *asked)
-            inside = time.perf_counter() - start
-            return found
-
-        start = time.perf_counter()
-        cost = self._measure(
-            work,
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=quantity == "fisher",
-            chunk_size=chunk_size,
-        )
-        cost.overhead += time.perf_counter() - start - inside  # what it takes to put everything back
+        batch = loss_fn, inputs, targets
+        how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
+        cost = self._measure(lambda task: quantity_cost(task, *asked), *batch, **how)
+        # What it takes to put everything back, once all that happens the first time alone has happened.
+        cost.overhead += seconds_of(lambda: self._measure(lambda task: None, *batch, **how))
         cost.num_batches = count
         return cost
 

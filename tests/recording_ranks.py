@@ -86,15 +86,18 @@ def compare(points: dict[str, Any], others: dict[str, Any]) -> None:
 
 
 def lightning(rank: int, ranks: int) -> None:
-    """Lightning's own strategy: what one process logs of all the samples, by the first rank."""
+    """Lightning's own strategies, resumed: what one process logs of all the samples, by the first rank."""
     import lightning as pl
+    from lightning.pytorch.strategies import ModelParallelStrategy
 
     from secorder.integrations.lightning import CurvatureCallback
 
     class Lit(pl.LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
+        def configure_model(self) -> None:
             self.net = mlp()
+            if self.device_mesh is not None:
+                for module in (self.net[0], self.net[2], self.net[4], self.net):
+                    fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
         def training_step(self, batch: Any, _: int) -> Any:
             return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -104,21 +107,33 @@ def lightning(rank: int, ranks: int) -> None:
 
     torch.manual_seed(3)
     inputs, targets = torch.randn(6 * ranks, 4), torch.randint(3, (6 * ranks,))
-    path = file_of_all()
-    callback = CurvatureCallback(
-        "net", reduction="mean", sinks=str(path), log_every=2, norms_every=2, histograms_every=2
-    )
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=6)
-    trainer = pl.Trainer(
-        accelerator="cpu", strategy="ddp", devices=ranks, max_epochs=4, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-    )  # fmt: skip
-    trainer.fit(Lit(), loader)
+    data = torch.utils.data.TensorDataset(inputs, targets)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=[list(range(6 * rank, 6 * rank + 6))])
     single = mlp()
     same, _ = train(single, single, inputs, targets, None)
-    assert callback.recorder is not None
-    compare(callback.recorder.history.to_dict(), same.history.to_dict())
-    written_once(rank, path)
+    for kind in ("ddp", "fsdp"):
+        path, checkpoint = file_of_all(), None
+        for epochs in (3, 4):  # a run that is resumed between two points goes on from what all ranks had
+            callback = CurvatureCallback(
+                "net", reduction="mean", sinks=str(path), log_every=2, norms_every=2, histograms_every=2
+            )
+            trainer = pl.Trainer(
+                accelerator="cpu", devices=ranks, max_epochs=epochs, logger=False, enable_checkpointing=False,
+                strategy="ddp" if kind == "ddp" else ModelParallelStrategy(ranks, 1), use_distributed_sampler=False,
+                enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
+            )  # fmt: skip
+            trainer.fit(Lit(), loader, ckpt_path=checkpoint)
+            checkpoint = str(path.with_suffix(f".{kind}"))
+            trainer.save_checkpoint(checkpoint)
+        assert callback.recorder is not None
+        assert callback.probe is not None
+        assert callback.probe.num_samples == 4 * 6 * ranks
+        tables = callback.recorder.history.to_dict(), same.history.to_dict()
+        for table in tables:  # weights of before the last step are in no checkpoint
+            for name in [name for name in table if "update_to_weight" in name]:
+                assert table.pop(name)[0] > 0
+        compare(*tables)
+        written_once(rank, path)
 
 
 class WithLoss(nn.Module):

@@ -25,6 +25,7 @@ __all__ = [
     "forward_hooks_removed",
     "gradient_hooks_removed",
     "held_parameter",
+    "holds",
     "hooks_on_all_modules",
     "is_running",
     "is_scripted",
@@ -68,6 +69,12 @@ def parameter_places(module: nn.Module) -> list[Place]:
         flat: list[Any] = module._flat_weights
         places += [Place(flat, index, w) for index, w in enumerate(flat) if w is not None]
     return places
+
+
+def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether these are what a module itself holds as its parameters of their names."""
+    held = module._parameters
+    return all(held.get(name) is parameter for name, parameter in parameters.items())
 
 
 def held_parameter(module: nn.Module, name: str) -> Any:

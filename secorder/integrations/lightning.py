@@ -7,10 +7,16 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
+
 from .._caution import caution
 from ..layers.selection import LayerTypes
 from ..monitor.names import flat
 from ..monitor.recorder import CurvatureRecorder
+from ..monitor.training import mean_loss
+from ..parallel.fsdp import whole
+from ..parallel.spread import is_distributed
 from ..probe import CurvatureProbe, NoLayerError
 from .called import Called
 from .options import divided, submodule
@@ -35,7 +41,8 @@ class CurvatureCallback(pl.Callback):
     Args:
         module: dotted name of the submodule whose call is one batch (``"net"`` where ``training_step`` calls
             ``self.net(x)``); ``""`` for the LightningModule itself (``self(x)``). By default it is what the first
-            training step calls; where that is not the LightningModule itself, this first batch is not recorded.
+            training step calls; where that is not the LightningModule itself, or there are several ranks, this first
+            batch is not recorded.
         layer_types: as for :class:`secorder.CurvatureProbe`.
         reduction: as for :class:`secorder.CurvatureProbe`.
         sinks: where numbers go, as for :class:`secorder.CurvatureRecorder`; by default all of the trainer's loggers,
@@ -116,10 +123,29 @@ class CurvatureCallback(pl.Callback):
         schedule = {"optimizer": _Optimizers(trainer), **together, **self._schedule}
         self.recorder = CurvatureRecorder(self.probe, sinks if trainer.is_global_zero else None, **schedule)
         self._active = True
-        if self._resumed.get("module") == module:
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Take over what a checkpoint holds of the module that the probe is attached to."""
+        if self.probe is not None and self.recorder is not None and self._resumed.get("module") == self._found:
             self.probe.load_state_dict(self._resumed["probe"])
             self.recorder.load_state_dict(self._resumed["recorder"])
         self._resumed = {}
+
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Go on from a checkpoint: strategies that shard parameters restore it after ``on_fit_start``."""
+        self._global_step = trainer.global_step
+        module = self._resumed.get("module")
+        if module is None or (self._module is not None and self._module != module):
+            return
+        if self._active and self._found == module:
+            if self._called is not None:
+                self._called.remove()
+                self._called = None
+            self._go_on()
+        else:
+            self._detach()
+            self._attach(trainer, pl_module, module)
 
     def _settle(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """After the first training step: move the probe to the module that was called."""
@@ -186,10 +212,22 @@ class CurvatureCallback(pl.Callback):
     # ---- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """What was accumulated and logged goes into Lightning's checkpoints."""
+        """What was accumulated and logged goes into Lightning's checkpoints.
+
+        They hold what the first rank's callback returns: that is of all ranks, each of which must call this.
+        """
         if self.probe is None or self.recorder is None:
             return dict(self._resumed)
-        return {"module": self._found, "probe": self.probe.state_dict(), "recorder": self.recorder.state_dict()}
+        recorder = self.recorder.state_dict()
+        if dist.is_available() and dist.is_initialized():
+            total, count = recorder["loss"]
+            parameters = [p for group in self.probe.layer_parameters.values() for p in group]
+            total = torch.tensor(total, dtype=torch.float64, device=parameters[0].device)
+            recorder["loss"] = (mean_loss(total, count, together=True) * count if count else 0.0, count)
+            if not any(map(is_distributed, parameters)):
+                self.probe.synchronize()
+        probe = {name: whole(tensor) for name, tensor in self.probe.state_dict().items()}
+        return {"module": self._found, "probe": probe, "recorder": recorder}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint holds until the probe is attached."""

@@ -22,7 +22,6 @@ class RankOne(NamedTuple):
 
     Attributes:
         layer: the layer.
-        gradients: of its parameters, by name.
         inputs: shape ``(N, in)``.
         cotangents: shape ``(N, out)``.
         total: the sum of the cotangents.
@@ -30,11 +29,17 @@ class RankOne(NamedTuple):
     """
 
     layer: Layer
-    gradients: Mapping[str, PerSample]
     inputs: Tensor
     cotangents: Tensor
     total: Tensor
     versions: tuple[int, int]
+
+    @property
+    def gradients(self) -> dict[str, PerSample]:
+        """The per-sample gradients of its parameters, by name."""
+        a, g = (x.view(x.shape[0], 1, 1, x.shape[1]) for x in self.factors)
+        both = {"weight": Outer(a, g), "bias": Outer(None, g)}
+        return {name: both[name] for name in self.layer.parameters}
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
@@ -63,7 +68,7 @@ def rank_one(layer: Layer, gradients: Mapping[str, PerSample], total: Tensor) ->
         return None
     samples = g.shape[0]
     inputs, cotangents = a.view(samples, a.shape[3]), g.view(samples, g.shape[3])
-    return RankOne(layer, gradients, inputs, cotangents, total, (version(a), version(g)))
+    return RankOne(layer, inputs, cotangents, total, (version(a), version(g)))
 
 
 def add_rank_one(

@@ -52,7 +52,7 @@ def heat_map(
     from PIL import Image, ImageDraw, ImageFont
 
     colours, low, high = _colours(values)
-    told, short = shortened(names)
+    told, short = shortened(["".join(c if c.isprintable() else " " for c in name) for name in names])
     panels = min(_PANELS, -(-len(names) // _ROWS))
     rows = -(-len(names) // panels)
     row = max(2, min(24, _HEIGHT // rows))

@@ -9,20 +9,31 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._caution import caution
-from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError, SecorderError
+from ..errors import AttributionError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics
-from .training import learning_rates, mean_loss
-from .watched import Watched, measurement_options
+from .training import learning_rates, mean_loss, number_of
+from .watched import Watched, check_intervals, check_measured, measurement_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["CurvatureRecorder"]
+
+
+#: Why there is nothing to log.
+UNSEEN = (
+    "no batch went through the probe's model in {} steps, so that there is no Fisher to log: attach the probe to the "
+    "module that training calls, in train mode (detach() and paused() stop it too)."
+)
+TAKEN = (
+    "the batches that the probe records are taken out elsewhere, by another recorder or probe.window(), so that there "
+    "is no Fisher to log here: give each recorder a probe of its own, or one recorder several sinks."
+)
 
 
 class CurvatureRecorder:
@@ -122,11 +133,8 @@ class CurvatureRecorder:
             "eigenvalues": eigenvalues_every,
         }
         measured = [name for name in ("hessian", "traces", "eigenvalues") if self._every[name] is not None]
-        _check_intervals(self._every)
-        if measured and (loss_fn is None or batch is None):
-            raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
-        if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-            raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
+        check_intervals(self._every)
+        check_measured(measured, loss_fn, batch)
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
         self._options = measurement_options(probe, hessian_options)
@@ -143,6 +151,7 @@ class CurvatureRecorder:
         self._steps = 0
         self._steps_of_window = 0
         self._unseen = 0  # steps since something was recorded
+        self._samples = probe.num_samples  # that the probe told of at the last point
         self._loss: tuple[Any, int] = (0.0, 0)
 
     # ---- steps
@@ -165,14 +174,17 @@ class CurvatureRecorder:
         self._steps += 1
         self._steps_of_window += 1
         if loss is not None:
-            total, count = self._loss
-            self._loss = (total + (loss.detach() if isinstance(loss, Tensor) else loss), count + 1)
+            self._attempt("loss", self._see_loss, loss)
         number = self._steps if step is None else step
         due = [part for part in self._every if part != "histograms" and self._due(part, self._steps)]
         if due:
-            self._point(number, due)
+            self._attempt("point", self._point, number, due)
         if self._norms is not None and self._due("norms", self._steps + 1):
             self._attempt("norms", self._norms.copy_weights)
+
+    def _see_loss(self, loss: Tensor | float) -> None:
+        total, count = self._loss
+        self._loss = (total + number_of("loss", loss), count + 1)
 
     def log(self, numbers: Mapping[str, float], step: int | None = None) -> None:
         """Log numbers of yours beside: of the whole model, as ``model/name``.
@@ -180,8 +192,12 @@ class CurvatureRecorder:
         Args:
             numbers: by name.
             step: the number of the step in the log; by default how often :meth:`step` was called.
+
+        Raises:
+            InvalidTypeError: one is no number.
         """
-        self._log.numbers({WHOLE_MODEL: dict(numbers)}, self._steps if step is None else step)
+        told = {name: float(number_of(name, value)) for name, value in numbers.items()}
+        self._log.numbers({WHOLE_MODEL: told}, self._steps if step is None else step)
 
     def _due(self, part: str, steps: int) -> bool:
         every = self._every[part]
@@ -240,8 +256,9 @@ class CurvatureRecorder:
         source: Any = self._probe.window(**self._window) if self._probe.decay is None else self._probe
         steps, self._steps_of_window = self._steps_of_window, 0
         self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
+        before, self._samples = self._samples, self._probe.num_samples
         if not source.num_samples:
-            self._tell_unseen()
+            self._tell_unseen(elsewhere=self._samples > before)
             return None
         point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
         if self._probe.accumulate == "trace":
@@ -262,14 +279,11 @@ class CurvatureRecorder:
         self._see_noise(source, point)
         return fisher
 
-    def _tell_unseen(self) -> None:
-        """Warn once where the probe had its chances and recorded nothing: training may call another module."""
+    def _tell_unseen(self, *, elsewhere: bool) -> None:
+        """Warn once where the probe had its chances and nothing is here; it may be ``elsewhere``."""
         if self._unseen >= self._probe.every and "unseen" not in self._failed:
             self._failed.add("unseen")
-            caution(
-                f"no batch went through the probe's model in {self._unseen} steps, so that there is no Fisher to log: "
-                "attach the probe to the module that training calls, in train mode (detach() and paused() stop it too)."
-            )
+            caution(TAKEN if elsewhere else UNSEEN.format(self._unseen))
 
     def _see_noise(self, source: Any, point: Observation) -> None:
         """The gradient noise scale, where a batch of the window tells it: not every one does."""
@@ -376,11 +390,3 @@ class CurvatureRecorder:
         self._loss = (state["loss"][0], state["loss"][1])
         self.history.load_state_dict(state["history"])
         self._findings.load_state_dict(state["findings"])
-
-
-def _check_intervals(every: Mapping[str, int | None]) -> None:
-    for name, interval in every.items():
-        whole = isinstance(interval, int) and not isinstance(interval, bool)
-        if interval is not None and not (whole and interval >= 1):
-            keyword = "log_every" if name == "fisher" else f"{name}_every"
-            raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")

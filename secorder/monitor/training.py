@@ -7,7 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["learning_rates", "mean_loss"]
+from ..errors import InvalidTypeError
+
+__all__ = ["learning_rates", "mean_loss", "number_of"]
+
+
+def number_of(name: str, value: Any) -> Any:
+    """A number as it is; of a tensor of one element that, without its graph, and not read.
+
+    Raises:
+        InvalidTypeError: it is neither.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.detach().reshape(())
+    if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidTypeError(f"{name!r} must be a number or a tensor of one element, got {got}.")
+    return float(value)
 
 
 def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:

@@ -94,6 +94,9 @@ class Run:
                     self._trend.setdefault(layer, deque(maxlen=TREND)).append(number)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.step is None:
+            yield Text(f"{self.path} holds no point yet.", "bold")
+            return
         layers = {layer: layer for name in _SHOWN for layer in self._latest.get(name, {})}
         columns = [_Column("layer", {}, 0)]
         for name, (title, gives_way) in _SHOWN.items():

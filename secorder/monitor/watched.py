@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from .._keywords import refuse_renamed
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Watched", "measurement_options"]
+__all__ = ["Watched", "check_intervals", "check_measured", "measurement_options"]
 
 
 class Watched(Protocol):
@@ -26,6 +26,10 @@ class Watched(Protocol):
     @property
     def accumulate(self) -> str:
         """What is accumulated, ``"diagonal"`` or ``"trace"``."""
+
+    @property
+    def num_samples(self) -> int:
+        """How many samples it tells of."""
 
     @property
     def layer_parameters(self) -> Mapping[str, Sequence[Tensor]]:
@@ -57,7 +61,10 @@ def measurement_options(probe: Watched, given: Mapping[str, Any]) -> dict[str, d
 
     Raises:
         InvalidArgumentError: one had another name, or no measurement takes it.
+        InvalidTypeError: it is no probe.
     """
+    if not hasattr(probe, "window"):
+        raise InvalidTypeError(f"a recorder watches a probe, got {type(probe).__name__}: pass CurvatureProbe(model).")
     refuse_renamed(given, "hessian_diagonal()")
     methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
     taken = {method: set(inspect.signature(getattr(probe, method)).parameters) for method in methods}
@@ -67,3 +74,36 @@ def measurement_options(probe: Watched, given: Mapping[str, Any]) -> dict[str, d
     if unknown:
         raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
     return {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
+
+
+def check_intervals(every: Mapping[str, int | None]) -> None:
+    """Refuse what is no interval.
+
+    Raises:
+        InvalidArgumentError: one is no whole number, or below 1.
+    """
+    for name, interval in every.items():
+        whole = isinstance(interval, int) and not isinstance(interval, bool)
+        if interval is not None and not (whole and interval >= 1):
+            keyword = "log_every" if name == "fisher" else f"{name}_every"
+            raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")
+
+
+def check_measured(measured: Sequence[str], loss_fn: Any, batch: Any) -> None:
+    """Refuse what cannot be measured on.
+
+    Args:
+        measured: which measurements are asked for.
+        loss_fn: of them.
+        batch: inputs and targets.
+
+    Raises:
+        InvalidArgumentError: a loss or a batch is missing.
+        InvalidTypeError: the loss is no function, or the batch no pair.
+    """
+    if measured and (loss_fn is None or batch is None):
+        raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
+    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
+        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
+    if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise InvalidTypeError(f"batch must be a pair (inputs, targets), got {type(batch).__name__}.")

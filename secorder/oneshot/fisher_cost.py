@@ -16,11 +16,11 @@ from .hessian.cost import Cost, base_bytes, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .recording import recorded
-from .timing import least_seconds_of, seconds_of
+from .timing import TRIAL_SECONDS, least_seconds_of, seconds_of
 
 __all__ = ["fisher_cost"]
 
-#: Columns of the longer trial.
+#: Columns of the longer trial, at least.
 SOME = 33
 
 #: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
@@ -82,9 +82,9 @@ def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
 
 
 def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed:
-    """By two trials, of which the first tells what is done anyway."""
+    """By a trial of one column, which tells what is done anyway, and one of as many as are made at a time, or so."""
     found: Found = {}
-    one, some = Trial(1), Trial(SOME)
+    one = Trial(1)
     start = seconds_of(lambda: found.update(_tried(task, fisher_type, num_draws, one)))
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
@@ -92,8 +92,15 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     first = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
     if one.of <= 1:
         return _Timed(strategies, one.of, first, 0.0)
-    longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, some))
-    seconds = max(longer - first, 1e-9) / (min(SOME, one.of) - 1)
+
+    def seconds_by(columns: int) -> float:
+        longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, Trial(columns)))
+        return max(longer - first, 1e-9) / (columns - 1)
+
+    seconds = seconds_by(min(SOME, one.of))
+    more = min(one.of, int(TRIAL_SECONDS / (2 * seconds)))
+    if more > SOME:  # few may fit a cache that more of them do not
+        seconds = seconds_by(more)
     return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
 
 

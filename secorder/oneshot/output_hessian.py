@@ -106,7 +106,7 @@ def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *,
         output: tensors in any structure; those that are differentiable are replaced.
         points: receives the points, real ones of complex tensors: with ``detach`` leaves of equal value, else views.
         dims: where a tensor's samples are; None makes the whole output one sample, points of shape ``(1, numel)``.
-        detach: cut the points off the model.
+        detach: cut the points off the model, in whose memory they stay.
     """
 
     def replace(tensor: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *,
         dim = None if dims is None else dims(tensor)
         real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
         point = real.reshape(1, -1) if dim is None else real.movedim(dim, 0) if dim else real
-        points.append(point.detach().clone().requires_grad_(True) if detach else point)
+        points.append(point.detach().requires_grad_(True) if detach else point)  # of the output's own memory
         result = points[-1].view(real.shape) if dim is None else points[-1].movedim(0, dim) if dim else points[-1]
         return torch.view_as_complex(result.contiguous()) if tensor.is_complex() else result
 

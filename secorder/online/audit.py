@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 
 from .._torch.float32 import Operation, rounding_of_products
-from .._torch.norms import norms_of
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
 
-__all__ = ["Audit", "actual", "explained", "explained_together"]
+__all__ = ["Audit", "actual", "explained"]
 
 #: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
 #: rows, or samples of several rows each, that are looked at beside their products with r or s.
@@ -92,30 +91,6 @@ def explained(
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * _added(right.shape[0])
     return torch.dot(left, right), _size(seen, left) * size
-
-
-def explained_together(layers: Sequence[tuple[RankOne, Vectors]], with_bias: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`explained` of the weights of several layers, shapes ``(layers,)``.
-
-    Args:
-        layers: with the random vectors of each.
-        with_bias: of each, one where that of the bias is to be in its number, else zero.
-    """
-    left, right, seen_g, seen_a = [], [], [], []
-    for one, vectors in layers:
-        r, s, start, rows = vectors[:4]
-        size, g, a = r.shape[0], one.cotangents, one.inputs
-        g = g if size == rows else g[:, start : start + size]
-        g, a = (t if t.dtype is r.dtype else t.to(r.dtype) for t in (g, a))
-        left.append(torch.mv(g, r))
-        right.append(torch.mv(a, s))
-        seen_g.append(g)
-        seen_a.append(a)
-    of_g, of_a = torch.stack(left), torch.stack(right) + with_bias[:, None]
-    norms = torch.stack(norms_of(seen_g + seen_a)).square().view(2, -1)
-    sizes_of_g = norms[0] + torch.linalg.vecdot(of_g, of_g)  # by all that is seen, and by its products, as in _size
-    sizes_of_a = norms[1] + torch.linalg.vecdot(of_a, of_a) + with_bias * of_a.shape[1]
-    return torch.linalg.vecdot(of_g, of_a), sizes_of_g * sizes_of_a
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -305,36 +280,38 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
-            found = Explained(value, size, _tolerance(value, p.dtype, low, part))
+            found = Explained(value, size, _tolerance(value, p.dtype, low, _operations(part)))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def explain_rank_one(self, layers: Sequence[RankOne], low: torch.dtype | None) -> list[Tensor | None]:
-        """:meth:`explain` of several layers at once; the number of each, None where it is not looked at.
+    def looks_at_weights(self, layers: Sequence[RankOne]) -> list[Vectors] | None:
+        """The random vectors of layers' weights, looked at or not; None unless all are as their factors are."""
+        found = []
+        for one in layers:
+            weight = one.layer.parameters["weight"]
+            number = self._numbers.get(id(weight))
+            apart = number is not None and number.bias is not one.layer.parameters.get("bias")
+            if apart or weight.dtype is not one.inputs.dtype:
+                return None
+            found.append(self._directions.vectors(weight) if number is None else number.vectors)
+        return found
+
+    def explain_weights(
+        self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
+    ) -> None:
+        """:meth:`explain` of layers whose numbers were found together: of those that are looked at.
 
         Args:
-            layers: that wait to be added.
+            layers: of which :meth:`looks_at_weights` tells the vectors.
+            values: shape ``(layers,)``.
+            sizes: the squares of what their rounding is relative to.
             low: the dtype that autocast computes in, where it does.
         """
-        found: list[Tensor | None] = [None] * len(layers)
-        together: list[tuple[int, RankOne, Number]] = []
-        for index, one in enumerate(layers):
-            parameters = one.layer.parameters
-            number = self._numbers.get(id(parameters["weight"]))
-            if number is None or number.bias is not parameters.get("bias"):
-                found[index] = self.explain(one.layer.name, parameters, one.gradients, low).get("weight")
-            else:
-                together.append((index, one, number))
-        if together:
-            flags = [0.0 if number.bias is None else 1.0 for _, _, number in together]
-            with_bias = self._directions.constants(flags, together[0][1].cotangents)
-            values, sizes = explained_together([(one, number.vectors) for _, one, number in together], with_bias)
-            for (index, one, number), value, size in zip(together, values.unbind(), sizes.unbind(), strict=True):
-                tolerance = _tolerance(value, number.parameter.dtype, low, one.gradients["weight"])
-                known = self._explained.setdefault((one.layer.name, id(number.parameter)), [])
-                known.append(Explained(value, size, tolerance))
-                found[index] = value
-        return found
+        tolerance = _tolerance(values, values.dtype, low, ("product",))  # the weights are of one dtype, the factors'
+        for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
+            key = id(one.layer.parameters["weight"])
+            if key in self._numbers:
+                self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 
     def failures(self, layers: Sequence[tuple[Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
         """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
@@ -359,11 +336,11 @@ class Audit:
         return list(indices), (difference * difference > bounds) & (whole - whole == 0)
 
 
-def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, gradient: PerSample) -> float:
+def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, operations: tuple[Operation, ...]) -> float:
     """What part of a number's size may be rounding: ``dtype`` of the parameter, ``low`` what factors are rounded to."""
     factors = 0.0 if low is None else torch.finfo(low).eps
     if dtype is torch.float32:
-        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in _operations(gradient)))
+        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in operations))
     return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
 
 

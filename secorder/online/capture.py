@@ -19,7 +19,7 @@ from ..layers.selection import Layer
 from ..parallel.tensor_parallel import Layouts, layouts, own
 from .backward import enter
 from .closing import second_backward
-from .delivery import bring
+from .delivery import bring, bring_rank_one
 from .finite import total_of
 from .fisher import quietly
 from .record import ForwardRecord, ModuleCall, Start
@@ -180,7 +180,10 @@ class _LayerGradient:
         call: Any
         try:
             g = g if self.ends is None else own(g, self.ends[1], "the gradient on its output")
-            call = (_unpacked(kept), g)
+            inputs = _unpacked(kept)
+            if bring_rank_one(fisher, record, layer, inputs, g, total):
+                return
+            call = (inputs, g)
         except Exception as error:
             if fisher.ranks is None:
                 raise

@@ -7,11 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch.fsdp import local
 from .._torch.surroundings import lasting
 from ..errors import InvalidArgumentError
 from ..parallel.all_reduce import add_up
-from ..parallel.fsdp import Shard
+from ..parallel.fsdp import Shard, part_of
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norms import COLUMNS, NormSums
@@ -101,8 +100,8 @@ def _stretch_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) 
         diagonal = fisher.accumulate == "diagonal"
         sums = loaded[layer.name] = LayerSums.empty(layer, fisher.device, fisher.dtype, diagonal=diagonal)
         sums.sums = [
-            local(state[f"{prefix}sums/{layer.parameter_name(name)}"]).flatten().to(like, copy=True)
-            for name, like in zip(layer.parameters, sums.sums, strict=diagonal)
+            part_of(state[f"{prefix}sums/{layer.parameter_name(name)}"], p).flatten().to(like, copy=True)
+            for (name, p), like in zip(layer.parameters.items(), sums.sums, strict=diagonal)
         ]
         numbers = state[f"{prefix}counts/{layer.name}"].to(sums.counts, copy=True)
         sums.counts = numbers[:3].clone()

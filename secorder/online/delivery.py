@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._torch.versions import version
 from ..layers.contraction import IN_PLACE_ELEMENTS, contract, contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
 from ..layers.per_sample import Outer, PerSample, Rows, dense, per_sample_gradients, with_cotangents
-from ..layers.rank_one import rank_one
+from ..layers.rank_one import RankOne, rank_one
 from ..layers.rules import takes_any_leading_dim
+from ..layers.rules.linear import linear
 from ..layers.selection import Layer
 from ..layers.uses import Piece, pieces
 from ..oneshot.isolation import run_isolated
@@ -34,7 +36,10 @@ from .waiting import may_wait, wait
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["bring", "deliver", "deliver_module"]
+__all__ = ["bring", "bring_rank_one", "deliver", "deliver_module"]
+
+#: The layouts of a layer's calls where there is one, and row n of what it returns is sample n's.
+ONE_ROW_A_SAMPLE = [[DIM_ZERO]]
 
 
 def bring(
@@ -59,6 +64,30 @@ def bring(
     calls.append((index, call, total))
     if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
         deliver(fisher, [record], layer)
+
+
+def bring_rank_one(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    inputs: Sequence[Tensor],
+    g: Tensor,
+    total: Tensor,
+) -> bool:
+    """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
+    if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
+        return False
+    a, name = inputs[0], layer.name
+    if not a.dim() == g.dim() == 2 or a.layout is not torch.strided or g.dtype is not compute_dtype(layer):
+        return False
+    if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
+        return False
+    g = g.detach()
+    one = RankOne(layer, a, g, total, (version(a), version(g)))
+    if not may_wait(fisher, record, one):
+        return False
+    wait(fisher, record, one)
+    return True
 
 
 def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Layer) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..layers.side_by_side import Frame, frame_of
+
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
@@ -56,6 +58,7 @@ class Directions:
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+        self._frames: dict[tuple[Any, ...], list[Frame]] = {}
         self._numbers: dict[torch.device, tuple[Tensor, ...]] = {}
         self._passes = 0
 
@@ -76,6 +79,7 @@ class Directions:
         self._passes += 1
         if self._passes % KEPT == 0:
             self._kept.clear()
+            self._frames.clear()
 
     def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
         """Numbers that are much the same each time, where they are already on the device; 1-D."""
@@ -122,6 +126,27 @@ class Directions:
             return Vectors(self._take(block, like), s, start, rows, channel, place)
         s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
         return Vectors(self._take(block, like), s, start, rows)
+
+    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors], flags: Sequence[float]) -> Frame | None:
+        """The frame of several layers, kept as long as their vectors are.
+
+        Args:
+            parameters: of each the weight, all of one dtype on one device.
+            of: the vectors that it is looked at with; None is returned where these are no longer those of now.
+            flags: of each, one where it has a bias, else zero.
+        """
+        if any(vectors is not self.vectors(p) for p, vectors in zip(parameters, of, strict=True)):
+            return None  # another backward has begun since, or only a block of rows is looked at
+        key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
+        frames = self._frames.get(key)
+        if frames is None:
+            if len(self._frames) >= CONSTANTS:
+                self._frames.clear()
+            with_bias = self.constants(flags, of[0].r)
+            in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
+            frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
+            self._frames[key] = frames
+        return frames[self._passes % IN_TURN]
 
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""

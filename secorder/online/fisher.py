@@ -22,7 +22,7 @@ from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.rank_one import RankOne, add_rank_one
+from ..layers.rank_one import RankOne
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
@@ -224,17 +224,17 @@ class OnlineFisher:
         if good is not None:
             record.goods.append(good)
 
-    def add_rank_one(self, record: ForwardRecord, layers: Sequence[RankOne], goods: Sequence[Tensor] | None) -> None:
-        """The same for layers that are added together, of each whether its gradient is finite."""
+    def add_rank_one(
+        self, record: ForwardRecord, layers: Sequence[RankOne], add: Callable[..., None], goods: Tensor | None
+    ) -> None:
+        """The same for layers that are added together, by a function of their sums, by the parameters' names."""
         every = [self.sums[one.layer.name] for one in layers]
-        outs = [
-            dict(zip(one.layer.parameters, sums.sums, strict=True)) for one, sums in zip(layers, every, strict=True)
-        ]
-        beta = 1.0 if self.decay is None else self.decay
+        outs = [dict(zip(one.layer.parameters, self.sums[one.layer.name].sums, strict=True)) for one in layers]
         with self._adding([one.layer.name for one in layers]):
-            add_rank_one([one.factors for one in layers], outs, beta=beta, alpha=self._alpha(record), keeps=goods)
-            count_together(every, self.count_of(record), goods, self.decay, self.of_all(record))
-        record.goods.extend(goods or ())
+            add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
+            each = None if goods is None else goods.unbind()
+            count_together(every, self.count_of(record), each, self.decay, self.of_all(record))
+        record.goods.extend(each or ())
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""

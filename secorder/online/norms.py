@@ -32,6 +32,7 @@ __all__ = [
     "NormSums",
     "Row",
     "add_norms",
+    "keep_norms",
     "read_squares",
     "take_norms",
     "take_norms_together",
@@ -272,14 +273,19 @@ def _answered_for(layer: Layer) -> list[int]:
 
 def take_norms_together(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
     """The same for layers that are added together."""
-    flags = [float("bias" in one.gradients) for one in layers]
+    flags = [float("bias" in one.layer.parameters) for one in layers]
     factors = [one.factors for one in layers]
     norms = norms_of_rank_one(factors, fisher.directions.constants(flags, layers[0].cotangents))
+    keep_norms(fisher, record, layers, norms)
+
+
+def keep_norms(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Tensor) -> None:
+    """Keep the squared norms of layers' per-sample gradients, shape ``(layers, N)``, until the backward has ended."""
     for one, own in zip(layers, norms.unbind(), strict=True):
         record.norms[one.layer.name] = own
         if _by_factors(fisher, record, one.layer):
             sizes = [p.numel() for p in one.layer.parameters.values()]
-            parts = [[one.gradients[name]] for name in one.layer.parameters]
+            parts = [[part] for part in one.gradients.values()]
             record.squares[one.layer.name] = squared_norm_of_sum(parts, sizes)
 
 

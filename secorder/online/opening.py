@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
-from .._torch.modules import held_parameter
+from .._torch.modules import held_parameter, holds
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -103,8 +103,22 @@ def _opened(
     return record
 
 
+def _as_they_were(fisher: OnlineFisher) -> bool:
+    """Whether the modules hold the parameters that the layers have, where these are counted."""
+    for layer in fisher.layers:
+        here = fisher.sums[layer.name].counts.device
+        if here.type == "meta" or not holds(layer.module, layer.parameters):
+            return False
+        for p in layer.parameters.values():
+            if p.device != here:
+                return False
+    return fisher.seen.device == fisher.sums[fisher.layers[0].name].counts.device
+
+
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
-    """Take note of parameters that were exchanged since; whether the layers can be recorded."""
+    """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
+    if _as_they_were(fisher):
+        return True
     changed = False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):

@@ -20,6 +20,7 @@ from .spread import Spread
 __all__ = [
     "Shard",
     "gathered",
+    "part_of",
     "shard_of_sum",
     "shards",
     "whole",
@@ -30,6 +31,18 @@ __all__ = [
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered by all ranks together; any other tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(tensor: Tensor, parameter: Any) -> Tensor:
+    """This rank's part of a tensor of a parameter's shape, which may be spread as the parameter, or whole."""
+    if hasattr(parameter, "placements") and not hasattr(tensor, "placements"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh = parameter.device_mesh
+        tensor = distribute_tensor(
+            tensor.to(mesh.device_type).view(parameter.shape), mesh, parameter.placements, src_data_rank=None
+        )
+    return local(tensor)
 
 
 def shard_of_sum(part: Tensor, parameter: Any, spread: Spread) -> Tensor:

@@ -17,6 +17,7 @@ from secorder._torch.modules import (
     forward_hooks,
     forward_hooks_removed,
     gradient_hooks_removed,
+    holds,
     is_scripted,
     own_attributes,
     own_tensors,
@@ -25,6 +26,15 @@ from secorder._torch.modules import (
     tables_of,
 )
 from secorder._torch.pytree import tensors_in
+
+
+def test_a_module_holds_its_own_parameters_until_others_take_their_place() -> None:
+    model = nn.Sequential(nn.Linear(2, 3))
+    assert holds(model[0], dict(model[0].named_parameters()))
+    assert not holds(model, dict(model.named_parameters()))  # its part does
+    before = dict(model[0].named_parameters())
+    model[0].bias = nn.Parameter(torch.zeros(3))
+    assert not holds(model[0], before)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.GRU])

@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_default_device(options.device)
-    results = Results(Console(width=100))
+    results = Results(Console(width=120))
     results.console.print(f"torch {torch.__version__}, {machine_of(options.device)}")
     made = {
         "MLP, float32": (multilayer, False),

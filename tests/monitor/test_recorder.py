@@ -1,13 +1,14 @@
 """The recorder, against brute force."""
 
 import warnings
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureRecorder, CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from secorder.monitor.sinks.json_lines import points
@@ -218,3 +219,53 @@ def test_what_is_no_sink() -> None:
 @pytest.mark.slow
 def test_ranks_log_what_one_process_logs_of_all_samples_and_the_first_writes() -> None:
     run_ranks("recorder", 2)
+
+
+def test_whatever_fails_training_goes_on(tmp_path: Path) -> None:
+    """A name that no picture can show, a function of the user's that raises, a loss that is no number."""
+    model = nn.Sequential(OrderedDict([("ü\n", nn.Linear(3, 2)), ("b", nn.Linear(2, 2))]))
+
+    def tell(change: Any) -> None:
+        raise ValueError("mine")
+
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        recorder = CurvatureRecorder(probe, str(tmp_path / "run"), log_every=1, norms_every=None, on_finding=tell)
+        for scale, loss in ((1.0, "high"), (1e3, torch.ones(2)), (1e3, 0.5)):
+            model(scale * torch.ones(4, 3)).square().mean().backward()
+            recorder.step(loss=loss)
+    recorder.close()
+    told = "\n".join(str(one.message) for one in caught)
+    assert "'loss' must be a number" in told
+    assert "ValueError: mine" in told
+    assert "multiline" not in told
+    assert recorder.history.to_dict()["step"] == [1, 2, 3]
+    assert recorder.history.to_dict()["model/loss"][-1] == 0.5
+
+
+def test_batches_that_another_recorder_takes_out_are_told_as_such() -> None:
+    model = nn.Linear(3, 2)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        first, second = (CurvatureRecorder(probe, log_every=1, norms_every=None) for _ in range(2))
+        model(torch.ones(4, 3)).square().mean().backward()
+        first.step()
+        with pytest.warns(CurvatureWarning, match="another recorder"):
+            second.step()
+
+
+def test_what_cannot_be_watched_is_refused_at_once(tmp_path: Path) -> None:
+    model: Any = nn.Linear(3, 2)
+    (tmp_path / "file").write_text("")
+    with CurvatureProbe(model, reduction="mean") as probe:
+        with pytest.raises(InvalidTypeError, match="watches a probe, got Linear"):
+            CurvatureRecorder(model)
+        with pytest.raises(InvalidTypeError, match="batch must be a pair"):
+            CurvatureRecorder(probe, hessian_every=1, loss_fn=nn.MSELoss(), batch=torch.ones(2, 3))  # type: ignore
+        with pytest.raises(InvalidArgumentError, match="cannot be written to"):
+            CurvatureRecorder(probe, str(tmp_path / "file" / "run.csv"))
+        recorder = CurvatureRecorder(probe, str(tmp_path / "run.jsonl"))
+        recorder.log({"accuracy": torch.tensor(0.5)})
+        with pytest.raises(InvalidTypeError, match="'accuracy' must be a number"):
+            recorder.log({"accuracy": "high"})  # type: ignore[dict-item]
+        recorder.close()
+    assert '"model/accuracy": 0.5' in (tmp_path / "run.jsonl").read_text()

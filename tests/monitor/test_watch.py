@@ -83,3 +83,10 @@ def test_what_is_no_run(tmp_path: Path, line: str) -> None:
     (tmp_path / "run.jsonl").write_text(line + "\n")
     with pytest.raises(InvalidArgumentError, match="holds no points of a run, as its line 1 shows"):
         Run(tmp_path / "run.jsonl").read()
+
+
+def test_a_run_that_has_only_begun_says_so(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text("")
+    run = Run(tmp_path / "run.jsonl")
+    run.read()
+    assert shown(run, 400).strip().endswith("run.jsonl holds no point yet.")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot import fisher_cost as module
 from secorder.oneshot.fisher_cost import fisher_cost
 
 from ..helpers import data, make, measured
@@ -45,3 +46,24 @@ def test_seconds_are_those_of_the_layers_and_of_what_is_done_anyway(loops: bool)
     assert cost.overhead > 0
     assert all((c.seconds > 0) == loops and c.num_bytes > 0 for c in cost.values())  # one column is done by the checks
     assert torch.is_grad_enabled()
+
+
+def test_columns_that_fit_no_cache_together_are_timed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more than 64 each is taken to be three times as dear: what is told of 150 is what they take."""
+    tried: list[int] = []
+
+    def seconds(work: Any) -> float:
+        work()
+        columns = tried[-1]
+        return 1e-3 + 1e-5 * columns * (1 if columns <= 64 else 3)
+
+    def trial(task: Any, kind: Any, draws: int, given: Any) -> Any:
+        tried.append(given.columns)
+        return real(task, kind, draws, given)
+
+    real = module._tried
+    monkeypatch.setattr(module, "_tried", trial)
+    monkeypatch.setattr(module, "least_seconds_of", seconds)
+    cost = measured(lambda task: fisher_cost(task, "mc", 150), make(), data(), F.cross_entropy)
+    assert max(tried) == 150
+    assert cost.seconds == pytest.approx(1e-3 + 3e-5 * 150, rel=0.05)

@@ -104,7 +104,7 @@ def test_targets_that_are_broadcast_couple_the_samples() -> None:
         per_layer_fisher_diagonal(model, F.mse_loss, x, y)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("empirical", 12), ("mc", 14)])
+@pytest.mark.parametrize(("kind", "most"), [("empirical", 11), ("mc", 12)])
 def test_wide_outputs_of_a_loss_of_the_users(monkeypatch: pytest.MonkeyPatch, kind: Any, most: int) -> None:
     """How many copies of the outputs are alive at once, with all that the loss keeps for its derivatives."""
     x, y = torch.randn(16, 1), torch.randint(5000, (16,))

@@ -5,10 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
-from secorder.layers.rank_one import rank_one
 from secorder.layers.rules.convolution import convolution as rule
-from secorder.layers.selection import select_layers
-from secorder.online.audit import UNITS, actual, explained, explained_together
+from secorder.online.audit import UNITS, actual, explained
 from secorder.online.directions import Directions
 
 
@@ -82,31 +80,3 @@ def test_rows_that_are_nearly_alike_round_as_much_where_they_are_orthogonal_to_w
         assert explained(weight, vectors)[1].sqrt() > 0.05 * a.norm() * g.norm()
         assert explained(weight, vectors, with_bias=True)[1].sqrt() > 0.05 * a.norm() * g.norm()
         assert explained(bias, vectors)[1].sqrt() > 0.05 * g.norm() * 512**0.5
-
-
-@pytest.mark.parametrize("count", [5, 50])
-def test_what_explains_the_gradients_of_several_layers(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each as if it were alone: with a bias and without, looked at whole and by a block; also rows all alike."""
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(3, 2, bias=False))
-    layers = []
-    for layer in select_layers(model, None):
-        weight = layer.parameters["weight"]
-        a = torch.randn(1, 1, 1, weight.shape[1]).expand(count, -1, -1, -1)
-        g = torch.randn(count, 1, 1, weight.shape[0])
-        one = rank_one(layer, {"weight": Outer(a, g), "bias": Outer(None, g)}, g.sum())
-        assert one is not None
-        layers.append(one)
-    with_bias = torch.tensor([1.0, 0.0])
-    for block in (1, 2, 8):
-        monkeypatch.setattr("secorder.online.directions.WHOLE_ELEMENTS", 0)
-        monkeypatch.setattr("secorder.online.directions.BLOCK", block)
-        drawn = [(one, Directions().vectors(one.layer.parameters["weight"])) for one in layers]
-        values, squares = explained_together(drawn, with_bias)
-        for (one, vectors), value, square in zip(drawn, values, squares, strict=True):
-            a, g = one.factors
-            bias = g.sum(0) if "bias" in one.gradients else None
-            bound = UNITS * torch.finfo(torch.float64).eps * square.sqrt()
-            block_of_g = g[:, vectors.start : vectors.start + len(vectors.r)]
-            assert square.sqrt() >= block_of_g.norm() * a.norm() * (1 - 1e-9)
-            assert (actual(g.t() @ a, vectors, bias) - value).abs() <= bound
-            assert (actual(g.t() @ a + 1e-3 * torch.randn(g.shape[1], a.shape[1]), vectors, bias) - value).abs() > bound

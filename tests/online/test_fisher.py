@@ -22,6 +22,7 @@ from secorder import (
     ProbeStateError,
 )
 from secorder.layers import contraction
+from secorder.layers.side_by_side import SideBySide
 from secorder.online import fisher
 
 from ..helpers import Net, data, make, reference, step
@@ -264,7 +265,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("interrupt", [MemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize("at", ["add_rank_one", "count_together"])
+@pytest.mark.parametrize("at", ["add_to", "count_together"])
 def test_sums_that_hold_a_part_of_a_batch_are_not_told(
     interrupt: type[BaseException], at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,7 +278,7 @@ def test_sums_that_hold_a_part_of_a_batch_are_not_told(
     with CurvatureProbe(model) as probe:
         step(model, batch)
         state = probe.state_dict()
-        monkeypatch.setattr(fisher, at, breaks_off)
+        monkeypatch.setattr(SideBySide if at == "add_to" else fisher, at, breaks_off)
         if interrupt is KeyboardInterrupt:  # the user's, and so it goes through
             with pytest.raises(KeyboardInterrupt):
                 step(model, batch)

@@ -1,6 +1,7 @@
 """Layers that wait to be added together."""
 
 import math
+from typing import Literal
 
 import pytest
 from torch import Tensor, nn
@@ -64,3 +65,19 @@ def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> N
         probe.reset()
         step(model, batch)
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_a_batch_whose_squares_are_no_numbers_is_left_out(accumulate: Literal["diagonal", "trace"]) -> None:
+    """It is not taken for one whose gradients come from outside of the layers either."""
+    model, batch = chain(), data()
+    with CurvatureProbe(model, accumulate=accumulate) as probe:
+        step(model, batch)
+        (model(batch[0]).sum() * 1e200).backward()
+        model.zero_grad()
+        step(model, batch)
+        expected = reference(model, batch)
+        for name, found in probe.fisher_trace().items():
+            trace = sum(float(own.sum()) for key, own in expected.items() if key.startswith(f"{name}."))
+            assert math.isclose(found.value, trace, rel_tol=1e-5)
+            assert found.num_samples == 2 * len(batch[0])

@@ -5,7 +5,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ...errors import InvalidTypeError
+from ...errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = ["Sink", "close", "give", "sink_of", "sinks_of"]
 
@@ -44,9 +44,13 @@ def sink_of(given: Any) -> Sink:
 
     Raises:
         InvalidTypeError: it is none of these.
+        InvalidArgumentError: a path cannot be written to.
     """
     if isinstance(given, (str, PathLike)):
-        return _of_path(Path(given))
+        try:
+            return _of_path(Path(given))
+        except OSError as error:
+            raise InvalidArgumentError(f"{given} cannot be written to ({error}): pass another path.") from error
     if isinstance(given, Sink) and not isinstance(given, type):
         return given
     if hasattr(given, "add_scalar"):
