@@ -17,7 +17,9 @@ FISHER = {f"block.{i}.{name}": torch.rand(7) * 10**-i for i in range(3) for name
 
 @pytest.mark.parametrize("width", [200, 110, 70, 45])
 @pytest.mark.parametrize(
-    "options", [{}, {"group_by": lambda name: name[-1]}, {"title": "a title"}, {"depth": 2}], ids=str
+    "options",
+    [{}, {"group_by": lambda name: name[-1]}, {"title": "a title"}, {"depth": 2}],
+    ids=lambda options: "+".join(options),
 )
 def test_it_is_what_rich_prints(width: int, options: dict[str, Any]) -> None:
     table = report(FISHER, {name: -f for name, f in FISHER.items()}, **options)._fitting(width)

@@ -49,9 +49,10 @@ class OwnedRows(NamedTuple):
 
 def put_back(call: OperationCall, index: int) -> OwnedRows | None:
     """The gradient on rows that were added or put into places of a whole, by ``index_add`` or ``x[ids] = rows``."""
-    name, g, layout = call.node.name(), call.g, call.layout
+    name, layout = call.node.name(), call.layout
     if index != 1 or layout.dim != 0 or name not in ("IndexAddBackward0", "IndexPutBackward0"):
         return None
+    g = call.g
     scale = 1.0
     if name == "IndexAddBackward0":
         ids, scale = call.saved("index"), float(call.saved("alpha"))

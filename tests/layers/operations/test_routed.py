@@ -11,7 +11,7 @@ from secorder._torch.engine import accumulate_node
 from secorder._torch.graph import users_of
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.layers.operations import OperationCall, per_sample_gradient
-from secorder.layers.operations.routed import OwnedRows
+from secorder.layers.operations.routed import OwnedRows, put_back
 from secorder.layers.per_sample import Outer, dense
 from secorder.layers.uses import carried, pieces
 
@@ -90,3 +90,10 @@ def test_what_is_put_elsewhere_is_left_to_the_operation() -> None:
     z = torch.randn(N * T, WIDTH).index_add(1, torch.tensor([0, 3]), rows * 1)
     call = OperationCall(z.grad_fn, [torch.ones_like(z)], [Layout(0, T)], N, z.dtype)
     assert not isinstance(per_sample_gradient(call, 1), OwnedRows)
+
+
+def test_an_operation_whose_first_output_is_not_used() -> None:
+    node = torch.linalg.qr(torch.randn(N, T, requires_grad=True))[1].grad_fn
+    assert node is not None
+    call = OperationCall(node, [None, torch.randn(N, T)], [DIM_ZERO, DIM_ZERO], N, torch.float64)
+    assert put_back(call, 1) is None
