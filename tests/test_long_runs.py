@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online import backward, closing, delivery, waiting
+from secorder.online import backward, capture, closing, delivery, waiting
 from secorder.online.fisher import OnlineFisher
 from secorder.online.hooks import Attachment
 from secorder.online.looks import Looks
@@ -160,11 +160,24 @@ PLACES: dict[str, Any] = {
     "wait": delivery,
     "add_waiting": closing,
     "_add": waiting,
+    "_add_side_by_side": waiting,
+    "bring_rank_one": capture,
     "check_together": backward,
     "close": backward,
     "add": OnlineFisher,
     "_audit": closing,
 }
+
+
+class Tokens(nn.Module):
+    """Layers with several positions of each sample, which do not wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(torch.stack([x, 2 * x], 1)).mean(1)
 
 
 @pytest.mark.parametrize("place", list(PLACES))
@@ -174,7 +187,7 @@ def test_a_fault_in_any_hook_stops_no_training_and_leaves_means_as_they_were(
     place: str, at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory may run out anywhere: the step goes on, what was accumulated and what comes after is right."""
-    model, batch = make(), data()
+    model, batch = Tokens() if place in {"deliver", "_gradients"} else make(), data()
     expected = reference(model, batch)
     modules = list(model.modules())
     before = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in modules]
@@ -206,8 +219,8 @@ def test_strict_lets_a_fault_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = make(), data()
 
     def fault(*_: Any, **__: Any) -> None:
-        raise MemoryError("deliver")
+        raise MemoryError("wait")
 
-    monkeypatch.setattr(delivery, "deliver", fault)
-    with CurvatureProbe(model, strict=True), pytest.raises(MemoryError, match="deliver"):
+    monkeypatch.setattr(delivery, "wait", fault)
+    with CurvatureProbe(model, strict=True), pytest.raises(MemoryError, match="wait"):
         step(model, batch)
