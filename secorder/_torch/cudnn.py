@@ -24,9 +24,7 @@ class _WithoutCudnn(TorchFunctionMode):
     """Runs recurrent layers alone without cuDNN: convolutions beside them are many times as fast with it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _RECURRENT:
-            return func(*args, **(kwargs or {}))
-        with _disabled():
+        with _disabled() if func in _RECURRENT else nullcontext():
             return func(*args, **(kwargs or {}))
 
 

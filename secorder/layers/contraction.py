@@ -17,9 +17,11 @@ from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
 __all__ = [
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
+    "added",
     "contract",
     "contract_basis",
     "contract_sum",
+    "kept",
 ]
 
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
@@ -64,7 +66,7 @@ def contract(
         return like.new_zeros(0) if out is None else out
     if isinstance(u, Tensor):
         assert v is None or isinstance(v, Tensor)
-        return _add(_kept((u * (u if v is None else v)).reshape(-1, numel).sum(0), keep), out, beta, alpha)
+        return added(kept((u * (u if v is None else v)).reshape(-1, numel).sum(0), keep), out, beta, alpha)
     if isinstance(u, Rows):
         assert v is None or isinstance(v, Rows)
         return _contract_rows(u, v, numel, out, beta, alpha, keep)
@@ -78,8 +80,8 @@ def contract(
         if pairs.dim() == 4:
             pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
         if a is None:
-            return _add(_kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
-        pairs = _kept(pairs, keep)
+            return added(kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
+        pairs = kept(pairs, keep)
         a = whole_input(a)
         if groups == 1 and out is not None:
             squares = a[:, 0, 0] * a[:, 0, 0]
@@ -103,7 +105,7 @@ def contract(
     total = gu.new_zeros(numel)
     for gu_k, gv_k in pairs_of_k:
         _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
-    return _add(total, out, beta, alpha)
+    return added(total, out, beta, alpha)
 
 
 def _accumulate_products(
@@ -120,11 +122,8 @@ def _accumulate_products(
     if a is None:
         for n in chunks(count, max(1, budget // max(1, total.numel()))):
             left = gu[n.start : n.stop].sum(2).flatten(1)
-            if gv is None and left.is_cuda and not left.requires_grad:
-                _add_squares(total, left, alpha, keep)
-                continue
             right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
-            total.add_(_kept((left * right).sum(0), keep), alpha=alpha)
+            _add_products(total[None], left, right, alpha, keep)
         return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
@@ -192,23 +191,23 @@ def _add_matrix_products(
 
 
 def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, keep: Tensor | None) -> None:
-    """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, out, in), for both of shape (N · groups, out, in)."""
+    """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, …), for both of shape (N · groups, …)."""
     if len(left) == 1 and keep is None:
         target[0].addcmul_(left[0], right[0], value=alpha)
     elif right is left and left.is_cuda and not left.requires_grad:
         _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory
         products = left * right if left.requires_grad else left.mul_(right)
-        target.add_(_kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
+        target.add_(kept(products.unflatten(0, (-1, len(target))).sum(0), keep), alpha=alpha)
 
 
 def _add_squares(target: Tensor, each: Tensor, alpha: float, keep: Tensor | None) -> None:
     """Add α Σ_n each_n² to ``target`` in one pass over ``each``: few kernels, as an accelerator likes."""
-    norms = _kept(torch.linalg.vector_norm(each, dim=0), keep)
+    norms = kept(torch.linalg.vector_norm(each, dim=0), keep)
     target.addcmul_(norms, norms, value=alpha)
 
 
-def _kept(squares: Tensor, keep: Tensor | None) -> Tensor:
+def kept(squares: Tensor, keep: Tensor | None) -> Tensor:
     """Squares, or zeros whatever they are where they are not to be kept: ``torch.where`` is seven times as slow."""
     return squares if keep is None else squares.nan_to_num_().mul_(keep)
 
@@ -226,7 +225,7 @@ def _contract_rows(
         return flat.new_zeros(*flat.shape[:-2], len(places), width).index_add(-2, where, flat)
 
     left = compact(u.g)
-    products = _kept(left * (left if v is None else compact(v.g)), keep)
+    products = kept(left * (left if v is None else compact(v.g)), keep)
     if products.dim() == 3:
         products = products.sum(0)
     if out is None:
@@ -280,7 +279,7 @@ def contract_sum(
     out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     contract(rows, numel=numel, out=out, alpha=alpha, keep=keep)
     columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
-    cross = _kept(torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g, keep)
+    cross = kept(torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g, keep)
     out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
     return out
 
@@ -323,7 +322,8 @@ def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
     return total.reshape(numel)
 
 
-def _add(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+def added(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:
+    """``out ← beta · out + alpha · total`` in place; without ``out``, alpha · total."""
     if out is None:
         return total if alpha == 1.0 else total * alpha
     return _scaled(out, beta).add_(total, alpha=alpha)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
-from .contraction import contract_sum
+from .contraction import added, contract_sum, kept
 from .patches import whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
@@ -74,14 +74,7 @@ def contract_sum_low(
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:
         return contract_sum(parts, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     total = _one_position(part) if part.g.shape[2] == 1 else _positions(part)
-    total = total.reshape(numel)
-    if keep is not None:
-        total.nan_to_num_().mul_(keep)
-    if out is None:
-        return total * alpha
-    if beta != 1.0:
-        out.mul_(beta)
-    return out.add_(total, alpha=alpha)
+    return added(kept(total.reshape(numel), keep), out, beta, alpha)
 
 
 def _one_position(part: Outer) -> Tensor:
@@ -96,12 +89,11 @@ def _positions(part: Outer) -> Tensor:
     assert part.a is not None
     count, groups, positions, width = part.g.shape
     fan_in = part.a.shape[-1]
-    found: list[Tensor] = []
+    total: Tensor | None = None
     for n in chunks(count, max(1, ACCELERATOR_CHUNK_ELEMENTS // (groups * (width + positions) * fan_in))):
         rows = slice(n.start, n.stop)
         left = part.g[rows].to(LOW).flatten(0, 1).transpose(1, 2)
         formed = torch.bmm(left, part.a[rows].to(LOW).flatten(0, 1)).unflatten(0, (-1, groups))
-        found.append(torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32).square_())  # in one pass over it
-        if len(found) > 1:
-            found[0].add_(found.pop())
-    return found[0]
+        squares: Tensor = torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32).square_()  # in one pass over it
+        total = squares if total is None else total.add_(squares)
+    return part.g.new_zeros(groups, width, fan_in) if total is None else total

@@ -229,7 +229,7 @@ class OnlineFisher:
     ) -> None:
         """The same for layers that are added together, by a function of their sums, by the parameters' names."""
         every = [self.sums[one.layer.name] for one in layers]
-        outs = [dict(zip(one.layer.parameters, self.sums[one.layer.name].sums, strict=True)) for one in layers]
+        outs = [dict(zip(one.layer.parameters, own.sums, strict=True)) for one, own in zip(layers, every, strict=True)]
         with self._adding([one.layer.name for one in layers]):
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
             each = None if goods is None else goods.unbind()

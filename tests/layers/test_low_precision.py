@@ -78,6 +78,14 @@ def test_what_is_added_to_and_left_out() -> None:
         assert torch.allclose(out, 0.5 + 2 * alone)
 
 
+@pytest.mark.parametrize("positions", [1, 3])
+def test_an_empty_batch_adds_nothing_and_what_is_forgotten_may_be_nan(positions: int) -> None:
+    empty = Outer(torch.randn(0, 1, positions, 5).float(), torch.randn(0, 1, positions, 4).float())
+    out = torch.full((20,), torch.nan, dtype=torch.float32)
+    assert not contract_sum_low([empty], numel=20).any()
+    assert not contract_sum_low([empty], numel=20, out=out, beta=0.0).any()
+
+
 def test_other_forms_are_contracted_as_they_are() -> None:
     rows = Rows(torch.randint(4, (5, 3)), torch.randn(5, 3, 2), 4)
     assert torch.equal(contract_sum_low([rows], numel=8), contract_sum([rows], numel=8))
