@@ -1,17 +1,14 @@
 """Random signs on the parameters: unbiased for any layer."""
 
-from typing import Any
-
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secorder import AttributionError
 from secorder.oneshot.hessian import parameter_draws
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.facts import Facts
 
-from ...helpers import Fn, Twice, data, make, mlp
+from ...helpers import Clamped, Fn, Twice, data, make, mlp
 from .strategies import exact, on_theta
 
 DRAWS = Budget("hutchinson", num_draws=500)
@@ -30,16 +27,6 @@ def test_the_mean_is_the_diagonal_to_its_standard_error(build, layer: str) -> No
     assert sum(told) == estimate.num_draws == 500
 
 
-class _Clamped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g.clamp(-0.01, 0.01)
-
-
 def test_no_mean_of_draws_is_told_where_products_are_not_linear() -> None:
     """But where they are to rounding: that of a bias which a normalisation takes off is nothing else."""
 
@@ -47,7 +34,7 @@ def test_no_mean_of_draws_is_told_where_products_are_not_linear() -> None:
         return parameter_draws.run(task, own, gradients, DRAWS, 10, lambda _: None, lambda values: values)
 
     with pytest.raises(AttributionError, match=r"hook that clamps.*method=\"exact\""):
-        on_theta(run, make(nn.Tanh(), Fn(lambda x: 10 * x), Fn(_Clamped.apply)), data(), "0")
+        on_theta(run, make(nn.Tanh(), Fn(lambda x: 10 * x), Fn(Clamped.apply)), data(), "0")
     assert on_theta(run, make(nn.BatchNorm1d(5), nn.Tanh()), data(), "0").num_draws == 500
 
 

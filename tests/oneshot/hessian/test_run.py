@@ -1,17 +1,14 @@
 """What was chosen is carried out, layer by layer."""
 
-from typing import Any
-
 import pytest
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from secorder import InvalidArgumentError, Strategy
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.run import carry_out, on_parameters
 
-from ...helpers import Fn, Net, Twice, data, make, measured
+from ...helpers import Clamped, Fn, Net, Twice, data, make, measured
 from ...reference import assert_close
 from .strategies import exact
 
@@ -41,19 +38,9 @@ def test_only_what_is_wanted_is_kept() -> None:
     assert {o.estimate.values[0].shape for o in found.values()} == {(1,)}
 
 
-class _Clamped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Tensor:
-        return g.clamp(-0.01, 0.01)
-
-
 def test_layers_that_columns_turn_out_not_to_serve_are_drawn() -> None:
     """A root's columns are clamped on their way back, smaller vectors are not."""
-    model, batch = make(nn.Tanh(), nn.Linear(5, 5), Fn(_Clamped.apply)), data()
+    model, batch = make(nn.Tanh(), nn.Linear(5, 5), Fn(Clamped.apply)), data()
     found = measured(lambda task: carry_out(task, Budget("hutchinson", 200), lambda v: v), model, batch)
     assert found["2"].strategy == Strategy.OUTPUT_DRAWS
     for value, error, true in zip(
