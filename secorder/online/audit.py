@@ -284,25 +284,30 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def looks_at_weights(self, layers: Sequence[RankOne]) -> list[Vectors] | None:
-        """The random vectors of layers' weights, looked at or not; None unless all are as their factors are."""
-        found = []
-        for one in layers:
-            weight = one.layer.parameters["weight"]
-            number = self._numbers.get(id(weight))
-            apart = number is not None and number.bias is not one.layer.parameters.get("bias")
-            if apart or weight.dtype is not one.inputs.dtype:
-                return None
-            found.append(self._directions.vectors(weight) if number is None else number.vectors)
-        return found
+    def looks_at(self, one: RankOne) -> bool:
+        """Whether a layer's parameters are looked at, or some of them."""
+        return any(id(p) in self._numbers or id(p) in self._home for p in one.layer.parameters.values())
+
+    def vectors(self, one: RankOne) -> Vectors | None:
+        """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
+
+        Nor where the weight is not a matrix of its factors' dtype.
+        """
+        weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
+        number = self._numbers.get(id(weight))
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype or (number is None and self.looks_at(one)):
+            return None
+        if number is None:
+            return self._directions.vectors(weight)
+        return number.vectors if number.bias is bias else None
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
     ) -> None:
-        """:meth:`explain` of layers whose numbers were found together: of those that are looked at.
+        """:meth:`explain` of layers whose numbers were found together.
 
         Args:
-            layers: of which :meth:`looks_at_weights` tells the vectors.
+            layers: of which :meth:`vectors` tells the vectors; those that are not looked at are passed over.
             values: shape ``(layers,)``.
             sizes: the squares of what their rounding is relative to.
             low: the dtype that autocast computes in, where it does.
