@@ -22,14 +22,12 @@ class RankOne(NamedTuple):
         layer: the layer.
         inputs: shape ``(N, in)``.
         cotangents: shape ``(N, out)``.
-        total: the sum of the cotangents.
         versions: how often both had been changed in place.
     """
 
     layer: Layer
     inputs: Tensor
     cotangents: Tensor
-    total: Tensor
     versions: tuple[int, int]
 
     @property
@@ -49,7 +47,7 @@ class RankOne(NamedTuple):
         return (version(self.inputs), version(self.cotangents)) != self.versions
 
 
-def rank_one(layer: Layer, gradients: Mapping[str, PerSample], total: Tensor) -> RankOne | None:
+def rank_one(layer: Layer, gradients: Mapping[str, PerSample]) -> RankOne | None:
     """A layer and its per-sample gradients as such a product; None where they are none."""
     gradients = {name: gradients[name] for name in layer.parameters}  # a rule tells that of a missing bias, too
     weight, bias = gradients.get("weight"), gradients.get("bias")
@@ -66,4 +64,4 @@ def rank_one(layer: Layer, gradients: Mapping[str, PerSample], total: Tensor) ->
         return None
     samples = g.shape[0]
     inputs, cotangents = a.view(samples, a.shape[3]), g.view(samples, g.shape[3])
-    return RankOne(layer, inputs, cotangents, total, (version(a), version(g)))
+    return RankOne(layer, inputs, cotangents, (version(a), version(g)))

@@ -9,6 +9,7 @@ from torch import Tensor
 from .._torch.engine import current_backward
 from .._torch.fsdp import local
 from .agreement import share_troubles
+from .audit import Comparison
 from .delivery import deliver, deliver_module
 from .norms import read_squares
 from .penalty import add_shared
@@ -126,18 +127,13 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     if not backward.alone:
         return  # what reached the parameters meanwhile may be another thread's
     troubled = {name for record in backward.records for name in record.troubled}
-    chosen = [(i, layer) for i, layer in enumerate(fisher.layers) if layer.name not in troubled]
     tied = [record.attribution for record in backward.records if record.attribution.ties]
-    holders = [{layer.name}.union(*[one.holders(layer.name) for one in tied]) for _, layer in chosen]
-    asked = [(layer.parameters, names) for (_, layer), names in zip(chosen, holders, strict=True)]
-    found = backward.audit.failures(asked)
-    if found is not None:
-        indices = [chosen[i][0] for i in found[0]]
-        if indices == list(range(len(fisher.layers))):
-            fisher.failures.add_(found[1])
-        else:
-            places = fisher.directions.numbers(len(fisher.layers), fisher.failures)
-            fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
+    found: list[Comparison] = []
+    for index, layer in enumerate(fisher.layers):
+        if layer.name not in troubled:
+            holders = {layer.name}.union(*[one.holders(layer.name) for one in tied]) if tied else (layer.name,)
+            found += backward.audit.compared(index, layer.parameters, holders)
+    fisher.audits.compare(found)
 
 
 def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:

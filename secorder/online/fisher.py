@@ -27,6 +27,7 @@ from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
+from .failures import Failures
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
@@ -128,7 +129,7 @@ class OnlineFisher:
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
                 record.waiting.clear()
-        self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
+        self.audits = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
@@ -160,7 +161,12 @@ class OnlineFisher:
         if self.seen.device != first.device:
             self.seen = self.seen.to(first)
             self.norms = self.norms.to(first.device)
-            self.failures = self.failures.to(first.device)
+            self.audits = self.audits.to(first.device)
+
+    @property
+    def failures(self) -> Tensor:
+        """Of each layer, how many audits it has failed, shape ``(layers,)``, to be read or changed in place."""
+        return self.audits.counts
 
     # ---- what records bring
 

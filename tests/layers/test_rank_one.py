@@ -20,20 +20,20 @@ def products() -> list[dict[str, PerSample]]:
 
 
 def test_what_is_such_a_product() -> None:
-    total, layer = torch.zeros(()), LAYERS[0]
+    layer = LAYERS[0]
     (both, _), g = products(), torch.randn(N, 1, 1, 6)
-    assert rank_one(layer, both, total) is not None
-    assert rank_one(layer, {**both, "bias": Outer(None, g)}, total) is None  # other cotangents
+    assert rank_one(layer, both) is not None
+    assert rank_one(layer, {**both, "bias": Outer(None, g)}) is None  # other cotangents
     layer = LAYERS[1]
-    assert rank_one(layer, {"weight": Outer(torch.randn(N, 1, 1, 6), torch.randn(N, 1, 1, 3))}, total) is not None
-    assert rank_one(layer, {"weight": Outer(torch.randn(N, 1, 2, 6), torch.randn(N, 1, 2, 3))}, total) is None
-    assert rank_one(layer, {"weight": Outer(torch.randn(N, 3, 1, 6), torch.randn(N, 3, 1, 1))}, total) is None
-    assert rank_one(layer, {"weight": torch.randn(N, 18)}, total) is None
+    assert rank_one(layer, {"weight": Outer(torch.randn(N, 1, 1, 6), torch.randn(N, 1, 1, 3))}) is not None
+    assert rank_one(layer, {"weight": Outer(torch.randn(N, 1, 2, 6), torch.randn(N, 1, 2, 3))}) is None
+    assert rank_one(layer, {"weight": Outer(torch.randn(N, 3, 1, 6), torch.randn(N, 3, 1, 1))}) is None
+    assert rank_one(layer, {"weight": torch.randn(N, 18)}) is None
 
 
 def test_a_factor_that_is_changed_in_place_is_seen() -> None:
     g = torch.randn(N, 1, 1, 6)
-    one = rank_one(LAYERS[0], {"weight": Outer(torch.randn(N, 1, 1, 4), g), "bias": Outer(None, g)}, torch.zeros(()))
+    one = rank_one(LAYERS[0], {"weight": Outer(torch.randn(N, 1, 1, 4), g), "bias": Outer(None, g)})
     assert one is not None
     assert not one.overwritten()
     g.zero_()
