@@ -13,7 +13,7 @@ from .._torch.engine import backward_since, current_backward, leaf_variables
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
-from .._torch.versions import version
+from .._torch.versions import same_memory, version
 from .._torch.views import is_view
 from .._torch.vjp import gradients, stand_in
 from ..errors import AttributionError, SecorderError
@@ -198,14 +198,16 @@ class _Tap:
         """Detached parameters take the place of the replacement parameters."""
         if self.foreign() or self.idle():
             return
-        held = [place.held() for place in self.places]
-        self.displaced.append(held)
+        displaced = [place.held() for place in self.places]
+        self.displaced.append(displaced)
         if inside_transform():
             return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
-        known = zip(held, self.places, self.detached, strict=True)
-        if not all(value is place.value or value is detached for value, place, detached in known):
+        known = zip(displaced, self.places, self.detached, strict=True)
+        if not all(held is place.value or held is value for held, place, value in known):
             return  # others have their places already, as torch.func.functional_call puts them there
-        for place, value in zip(self.places, self.detached, strict=True):
+        for place, value, held in zip(self.places, self.detached, displaced, strict=True):
+            if not same_memory(value, held):  # the forward has put other memory in the parameter
+                value.data = held.data
             place.put(value)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
