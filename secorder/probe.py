@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._arguments import require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
@@ -760,13 +761,15 @@ class CurvatureProbe:
             An eigenvalue of higher multiplicity is told once.
 
         Raises:
-            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_trace`.
+            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, or ``tolerance`` below 0; else as
+                :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         check_curvature(of, by)
-        if count < 1 or max_iterations < 1:
-            raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
+        require_integer("count", count, 1)
+        require_integer("max_iterations", max_iterations, 1)
+        require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
             return eigenvalues_of_data(
@@ -858,7 +861,7 @@ class CurvatureProbe:
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs)
+            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations

@@ -14,10 +14,12 @@ from .._torch.engine import (
     accumulates_untouched,
     after_backward,
     current_backward,
+    executes_all,
     first_gradient_hook,
     will_accumulate,
 )
 from .._torch.fsdp import local
+from .._torch.graph import current_node
 from ..layers.selection import Layer
 from .audit import Audit
 from .closing import check_together, close
@@ -61,6 +63,8 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     check_together(fisher, backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
+    if record.verified and not backward.partial:
+        backward.partial = not executes_all(current_node())
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
         watch_squares(fisher, backward, record)

@@ -16,7 +16,8 @@ __all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence", "tell_coupled", "te
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or the loss of its output "
+    "such as F.linear(x, layer.weight), a call of the layer before or after the model's forward, a derivative that the "
+    "model takes of itself, or the loss of its output "
     "(let the model return what the loss is the mean of), a method such as get_value(x) that is called in place of the "
     "model, or another loss in a second backward through one forward), which belongs "
     "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.oneshot.independence import (
@@ -78,6 +78,22 @@ def test_neighbours_replace_the_chosen_samples_alone() -> None:
     assert with_neighbours(mask, 3, 1, ids).tolist() == [[5, 5, 7]]
     shared = torch.ones(4, 4)
     assert with_neighbours(mask, 3, 0, shared) is shared
+    lengths = torch.tensor([9, 8, 5, 4, 2])
+    for mask, expected in (([1, 1, 0, 1, 0], [5, 5, 5, 5, 2]), ([0, 1, 1, 0, 1], [9, 9, 9, 4, 4])):
+        assert with_neighbours(torch.tensor(mask).bool(), 5, 0, lengths, in_order=True).tolist() == expected
+
+
+def test_samples_that_may_not_change_their_order() -> None:
+    def sorted_alone(x: Tensor) -> Tensor:
+        if not bool((x[1:, 0] <= x[:-1, 0]).all()):
+            raise ValueError("sort them first")
+        return x.sin()
+
+    x = torch.arange(6.0).flip(0)[:, None].expand(-1, 4).clone()
+    for function, expected in ((sorted_alone, True), (lambda x: sorted_alone(x) + x[3].sin(), False)):
+        with isolate(nn.Sequential(Fn(function)), None, []) as isolated:
+            found = outputs_independent(isolated, x.long(), 6, 0, lambda ids: isolated.forward(ids.double()))
+            assert found is expected
 
 
 def test_values_are_spread_over_samples() -> None:
