@@ -242,8 +242,7 @@ class CurvatureProbe:
 
     def detach(self) -> None:
         """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
-        if self._attachment is not None:
-            self._attachment.detach()
+        if self._attachment is not None and self._attachment.detach():
             self._attachment = None
 
     @property

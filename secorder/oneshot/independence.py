@@ -25,10 +25,12 @@ from .isolation import IsolatedModel
 __all__ = [
     "block_diagonal",
     "changed_entries",
+    "changed_samples",
     "exchange",
     "linear_products",
     "outputs_independent",
     "over_samples",
+    "rounding_in",
     "sample_bits",
     "separating_masks",
     "with_neighbours",
@@ -171,9 +173,45 @@ def changed_entries(before: Tensor, after: Tensor) -> Tensor:
         return changed_entries(torch.view_as_real(before.resolve_conj()), torch.view_as_real(after.resolve_conj())).any(
             -1
         )
-    finite = before[before.isfinite()].abs()
-    bound = rounding(before.dtype) * (finite.amax() if finite.numel() else 0.0)
-    return ~((before == after) | ((before - after).abs() <= bound) | (before.isnan() & after.isnan()))
+    near = (before - after).abs() <= rounding_in(before)
+    return ~((before == after) | near | (before.isnan() & after.isnan()))
+
+
+def changed_samples(before: Tensor, after: Tensor, layouts: Sequence[Layout], bound: Tensor) -> list[Tensor]:
+    """By layout, which samples hold an entry of :func:`changed_entries`: bool, shape ``(N,)`` each.
+
+    Args:
+        before: of one run.
+        after: of another, of the same shape.
+        layouts: where the samples may be in both.
+        bound: :func:`rounding_in` ``before``, which is the same for many ``after``.
+    """
+    if not before.is_complex():
+        difference = (before - after).abs_()
+        largest = [_largest(layout.split(difference)) for layout in layouts]
+        if not any(bool(by_sample.isnan().any()) for by_sample in largest):  # as of what is infinite in both
+            return [by_sample > bound for by_sample in largest]
+    changed = changed_entries(before, after)
+    return [_largest(layout.split(changed)) for layout in layouts]
+
+
+def rounding_in(before: Tensor) -> Tensor:
+    """What passes for rounding in the entries of a tensor: a part of the largest finite one."""
+    if not before.numel():
+        return before.new_zeros((), dtype=before.dtype.to_real())
+    largest = before.abs().amax()
+    if not bool(largest.isfinite()):
+        finite = before[before.isfinite()].abs()
+        largest = finite.amax() if finite.numel() else torch.zeros_like(largest)
+    return rounding(before.dtype) * largest
+
+
+def _largest(by_sample: Tensor) -> Tensor:
+    """The largest entry of each sample's, shape ``(N,)``."""
+    behind = tuple(range(1, by_sample.dim()))
+    if not by_sample.numel():
+        return by_sample.new_zeros(len(by_sample))
+    return by_sample.amax(behind) if behind else by_sample
 
 
 def _replaced(mask: Tensor, inputs: Any, count: int, sample_dim: int, *, in_order: bool) -> Any:

@@ -38,7 +38,7 @@ from .._torch.modules import (
 from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
-from .._torch.surroundings import parametrizations_computed_anew, unseen
+from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -271,9 +271,10 @@ def isolate(
 
 
 def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
-    """What the user's hooks on modules keep."""
+    """What the user's hooks on modules keep, and function modes that the user has set."""
     hooks = [hook for m in modules for hook in forward_hooks(m)]
     hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
+    hooks += [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
     return State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
 
 

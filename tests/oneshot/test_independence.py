@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder.layers.layout import DIM_ZERO
+from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.oneshot.independence import (
     block_diagonal,
     changed_entries,
+    changed_samples,
     linear_products,
     outputs_independent,
     over_samples,
+    rounding_in,
     sample_bits,
     separating_masks,
     with_neighbours,
@@ -48,6 +50,25 @@ def test_changes_beyond_rounding() -> None:
     after = torch.tensor([1.0 + 1e-16, 1.0 + 1e-6, torch.inf, torch.inf, torch.nan])
     assert changed_entries(before, after).tolist() == [False, True, False, True, False]
     assert changed_entries(torch.tensor([1j, 1j]), torch.tensor([1j, 1 + 1j])).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("kept", [0.0, float("inf"), float("nan")])
+def test_samples_of_changed_entries(dtype: torch.dtype, kept: float) -> None:
+    before = torch.randn(6, 4, 3, dtype=dtype)
+    before[2, 1] = kept
+    after = before.clone()
+    after[4, 2, 1] += 1
+    after[3, 3, 0] = float("nan")
+    layouts = [Layout(0), Layout(0, 2, True), Layout(0, 2, False), Layout(1)]
+    found = changed_samples(before, after, layouts, rounding_in(before))
+    entries = changed_entries(before, after)
+    for layout, by_sample in zip(layouts, found, strict=True):
+        assert by_sample.tolist() == layout.split(entries).flatten(1).any(1).tolist()
+    assert found[0].tolist() == [False, False, False, True, True, False]
+    for shape in ((6,), (6, 0)):
+        x = torch.randn(shape, dtype=dtype)
+        assert changed_samples(x, x + 1, [Layout()], rounding_in(x))[0].tolist() == [bool(x.numel())] * 6
 
 
 def test_neighbours_replace_the_chosen_samples_alone() -> None:
