@@ -13,7 +13,7 @@ ROOT = Path(secorder.__file__).parent
 FLOORS = (
     ("__init__",), ("__main__", "integrations"), ("core",), ("probe",), ("online",), ("oneshot",), ("monitor",),
     ("means",), ("results", "testing"), ("layers",), ("parallel", "batch"), ("owners",), ("_torch",),
-    ("_caution", "_keywords"), ("errors",),
+    ("_arguments", "_caution", "_keywords"), ("errors",),
 )  # fmt: skip
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if "_alias" not in p.parts)
