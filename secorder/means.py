@@ -1,16 +1,17 @@
 """Sums and means of diagonals: over batches, over ranks."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import Tensor
 
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, InvalidTypeError
 from .parallel.all_reduce import add_up, raised_on_all
-from .results import Diagonals, LayerInfo
+from .results import Diagonals
 
-__all__ = ["RunningMean", "joined_info", "mean_over_ranks", "weighted_mean", "weighted_sum"]
+__all__ = ["RunningMean", "mean_over_ranks", "weighted_mean", "weighted_sum"]
 
 
 def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | None = None) -> Diagonals:
@@ -24,6 +25,7 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
         their mean; standard errors are combined as those of independent estimates.
 
     Raises:
+        InvalidTypeError: these are no diagonals, or the weights no numbers.
         InvalidArgumentError: there is nothing to take the mean of, or not as many weights, or none that is positive.
 
     Example:
@@ -33,19 +35,20 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
         >>> secorder.weighted_mean(parts, [4, 6])["0"].shape
         torch.Size([8])
     """
-    parts = list(diagonals)
-    given = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
-    if not parts or len(given) != len(parts) or min(given) < 0 or not sum(given) > 0:
+    parts = list(diagonals) if isinstance(diagonals, Iterable) else [diagonals]
+    if isinstance(diagonals, Diagonals) or not all(isinstance(part, Diagonals) for part in parts):
+        raise InvalidTypeError("weighted_mean takes several diagonals, in a list.")
+    try:
+        given = [1.0] * len(parts) if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise InvalidTypeError(f"weighted_mean takes a number for each of the diagonals: {error}.") from error
+    if not parts or len(given) != len(parts) or min(given) < 0 or not (sum(given) > 0 and isfinite(sum(given))):
         raise InvalidArgumentError(
             f"weighted_mean takes as many weights as diagonals, at least one, of a positive sum: got {len(parts)} "
             f"diagonals and weights {given}."
         )
     total: Diagonals | None = None
     for part, weight in zip(parts, given, strict=True):
-        if total is not None and part.parameter_shapes() != total.parameter_shapes():
-            raise InvalidArgumentError(
-                f"these diagonals are of other layers or shapes: {list(total)} here, {list(part)} there."
-            )
         total = weighted_sum(total, part, weight / sum(given))
     assert total is not None
     return total
@@ -54,26 +57,14 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
 def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
     """``total + weight · part``, entry by entry, for diagonals of the same layers.
 
-    Standard errors add up in squares, as those of independent estimates do; of ``info``, HVPs are summed.
+    Standard errors add up in squares, as those of independent estimates do; of ``info``, products and draws do.
 
     Args:
         total: what was summed up so far; None for nothing.
         part: what is added.
         weight: its weight.
     """
-    if total is None:
-        total = part.replaced({name: torch.zeros_like(d) for name, d in part.items()})
-        total.info = {name: replace(info, num_hvps=0) for name, info in part.info.items()}
-    values = {name: total[name] + weight * d for name, d in part.items()}
-    errors = None
-    if part.standard_error is not None:
-        before = total.standard_error or {name: torch.zeros_like(d) for name, d in part.items()}
-        errors = {name: (before[name] ** 2 + (weight * e) ** 2).sqrt() for name, e in part.standard_error.items()}
-    result = total.replaced(values, errors)
-    result.info = {
-        name: replace(info, num_hvps=info.num_hvps + part.info[name].num_hvps) for name, info in total.info.items()
-    }
-    return result
+    return weight * part if total is None else total + weight * part
 
 
 def mean_over_ranks(
@@ -149,18 +140,3 @@ class RunningMean:
         if self.num_batches < 2:
             return [torch.full_like(s, torch.inf) for s in self.squares]
         return [(s.clamp(min=0) / ((self.num_batches - 1) * self.weight)).sqrt() for s in self.squares]
-
-
-def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
-    """How a layer's mean over batches was come by: products and draws of all of them."""
-    drawn = next((info for info in infos if info.num_draws), infos[0])
-    names = {name for info in infos for name in info.checks}
-    return replace(
-        drawn,
-        num_hvps=sum(info.num_hvps for info in infos),
-        num_draws=sum(info.num_draws for info in infos),
-        checks={name: all(info.checks.get(name, True) for info in infos) for name in sorted(names)},
-        relative_error=relative_error,
-        converged=all(info.converged for info in infos),
-        num_batches=len(infos),
-    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from ._arguments import require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from .batch import batch_size
@@ -29,7 +30,7 @@ from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
-from .oneshot.told import warn_if_estimated, warn_if_not_finite
+from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
@@ -241,8 +242,7 @@ class CurvatureProbe:
 
     def detach(self) -> None:
         """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
-        if self._attachment is not None:
-            self._attachment.detach()
+        if self._attachment is not None and self._attachment.detach():
             self._attachment = None
 
     @property
@@ -656,6 +656,7 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
         warn_if_not_finite(hessian, "Hessian")
+        warn_if_inexact(self._fisher.layers)
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
@@ -722,6 +723,8 @@ class CurvatureProbe:
         )
         if method == "auto":
             warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
+        if of == "hessian":
+            warn_if_inexact(self._fisher.layers)
         return found
 
     def hessian_eigenvalues(
@@ -760,13 +763,17 @@ class CurvatureProbe:
             An eigenvalue of higher multiplicity is told once.
 
         Raises:
-            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1; else as :meth:`hessian_trace`.
+            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, or ``tolerance`` below 0; else as
+                :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         check_curvature(of, by)
-        if count < 1 or max_iterations < 1:
-            raise InvalidArgumentError(f"count and max_iterations must be at least 1, got {count}, {max_iterations}.")
+        if of == "hessian":
+            warn_if_inexact(self._fisher.layers)
+        require_integer("count", count, 1)
+        require_integer("max_iterations", max_iterations, 1)
+        require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
             return eigenvalues_of_data(
@@ -858,7 +865,7 @@ class CurvatureProbe:
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs)
+            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations

@@ -1,20 +1,25 @@
 """What every measurement returns: one diagonal per layer, and how it was come by."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
+from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._torch.views import joined
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, InvalidTypeError
 from .layers.selection import Layer, MeasuredBy
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "Strategy"]
+__all__ = ["Diagonals", "LayerInfo", "Strategy", "joined_info", "relative_error"]
 
+
+#: What is wrong with a file, or a state.
+_FOREIGN = "this is not what Diagonals.state_dict() returns: was it saved by Diagonals.save()?"
 
 #: On operands, or on operands and their errors.
 Operation = Callable[..., Tensor]
@@ -83,6 +88,28 @@ class LayerInfo:
     measured_by: MeasuredBy = ""
 
 
+def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
+    """``‖standard error‖ / ‖values‖`` of a layer; 0 where both vanish."""
+    error = torch.cat([e.flatten() for e in errors]).norm().item()
+    norm = torch.cat([v.flatten() for v in values]).norm().item()
+    return 0.0 if error == 0 else error / norm if norm else inf
+
+
+def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
+    """How what several results of a layer make together was come by: products and draws of all of them."""
+    drawn = next((info for info in infos if info.num_draws), infos[0])
+    names = {name for info in infos for name in info.checks}
+    return replace(
+        drawn,
+        num_hvps=sum(info.num_hvps for info in infos),
+        num_draws=sum(info.num_draws for info in infos),
+        checks={name: all(info.checks.get(name, True) for info in infos) for name in sorted(names)},
+        relative_error=relative_error,
+        converged=all(info.converged for info in infos),
+        num_batches=sum(info.num_batches for info in infos),
+    )
+
+
 class Diagonals(dict[str, Tensor]):
     """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
 
@@ -91,8 +118,8 @@ class Diagonals(dict[str, Tensor]):
     the parameters' own shapes and placements, and :meth:`whole` gathers. A parameter's name (``"fc1.weight"``) gives
     its part, in its shape.
 
-    ``+`` and ``-`` take another of the same layers, ``*`` and ``/`` also a number; standard errors go along to first
-    order, as those of independent estimates. :func:`secorder.weighted_mean` makes one of several.
+    ``+``, ``-``, ``*`` and ``/`` take another of the same layers, or a number; standard errors go along to first order,
+    as those of independent estimates. :func:`secorder.weighted_mean` makes one of several.
 
     Attributes:
         info: per layer, how its diagonal was computed (:class:`LayerInfo`).
@@ -187,6 +214,10 @@ class Diagonals(dict[str, Tensor]):
         """On another device or in another dtype, as :meth:`torch.Tensor.to`; standard errors as well."""
         return self._mapped(lambda t: t.to(*args, **kwargs))
 
+    def copy(self) -> "Diagonals":
+        """Another one of the same tensors."""
+        return self._mapped(lambda t: t)
+
     def detach(self) -> "Diagonals":
         """The same numbers without a graph."""
         return self._mapped(lambda t: t.detach())
@@ -208,11 +239,18 @@ class Diagonals(dict[str, Tensor]):
             value: of two operands.
             error: of two operands and their errors.
         """
+        infos = None
         if not isinstance(other, Diagonals):
-            other = self.replaced(
-                {name: torch.as_tensor(other, dtype=d.dtype, device=d.device) for name, d in self.items()}
-            )
-        elif other._parameters != self._parameters:
+            scalar = isinstance(other, Tensor) and other.dim() == 0 and not other.is_complex()
+            if not (scalar or isinstance(other, Real)):
+                raise InvalidTypeError(
+                    f"diagonals are combined with others of the same layers, or with one number, not {other!r:.50}."
+                )
+            number = other
+            other = self.replaced({n: torch.as_tensor(number, dtype=d.dtype, device=d.device) for n, d in self.items()})
+        elif other._parameters == self._parameters:
+            infos = {name: [self.info[name], other.info[name]] for name in self}
+        else:
             raise InvalidArgumentError(
                 f"these diagonals are of other layers or shapes: {list(self)} here, {list(other)} there."
             )
@@ -221,7 +259,10 @@ class Diagonals(dict[str, Tensor]):
             mine = self.standard_error or {name: torch.zeros_like(d) for name, d in self.items()}
             theirs = other.standard_error or {name: torch.zeros_like(d) for name, d in other.items()}
             errors = {n: error(self[n], other[n], mine[n], theirs[n]).abs() for n in self}
-        return self.replaced({n: value(self[n], other[n]) for n in self}, errors)
+        result = self.replaced({n: value(self[n], other[n]) for n in self}, errors)
+        relative = {n: relative_error([d.detach()], [errors[n].detach()]) if errors else 0.0 for n, d in result.items()}
+        result.info = {n: joined_info(infos[n] if infos else [self.info[n]], relative[n]) for n in self}
+        return result
 
     def __add__(self, other: "Diagonals") -> "Diagonals":
         return self._combined(other, lambda a, b: a + b, lambda a, b, x, y: torch.hypot(x, y.expand_as(x)))
@@ -271,10 +312,9 @@ class Diagonals(dict[str, Tensor]):
         Raises:
             InvalidArgumentError: it was taken of something else.
         """
-        if not isinstance(state, Mapping) or state.get("version") != 1 or "layer_types" not in state:
-            raise InvalidArgumentError(
-                "this is not what Diagonals.state_dict() returns: was it saved by Diagonals.save()?"
-            )
+        parts = {"values", "standard_error", "info", "layer_types", "parameters"}
+        if not isinstance(state, Mapping) or state.get("version") != 1 or not parts <= state.keys():
+            raise InvalidArgumentError(_FOREIGN)
         info = {n: LayerInfo(**{**kept, "strategy": Strategy(kept["strategy"])}) for n, kept in state["info"].items()}
         parameters = {n: [(p, torch.Size(shape)) for p, shape in parts] for n, parts in state["parameters"].items()}
         return _rebuild(state["values"], info, state["standard_error"], state["layer_types"], parameters, {})
@@ -298,7 +338,13 @@ class Diagonals(dict[str, Tensor]):
         Raises:
             InvalidArgumentError: the file holds something else.
         """
-        return cls.from_state_dict(torch.load(file, map_location=map_location, weights_only=True))
+        try:
+            state = torch.load(file, map_location=map_location, weights_only=True)
+        except OSError:  # there is no file, say
+            raise
+        except Exception as error:
+            raise InvalidArgumentError(_FOREIGN) from error
+        return cls.from_state_dict(state)
 
     def replaced(self, values: Mapping[str, Tensor], standard_error: Mapping[str, Tensor] | None = None) -> "Diagonals":
         """Other values for the same layers.

@@ -62,6 +62,8 @@ def test_loss_is_no_scalar(measure: Measure) -> None:
         measure(make(), nn.CrossEntropyLoss(reduction="none"), *data())
     with pytest.raises(InvalidTypeError, match="scalar tensor, got float"):
         measure(make(), lambda f, t: F.cross_entropy(f, t).item(), *data())
+    with pytest.raises(InvalidTypeError, match=r"complex one.*\.abs\(\)"):
+        measure(make(), lambda f, t: f.sum() * 1j, *data())
 
 
 @BOTH
@@ -129,6 +131,25 @@ def test_counts_below_one(value: int) -> None:
         ):
             with pytest.raises(InvalidArgumentError, match="must be at least 1"):
                 call()
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "options",
+    [{"chunk_size": 1.5}, {"num_draws": "many"}, {"rtol": "0.1"}, {"generator": 3}, {"layer_types": 3}],
+    ids=str,
+)
+def test_arguments_of_another_type(measure: Measure, options: dict[str, Any]) -> None:
+    kind = {"method": "hutchinson"} if measure is per_layer_hessian_diagonal else {"fisher_type": "type-2"}
+    with pytest.raises(InvalidTypeError, match=f"{next(iter(options))} must be"):
+        measure(make(), F.cross_entropy, *data(), **kind, **options)
+
+
+def test_how_many_eigenvalues_and_how_close() -> None:
+    with CurvatureProbe(make()) as probe:
+        for options in ({"count": 0}, {"max_iterations": 0}, {"tolerance": -1.0}, {"tolerance": float("nan")}):
+            with pytest.raises(InvalidArgumentError, match=f"{next(iter(options))} must be"):
+                probe.hessian_eigenvalues(F.cross_entropy, *data(), **options)
 
 
 @pytest.mark.parametrize(

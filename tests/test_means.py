@@ -1,12 +1,14 @@
 """Sums and means of diagonals, and the standard error over batches."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import secorder
-from secorder import CurvatureProbe, InvalidArgumentError
+from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError
 from secorder.means import RunningMean, weighted_sum
 
 from .helpers import make
@@ -41,3 +43,29 @@ def test_the_standard_error_is_that_of_samples_grouped() -> None:
     assert expected == pytest.approx(1 / sum(sizes), rel=0.1)
     assert found == pytest.approx(expected, rel=0.1)
     assert RunningMean.like([torch.zeros(2)]).standard_error[0].isinf().all()
+
+
+def test_the_mean_of_an_estimate_and_an_exact_one_keeps_its_standard_error() -> None:
+    exact = measured(torch.ones(2))
+    drawn = exact.replaced(exact, {"": torch.full((5,), 0.2)})
+    for parts in ([exact, drawn, exact], [drawn, exact, exact]):
+        errors = secorder.weighted_mean(parts, [1, 2, 1] if parts[1] is drawn else [2, 1, 1]).standard_error
+        assert errors is not None
+        torch.testing.assert_close(errors[""], torch.full((5,), 0.1))
+
+
+def measured(targets: torch.Tensor) -> secorder.Diagonals:
+    with CurvatureProbe(nn.Linear(4, 1)) as probe:
+        return probe.hessian_diagonal(F.mse_loss, torch.ones(2, 4), targets[:, None], method="exact")
+
+
+@pytest.mark.parametrize(
+    ("diagonals", "weights"), [(None, None), ([{}], None), ("one", None), ("list", ["a"]), ("list", 2.0)]
+)
+def test_what_has_no_mean(diagonals: Any, weights: Any) -> None:
+    found = measured(torch.ones(2))
+    given = {"one": found, "list": [found]}
+    with pytest.raises(InvalidTypeError, match="weighted_mean takes"):
+        secorder.weighted_mean(given[diagonals] if isinstance(diagonals, str) else diagonals, weights)
+    with pytest.raises(InvalidArgumentError, match="positive sum"):
+        secorder.weighted_mean([found], [float("inf")])

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from secorder import CurvatureProbe, Diagonals, InvalidArgumentError
+from secorder import CurvatureProbe, Diagonals, InvalidArgumentError, InvalidTypeError
 
 from .helpers import data, make, seeded, step
 from .reference import assert_all_close
@@ -89,3 +89,36 @@ def test_to_another_dtype() -> None:
     found = measured(method="hutchinson", num_draws=5).to(torch.float32)
     assert {d.dtype for d in (*found.values(), *found.standard_error.values())} == {torch.float32}  # type: ignore[union-attr]
     assert found.info["0"].num_draws == 5
+
+
+def test_arithmetic_tells_how_both_were_come_by() -> None:
+    exact, drawn = measured(method="exact"), measured(method="hutchinson", num_draws=20, generator=seeded())
+    for found in (exact + drawn, drawn + exact):
+        assert found.info["0"].num_draws == 20
+        assert found.info["0"].num_hvps == exact.info["0"].num_hvps + drawn.info["0"].num_hvps
+    noisy = drawn.replaced(drawn, {name: torch.ones_like(d) for name, d in drawn.items()})
+    found = noisy + exact
+    expected = len(found["0"]) ** 0.5 / found["0"].norm().item()
+    assert found.info["0"].relative_error == pytest.approx(expected)
+    copied = noisy.copy()
+    assert (copied.info, list(copied)) == (noisy.info, list(noisy))
+
+
+@pytest.mark.parametrize("other", ["2", None, {"0": 1.0}, torch.ones(3), 1j], ids=str)
+def test_what_diagonals_cannot_be_combined_with(other: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="with one number"):
+        measured(method="exact") * other
+
+
+def test_files_of_something_else(tmp_path: Path) -> None:
+    found, file = measured(method="exact"), tmp_path / "file.pt"
+    torch.save(found, file)
+    for path, content in ((file, None), (tmp_path / "text", b"words"), (tmp_path / "empty", b"")):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
+            Diagonals.load(path)
+    with pytest.raises(FileNotFoundError):
+        Diagonals.load(tmp_path / "none.pt")
+    with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
+        Diagonals.from_state_dict({k: v for k, v in found.state_dict().items() if k != "values"})

@@ -15,6 +15,7 @@ __all__ = [
     "after_backward",
     "backward_since",
     "current_backward",
+    "executes_all",
     "first_gradient_hook",
     "graph_is_kept",
     "in_backward",
@@ -50,6 +51,20 @@ def backward_since(outer: int | None) -> bool:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call back when the backward pass that runs now has ended. Only inside of one."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def executes_all(node: Any) -> bool:
+    """Whether the backward pass that runs now executes all of the graph behind a node: with ``inputs=`` it may not."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        for before, _ in waiting.pop().next_functions:
+            if before is None or before in seen:
+                continue
+            if not will_accumulate(before):
+                return False
+            seen.add(before)
+            waiting.append(before)
+    return True
 
 
 def accumulate_node(parameter: Tensor) -> Any:
@@ -106,7 +121,7 @@ def leaf_variables(output: Tensor) -> list[Tensor]:
 
 
 def will_accumulate(node: Any) -> bool:
-    """Whether the backward pass that runs now accumulates by this node (of :func:`accumulate_node`).
+    """Whether the backward pass that runs now executes this node, and accumulates by one of :func:`accumulate_node`.
 
     ``torch.autograd.grad`` does not: it hands the gradient out.
     """

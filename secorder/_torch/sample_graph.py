@@ -307,7 +307,7 @@ _RULES: dict[str, Rule] = {
     **_names(_product, "Mm Addmm Bmm Baddbmm"),
     **_names(_normalised_behind, "NativeLayerNorm FusedRmsNorm"),
     **_names(_looked_up, "Embedding"),
-    **_names(_along, "Softmax LogSoftmax SafeSoftmax Split SplitWithSizes Cat Narrow"),
+    **_names(_along, "Softmax LogSoftmax SafeSoftmax Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Cat Narrow"),
     **_names(_sliced, "Slice"),
     **_names(_flipped, "Flip"),
     **_names(_selected, "Select Unbind"),

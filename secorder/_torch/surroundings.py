@@ -5,15 +5,16 @@ parametrizations computed, and a dispatch mode (a counter of operations, a check
 note of each operation. A look at what was accumulated is taken where a user evaluates, too.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import overrides
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 
-__all__ = ["lasting", "parametrizations_computed_anew", "unseen"]
+__all__ = ["function_modes", "lasting", "out_of_sight", "parametrizations_computed_anew", "unseen"]
 
 
 @contextmanager
@@ -42,10 +43,33 @@ def unseen() -> Iterator[None]:
     try:
         yield
     finally:
-        for mode in reversed(modes):
-            _python_dispatch._push_mode(mode)
+        _put_on(modes)
         for pack, unpack in reversed(hooks):
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def out_of_sight(work: Callable[..., Any], *arguments: Any) -> None:
+    """Do work of ours inside of the user's pass, of which dispatch modes of the user's are to take no note."""
+    if not torch._C._len_torch_dispatch_stack():
+        work(*arguments)
+        return
+    modes = _taken_off_modes()
+    try:
+        work(*arguments)
+    finally:
+        _put_on(modes)
+
+
+def function_modes() -> list[Any]:
+    """The function modes that calls are made under, which may count them, or compute otherwise."""
+    modes: list[Any] = overrides._get_current_function_mode_stack()
+    return modes
+
+
+def _put_on(modes: list[Any]) -> None:
+    """Put back what :func:`_taken_off_modes` took off."""
+    for mode in reversed(modes):
+        _python_dispatch._push_mode(mode)
 
 
 def _taken_off_hooks() -> list[Any]:

@@ -1,8 +1,14 @@
-"""Version counters of tensors, which in-place operations count up."""
+"""What tells that a tensor is still what it was: version counters, which in-place operations count up, and memory."""
 
+import torch
 from torch import Tensor
 
-__all__ = ["version"]
+__all__ = ["same_memory", "version"]
+
+
+def same_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether two dense tensors begin at the same place in memory: ``p.data = …`` gives a parameter another one."""
+    return x.layout is not torch.strided or x.data_ptr() == y.data_ptr()
 
 
 def version(tensor: Tensor) -> int:

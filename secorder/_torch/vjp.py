@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
-from ..errors import DoubleBackwardError, InvalidArgumentError
+from .._arguments import require_integer
+from ..errors import DoubleBackwardError
 from .differentiability import once_differentiable_functions
 from .failures import is_out_of_memory, is_users_own, is_vmap_failure
 from .memory import free_memory
 
 __all__ = [
+    "ACCELERATOR_CHUNK_BYTES",
     "check_chunk_size",
     "chunks",
     "default_chunk_size",
@@ -180,8 +182,8 @@ def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> i
 
 def check_chunk_size(chunk_size: int | None) -> None:
     """Raise unless it is None or at least 1."""
-    if chunk_size is not None and chunk_size < 1:
-        raise InvalidArgumentError(f"chunk_size must be at least 1, got {chunk_size}.")
+    if chunk_size is not None:
+        require_integer("chunk_size", chunk_size, 1)
 
 
 def fresh_generator(device: torch.device | None = None) -> torch.Generator:

@@ -82,8 +82,9 @@ def diagnose(
         >>> sorted(diagnosis.statistics), diagnosis.num_samples
         (['fisher', 'hessian'], 32)
     """
-    batches: Iterable[tuple[Any, Any]] = batches_of(inputs) if is_data_set(inputs, targets) else [(inputs, targets)]
-    total = len(inputs) if is_data_set(inputs, targets) and isinstance(inputs, Sized) else None
+    several = is_data_set(inputs, targets)
+    batches: Iterable[tuple[Any, Any]] = batches_of(inputs, sample_dim) if several else [(inputs, targets)]
+    total = len(inputs) if several and isinstance(inputs, Sized) else None
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
     drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
     fisher: Diagonals | None = None
@@ -104,7 +105,7 @@ def diagnose(
                 reduction = find_reduction(model, loss_fn, first, sample_dim, (x, t))
                 if reduction == "sum":  # the first batch was weighted as that of a mean
                     assert hessian is not None
-                    hessian, whole_loss = _scaled(hessian, 1 / first[2]), whole_loss / first[2]
+                    hessian, whole_loss = hessian / first[2], whole_loss / first[2]
             loss = losses(model, loss_fn, [(x, t)]).item()
             if not refused:
                 part = _fisher_of_batch(probe, loss_fn, x, t, common)
@@ -134,8 +135,8 @@ def _concluded(
     if hessian is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
     if not summed:
-        hessian, whole_loss = _scaled(hessian, 1 / seen), whole_loss / seen
-    fisher = None if fisher is None else _scaled(fisher, 1 / seen)
+        hessian, whole_loss = hessian / seen, whole_loss / seen
+    fisher = None if fisher is None else fisher / seen
     measured = {"hessian": hessian} | ({} if fisher is None else {"fisher": fisher})
     statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
     findings = find(fisher, hessian, statistics, seen if summed else 1, coupled)
@@ -152,9 +153,3 @@ def _fisher_of_batch(
         return error
     except NonFiniteError:
         return None
-
-
-def _scaled(diagonals: Diagonals, factor: float) -> Diagonals:
-    result = weighted_sum(None, diagonals, factor)
-    result.info = diagonals.info
-    return result

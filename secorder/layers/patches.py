@@ -2,8 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
@@ -11,18 +13,22 @@ from .._torch.float32 import products_as_convolutions
 
 __all__ = ["Patches", "matrix_products", "whole_input", "windows"]
 
+#: Numbers of float32 that fill a register of a CPU: so many columns of a matrix product are made at once.
+LANES = 16
+
 
 @dataclass(frozen=True)
 class Patches:
     """The patches of images, to be copied out a few samples at a time: the input factor of a convolution.
 
     Attributes:
-        image: padded images, shape ``(N, channels, …)``.
+        image: images, shape ``(N, channels, …)``.
         kernel: size of a patch.
         stride: steps between patches.
         dilation: steps inside of a patch.
         groups: groups of channels.
         shape: that of the patches, ``(N, groups, positions, in)``.
+        padding: by spatial dimension, zeros that are seen beyond either end; where empty, none.
     """
 
     image: Tensor
@@ -31,19 +37,28 @@ class Patches:
     dilation: tuple[int, ...]
     groups: int
     shape: tuple[int, int, int, int]
+    padding: tuple[int, ...] = ()
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """The images with the zeros that are seen beyond their ends."""
+        if not any(self.padding):
+            return self.image
+        return F.pad(self.image, [side for pad in reversed(self.padding) for side in (pad, pad)])
 
     @property
     def sizes(self) -> list[int]:
         """How many positions there are in each spatial dimension."""
         spatial = self.image.shape[2:]
+        around = self.padding or (0,) * len(spatial)
         return [
-            (size - gap * (k - 1) - 1) // step + 1
-            for size, k, step, gap in zip(spatial, self.kernel, self.stride, self.dilation, strict=True)
+            (size + 2 * pad - gap * (k - 1) - 1) // step + 1
+            for size, pad, k, step, gap in zip(spatial, around, self.kernel, self.stride, self.dilation, strict=True)
         ]
 
     def seen_at(self, place: int) -> Tensor:
         """What each position sees at one place of the kernel, shape ``(N, groups, channels, …)``: a view."""
-        image: Tensor = self.image.unflatten(1, (self.groups, -1))
+        image: Tensor = self.padded.unflatten(1, (self.groups, -1))
         sizes = self.sizes
         for dim in reversed(range(len(self.kernel))):
             place, offset = divmod(place, self.kernel[dim])
@@ -83,6 +98,7 @@ class Patches:
             (count * groups * width, image.shape[1] // groups, *self.kernel),
             factor.reshape(1, -1, *self.sizes),
             stride=self.stride,
+            padding=self.padding or 0,
             dilation=self.dilation,
             groups=count * groups,
         )
@@ -91,13 +107,20 @@ class Patches:
     def __getitem__(self, rows: slice) -> Tensor:
         """The patches of some samples (a slice), copied out."""
         spatial = len(self.kernel)
-        a = windows(self.image[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
+        a = windows(self.padded[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
         patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
         return patches
 
 
 def matrix_products(left: Tensor, right: Tensor, factor: "Tensor | Patches") -> Tensor:
-    """Batched matrix products, whose right ones are of an input factor: of patches, as exact as a convolution is."""
+    """Batched matrix products, whose right ones are of an input factor: of patches, as exact as a convolution is.
+
+    On a CPU those of an input that fills no registers (27 numbers of a patch of colours) are made transposed where that
+    does: up to six times as fast.
+    """
+    on_cpu = left.device.type == "cpu" and left.dtype is torch.float32
+    if on_cpu and right.shape[2] % LANES and left.shape[1] % (LANES // 2) == 0:
+        return torch.bmm(right.transpose(1, 2), left.transpose(1, 2)).transpose(1, 2)
     if not (left.is_cuda and isinstance(factor, Patches)):
         return torch.bmm(left, right)
     with products_as_convolutions(left.device):

@@ -316,7 +316,11 @@ def _types(
         if layer_types != "all":
             raise InvalidArgumentError(f'layer_types must be module types or "all", got {layer_types!r}.')
         return "all"
-    types = (layer_types,) if isinstance(layer_types, type) else tuple(layer_types)
+    if isinstance(layer_types, type):
+        layer_types = (layer_types,)
+    if isinstance(layer_types, nn.Module) or not isinstance(layer_types, Iterable):
+        raise InvalidTypeError(f'layer_types must be module types or "all", got {layer_types!r}.')
+    types = tuple(layer_types)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
             raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {kind!r}.")

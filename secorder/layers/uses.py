@@ -76,8 +76,16 @@ class Uses:
     uses: list[Use] = field(default_factory=list)
 
 
-def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collection[Route]) -> Uses | None:
+def find_uses(
+    users: Users, parameters: Mapping[str, Tensor], followed: Collection[Route], passed: Collection[Node] = ()
+) -> Uses | None:
     """The uses of a layer's parameters, where these routes are followed further.
+
+    Args:
+        users: the graph.
+        parameters: of the layer, by name.
+        followed: routes of operations that no sample owns.
+        passed: operations that are followed, and none of the model's own: no route names them.
 
     Returns:
         None where a parameter reaches the end of the graph or becomes complex, its uses are too many to follow, or one
@@ -97,8 +105,9 @@ def find_uses(users: Users, parameters: Mapping[str, Tensor], followed: Collecti
             name = user.name()
             if is_complex(user):
                 return None
-            here = route if name in MOVES else (*route, f"{name} {index}")
-            if name in MOVES or here in followed:
+            moves = name in MOVES or user in passed
+            here = route if moves else (*route, f"{name} {index}")
+            if moves or here in followed:
                 if user not in found.followed:
                     if len(found.followed) > MOST or not can_be_run(user):
                         return None

@@ -55,10 +55,10 @@ def eigenvalues_of_data(
         max_iterations: passes through the data at most.
         progress: show a progress bar.
     """
-    data = list(batches_of(data)) if isinstance(data, Iterator) else data
     model, dim, told = probe.data_context
+    data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data
     sizes, first, following = [], None, None
-    for x, t in batches_of(data):
+    for x, t in batches_of(data, dim):
         sizes.append(batch_size(x, t, dim))
         following = following or (None if first is None else (x, t))
         first = first or (x, t, sizes[0])
@@ -75,7 +75,7 @@ def eigenvalues_of_data(
     with progress_bar(progress, "Eigenvalues", max_iterations, unit="passes") as advance:
         while waiting:
             totals = {name: torch.zeros_like(v) for name, v in waiting.items()}
-            for (x, t), weight in zip(batches_of(data), weights, strict=True):
+            for (x, t), weight in zip(batches_of(data, dim), weights, strict=True):
                 products = measure(lambda task: _products(task, of, by, waiting), x, t)
                 for name, product in products.items():
                     totals[name] += weight * product

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .._torch.pytree import map_tensors, tensors_in
-from ..batch import batch_size, sample_dimension
+from ..batch import batch_size, sample_dimension, sample_sizes
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
-from ..means import RunningMean, joined_info, mean_over_ranks
+from ..means import RunningMean, mean_over_ranks
 from ..monitor.progress import progress_bar
 from ..parallel.all_reduce import raised_on_all
-from ..results import Diagonals
-from .hessian.estimate import relative_error
+from ..results import Diagonals, joined_info, relative_error
 from .loss import losses
 from .trace import Trace
 
@@ -69,8 +68,12 @@ def _pair(batch: Any) -> bool:
     return isinstance(batch, (tuple, list)) and len(batch) == 2 and next(tensors_in(batch[0]), None) is not None
 
 
-def batches_of(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
-    """Inputs and targets, batch by batch.
+def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]]:
+    """Inputs and targets, batch by batch; those without samples are left out.
+
+    Args:
+        data: yields them.
+        sample_dim: where samples are in the inputs.
 
     Raises:
         InvalidTypeError: the data yields something else.
@@ -80,11 +83,16 @@ def batches_of(data: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
             raise InvalidTypeError(
                 f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
             )
-        yield batch[0], batch[1]
+        if 0 not in sample_sizes(batch[0], sample_dim):
+            yield batch[0], batch[1]
 
 
-def first_of(data: Iterable[Any]) -> tuple[tuple[Any, Any], int]:
-    """The first batch, and how many there are.
+def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
+    """The first batch that holds samples, and how many there are.
+
+    Args:
+        data: yields them.
+        sample_dim: where samples are in the inputs.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.
@@ -93,7 +101,7 @@ def first_of(data: Iterable[Any]) -> tuple[tuple[Any, Any], int]:
         raise InvalidArgumentError(
             f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a DataLoader."
         )
-    first = next(batches_of(data), None)
+    first = next(batches_of(data, sample_dim), None)
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
     return first, len(data)
@@ -147,7 +155,7 @@ def _over(
     kept: list[Any] = []
     seen, kind = 0, "mean" if by_sample else None
     with progress_bar(options.pop("progress", False), "Data set", total, unit="batches") as advance:
-        for x, t in batches_of(data):
+        for x, t in batches_of(data, dim):
             count = batch_size(x, t, dim)
             with warnings.catch_warnings():
                 if kept:  # what there is to say was said of the first

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._arguments import require_integer
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients, zero_tether
@@ -74,8 +75,7 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
     """
     if fisher_type not in ("empirical", "type-2", "mc"):
         raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
-    if num_draws < 1:
-        raise InvalidArgumentError(f"num_draws must be at least 1, got {num_draws}.")
+    require_integer("num_draws", num_draws, 1)
 
 
 def fisher_diagonal(
@@ -321,8 +321,9 @@ def _used_alone(
 ) -> list[RecordedLayer]:
     """The layers whose parameters the model's outputs do not depend on but through their calls."""
     if task.create_graph:  # this forward used the parameters themselves: other uses show in one without them
-        with recorded(task.isolated, [z.layer for z in layers], own_parameters=False):
+        with recorded(task.isolated, [z.layer for z in layers], own_parameters=False) as recording:
             ends = [t for t in tensors_in(task.isolated.forward(task.inputs)) if t.requires_grad]
+        layers = [z for z in layers if z.layer.name not in recording.with_others]
     else:
         ends = list(model_outputs)
     replacements = [s for z in layers for s in task.isolated.replacements(z.layer)]

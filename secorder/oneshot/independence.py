@@ -25,10 +25,12 @@ from .isolation import IsolatedModel
 __all__ = [
     "block_diagonal",
     "changed_entries",
+    "changed_samples",
     "exchange",
     "linear_products",
     "outputs_independent",
     "over_samples",
+    "rounding_in",
     "sample_bits",
     "separating_masks",
     "with_neighbours",
@@ -61,8 +63,8 @@ def outputs_independent(
     """Whether every sample's output stays as it is while others are replaced by their neighbours in the batch.
 
     Where samples that take one another's places, some of them twice and others not at all, all keep the outputs that
-    they had, the one forward tells. Where they do not (of dropout, each place has its own), or are too much alike,
-    there are more.
+    they had, the one forward tells. Where they do not (of dropout, each place has its own), are too much alike, or may
+    not stand in another order (sorted by length), there are more.
 
     Args:
         isolated: the borrowed model.
@@ -77,9 +79,16 @@ def outputs_independent(
     base = [t.detach() if output is not None else t.detach().clone() for t in tensors_in(before)]
     if count > 2 and _places_exchanged(run, inputs, base, count, sample_dim):
         return True
+    in_order = False
     for mask in separating_masks(count):
-        batch = map_tensors(partial(with_neighbours, mask, count, sample_dim), inputs)
-        for before, after in zip(base, tensors_in(without_gradients(run, batch)), strict=True):
+        try:
+            found = without_gradients(run, _replaced(mask, inputs, count, sample_dim, in_order=in_order))
+        except Exception:  # of the model: samples may not stand in any order
+            if in_order:
+                raise
+            in_order = True
+            found = without_gradients(run, _replaced(mask, inputs, count, sample_dim, in_order=True))
+        for before, after in zip(base, tensors_in(found), strict=True):
             dim = sample_dimension(before, count, sample_dim)
             if dim is None or not (before.is_floating_point() or before.is_complex()):
                 continue
@@ -111,7 +120,11 @@ def _places_exchanged(
     if others is None:
         return False
     order, exchanged = others
-    for before, after in zip(base, tensors_in(without_gradients(run, map_tensors(exchanged, inputs))), strict=True):
+    try:
+        found = without_gradients(run, map_tensors(exchanged, inputs))
+    except Exception:  # of the model: of what must be in order
+        return False
+    for before, after in zip(base, tensors_in(found), strict=True):
         dim = sample_dimension(before, count, sample_dim)
         if dim is None or not (before.is_floating_point() or before.is_complex()):
             continue
@@ -160,20 +173,75 @@ def changed_entries(before: Tensor, after: Tensor) -> Tensor:
         return changed_entries(torch.view_as_real(before.resolve_conj()), torch.view_as_real(after.resolve_conj())).any(
             -1
         )
-    finite = before[before.isfinite()].abs()
-    bound = rounding(before.dtype) * (finite.amax() if finite.numel() else 0.0)
-    return ~((before == after) | ((before - after).abs() <= bound) | (before.isnan() & after.isnan()))
+    near = (before - after).abs() <= rounding_in(before)
+    return ~((before == after) | near | (before.isnan() & after.isnan()))
 
 
-def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor) -> Tensor:
-    """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too."""
+def changed_samples(before: Tensor, after: Tensor, layouts: Sequence[Layout], bound: Tensor) -> list[Tensor]:
+    """By layout, which samples hold an entry of :func:`changed_entries`: bool, shape ``(N,)`` each.
+
+    Args:
+        before: of one run.
+        after: of another, of the same shape.
+        layouts: where the samples may be in both.
+        bound: :func:`rounding_in` ``before``, which is the same for many ``after``.
+    """
+    if not before.is_complex():
+        difference = (before - after).abs_()
+        largest = [_largest(layout.split(difference)) for layout in layouts]
+        if not any(bool(by_sample.isnan().any()) for by_sample in largest):  # as of what is infinite in both
+            return [by_sample > bound for by_sample in largest]
+    changed = changed_entries(before, after)
+    return [_largest(layout.split(changed)) for layout in layouts]
+
+
+def rounding_in(before: Tensor) -> Tensor:
+    """What passes for rounding in the entries of a tensor: a part of the largest finite one."""
+    if not before.numel():
+        return before.new_zeros((), dtype=before.dtype.to_real())
+    largest = before.abs().amax()
+    if not bool(largest.isfinite()):
+        finite = before[before.isfinite()].abs()
+        largest = finite.amax() if finite.numel() else torch.zeros_like(largest)
+    return rounding(before.dtype) * largest
+
+
+def _largest(by_sample: Tensor) -> Tensor:
+    """The largest entry of each sample's, shape ``(N,)``."""
+    behind = tuple(range(1, by_sample.dim()))
+    if not by_sample.numel():
+        return by_sample.new_zeros(len(by_sample))
+    return by_sample.amax(behind) if behind else by_sample
+
+
+def _replaced(mask: Tensor, inputs: Any, count: int, sample_dim: int, *, in_order: bool) -> Any:
+    return map_tensors(partial(with_neighbours, mask, count, sample_dim, in_order=in_order), inputs)
+
+
+def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor, *, in_order: bool = False) -> Tensor:
+    """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too.
+
+    Args:
+        mask: which.
+        count: the number of samples.
+        sample_dim: where they are.
+        tensor: of the batch.
+        in_order: replace them by the nearest ones that are kept, before them where there are any: then what is sorted
+            stays so.
+    """
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:
         return tensor
     if tensor.layout != torch.strided:
-        return with_neighbours(mask, count, sample_dim, tensor.to_dense()).to_sparse(layout=tensor.layout)
+        dense = with_neighbours(mask, count, sample_dim, tensor.to_dense(), in_order=in_order)
+        return dense.to_sparse(layout=tensor.layout)
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    other = tensor.roll(1, dim)
+    if in_order:
+        kept = torch.arange(count, device=mask.device).masked_fill(mask, -1).cummax(0).values
+        first = int((~mask).byte().argmax())
+        other = tensor.index_select(dim, kept.clamp(min=first).to(tensor.device))
+    else:
+        other = tensor.roll(1, dim)
     return torch.where(
         here, other if not (tensor.is_floating_point() or tensor.is_complex()) else other * 1.03125, tensor
     )

@@ -4,8 +4,9 @@ Inside :func:`isolate`, the parameters that are looked at are replaced by leaves
 that frozen layers work, no ``.grad`` is touched and no hook on a parameter fires), buffers by copies, the random state
 is forked, gradients are enabled, compiled parts run as they were written, reentrant checkpoints as plain calls,
 attention under the math kernel (the fused ones have no double backward), and no attached probe records anything. What
-the model and the loss keep in Python objects (counters, caches, metrics, generators) is put back before each run, and
-at the end. It stays so through all backward work, since checkpointed parts of a model run again there.
+the model and the loss keep in Python objects (counters, caches, metrics, generators), and what a forward makes of
+parameters, is put back before each run, and at the end. It stays so through all backward work, since checkpointed parts
+of a model run again there.
 """
 
 import weakref
@@ -21,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
+from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
@@ -36,10 +38,11 @@ from .._torch.modules import (
 from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
-from .._torch.surroundings import parametrizations_computed_anew, unseen
+from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
+from .parameter_values import ParameterValues
 from .state import State
 
 __all__ = [
@@ -81,8 +84,10 @@ class IsolatedModel:
         cuda: Sequence[int] = (),
         loss_state: State | None = None,
         take_loss_state: Callable[[State | None], State] | None = None,
+        values: ParameterValues | None = None,
     ) -> None:
         self.model = model
+        self._values = values
         self._replacements = replacements
         self._originals = originals
         self._restart = restart
@@ -132,6 +137,8 @@ class IsolatedModel:
                 result = forward(map_tensors(copied, arguments))
         finally:
             given.restore()
+        if self._values is not None:
+            self._values.ran()
         if self._take_loss_state is not None:
             self._after_forward = self._take_loss_state(self._loss_state)
             self._after = get_random_state(self._cuda)
@@ -222,6 +229,8 @@ def isolate(
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = get_random_state(cuda)
         stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
+        if create_graph:
+            stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
@@ -233,24 +242,21 @@ def isolate(
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own = State(modules, tensors)
-        hooks = [hook for m in modules for hook in forward_hooks(m)]
-        hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
-        of_hooks = State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
+        own, of_hooks = State(modules, tensors), _state_of_hooks(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        for state in (own, of_hooks, loss_state):
-            if state is not None:
-                stack.callback(state.restore)
+        values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
+        states = [state for state in (own, of_hooks, loss_state, values) if state is not None]
+        for state in states:
+            stack.callback(state.restore)
         ran = False
 
         def restart(random_state: RandomState | None) -> None:
             nonlocal ran
-            for state in (own, of_hooks, loss_state) if ran else ():
-                if state is not None:
-                    state.restore()
+            for state in states if ran else ():
+                state.restore()
             ran = True
             set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
@@ -261,7 +267,15 @@ def isolate(
                 place.put(copies[id(buffer)])
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state)
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state, values)
+
+
+def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
+    """What the user's hooks on modules keep, and function modes that the user has set."""
+    hooks = [hook for m in modules for hook in forward_hooks(m)]
+    hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
+    hooks += [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
+    return State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
 
 
 @contextmanager

@@ -54,12 +54,14 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
     """The loss, if curvature can be measured on it.
 
     Raises:
-        InvalidTypeError: it is not a tensor.
+        InvalidTypeError: it is not a tensor, or complex.
         InvalidArgumentError: it is not a scalar.
         NonFiniteError: it is nan or infinite; names the layer whose output was the first to be so.
     """
     if not isinstance(loss, Tensor):
         raise InvalidTypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}.")
+    if loss.is_complex():
+        raise InvalidTypeError("loss_fn must return a real number, got a complex one: take its .abs() or .real.")
     if loss.numel() != 1:
         raise InvalidArgumentError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."

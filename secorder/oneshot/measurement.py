@@ -1,7 +1,9 @@
 """One measurement: the isolated model, the loss, the batch, and how to work."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from ..batch import (
     sample_dimension,
     take_samples,
 )
-from ..errors import InvalidArgumentError, ProbeStateError
+from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..owners import Owned, take_owned
@@ -27,6 +29,7 @@ from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
 from .provenance import Traced
+from .recording import RecordingFailed
 
 __all__ = ["Measurement", "measure"]
 
@@ -54,6 +57,7 @@ class Measurement:
         autocast: whether the user's code runs under autocast.
         mismatch: what is wrong with the sizes of inputs and targets, to be told if the loss fails.
         owned: whose the inputs are, where no dimension holds the samples.
+        recordable: whether the model runs with detached parameters in the layers' calls.
     """
 
     isolated: IsolatedModel
@@ -72,6 +76,7 @@ class Measurement:
     autocast: bool
     mismatch: InvalidArgumentError | None = field(default=None, repr=False)
     owned: Owned | None = field(default=None, repr=False)
+    recordable: bool = True
 
     @property
     def model(self) -> nn.Module:
@@ -80,8 +85,8 @@ class Measurement:
 
     @property
     def ruled(self) -> list[Layer]:
-        """The layers that have a rule."""
-        return [layer for layer in self.layers if layer.rule is not None]
+        """The layers that have a rule, which their recorded calls are for."""
+        return [layer for layer in self.layers if layer.rule is not None and self.recordable]
 
     def loss(self, *, second_order: bool = False, forward: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor]:
         """The model's output and the loss, from the same state each time.
@@ -233,6 +238,8 @@ def measure(
     """
     require_loss_function(loss_fn)
     check_chunk_size(chunk_size)
+    if not isinstance(generator, (torch.Generator, type(None))):
+        raise InvalidTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     for layer in layers:
         _require_present(model, layer)
     mismatch = None
@@ -252,14 +259,18 @@ def measure(
     under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
     certain = mismatch is None and owned is None and independent_by_structure(model, sample_dim)
 
-    def on_isolated(direct: bool) -> Result:
+    def on_isolated(direct: bool, recordable: bool = True) -> Result:
         with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct) as isolated:
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
-            return work(Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned))
+            task = Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned)
+            task.recordable = recordable
+            return work(task)
 
     with explains_missing_targets(inputs, targets):
-        return run_isolated(on_isolated, model)
+        with suppress(RecordingFailed):
+            return run_isolated(on_isolated, model)
+        return run_isolated(partial(on_isolated, recordable=False), model)
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -13,14 +13,18 @@ from .._torch.engine import backward_since, current_backward, leaf_variables
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
-from .._torch.versions import version
+from .._torch.versions import same_memory, version
 from .._torch.views import is_view
 from .._torch.vjp import gradients, stand_in
-from ..errors import AttributionError
+from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
-from .isolation import IsolatedModel, _restore
+from .isolation import IsolatedModel, ReplacementsBypassed, _restore
 
-__all__ = ["Recording", "is_watch", "recorded", "seen"]
+__all__ = ["Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
+
+
+class RecordingFailed(Exception):
+    """The model or the loss raised with detached parameters in the layers' calls: perhaps it differentiates by them."""
 
 
 class Recording:
@@ -32,6 +36,7 @@ class Recording:
         versions: recorded inputs, to find those that are overwritten later.
         watch: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
             transform inside of a forward or loss): their parameters then act not only through z.
+        with_others: layers that were called with other parameters than their own, which may be made of these.
         without_graph: layers that were called where no gradients were wanted.
         hidden: layers of these that ran again, with gradients, inside of a backward pass.
     """
@@ -41,6 +46,7 @@ class Recording:
         self.leaves: dict[str, list[Tensor]] = {}
         self.versions: list[tuple[str, Tensor, int]] = []
         self.watch = _Watch()
+        self.with_others: set[str] = set()
         self.without_graph: set[str] = set()
         self.hidden: set[str] = set()
 
@@ -59,9 +65,12 @@ class Recording:
         self.watch.open = False
 
     def unusable(self) -> set[str]:
-        """Layers whose recorded calls do not tell all: input overwritten after the call, or differentiated inside."""
+        """Layers whose recorded calls do not tell all.
+
+        Their input is overwritten after the call, or they are differentiated inside, or called with other parameters.
+        """
         overwritten = {name for name, tensor, before in self.versions if version(tensor) != before}
-        return overwritten | self.differentiated
+        return overwritten | self.differentiated | self.with_others
 
     def require_seen(self, loss: Tensor) -> None:
         """Raise if a layer ran without a graph, and runs again with one inside of the loss's whole backward pass.
@@ -115,6 +124,9 @@ def recorded(
         own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
             a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
         bare: whether no hook changes gradients: then nothing is added to an output, and ε stands for it in the graph.
+
+    Raises:
+        RecordingFailed: in place of what the model or the loss raised, where detached parameters may be why.
     """
     recording = Recording()
     handles = []
@@ -125,6 +137,12 @@ def recorded(
                 handles.append(tap.layer.enclosing.register_forward_pre_hook(tap.before, prepend=True))
             handles.append(tap.layer.enclosing.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
         yield recording
+    except (SecorderError, ReplacementsBypassed):
+        raise
+    except Exception as error:
+        if recording.open and any(tap.places for tap in taps):
+            raise RecordingFailed from error
+        raise
     finally:
         for handle in handles:
             handle.remove()
@@ -180,20 +198,28 @@ class _Tap:
         """Detached parameters take the place of the replacement parameters."""
         if self.foreign() or self.idle():
             return
-        self.displaced.append([place.holder[place.key] for place in self.places])
+        displaced = [place.held() for place in self.places]
+        self.displaced.append(displaced)
         if inside_transform():
             return  # derivatives by torch.func pass our leaves by: to be seen as a use of the parameters themselves
-        for place, value in zip(self.places, self.detached, strict=True):
+        known = zip(displaced, self.places, self.detached, strict=True)
+        if not all(held is place.value or held is value for held, place, value in known):
+            return  # others have their places already, as torch.func.functional_call puts them there
+        for place, value, held in zip(self.places, self.detached, displaced, strict=True):
+            if not same_memory(value, held):  # the forward has put other memory in the parameter
+                value.data = held.data
             place.put(value)
 
     def after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """The call is recorded, and a leaf added to its output."""
         if self.foreign() or self.idle():
             return None
+        recording, name = self.recording, self.layer.name
         if self.places:
+            if any(place.held() is not value for place, value in zip(self.places, self.detached, strict=True)):
+                recording.with_others.add(name)
             for place, value in zip(self.places, self.displaced.pop(), strict=True):
                 place.put(value)
-        recording, name = self.recording, self.layer.name
         if not recording.open and not torch.is_grad_enabled():
             return None  # a forward whose outputs alone are looked at
         leaves: list[Tensor] = []

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .._torch.modules import is_scripted, own_attributes, own_tensors, tables_of
 from .._torch.versions import version
 
-__all__ = ["State"]
+__all__ = ["State", "same"]
 
 #: Objects that are looked at, at most: who keeps more keeps a data set, not a state.
 MAX_OBJECTS = 20_000
@@ -171,7 +171,7 @@ class State:
         self._saved[id(x)] = saved, last
 
         def restore() -> bool:
-            changed = version(x) != last[0] or (compared and not _same(x, saved))
+            changed = version(x) != last[0] or (compared and not same(x, saved))
             if changed:
                 with torch.no_grad():
                     if x.grad_fn is not None:  # something that requires a gradient was added to it
@@ -187,7 +187,7 @@ class State:
         saved, last = self._saved.get(id(x), (None, [-1]))
         if saved is None or version(x) != last[0]:
             return None
-        return saved if x.numel() > MAX_COMPARED or _same(x, saved) else None
+        return saved if x.numel() > MAX_COMPARED or same(x, saved) else None
 
     def _module(self, module: nn.Module) -> Iterator[Any]:
         self._restores.append(partial(_restore_attributes, module, dict(vars(module))))
@@ -252,7 +252,8 @@ def _reset(get: Callable[[], Any], put: Callable[[Any], object], value: Any) -> 
     return changed
 
 
-def _same(x: Tensor, saved: Tensor) -> bool:
+def same(x: Tensor, saved: Tensor) -> bool:
+    """Whether two tensors hold the same values, nan among them."""
     return torch.equal(x, saved) or bool(((x == saved) | ((x != x) & (saved != saved))).all())
 
 

@@ -5,7 +5,7 @@ factors in the rows of the gradient on an operation's output. An operation of wh
 it is followed to what takes its output.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, partial
 
 import torch
@@ -29,7 +29,13 @@ Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
 def follow_uses(
-    users: Users, parameters: Parameters, evidence: "Evidence", routes: dict[str, frozenset[Route]], *, known: bool
+    users: Users,
+    parameters: Parameters,
+    evidence: "Evidence",
+    routes: dict[str, frozenset[Route]],
+    *,
+    known: bool,
+    passed: Collection[Node] = (),
 ) -> dict[str, Uses | None]:
     """The uses of each layer, once no operation is left that owns no samples; None where they cannot be followed.
 
@@ -39,13 +45,14 @@ def follow_uses(
         evidence: of where samples are.
         routes: by layer, those that are followed; further ones are entered.
         known: whether these are likely to be all.
+        passed: operations that are none of the model's own.
     """
     ahead = 0 if known else evidence.ahead
     found: dict[str, Uses | None] = {}
     waiting = set(parameters)
     for _ in range(ROUNDS):
         for name in waiting:
-            found[name] = find_uses(users, parameters[name], routes[name])
+            found[name] = find_uses(users, parameters[name], routes[name], passed)
         nodes = [use.node for name in waiting for use in (found[name] or Uses({}, {})).uses]
         evidence.judge(_with_users(users, nodes, ahead))
         ahead = evidence.ahead

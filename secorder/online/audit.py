@@ -273,6 +273,15 @@ class Audit:
         """Whether the whole gradient of a parameter has come."""
         return id(parameter) in self._seen
 
+    def halves(self) -> set[int]:
+        """By ``id``, weights that are one number with a bias, where calls explain both and the gradient of one came."""
+        explained = {key for _, key in self._explained}
+        return {
+            key
+            for key, (_, bias, _) in self._numbers.items()
+            if bias is not None and key in explained and (key in self._seen) != (id(bias) in self._seen)
+        }
+
     def explain(
         self,
         name: str,

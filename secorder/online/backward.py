@@ -14,13 +14,16 @@ from .._torch.engine import (
     accumulates_untouched,
     after_backward,
     current_backward,
+    executes_all,
     first_gradient_hook,
     will_accumulate,
 )
 from .._torch.fsdp import local
+from .._torch.graph import current_node
+from .._torch.surroundings import out_of_sight
 from ..layers.selection import Layer
 from .audit import Audit
-from .closing import check_together, close
+from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
 from .norms import watch_squares
 from .penalty import watch
@@ -30,7 +33,7 @@ from .waiting import add_waiting
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["enter", "leave", "let_go", "saves_again"]
+__all__ = ["EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
 
 #: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
 #: looked at, all of them.
@@ -63,12 +66,26 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     check_together(fisher, backward, record)
     backward.records.append(record)
     _watch(attachment, backward, record)
+    if record.verified and not backward.partial:
+        backward.partial = not executes_all(current_node())
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
         watch_squares(fisher, backward, record)
     if record.recomputes and not record.handles:
         attachment.register(record)
     return True
+
+
+class EntersUnrecorded:
+    """A hook on an output of a forward that was not recorded."""
+
+    def __init__(self, attachment: "Attachment") -> None:
+        self.attachment = attachment
+
+    @never_compiled
+    def __call__(self, _: Tensor) -> None:
+        if not self.attachment.suspensions:
+            unrecorded(self.attachment.fisher)
 
 
 def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
@@ -124,7 +141,7 @@ def _saw(
     if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
         part = layer.gradient(parameter, gradient)
         if part is not None:
-            backward.audit.see(parameter, part)
+            out_of_sight(backward.audit.see, parameter, part)
 
 
 def _runs(backward: Backward) -> bool:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, accumulates_into, graph_is_kept, in_backward, will_accumulate
+from .._torch.engine import (
+    accumulate_node,
+    accumulates_into,
+    current_backward,
+    graph_is_kept,
+    in_backward,
+    will_accumulate,
+)
 from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
@@ -252,6 +259,10 @@ def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: 
     For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.
     """
     if node is not None:
-        return will_accumulate(node)
-    own = [p for layer in layers for p in record.parameters(layer).values() if p.requires_grad]
-    return any(will_accumulate(accumulate_node(p)) for p in own or model.parameters() if p.requires_grad)
+        counts = will_accumulate(node)
+    else:
+        own = [p for layer in layers for p in record.parameters(layer).values() if p.requires_grad]
+        counts = any(will_accumulate(accumulate_node(p)) for p in own or model.parameters() if p.requires_grad)
+    if not counts:
+        record.passed.update(dict.fromkeys([layer.name for layer in layers], current_backward()))
+    return counts

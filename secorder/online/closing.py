@@ -27,6 +27,10 @@ _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."
 )
+_NOT_ASKED_FOR = (
+    "its gradient is left out of the backward, which was called with inputs= and not all of its parameters among them: "
+    "name them all, or call backward without inputs=, or leave the layer out with layers=."
+)
 _UNRETURNED = (
     "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
     "forward that raised): let the model return what the loss is computed from."
@@ -104,6 +108,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
             fisher.troubles.guarded(group[0], names, deliver_module, fisher, group, parts[0])
         for record in group[1:]:
             record.closed = True
+        leave_out_unasked(fisher, backward, group[0])
         fisher.add(group[0])
     if fisher.penalty is None:
         _audit(fisher, backward)
@@ -128,11 +133,14 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
         return  # what reached the parameters meanwhile may be another thread's
     troubled = {name for record in backward.records for name in record.troubled}
     tied = [record.attribution for record in backward.records if record.attribution.ties]
+    chosen = [(index, layer) for index, layer in enumerate(fisher.layers) if layer.name not in troubled]
+    if halves := backward.audit.halves():
+        names = [x.name for _, x in chosen if any(id(p) in halves for p in x.parameters.values())]
+        fisher.troubles.mark(names, _NOT_ASKED_FOR)
     found: list[Comparison] = []
-    for index, layer in enumerate(fisher.layers):
-        if layer.name not in troubled:
-            holders = {layer.name}.union(*[one.holders(layer.name) for one in tied]) if tied else (layer.name,)
-            found += backward.audit.compared(index, layer.parameters, holders)
+    for index, layer in chosen:
+        holders = {layer.name}.union(*[one.holders(layer.name) for one in tied]) if tied else (layer.name,)
+        found += backward.audit.compared(index, layer.parameters, holders)
     fisher.audits.compare(found)
 
 
@@ -159,6 +167,21 @@ def audit_uncalled(fisher: "OnlineFisher") -> None:
     """Layers that are trained by calls that no hook sees are not told."""
     for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
         fisher.failures[index].add_(moved)
+
+
+def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+    """Layers that a backward with ``inputs=`` does not ask for have a gradient that is not known, rather than none."""
+    if not (record.passed or backward.partial):
+        return
+    received = record.received.union(record.parts)
+    passed = {name for name, number in record.passed.items() if number == backward.number} - received
+    if passed:
+        owners = [own for name in passed for own in record.attribution.owners(name)]
+        fisher.troubles.leave_out(record, [x for x in fisher.sums if x in owners], _NOT_ASKED_FOR)
+    if backward.partial:
+        without = set(record.calls) - received - record.troubled - record.without_gradient
+        fisher.troubles.mark([x for x in fisher.sums if x in without], _NOT_ASKED_FOR)
+        record.troubled |= without
 
 
 def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:

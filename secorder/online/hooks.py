@@ -39,9 +39,8 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .backward import enter, let_go, saves_again
+from .backward import EntersUnrecorded, enter, let_go, saves_again
 from .capture import keeps_as_many, layer_called, module_called, module_starts
-from .closing import unrecorded
 from .fisher import OnlineFisher
 from .looks import Looks
 from .opening import open_record, settle
@@ -77,6 +76,7 @@ class Attachment:
         self._aside: Aside | None = None
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
+        self._looking: int | None = None  # the thread in which the model is looked at
 
     def attach(self) -> None:
         """Register the hooks of the model."""
@@ -87,8 +87,14 @@ class Attachment:
         ]
         self._handles.append(kept_out_of_copies(self.model, OwnHook))
 
-    def detach(self) -> None:
-        """Remove every hook; backward passes of forwards that were recorded before are ignored from now on."""
+    def detach(self) -> bool:
+        """Remove every hook; backward passes of forwards that were recorded before are ignored from now on.
+
+        Returns:
+            False where the user's code asks for it in a pass of ours, as it will once more in the user's own.
+        """
+        if self._looking == threading.get_ident():
+            return False
         self.pauses += 1
         if self._aside is not None:
             self._aside.remove()
@@ -98,6 +104,7 @@ class Attachment:
         for thread in list(self._running):
             self._drop(thread)
         let_go(self.fisher, list(self.fisher.backwards.values()))
+        return True
 
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
@@ -115,7 +122,11 @@ class Attachment:
         A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with.
         """
         with self._beginning:
-            yield self.fisher.ranks is not None or threads_running(self.model) <= self._waiting
+            self._looking = threading.get_ident()
+            try:
+                yield self.fisher.ranks is not None or threads_running(self.model) <= self._waiting
+            finally:
+                self._looking = None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
@@ -260,7 +271,7 @@ class Attachment:
         if self.every > 1 and not self.suspensions and not inside_transform() and not is_traced():
             for tensor in tensors_in(output):
                 if tensor.requires_grad and tensor.grad_fn is not None:
-                    tensor.register_hook(_EntersUnrecorded(self))
+                    tensor.register_hook(EntersUnrecorded(self))
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
@@ -302,18 +313,6 @@ class _Enters:
             own = scale.new_ones(self.record.num_samples) if weights is None else weights.to(scale)
             self.record.weights = own / scale
         self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
-
-
-class _EntersUnrecorded:
-    """A hook on an output of a forward that was not recorded."""
-
-    def __init__(self, attachment: Attachment) -> None:
-        self.attachment = attachment
-
-    @never_compiled
-    def __call__(self, _: Tensor) -> None:
-        if not self.attachment.suspensions:
-            unrecorded(self.attachment.fisher)
 
 
 class _Begin(OwnHook):

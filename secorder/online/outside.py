@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .._torch.engine import accumulate_node
-from .._torch.graph import users_of
+from .._torch.graph import Users
 from .._torch.pytree import tensors_in
 from ..layers.selection import Layer
 from ..oneshot.isolation import IsolatedModel, isolate
@@ -39,16 +39,15 @@ def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) 
     return missing
 
 
-def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], output: Any) -> set[str]:
+def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], users: Users) -> set[str]:
     """Layers whose parameters the output depends on other than through their calls."""
     outside: set[str] = set()
     for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
         together = one.rule is not None and other.rule is not None  # see tied_layers
         if not together and _apart(one.enclosing, other.enclosing) and share_parameters(one, other):
             outside |= {one.name, other.name}
-    reached = users_of(tensors_in(output))
     return outside | {
-        layer.name for layer in layers if any(accumulate_node(s) in reached for s in isolated.replacements(layer))
+        layer.name for layer in layers if any(accumulate_node(s) in users for s in isolated.replacements(layer))
     }
 
 

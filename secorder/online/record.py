@@ -108,6 +108,7 @@ class Backward:
         number: the engine's number of the pass.
         thread: that it runs in.
         ended: whether it has ended, or is known to have been broken off.
+        partial: whether it is seen to leave out a part of the graph (``inputs=``).
         alone: whether no other thread ran a backward at the same time.
         records: in the order in which their gradients came.
         handles: of what is hung on parameters while it runs.
@@ -127,6 +128,7 @@ class Backward:
         self.thread = threading.get_ident()
         self.ended = False
         self.alone = True
+        self.partial = False
         self.records: list[ForwardRecord] = []
         self.handles: list[RemovableHandle] = []
         self.fresh: list[Tensor] = []
@@ -189,6 +191,7 @@ class ForwardRecord:
         replaced: the names of these: what their own calls bring is not to be counted.
         captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements.
         modules: by layer, the calls of enclosing modules whose gradient has come.
+        passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
         received: layers whose squares are added, or wait to be.
         waiting: layers that are to be added together.
         troubled: layers that are marked: nothing more is done for them in this record.
@@ -233,6 +236,7 @@ class ForwardRecord:
     replaced: set[str] = field(default_factory=set)
     captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
+    passed: dict[str, int | None] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     waiting: list[RankOne] = field(default_factory=list)
     troubled: set[str] = field(default_factory=set)

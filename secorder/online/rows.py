@@ -6,7 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch.engine import accumulate_node
 from .._torch.fsdp import local
+from .._torch.graph import Node
+from .._torch.sample_graph import SHARED
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator, gradients
 from ..errors import DoubleBackwardError
@@ -15,6 +18,7 @@ from ..layers.selection import Layer
 from ..oneshot.independence import changed_entries, over_samples, separating_masks
 from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
 from ..parallel.ranks import Ranks
+from .forward_graph import ForwardGraph
 from .samples import Hypothesis, any_layout, floating, run_changed
 
 __all__ = ["Rows", "rows_of_layers"]
@@ -33,9 +37,10 @@ def rows_of_layers(
     arguments: Any,
     forward: Callable[[Any], Any],
     chosen: Hypothesis,
-    base: list[Tensor],
-    options: list[list[Layout]],
+    graph: ForwardGraph,
     ranks: Ranks | None,
+    *,
+    by_graph: bool,
 ) -> Rows | None:
     """Which rows of each layer's output belong to which sample; None where they are seen to influence one another.
 
@@ -45,14 +50,14 @@ def rows_of_layers(
         arguments: of the model.
         forward: the model on its arguments, from one and the same state.
         chosen: where samples are in the arguments.
-        base: the model's outputs.
-        options: where samples may be in each of them.
+        graph: of the one forward.
         ranks: that parameters lie over, and do the same together.
+        by_graph: whether the graph is believed where it tells: cotangents, which see what hooks on its nodes do, too,
+            have told the same of these layers before.
     """
-    ends = [(f, o[0]) for f, o in zip(base, options, strict=False) if o and f.requires_grad and not f.is_complex()]
-    if ends:
+    if graph.ends:
         try:
-            return _by_cotangents(seen, ends, chosen.num_samples)
+            return _by_graph_and_cotangents(seen, graph, believed=by_graph)
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
             pass
     return _by_change(layers, arguments, forward, chosen, ranks)
@@ -64,6 +69,44 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
         return [any_layout(leaf, count) for leaf in z.leaves]
     joint = layout_options(z, count)
     return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
+
+
+def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph, *, believed: bool) -> Rows:
+    """What the graph tells of layers, where that is believed, and by cotangents what it does not.
+
+    That all samples share a row is believed at once: the layer is looked at in a slower way.
+    """
+    candidates = [_options(z, graph.count) for z in layers]
+    by_graph = [_by_graph(z, c, graph.told or {}) for z, c in zip(layers, candidates, strict=True)]
+    rest = [z for z, o in zip(layers, by_graph, strict=True) if o is None or (all(o) and not believed)]
+    known, unknown, reached = _by_cotangents(rest, graph.ends, graph.count) if rest else _none_yet()
+    for z, options in zip(layers, by_graph, strict=True):
+        if z in rest or options is None:
+            continue
+        if all(options):
+            known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
+        else:
+            unknown.add(z.layer.name)
+        if any((accumulate_node(leaf), 0) in (graph.told or {}) for leaf in z.leaves):
+            reached.add(z.layer.name)
+    return known, unknown, reached
+
+
+def _by_graph(
+    z: RecordedLayer, candidates: list[list[Layout]], told: Mapping[tuple[Node, int], int | None]
+) -> list[list[Layout]] | None:
+    """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
+    found = []
+    for leaf, choices in zip(z.leaves, candidates, strict=True):
+        here = (accumulate_node(leaf), 0)
+        inner = told.get(here)
+        if not told or (here in told and inner is None):
+            return None
+        # Of what nothing depends on, the usual layout is as good as any.
+        found.append([o for o in choices if here not in told or o.inner_size(leaf) == inner])
+        if not found[-1] and inner != SHARED:
+            return None
+    return found
 
 
 def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor, Layout]], count: int) -> Rows:

@@ -21,7 +21,7 @@ from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
-from ..oneshot.independence import changed_entries
+from ..oneshot.independence import changed_entries, changed_samples, rounding_in
 from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
 from ..parallel.spread import is_distributed
 
@@ -191,7 +191,8 @@ def separates(
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
         return None
-    changes = False
+    changes, base = False, [f.detach() for f in base]
+    bounds = [rounding_in(f) for f in base]
     for mask in masks:
         try:
             with torch.no_grad():
@@ -205,10 +206,10 @@ def separates(
                 continue
             if before.shape != after.shape:
                 return None
-            moved = changed_entries(before, after)
+            moved = changed_samples(before, after, options[index], bounds[index])
             kept = ~mask.to(before.device)
-            changes = changes or bool(moved.any())
-            options[index] = [o for o in options[index] if not bool(o.split(moved)[kept].any())]
+            changes = changes or bool(moved[0].any())
+            options[index] = [o for o, m in zip(options[index], moved, strict=True) if not bool(m[kept].any())]
             if not options[index]:
                 return None
     return Separation(options, told=changes)

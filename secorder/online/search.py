@@ -34,6 +34,7 @@ from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
+from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
@@ -192,7 +193,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            with Selections() as selections:
+            with Selections() as selections, Hooks() as hooks:
                 output = forward(arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
@@ -213,14 +214,13 @@ def _attribute(
                 raise InvalidArgumentError(
                     "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
                 )
-            outside = (
-                set()
-                if ranks is not None
-                else uses_outside(isolated, [x for x in layers if x.enclosing is not model], output)
-            )
-            outside |= {x.name for x in layers if x.name in recording.differentiated and x.enclosing is not model}
-            given = (seen, layers, asked.arguments, forward, hypothesis, base, options, ranks)
-            found = rows_of_layers(*given) if layers else _NONE
+            leaves = [leaf for z in seen for leaf in z.leaves]
+            graph = ForwardGraph(output, options, hypothesis.num_samples, hooks.put, leaves)
+            inside = [x for x in layers if x.enclosing is not model]
+            outside = set() if ranks is not None else uses_outside(isolated, inside, graph.users)
+            outside |= {x.name for x in inside if x.name in recording.differentiated}
+            given = (seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
+            found = rows_of_layers(*given, by_graph=asked.before is not None) if layers else _NONE
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         before = asked.before
@@ -228,7 +228,7 @@ def _attribute(
         routable = ranks is None and not same
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
-        uses = _uses(asked, operated, isolated, forward, hypothesis, options, routable)
+        uses = _uses(asked, operated, isolated, forward, hypothesis, graph, routable)
     attribution = _told(asked, every, hypothesis, options, found, uses)
     return replace(
         attribution,
@@ -300,7 +300,7 @@ def _uses(
     isolated: IsolatedModel,
     forward: Any,
     hypothesis: Hypothesis,
-    options: list[list[Layout]],
+    graph: ForwardGraph,
     routable: bool,
 ) -> UseRows:
     """The uses of the parameters of layers that are measured by operations."""
@@ -311,7 +311,7 @@ def _uses(
         forward,
         asked.arguments,
         hypothesis,
-        options,
+        graph,
         {} if asked.before is None else asked.before.routes,
         routed=forward if routable else None,
     )

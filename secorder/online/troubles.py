@@ -5,6 +5,7 @@ from typing import Any
 
 from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
+from .._torch.surroundings import out_of_sight
 from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderError
 from .attribution import Attribution
 from .record import ForwardRecord
@@ -16,7 +17,8 @@ __all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence", "tell_coupled", "te
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a derivative that the model takes of itself, or the loss of its output "
+    "such as F.linear(x, layer.weight), a call of the layer before or after the model's forward, a derivative that the "
+    "model takes of itself, or the loss of its output "
     "(let the model return what the loss is the mean of), a method such as get_value(x) that is called in place of the "
     "model, or another loss in a second backward through one forward), which belongs "
     "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
@@ -54,10 +56,10 @@ CAUSES = {
 
 _NEVER_CALLED = (
     "The model that the probe is attached to was not called: methods of it that are called in its place (such as "
-    "model.forward(x), or agent.get_value(x)), and a parent that calls its parts, run no hook of it: attach to the "
-    "module that is called. A model that torch.compile had run before the probe was attached ignores hooks, too: "
-    "attach to what torch.compile returned. A training step that is compiled as one graph (fullgraph=True) hides the "
-    "model from hooks: run every k-th step uncompiled."
+    "model.forward(x), or agent.get_value(x)), a parent that calls its parts, and a copy that shares them (copy.copy) "
+    "run no hook of it: attach to the module that is called. A model that torch.compile had run before the probe was "
+    "attached ignores hooks, too: attach to what torch.compile returned. A training step that is compiled as one graph "
+    "(fullgraph=True) hides the model from hooks: run every k-th step uncompiled."
 )
 
 
@@ -126,7 +128,7 @@ class Troubles:
             Exception: what the work raised, where the probe is strict, or is to raise on non-finite gradients.
         """
         try:
-            work(*arguments)
+            out_of_sight(work, *arguments)
         except NonFiniteError:  # asked for by on_nonfinite="raise"
             raise
         except Exception as error:

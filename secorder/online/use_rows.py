@@ -7,22 +7,21 @@ neither holds owns no samples: it is followed to what takes its output.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
-from .._torch.sample_graph import samples_in_nodes
 from .._torch.vjp import fresh_generator
 from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
 from ..layers.uses import Route, find_uses, hidden, layouts_of
 from ..oneshot.independence import changed_entries, separating_masks
 from ..oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
+from .forward_graph import ForwardGraph
 from .relation import whole_call
 from .routes import routed_nodes
 from .samples import Hypothesis, floating, run_changed
@@ -59,7 +58,7 @@ def rows_of_uses(
     forward: Forward,
     arguments: Any,
     chosen: Hypothesis,
-    options: Sequence[Sequence[Layout]],
+    graph: ForwardGraph,
     routes: Mapping[str, Collection[Route]],
     *,
     routed: Callable[[Any, Callable[[Any], None]], Any] | None,
@@ -71,36 +70,26 @@ def rows_of_uses(
         forward: the model on its arguments, from one and the same state.
         arguments: of the model.
         chosen: where samples are in the arguments.
-        options: where samples may be in each of the model's outputs.
+        graph: of one forward.
         routes: by layer, those that were found to be followed before.
         routed: the forward for :func:`~secorder.online.routes.routed_nodes`, where rows may depend on data.
     """
-    with _Hooks() as hooks:
-        output = forward(arguments)
-    users = users_of(tensors_in(output))
-    ends = [
-        (f, o[0])
-        for f, o in zip(floating(output), options, strict=False)
-        if o and f.requires_grad and not f.is_complex()
-    ]
     evidence: Evidence
     if chosen.num_samples == 1:
         evidence = _OneSample()
-    elif ends:
-        told = None  # by the graph, which does not see what hooks do
-        if not hooks.put:
-            sizes = [o.inner_size(f) for f, o in ends]
-            told = samples_in_nodes([f for f, _ in ends], sizes, chosen.num_samples, tell_shared=True)
-        evidence = ByCotangents(ends, chosen.num_samples, fresh_generator(), told)
+    elif graph.ends:
+        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.told)
     else:
-        evidence = _ByChange(output, forward, arguments, chosen)
+        graph = replace(graph, output=forward(arguments), leaves=())  # as those are that samples are changed in
+        evidence = _ByChange(graph.output, forward, arguments, chosen)
     result = UseRows(routes={name: frozenset(routes.get(name, ())) for name in parameters})
     try:
-        found = follow_uses(users, parameters, evidence, result.routes, known=parameters.keys() <= routes.keys())
+        known = parameters.keys() <= routes.keys()
+        found = follow_uses(graph.users, parameters, evidence, result.routes, known=known, passed=graph.added)
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return UseRows(unknown=set(parameters))
     for name, uses in found.items():
-        passed_by = hooks.put and bool(result.routes[name])  # hooks on what is followed are not called
+        passed_by = graph.hooked and bool(result.routes[name])  # hooks on what is followed are not called
         if uses is None or passed_by or hidden(uses):
             result.unknown.add(name)
             if uses is not None and not passed_by:
@@ -117,20 +106,6 @@ def rows_of_uses(
     if routed is not None:
         result.unknown |= _routed(parameters, result, routed, arguments, chosen)
     return result
-
-
-class _Hooks(TorchFunctionMode):
-    """Sees whether the model puts hooks on its tensors' gradients."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.put = False
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.put |= func is Tensor.register_hook
-        return func(*args, **(kwargs or {}))
 
 
 class _OneSample(Evidence):

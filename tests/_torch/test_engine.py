@@ -9,11 +9,13 @@ from secorder._torch.engine import (
     accumulates_into,
     after_backward,
     current_backward,
+    executes_all,
     first_gradient_hook,
     in_backward,
     leaf_variables,
     will_accumulate,
 )
+from secorder._torch.graph import current_node
 
 
 def test_a_backward_is_known_from_inside() -> None:
@@ -105,3 +107,14 @@ def test_leaves_that_a_graph_ends_in() -> None:
     assert [id(t) for t in found] == [id(a)]
     assert {id(t) for t in leaf_variables((a * b).sum())} == {id(a), id(b)}
     assert leaf_variables(torch.zeros(())) == []
+
+
+def test_a_backward_that_leaves_out_a_part_of_the_graph() -> None:
+    x, w = (torch.ones(2, requires_grad=True) for _ in range(2))
+    y = w * x.sin()
+    found: list[bool] = []
+    y.grad_fn.register_prehook(lambda _: found.append(executes_all(current_node())))  # type: ignore[union-attr]
+    y.sum().backward(retain_graph=True)
+    y.sum().backward(inputs=[x, w], retain_graph=True)
+    y.sum().backward(inputs=[w])
+    assert found == [True, True, False]

@@ -30,6 +30,7 @@ class Relu(torch.autograd.Function):
 
 
 LSTM = nn.LSTM(4, 4, batch_first=True, bidirectional=True, dtype=torch.float32)
+GRU = nn.GRU(4, 4, batch_first=True, bidirectional=True, dtype=torch.float32)
 LINEAR, CONVOLUTION = nn.Linear(4, 4, dtype=torch.float32), nn.Conv1d(6, 2, 1, dtype=torch.float32)
 
 #: Functions of a leaf of shape (N, 6, 4), with samples in dim 0, that the graph tells everything of.
@@ -48,6 +49,7 @@ TOLD: dict[str, Callable[[Tensor], Tensor]] = {
     "cut and joined": lambda x: torch.cat([*x.chunk(2, 1), x[:, 1:3], torch.stack(x.unbind(1)[:2], 1)], 1).flip(1),
     "convolution": lambda x: F.max_pool1d(CONVOLUTION(x), 2).squeeze(-1).unsqueeze(1).mean((-1, -2)),
     "recurrent": lambda x: LSTM(x)[0][:, -1],
+    "recurrent, operation by operation": lambda x: GRU(x)[0][:, -1],
     "products of matrices": lambda x: torch.einsum("nij,nkj->nik", x, x).sum(-1).expand(2, N, 6).movedim(1, 0),
 }
 

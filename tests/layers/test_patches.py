@@ -46,6 +46,20 @@ LARGE_CONVOLUTIONS = {  # those that are cheaper as a grouped convolution than a
 }
 
 
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_convolution_in_single_precision(channels: int, groups: int) -> None:
+    """Of inputs that fill registers of the CPU, and of such that do not."""
+    model = nn.Conv2d(channels * groups, 16, 3, stride=2, padding=(2, 1), groups=groups).float()
+    inputs = torch.randn(N, channels * groups, 7, 8, dtype=torch.float32)
+    u, v = (torch.randn_like(model(inputs)) for _ in range(2))
+    by_sample, other = (gradient_by_sample(model.double(), (inputs.double(),), g.double())["weight"] for g in (u, v))
+    expected = (by_sample * other).sum(0)
+    left, right = (convolution(model.float(), (inputs,), g)["weight"] for g in (u, v))
+    found = contract(left, right, numel=expected.numel())
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("setting", LARGE_CONVOLUTIONS)
 def test_large_convolution(setting: str) -> None:
     kind, sizes, options, image = LARGE_CONVOLUTIONS[setting]

@@ -25,6 +25,15 @@ def test_moves_are_followed_and_other_operations_as_is_told() -> None:
     ]
 
 
+def test_operations_that_are_none_of_the_models_are_in_no_route() -> None:
+    w, x = torch.randn(2, 3, requires_grad=True), torch.randn(5, 2)
+    added = w.exp() + torch.zeros(2, 3)
+    users, followed = users_of([(x @ added).tanh()]), {("w", "ExpBackward0 0")}
+    found = find_uses(users, {"w": w}, followed, {added.grad_fn})
+    assert found is not None
+    assert [use.routes for use in found.uses] == [[("w", "ExpBackward0 0", "MmBackward0 1")]]
+
+
 def test_a_parameter_that_reaches_the_output_has_no_use() -> None:
     w = torch.randn(3, requires_grad=True)
     assert routes(w.exp(), {("w", "ExpBackward0 0")}, w=w) is None

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError, per_layer_hessian_diagonal
+from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError, diagnose, per_layer_hessian_diagonal
 from secorder.oneshot.data_set import is_data_set
 
 from ..helpers import make, mlp, seeded
@@ -123,6 +123,21 @@ def test_what_passes_for_a_data_set() -> None:
     assert not is_data_set([(X, X), (X, X)], Y)
     assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
     assert not is_data_set(iter([X]), Y)
+
+
+def test_batches_without_samples_count_as_nothing() -> None:
+    model, parts = make(), [(X[:0], Y[:0]), (X[:6], Y[:6]), (X[:0], Y[:0]), (X[6:], Y[6:])]
+    expected = hessian_by_element(model, F.cross_entropy, X, Y)
+    with CurvatureProbe(model) as probe:
+        found = probe.hessian_diagonal(F.cross_entropy, parts, method="exact")
+        assert_all_close(found.by_parameter(), expected)
+        assert found.info["0"].num_batches == 2
+        top = probe.hessian_eigenvalues(F.cross_entropy, parts, tolerance=1e-6)["0"].top
+        assert top == pytest.approx(probe.hessian_eigenvalues(F.cross_entropy, X, Y, tolerance=1e-6)["0"].top)
+        assert probe.estimate_cost(F.cross_entropy, parts).seconds > 0
+        with pytest.raises(InvalidArgumentError, match="holds no batch"):
+            probe.hessian_diagonal(F.cross_entropy, parts[:1])
+    assert diagnose(model, F.cross_entropy, parts).num_samples == 20
 
 
 def test_misuse_is_told() -> None:

@@ -2,15 +2,17 @@
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from secorder.layers.layout import DIM_ZERO
+from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.oneshot.independence import (
     block_diagonal,
     changed_entries,
+    changed_samples,
     linear_products,
     outputs_independent,
     over_samples,
+    rounding_in,
     sample_bits,
     separating_masks,
     with_neighbours,
@@ -50,6 +52,25 @@ def test_changes_beyond_rounding() -> None:
     assert changed_entries(torch.tensor([1j, 1j]), torch.tensor([1j, 1 + 1j])).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize("kept", [0.0, float("inf"), float("nan")])
+def test_samples_of_changed_entries(dtype: torch.dtype, kept: float) -> None:
+    before = torch.randn(6, 4, 3, dtype=dtype)
+    before[2, 1] = kept
+    after = before.clone()
+    after[4, 2, 1] += 1
+    after[3, 3, 0] = float("nan")
+    layouts = [Layout(0), Layout(0, 2, True), Layout(0, 2, False), Layout(1)]
+    found = changed_samples(before, after, layouts, rounding_in(before))
+    entries = changed_entries(before, after)
+    for layout, by_sample in zip(layouts, found, strict=True):
+        assert by_sample.tolist() == layout.split(entries).flatten(1).any(1).tolist()
+    assert found[0].tolist() == [False, False, False, True, True, False]
+    for shape in ((6,), (6, 0)):
+        x = torch.randn(shape, dtype=dtype)
+        assert changed_samples(x, x + 1, [Layout()], rounding_in(x))[0].tolist() == [bool(x.numel())] * 6
+
+
 def test_neighbours_replace_the_chosen_samples_alone() -> None:
     x, mask = torch.ones(3, 2), torch.tensor([False, True, False])
     assert with_neighbours(mask, 3, 0, x)[:, 0].tolist() == [1, 1.03125, 1]
@@ -57,6 +78,22 @@ def test_neighbours_replace_the_chosen_samples_alone() -> None:
     assert with_neighbours(mask, 3, 1, ids).tolist() == [[5, 5, 7]]
     shared = torch.ones(4, 4)
     assert with_neighbours(mask, 3, 0, shared) is shared
+    lengths = torch.tensor([9, 8, 5, 4, 2])
+    for mask, expected in (([1, 1, 0, 1, 0], [5, 5, 5, 5, 2]), ([0, 1, 1, 0, 1], [9, 9, 9, 4, 4])):
+        assert with_neighbours(torch.tensor(mask).bool(), 5, 0, lengths, in_order=True).tolist() == expected
+
+
+def test_samples_that_may_not_change_their_order() -> None:
+    def sorted_alone(x: Tensor) -> Tensor:
+        if not bool((x[1:, 0] <= x[:-1, 0]).all()):
+            raise ValueError("sort them first")
+        return x.sin()
+
+    x = torch.arange(6.0).flip(0)[:, None].expand(-1, 4).clone()
+    for function, expected in ((sorted_alone, True), (lambda x: sorted_alone(x) + x[3].sin(), False)):
+        with isolate(nn.Sequential(Fn(function)), None, []) as isolated:
+            found = outputs_independent(isolated, x.long(), 6, 0, lambda ids: isolated.forward(ids.double()))
+            assert found is expected
 
 
 def test_values_are_spread_over_samples() -> None:

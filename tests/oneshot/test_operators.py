@@ -40,8 +40,18 @@ def whole(model: nn.Module, of: str, batch: tuple[Tensor, Tensor], layer: str) -
     return torch.einsum("nci,ncd,ndj->ij", jacobian, middle, jacobian) / len(f)
 
 
+def sized() -> nn.Module:
+    """A layer's calls take more than tensors."""
+    size = [5, 6]
+    return Net(
+        lambda m, x: m.b(m.c(x.view(-1, 1, 2, 2), output_size=size).tanh().flatten(1)),
+        c=nn.ConvTranspose2d(1, 1, 3, stride=2),
+        b=nn.Linear(30, 3),
+    )
+
+
 @pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])
-@pytest.mark.parametrize("kind", [make, Twice])
+@pytest.mark.parametrize("kind", [make, Twice, sized])
 def test_products_are_those_of_the_block(kind: Any, of: Any) -> None:
     model, batch = kind(), data()
 

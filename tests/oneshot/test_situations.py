@@ -34,7 +34,7 @@ N = 6
 
 def exact(model: nn.Module, loss_fn: Any, x: Any, t: Any, *, layer_types: Any = None, count: int = N) -> None:
     """Fisher and Hessian against brute force."""
-    hessian = per_layer_hessian_diagonal(model, loss_fn, x, t, layer_types).by_parameter()
+    hessian = per_layer_hessian_diagonal(model, loss_fn, x, t, layer_types, method="exact").by_parameter()
     assert_all_close(hessian, hessian_by_element(model, loss_fn, x, t))
     fisher = per_layer_fisher_diagonal(model, loss_fn, x, t, layer_types).by_parameter()
     assert_all_close(fisher, fisher_by_sample(model, loss_fn, x, t, count))
@@ -175,6 +175,72 @@ def test_by_passed_parameters_are_found_out_once() -> None:
         per_layer_hessian_diagonal(plain, F.cross_entropy, *batch).by_parameter(),
         hessian_by_element(plain, F.cross_entropy, *batch),
     )
+
+
+def perturbed(m: Any, x: Tensor) -> Tensor:
+    return torch.func.functional_call(m.net, {n: 1.5 * p for n, p in m.net.named_parameters()}, (x,))
+
+
+def averaged(m: Any, x: Tensor) -> Tensor:
+    others = {f"0.{n}": p.detach() / 2 for n, p in m.net[0].named_parameters()}
+    return torch.func.functional_call(m.net, others, (x,))
+
+
+def masked(m: Any, x: Tensor) -> Tensor:
+    layer, weight = m.net[2], m.net[2].weight
+    handle = layer.register_forward_pre_hook(lambda *_: layer._parameters.update(weight=weight * MASK))
+    try:
+        return m.net(x)
+    finally:
+        handle.remove()
+        layer._parameters["weight"] = weight
+
+
+MASK = torch.tensor([[1.0, 0, 2, 1, 0]])
+
+
+@pytest.mark.parametrize("forward", [perturbed, averaged, masked])
+def test_layers_that_are_called_with_other_parameters(forward: Any) -> None:
+    """These may be made of their own, or not."""
+    model, batch = Net(forward, net=make()), data()
+    exact(model, F.cross_entropy, *batch)
+    expected, parameters = {}, dict(model.named_parameters())
+    for x in batch[0].split(1):
+        f = model(x)
+        p = f.detach().softmax(1)[0]
+        root = torch.diag(p.sqrt()) - p[:, None] * p.sqrt()
+        for column in root.T:
+            end = f[0] @ column
+            gradients = torch.autograd.grad(end, list(parameters.values()), retain_graph=True, allow_unused=True)
+            for (name, q), g in zip(parameters.items(), gradients, strict=True):
+                expected[name] = expected.get(name, torch.zeros_like(q)) + (0 if g is None else g**2 / N)
+    for options in ({"fisher_type": "type-2"}, {"fisher_type": "type-2", "create_graph": True}):
+        found = per_layer_fisher_diagonal(model, F.cross_entropy, *batch, **options).by_parameter()
+        assert_all_close({name: v.detach() for name, v in found.items()}, expected)
+
+
+def adapted(m: Any, x: Tensor) -> Tensor:
+    """Adapts to each sample by a step of its own first."""
+    parameters = dict(m.net.named_parameters())
+
+    def one(x: Tensor) -> Tensor:
+        loss = m.net(x[None]).square().sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+        fast = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), gradients, strict=True)}
+        return torch.func.functional_call(m.net, fast, (x[None],))
+
+    return torch.cat([one(row) for row in x])
+
+
+def test_a_model_that_differentiates_by_its_parameters() -> None:
+    model, batch = Net(adapted, net=make()), data(3)
+    exact(model, F.cross_entropy, *batch, count=3)
+    with CurvatureProbe(model) as probe:
+        trace = probe.hessian_trace(F.cross_entropy, *batch, method="exact")["net.0"].value
+        hessian = probe.hessian_diagonal(F.cross_entropy, *batch, method="exact")["net.0"]
+        assert trace == pytest.approx(hessian.sum().item())
+        assert probe.hessian_eigenvalues(F.cross_entropy, *batch)["net.0"].top[0] >= hessian.max()
+        assert probe.estimate_cost(F.cross_entropy, *batch).seconds > 0
 
 
 # ---- backward passes
@@ -356,6 +422,20 @@ def test_nested_tensors_are_refused_in_a_sentence() -> None:
     for measure in (per_layer_fisher_diagonal, per_layer_hessian_diagonal):
         with pytest.raises(InvalidTypeError, match="nested"):
             measure(make(), F.cross_entropy, nested, torch.tensor([0, 1]))
+
+
+def test_sequences_that_must_stand_by_length() -> None:
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)  # raises unless they are sorted
+        outputs, _ = nn.utils.rnn.pad_packed_sequence(m.rnn(packed)[0], batch_first=True)
+        return m.head(torch.tanh(m.a(outputs.sum(1))))
+
+    model = Net(forward, rnn=nn.GRU(3, 2, batch_first=True), a=nn.Linear(2, 3), head=nn.Linear(3, 2))
+    inputs, labels = (torch.randn(4, 5, 3), torch.tensor([5, 3, 3, 1])), torch.tensor([0, 1, 1, 0])
+    exact(model, F.cross_entropy, inputs, labels, layer_types="all", count=4)
+    coupled = Net(lambda m, x, lengths: (f := m.net(x, lengths)) + f.roll(1, 0), net=model)
+    with pytest.raises(CouplingError, match="influence one another"):
+        per_layer_fisher_diagonal(coupled, F.cross_entropy, inputs, labels)
 
 
 # ---- devices, dtypes, modes

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
-from ..helpers import Net, data, make, reference
+from ..helpers import Net, data, make, mlp, reference
 from ..reference import assert_all_close
 
 
@@ -56,6 +56,33 @@ def test_a_layer_that_the_loss_does_not_reach_has_zeros_and_counts_its_samples()
     found = probe.fisher_diagonal()
     assert not found["b"].any()
     assert found["a"].any()
+
+
+ASKED_FOR = {
+    "the head, and nothing behind it": (["4"], "02"),
+    "all but a layer in the middle": (["0", "4"], "2"),
+    "weights": (["0.weight", "2.weight", "4.weight"], "024"),
+    "a weight less": (["0.bias", "2", "4"], "0"),
+    "all": (["0", "2", "4"], ""),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED_FOR)
+def test_layers_that_a_backward_is_not_asked_for_are_not_told(asked: str) -> None:
+    names, untold = ASKED_FOR[asked]
+    model, batch = mlp(), data()
+    inputs = [p for name, p in model.named_parameters() if name in names or name.partition(".")[0] in names]
+    probe = CurvatureProbe(model)
+    for _ in range(3):
+        loss_of(model, batch).backward(inputs=inputs)
+    expected = reference(model, batch)
+    if untold:
+        with pytest.raises(AttributionError, match="inputs="):
+            probe.fisher_diagonal()
+    if len(untold) < 3:
+        found = probe.fisher_diagonal(missing="skip").by_parameter()
+        assert_all_close(found, {name: value for name, value in expected.items() if name[0] not in untold})
+    probe.detach()
 
 
 def test_tied_layers_are_put_together() -> None:

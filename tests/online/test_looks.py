@@ -1,11 +1,19 @@
 """When a batch is looked at."""
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot.isolation import IsolatedModel
+from secorder.online import rows
 
 from ..helpers import Net, data, mlp, step
+from .loops import follow
 
 
 def test_batches_are_looked_at_at_powers_of_two() -> None:
@@ -39,3 +47,53 @@ def test_a_look_runs_no_backward_hook_of_the_users() -> None:
         step(model, data())
     assert calls == [1]
     assert torch.is_grad_enabled()
+
+
+class Prompted(nn.Module):
+    """A layer that sees a prompt which all samples share, and a sum behind which each of them has rows of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompt, self.key = nn.Parameter(torch.randn(3, 4)), nn.Linear(4, 4)
+        self.embed, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+        self.hook: Callable[[Tensor], Tensor | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.embed(x))
+        if self.hook is not None and hidden.requires_grad:
+            hidden.register_hook(self.hook)
+        return self.head(torch.tanh(hidden[:, None] + self.key(self.prompt)).mean(1))
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_a_batch_that_is_looked_at_again_is_run_once_with_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gradients = IsolatedModel.run, rows.gradients
+    forwards, pulled, seen = [], [], []
+    monkeypatch.setattr(IsolatedModel, "run", lambda *args: forwards.append(torch.is_grad_enabled()) or run(*args))
+    monkeypatch.setattr(rows, "gradients", lambda *args: pulled.append(1) or gradients(*args))
+
+    def after() -> None:
+        seen.append((sum(forwards), len(forwards), len(pulled)))
+        forwards.clear()
+        pulled.clear()
+
+    came = follow(Prompted(), [data(n) for n in range(5, 9)], loss, layer_types="all", after=after)
+    assert came.exact
+    assert not came.warned
+    assert seen == [(2, 6, 2), (1, 2, 0), (0, 0, 0), (1, 2, 0)]
+
+
+def test_a_hook_that_couples_gradients_from_some_step_on_is_seen_by_the_next_look() -> None:
+    model, steps = Prompted(), []
+
+    def after() -> None:
+        steps.append(1)
+        if len(steps) == 2:
+            model.hook = lambda g: g / g.norm()
+
+    came = follow(model, [data(n) for n in range(5, 9)], loss, layer_types="all", after=after)
+    assert "embed" in came.refused
+    assert "head" not in came.refused

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secorder._torch.graph import users_of
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate
 from secorder.oneshot.recording import recorded
@@ -17,7 +18,7 @@ from ..helpers import Net
 def outside(model: nn.Module, x: Tensor) -> set[str]:
     layers = select_layers(model)
     with isolate(model, None, layers) as isolated, recorded(isolated, layers, own_parameters=False):
-        return isolated.run(lambda x: uses_outside(isolated, layers, model(x)), x)
+        return isolated.run(lambda x: uses_outside(isolated, layers, users_of([model(x)])), x)
 
 
 def test_a_use_of_a_weight_outside_of_its_layer_is_seen() -> None:

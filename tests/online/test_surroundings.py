@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -98,13 +99,64 @@ def test_parametrizations_that_are_cached_around_the_model() -> None:
     bit_for_bit(build, training(loss), layer_types="all")
 
 
-def test_a_counter_of_operations_around_the_forward() -> None:
-    model, (x, _) = make(), data()
+@pytest.mark.parametrize("build", [make, gated])
+def test_a_counter_of_operations_around_the_step(build: Callable[[], nn.Module]) -> None:
+    model, (x, y) = build(), data()
     with FlopCounterMode(display=False) as plain:
-        model(x)
-    with CurvatureProbe(model), FlopCounterMode(display=False) as probed:
-        model(x)
+        F.cross_entropy(model(x), y).backward()
+    with CurvatureProbe(model, "all") as probe, FlopCounterMode(display=False) as probed:
+        F.cross_entropy(model(x), y).backward()
     assert probed.get_total_flops() == plain.get_total_flops()
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (x, y)))
+
+
+class Calls(TorchFunctionMode):
+    """A user's, that computes otherwise, and counts the calls that it does so in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        value = func(*args, **(kwargs or {}))
+        if func is not torch.tanh:
+            return value
+        self.count += 1
+        return 2 * value
+
+
+def test_a_mode_that_computes_otherwise_around_the_forward() -> None:
+    modes = []
+
+    def loss(model: nn.Module, batch: Pair) -> Tensor:
+        modes.append(Calls())
+        with modes[-1]:
+            outputs = model(batch[0])
+        return F.cross_entropy(outputs, batch[1])
+
+    assert follow(make(), [data() for _ in range(3)], loss).exact
+    assert {mode.count for mode in modes} == {1}
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_hook_of_the_users_that_detaches_the_probe(at: int) -> None:
+    """Also where it is a pass of the library's own that runs it: steps one and two are looked at."""
+    model, batch = make(), data()
+    before = traces(model)
+    probe = CurvatureProbe(model)
+    steps: list[int] = []
+
+    def detach(*_: Any) -> None:
+        if len(steps) == at:
+            probe.detach()
+
+    handle = model[1].register_forward_hook(detach)
+    for step in range(1, 5):
+        steps.append(step)
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+    handle.remove()
+    assert traces(model) == before
+    assert (probe.attached, probe.num_batches) == (False, at - 1)
 
 
 class Watches:

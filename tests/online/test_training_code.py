@@ -837,3 +837,43 @@ def test_layers_without_inputs_or_outputs(size: tuple[int, ...], layer_types: An
         for name, trace in probe.fisher_trace().items():
             whole = sum(float(expected[f"{name}.{local}"].sum()) for local in ("weight", "bias"))
             assert trace.value == pytest.approx(whole, rel=1e-9)
+
+
+class MovingTeacher(nn.Module):
+    """A momentum encoder that the forward moves on before it is used, and weights that it normalises in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = make(), make().requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for p, q in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+            q.data = 0.5 * q.data + 0.5 * p.data
+        with torch.no_grad():
+            self.student[2].weight.div_(self.student[2].weight.norm())
+        similarity: Tensor = self.student(x) * self.teacher(x)
+        return similarity
+
+
+def test_parameters_that_the_forward_overwrites() -> None:
+    """Looks run the forward, too, and leave the parameters as they were."""
+    bare, probed = MovingTeacher(), MovingTeacher()
+    x, y = data()
+    probe = CurvatureProbe(probed, reduction="mean", layers="student.*")
+    squares: dict[str, Tensor] = {}
+    for _ in range(3):
+        twin = copy.deepcopy(bare)
+        for loss in F.cross_entropy(twin(x), y, reduction="none"):
+            twin.zero_grad()
+            loss.backward(retain_graph=True)
+            for name, p in twin.named_parameters():
+                if p.grad is not None:
+                    squares[name] = squares.get(name, torch.zeros_like(p)) + p.grad**2
+        for model in (bare, probed):
+            model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+        for p, q in zip(bare.parameters(), probed.parameters(), strict=True):
+            assert torch.equal(p, q)
+    found = probe.fisher_diagonal().by_parameter()
+    assert_all_close(found, {name: total / (3 * len(x)) for name, total in squares.items()})
+    probe.detach()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from secorder.layers.layout import Layout
+from secorder.online.forward_graph import ForwardGraph
 from secorder.online.samples import Hypothesis
 from secorder.online.use_rows import rows_of_uses
 
@@ -30,7 +31,8 @@ def test_operations_without_samples_are_followed(loss: bool) -> None:
         return z.pow(2).mean() if loss else z
 
     options = [[]] if loss else [[Layout(0)]]
-    found = rows_of_uses({"": {"w": w, "b": b}}, forward, x, Hypothesis((0,), N), options, {}, routed=None)
+    graph = ForwardGraph(forward(x), options, N, hooked=False)
+    found = rows_of_uses({"": {"w": w, "b": b}}, forward, x, Hypothesis((0,), N), graph, {}, routed=None)
     assert not found.unknown
     assert found.reached == {""}
     ((layout, place, shape),) = found.known[""]
@@ -41,5 +43,6 @@ def test_operations_without_samples_are_followed(loss: bool) -> None:
 
 def test_samples_that_mix_have_no_rows() -> None:
     x, w = torch.randn(N, 5), torch.randn(5, requires_grad=True)
-    found = rows_of_uses({"": {"w": w}}, lambda x: (x * w).mean(0), x, Hypothesis((0,), N), [[]], {}, routed=None)
+    graph = ForwardGraph((x * w).mean(0), [[]], N, hooked=False)
+    found = rows_of_uses({"": {"w": w}}, lambda x: (x * w).mean(0), x, Hypothesis((0,), N), graph, {}, routed=None)
     assert found.unknown == {""}

@@ -1,7 +1,5 @@
 """Convolutions, as functions."""
 
-import torch.nn.functional as F
-
 from ..layout import DIM_ZERO
 from ..per_sample import PerSample
 from ..rules.convolution import convolution_gradients
@@ -18,7 +16,6 @@ def convolution(call: OperationCall, index: int) -> PerSample | None:
         return None
     if index == 2:
         return call.g.flatten(2).sum(2)
-    a = F.pad(call.saved("input"), [side for pad in reversed(call.saved("padding")) for side in (pad, pad)])
-    kernel = tuple(call.shape(1)[2:])
-    stride, dilation = tuple(call.saved("stride")), tuple(call.saved("dilation"))
-    return convolution_gradients(a, call.g, kernel, stride, dilation, call.saved("groups"))["weight"]
+    stride, padding, dilation = (tuple(call.saved(name)) for name in ("stride", "padding", "dilation"))
+    kernel, groups = tuple(call.shape(1)[2:]), call.saved("groups")
+    return convolution_gradients(call.saved("input"), call.g, kernel, stride, padding, dilation, groups)["weight"]

@@ -18,27 +18,36 @@ __all__ = ["convolution", "convolution_gradients", "transposed_convolution"]
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
     """z = W ⋆ a + b, any number of spatial dimensions and every setting of ``nn.ConvNd``."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    a = _padded(module, inputs[0])
+    a, padding = _padded(module, inputs[0])
     expect_dims(module, a, len(module.kernel_size) + 2)
-    return convolution_gradients(a, g, module.kernel_size, module.stride, module.dilation, module.groups)
+    return convolution_gradients(a, g, module.kernel_size, module.stride, padding, module.dilation, module.groups)
 
 
 def convolution_gradients(
-    a: Tensor, g: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...], groups: int
+    a: Tensor,
+    g: Tensor,
+    kernel: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
 ) -> dict[str, PerSample]:
-    """Of weight and bias, for an input ``a`` that is padded already."""
+    """Of weight and bias, for an input ``a`` that zeros are added to at either end of each spatial dimension."""
     factor = g.flatten(2).unflatten(1, (groups, -1)).transpose(2, 3)
     fan_in = a.shape[1] // groups * math.prod(kernel)
     shape = (len(a), groups, math.prod(g.shape[2:]), fan_in)
-    patches = Patches(a, kernel, stride, dilation, groups, shape)
+    patches = Patches(a, kernel, stride, dilation, groups, shape, padding)
     return {"weight": Outer(patches, factor), "bias": bias_gradient(factor)}
 
 
-def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> Tensor:
-    sides = convolution_padding(module)
-    if not any(sides):
-        return a
-    return F.pad(a, sides, "constant" if module.padding_mode == "zeros" else module.padding_mode)
+def _padded(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, a: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input, and the zeros that are still to be added at either end of each spatial dimension."""
+    sides, zeros = convolution_padding(module), module.padding_mode == "zeros"
+    if zeros and sides[::2] == sides[1::2]:
+        return a, tuple(sides[-2::-2])
+    if any(sides):
+        a = F.pad(a, sides, "constant" if zeros else module.padding_mode)
+    return a, ()
 
 
 @rule_of(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, parameters=("weight", "bias"))

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..._arguments import require_integer, require_number
 from ...errors import InvalidArgumentError
 
 __all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "Budget", "HessianMethod"]
@@ -67,15 +68,17 @@ class Budget:
         """
         if method not in ("auto", "exact", "hutchinson"):
             raise InvalidArgumentError(f'method must be "auto", "exact" or "hutchinson", got {method!r}.')
-        if num_draws is not None and num_draws < 1:
-            raise InvalidArgumentError(f"num_draws must be at least 1, got {num_draws}.")
-        if rtol is not None and not rtol > 0:
-            raise InvalidArgumentError(f"rtol must be positive, got {rtol!r}.")
-        if max_hvps is not None and (method != "auto" or max_hvps < 0):
-            raise InvalidArgumentError(
-                f'max_hvps={max_hvps!r} must be at least 0, and goes with method="auto", which estimates the layers '
-                "that would take more."
-            )
+        if num_draws is not None:
+            require_integer("num_draws", num_draws, 1)
+        if rtol is not None:
+            require_number("rtol", rtol)
+        require_integer("max_draws", max_draws, 1)
+        if max_hvps is not None:
+            require_integer("max_hvps", max_hvps, 0)
+            if method != "auto":
+                raise InvalidArgumentError(
+                    f'max_hvps={max_hvps} goes with method="auto", which estimates the layers that would take more.'
+                )
         max_work = max_seconds = draw_seconds = math.inf
         if method == "auto" and max_hvps is None:
             max_hvps, max_work, max_seconds = MAX_HVPS, MAX_WORK, AUTO_SECONDS

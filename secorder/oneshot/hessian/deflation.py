@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks
+from ...results import relative_error
 from .budget import Budget
-from .estimate import Draw, relative_error
+from .estimate import Draw
 
 __all__ = ["PILOT_DRAWS", "Pilot", "Space", "deflated", "may_pay", "pilot"]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks
+from ...results import relative_error
 from .budget import Budget
 
-__all__ = ["ENOUGH", "Draw", "Estimate", "average", "relative_error"]
+__all__ = ["ENOUGH", "Draw", "Estimate", "average"]
 
 #: ``draw(k)`` gives k draws of each value, stacked.
 Draw = Callable[[int], list[Tensor]]
@@ -111,10 +112,3 @@ def average(
 
 def _relative(estimate: Estimate) -> float:
     return estimate.relative_error
-
-
-def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
-    """``‖standard error‖ / ‖values‖`` of a layer; 0 where both vanish."""
-    error = torch.cat([e.flatten() for e in errors]).norm().item()
-    norm = torch.cat([v.flatten() for v in values]).norm().item()
-    return 0.0 if error == 0 else error / norm if norm else math.inf

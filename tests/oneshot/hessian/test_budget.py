@@ -41,7 +41,7 @@ def test_products_that_were_timed_are_afforded_by_their_seconds() -> None:
         ({"num_draws": 0}, "num_draws must be"),
         ({"rtol": 0.0}, "rtol must be"),
         ({"rtol": math.nan}, "rtol must be"),
-        ({"max_hvps": -1}, "max_hvps=-1"),
+        ({"max_hvps": -1}, "max_hvps must be at least 0"),
         ({"method": "exact", "max_hvps": 3}, 'goes with method="auto"'),
         ({"num_draws": 20, "max_draws": 10}, "max_draws must be at least num_draws"),
     ],

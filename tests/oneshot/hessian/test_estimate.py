@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from secorder.oneshot.hessian.budget import Budget
-from secorder.oneshot.hessian.estimate import Draw, Estimate, average, relative_error
+from secorder.oneshot.hessian.estimate import Draw, Estimate, average
+from secorder.results import relative_error
 
 from ...helpers import seeded
 

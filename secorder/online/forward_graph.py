@@ -1,0 +1,77 @@
+"""The autograd graph of the one forward that a look differentiates, and what it tells by itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .._torch.engine import accumulate_node
+from .._torch.graph import Node, Users, users_of
+from .._torch.pytree import tensors_in
+from .._torch.sample_graph import samples_in_nodes
+from ..layers.layout import Layout
+from ..oneshot.recording import is_watch
+from .samples import floating
+
+__all__ = ["ForwardGraph", "Hooks"]
+
+
+class Hooks(TorchFunctionMode):
+    """Sees whether the model puts hooks on its tensors' gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.put = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.register_hook:
+            self.put |= not (len(args) > 1 and is_watch(args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardGraph:
+    """What one forward of a look computed.
+
+    Attributes:
+        output: of the model.
+        options: where the samples may be in each of its floating-point tensors.
+        count: number of samples.
+        hooked: whether hooks of the model's own may change gradients, which the graph does not tell.
+        leaves: that were added to layers' outputs, for the gradients there.
+    """
+
+    output: Any
+    options: Sequence[Sequence[Layout]]
+    count: int
+    hooked: bool
+    leaves: Sequence[Tensor] = ()
+
+    @cached_property
+    def ends(self) -> list[tuple[Tensor, Layout]]:
+        """The outputs that cotangents may be put on, and where the samples are in them."""
+        pairs = zip(floating(self.output), self.options, strict=False)
+        return [(f, o[0]) for f, o in pairs if o and f.requires_grad and not f.is_complex()]
+
+    @cached_property
+    def users(self) -> Users:
+        """The graph itself."""
+        return users_of(tensors_in(self.output))
+
+    @cached_property
+    def added(self) -> set[Node]:
+        """The nodes that are none of the model's own: those that add the leaves."""
+        return {user for leaf in self.leaves for user, _ in self.users.get(accumulate_node(leaf), ())}
+
+    @cached_property
+    def told(self) -> Mapping[tuple[Node, int], int | None] | None:
+        """Where it shows the samples to be (see :mod:`secorder._torch.sample_graph`); None where hooks pass it by."""
+        if self.hooked or not self.ends or self.count == 1:
+            return None
+        sizes = [layout.inner_size(f) for f, layout in self.ends]
+        return samples_in_nodes([f for f, _ in self.ends], sizes, self.count, tell_shared=True)
