@@ -8,6 +8,7 @@ from torch.func import functional_call
 
 from secorder import per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
+from .helpers import Net
 from .reference import assert_all_close, assert_close
 
 
@@ -31,6 +32,7 @@ MODELS = {
     "relu": lambda: nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)),
     "linear": lambda: nn.Sequential(nn.Linear(2, 2)),
     "deep_linear": lambda: nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, bias=False)),
+    "normalised": lambda: nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Tanh(), nn.Linear(3, 2)),
 }
 
 
@@ -50,6 +52,21 @@ def test_gradcheck(measure: str, name: str, kind: str) -> None:
         **({"fisher_type": "type-2"} if measure == "type-2" else {}),
     )
     assert torch.autograd.gradcheck(function, start)
+
+
+def test_gradcheck_of_an_output_that_another_one_depends_on() -> None:
+    """Each with a part in the loss, as the code of an autoencoder."""
+    model = Net(
+        lambda m, x: (m.decode(code := torch.tanh(m.encode(x))), code), encode=nn.Linear(3, 2), decode=nn.Linear(2, 3)
+    )
+    loss_fn = lambda f, t: F.mse_loss(f[0], t) + f[1].exp().sum(1).mean()  # noqa: E731
+    inputs = torch.randn(3, 3)
+    for kind in ("empirical", "type-2"):
+        plain = per_layer_fisher_diagonal(model, loss_fn, inputs, inputs, fisher_type=kind)
+        function, start = diagonals_of(per_layer_fisher_diagonal, model, loss_fn, inputs, inputs, fisher_type=kind)
+        for found, expected in zip(function(*start), plain.values(), strict=True):
+            assert_close(found.detach(), expected)
+        assert torch.autograd.gradcheck(function, start)
 
 
 def test_convolution_gradcheck() -> None:

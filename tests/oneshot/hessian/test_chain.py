@@ -116,7 +116,7 @@ def test_what_is_a_chain_is_carried_also_by_a_forward_of_ones_own() -> None:
 
 def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("secorder.oneshot.hessian.chain._BYTES", 1000)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain._CACHED_BYTES", 600)
     assert set(held(mlp(2, 4, 5, 4, 3), F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,))).values()) == {
         "chain"
     }
