@@ -82,7 +82,7 @@ def second_backward(
     else:
         names = [layer.name for layer in fisher.layers]
         for name in owners:
-            fisher.failures[names.index(name)].add_(before != now)
+            fisher.failures.counts[names.index(name)].add_(before != now)
 
 
 def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
@@ -141,7 +141,7 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     for index, layer in chosen:
         holders = {layer.name}.union(*[one.holders(layer.name) for one in tied]) if tied else (layer.name,)
         found += backward.audit.compared(index, layer.parameters, holders)
-    fisher.audits.compare(found)
+    fisher.failures.compare(found)
 
 
 def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
@@ -160,13 +160,13 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
             backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
         )
         if unseen and p.grad is not None and record.moved(p):
-            fisher.failures[index].add_((local(p.grad) != 0).any())
+            fisher.failures.counts[index].add_((local(p.grad) != 0).any())
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:
     """Layers that are trained by calls that no hook sees are not told."""
     for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
-        fisher.failures[index].add_(moved)
+        fisher.failures.counts[index].add_(moved)
 
 
 def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:

@@ -129,7 +129,7 @@ class OnlineFisher:
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
                 record.waiting.clear()
-        self.audits = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
+        self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
@@ -161,12 +161,7 @@ class OnlineFisher:
         if self.seen.device != first.device:
             self.seen = self.seen.to(first)
             self.norms = self.norms.to(first.device)
-            self.audits = self.audits.to(first.device)
-
-    @property
-    def failures(self) -> Tensor:
-        """Of each layer, how many audits it has failed, shape ``(layers,)``, to be read or changed in place."""
-        return self.audits.counts
+            self.failures = self.failures.to(first.device)
 
     # ---- what records bring
 
@@ -302,7 +297,7 @@ class OnlineFisher:
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
-                        self.failures[index].add_(local(p.grad).abs().sum() != 0)
+                        self.failures.counts[index].add_(local(p.grad).abs().sum() != 0)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:
