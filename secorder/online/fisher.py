@@ -51,6 +51,9 @@ _INTERRUPTED = (
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
 
+#: Numbers that are added up by one operation on a stack of them rather than by one each.
+MANY = 8
+
 #: Threads add to the sums one after the other.
 ADDING = threading.Lock()
 
@@ -266,7 +269,8 @@ class OnlineFisher:
                 agree(self.ranks, layer.name, bad=False)
             return None
         first, *rest = [total for total in totals if total is not None]
-        good = finite(sum((total if total.device == first.device else total.to(first) for total in rest), first))
+        others = [total if total.device == first.device else total.to(first) for total in rest]
+        good = finite(sum(others, first) if len(others) < MANY else torch.stack([first, *others]).sum())
         if self.ranks is not None:  # all ranks leave the batch out, or none
             good = good.new_tensor(not agree(self.ranks, layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):
