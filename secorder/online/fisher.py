@@ -28,7 +28,7 @@ from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .failures import Failures
-from .finite import finite
+from .finite import all_finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights
@@ -50,9 +50,6 @@ _INTERRUPTED = (
 
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
-
-#: Numbers that are added up by one operation on a stack of them rather than by one each.
-MANY = 8
 
 #: Threads add to the sums one after the other.
 ADDING = threading.Lock()
@@ -268,9 +265,7 @@ class OnlineFisher:
             if self.ranks is not None:
                 agree(self.ranks, layer.name, bad=False)
             return None
-        first, *rest = [total for total in totals if total is not None]
-        others = [total if total.device == first.device else total.to(first) for total in rest]
-        good = finite(sum(others, first) if len(others) < MANY else torch.stack([first, *others]).sum())
+        good = all_finite([total for total in totals if total is not None])
         if self.ranks is not None:  # all ranks leave the batch out, or none
             good = good.new_tensor(not agree(self.ranks, layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):
