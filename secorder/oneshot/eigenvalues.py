@@ -148,8 +148,8 @@ def lanczos_steps(
 ) -> Generator[Tensor, Tensor, Eigenvalues]:
     """:func:`lanczos` that yields each vector whose product it is to be sent.
 
-    Two products in turn must meet the tolerance: one may do so without an extreme eigenvalue, whose vector the start had
-    next to nothing of, and which the next one mostly shows.
+    Two products in turn must meet the tolerance: one may do so without an extreme eigenvalue, of whose vector the start
+    had next to nothing, and which the next one mostly shows.
     """
     space = start.new_empty(min(iterations, 16), start.numel())  # the basis, with room to grow
     torch.div(start, start.norm(), out=space[0])

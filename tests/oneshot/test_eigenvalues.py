@@ -94,7 +94,7 @@ def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
 
 
 def test_no_more_products_than_the_tolerance_takes() -> None:
-    """Of a matrix: two products fewer, and the residual is above what was asked, which two products in turn must meet."""
+    """Of a matrix: two products fewer, and the residual is above what was asked, which two in turn must meet."""
     values = torch.cat([torch.linspace(-1, 1, 40), torch.tensor([3.0, 5.0])])
     start = torch.randn(42, generator=seeded())
     asked = 1e-4
