@@ -297,9 +297,9 @@ class Audit:
         """The random vectors of layers' weights, looked at or not; None unless all are as their factors are."""
         found = []
         for one in layers:
-            weight = one.layer.parameters["weight"]
+            weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
             number = self._numbers.get(id(weight))
-            apart = number is not None and number.bias is not one.layer.parameters.get("bias")
+            apart = (number is not None and number.bias is not bias) or id(bias) in self._numbers  # a frozen weight's
             if apart or weight.dtype is not one.inputs.dtype:
                 return None
             found.append(self._directions.vectors(weight) if number is None else number.vectors)
