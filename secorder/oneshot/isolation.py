@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
+from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
@@ -228,6 +229,8 @@ def isolate(
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = get_random_state(cuda)
         stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
+        if create_graph:
+            stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
