@@ -99,7 +99,7 @@ def everything(fisher: OnlineFisher) -> Stretch:
 def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
     audit_uncalled(fisher)
-    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.tolist(), strict=True) if count]
+    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
     return {**dict.fromkeys(failed, OUTSIDE), **fisher.troubles.marks}
 
 
