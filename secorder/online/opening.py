@@ -133,7 +133,8 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
             found = {name: now[name] for name in shapes if name in now}
             if {name: p.shape for name, p in found.items()} != shapes:
                 fisher.troubles.mark(
-                    [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
+                    [layer.name],
+                    "its parameters have other names or other shapes now (parametrized, pruned): make a new probe.",
                 )
                 continue
             if not all(p.is_leaf for p in found.values()):

@@ -884,7 +884,7 @@ def test_parameters_that_are_computed_from_others() -> None:
         with pytest.warns(CurvatureWarning, match="computed from others"):
             output = torch.func.functional_call(model, adapted, (inputs,))
         F.cross_entropy(output, targets).backward()
-        with pytest.raises(AttributionError):
+        with pytest.raises(AttributionError, match="functional_call"):
             probe.fisher_diagonal()
 
 
