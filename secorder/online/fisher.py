@@ -31,7 +31,7 @@ from .failures import Failures
 from .finite import all_finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
-from .reduction import Weights
+from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
 from .sums import LayerSums, count_together, empty
@@ -173,9 +173,9 @@ class OnlineFisher:
     def loss_scale_of(self, backward: Backward | None) -> float:
         """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
         if backward is None:
-            return float(self.loss_scale())
+            return usable_scale(self.loss_scale())
         if backward.loss_scale is None:
-            backward.loss_scale = float(self.loss_scale())
+            backward.loss_scale = usable_scale(self.loss_scale())
         return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
