@@ -295,7 +295,7 @@ class CurvatureProbe:
 
     @property
     def accumulate(self) -> Accumulate:
-        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        """What is accumulated, ``"diagonal"`` or ``"trace"``."""
         return self._fisher.accumulate
 
     @property
@@ -971,7 +971,7 @@ class CurvatureProbe:
 
     @property
     def data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
-        """For a data set: the model, where samples are in its inputs, and the reduction that was told."""
+        """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
     @contextmanager

@@ -43,7 +43,7 @@ from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
-from .state import State
+from .state import State, code_of
 
 __all__ = [
     "IsolatedModel",
@@ -60,9 +60,9 @@ class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
 
-#: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
-#: that it knows is no state of a forward.
-LEVELS_OF_HOOKS = 3
+#: How far from a hook on the model, or a method, its state is looked for: itself, what it holds, containers in that.
+#: A trainer that it knows is no state of a forward.
+LEVELS_OF_CODE = 3
 
 #: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
 LEVELS_OF_ARGUMENTS = 4
@@ -242,13 +242,13 @@ def isolate(
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own, of_hooks = State(modules, tensors), _state_of_hooks(modules, tensors)
+        own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
         values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
-        states = [state for state in (own, of_hooks, loss_state, values) if state is not None]
+        states = [state for state in (own, of_code, loss_state, values) if state is not None]
         for state in states:
             stack.callback(state.restore)
         ran = False
@@ -270,12 +270,13 @@ def isolate(
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state, values)
 
 
-def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
-    """What the user's hooks on modules keep, and function modes that the user has set."""
+def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
+    """What the user's hooks on modules, their own methods, and function modes that are set keep outside of modules."""
     hooks = [hook for m in modules for hook in forward_hooks(m)]
     hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
-    hooks += [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
-    return State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
+    modes = [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
+    roots = [*hooks, *modes, *code_of(modules)]
+    return State(roots, [*modules, *tensors], levels=LEVELS_OF_CODE) if roots else None
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot.hessian.block import Block
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import choose
 from secorder.oneshot.hessian.facts import Facts
@@ -192,6 +193,20 @@ def test_what_fails_on_the_way_goes_by_other_strategies(monkeypatch: pytest.Monk
     torch.manual_seed(0)
     monkeypatch.setattr("secorder.oneshot.hessian.chain.batched_gradients", fails)
     model = Net(lambda m, x: m.c((lambda h: h + m.b(h.tanh()))(torch.tanh(m.a(x)))), **parts())
+    strategies = held(model, F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)))
+    assert "chain" not in strategies.values()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=["known to be piecewise linear", "smooth"])
+def test_what_fails_on_a_chain_known_by_its_structure_does_so_too(
+    activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.ones(2) @ torch.ones(3)  # an error of an operator's, such as of memory that is not there
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(Block, "before_matrix", fails)
+    model = nn.Sequential(nn.Linear(2, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 3))
     strategies = held(model, F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)))
     assert "chain" not in strategies.values()
 
