@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = [
     "Place",
     "backward_hooks",
+    "backward_hooks_on_all_modules",
     "backward_hooks_removed",
     "batch_normalisation",
     "buffer_places",
@@ -120,6 +121,12 @@ def hooks_on_all_modules() -> list[Any]:
     """The hooks that every module calls after and before its forward."""
     found = torch.nn.modules.module
     return [*found._global_forward_hooks.values(), *found._global_forward_pre_hooks.values()]
+
+
+def backward_hooks_on_all_modules() -> list[Any]:
+    """The hooks that every module calls on gradients."""
+    found = torch.nn.modules.module
+    return [*found._global_backward_hooks.values(), *found._global_backward_pre_hooks.values()]
 
 
 @contextmanager

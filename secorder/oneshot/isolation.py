@@ -84,8 +84,10 @@ class IsolatedModel:
         loss_state: State | None = None,
         take_loss_state: Callable[[State | None], State] | None = None,
         values: ParameterValues | None = None,
+        pure: bool = False,
     ) -> None:
         self.model = model
+        self._pure = pure
         self._values = values
         self._replacements = replacements
         self._originals = originals
@@ -122,6 +124,9 @@ class IsolatedModel:
         ambient: AutocastState | None = None,
     ) -> Any:
         """``forward(arguments)`` from the same (or the given) state, on copies of the tensors, which may be changed."""
+        if self._pure and not any(t.is_inference() for t in tensors_in(arguments)):
+            with autocast(self._ambient if ambient is None else ambient):
+                return forward(arguments)
         self._restart(random_state)
         copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
 
@@ -178,7 +183,7 @@ class IsolatedModel:
 
     def require_replacements(self, result: Any) -> None:
         """Raise :class:`ReplacementsBypassed` if tensors of the result depend on a parameter that was replaced."""
-        ends = [t for t in tensors_in(result) if t.requires_grad]
+        ends = [] if self._pure else [t for t in tensors_in(result) if t.requires_grad]
         if ends and self._originals:
             reached = gradients(ends, self._originals, [torch.ones_like(t) for t in ends])
             if any(g is not None for g in reached):
@@ -207,6 +212,7 @@ def isolate(
     *,
     create_graph: bool = False,
     direct: bool = False,
+    pure: bool = False,
 ) -> Iterator[IsolatedModel]:
     """Isolate a model and its loss for passes of our own.
 
@@ -216,6 +222,8 @@ def isolate(
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
         direct: leave all of them in their places.
+        pure: neither the model nor the loss changes anything, draws random numbers or holds tensors in other places
+            than those of parameters and buffers: then there is nothing to be put back between runs.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     whole = list(model.modules())
@@ -226,7 +234,7 @@ def isolate(
     held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        start = get_random_state(cuda)
+        start = None if pure else get_random_state(cuda)
         stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
@@ -239,12 +247,12 @@ def isolate(
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own, of_hooks = State(modules, tensors), _state_of_hooks(modules, tensors)
+        own, of_hooks = (None, None) if pure else (State(modules, tensors), _state_of_hooks(modules, tensors))
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
+        values = None if pure else ParameterValues(model, replacements.values(), anew=loss_fn is None)
         states = [state for state in (own, of_hooks, loss_state, values) if state is not None]
         for state in states:
             stack.callback(state.restore)
@@ -255,7 +263,8 @@ def isolate(
             for state in states if ran else ():
                 state.restore()
             ran = True
-            set_random_state(random_state or start, cuda)
+            if start is not None:
+                set_random_state(random_state or start, cuda)
             copies: dict[int, Tensor] = {}
             for place in buffers:
                 buffer = place.value
@@ -264,7 +273,8 @@ def isolate(
                 place.put(copies[id(buffer)])
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state, values)
+        of_loss = loss_state, take_loss_state
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values, pure)
 
 
 def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
@@ -276,12 +286,14 @@ def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> 
 
 
 @contextmanager
-def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+def _own_settings(
+    model: nn.Module, state: RandomState | None, cuda: Sequence[int], *, in_training: bool
+) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
         model: the model.
-        state: of random numbers, which it is put back to.
+        state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
         in_training: whether it is in the middle of the user's.
     """
@@ -298,7 +310,8 @@ def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, 
         stack.enter_context(eager())
         stack.enter_context(plain_checkpoints())
         stack.enter_context(no_autocast())
-        stack.callback(set_random_state, state, cuda)
+        if state is not None:
+            stack.callback(set_random_state, state, cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
