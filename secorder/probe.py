@@ -30,7 +30,7 @@ from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
-from .oneshot.told import warn_if_estimated, warn_if_not_finite
+from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
@@ -295,7 +295,7 @@ class CurvatureProbe:
 
     @property
     def accumulate(self) -> Accumulate:
-        """What is accumulated: ``"diagonal"`` or ``"trace"``."""
+        """What is accumulated, ``"diagonal"`` or ``"trace"``."""
         return self._fisher.accumulate
 
     @property
@@ -656,6 +656,7 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
         warn_if_not_finite(hessian, "Hessian")
+        warn_if_inexact(self._fisher.layers)
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
@@ -722,6 +723,8 @@ class CurvatureProbe:
         )
         if method == "auto":
             warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
+        if of == "hessian":
+            warn_if_inexact(self._fisher.layers)
         return found
 
     def hessian_eigenvalues(
@@ -766,6 +769,8 @@ class CurvatureProbe:
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
         """
         check_curvature(of, by)
+        if of == "hessian":
+            warn_if_inexact(self._fisher.layers)
         require_integer("count", count, 1)
         require_integer("max_iterations", max_iterations, 1)
         require_number("tolerance", tolerance, zero=True)
@@ -966,7 +971,7 @@ class CurvatureProbe:
 
     @property
     def data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
-        """For a data set: the model, where samples are in its inputs, and the reduction that was told."""
+        """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
     @contextmanager

@@ -197,7 +197,7 @@ class Diagonals(dict[str, Tensor]):
 
     @property
     def total(self) -> float:
-        """The sum of all entries of all layers: the trace of the whole matrix (of sharded parameters, gathered)."""
+        """The sum of all entries of all layers, the trace of the whole matrix (of sharded parameters, gathered)."""
         return sum(self._traces().values())
 
     def shares(self) -> dict[str, float]:

@@ -29,7 +29,7 @@ def online(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, redu
 def check(model: nn.Module, loss_fn: Any, inputs: Tensor, targets: Tensor, reduction: str = "mean") -> None:
     fisher = fisher_by_sample(model, loss_fn, inputs, targets, len(inputs))
     hessian = hessian_by_element(model, loss_fn, inputs, targets)
-    found = per_layer_hessian_diagonal(model, loss_fn, inputs, targets).by_parameter()
+    found = per_layer_hessian_diagonal(model, loss_fn, inputs, targets, method="exact").by_parameter()
     assert set(found) == set(hessian)
     assert_all_close(found, hessian)
     assert_all_close(per_layer_fisher_diagonal(model, loss_fn, inputs, targets).by_parameter(), fisher)
@@ -184,7 +184,7 @@ def test_weighted_classes_one_shot() -> None:
     inputs, targets = torch.randn(N, 4), torch.tensor([0, 1, 2, 2, 0])
     found = per_layer_fisher_diagonal(model, loss_fn, inputs, targets).by_parameter()
     assert_all_close(found, fisher_by_sample(model, loss_fn, inputs, targets, N))
-    found = per_layer_hessian_diagonal(model, loss_fn, inputs, targets).by_parameter()
+    found = per_layer_hessian_diagonal(model, loss_fn, inputs, targets, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, loss_fn, inputs, targets))
 
 
@@ -205,8 +205,8 @@ def test_one_sample() -> None:
 def test_chunks_do_not_change_the_result(chunk_size: int) -> None:
     model = nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 3))
     inputs, targets = torch.randn(N, 4), torch.randint(3, (N,))
-    whole = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets)
-    parts = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, chunk_size=chunk_size)
+    whole = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, method="exact")
+    parts = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, chunk_size=chunk_size, method="exact")
     assert_all_close(parts, whole)
     whole = per_layer_fisher_diagonal(model, F.cross_entropy, inputs, targets, fisher_type="type-2")
     parts = per_layer_fisher_diagonal(
@@ -219,16 +219,16 @@ def test_ways_are_as_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     """The matrix must exercise each exact strategy, not one of them alone; chains are carried before all others."""
     inputs, targets = torch.randn(N, 4), torch.randint(3, (N,))
     tanh = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-    info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info
+    info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets, method="exact").info
     assert {i.strategy for i in info.values()} == {"chain"}
     monkeypatch.setattr("secorder.oneshot.hessian.investigate.find_chain", lambda *_: None)
-    info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets).info
+    info = per_layer_hessian_diagonal(tanh, F.cross_entropy, inputs, targets, method="exact").info
     assert (info["0"].strategy, info["2"].strategy) == ("output-basis", "columns")
     images = torch.randn(N, 1, 6, 6)
     conv = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(50, 3))
-    info = per_layer_hessian_diagonal(conv, F.cross_entropy, images, targets).info
+    info = per_layer_hessian_diagonal(conv, F.cross_entropy, images, targets, method="exact").info
     assert (info["0"].strategy, info["3"].strategy) == ("parameter-basis", "columns")
     relu = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    info = per_layer_hessian_diagonal(relu, F.cross_entropy, inputs, targets).info
+    info = per_layer_hessian_diagonal(relu, F.cross_entropy, inputs, targets, method="exact").info
     assert {i.strategy for i in info.values()} == {"columns"}
     assert all(i.num_hvps > 0 for i in info.values())

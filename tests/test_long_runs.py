@@ -160,7 +160,6 @@ PLACES: dict[str, Any] = {
     "wait": delivery,
     "add_waiting": closing,
     "_add": waiting,
-    "_add_side_by_side": waiting,
     "bring_rank_one": capture,
     "check_together": backward,
     "close": backward,

@@ -39,6 +39,7 @@ class Segment:
         leaves: the leaves inside with samples in dim 0, by ``id``; of a segment that does nothing, the leaf is added
             to its output.
         weight: of a matrix, (in, out).
+        piecewise_linear: of a function of each element, whether its nodes tell that it has no second derivative.
         work: multiplications of one sample's forward, about.
     """
 
@@ -49,6 +50,7 @@ class Segment:
     shape_before: tuple[int, ...] = ()
     leaves: list[int] = field(default_factory=list)
     weight: Tensor | None = None
+    piecewise_linear: bool = False
     work: int = 0
 
 
@@ -59,6 +61,11 @@ _ELEMENTWISE = frozenset({
     "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus", "Elu",
     "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax", "Where", "MaskedFill",
     "Clone", "Alias", "NativeDropout", "Addcmul", "Addcdiv", "Expand",
+})  # fmt: skip
+#: Those of them that have no second derivative, as autograd has it.
+_PIECEWISE_LINEAR = frozenset({
+    "Add", "Sub", "Rsub", "Neg", "Abs", "Relu", "Threshold", "LeakyRelu", "Hardtanh", "Clamp", "ClampMin", "ClampMax",
+    "Where", "MaskedFill", "Clone", "Alias", "NativeDropout",
 })  # fmt: skip
 _RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"})
 _NUMBERED = re.compile(r"Backward\d+$")
@@ -160,6 +167,7 @@ def _segment(
         found.kind = Kind.SAME
     elif not found.leaves and all(_is_elementwise(node, leads, shape) for node in nodes) and shape == before:
         found.kind = Kind.ELEMENTWISE
+        found.piecewise_linear = all(_is_piecewise_linear(node, leads) for node in nodes)
     elif len(nodes) == 1 and not found.leaves and name in ("Addmm", "Mm") and before[:1] == (count,):
         found.weight = _matrix(nodes[0], name, leads, before)
         found.kind = Kind.GENERAL if found.weight is None else Kind.LINEAR
@@ -188,6 +196,11 @@ def _is_identity(dims: Sequence[int]) -> bool:
 def _is_elementwise(node: Any, leads: set[Any], shape: tuple[int, ...]) -> bool:
     live = [(f, index) for f, index in node.next_functions if f in leads]
     return _name(node) in _ELEMENTWISE and all(_shape(f, index) == shape for f, index in live)
+
+
+def _is_piecewise_linear(node: Any, leads: set[Any]) -> bool:
+    name, live = _name(node), [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
+    return name in _PIECEWISE_LINEAR or (name == "Mul" and len(live) == 1) or (name == "Div" and live == [0])
 
 
 def _matrix(node: Any, name: str, leads: set[Any], before: tuple[int, ...]) -> Tensor | None:

@@ -17,6 +17,7 @@ __all__ = [
     "current_backward",
     "executes_all",
     "first_gradient_hook",
+    "graph_is_kept",
     "in_backward",
     "leaf_variables",
     "will_accumulate",
@@ -30,6 +31,11 @@ def current_backward() -> int | None:
     """
     number: int = torch._C._current_graph_task_id()
     return None if number == -1 else number
+
+
+def graph_is_kept() -> bool:
+    """Whether the backward pass that runs now keeps what its nodes have saved, so that another may follow."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def in_backward() -> bool:

@@ -1,7 +1,7 @@
 """What float32 is rounded to by PyTorch's settings: TF32 on tensor cores, bfloat16 on some processors."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,9 @@ _SETTINGS: dict[tuple[str, Operation], tuple[str, str]] = {
 }
 _BY_OPERATION = hasattr(torch.backends.cudnn, "conv")
 
+#: What the older words are for float32 proper.
+_FULL = ("highest", False)
+
 
 def rounding_of_products(device: torch.device, operation: Operation = "product") -> float:
     """The relative error that a setting allows in factors of float32; zero where they are taken as they are.
@@ -45,29 +48,42 @@ def rounding_of_products(device: torch.device, operation: Operation = "product")
 @contextmanager
 def full_float32() -> Iterator[None]:
     """Products, convolutions and recurrent layers in float32 proper, whatever the settings; these are put back."""
-    settings = [_setting(place) for place in _SETTINGS.values()] if _BY_OPERATION else []
-    before = [setting.fp32_precision for setting in settings]
-    undo = ExitStack()
+    kept = [(setting, setting.fp32_precision) for setting in map(_setting, _SETTINGS.values())] if _BY_OPERATION else []
+    older = _in_older_words()
     try:
-        matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    except RuntimeError:  # made operation by operation: PyTorch refuses to tell them in the older words
-        for setting, value in zip(settings, before, strict=True):
-            if value in _ROUNDED:
-                setting.fp32_precision = "ieee"
-    else:
-        if matmul != "highest":
-            undo.callback(torch.set_float32_matmul_precision, matmul)
-            torch.set_float32_matmul_precision("highest")
-        if convolutions:
-            undo.callback(setattr, torch.backends.cudnn, "allow_tf32", True)
-            torch.backends.cudnn.allow_tf32 = False
-    try:
+        if older is None:
+            _set_by_operation([(setting, "ieee") for setting, value in kept if value in _ROUNDED])
+        else:
+            _set_in_older_words(older, _FULL)
         yield
     finally:
-        undo.close()
-        for setting, value in zip(settings, before, strict=True):
-            if setting.fp32_precision != value:
-                setting.fp32_precision = value
+        if older is not None:
+            _set_in_older_words(_FULL, older)
+        _set_by_operation(kept)  # an older word stands for several
+
+
+def _in_older_words() -> tuple[str, bool] | None:
+    """The settings for products and convolutions as they were called before PyTorch 2.9.
+
+    None where they were made by operation: PyTorch refuses to tell them in the older words then.
+    """
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        return None
+
+
+def _set_in_older_words(before: tuple[str, bool], after: tuple[str, bool]) -> None:
+    if before[0] != after[0]:
+        torch.set_float32_matmul_precision(after[0])
+    if before[1] != after[1]:
+        torch.backends.cudnn.allow_tf32 = after[1]
+
+
+def _set_by_operation(settings: Sequence[tuple[Any, str]]) -> None:
+    for setting, value in settings:
+        if setting.fp32_precision != value:
+            setting.fp32_precision = value
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .failures import is_out_of_memory, is_users_own, is_vmap_failure
 from .memory import free_memory
 
 __all__ = [
+    "ACCELERATOR_CHUNK_BYTES",
     "check_chunk_size",
     "chunks",
     "default_chunk_size",

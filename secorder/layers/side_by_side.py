@@ -1,7 +1,7 @@
 """The factors of several small layers side by side in one matrix: apart, each costs the calls of many operations.
 
-A block of columns for the inputs of each layer, and then one for the cotangents of each: what is asked of every layer
-is one operation on all columns, or a product with a matrix that tells the blocks.
+A block of columns for the inputs of each layer, then one for the cotangents of each, and a column of ones, the input of
+biases: what is asked of every layer is one operation on all columns, or a product with a matrix that tells the blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,17 +20,16 @@ class Frame(NamedTuple):
 
     Attributes:
         widths: of the blocks.
-        owners: shape ``(columns, layers)``, one where a column is a layer's.
-        blocks: shape ``(columns, 2 · layers)``, one where a column is in a block.
-        random: the same with random numbers in place of ones.
-        with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
+        owners: shape ``(layers, columns)``, one where a column is a layer's; the last one, of ones, is nobody's.
+        blocks: shape ``(columns, 2 · layers)``, one where a column is in a block; the last one is in those of inputs
+            of a layer with a bias.
+        random: the same with random numbers in place of ones, but for the last column.
     """
 
     widths: list[int]
     owners: Tensor
     blocks: Tensor
     random: Tensor
-    with_bias: Tensor
 
 
 def frame_of(vectors: Sequence[tuple[Tensor, Tensor]], with_bias: Tensor) -> Frame:
@@ -38,13 +37,14 @@ def frame_of(vectors: Sequence[tuple[Tensor, Tensor]], with_bias: Tensor) -> Fra
 
     Args:
         vectors: of each, random numbers for its outputs and its inputs.
-        with_bias: as of :class:`Frame`.
+        with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
     """
     parts = [s for _, s in vectors] + [r for r, _ in vectors]
+    last = torch.cat([with_bias, torch.zeros_like(with_bias)])[None]
     blocks = torch.block_diag(*[torch.ones_like(part)[:, None] for part in parts])
     random = torch.block_diag(*[part[:, None] for part in parts])
-    of_inputs, of_cotangents = blocks.chunk(2, 1)
-    return Frame([len(part) for part in parts], of_inputs + of_cotangents, blocks, random, with_bias)
+    owners = torch.cat([blocks, torch.zeros_like(last)]).t().unflatten(0, (2, -1)).sum(0)
+    return Frame([*map(len, parts), 1], owners, torch.cat([blocks, last]), torch.cat([random, last]))
 
 
 class SideBySide:
@@ -57,39 +57,37 @@ class SideBySide:
 
     def __init__(self, frame: Frame, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._frame = frame
-        self._columns = torch.cat([a for a, _ in factors] + [g for _, g in factors], 1)
+        ones = factors[0][0].new_ones(len(factors[0][0]), 1)
+        self._columns = torch.cat([a for a, _ in factors] + [g for _, g in factors] + [ones], 1)
         self._squares = self._columns * self._columns
         self._sums = self._squares.sum(0)
+        self._bad: Tensor | None = None
 
     def finite(self) -> Tensor:
         """Of each layer, whether all squares are finite; where they are not, they are zero from now on."""
         owners = self._frame.owners
-        bad = (self._sums - self._sums) != 0
-        goods = torch.mv(owners.t(), bad.to(owners.dtype)) == 0
-        self._columns.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.mv(owners, goods.to(owners.dtype)))
+        found = torch.mv(owners, ((self._sums - self._sums) != 0).to(owners.dtype))
+        goods, self._bad = found == 0, found != 0
+        self._columns.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.mv(owners.t(), found) == 0)
         torch.mul(self._columns, self._columns, out=self._squares)
         self._sums = self._squares.sum(0)
         return goods
 
     def explained(self) -> tuple[Tensor, Tensor]:
-        """Of each layer rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more; and what rounding is relative to.
+        """Of each layer rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more; not finite where it is not.
 
-        The square of the latter: of each factor's norm and that of its product with random numbers.
+        And the square of what its rounding is relative to, the norms of both factors.
         """
-        blocks, with_bias = self._frame.blocks, self._frame.with_bias
-        products = torch.mm(self._columns, self._frame.random)
-        count, layers = len(products), len(with_bias)
-        products[:, :layers] += with_bias
-        sizes = torch.mv(blocks.t(), self._sums) + (products * products).sum(0)
-        sizes[:layers].add_(with_bias, alpha=count)
-        right, left = products.chunk(2, 1)
-        of_inputs, of_cotangents = sizes.chunk(2)
-        return (left * right).sum(0), of_cotangents * of_inputs
+        right, left = torch.mm(self._columns, self._frame.random).chunk(2, 1)
+        of_inputs, of_cotangents = torch.mv(self._frame.blocks.t(), self._sums).chunk(2)
+        values = (left * right).sum(0)
+        return values if self._bad is None else values.masked_fill_(self._bad, torch.nan), of_cotangents * of_inputs
 
     def norms(self) -> Tensor:
-        """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``."""
+        """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``; not finite where it is not."""
         of_a, of_g = torch.mm(self._squares, self._frame.blocks).t().chunk(2)
-        return torch.addcmul(self._frame.with_bias[:, None] * of_g, of_g, of_a)
+        norms = of_a * of_g
+        return norms if self._bad is None else norms.masked_fill_(self._bad[:, None], torch.nan)
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n².
@@ -100,7 +98,7 @@ class SideBySide:
             alpha: factor of what is added.
         """
         widths, layers = self._frame.widths, len(outs)
-        of_g = self._sums.split(widths)[layers:]
+        of_g = self._sums.split(widths)[layers:-1]
         biases = [(own["bias"], part) for own, part in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)

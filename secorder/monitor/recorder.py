@@ -335,7 +335,7 @@ class CurvatureRecorder:
 
     @property
     def history(self) -> History:
-        """What was logged: ``to_dict()`` and ``to_pandas()`` make a table of it."""
+        """What was logged, of which ``to_dict()`` and ``to_pandas()`` make a table."""
         return self._log.history
 
     @property

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.collectives import all_reduce
 from .._torch.fsdp import local
 
 __all__ = ["STACKED", "norms", "stacks"]
@@ -82,6 +82,6 @@ def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:
     for (mesh, cut), alike in ways.items():
         squares = numbers[alike].square()
         for dim in cut:
-            dist.all_reduce(squares, group=mesh.get_group(dim))
+            all_reduce(squares, group=mesh.get_group(dim))
         numbers[alike] = squares.sqrt()
     return numbers

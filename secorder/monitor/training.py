@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.collectives import all_reduce
 from ..errors import InvalidTypeError
 
 __all__ = ["learning_rates", "mean_loss", "number_of"]
@@ -38,7 +38,7 @@ def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:
         return float(total) / count
     numbers = torch.stack([torch.as_tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)])
     numbers = numbers.to(total.device if isinstance(total, Tensor) else numbers.device)
-    dist.all_reduce(numbers)
+    all_reduce(numbers)
     return float(numbers[0] / numbers[1])
 
 

@@ -56,14 +56,15 @@ def require_sum(
 ) -> None:
     """Raise unless what is pulled back of two cotangents' sum is the sum of theirs, by ``id`` of where it ends.
 
+    What is far below the others' gradients may be all rounding, as that of a bias that a normalisation takes off again.
+
     Raises:
         AttributionError: it is not.
     """
-    for end in ends:
-        first, second, together = (found[id(end)].detach() for found in (one, other, both))
-        if not first.numel():
-            continue
-        bound = rounding(together.dtype) * torch.maximum(first.abs(), second.abs()).amax()
+    pulled = [tuple(found[id(end)].detach() for found in (one, other, both)) for end in ends if end.numel()]
+    sizes = [torch.maximum(first.abs(), second.abs()).amax() for first, second, _ in pulled]
+    for (first, second, together), size in zip(pulled, sizes, strict=True):
+        bound = rounding(together.dtype) * torch.maximum(size, max(sizes).to(size) / 16)
         if bool(((first + second - together).abs() > bound).any()):
             raise AttributionError(
                 "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "

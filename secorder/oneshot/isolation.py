@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.compiler import eager
+from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
@@ -42,7 +43,7 @@ from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
-from .state import State
+from .state import State, code_of
 
 __all__ = [
     "IsolatedModel",
@@ -59,9 +60,9 @@ class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
 
-#: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
-#: that it knows is no state of a forward.
-LEVELS_OF_HOOKS = 3
+#: How far from a hook on the model, or a method, its state is looked for: itself, what it holds, containers in that.
+#: A trainer that it knows is no state of a forward.
+LEVELS_OF_CODE = 3
 
 #: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
 LEVELS_OF_ARGUMENTS = 4
@@ -222,8 +223,7 @@ def isolate(
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
         direct: leave all of them in their places.
-        pure: neither the model nor the loss changes anything, draws random numbers or holds tensors in other places
-            than those of parameters and buffers: then there is nothing to be put back between runs.
+        pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     whole = list(model.modules())
@@ -236,6 +236,8 @@ def isolate(
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = None if pure else get_random_state(cuda)
         stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
+        if create_graph:
+            stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
@@ -247,13 +249,13 @@ def isolate(
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own, of_hooks = (None, None) if pure else (State(modules, tensors), _state_of_hooks(modules, tensors))
+        own, of_code = (None, None) if pure else (State(modules, tensors), _state_of_code(modules, tensors))
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
         values = None if pure else ParameterValues(model, replacements.values(), anew=loss_fn is None)
-        states = [state for state in (own, of_hooks, loss_state, values) if state is not None]
+        states = [state for state in (own, of_code, loss_state, values) if state is not None]
         for state in states:
             stack.callback(state.restore)
         ran = False
@@ -277,17 +279,18 @@ def isolate(
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values, pure)
 
 
-def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
-    """What the user's hooks on modules keep, and function modes that the user has set."""
+def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
+    """What the user's hooks on modules, their own methods, and function modes that are set keep outside of modules."""
     hooks = [hook for m in modules for hook in forward_hooks(m)]
     hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
-    hooks += [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
-    return State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
+    modes = [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
+    roots = [*hooks, *modes, *code_of(modules)]
+    return State(roots, [*modules, *tensors], levels=LEVELS_OF_CODE) if roots else None
 
 
 @contextmanager
 def _own_settings(
-    model: nn.Module, state: RandomState | None, cuda: Sequence[int], *, in_training: bool
+    model: nn.Module, state: RandomState | None, cuda: Sequence[int], in_training: bool
 ) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 

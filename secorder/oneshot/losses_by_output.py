@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch.pytree import tensors_in
+from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
 from .known_losses import share_of_samples
@@ -72,7 +72,7 @@ def losses_by_output(
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
     model_outputs: list[Tensor] = []
-    connected = expose_output(output, model_outputs, task.dimension, detach=False)
+    expose_output(output, model_outputs, task.dimension, detach=False)
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None
@@ -91,13 +91,20 @@ def losses_by_output(
     if share is None and task.create_graph:
         own_gradients(task, batch, second_order=second_order)  # for its checks
     if task.create_graph:  # the cotangents must stay connected to the model
-        found = gradients_of_losses(own_losses(task, connected), model_outputs, create_graph=True)
-        return SampleLosses(found, model_outputs, model_outputs)
+        points: list[Tensor] = []
+        connected = expose_output(map_tensors(_seen_anew, output), points, task.dimension, detach=False)
+        found = gradients_of_losses(own_losses(task, connected), points, create_graph=True)
+        return SampleLosses(found, points, model_outputs)
     if share is None:
         return SampleLosses(own_gradients(task, batch, second_order=second_order), batch.points, model_outputs)
     if not second_order:
         batch.release()
     return SampleLosses(_divided(batch.gradients, share), batch.points, model_outputs)
+
+
+def _seen_anew(tensor: Tensor) -> Tensor:
+    """The same values as a node of its own, which no other output depends on, as it may on the tensor."""
+    return tensor.view_as(tensor)
 
 
 def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tensor) -> list[Tensor | None]:

@@ -1,12 +1,14 @@
 """What is said of a result besides its numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from .._caution import caution
+from .._torch.weight_norm import second_derivative_is_exact, weight_normalised
+from ..layers.selection import Layer
 
-__all__ = ["warn_if_estimated", "warn_if_not_finite"]
+__all__ = ["warn_if_estimated", "warn_if_inexact", "warn_if_not_finite"]
 
 
 def warn_if_estimated(draws: Mapping[str, int]) -> None:
@@ -35,6 +37,21 @@ def warn_if_not_finite(found: Mapping[str, Tensor], what: str) -> None:
         caution(
             f"the {what} of {_some(bad)} holds nan or infinite entries: the loss, or the model, has no such derivative "
             "at this point (a root or norm of zero, an overflow)."
+        )
+
+
+def warn_if_inexact(layers: Sequence[Layer]) -> None:
+    """Warn of layers of which PyTorch itself has no exact second derivative.
+
+    Args:
+        layers: those that were measured.
+    """
+    bad = [x.name for x in layers if any(map(weight_normalised, x.module.modules()))]
+    if bad and not second_derivative_is_exact():
+        caution(
+            "PyTorch's second derivative of weight_norm is not exact (it takes the norm for a constant): that of "
+            f"{_some(bad)} is its double backward's; a parametrization of your own has an exact one "
+            "(g * v / v.norm(dim=1, keepdim=True))."
         )
 
 

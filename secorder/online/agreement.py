@@ -60,12 +60,12 @@ def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | N
         fisher: of this rank.
         group: the ranks that parameters lie over, or a process group whose sums are put together.
     """
-    marked = fisher.failures.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
-    own = torch.stack([fisher.failures, marked]).clamp(max=1)
+    marked = fisher.failures.counts.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
+    own = torch.stack([fisher.failures.counts, marked]).clamp(max=1)
     found = (group.most(own) if isinstance(group, Ranks) else largest(own, group)).tolist()
     if not any(map(any, found)):
         return
-    fisher.failures.clamp_(min=fisher.failures.new_tensor(found[0]))
+    fisher.failures.counts.clamp_(min=fisher.failures.counts.new_tensor(found[0]))
     for layer, elsewhere in zip(fisher.layers, found[1], strict=True):
         if elsewhere:
             fisher.troubles.marks.setdefault(layer.name, ELSEWHERE)

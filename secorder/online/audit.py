@@ -13,7 +13,7 @@ each time. It is blind to *which* sample a row belongs to. Nothing is read on th
 Source: Freivalds (1977), "Probabilistic machines can use less running time".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -26,7 +26,7 @@ from ..layers.per_sample import Outer, PerSample, Rows
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
 
-__all__ = ["Audit", "actual", "explained"]
+__all__ = ["Audit", "Comparison", "actual", "explained"]
 
 #: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
 #: rows, or samples of several rows each, that are looked at beside their products with r or s.
@@ -167,6 +167,24 @@ class Explained(NamedTuple):
     tolerance: float
 
 
+class Comparison(NamedTuple):
+    """Both sides of the identity.
+
+    Attributes:
+        layer: its number.
+        whole: rᵀ G s.
+        value: what is explained of it.
+        size: the square of what rounding is relative to.
+        tolerance: of it, what may be rounding.
+    """
+
+    layer: int
+    whole: Tensor
+    value: Tensor
+    size: Tensor
+    tolerance: float
+
+
 class Number(NamedTuple):
     """What one side of the identity is a number of.
 
@@ -227,25 +245,29 @@ class Audit:
         r, _, start, rows = number.vectors[:4]
         return Vectors(r, self._directions.constants([1.0], r), start, rows)
 
-    def see(self, parameter: Tensor, gradient: Tensor, bias: Tensor | None = None) -> None:
-        """The whole gradient of a parameter is here, perhaps with that of the bias that is one number with it."""
+    def see(self, parameter: Tensor, gradient: Tensor) -> None:
+        """The whole gradient of a parameter is here."""
         vectors = self._vectors_of(parameter)
         assert vectors is not None
         self._seen.add(id(parameter))
-        value = actual(gradient.detach(), vectors, bias)
-        key = self._home.get(id(parameter), id(parameter))
-        self._actual[key] = self._actual[key] + value if key in self._actual else value
+        self._add(self._home.get(id(parameter), id(parameter)), actual(gradient.detach(), vectors))
 
     def see_all(self, grads: Mapping[int, Tensor]) -> None:
         """The whole gradients of parameters are here, by ``id``."""
-        for key, (parameter, bias, _) in self._numbers.items():
+        for key, (_, bias, vectors) in self._numbers.items():
             whole, own = grads.get(key), None if bias is None else grads.get(id(bias))
             if whole is not None:
-                self.see(parameter, whole, own)
+                self._seen.add(key)
                 if own is not None:
                     self._seen.add(id(bias))
+                self._add(key, actual(whole, vectors, own))
             elif bias is not None and own is not None:
                 self.see(bias, own)
+
+    def _add(self, key: int, value: Tensor) -> None:
+        """Add to what whole gradients bring to a number."""
+        before = self._actual.get(key)
+        self._actual[key] = value if before is None else before + value
 
     def saw(self, parameter: Tensor) -> bool:
         """Whether the whole gradient of a parameter has come."""
@@ -293,25 +315,30 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def looks_at_weights(self, layers: Sequence[RankOne]) -> list[Vectors] | None:
-        """The random vectors of layers' weights, looked at or not; None unless all are as their factors are."""
-        found = []
-        for one in layers:
-            weight = one.layer.parameters["weight"]
-            number = self._numbers.get(id(weight))
-            apart = number is not None and number.bias is not one.layer.parameters.get("bias")
-            if apart or weight.dtype is not one.inputs.dtype:
-                return None
-            found.append(self._directions.vectors(weight) if number is None else number.vectors)
-        return found
+    def looks_at(self, one: RankOne) -> bool:
+        """Whether a layer's parameters are looked at, or some of them."""
+        return any(id(p) in self._numbers or id(p) in self._home for p in one.layer.parameters.values())
+
+    def vectors(self, one: RankOne) -> Vectors | None:
+        """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
+
+        Nor where the weight is not a matrix of its factors' dtype.
+        """
+        weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
+        number = self._numbers.get(id(weight))
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype or (number is None and self.looks_at(one)):
+            return None
+        if number is None:
+            return self._directions.vectors(weight)
+        return number.vectors if number.bias is bias else None
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
     ) -> None:
-        """:meth:`explain` of layers whose numbers were found together: of those that are looked at.
+        """:meth:`explain` of layers whose numbers were found together.
 
         Args:
-            layers: of which :meth:`looks_at_weights` tells the vectors.
+            layers: of which :meth:`vectors` tells the vectors; those that are not looked at are passed over.
             values: shape ``(layers,)``.
             sizes: the squares of what their rounding is relative to.
             low: the dtype that autocast computes in, where it does.
@@ -322,27 +349,20 @@ class Audit:
             if key in self._numbers:
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 
-    def failures(self, layers: Sequence[tuple[Mapping[str, Tensor], set[str]]]) -> tuple[list[int], Tensor] | None:
-        """Which layers' whole gradients are not explained: their numbers in the list, and a bool for each.
+    def compared(self, layer: int, parameters: Mapping[str, Tensor], holders: Iterable[str]) -> Iterator[Comparison]:
+        """Both sides of what is known of a layer's whole gradients.
 
         Args:
-            layers: of each its parameters, and the layers that bring gradients of these, itself among them.
+            layer: its number.
+            parameters: of the layer.
+            holders: the layers that bring gradients of these, itself among them.
         """
-        rows: list[tuple[int, Tensor, Tensor, Tensor, float]] = []
-        for index, (parameters, holders) in enumerate(layers):
-            for parameter in parameters.values():
-                key = id(parameter)
-                whole = self._actual.get(key)
-                if whole is not None:  # that of a bias may be in its weight's
-                    known = [found for name in holders for found in self._explained.get((name, key), ())]
-                    rows.append((index, whole, *_sum(known, whole)))
-        if not rows:
-            return None
-        indices, wholes, values, sizes, tolerances = zip(*rows, strict=True)
-        whole = _stack(wholes)
-        difference = whole - _stack(values)
-        bounds = _stack(sizes) * self._directions.constants([tolerance**2 for tolerance in tolerances], whole)
-        return list(indices), (difference * difference > bounds) & (whole - whole == 0)
+        for parameter in parameters.values():
+            key = id(parameter)
+            whole = self._actual.get(key)
+            if whole is not None:  # that of a bias may be in its weight's
+                known = [found for name in holders for found in self._explained.get((name, key), ())]
+                yield Comparison(layer, whole, *_sum(known, whole))
 
 
 def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, operations: tuple[Operation, ...]) -> float:
@@ -362,13 +382,6 @@ def _operations(gradient: PerSample) -> tuple[Operation, ...]:
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:
     return isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g
-
-
-def _stack(numbers: Sequence[Tensor]) -> Tensor:
-    like = numbers[0]
-    if len({(x.dtype, x.device) for x in numbers}) > 1:
-        numbers = [x.to(like) for x in numbers]
-    return torch.stack(list(numbers))
 
 
 def _sum(parts: Sequence[Explained], like: Tensor) -> Explained:

@@ -45,12 +45,14 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     number = current_backward()
     if number is None:
         return False
+    if record.backward is not None and record.backward.number == number and not record.closed:
+        return True
     fisher = attachment.fisher
     if record.closed:  # a second backward
         saves_again(attachment, record)
     if record.backward is not None:
         # A checkpoint of the reentrant kind runs a backward of its own inside of the one that is on its way.
-        return not record.closed and (record.backward.number == number or record.recomputes)
+        return not record.closed and record.recomputes
     if record.closed:
         return False
     backward = fisher.backwards.get(number)

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, accumulates_into, current_backward, in_backward, will_accumulate
+from .._torch.engine import (
+    accumulate_node,
+    accumulates_into,
+    current_backward,
+    graph_is_kept,
+    in_backward,
+    will_accumulate,
+)
 from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
@@ -159,6 +166,7 @@ class _LayerGradient:
         self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
+        self.freed = False  # whether no second gradient can come, since the graph is not kept
 
     @never_compiled
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -170,25 +178,29 @@ class _LayerGradient:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
         if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
             return
-        total = total_of(local(g))
         if not enter(self.attachment, record):
-            second_backward(fisher, record, [layer.name], self.total, total)
+            if not self.freed:
+                second_backward(fisher, record, [layer.name], self.total, total_of(local(g)))
             return
-        kept, self.kept, self.total = self.kept, None, total
+        kept, self.kept = self.kept, None
         if kept is None:
+            self.total = total_of(local(g))
             return
         call: Any
         try:
-            g = g if self.ends is None else own(g, self.ends[1], "the gradient on its output")
             inputs = _unpacked(kept)
-            if bring_rank_one(fisher, record, layer, inputs, g, total):
+            if bring_rank_one(fisher, record, layer, inputs, g):
+                # What the weight's gradient is made of was saved in the graph: another pass fails without it.
+                self.freed = layer.parameters["weight"].requires_grad and not graph_is_kept()
+                self.total = None if self.freed else total_of(g)
                 return
-            call = (inputs, g)
+            call = (inputs, g if self.ends is None else own(g, self.ends[1], "the gradient on its output"))
         except Exception as error:
-            if fisher.ranks is None:
-                raise
             call = error
-        bring(fisher, record, layer, self.index, call, total)
+        self.total = total_of(local(g))
+        if isinstance(call, Exception) and fisher.ranks is None:
+            raise call
+        bring(fisher, record, layer, self.index, call, self.total)
 
 
 class _ModuleGradient:

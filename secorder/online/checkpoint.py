@@ -47,7 +47,7 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     state = {
         "header": torch.tensor([VERSION, *_settings(fisher), *counts], device="cpu"),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
-        "failures": fisher.failures.clone(),
+        "failures": fisher.failures.counts.clone(),
         **_state_of(fisher, fisher, ""),
     }
     return state if fisher.earlier is None else {**state, **_state_of(fisher, fisher.earlier, EARLIER)}
@@ -87,7 +87,7 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
     fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
     fisher.norms = now.norms
     fisher.seen.copy_(now.seen)
-    fisher.failures.copy_(state["failures"])
+    fisher.failures.counts.copy_(state["failures"])
     fisher.earlier = earlier
     if attachment is not None:
         attachment.counts[True], attachment.counts[False] = counts

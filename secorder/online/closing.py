@@ -9,6 +9,7 @@ from torch import Tensor
 from .._torch.engine import current_backward
 from .._torch.fsdp import local
 from .agreement import share_troubles
+from .audit import Comparison
 from .delivery import deliver, deliver_module
 from .norms import read_squares
 from .penalty import add_shared
@@ -81,7 +82,7 @@ def second_backward(
     else:
         names = [layer.name for layer in fisher.layers]
         for name in owners:
-            fisher.failures[names.index(name)].add_(before != now)
+            fisher.failures.counts[names.index(name)].add_(before != now)
 
 
 def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
@@ -131,21 +132,16 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     if not backward.alone:
         return  # what reached the parameters meanwhile may be another thread's
     troubled = {name for record in backward.records for name in record.troubled}
-    chosen = [(i, layer) for i, layer in enumerate(fisher.layers) if layer.name not in troubled]
     tied = [record.attribution for record in backward.records if record.attribution.ties]
-    holders = [{layer.name}.union(*[one.holders(layer.name) for one in tied]) for _, layer in chosen]
-    asked = [(layer.parameters, names) for (_, layer), names in zip(chosen, holders, strict=True)]
+    chosen = [(index, layer) for index, layer in enumerate(fisher.layers) if layer.name not in troubled]
     if halves := backward.audit.halves():
         names = [x.name for _, x in chosen if any(id(p) in halves for p in x.parameters.values())]
         fisher.troubles.mark(names, _NOT_ASKED_FOR)
-    found = backward.audit.failures(asked)
-    if found is not None:
-        indices = [chosen[i][0] for i in found[0]]
-        if indices == list(range(len(fisher.layers))):
-            fisher.failures.add_(found[1])
-        else:
-            places = fisher.directions.numbers(len(fisher.layers), fisher.failures)
-            fisher.failures.index_add_(0, torch.stack([places[i] for i in indices]), found[1].long())
+    found: list[Comparison] = []
+    for index, layer in chosen:
+        holders = {layer.name}.union(*[one.holders(layer.name) for one in tied]) if tied else (layer.name,)
+        found += backward.audit.compared(index, layer.parameters, holders)
+    fisher.failures.compare(found)
 
 
 def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
@@ -164,13 +160,13 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
             backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
         )
         if unseen and p.grad is not None and record.moved(p):
-            fisher.failures[index].add_((local(p.grad) != 0).any())
+            fisher.failures.counts[index].add_((local(p.grad) != 0).any())
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:
     """Layers that are trained by calls that no hook sees are not told."""
     for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
-        fisher.failures[index].add_(moved)
+        fisher.failures.counts[index].add_(moved)
 
 
 def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:

@@ -67,12 +67,7 @@ def bring(
 
 
 def bring_rank_one(
-    fisher: "OnlineFisher",
-    record: ForwardRecord,
-    layer: Layer,
-    inputs: Sequence[Tensor],
-    g: Tensor,
-    total: Tensor,
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, inputs: Sequence[Tensor], g: Tensor
 ) -> bool:
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
     if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
@@ -83,7 +78,7 @@ def bring_rank_one(
     if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
         return False
     g = g.detach()
-    one = RankOne(layer, a, g, total, (version(a), version(g)))
+    one = RankOne(layer, a, g, (version(a), version(g)))
     if not may_wait(fisher, record, one):
         return False
     wait(fisher, record, one)
@@ -115,7 +110,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
         gradients = gradients or _gradients(layer, calls, layouts)
-        one = rank_one(layer, gradients, came[0][2]) if len(came) == 1 and fisher.ranks is None else None
+        one = rank_one(layer, gradients) if len(came) == 1 and fisher.ranks is None else None
         if one is not None and may_wait(fisher, record, one):
             wait(fisher, record, one)
             return

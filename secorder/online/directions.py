@@ -59,7 +59,6 @@ class Directions:
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
         self._frames: dict[tuple[Any, ...], list[Frame]] = {}
-        self._numbers: dict[torch.device, tuple[Tensor, ...]] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -90,13 +89,6 @@ class Directions:
                 self._constants.clear()
             found = self._constants[key] = like.new_tensor(numbers)
         return found
-
-    def numbers(self, count: int, like: Tensor) -> tuple[Tensor, ...]:
-        """The numbers below ``count``, each a tensor on the device: an index made of them is not waited for."""
-        known = self._numbers.get(like.device, ())
-        if len(known) < count:
-            known = self._numbers[like.device] = torch.arange(count, device=like.device).unbind()
-        return known
 
     def vectors(self, parameter: Tensor) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""

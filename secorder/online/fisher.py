@@ -27,10 +27,11 @@ from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
+from .failures import Failures
 from .finite import finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
-from .reduction import Weights
+from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
 from .sums import LayerSums, count_together, empty
@@ -128,7 +129,7 @@ class OnlineFisher:
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
                 record.waiting.clear()
-        self.failures = self.seen.new_zeros(len(self.layers), dtype=torch.long)  # of audits, by layer
+        self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
@@ -172,9 +173,9 @@ class OnlineFisher:
     def loss_scale_of(self, backward: Backward | None) -> float:
         """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
         if backward is None:
-            return float(self.loss_scale())
+            return usable_scale(self.loss_scale())
         if backward.loss_scale is None:
-            backward.loss_scale = float(self.loss_scale())
+            backward.loss_scale = usable_scale(self.loss_scale())
         return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
@@ -296,7 +297,7 @@ class OnlineFisher:
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
-                        self.failures[index].add_(local(p.grad).abs().sum() != 0)
+                        self.failures.counts[index].add_(local(p.grad).abs().sum() != 0)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:

@@ -20,7 +20,7 @@ __all__ = ["ForwardGraph", "Hooks"]
 
 
 class Hooks(TorchFunctionMode):
-    """Sees whether the model puts hooks on its tensors' gradients."""
+    """Sees whether the model puts hooks on its tensors' gradients, or asks for the graph's nodes, on which it could."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,6 +31,8 @@ class Hooks(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.register_hook:
             self.put |= not (len(args) > 1 and is_watch(args[1]))
+        elif getattr(func, "__name__", "") == "__get__":
+            self.put |= getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
         return func(*args, **(kwargs or {}))
 
 

@@ -19,7 +19,7 @@ from .._torch.norms import norms_of
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
-from ..layers.rank_one import RankOne, norms_of_rank_one
+from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
 from .finite import finite
@@ -35,7 +35,6 @@ __all__ = [
     "keep_norms",
     "read_squares",
     "take_norms",
-    "take_norms_together",
     "takes_norms",
     "together_norms",
     "watch_squares",
@@ -269,14 +268,6 @@ def _answered_for(layer: Layer) -> list[int]:
     """The numbers of a layer's parameters whose norms this rank adds to those of the ranks with other parts."""
     parameters = layer.parameters.values()
     return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
-
-
-def take_norms_together(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
-    """The same for layers that are added together."""
-    flags = [float("bias" in one.layer.parameters) for one in layers]
-    factors = [one.factors for one in layers]
-    norms = norms_of_rank_one(factors, fisher.directions.constants(flags, layers[0].cotangents))
-    keep_norms(fisher, record, layers, norms)
 
 
 def keep_norms(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The rows of each layer's output, and the samples that they belong to: by weighted cotangents, or by change."""
+"""The rows of each layer's output, and the samples that they belong to: by graph, weighted cotangents, or change."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,8 +39,6 @@ def rows_of_layers(
     chosen: Hypothesis,
     graph: ForwardGraph,
     ranks: Ranks | None,
-    *,
-    by_graph: bool,
 ) -> Rows | None:
     """Which rows of each layer's output belong to which sample; None where they are seen to influence one another.
 
@@ -52,12 +50,10 @@ def rows_of_layers(
         chosen: where samples are in the arguments.
         graph: of the one forward.
         ranks: that parameters lie over, and do the same together.
-        by_graph: whether the graph is believed where it tells: cotangents, which see what hooks on its nodes do, too,
-            have told the same of these layers before.
     """
     if graph.ends:
         try:
-            return _by_graph_and_cotangents(seen, graph, believed=by_graph)
+            return _by_graph_and_cotangents(seen, graph)
         except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
             pass
     return _by_change(layers, arguments, forward, chosen, ranks)
@@ -71,17 +67,14 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
     return [[layouts[index] for layouts in joint] for index in range(len(z.leaves))]
 
 
-def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph, *, believed: bool) -> Rows:
-    """What the graph tells of layers, where that is believed, and by cotangents what it does not.
-
-    That all samples share a row is believed at once: the layer is looked at in a slower way.
-    """
+def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph) -> Rows:
+    """What the graph tells of layers, and by cotangents what it does not."""
     candidates = [_options(z, graph.count) for z in layers]
     by_graph = [_by_graph(z, c, graph.told or {}) for z, c in zip(layers, candidates, strict=True)]
-    rest = [z for z, o in zip(layers, by_graph, strict=True) if o is None or (all(o) and not believed)]
-    known, unknown, reached = _by_cotangents(rest, graph.ends, graph.count) if rest else _none_yet()
+    rest = [(z, c) for z, c, o in zip(layers, candidates, by_graph, strict=True) if o is None]
+    known, unknown, reached = _by_cotangents(rest, graph) if rest else _none_yet()
     for z, options in zip(layers, by_graph, strict=True):
-        if z in rest or options is None:
+        if options is None:
             continue
         if all(options):
             known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
@@ -109,7 +102,9 @@ def _by_graph(
     return found
 
 
-def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor, Layout]], count: int) -> Rows:
+def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], graph: ForwardGraph) -> Rows:
+    ends, count = graph.ends, graph.count
+    layers, candidates = [z for z, _ in asked], [choices for _, choices in asked]
     generator = fresh_generator(ends[0][0].device)
     leaves = [leaf for z in layers for leaf in z.leaves]
     outputs = [f for f, _ in ends]
@@ -130,7 +125,6 @@ def _by_cotangents(layers: Sequence[RecordedLayer], ends: Sequence[tuple[Tensor,
         weights = 0.5 + random((count,), outputs[0]).abs()
         spread = [over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
         draws.append((weights, pull_back([c * w for c, w in zip(cotangents, spread, strict=True)])))
-    candidates = [_options(z, count) for z in layers]
     options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
     unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
     if unsettled:

@@ -1,9 +1,10 @@
 """Where the samples are in each layer: found and verified by passes of our own on one batch.
 
-Random cotangents on the model's outputs, weighted sample by sample, must come back weighted by the same factors in the
-rows of every layer's output. Where the model returns no tensor with samples (a loss alone), changing samples must
-change their rows in a layer's output and no others. Parameters that are used outside of their layers' calls are found
-by the structure of the autograd graph.
+The graph of the forward shows whose rows a layer's output has, as far as each operation on the way to the model's
+outputs treats rows alike and no hook changes gradients. Where it does not tell, random cotangents on these outputs,
+weighted sample by sample, must come back weighted by the same factors in the rows of the layer's output. Where the
+model returns no tensor with samples (a loss alone), changing samples must change their rows in a layer's output and no
+others. Parameters that are used outside of their layers' calls are found by the structure of the graph, too.
 
 A layer whose own calls do not do (a row that all samples share, rows that depend on data, a parameter that is used
 elsewhere, a frozen layer with nothing trainable before it) is looked for in the calls of the module that contains it,
@@ -21,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
-from .._torch.modules import batch_normalisation, buffer_places
+from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
@@ -32,6 +33,7 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
+from ..oneshot.state import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .forward_graph import ForwardGraph, Hooks
@@ -48,6 +50,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_HOLDS = (
+    "the model holds an iterator, its attribute {!r}, which running the model once more to see where samples are would "
+    "use up: call the model with what that yields, or attach the probe to the part that is called with tensors"
 )
 
 
@@ -80,6 +87,10 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    for name, module in model.named_modules():
+        held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
+        if held is not None:
+            return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
     args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
@@ -215,12 +226,13 @@ def _attribute(
                     "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
                 )
             leaves = [leaf for z in seen for leaf in z.leaves]
-            graph = ForwardGraph(output, options, hypothesis.num_samples, hooks.put, leaves)
+            hooked = hooks.put or any(map(is_scripted, model.modules()))
+            graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, leaves)
             inside = [x for x in layers if x.enclosing is not model]
             outside = set() if ranks is not None else uses_outside(isolated, inside, graph.users)
             outside |= {x.name for x in inside if x.name in recording.differentiated}
             given = (seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
-            found = rows_of_layers(*given, by_graph=asked.before is not None) if layers else _NONE
+            found = rows_of_layers(*given) if layers else _NONE
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
         before = asked.before

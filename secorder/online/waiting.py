@@ -4,15 +4,13 @@ They wait until their factors take memory that counts, and at most until the bac
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
-
-from ..layers.rank_one import RankOne, add_rank_one
+from ..layers.one_by_one import Look, OneByOne
+from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
-from .finite import finite, total_of
-from .norms import keep_norms, take_norms_together, takes_norms
+from .directions import Vectors
+from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
 from .troubles import OVERWRITTEN
 
@@ -61,46 +59,40 @@ def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
 
 
 def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
-    together = _side_by_side(fisher, record, layers)
-    if together is not None:
-        _add_side_by_side(fisher, record, layers, together)
-        return
     assert record.backward is not None
-    explain, low = record.backward.audit.explain, record.autocast_dtype
-    products = [explain(x.layer.name, x.layer.parameters, x.gradients, low).get("weight") for x in layers]
+    audit, low = record.backward.audit, record.autocast_dtype
+    vectors = [audit.vectors(one) for one in layers]
+    flags = [float("bias" in one.layer.parameters) for one in layers]
+    together: SideBySide | OneByOne | None = _side_by_side(fisher, layers, vectors, flags)
+    seen = layers
+    if together is None:
+        looks = [
+            None if own is None or not audit.looks_at(one) else Look(own.r, own.s, own.start)
+            for one, own in zip(layers, vectors, strict=True)
+        ]
+        seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
+        with_bias = fisher.directions.constants(flags, layers[0].cotangents)
+        together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
+    goods = together.finite() if fisher.on_nonfinite == "skip" else None
+    if seen:
+        audit.explain_weights(seen, *together.explained(), low)
+    for one, own in zip(layers, vectors, strict=True):
+        if own is None:
+            audit.explain(one.layer.name, one.layer.parameters, one.gradients, low)
     if takes_norms(record):
-        take_norms_together(fisher, record, layers)
+        keep_norms(fisher, record, layers, together.norms())
     if fisher.accumulate == "diagonal":
-        goods = None
-        if fisher.on_nonfinite == "skip":
-            seen = [one.total for one in layers]  # a product has seen all of the inputs
-            seen += [total_of(x.inputs) if own is None else own for x, own in zip(layers, products, strict=True)]
-            goods = finite(torch.stack(seen).view(2, -1).sum(0))
-        add = partial(add_rank_one, [one.factors for one in layers], keeps=None if goods is None else goods.unbind())
-        fisher.add_rank_one(record, layers, add, goods)
+        fisher.add_rank_one(record, layers, together.add_to, goods)
 
 
-def _side_by_side(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> SideBySide | None:
+def _side_by_side(
+    fisher: "OnlineFisher", layers: Sequence[RankOne], vectors: Sequence[Vectors | None], flags: Sequence[float]
+) -> SideBySide | None:
     """The factors of small layers side by side; None where they are not, or a number that is none is to be kept."""
     if fisher.on_nonfinite != "skip" or sum([x.inputs.numel() + x.cotangents.numel() for x in layers]) > SMALL_ELEMENTS:
         return None
-    assert record.backward is not None
-    vectors = record.backward.audit.looks_at_weights(layers)
-    if vectors is None:
+    known = [own for own in vectors if own is not None]
+    if len(known) < len(layers):
         return None
-    flags = [float("bias" in one.layer.parameters) for one in layers]
-    frame = fisher.directions.frame([one.layer.parameters["weight"] for one in layers], vectors, flags)
+    frame = fisher.directions.frame([one.layer.parameters["weight"] for one in layers], known, flags)
     return None if frame is None else SideBySide(frame, [one.factors for one in layers])
-
-
-def _add_side_by_side(
-    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], together: SideBySide
-) -> None:
-    assert record.backward is not None
-    goods = together.finite()
-    bad, (values, sizes) = ~goods, together.explained()
-    record.backward.audit.explain_weights(layers, values.masked_fill_(bad, torch.nan), sizes, record.autocast_dtype)
-    if takes_norms(record):
-        keep_norms(fisher, record, layers, together.norms().masked_fill_(bad[:, None], torch.nan))
-    if fisher.accumulate == "diagonal":
-        fisher.add_rank_one(record, layers, together.add_to, goods)

@@ -2,35 +2,15 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._torch.collectives import all_reduce
 from ..errors import ProbeStateError
 
-__all__ = ["add_up", "all_reduce", "largest", "raised_on_all"]
-
-
-def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:
-    """As ``torch.distributed.all_reduce``, in place, for a tensor on any device.
-
-    NCCL knows nothing of the host's memory, where sums may be kept: they make the way over the group's device.
-
-    Args:
-        tensor: of the same shape on every rank.
-        op: the sum if None.
-        group: a process group; the default group if None.
-    """
-    op = dist.ReduceOp.SUM if op is None else op
-    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-    if tensor.device.type in kinds:
-        dist.all_reduce(tensor, op=op, group=group)
-        return
-    moved = tensor.to(kinds[0])
-    dist.all_reduce(moved, op=op, group=group)
-    tensor.copy_(moved)
+__all__ = ["add_up", "largest", "raised_on_all"]
 
 
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:

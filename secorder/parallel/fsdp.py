@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._torch.collectives import all_reduce
 from .._torch.fsdp import fsdp_modules, is_fsdp_hook, local
 from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
-from .all_reduce import all_reduce
 from .spread import Spread
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .all_reduce import all_reduce
+from .._torch.collectives import all_reduce
 
 __all__ = ["Axis", "Ranks"]
 

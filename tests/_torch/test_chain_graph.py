@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder._torch.chain_graph import Kind, batched_gradients, edge_gradients, segments_of
@@ -42,6 +44,30 @@ def test_residual_blocks_are_segments_with_their_layers_inside() -> None:
 def test_a_function_of_several_steps_on_each_element_is_one() -> None:
     found = chain_of(lambda x, leaf: (lambda h: h * torch.tanh(h) + 2 * h)(leaf(x)), leaves=1)
     assert found == [("ELEMENTWISE", 0), ("SAME", 1)]
+
+
+FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu, "leaky_relu": F.leaky_relu, "hardtanh": F.hardtanh, "threshold": lambda x: F.threshold(x, 0.1, 2.0),
+    "abs": torch.abs, "clamp": lambda x: x.clamp(-0.5, 0.5), "clamp_min": lambda x: x.clamp_min(0.1),
+    "clamp_max": lambda x: x.clamp_max(0.1), "neg, clone": lambda x: -x.clone(), "dropout": F.dropout,
+    "masked_fill": lambda x: x.masked_fill(x > 0.5, 1.0), "relu, abs": lambda x: (F.relu(x) - 1).abs().neg(),
+    "tanh": torch.tanh, "square": lambda x: x * x, "relu of a square": lambda x: F.relu(x * x),
+    "hardswish": F.hardswish, "over itself": lambda x: 1 / (x + 9), "over a number": lambda x: (2 - x) / 3 - x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_that_are_said_to_be_piecewise_linear_have_no_second_derivative(name: str) -> None:
+    x = torch.linspace(-4, 4, 3 * N, dtype=torch.float64).view(N, 3).requires_grad_(True)
+    z = x * 1.0
+    output = FUNCTIONS[name](z)
+    segments = [segment for segment in segments_of(output, [x], N) if segment.into is not None]
+    assert {segment.kind for segment in segments} <= {Kind.ELEMENTWISE, Kind.SAME}
+    told = all(segment.piecewise_linear for segment in segments if segment.kind == Kind.ELEMENTWISE)
+    (first,) = torch.autograd.grad(output.sum(), z, create_graph=True)
+    second = torch.autograd.grad(first.sum(), z)[0] if first.requires_grad else torch.zeros(())
+    assert not (told and second.any())
+    assert told == (name not in ("tanh", "square", "relu of a square", "hardswish", "over itself"))
 
 
 def test_it_ends_where_samples_are_mixed() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from secorder import AttributionError
 from secorder.oneshot.cotangents import pull_back, require_linear_backward
@@ -17,6 +18,15 @@ def test_cotangents_are_pulled_back_to_every_leaf() -> None:
     found = pull_back([x @ w], [x, w], stack, False)
     assert torch.allclose(found[id(x)], stack @ w.T)
     assert torch.allclose(found[id(w)], x.T @ stack)
+
+
+def test_a_gradient_that_is_all_rounding_tells_nothing() -> None:
+    layer, x = nn.Linear(3, 4), torch.randn(6, 3)
+    f = torch.tanh(F.layer_norm(layer(x)[..., None].expand(-1, -1, 7).sin().cumsum(1) * 1e3, [4, 7]))
+    free = layer.bias.new_zeros(6, 1, 1, requires_grad=True)  # which the normalisation takes off again
+    g = F.layer_norm(layer(x)[..., None] + free, [4, 1]).tanh().squeeze(2)
+    for outputs, ends in (([g], [layer.weight, free]), ([f.flatten(1)], [layer.weight])):
+        require_linear_backward(outputs, ends, single(torch.randn(6, outputs[0].shape[1])), seeded())
 
 
 def test_a_backward_that_clamps_has_no_jacobian() -> None:

@@ -51,8 +51,8 @@ def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
         hessian = probe.hessian_diagonal(loss_fn, batches(), method="exact")
         parts = [probe.fisher_diagonal(loss_fn, *batch) for batch in batches()]
         trace = probe.hessian_trace(loss_fn, batches(), method="exact")
-        ggn = probe.hessian_trace(loss_fn, DataLoader(TensorDataset(X, Y), 6), of="ggn", by="parameter")
-        whole = probe.hessian_trace(loss_fn, X, Y, of="ggn", by="parameter")
+        ggn = probe.hessian_trace(loss_fn, DataLoader(TensorDataset(X, Y), 6), of="ggn", by="parameter", method="exact")
+        whole = probe.hessian_trace(loss_fn, X, Y, of="ggn", by="parameter", method="exact")
     assert_all_close(fisher.by_parameter(), fisher_by_sample(model, loss_fn, X, Y, 20))
     assert_all_close(hessian.by_parameter(), hessian_by_element(model, loss_fn, X, Y))
     for name, value in fisher.items():
@@ -69,7 +69,7 @@ def test_diagonals_of_all_samples_together(loss_fn: Any) -> None:
 def test_one_batch_is_a_batch_and_the_functions_take_them_too() -> None:
     model = make(nn.Tanh())
     loader = DataLoader(TensorDataset(X, Y), 20)
-    found = per_layer_hessian_diagonal(model, F.cross_entropy, loader)
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, loader, method="exact")
     assert found.standard_error is None
     assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, X, Y))
 
@@ -157,4 +157,4 @@ def test_misuse_is_told() -> None:
     with CurvatureProbe(mlp()) as probe, pytest.raises(InvalidArgumentError, match="mean or a sum"):
         probe.hessian_diagonal(odd, batches())
     with CurvatureProbe(mlp(), reduction="mean") as probe:
-        assert probe.hessian_diagonal(odd, batches()).info["0"].num_batches == 3
+        assert probe.hessian_diagonal(odd, batches(), method="exact").info["0"].num_batches == 3

@@ -124,7 +124,7 @@ def test_losses_of_samples_are_exact(name: str) -> None:
         for p, v in part.items():
             one_by_one[p] += v / N
     assert_all_close(per_layer_fisher_diagonal(model, loss_fn, X, targets).by_parameter(), one_by_one)
-    hessian = per_layer_hessian_diagonal(model, loss_fn, X, targets).by_parameter()
+    hessian = per_layer_hessian_diagonal(model, loss_fn, X, targets, method="exact").by_parameter()
     assert_all_close(hessian, hessian_by_element(model, loss_fn, X, targets))
 
 
@@ -282,10 +282,26 @@ def test_the_network_inside_of_the_loss(name: str) -> None:
     loss_fn = INSIDE[name](model)
     found = per_layer_fisher_diagonal(model, loss_fn, X, X + 1).by_parameter()
     assert_all_close(found, fisher_by_sample(model, loss_fn, X, X + 1, N))
-    found = per_layer_hessian_diagonal(model, loss_fn, X, X + 1).by_parameter()
+    found = per_layer_hessian_diagonal(model, loss_fn, X, X + 1, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, loss_fn, X, X + 1))
     with pytest.raises(InvalidArgumentError, match="network is inside"):
         per_layer_fisher_diagonal(model, loss_fn, X, X + 1, fisher_type="type-2")
+
+
+def test_a_penalty_of_the_weights_goes_with_a_mean() -> None:
+    model = make()
+
+    def penalised(reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda f, t: F.mse_loss(f, t, reduction=reduction) + model[0].weight.pow(4).sum()
+
+    mean = penalised("mean")
+    found = per_layer_fisher_diagonal(model, mean, X, VALUES).by_parameter()
+    assert_all_close(found, fisher_by_sample(model, mean, X, VALUES, N))
+    with pytest.raises(CouplingError, match="goes with a mean of losses"):
+        per_layer_fisher_diagonal(model, penalised("sum"), X, VALUES)
+    for kind in ("type-2", "mc"):
+        with pytest.raises(InvalidArgumentError, match="leave a penalty of the weights out"):
+            per_layer_fisher_diagonal(model, mean, X, VALUES, fisher_type=kind)
 
 
 @pytest.mark.parametrize("reduction", [torch.mean, torch.sum])
@@ -317,7 +333,7 @@ def test_residuals_of_a_differential_equation(reduction: Any, where: str) -> Non
             exact[name] += g**2 / N
     found = per_layer_fisher_diagonal(model, losses[where], x, targets).by_parameter()
     assert_all_close(found, exact)
-    found = per_layer_hessian_diagonal(model, losses[where], x, targets).by_parameter()
+    found = per_layer_hessian_diagonal(model, losses[where], x, targets, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, losses[where], x, targets))
     assert box[0] is x
     assert held.held is x
@@ -350,7 +366,7 @@ def test_a_model_that_differentiates_itself() -> None:
     targets = (VALUES[:, :1], X.sin())
     exact = fisher_by_sample(model, loss_fn, X, targets, N)
     assert_all_close(per_layer_fisher_diagonal(model, loss_fn, X, targets).by_parameter(), exact)
-    found = per_layer_hessian_diagonal(model, loss_fn, X, targets).by_parameter()
+    found = per_layer_hessian_diagonal(model, loss_fn, X, targets, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, loss_fn, X, targets))
 
 
@@ -364,7 +380,7 @@ def test_a_loss_that_reads_what_a_hook_of_the_model_wrote() -> None:
         fisher_by_sample(model, loss_fn, X, VALUES, N),
     )
     held.clear()
-    found = per_layer_hessian_diagonal(model, loss_fn, X, VALUES).by_parameter()
+    found = per_layer_hessian_diagonal(model, loss_fn, X, VALUES, method="exact").by_parameter()
     assert held == {}
     assert_all_close(found, hessian_by_element(model, loss_fn, X, VALUES))
 
@@ -459,7 +475,7 @@ def test_losses_with_a_state_keep_it(name: str) -> None:
         for kind in ("empirical", "type-2")
     }
     assert state() == before
-    hessian = per_layer_hessian_diagonal(model, loss_fn, X, VALUES).by_parameter()
+    hessian = per_layer_hessian_diagonal(model, loss_fn, X, VALUES, method="exact").by_parameter()
     assert state() == before
     with CurvatureProbe(model) as probe:
         probe.hessian_trace(loss_fn, X, VALUES)

@@ -62,7 +62,7 @@ def test_checkpoints_of_both_kinds(reentrant: bool) -> None:
     model = Checkpointed(run)
     model.load_state_dict(plain.state_dict())
     ids, labels = torch.randint(7, (N,)), torch.randint(3, (N,))
-    found = per_layer_hessian_diagonal(model, F.cross_entropy, ids, labels, "all").by_parameter()
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, ids, labels, "all", method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(plain, F.cross_entropy, ids, labels))
     assert found["block.weight"].abs().max() > 0
     found = per_layer_fisher_diagonal(model, F.cross_entropy, ids, labels, "all").by_parameter()
@@ -141,7 +141,7 @@ def test_parameters_that_were_exchanged_are_the_ones_measured(how: str) -> None:
         for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
             mine.data = theirs.data.clone()
     batch = data()
-    found = probe.hessian_diagonal(F.cross_entropy, *batch).by_parameter()
+    found = probe.hessian_diagonal(F.cross_entropy, *batch, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(other, F.cross_entropy, *batch))
 
 
@@ -172,7 +172,7 @@ def test_by_passed_parameters_are_found_out_once() -> None:
     plain = nn.Sequential(nn.Linear(4, 3))
     assert second <= 3
     assert_all_close(
-        per_layer_hessian_diagonal(plain, F.cross_entropy, *batch).by_parameter(),
+        per_layer_hessian_diagonal(plain, F.cross_entropy, *batch, method="exact").by_parameter(),
         hessian_by_element(plain, F.cross_entropy, *batch),
     )
 
@@ -318,7 +318,7 @@ def test_complex_outputs() -> None:
     exact(Complex(), magnitude, x, t)
     with pytest.raises(CouplingError, match="influence one another"):
         per_layer_fisher_diagonal(Complex(coupled=True), magnitude, x, t)
-    found = per_layer_hessian_diagonal(Complex(coupled=True), magnitude, x, t)
+    found = per_layer_hessian_diagonal(Complex(coupled=True), magnitude, x, t, method="exact")
     assert set(found) == {"a"}
     conjugated = Net(lambda m, x: m.a(x).conj(), a=Complex())
     exact(conjugated, magnitude, x, t)
@@ -344,7 +344,7 @@ def test_graphs() -> None:
     edges, graph = torch.tensor([[0, 3, 7], [1, 4, 8]]), torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])
     inputs = (torch.randn(9, 3), edges, graph)
     targets = torch.tensor([0, 1, 0])
-    found = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets).by_parameter()
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, inputs, targets, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, F.cross_entropy, inputs, targets))
     with CurvatureProbe(model) as probe:
         estimate = probe.hessian_diagonal(F.cross_entropy, inputs, targets, method="hutchinson", num_draws=2000)
@@ -376,7 +376,7 @@ def test_lists_of_images(channels: int, count: int) -> None:
 
     model = Net(forward, c=nn.Conv2d(channels, 3, 1), b=nn.Linear(3, 2))
     images, labels = [torch.randn(channels, 4 + k, 5) for k in range(count)], torch.tensor([0, 1, 0, 1][:count])
-    found = per_layer_hessian_diagonal(model, F.cross_entropy, (images,), labels).by_parameter()
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, (images,), labels, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(model, F.cross_entropy, (images,), labels))
     fisher = per_layer_fisher_diagonal(model, F.cross_entropy, (images,), labels).by_parameter()
     assert_all_close(fisher, fisher_of_ones(model, [([image],) for image in images], labels))
@@ -424,6 +424,34 @@ def test_nested_tensors_are_refused_in_a_sentence() -> None:
             measure(make(), F.cross_entropy, nested, torch.tensor([0, 1]))
 
 
+def test_packed_sequences_among_the_inputs_are_refused_by_what_needs_samples() -> None:
+    def forward(m: Any, packed: Any) -> Tensor:
+        return m.head(nn.utils.rnn.pad_packed_sequence(m.rnn(packed)[0], batch_first=True)[0].sum(1))
+
+    model = Net(forward, rnn=nn.GRU(3, 2, batch_first=True), head=nn.Linear(2, 3))
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 4, 3), torch.tensor([4, 2, 1]), batch_first=True)
+    labels = torch.tensor([0, 2, 1])
+    with pytest.raises(InvalidTypeError, match="pass padded ones with their lengths"):
+        per_layer_fisher_diagonal(model, F.cross_entropy, (packed,), labels, "all")
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, (packed,), labels, "all", method="exact").by_parameter()
+    assert_all_close(found, hessian_by_element(model, F.cross_entropy, (packed,), labels))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "type-2", "mc"])
+def test_inputs_of_one_number_a_sample(kind: Any) -> None:
+    model = Net(lambda m, x: m.b(torch.tanh(m.a(x[:, None]))), a=nn.Linear(1, 3), b=nn.Linear(3, 3))
+    inputs, labels = torch.randn(N), torch.randint(3, (N,))
+    wide = nn.Sequential(model.a, nn.Tanh(), model.b)
+    found, expected = (
+        per_layer_fisher_diagonal(m, F.cross_entropy, x, labels, fisher_type=kind, generator=torch.Generator())
+        for m, x in ((model, inputs), (wide, inputs[:, None]))
+    )
+    assert [v.shape for v in found.values()] == [v.shape for v in expected.values()]
+    if kind != "mc":
+        for value, other in zip(found.values(), expected.values(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
+
+
 def test_sequences_that_must_stand_by_length() -> None:
     def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)  # raises unless they are sorted
@@ -465,13 +493,13 @@ def test_inference_tensors() -> None:
     assert model[0].weight.is_inference()
     twin = make()
     expected = hessian_by_element(twin, F.mse_loss, x.clone(), values.clone())
-    assert_all_close(per_layer_hessian_diagonal(model, F.mse_loss, x, values).by_parameter(), expected)
+    assert_all_close(per_layer_hessian_diagonal(model, F.mse_loss, x, values, method="exact").by_parameter(), expected)
     expected = fisher_by_sample(twin, F.cross_entropy, x.clone(), y.clone(), N)
     with torch.inference_mode():
         assert_all_close(per_layer_fisher_diagonal(model, F.cross_entropy, x, y).by_parameter(), expected)
     mixed = Net(lambda m, x: m.frozen(torch.tanh(m.a(x))), a=nn.Linear(4, 3), frozen=frozen)
     with CurvatureProbe(mixed, layers="a") as probe:
-        assert probe.hessian_diagonal(F.cross_entropy, x, y)["a"].abs().sum() > 0
+        assert probe.hessian_diagonal(F.cross_entropy, x, y, method="exact")["a"].abs().sum() > 0
 
 
 @pytest.mark.parametrize("kind", ["empirical", "type-2", "mc"])
@@ -480,7 +508,7 @@ def test_another_default_device(kind: Any) -> None:
     expected = hessian_by_element(model, F.cross_entropy, *batch)
     smooth = lambda f, t: torch.cosh(f).mean()  # noqa: E731
     with torch.device("meta"):
-        found = per_layer_hessian_diagonal(model, F.cross_entropy, *batch).by_parameter()
+        found = per_layer_hessian_diagonal(model, F.cross_entropy, *batch, method="exact").by_parameter()
         trace = CurvatureProbe(model).hessian_trace(F.cross_entropy, *batch, method="hutchinson", num_draws=3)
         fisher = per_layer_fisher_diagonal(model, smooth, *batch, fisher_type=kind)
     assert_all_close(found, expected)
@@ -495,7 +523,7 @@ def test_layers_without_elements() -> None:
     x, y = data()
     exact(model, F.cross_entropy, x, y)
     with CurvatureProbe(model) as probe:
-        assert probe.hessian_trace(F.cross_entropy, x, y)["0"].value == 0.0
+        assert probe.hessian_trace(F.cross_entropy, x, y, method="exact")["0"].value == 0.0
         assert probe.hessian_eigenvalues(F.cross_entropy, x, y)["0"].num_hvps == 0
 
 
@@ -507,7 +535,7 @@ def test_scripted_parts() -> None:
         CurvatureProbe(model, "all")
     x, y = data()
     with CurvatureProbe(model, layers="2") as probe:
-        found = probe.hessian_diagonal(F.cross_entropy, x, y).by_parameter()
+        found = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact").by_parameter()
     plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
     plain.load_state_dict(model.state_dict())
     expected = hessian_by_element(plain, F.cross_entropy, x, y)
@@ -526,7 +554,7 @@ def test_compiled_parts_run_as_they_were_written() -> None:
     compiled.f = (torch.compile(lambda h: h.exp(), backend="aot_eager"),)
     x, y = data()
     compiled(x)
-    found = per_layer_hessian_diagonal(compiled, F.cross_entropy, x, y).by_parameter()
+    found = per_layer_hessian_diagonal(compiled, F.cross_entropy, x, y, method="exact").by_parameter()
     assert_all_close(found, hessian_by_element(plain, F.cross_entropy, x, y))
     found = per_layer_fisher_diagonal(compiled, F.cross_entropy, x, y).by_parameter()
     assert_all_close(found, fisher_by_sample(plain, F.cross_entropy, x, y, N))
@@ -551,7 +579,7 @@ def test_generators_that_a_model_owns_are_put_back() -> None:
 
     model, (x, y) = Noisy(), data()
     state = model.generator.get_state()
-    found = per_layer_hessian_diagonal(model, F.cross_entropy, x, y).by_parameter()
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, x, y, method="exact").by_parameter()
     fisher = per_layer_fisher_diagonal(model, F.cross_entropy, x, y)
     assert torch.equal(model.generator.get_state(), state)
     assert (model.calls, model.cache, model.table.tolist()) == ([], {}, [0, 0, 0])
@@ -603,7 +631,7 @@ def test_auto_tells_once_what_it_estimated_on_both_doors() -> None:
         probe.hessian_trace(F.cross_entropy, *batch, max_hvps=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        per_layer_hessian_diagonal(model, F.cross_entropy, *batch)
+        per_layer_hessian_diagonal(model, F.cross_entropy, *batch, max_hvps=100)  # by no time that it takes
         per_layer_hessian_diagonal(model, F.cross_entropy, *batch, method="hutchinson", num_draws=3)
 
 
@@ -637,7 +665,7 @@ def test_our_own_work_warns_of_nothing() -> None:
     ctc = lambda f, t: (f[:, 0] * t.double()).var(correction=0) * 0 + F.cross_entropy(f, t)  # noqa: E731
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        per_layer_hessian_diagonal(model, F.cross_entropy, x, y)
+        per_layer_hessian_diagonal(model, F.cross_entropy, x, y, method="exact")
         per_layer_fisher_diagonal(model, F.cross_entropy, x, y, fisher_type="type-2")
         with pytest.raises(CouplingError):
             per_layer_fisher_diagonal(model, lambda f, t: ctc(f, t) + f[:, 0].std() * 1e-3, x, y)

@@ -58,7 +58,7 @@ def test_troubles_of_this_rank_stay_as_they_are() -> None:
     with CurvatureProbe(model, reduction="mean") as probe:
         step(model, data())
         probe._fisher.troubles.marks["0"] = "as it happens"
-        probe._fisher.failures[1] += 5
+        probe._fisher.failures.counts[1] += 5
         share_troubles(probe._fisher, None)
     assert probe._fisher.troubles.marks == {"0": "as it happens"}
-    assert torch.equal(probe._fisher.failures, torch.tensor([0, 5]))
+    assert torch.equal(probe._fisher.failures.counts, torch.tensor([0, 5]))

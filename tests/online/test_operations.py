@@ -108,7 +108,7 @@ def test_a_use_in_the_loss_is_told() -> None:
         warnings.simplefilter("ignore")
         for _ in range(8):  # audits look at a few layers each
             (F.cross_entropy(model(x), y) + model.weight.pow(2).sum()).backward()
-        assert "" in probe._fisher.troubles.marks or int(probe._fisher.failures.sum())
+        assert "" in probe._fisher.troubles.marks or int(probe._fisher.failures.counts.sum())
 
 
 def test_a_graph_without_backward_is_freed() -> None:

@@ -81,3 +81,20 @@ def test_a_batch_whose_squares_are_no_numbers_is_left_out(accumulate: Literal["d
             trace = sum(float(own.sum()) for key, own in expected.items() if key.startswith(f"{name}."))
             assert math.isclose(found.value, trace, rel_tol=1e-5)
             assert found.num_samples == 2 * len(batch[0])
+
+
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_layers_of_which_a_part_is_frozen_are_explained(
+    trained: str, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then weight and bias are not one number of the audit."""
+    if not small:
+        monkeypatch.setattr(waiting, "SMALL_ELEMENTS", 0)
+    model, batch = chain(), data(40)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained in name)
+    with CurvatureProbe(model) as probe:
+        for _ in range(3):
+            step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))

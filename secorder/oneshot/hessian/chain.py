@@ -12,17 +12,15 @@ second nonlinearity from the end), and as a matrix a sample before; where nothin
 but a diagonal is computed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cache, partial
-from itertools import zip_longest
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._torch.chain_graph import Kind, Segment, batched_gradients, edge_gradients, segments_of
-from ..._torch.vjp import chunks
+from ..._torch.vjp import ACCELERATOR_CHUNK_BYTES, chunks
 from ...layers.layout import DIM_ZERO
 from ...monitor.progress import progress_bar
 from ...results import Strategy
@@ -32,8 +30,9 @@ from ..timing import seconds_of
 from .block import Block
 from .budget import Budget
 from .facts import Facts
-from .layer_block import by_basis, by_diagonal, by_diagonal_alone
+from .layer_block import by_basis, by_diagonal
 from .layer_graph import LayerGraph, OutputSide
+from .steps import Step, steps_of
 
 __all__ = [
     "CHAIN_BYTES",
@@ -51,11 +50,15 @@ __all__ = [
 
 NAME = Strategy.CHAIN
 
-#: Memory of the matrices of the samples that are carried at a time, where samples may be taken a few at a time.
-_BYTES = 1 << 25
+#: Memory of the matrices of the samples that are carried at a time, before a step and behind it, where samples may be
+#: taken a few at a time: what stays in a CPU's caches.
+_CACHED_BYTES = 1 << 22
 
 #: And at most, where they may not.
 CHAIN_BYTES = 1 << 30
+
+#: Memory of the products with a segment's basis that are made at a time.
+_PRODUCT_BYTES = 1 << 25
 
 #: Multiplications that are worth one number that a product passes through, in :class:`.Budget`.
 _WORK = 100
@@ -170,33 +173,6 @@ def _goes_on(chain: Chain, index: int) -> bool:
 # ---- carrying
 
 
-#: A gradient that is computed when it is asked for: of what is piecewise linear, none needs to be.
-_Gradient = Callable[[], Tensor]
-
-
-@dataclass(eq=False)
-class _Step:
-    """A segment with what it takes to carry a Hessian through it.
-
-    Attributes:
-        segment: the segment.
-        gradient: makes the loss's in its end, of the tensor's shape.
-        first: φ′ of an elementwise function, shape (N, size).
-        second: φ″ times the gradient; None for zero.
-        diagonal: whether no more than the diagonal is asked for before it.
-        last: whether nothing is.
-        whole: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf.
-    """
-
-    segment: Segment
-    gradient: _Gradient
-    first: Tensor | None = None
-    second: Tensor | None = None
-    diagonal: bool = False
-    last: bool = False
-    whole: set[int] = field(default_factory=set)
-
-
 def run(task: Measurement, chain: Chain, *, trial: bool = False) -> tuple[dict[str, list[Tensor]], int]:
     """The diagonal of each layer on the chain, by parameter, and of how many samples.
 
@@ -213,26 +189,29 @@ def run(task: Measurement, chain: Chain, *, trial: bool = False) -> tuple[dict[s
     if pairs.v is None and pairs.sign is not None:
         v = u * pairs.sign.T[..., None]
     top = Block(u, v)
-    steps = _steps(task, chain)
+    (gradient,) = (g for g in side.output_gradients if g is not None)
+    steps = steps_of(chain.segments, chain.graphs, gradient.detach())
     for graph in chain.graphs.values():
         graph.layouts = [DIM_ZERO]
-    at_once = _at_once(task, steps, u.element_size())
-    parts: dict[int, list[Tensor]] = {}
+    at_once = _at_once(task, steps, u)
+    diagonals: dict[int, Tensor] = {}
     totals: dict[str, list[Tensor]] = {}
     count = min(task.num_samples, at_once) if trial else task.num_samples
     with progress_bar(task.progress and not trial, "Hessian along the chain", count, unit="samples") as advance:
         for rows in chunks(count, at_once):
             here = slice(rows.start, rows.stop)
-            for key, block in _carried(task, chain, steps, top.rows(here), here):
+            for key, block, whole in _carried(task, chain, steps, top.rows(here), here):
                 graph = chain.graphs[key]
-                if block.matrix is None:
-                    parts.setdefault(key, []).append(block.diagonal())
-                else:
-                    _add(totals, graph, by_basis(graph, block.matrix, here))
+                if whole:
+                    _add(totals, graph, by_basis(graph, block.full(), here))
+                    continue
+                if key not in diagonals:
+                    diagonals[key] = u.new_empty(count, _size(graph.leaves[0].shape, task))
+                diagonals[key][here] = block.diagonal()
             advance(len(rows))
-    for key, diagonals in parts.items():
+    for key, diagonal in diagonals.items():
         if not trial:
-            _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], torch.cat(diagonals)))
+            _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], diagonal))
     return totals, count
 
 
@@ -243,16 +222,26 @@ def seconds_of_chain(task: Measurement, chain: Chain) -> float:
     return seconds * task.num_samples / counts[0]
 
 
-def _at_once(task: Measurement, steps: Sequence[_Step], num_bytes: int) -> int:
-    """Samples whose matrices are carried together: all of them where segments have products of their own."""
-    dense, second = 0, False
+def _at_once(task: Measurement, steps: Sequence[Step], u: Tensor) -> int:
+    """Samples that are carried together: all of them where segments have products of their own.
+
+    Args:
+        task: the measurement.
+        steps: from the output backwards.
+        u: columns at the output, shape (N, K, size).
+    """
+    dense = widest = 0
+    second = False
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
+        sizes = [_size(shape, task) for shape in (step.segment.shape, step.segment.shape_before)]
+        widest = widest if step.last else max(widest, *sizes)
         second |= step.second is not None
         if step.whole or (step.segment.kind == Kind.LINEAR and second and not step.last and not step.diagonal):
-            dense = max(dense, _size(step.segment.shape, task), _size(step.segment.shape_before, task))
-    return max(1, _BYTES // (3 * dense * dense * num_bytes)) if dense else task.num_samples
+            dense = max(dense, *sizes)
+    most = _CACHED_BYTES if u.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    return max(1, most // (2 * max(1, dense * dense, u.shape[1] * widest) * u.element_size()))
 
 
 def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor]) -> None:
@@ -260,77 +249,17 @@ def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor
     totals[name] = [a + b for a, b in zip(totals[name], values, strict=True)] if name in totals else values
 
 
-def _steps(task: Measurement, chain: Chain) -> list[_Step]:
-    """What is the same for all samples, or cheap: gradients, φ′ and φ″; and, backwards, what is asked for."""
-    (found,) = (g for g in chain.side.output_gradients if g is not None)
-    gradient: _Gradient = partial(torch.reshape, found.detach(), chain.segments[0].shape)
-    steps = []
-    for segment, ahead in zip_longest(chain.segments, chain.segments[1:]):
-        step = _Step(segment, gradient)
-        steps.append(step)
-        if segment.into is None:
-            break
-        if segment.kind == Kind.ELEMENTWISE:
-            step.first, step.second = _slopes(segment, gradient, found)
-        known = None if ahead is None else _known_gradient(chain, ahead)
-        gradient = cache(partial(_gradient_before, step)) if known is None else partial(known.reshape, ahead.shape)
-    asked = "nothing"
-    for step in reversed(steps):
-        step.last, step.diagonal = asked == "nothing", asked == "diagonal"
-        step.whole = {key for key in step.segment.leaves if not by_diagonal_alone(chain.graphs[key])}
-        if asked != "nothing" and step.segment.kind in (Kind.LINEAR, Kind.GENERAL):
-            asked = "all"
-        if (step.segment.leaves and step.segment.kind == Kind.GENERAL) or step.whole:
-            asked = "all"
-        elif step.segment.leaves and asked == "nothing":
-            asked = "diagonal"
-    return steps
-
-
-def _known_gradient(chain: Chain, segment: Segment) -> Tensor | None:
-    """The gradient in a segment's end, where that is a layer's output."""
-    leaves = segment.leaves if segment.kind == Kind.SAME else []
-    return next((g.detach() for key in leaves for g in chain.graphs[key].output_gradients if g is not None), None)
-
-
-def _gradient_before(step: _Step) -> Tensor:
-    """The gradient before a segment, by that in its end."""
-    segment, gradient = step.segment, step.gradient()
-    if segment.kind == Kind.SAME:
-        return gradient.reshape(segment.shape_before)
-    if segment.weight is not None:
-        return gradient @ segment.weight.t()
-    if step.first is not None:
-        return step.first.view_as(gradient) * gradient
-    assert segment.into is not None
-    (found,) = edge_gradients(segment.out, [segment.into], gradient)
-    return gradient.new_zeros(segment.shape_before) if found is None else found
-
-
-def _slopes(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
-    assert segment.into is not None
-    (first,) = edge_gradients(segment.out, [segment.into], like.new_ones(segment.shape), create_graph=True)
-    if first is None:
-        return like.new_zeros(segment.shape).flatten(1), None
-    second = edge_gradients(first, [segment.into], gradient())[0] if first.requires_grad else None
-    count = len(first)
-    flat = None if second is None or not bool(second.any()) else second.reshape(count, -1)
-    return first.detach().reshape(count, -1), flat
-
-
 def _carried(
-    task: Measurement, chain: Chain, steps: Sequence[_Step], block: Block, here: slice
-) -> Iterator[tuple[int, Block]]:
-    """Each layer's leaf with H_z of some samples: the matrix of those that need it."""
+    task: Measurement, chain: Chain, steps: Sequence[Step], block: Block, here: slice
+) -> Iterator[tuple[int, Block, bool]]:
+    """Each layer's leaf with H_z of some samples, and whether all of it is needed; till the next is asked for."""
     for step in steps:
         segment = step.segment
         if segment.kind == Kind.GENERAL:
             block, inside = _through(task, chain, step, block)
-            yield from inside
+            yield from ((key, own, key in step.whole) for key, own in inside)
         else:
-            for key in segment.leaves:
-                yield key, Block(matrix=block.full()) if key in step.whole else Block(only=block.diagonal())
+            yield from ((key, block, key in step.whole) for key in segment.leaves)
         if step.last:
             return
         if segment.kind == Kind.LINEAR:
@@ -342,7 +271,7 @@ def _carried(
             block = block.before_elementwise(step.first[here], second)
 
 
-def _through(task: Measurement, chain: Chain, step: _Step, block: Block) -> tuple[Block, list[tuple[int, Block]]]:
+def _through(task: Measurement, chain: Chain, step: Step, block: Block) -> tuple[Block, list[tuple[int, Block]]]:
     """The Hessian before any segment, and in the layers inside, by products of the segment alone."""
     segment, count = step.segment, task.num_samples
     weights = step.gradient().clone().requires_grad_(True)
@@ -357,13 +286,12 @@ def _through(task: Measurement, chain: Chain, step: _Step, block: Block) -> tupl
         key = segment.leaves[index] if index < len(segment.leaves) else None
         all_of_it = not step.diagonal if key is None else key in step.whole
         size = _size(shape, task)
-        like = block.diagonal() if block.only is not None else weights
-        result = like.new_zeros(count, size, size) if all_of_it else like.new_zeros(count, size)
-        at_once = max(1, _BYTES // (4 * max(1, segment.work) * like.element_size()))
+        result = weights.new_zeros(size, count, size) if all_of_it else weights.new_zeros(count, size)
+        at_once = max(1, _PRODUCT_BYTES // (4 * max(1, segment.work) * weights.element_size()))
         for ids in chunks(size, at_once):
             rows = _products(segment, end, pulled[index], weights, block, shape, ids, count)
             if all_of_it:
-                result[:, :, ids.start : ids.stop] = rows.permute(1, 2, 0)
+                result[:, :, ids.start : ids.stop] = rows.permute(2, 1, 0)
             else:
                 result[:, ids.start : ids.stop] = rows[range(len(ids)), :, list(ids)].T
         found.append(Block(matrix=result) if all_of_it else Block(only=result))

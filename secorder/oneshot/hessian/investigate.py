@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.pytree import tensors_in
+from ..._torch.sample_graph import leaves_of
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
@@ -29,7 +30,7 @@ from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["Findings", "attached", "facts", "investigate", "verify_samples"]
+__all__ = ["Findings", "attached", "differentiate", "facts", "investigate", "verify_samples"]
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Findings:
         separate: the loss as a function of the output, where it is known to be a sum over samples and the graph may
             tell where these are.
         chain: that leads to the layers, where one does.
+        put_off: recording and loss, where gradients are taken only if products are (see :func:`differentiate`).
     """
 
     facts: dict[str, Facts]
@@ -52,6 +54,7 @@ class Findings:
     seconds: float = 0.0
     separate: OutputSide | None = None
     chain: Chain | None = None
+    put_off: tuple[Recording, Tensor] | None = None
 
     def learn(self, name: str, **facts: Any) -> None:
         """Replace facts about a layer."""
@@ -79,7 +82,7 @@ def investigate(
     traced = task.traced(inputs=False)
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
     second_order = len(known) < len(task.layers)
-    found, output, loss = attached(task, recording, traced, create_graph=second_order)
+    found, output, loss = attached(task, recording, traced, with_gradients=second_order)
     if not (traced.hooked or traced.packed or task.certain or task.create_graph):
         _attach_by_operations(task, found, output, loss)
     side = _side(task, found, output, loss)
@@ -91,12 +94,22 @@ def investigate(
         _follow_chain(task, found, found.separate)
     if columns and side is not None and _without_chain(found, budget):
         found.output_side = _with_columns(task, found, side, known, budget)
-    if not second_order and not _needs_no_product(found, budget):
-        _attach(task, found, recording, loss, task.ruled, create_graph=True)
+    if not second_order:
+        found.put_off = recording, loss
+        if not _needs_no_product(found, budget):
+            differentiate(task, found)
     verify_samples(task, found, budget)
     if chain and everything:
         _follow_chain(task, found, found.separate)
     return found
+
+
+def differentiate(task: Measurement, found: Findings) -> None:
+    """Take the gradients that products with the Hessian are made of, where that was put off."""
+    if found.put_off is not None:
+        recording, loss = found.put_off
+        found.put_off = None
+        _attach(task, found, recording, loss, task.ruled, with_gradients=True)
 
 
 def attached(
@@ -104,7 +117,7 @@ def attached(
     recording: Recording,
     forward: Callable[[Any], Any] | None = None,
     *,
-    create_graph: bool = True,
+    with_gradients: bool = True,
 ) -> tuple[Findings, Any, Tensor]:
     """Run the model once, and find out which layers are used, and which of them by their recorded calls alone.
 
@@ -112,7 +125,7 @@ def attached(
         task: the measurement.
         recording: of the layers that have a rule; the forward is run in it.
         forward: how to run the model on the inputs; as it is by default.
-        create_graph: whether gradients in z are to be differentiated.
+        with_gradients: whether gradients in z are taken, to be differentiated.
 
     Returns:
         what was found, the model's output, and the loss.
@@ -127,7 +140,7 @@ def attached(
     passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
     facts = {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}
     found = Findings(facts, {}, None, seconds)
-    _attach(task, found, recording, loss, task.ruled, create_graph=create_graph)
+    _attach(task, found, recording, loss, task.ruled, with_gradients=with_gradients)
     recording.require_seen(loss)
     return found, output, loss
 
@@ -154,27 +167,27 @@ def _attach(
     loss: Tensor,
     ruled: Sequence[Layer],
     *,
-    create_graph: bool,
+    with_gradients: bool,
 ) -> None:
     """Read the recorded calls and gradients of the layers: whether they are used, and by their calls alone."""
     unusable = recording.unusable()
-    leaves = [leaf for x in ruled for leaf in recording.leaves.get(x.name, [])]
-    replacements = [s for x in ruled for s in task.isolated.replacements(x)]
-    reached: list[Tensor | None] = [None] * (len(leaves) + len(replacements))
-    if loss.requires_grad:
-        reached = gradients(loss, leaves + replacements, create_graph=create_graph)
-    if len(ruled) == len(task.layers) and all(g is None for g in reached):
+    ends = [leaf for x in ruled for leaf in recording.leaves.get(x.name, [])]
+    ends += [s for x in ruled for s in task.isolated.replacements(x)]
+    by_leaf: dict[int, Tensor | None] = {}
+    if with_gradients and loss.requires_grad:
+        by_leaf = dict(zip(map(id, ends), gradients(loss, ends, create_graph=True), strict=True))
+    reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss])
+    if len(ruled) == len(task.layers) and not any(id(x) in reached for x in ends):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    by_leaf = dict(zip((id(x) for x in leaves + replacements), reached, strict=True))
     for layer in ruled:
         name = layer.name
         graph = LayerGraph(layer, recording.inputs.get(name, []), recording.leaves.get(name, []))
-        graph.output_gradients = [by_leaf[id(leaf)] for leaf in graph.leaves]
+        graph.output_gradients = [by_leaf.get(id(leaf)) for leaf in graph.leaves]
         found.graphs[name] = graph
-        outside = any(by_leaf[id(s)] is not None for s in task.isolated.replacements(layer))
+        outside = any(id(s) in reached for s in task.isolated.replacements(layer))
         told = not outside and name not in unusable
         found.learn(name, own_use=told and not _feeds_itself(graph))
-        if told and all(g is None for g in graph.output_gradients):
+        if told and not any(id(leaf) in reached for leaf in graph.leaves):
             found.learn(name, used=False)
 
 

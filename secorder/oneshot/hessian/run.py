@@ -14,7 +14,7 @@ from . import chain, column_draws, columns, output_basis, output_draws, paramete
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
-from .investigate import Findings, investigate, verify_samples
+from .investigate import Findings, differentiate, investigate, verify_samples
 from .on_parameters import on_parameters
 from .output_draws import Reduce
 from .trials import learn_seconds, matters
@@ -77,6 +77,7 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
             raise
         for name in names:
             found.learn(name, chain_depth=0)
+        differentiate(task, found)
         verify_samples(task, found, budget)
         return
     for name, values in carried.items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder.oneshot.hessian.block import Block
+from secorder.oneshot.hessian.block import Block, Memory
 
 N, K, SIZE, BEFORE = 3, 2, 4, 5
 
@@ -18,7 +18,7 @@ def forms() -> dict[str, Block]:
         "columns": Block(u, u),
         "columns with signs": Block(u, v),
         "and a diagonal": Block(u, v, d),
-        "matrix": Block(matrix=matrix + matrix.mT),
+        "matrix": Block(matrix=(matrix + matrix.mT).transpose(0, 1).contiguous()),
     }
 
 
@@ -55,3 +55,14 @@ def test_before_a_function_of_each_element(name: str, second: Tensor | None) -> 
     torch.testing.assert_close(full(forms()[name].before_elementwise(first, second)), expected)
     only = Block(only=forms()[name].diagonal()).before_elementwise(first, second)
     torch.testing.assert_close(only.diagonal(), expected.diagonal(dim1=1, dim2=2))
+
+
+def test_room_has_nothing_in_common_with_what_is_in_use_and_is_used_again() -> None:
+    memory, like = Memory(), torch.zeros(1)
+    first = memory.room(like, 4, 5)
+    second = memory.room(like, 2, 3, beside=(first,))
+    third = memory.room(second, 6, beside=(None, first))
+    assert len({t.untyped_storage().data_ptr() for t in (first, second, third)}) == 3
+    assert memory.room(third, 10, beside=(second,)).data_ptr() == first.data_ptr()
+    assert memory.room(first, 50, beside=(second,)).shape == (50,)
+    assert len(memory.pieces) == 3

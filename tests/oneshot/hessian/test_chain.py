@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot.hessian.block import Block
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import choose
 from secorder.oneshot.hessian.facts import Facts
@@ -116,7 +117,7 @@ def test_what_is_a_chain_is_carried_also_by_a_forward_of_ones_own() -> None:
 
 def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr("secorder.oneshot.hessian.chain._BYTES", 1000)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain._CACHED_BYTES", 600)
     assert set(held(mlp(2, 4, 5, 4, 3), F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,))).values()) == {
         "chain"
     }
@@ -196,12 +197,26 @@ def test_what_fails_on_the_way_goes_by_other_strategies(monkeypatch: pytest.Monk
     assert "chain" not in strategies.values()
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Tanh()], ids=["known to be piecewise linear", "smooth"])
+def test_what_fails_on_a_chain_known_by_its_structure_does_so_too(
+    activation: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Tensor:
+        return torch.ones(2) @ torch.ones(3)  # an error of an operator's, such as of memory that is not there
+
+    torch.manual_seed(0)
+    monkeypatch.setattr(Block, "before_matrix", fails)
+    model = nn.Sequential(nn.Linear(2, 4), activation, nn.Linear(4, 4), activation, nn.Linear(4, 3))
+    strategies = held(model, F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)))
+    assert "chain" not in strategies.values()
+
+
 def test_a_head_on_a_frozen_backbone() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), nn.Linear(4, 3))
     x, t = torch.randn(N, 1, 3, 3), torch.randint(3, (N,))
     with CurvatureProbe(model, layers=["3", "5"]) as probe:
-        found = probe.hessian_diagonal(F.cross_entropy, x, t)
+        found = probe.hessian_diagonal(F.cross_entropy, x, t, method="exact")
     expected = hessian_by_element(model, F.cross_entropy, x, t)
     assert_all_close(found.by_parameter(), {name: expected[name] for name in found.by_parameter()})
     assert {str(info.strategy) for info in found.info.values()} == {"chain"}
@@ -212,7 +227,7 @@ def test_traces_go_by_it_too() -> None:
     model, x, t = mlp(2, 4, 4, 3), torch.randn(N, 2), torch.randint(3, (N,))
     with CurvatureProbe(model) as probe:
         traces = probe.hessian_trace(F.cross_entropy, x, t, method="exact")
-        diagonals = probe.hessian_diagonal(F.cross_entropy, x, t)
+        diagonals = probe.hessian_diagonal(F.cross_entropy, x, t, method="exact")
     for name, trace in traces.items():
         assert trace.value == pytest.approx(diagonals[name].sum().item(), rel=1e-9)
 

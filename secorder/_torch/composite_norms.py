@@ -1,0 +1,107 @@
+"""Normalisations by elementary operations: PyTorch's own have no exact third derivatives.
+
+The backward pass of the backward pass of ``native_layer_norm`` and ``native_batch_norm`` takes for constants the mean
+and the variance that the forward saved: a gradient of a second derivative would be wrong.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["CompositeNorms"]
+
+
+class CompositeNorms(TorchFunctionMode):
+    """Inside, layer, batch and instance normalisation consist of operations that can be differentiated at will.
+
+    Example:
+        >>> import torch
+        >>> from secorder._torch.composite_norms import CompositeNorms
+        >>> x, layer = torch.randn(3, 4), torch.nn.LayerNorm(4)
+        >>> with CompositeNorms():
+        ...     found = layer(x)
+        >>> torch.allclose(found, layer(x), atol=1e-6)
+        True
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at one call."""
+        return _COMPOSITE.get(function, function)(*args, **(kwargs or {}))
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    return _affine(_standardised(input, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    with torch.no_grad():  # the running statistics
+        F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
+    dims = [0, *range(2, input.dim())]
+    return _affine(_standardised(input, dims, eps), *_by_channel(input, weight, bias)).to(input.dtype)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    with torch.no_grad():
+        F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
+    dims = list(range(2, input.dim()))
+    return _affine(_standardised(input, dims, eps), *_by_channel(input, weight, bias)).to(input.dtype)
+
+
+def _standardised(input: Tensor, dims: list[int], eps: float) -> Tensor:
+    """In float32 at least, as PyTorch's own."""
+    wide = input.to(torch.promote_types(input.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _by_channel(input: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
+    shape = 1, -1, *(1,) * (input.dim() - 2)
+    return [None if p is None else p.view(shape) for p in parameters]
+
+
+def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    normal = normal if weight is None else normal * weight
+    return normal if bias is None else normal + bias
+
+
+_COMPOSITE: dict[Any, Callable[..., Tensor]] = {
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}

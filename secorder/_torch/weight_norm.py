@@ -1,0 +1,31 @@
+"""PyTorch's weight normalisation, and whether its second derivative is one."""
+
+from functools import cache
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+__all__ = ["second_derivative_is_exact", "weight_normalised"]
+
+
+def weight_normalised(module: nn.Module) -> bool:
+    """Whether a weight of a module is normalised by PyTorch's own kernel, along its first or last dimension."""
+    hooks = [hook for hook in module._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    dims = [(hook.dim, getattr(module, f"{hook.name}_v").dim()) for hook in hooks]
+    for holder in getattr(module, "parametrizations", {}).values():
+        dims += [(p.dim, holder.original1.dim()) for p in holder if isinstance(p, _WeightNorm)]
+    return any(dim in (0, size - 1) for dim, size in dims)
+
+
+@cache
+def second_derivative_is_exact() -> bool:
+    """Whether a derivative of the kernel's backward pass is exact: it may take the saved norm of v for a constant."""
+    v = torch.tensor([[0.6, 0.8]], dtype=torch.float64, device="cpu", requires_grad=True)
+    g = torch.ones(1, 1, dtype=torch.float64, device="cpu")
+    with torch.enable_grad():
+        kernel, elementary = torch._weight_norm(v, g, 0), v * g / v.norm(dim=1, keepdim=True)
+        slopes = [torch.autograd.grad(w[0, 0], v, create_graph=True)[0] for w in (kernel, elementary)]
+        found, expected = (torch.autograd.grad(slope[0, 0], v)[0] for slope in slopes)
+    return torch.allclose(found, expected)

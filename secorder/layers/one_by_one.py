@@ -1,0 +1,121 @@
+"""The factors of several layers, each by itself: what is small of what is asked of each is asked of all at once.
+
+What is told of a layer are its squares or their sums, which are formed once, whatever is asked.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch.several import add_each, multiply_each, square_each
+from .rank_one import RankOne
+
+__all__ = ["Look", "OneByOne"]
+
+
+class Look(NamedTuple):
+    """The random vectors that the audit looks at a layer with.
+
+    Attributes:
+        r: of some rows of the weight, one after the other.
+        s: of its columns.
+        start: the first of these rows.
+    """
+
+    r: Tensor
+    s: Tensor
+    start: int
+
+
+class OneByOne:
+    """Several layers' factors of one batch.
+
+    Args:
+        layers: of one dtype, on one device, and of one batch.
+        looks: of each layer, how the audit looks at it; None where it does not.
+        with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
+        squared: whether squares are formed, as :meth:`add_to` needs them; else norms.
+    """
+
+    def __init__(
+        self, layers: Sequence[RankOne], looks: Sequence[Look | None], with_bias: Tensor, *, squared: bool
+    ) -> None:
+        self._layers, self._looks, self._with_bias = layers, looks, with_bias
+        self._goods: Tensor | None = None
+        inputs, cotangents = [one.inputs for one in layers], [one.cotangents for one in layers]
+        if squared:
+            self._squares = square_each(inputs), square_each(cotangents)
+            self._columns = [g.sum(0) for g in self._squares[1]]
+            self._sizes = [a.sum() for a in self._squares[0]] + [own.sum() for own in self._columns]
+        else:
+            self._squares, self._columns = ([], []), []
+            self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (*inputs, *cotangents)]).square_()
+            self._sizes = list(self._rows.sum(1).unbind())
+
+    def finite(self) -> Tensor:
+        """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it."""
+        both = torch.stack(self._sizes).view(2, -1).sum(0)
+        self._goods = (both - both) == 0
+        return self._goods
+
+    def explained(self) -> tuple[Tensor, Tensor]:
+        """Of each layer that is looked at rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more.
+
+        And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at.
+        """
+        lefts, rights, of_inputs, of_cotangents, here = [], [], [], [], []
+        for i, (one, look) in enumerate(zip(self._layers, self._looks, strict=True)):
+            if look is None:
+                continue
+            r, s, start = look
+            g, of_g = one.cotangents, self._sizes[len(self._layers) + i]
+            if len(r) != g.shape[1]:
+                g = g.narrow(1, start, len(r))
+                of_g = self._columns[i].narrow(0, start, len(r)).sum() if self._columns else g.square().sum()
+            lefts.append(torch.mv(g, r))
+            rights.append(torch.mv(one.inputs, s))
+            of_inputs.append(self._sizes[i])
+            of_cotangents.append(of_g)
+            here.append(i)
+        with_bias = self._with_bias if len(here) == len(self._layers) else self._with_bias[here]
+        right = torch.stack(rights).add_(with_bias[:, None])
+        values = torch.linalg.vecdot(torch.stack(lefts), right)
+        sizes = torch.stack(of_inputs).add_(with_bias, alpha=right.shape[1]).mul_(torch.stack(of_cotangents))
+        return values, sizes
+
+    def norms(self) -> Tensor:
+        """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.
+
+        Source: Goodfellow (2015), "Efficient per-example gradient computations".
+        """
+        inputs, cotangents = self._squares
+        rows = torch.stack([x.sum(1) for x in (*inputs, *cotangents)]) if inputs else self._rows
+        of_a, of_g = rows.view(2, len(self._layers), -1).unbind()
+        return torch.addcmul(self._with_bias[:, None] * of_g, of_g, of_a)
+
+    def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
+        """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²``: Σ_n g_n² (a_n²)ᵀ of weights, and Σ_n g_n² of biases.
+
+        Overwrites the squares.
+
+        Args:
+            outs: of each layer the sums by the parameters' names, 1-D.
+            beta: factor of what they held.
+            alpha: factor of what is added.
+        """
+        of_a, of_g = self._squares
+        biases = [(own["bias"], part) for own, part in zip(outs, self._columns, strict=True) if "bias" in own]
+        if self._goods is not None:
+            keeps = self._goods.unbind()
+            for squares in (*of_a, *of_g, *self._columns):
+                squares.nan_to_num_()  # times zero, where it does not count
+            multiply_each([*of_g, *self._columns], [*keeps, *keeps])
+        if biases:
+            totals, found = zip(*biases, strict=True)
+            if beta != 1.0:
+                multiply_each(totals, beta)
+            add_each(totals, found, alpha=alpha)
+        for own, a, g in zip(outs, of_a, of_g, strict=True):
+            own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)

@@ -1,0 +1,106 @@
+"""What it takes to carry a Hessian backwards through a segment: what is the same however many samples are carried."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from ..._torch.chain_graph import Kind, Segment, edge_gradients
+from .layer_block import by_diagonal_alone
+from .layer_graph import LayerGraph
+
+__all__ = ["Step", "steps_of"]
+
+#: A gradient that is computed when it is asked for: of what is piecewise linear, none needs to be.
+_Gradient = Callable[[], Tensor]
+
+
+@dataclass(eq=False)
+class Step:
+    """A segment with what it takes to carry a Hessian through it.
+
+    Attributes:
+        segment: the segment.
+        gradient: makes the loss's in its end, of the tensor's shape.
+        first: φ′ of an elementwise function, shape (N, size).
+        second: φ″ times the gradient; None for zero.
+        diagonal: whether no more than the diagonal is asked for before it.
+        last: whether nothing is.
+        whole: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf.
+    """
+
+    segment: Segment
+    gradient: _Gradient
+    first: Tensor | None = None
+    second: Tensor | None = None
+    diagonal: bool = False
+    last: bool = False
+    whole: set[int] = field(default_factory=set)
+
+
+def steps_of(segments: Sequence[Segment], graphs: Mapping[int, LayerGraph], output_gradient: Tensor) -> list[Step]:
+    """Of each segment gradients, φ′ and φ″, which are cheap; and, backwards, what is asked for.
+
+    Args:
+        segments: from the output backwards.
+        graphs: by ``id`` of its leaf, each layer that they lead to.
+        output_gradient: the loss's, in the output.
+    """
+    gradient: _Gradient = partial(torch.reshape, output_gradient, segments[0].shape)
+    steps = []
+    for segment, ahead in zip_longest(segments, segments[1:]):
+        step = Step(segment, gradient)
+        steps.append(step)
+        if segment.into is None:
+            break
+        if segment.kind == Kind.ELEMENTWISE:
+            step.first, step.second = _slopes(segment, gradient, output_gradient)
+        known = None if ahead is None else _known_gradient(graphs, ahead)
+        gradient = cache(partial(_gradient_before, step)) if known is None else partial(known.reshape, ahead.shape)
+    asked = "nothing"
+    for step in reversed(steps):
+        step.last, step.diagonal = asked == "nothing", asked == "diagonal"
+        step.whole = {key for key in step.segment.leaves if not by_diagonal_alone(graphs[key])}
+        if asked != "nothing" and step.segment.kind in (Kind.LINEAR, Kind.GENERAL):
+            asked = "all"
+        if (step.segment.leaves and step.segment.kind == Kind.GENERAL) or step.whole:
+            asked = "all"
+        elif step.segment.leaves and asked == "nothing":
+            asked = "diagonal"
+    return steps
+
+
+def _known_gradient(graphs: Mapping[int, LayerGraph], segment: Segment) -> Tensor | None:
+    """The gradient in a segment's end, where that is a layer's output."""
+    leaves = segment.leaves if segment.kind == Kind.SAME else []
+    return next((g.detach() for key in leaves for g in graphs[key].output_gradients if g is not None), None)
+
+
+def _gradient_before(step: Step) -> Tensor:
+    """The gradient before a segment, by that in its end."""
+    segment, gradient = step.segment, step.gradient()
+    if segment.kind == Kind.SAME:
+        return gradient.reshape(segment.shape_before)
+    if segment.weight is not None:
+        return gradient @ segment.weight.t()
+    if step.first is not None:
+        return step.first.view_as(gradient) * gradient
+    assert segment.into is not None
+    (found,) = edge_gradients(segment.out, [segment.into], gradient)
+    return gradient.new_zeros(segment.shape_before) if found is None else found
+
+
+def _slopes(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
+    assert segment.into is not None
+    ones, curved = like.new_ones(()).expand(segment.shape), not segment.piecewise_linear
+    (first,) = edge_gradients(segment.out, [segment.into], ones, create_graph=curved)
+    if first is None:
+        return like.new_zeros(segment.shape).flatten(1), None
+    second = edge_gradients(first, [segment.into], gradient())[0] if curved and first.requires_grad else None
+    count = len(first)
+    flat = None if second is None or not bool(second.any()) else second.reshape(count, -1)
+    return first.detach().reshape(count, -1), flat
