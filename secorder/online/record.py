@@ -186,6 +186,7 @@ class ForwardRecord:
         starts: by layer, how the enclosing module's calls that are running were started.
         uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
         unfollowed: layers whose operations could not be followed in this forward.
+        counting: by layer that is measured by operations, the latest backward that is a training step of it.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -231,6 +232,7 @@ class ForwardRecord:
     starts: dict[str, list[Start]] = field(default_factory=dict)
     uses: dict[str, Uses] = field(default_factory=dict)
     unfollowed: set[str] = field(default_factory=set)
+    counting: dict[str, int] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
