@@ -235,7 +235,7 @@ def isolate(
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = None if pure else get_random_state(cuda)
-        stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
+        stack.enter_context(_own_settings(model, start, cuda, training=loss_fn is None))
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
@@ -289,21 +289,19 @@ def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> S
 
 
 @contextmanager
-def _own_settings(
-    model: nn.Module, state: RandomState | None, cuda: Sequence[int], in_training: bool
-) -> Iterator[None]:
+def _own_settings(model: nn.Module, state: RandomState | None, cuda: Sequence[int], training: bool) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
         model: the model.
         state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
-        in_training: whether it is in the middle of the user's.
+        training: whether it is in the middle of the user's.
     """
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(parametrizations_computed_anew())
-        if in_training:
+        if training:
             stack.enter_context(unseen())
         else:
             stack.enter_context(full_float32())
