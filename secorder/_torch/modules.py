@@ -75,7 +75,7 @@ def parameter_places(module: nn.Module) -> list[Place]:
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
-    return all(held.get(name) is parameter for name, parameter in parameters.items())
+    return False not in [held.get(name) is parameter for name, parameter in parameters.items()]
 
 
 def held_parameter(module: nn.Module, name: str) -> Any:
