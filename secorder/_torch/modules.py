@@ -35,6 +35,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "put_copies",
     "tables_of",
     "threads_running",
 ]
@@ -61,6 +62,15 @@ class Place(NamedTuple):
     def put(self, value: Tensor) -> None:
         """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
         self.holder[self.key] = value
+
+
+def put_copies(places: Iterable[Place]) -> None:
+    """Hold copies of the values of places there; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+    for place in places:
+        if id(place.value) not in copies:
+            copies[id(place.value)] = place.value.detach().clone()
+        place.put(copies[id(place.value)])
 
 
 def parameter_places(module: nn.Module) -> list[Place]:

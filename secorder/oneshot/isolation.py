@@ -34,6 +34,7 @@ from .._torch.modules import (
     is_scripted,
     own_tensors,
     parameter_places,
+    put_copies,
 )
 from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
@@ -267,12 +268,7 @@ def isolate(
             ran = True
             if start is not None:
                 set_random_state(random_state or start, cuda)
-            copies: dict[int, Tensor] = {}
-            for place in buffers:
-                buffer = place.value
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                place.put(copies[id(buffer)])
+            put_copies(buffers)
 
         originals = [p for key, p in parameters.items() if key not in themselves]
         of_loss = loss_state, take_loss_state
