@@ -195,6 +195,7 @@ class ForwardRecord:
         passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
         received: layers whose squares are added, or wait to be.
         waiting: layers that are to be added together.
+        elements_waiting: of their factors.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -241,6 +242,7 @@ class ForwardRecord:
     passed: dict[str, int | None] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     waiting: list[RankOne] = field(default_factory=list)
+    elements_waiting: int = 0
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

@@ -33,22 +33,24 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
     if record.weights is not None or record.attribution.sharing(layer.name) or fisher.low(record, layer):
         return False
     dtype, device = like.dtype, like.device
-    others = [one.inputs, *fisher.sums[layer.name].sums, *(x.cotangents for x in record.waiting[:1])]
-    return all(other.dtype is dtype and other.device == device for other in others)
+    for other in (one.inputs, *fisher.sums[layer.name].sums, *[x.cotangents for x in record.waiting[:1]]):
+        if other.dtype is not dtype or other.device != device:
+            return False
+    return True
 
 
 def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
     record.received.add(one.layer.name)
     record.waiting.append(one)
-    elements = sum([x.inputs.numel() + x.cotangents.numel() for x in record.waiting])
-    if elements > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
+    record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
+    if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
         add_waiting(fisher, record)
 
 
 def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
-    waiting, record.waiting = record.waiting, []
+    waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
     layers = [one for one in waiting if one.layer.name not in record.troubled]
     overwritten = [one.layer.name for one in layers if one.overwritten()]
     if overwritten:
