@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = [
     "Place",
     "backward_hooks",
+    "backward_hooks_on_all_modules",
     "backward_hooks_removed",
     "batch_normalisation",
     "buffer_places",
@@ -34,6 +35,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "put_copies",
     "tables_of",
     "threads_running",
 ]
@@ -60,6 +62,15 @@ class Place(NamedTuple):
     def put(self, value: Tensor) -> None:
         """Hold another tensor there: of any kind, which ``setattr`` would refuse."""
         self.holder[self.key] = value
+
+
+def put_copies(places: Iterable[Place]) -> None:
+    """Hold copies of the values of places there; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+    for place in places:
+        if id(place.value) not in copies:
+            copies[id(place.value)] = place.value.detach().clone()
+        place.put(copies[id(place.value)])
 
 
 def parameter_places(module: nn.Module) -> list[Place]:
@@ -120,6 +131,12 @@ def hooks_on_all_modules() -> list[Any]:
     """The hooks that every module calls after and before its forward."""
     found = torch.nn.modules.module
     return [*found._global_forward_hooks.values(), *found._global_forward_pre_hooks.values()]
+
+
+def backward_hooks_on_all_modules() -> list[Any]:
+    """The hooks that every module calls on gradients."""
+    found = torch.nn.modules.module
+    return [*found._global_backward_hooks.values(), *found._global_backward_pre_hooks.values()]
 
 
 @contextmanager

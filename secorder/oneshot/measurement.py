@@ -24,7 +24,7 @@ from ..batch import (
 )
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer
-from ..layers.structure import independent_by_structure
+from ..layers.structure import independent_by_structure, pure_by_structure
 from ..owners import Owned, take_owned
 from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
@@ -261,9 +261,10 @@ def measure(
     generator = generator or fresh_generator(next((p.device for x in layers for p in x.parameters.values()), None))
     under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
     certain = mismatch is None and owned is None and independent_by_structure(model, sample_dim)
+    pure = certain and known and pure_by_structure(model)
 
     def on_isolated(direct: bool, recordable: bool = True) -> Result:
-        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct) as isolated:
+        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct, pure=pure) as isolated:
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
             task = Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned)

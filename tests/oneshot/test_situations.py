@@ -466,6 +466,22 @@ def test_sequences_that_must_stand_by_length() -> None:
         per_layer_fisher_diagonal(coupled, F.cross_entropy, inputs, labels)
 
 
+def test_a_hook_on_all_modules_that_couples_samples() -> None:
+    def less_the_mean(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+        return output - output.mean(0) if isinstance(module, nn.ReLU) else None
+
+    model, (x, y) = make(nn.ReLU()), data()
+    handle = nn.modules.module.register_module_forward_hook(less_the_mean)
+    try:
+        with pytest.raises(CouplingError, match="influence one another"):
+            per_layer_fisher_diagonal(model, F.cross_entropy, x, y)
+        exact_by_element = hessian_by_element(model, F.cross_entropy, x, y)
+        found = per_layer_hessian_diagonal(model, F.cross_entropy, x, y, method="exact").by_parameter()
+    finally:
+        handle.remove()
+    assert_all_close(found, exact_by_element)
+
+
 # ---- devices, dtypes, modes
 
 
