@@ -226,7 +226,7 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
         known, home = self._numbers, self._home
-        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and self._vectors_of(p) is None]
+        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
         if one and graph["weight"].dim() > 1:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -236,6 +236,10 @@ class Audit:
         for name in chosen:
             known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
         return chosen
+
+    def _has(self, parameter: Tensor) -> bool:
+        """Whether a parameter is looked at."""
+        return id(parameter) in self._numbers or id(parameter) in self._home
 
     def _vectors_of(self, parameter: Tensor) -> Vectors | None:
         """Those of a parameter that is looked at; of a bias, the rows of its weight's."""
@@ -319,7 +323,7 @@ class Audit:
 
     def looks_at(self, one: RankOne) -> bool:
         """Whether a layer's parameters are looked at, or some of them."""
-        return any(id(p) in self._numbers or id(p) in self._home for p in one.layer.parameters.values())
+        return True in [self._has(p) for p in one.layer.parameters.values()]
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
