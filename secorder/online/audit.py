@@ -280,11 +280,8 @@ class Audit:
 
     def halves(self) -> set[int]:
         """By ``id``, weights that are one number with a bias, where calls explain both and the gradient of one came."""
-        return {
-            key
-            for key, (_, bias, _) in self._numbers.items()
-            if bias is not None and key in self._together and (key in self._seen) != (id(bias) in self._seen)
-        }
+        homes, seen = self._home.items(), self._seen
+        return {home for bias, home in homes if home in self._together and (home in seen) != (bias in seen)}
 
     def explain(
         self,
