@@ -14,6 +14,7 @@ from torch import Tensor, nn
 __all__ = [
     "Place",
     "backward_hooks",
+    "backward_hooks_on_all_modules",
     "backward_hooks_removed",
     "batch_normalisation",
     "buffer_places",
@@ -34,6 +35,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "put_copies",
     "tables_of",
     "threads_running",
 ]
@@ -62,6 +64,15 @@ class Place(NamedTuple):
         self.holder[self.key] = value
 
 
+def put_copies(places: Iterable[Place]) -> None:
+    """Hold copies of the values of places there; what is one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+    for place in places:
+        if id(place.value) not in copies:
+            copies[id(place.value)] = place.value.detach().clone()
+        place.put(copies[id(place.value)])
+
+
 def parameter_places(module: nn.Module) -> list[Place]:
     """Where the module itself holds parameters: recurrent ones keep a list besides, which their forward reads."""
     places = [Place(module._parameters, name, p) for name, p in module._parameters.items() if p is not None]
@@ -74,7 +85,7 @@ def parameter_places(module: nn.Module) -> list[Place]:
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
-    return all(held.get(name) is parameter for name, parameter in parameters.items())
+    return False not in [held.get(name) is parameter for name, parameter in parameters.items()]
 
 
 def held_parameter(module: nn.Module, name: str) -> Any:
@@ -120,6 +131,12 @@ def hooks_on_all_modules() -> list[Any]:
     """The hooks that every module calls after and before its forward."""
     found = torch.nn.modules.module
     return [*found._global_forward_hooks.values(), *found._global_forward_pre_hooks.values()]
+
+
+def backward_hooks_on_all_modules() -> list[Any]:
+    """The hooks that every module calls on gradients."""
+    found = torch.nn.modules.module
+    return [*found._global_backward_hooks.values(), *found._global_backward_pre_hooks.values()]
 
 
 @contextmanager

@@ -1,11 +1,12 @@
-"""What the structure of a model tells for certain: independent samples, piecewise linear tails."""
+"""What the structure of a model tells for certain: independent samples, pure functions, piecewise linear tails."""
 
-from torch import nn
+from torch import Tensor, nn
 
-from .._torch.modules import backward_hooks, forward_hooks
-from .._torch.own_hooks import OwnHook
+from .._torch.modules import backward_hooks, backward_hooks_on_all_modules, forward_hooks, hooks_on_all_modules
+from .._torch.own_hooks import OwnHook, is_own
+from .._torch.surroundings import function_modes
 
-__all__ = ["independent_by_structure", "linear_by_structure"]
+__all__ = ["independent_by_structure", "linear_by_structure", "pure_by_structure"]
 
 _ROWWISE: tuple[type[nn.Module], ...] = (
     nn.Sequential, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
@@ -32,7 +33,29 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
             return not module.training and getattr(module, "running_mean", None) is not None
         return type(module) in _ROWWISE
 
-    return sample_dim == 0 and all(rowwise(module) for module in model.modules())
+    if sample_dim != 0 or backward_hooks_on_all_modules() or not all(map(is_own, hooks_on_all_modules())):
+        return False
+    return all(rowwise(module) for module in model.modules())
+
+
+_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+
+
+def pure_by_structure(model: nn.Module) -> bool:
+    """Whether a model that :func:`independent_by_structure` knows is a function of parameters, buffers and input alone.
+
+    It draws no random numbers then, writes nothing, its input included, and holds no tensors in other places; no
+    function mode of the user's sees its calls.
+    """
+
+    def pure(module: nn.Module) -> bool:
+        if module.training and isinstance(module, _RANDOM):
+            return False
+        held = vars(module)
+        writes = held.get("inplace") or held.get("max_norm") is not None
+        return not writes and not any(isinstance(value, Tensor) for value in held.values())
+
+    return not function_modes() and all(pure(module) for module in model.modules())
 
 
 _PIECEWISE_LINEAR: tuple[type[nn.Module], ...] = (

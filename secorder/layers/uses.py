@@ -8,9 +8,10 @@ Which operations are followed, and which end the way, is learnt and verified whe
 is recorded is read by the same *routes*, the operations' names and inputs from the parameter on.
 """
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,18 +19,36 @@ from torch import Tensor
 from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_of, recomputed, run_node_once, shape_of
 from .layout import Layout
-from .operations import MAPS, OPERATIONS
+from .operations import MAPS, OPERATIONS, TOGETHER, OperationCall, per_sample_gradient
 from .operations.registry import each
 from .operations.routed import OwnedRows, through_rows
 from .per_sample import Outer, PerSample, Rows, dense, merge
 
-__all__ = ["Piece", "Route", "Use", "Uses", "carried", "find_uses", "hidden", "layouts_of", "pieces", "reentrant"]
+__all__ = [
+    "Later", "Piece", "Route", "Use", "Uses", "brought", "carried", "find_uses", "hidden", "layouts_of", "pieces",
+    "reentrant",
+]  # fmt: skip
 
 #: A parameter's name, and the operations from it on, each with the number of its input.
 Route = tuple[str, ...]
 
 #: What one use brings: the per-sample gradients of a layer's parameters.
 Piece = list[tuple[str, PerSample]]
+
+
+class Later(NamedTuple):
+    """What is kept of a use that is gone through together with others.
+
+    Attributes:
+        operation: the name of its node.
+        kept: what its rule for several calls needs of it.
+        targets: by the input's number, the parameter, and whether the input is its transpose.
+    """
+
+    operation: str
+    kept: Any
+    targets: Mapping[int, tuple[str, bool]]
+
 
 #: Operations that do nothing but put the elements of a parameter elsewhere.
 MOVES = frozenset(MAPS) - {"AddBackward0", "SubBackward0", "EmbeddingBackward0", "IndexBackward0"}
@@ -144,6 +163,49 @@ def layouts_of(shape: Sequence[int], count: int) -> list[Layout]:
     return found
 
 
+def brought(
+    call: OperationCall,
+    sources: Mapping[int, tuple[Node, int]],
+    leaves: Mapping[Node, str],
+    followed: Collection[Node],
+    *,
+    several: bool,
+) -> Piece | Later:
+    """What one of a layer's uses brings, whose gradient is here.
+
+    Args:
+        call: the operation's.
+        sources: of the use.
+        leaves: by the node of each parameter, its name.
+        followed: the nodes between.
+        several: whether there are more that may be gone through together with it.
+    """
+    name = call.node.name()
+    together = TOGETHER.get(name) if several else None
+    targets = None if together is None else _targets(sources, leaves)
+    if together is not None and targets is not None:
+        kept = together.keep(call, {index: name for index, (name, _) in targets.items()})
+        if kept is not None:
+            return Later(name, kept, targets)
+    return [
+        part
+        for index, source in sources.items()
+        for part in carried(per_sample_gradient(call, index), source, leaves, followed)
+    ]
+
+
+def _targets(sources: Mapping[int, tuple[Node, int]], leaves: Mapping[Node, str]) -> dict[int, tuple[str, bool]] | None:
+    """By the number of an input, the parameter that it is, or is the transpose of; None where one is something else."""
+    found = {}
+    for index, (node, number) in sources.items():
+        transposed = node not in leaves and node.name() == "TBackward0" and len(shape_of(node, number)) == 2
+        leaf = node.next_functions[0][0] if transposed else node
+        if leaf not in leaves:
+            return None
+        found[index] = leaves[leaf], transposed
+    return found
+
+
 def carried(
     gradient: PerSample | OwnedRows, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
 ) -> Iterable[tuple[str, PerSample]]:
@@ -243,13 +305,30 @@ def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], wan
     return [part.reshape(len(part), *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def pieces(brought: Iterable[Piece]) -> dict[str, list[PerSample]]:
+def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
     """By parameter, the per-sample gradients that all uses bring together: one of each form."""
     forms: dict[str, dict[tuple[Any, ...], list[PerSample]]] = {}
-    for piece in brought:
-        for name, part in piece:
-            forms.setdefault(name, {}).setdefault(_form(part), []).append(part)
+    later: dict[str, list[Later]] = {}
+    every: list[Piece] = []
+    for one in found:
+        if isinstance(one, Later):
+            later.setdefault(one.operation, []).append(one)
+        else:
+            every.append(one)
+    for name, part in itertools.chain(*every, *(_together(name, waiting) for name, waiting in later.items())):
+        forms.setdefault(name, {}).setdefault(_form(part), []).append(part)
     return {name: [merge(parts) for parts in by_form.values()] for name, by_form in forms.items()}
+
+
+def _together(operation: str, waiting: Sequence[Later]) -> Iterable[tuple[str, PerSample]]:
+    """What uses bring that are gone through together."""
+    for number, index, part in TOGETHER[operation].bring([one.kept for one in waiting]):
+        name, transposed = waiting[number].targets[index]
+        if transposed:
+            assert isinstance(part, Outer)
+            assert isinstance(part.a, Tensor)
+            part = Outer(part.g, part.a)
+        yield name, part
 
 
 def _form(part: PerSample) -> tuple[Any, ...]:

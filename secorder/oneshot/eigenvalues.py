@@ -25,6 +25,9 @@ TOLERANCE = 1e-3
 #: as if it had found others.
 FEWEST = 5
 
+#: Elements of a block that is gone through to the end, whatever the tolerance.
+SMALL = 16
+
 
 @dataclass(frozen=True)
 class Eigenvalues:
@@ -143,12 +146,17 @@ def lanczos(
 def lanczos_steps(
     start: Tensor, count: int, tolerance: float, iterations: int
 ) -> Generator[Tensor, Tensor, Eigenvalues]:
-    """:func:`lanczos` that yields each vector whose product it is to be sent."""
+    """:func:`lanczos` that yields each vector whose product it is to be sent.
+
+    Two products in turn must meet the tolerance: one may do so without an extreme eigenvalue, of whose vector the start
+    had next to nothing, and which the next one mostly shows.
+    """
     space = start.new_empty(min(iterations, 16), start.numel())  # the basis, with room to grow
     torch.div(start, start.norm(), out=space[0])
     alphas: list[float] = []
     betas: list[float] = []
     top, bottom, residual, bound = [0.0] * count, [0.0] * count, math.inf, 0.0
+    met = False  # by the product before
     skew = 0.0  # of a symmetric operator, a product has no part in vectors before the last two, and β in the one before
     for step in range(1, iterations + 1):
         known = space[:step]
@@ -163,14 +171,15 @@ def lanczos_steps(
         size = values.abs().max().item()
         exhausted = beta <= 1e-12 * max(size, 1e-300)
         last = step == iterations or exhausted
-        if last or step >= FEWEST:
+        if last or (step >= FEWEST and start.numel() > SMALL):
             k = min(count, len(values))
             ends = torch.cat([vectors[-1, :k], vectors[-1, -k:]]).abs().max().item()
             lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size
             residual = lack + (0.0 if exhausted or step == start.numel() else beta * ends)
             top, bottom = values[-k:].flip(0).tolist(), values[:k].tolist()
-            if last or lack > bound or (residual <= bound and len(values) >= 2 * count):
+            if last or lack > bound or (met and residual <= bound):
                 break
+            met = residual <= bound and len(values) >= 2 * count
         if step == len(space):
             space = torch.cat([space, space.new_empty(min(step, iterations - step), start.numel())])
         torch.div(w, beta, out=space[step])

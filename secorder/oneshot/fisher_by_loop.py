@@ -64,7 +64,7 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
             f"mean is {every.mean().item():.6g}, their sum {every.sum().item():.6g}), nor its gradient of theirs: "
             "samples are coupled, the loss holds tensors of the batch itself, or model or loss are random; call "
             "model.eval(), pass such tensors (and random numbers) in targets, or let the model return what loss_fn is "
-            "to take the mean of."
+            "to take the mean of. (A penalty of the weights goes with a mean of losses, not with a sum.)"
         )
     return collect(layers, totals, Strategy.LOOP)
 
@@ -161,7 +161,7 @@ def _columns(
     ):
         raise InvalidArgumentError(
             f"fisher_type={fisher_type!r} needs a loss that is computed by loss_fn from the model's output: here it "
-            "comes from inside the model, or the network is inside of the loss."
+            "comes from inside the model, or the network is inside of the loss; leave a penalty of the weights out."
         )
     if found is None:
         return

@@ -11,10 +11,10 @@ from ..errors import DoubleBackwardError
 from ..layers.contraction import contract, contract_sum
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import DIM_ZERO
-from ..layers.operations import OperationCall, per_sample_gradient
+from ..layers.operations import OperationCall
 from ..layers.per_sample import Outer, PerSample, Rows, dense, with_cotangents
 from ..layers.selection import Layer
-from ..layers.uses import Route, Uses, carried, hidden, pieces, reentrant
+from ..layers.uses import Route, Uses, brought, hidden, pieces, reentrant
 from ..results import LayerInfo, Strategy
 from .cotangents import require_linear_backward
 from .fisher_pairs import Found
@@ -103,24 +103,23 @@ def _pulled_back(
     cotangents = [part.reshape(f.shape).to(f.dtype) for part, f in zip(parts, model_outputs, strict=True)]
     every = list(dict.fromkeys(use.node for uses in usable.values() for use in uses.uses))
     outputs = [(node, output) for node in every for output in outputs_of(node)]
-    found = gradients_at(model_outputs, outputs, cotangents)
+    gradients = gradients_at(model_outputs, outputs, cotangents)
     on_outputs: dict[object, list[Tensor | None]] = {node: [] for node in every}
-    for (node, _), g in zip(outputs, found, strict=True):
+    for (node, _), g in zip(outputs, gradients, strict=True):
         on_outputs[node].append(g)
     result = {}
     with torch.no_grad():
         for layer in layers:
-            uses, brought = usable[layer.name], []
+            uses, found = usable[layer.name], []
             for use in uses.uses:
                 own = on_outputs[use.node]
                 if all(g is None for g in own):
                     continue
                 layouts = [x for x in evidence.layouts[use.node] if x is not None]
                 call = OperationCall(use.node, own, layouts, task.num_samples, compute_dtype(layer))
-                for index, source in use.sources.items():
-                    part = per_sample_gradient(call, index)
-                    brought.append(list(carried(part, source, uses.leaves, uses.followed)))
-            result[layer.name] = pieces(brought)
+                several = len(uses.uses) > 1
+                found.append(brought(call, use.sources, uses.leaves, uses.followed, several=several))
+            result[layer.name] = pieces(found)
     return result
 
 

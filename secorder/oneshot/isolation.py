@@ -34,6 +34,7 @@ from .._torch.modules import (
     is_scripted,
     own_tensors,
     parameter_places,
+    put_copies,
 )
 from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, tensors_in
@@ -43,7 +44,7 @@ from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
-from .state import State
+from .state import State, code_of
 
 __all__ = [
     "IsolatedModel",
@@ -60,9 +61,9 @@ class ReplacementsBypassed(Exception):
     """The loss reaches a parameter past its replacement parameter."""
 
 
-#: How far from a hook on the model its state is looked for: itself, what it holds, and containers in that. A trainer
-#: that it knows is no state of a forward.
-LEVELS_OF_HOOKS = 3
+#: How far from a hook on the model, or a method, its state is looked for: itself, what it holds, containers in that.
+#: A trainer that it knows is no state of a forward.
+LEVELS_OF_CODE = 3
 
 #: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
 LEVELS_OF_ARGUMENTS = 4
@@ -85,8 +86,10 @@ class IsolatedModel:
         loss_state: State | None = None,
         take_loss_state: Callable[[State | None], State] | None = None,
         values: ParameterValues | None = None,
+        pure: bool = False,
     ) -> None:
         self.model = model
+        self._pure = pure
         self._values = values
         self._replacements = replacements
         self._originals = originals
@@ -123,6 +126,9 @@ class IsolatedModel:
         ambient: AutocastState | None = None,
     ) -> Any:
         """``forward(arguments)`` from the same (or the given) state, on copies of the tensors, which may be changed."""
+        if self._pure and not any(t.is_inference() for t in tensors_in(arguments)):
+            with autocast(self._ambient if ambient is None else ambient):
+                return forward(arguments)
         self._restart(random_state)
         copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
 
@@ -179,7 +185,7 @@ class IsolatedModel:
 
     def require_replacements(self, result: Any) -> None:
         """Raise :class:`ReplacementsBypassed` if tensors of the result depend on a parameter that was replaced."""
-        ends = [t for t in tensors_in(result) if t.requires_grad]
+        ends = [] if self._pure else [t for t in tensors_in(result) if t.requires_grad]
         if ends and self._originals:
             reached = gradients(ends, self._originals, [torch.ones_like(t) for t in ends])
             if any(g is not None for g in reached):
@@ -208,6 +214,7 @@ def isolate(
     *,
     create_graph: bool = False,
     direct: bool = False,
+    pure: bool = False,
 ) -> Iterator[IsolatedModel]:
     """Isolate a model and its loss for passes of our own.
 
@@ -217,6 +224,7 @@ def isolate(
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
         direct: leave all of them in their places.
+        pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     whole = list(model.modules())
@@ -227,8 +235,8 @@ def isolate(
     held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        start = get_random_state(cuda)
-        stack.enter_context(_own_settings(model, start, cuda, in_training=loss_fn is None))
+        start = None if pure else get_random_state(cuda)
+        stack.enter_context(_own_settings(model, start, cuda, training=loss_fn is None))
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
@@ -242,13 +250,13 @@ def isolate(
         stack.enter_context(_tables_copied(everything.values()))
         stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own, of_hooks = State(modules, tensors), _state_of_hooks(modules, tensors)
+        own, of_code = (None, None) if pure else (State(modules, tensors), _state_of_code(modules, tensors))
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
-        states = [state for state in (own, of_hooks, loss_state, values) if state is not None]
+        values = None if pure else ParameterValues(model, replacements.values(), anew=loss_fn is None)
+        states = [state for state in (own, of_code, loss_state, values) if state is not None]
         for state in states:
             stack.callback(state.restore)
         ran = False
@@ -258,40 +266,38 @@ def isolate(
             for state in states if ran else ():
                 state.restore()
             ran = True
-            set_random_state(random_state or start, cuda)
-            copies: dict[int, Tensor] = {}
-            for place in buffers:
-                buffer = place.value
-                if id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                place.put(copies[id(buffer)])
+            if start is not None:
+                set_random_state(random_state or start, cuda)
+            put_copies(buffers)
 
         originals = [p for key, p in parameters.items() if key not in themselves]
-        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, loss_state, take_loss_state, values)
+        of_loss = loss_state, take_loss_state
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values, pure)
 
 
-def _state_of_hooks(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
-    """What the user's hooks on modules keep, and function modes that the user has set."""
+def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
+    """What the user's hooks on modules, their own methods, and function modes that are set keep outside of modules."""
     hooks = [hook for m in modules for hook in forward_hooks(m)]
     hooks = [hook for hook in (*hooks, *hooks_on_all_modules()) if not is_own(hook)]
-    hooks += [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
-    return State(hooks, [*modules, *tensors], levels=LEVELS_OF_HOOKS) if hooks else None
+    modes = [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
+    roots = [*hooks, *modes, *code_of(modules)]
+    return State(roots, [*modules, *tensors], levels=LEVELS_OF_CODE) if roots else None
 
 
 @contextmanager
-def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, in_training: bool) -> Iterator[None]:
+def _own_settings(model: nn.Module, state: RandomState | None, cuda: Sequence[int], training: bool) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
         model: the model.
-        state: of random numbers, which it is put back to.
+        state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
-        in_training: whether it is in the middle of the user's.
+        training: whether it is in the middle of the user's.
     """
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         stack.enter_context(parametrizations_computed_anew())
-        if in_training:
+        if training:
             stack.enter_context(unseen())
         else:
             stack.enter_context(full_float32())
@@ -301,7 +307,8 @@ def _own_settings(model: nn.Module, state: RandomState, cuda: Sequence[int], *, 
         stack.enter_context(eager())
         stack.enter_context(plain_checkpoints())
         stack.enter_context(no_autocast())
-        stack.callback(set_random_state, state, cuda)
+        if state is not None:
+            stack.callback(set_random_state, state, cuda)
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 

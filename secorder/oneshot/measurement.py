@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
@@ -23,7 +24,7 @@ from ..batch import (
 )
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer
-from ..layers.structure import independent_by_structure
+from ..layers.structure import independent_by_structure, pure_by_structure
 from ..owners import Owned, take_owned
 from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
@@ -242,6 +243,8 @@ def measure(
         raise InvalidTypeError(f"generator must be a torch.Generator, got {type(generator).__name__}.")
     for layer in layers:
         _require_present(model, layer)
+    if by_sample:
+        _refuse_packed(inputs)
     mismatch = None
     owned = owned_batch(inputs, targets, sample_dim)
     whole = owned is not None and (owned.num_samples == 1 or not by_sample)  # a Hessian needs to know of no samples
@@ -258,9 +261,10 @@ def measure(
     generator = generator or fresh_generator(next((p.device for x in layers for p in x.parameters.values()), None))
     under, autocast, known = under_autocast(loss_fn), bool(autocast_state()), known_loss(loss_fn)
     certain = mismatch is None and owned is None and independent_by_structure(model, sample_dim)
+    pure = certain and known and pure_by_structure(model)
 
     def on_isolated(direct: bool, recordable: bool = True) -> Result:
-        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct) as isolated:
+        with isolate(model, loss_fn, layers, create_graph=create_graph, direct=direct, pure=pure) as isolated:
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
             task = Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned)
@@ -271,6 +275,16 @@ def measure(
         with suppress(RecordingFailed):
             return run_isolated(on_isolated, model)
         return run_isolated(partial(on_isolated, recordable=False), model)
+
+
+def _refuse_packed(inputs: Any) -> None:
+    """Raise where the model is given packed sequences, of which no dimension holds the samples."""
+    args, kwargs = arguments_of(inputs)
+    if any(isinstance(x, PackedSequence) for x in (inputs, *args, *kwargs.values())):
+        raise InvalidTypeError(
+            "packed sequences have no dimension that holds the samples: pass padded ones with their lengths, and pack "
+            "them in the model."
+        )
 
 
 def _usable(tensor: Tensor) -> Tensor:

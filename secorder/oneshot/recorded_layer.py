@@ -27,6 +27,7 @@ __all__ = [
     "contract_settled",
     "layout_options",
     "layouts_by_graph",
+    "parts_of_one",
     "scale_draws",
     "scales",
     "settle_layouts",
@@ -192,7 +193,7 @@ def contract_settled(
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts]
-    totals: list[list[Tensor]] = [[] if create_graph else _empty(z.layer) for z in good]
+    totals: list[list[Tensor]] = [[] if create_graph else parts_of_one(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
     for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
         some = pairs.columns(ids)
@@ -218,8 +219,8 @@ def contract_settled(
     return [next(found) if z.layouts else None for z in layers]
 
 
-def _empty(layer: Layer) -> list[Tensor]:
-    """A part for each parameter of one vector, which is the layer's."""
+def parts_of_one(layer: Layer) -> list[Tensor]:
+    """A part for each parameter of one vector, with anything in it, which is then the layer's without a copy."""
     sizes = [p.numel() for p in layer.parameters.values()]
     device = next(p.device for p in layer.parameters.values())
     return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))

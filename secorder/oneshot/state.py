@@ -1,17 +1,18 @@
-"""What a model or a loss keeps in Python objects: found, and put back as it was.
+"""What a model or a loss keeps in Python objects, or in what its code refers to: found, and put back as it was.
 
 A loss may count its calls, move a centre, feed a metric, append to a list; a model may fill a cache or own a random
 generator. A measurement calls both many times, each time from the same state, and leaves the state that it found.
 """
 
 import dis
+import io
 import random
 import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from operator import is_
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from .._torch.modules import is_scripted, own_attributes, own_tensors, tables_of
 from .._torch.versions import version
 
-__all__ = ["State", "same"]
+__all__ = ["State", "code_of", "same", "used_up"]
 
 #: Objects that are looked at, at most: who keeps more keeps a data set, not a state.
 MAX_OBJECTS = 20_000
@@ -38,8 +39,11 @@ OBJECTS = 2
 _ATOMS = (str, bytes, int, float, complex, bool, type(None), types.ModuleType, types.CodeType, types.FrameType)
 _FOREIGN = frozenset({
     "torch", "numpy", "builtins", "logging", "threading", "io", "_io", "weakref", "typing", "collections", "functools",
-    "re", "json", "datetime", "pathlib", "contextlib", "abc", "enum", "decimal", "fractions", "inspect",
+    "re", "json", "datetime", "pathlib", "contextlib", "abc", "enum", "decimal", "fractions", "inspect", "secorder",
 })  # fmt: skip
+
+#: Functions that remember what they returned.
+_CACHED = type(lru_cache(id))
 
 _METHODS = (types.FunctionType, classmethod, staticmethod, property, types.MemberDescriptorType)
 
@@ -47,6 +51,35 @@ _METHODS = (types.FunctionType, classmethod, staticmethod, property, types.Membe
 def _foreign(kind: Any) -> bool:
     """Whether a type or function is of a library that no loss keeps a state in."""
     return (getattr(kind, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+
+
+def code_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """The classes that modules are of, and their methods, but for those of installed libraries.
+
+    They may keep a state on the class, in variables of the script, and in what they close over.
+    """
+    kinds = dict.fromkeys(kind for m in modules for kind in type(m).__mro__)
+    own = [kind for kind in kinds if not (_foreign(kind) or _installed(kind))]
+    return [*own, *(function for kind in own for function in _functions_of(kind))]
+
+
+def _installed(kind: type) -> bool:
+    path = getattr(sys.modules.get(kind.__module__), "__file__", None) or ""
+    return "site-packages" in path or "dist-packages" in path
+
+
+def _functions_of(kind: type) -> Iterator[Any]:
+    for value in vars(kind).values():
+        if isinstance(value, property):
+            yield from (function for function in (value.fget, value.fset) if function is not None)
+        elif isinstance(value, (types.FunctionType, staticmethod, classmethod, _CACHED)):
+            yield getattr(value, "__func__", value)
+
+
+def used_up(x: Any) -> bool:
+    """Whether taking from an object cannot be put back: a generator, the iterator of a data loader; not one's own."""
+    own = hasattr(x, "__dict__") and not _foreign(type(x))
+    return isinstance(x, Iterator) and not own and not isinstance(x, io.IOBase)
 
 
 class State:
@@ -120,6 +153,9 @@ class State:
             return () if is_scripted(x) else self._module(x)
         elif isinstance(x, partial):
             return (x.func, *x.args, *x.keywords.values())
+        elif isinstance(x, _CACHED):
+            self._restores.append(partial(_forget, x, x.cache_info().misses))
+            return (x.__wrapped__,)
         elif isinstance(x, types.MethodType):
             return (x.__func__, x.__self__)
         elif isinstance(x, types.FunctionType):
@@ -145,6 +181,8 @@ class State:
                 put = partial(setattr, kind, name)
                 self._restores.append(partial(_reset, partial(vars(kind).get, name), put, value))
                 yield value
+        if issubclass(kind, torch.autograd.Function):  # whose methods are called on nothing
+            yield from _functions_of(kind)
 
     def _object(self, x: Any) -> Iterator[Any]:
         yield type(x)
@@ -163,7 +201,7 @@ class State:
     def _tensor(self, x: Tensor) -> None:
         if not x.is_leaf or x.is_inference() or x.is_meta or x.layout != torch.strided or x.is_nested:
             return
-        if self._few and x.numel() > MAX_COMPARED:
+        if self._few and (x.numel() > MAX_COMPARED or isinstance(x, nn.Parameter)):
             return
         saved = self._base.unchanged(x) if self._base is not None else None
         saved = x.detach().clone() if saved is None else saved
@@ -238,6 +276,14 @@ class State:
         return () if isinstance(x, bytearray) else list(x)
 
 
+def _forget(cached: Any, misses: int) -> bool:
+    """Forget what a function has remembered since: it may be made of what stood in for parameters."""
+    changed = bool(cached.cache_info().misses != misses)
+    if changed:
+        cached.cache_clear()
+    return changed
+
+
 def _content(cell: types.CellType) -> Any:
     try:
         return cell.cell_contents
@@ -284,6 +330,7 @@ def _truncate(x: list[Any], length: int) -> bool:
     return longer
 
 
+@lru_cache(maxsize=4096)
 def _global_names(code: types.CodeType) -> tuple[set[str], set[str]]:
     """The names that a function, and those in it, read from its module, and those that it assigns there."""
     names, rebound = set(code.co_names), set()

@@ -209,6 +209,7 @@ class Audit:
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
         self._seen: set[int] = set()
+        self._together: set[int] = set()  # weights that calls explain together with their bias
         self._explained: dict[tuple[str, int], list[Explained]] = {}
 
     @property
@@ -225,7 +226,7 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
         known, home = self._numbers, self._home
-        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and self._vectors_of(p) is None]
+        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
         one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
         if one and graph["weight"].dim() > 1:
             weight, bias = parameters["weight"], parameters["bias"]
@@ -235,6 +236,10 @@ class Audit:
         for name in chosen:
             known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
         return chosen
+
+    def _has(self, parameter: Tensor) -> bool:
+        """Whether a parameter is looked at."""
+        return id(parameter) in self._numbers or id(parameter) in self._home
 
     def _vectors_of(self, parameter: Tensor) -> Vectors | None:
         """Those of a parameter that is looked at; of a bias, the rows of its weight's."""
@@ -275,12 +280,8 @@ class Audit:
 
     def halves(self) -> set[int]:
         """By ``id``, weights that are one number with a bias, where calls explain both and the gradient of one came."""
-        explained = {key for _, key in self._explained}
-        return {
-            key
-            for key, (_, bias, _) in self._numbers.items()
-            if bias is not None and key in explained and (key in self._seen) != (id(bias) in self._seen)
-        }
+        homes, seen = self._home.items(), self._seen
+        return {home for bias, home in homes if home in self._together and (home in seen) != (bias in seen)}
 
     def explain(
         self,
@@ -311,13 +312,15 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
+            if same:
+                self._together.add(id(p))
             found = Explained(value, size, _tolerance(value, p.dtype, low, _operations(part)))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
     def looks_at(self, one: RankOne) -> bool:
         """Whether a layer's parameters are looked at, or some of them."""
-        return any(id(p) in self._numbers or id(p) in self._home for p in one.layer.parameters.values())
+        return True in [self._has(p) for p in one.layer.parameters.values()]
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
@@ -347,6 +350,7 @@ class Audit:
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
             key = id(one.layer.parameters["weight"])
             if key in self._numbers:
+                self._together.add(key)
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 
     def compared(self, layer: int, parameters: Mapping[str, Tensor], holders: Iterable[str]) -> Iterator[Comparison]:

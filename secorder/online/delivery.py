@@ -22,7 +22,7 @@ from ..layers.rank_one import RankOne, rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.rules.linear import linear
 from ..layers.selection import Layer
-from ..layers.uses import Piece, pieces
+from ..layers.uses import Later, Piece, pieces
 from ..oneshot.isolation import run_isolated
 from ..parallel.tensor_parallel import own_rows
 from .agreement import give_up
@@ -47,7 +47,7 @@ def bring(
     record: ForwardRecord,
     layer: Layer,
     index: int,
-    call: Call | Piece | Exception,
+    call: Call | Piece | Later | Exception,
     total: Tensor,
 ) -> None:
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.

@@ -28,10 +28,10 @@ from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .failures import Failures
-from .finite import finite
+from .finite import all_finite
 from .norms import NormSums, add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
-from .reduction import Weights
+from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
 from .sums import LayerSums, count_together, empty
@@ -128,7 +128,7 @@ class OnlineFisher:
         self.renew()
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
-                record.waiting.clear()
+                record.waiting, record.elements_waiting = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
@@ -173,9 +173,9 @@ class OnlineFisher:
     def loss_scale_of(self, backward: Backward | None) -> float:
         """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
         if backward is None:
-            return float(self.loss_scale())
+            return usable_scale(self.loss_scale())
         if backward.loss_scale is None:
-            backward.loss_scale = float(self.loss_scale())
+            backward.loss_scale = usable_scale(self.loss_scale())
         return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:
@@ -265,8 +265,7 @@ class OnlineFisher:
             if self.ranks is not None:
                 agree(self.ranks, layer.name, bad=False)
             return None
-        first, *rest = [total for total in totals if total is not None]
-        good = finite(sum((total if total.device == first.device else total.to(first) for total in rest), first))
+        good = all_finite([total for total in totals if total is not None])
         if self.ranks is not None:  # all ranks leave the batch out, or none
             good = good.new_tensor(not agree(self.ranks, layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):

@@ -15,6 +15,7 @@ from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
+from ..oneshot.recording import RecordingFailed
 from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
@@ -133,7 +134,8 @@ def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
             found = {name: now[name] for name in shapes if name in now}
             if {name: p.shape for name, p in found.items()} != shapes:
                 fisher.troubles.mark(
-                    [layer.name], "its parameters were exchanged for others of other shapes: make a new probe."
+                    [layer.name],
+                    "its parameters have other names or other shapes now (parametrized, pruned): make a new probe.",
                 )
                 continue
             if not all(p.is_leaf for p in found.values()):
@@ -174,9 +176,10 @@ def _look(
         raise
     except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
         fisher.troubles.saw("look failed")
+        cause = error.__cause__ if isinstance(error, RecordingFailed) else error
         fisher.troubles.warn(
             f"a batch is left out, since running the model on it to see where samples are failed "
-            f"({type(error).__name__}: {error}); the next one is looked at."
+            f"({type(cause).__name__}: {cause}); the next one is looked at."
         )
         return None
     names = [layer.name for layer in fisher.layers]

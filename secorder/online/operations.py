@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node
+from .._torch.engine import accumulate_node, current_backward
 from .._torch.graph import Users, current_node
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
-from ..layers.operations import OperationCall, per_sample_gradient
+from ..layers.operations import OperationCall
 from ..layers.selection import Layer
-from ..layers.uses import Piece, Use, Uses, carried, find_uses, hidden, reentrant
+from ..layers.uses import Use, Uses, brought, find_uses, hidden, reentrant
 from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
@@ -107,7 +107,7 @@ class _UseGradient:
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
+        if layer.name in record.replaced or not self._counts():
             return
         own = [gradients[number] for number in self.numbers]
         totals = [total_of(g) for g in own if g is not None]
@@ -122,7 +122,17 @@ class _UseGradient:
         record.autocast_dtype = record.autocast_dtype or low
         layouts = record.layouts[layer.name][self.index]
         call = OperationCall(current_node(), own, layouts, record.num_samples, compute_dtype(layer))
-        brought: Piece = []
-        for index, source in self.sources.items():
-            brought += carried(per_sample_gradient(call, index), source, self.leaves, self.followed)
-        bring(fisher, record, layer, self.index, brought, total)
+        several = len(record.calls[layer.name]) > 1
+        found = brought(call, self.sources, self.leaves, self.followed, several=several)
+        bring(fisher, record, layer, self.index, found, total)
+
+    def _counts(self) -> bool:
+        """Whether this backward is a training step of the layer: asked once for all of its uses."""
+        number, record, layer = current_backward(), self.record, self.layer
+        if record.counting.get(layer.name) == number:
+            return True
+        if not counts_in(self.attachment.fisher.model, record, [layer], self.node):
+            return False
+        if number is not None:
+            record.counting[layer.name] = number
+        return True

@@ -17,7 +17,7 @@ from .fisher import OnlineFisher
 from .noise import NoiseScales, noise_of
 from .stretch import Stretch, joined
 from .trace import effective_samples, trace_of
-from .troubles import OUTSIDE, sentence
+from .troubles import sentence
 
 __all__ = [
     "Missing",
@@ -100,7 +100,7 @@ def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
     audit_uncalled(fisher)
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
-    return {**dict.fromkeys(failed, OUTSIDE), **fisher.troubles.marks}
+    return {**dict.fromkeys(failed, fisher.troubles.outside), **fisher.troubles.marks}
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:

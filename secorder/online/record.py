@@ -186,6 +186,7 @@ class ForwardRecord:
         starts: by layer, how the enclosing module's calls that are running were started.
         uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
         unfollowed: layers whose operations could not be followed in this forward.
+        counting: by layer that is measured by operations, the latest backward that is a training step of it.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -194,6 +195,7 @@ class ForwardRecord:
         passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
         received: layers whose squares are added, or wait to be.
         waiting: layers that are to be added together.
+        elements_waiting: of their factors.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -231,6 +233,7 @@ class ForwardRecord:
     starts: dict[str, list[Start]] = field(default_factory=dict)
     uses: dict[str, Uses] = field(default_factory=dict)
     unfollowed: set[str] = field(default_factory=set)
+    counting: dict[str, int] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
@@ -239,6 +242,7 @@ class ForwardRecord:
     passed: dict[str, int | None] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     waiting: list[RankOne] = field(default_factory=list)
+    elements_waiting: int = 0
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

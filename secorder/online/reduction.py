@@ -1,5 +1,6 @@
 """How the training loss is made of the samples' losses: L = Σ_n c_n ℓ_n, so that ∂ℓ_n/∂z_n = g_n / c_n."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from ..errors import InvalidArgumentError
 
 __all__ = [
-    "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights", "weights_of",
+    "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights",
+    "usable_scale", "weights_of",
 ]  # fmt: skip
 
 
@@ -43,6 +45,18 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
         raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {given!r}.")
     return _Constant(float(given))
+
+
+def usable_scale(told: float) -> float:
+    """What a loss scale was told to be.
+
+    Raises:
+        InvalidArgumentError: nothing can be divided by it.
+    """
+    scale = float(told)
+    if not scale or not math.isfinite(scale):
+        raise InvalidArgumentError(f"loss_scale= told {told!r}, which gradients cannot be divided by.")
+    return scale
 
 
 class _Constant:

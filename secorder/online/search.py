@@ -22,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
-from .._torch.modules import batch_normalisation, buffer_places, is_scripted
+from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
@@ -33,6 +33,7 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
+from ..oneshot.state import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .forward_graph import ForwardGraph, Hooks
@@ -49,6 +50,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_HOLDS = (
+    "the model holds an iterator, its attribute {!r}, which running the model once more to see where samples are would "
+    "use up: call the model with what that yields, or attach the probe to the part that is called with tensors"
 )
 
 
@@ -81,6 +87,10 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    for name, module in model.named_modules():
+        held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
+        if held is not None:
+            return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
     args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:

@@ -115,6 +115,11 @@ class Troubles:
             self._warned.add(message)
             caution(message)
 
+    @property
+    def outside(self) -> str:
+        """Why a layer's whole gradient is not what its calls bring, by what the hooks saw."""
+        return f"{OUTSIDE} {CAUSES['computed']}" if "computed" in self._causes else OUTSIDE
+
     def saw(self, cause: str) -> None:
         """Take note of what keeps a forward from being recorded, or that one was: a key of :data:`CAUSES`."""
         self._causes.add(cause)

@@ -6,6 +6,8 @@ They wait until their factors take memory that counts, and at most until the bac
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
@@ -33,22 +35,24 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
     if record.weights is not None or record.attribution.sharing(layer.name) or fisher.low(record, layer):
         return False
     dtype, device = like.dtype, like.device
-    others = [one.inputs, *fisher.sums[layer.name].sums, *(x.cotangents for x in record.waiting[:1])]
-    return all(other.dtype is dtype and other.device == device for other in others)
+    for other in (one.inputs, *fisher.sums[layer.name].sums, *[x.cotangents for x in record.waiting[:1]]):
+        if other.dtype is not dtype or other.device != device:
+            return False
+    return True
 
 
 def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
     record.received.add(one.layer.name)
     record.waiting.append(one)
-    elements = sum([x.inputs.numel() + x.cotangents.numel() for x in record.waiting])
-    if elements > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
+    record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
+    if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
         add_waiting(fisher, record)
 
 
 def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
-    waiting, record.waiting = record.waiting, []
+    waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
     layers = [one for one in waiting if one.layer.name not in record.troubled]
     overwritten = [one.layer.name for one in layers if one.overwritten()]
     if overwritten:
@@ -73,7 +77,9 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants(flags, layers[0].cotangents)
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
-    goods = together.finite() if fisher.on_nonfinite == "skip" else None
+    goods: Tensor | None = None
+    if fisher.on_nonfinite == "skip" and (fisher.accumulate == "diagonal" or isinstance(together, SideBySide)):
+        goods = together.finite()  # norms tell by themselves, unless layers are in one matrix
     if seen:
         audit.explain_weights(seen, *together.explained(), low)
     for one, own in zip(layers, vectors, strict=True):

@@ -23,6 +23,7 @@ from secorder._torch.modules import (
     own_tensors,
     parameter_places,
     parameters_replaced,
+    put_copies,
     tables_of,
 )
 from secorder._torch.pytree import tensors_in
@@ -35,6 +36,18 @@ def test_a_module_holds_its_own_parameters_until_others_take_their_place() -> No
     before = dict(model[0].named_parameters())
     model[0].bias = nn.Parameter(torch.zeros(3))
     assert not holds(model[0], before)
+
+
+def test_copies_of_buffers_of_which_two_are_one() -> None:
+    norms = [nn.BatchNorm1d(3), nn.BatchNorm1d(3)]
+    norms[1].running_mean = norms[0].running_mean
+    places = [place for norm in norms for place in buffer_places(norm)]
+    put_copies(places)
+    assert norms[0].running_mean is norms[1].running_mean
+    assert norms[0].running_var is not norms[1].running_var
+    for place in places:
+        assert place.held() is not place.value
+        assert torch.equal(place.held(), place.value)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.GRU])

@@ -1,11 +1,15 @@
 """What the structure of a model tells for certain, and that doubt is told as doubt."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_full_backward_hook
+from torch.overrides import TorchFunctionMode
 
 from secorder import CurvatureProbe
-from secorder.layers.structure import independent_by_structure, linear_by_structure
+from secorder.layers.structure import independent_by_structure, linear_by_structure, pure_by_structure
 
 from ..helpers import Fn
 
@@ -45,6 +49,49 @@ def test_a_users_hook_or_another_forward_may_do_anything() -> None:
     replaced = nn.Sequential(nn.Linear(4, 4))
     replaced[0].forward = lambda x: x - x.mean(0)
     assert not independent_by_structure(replaced)
+
+
+def _less_the_mean(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+    return output - output.mean(0)
+
+
+def _watched(module: nn.Module, inputs: object, outputs: object) -> None:
+    """Looks at gradients, as far as one can tell."""
+
+
+@pytest.mark.parametrize(
+    ("register", "hook"),
+    [(register_module_forward_hook, _less_the_mean), (register_module_full_backward_hook, _watched)],
+    ids=["forward", "backward"],
+)
+def test_so_may_a_hook_on_all_modules(register: Callable[..., object], hook: Callable[..., object]) -> None:
+    handle = register(hook)
+    try:
+        assert not independent_by_structure(CHAIN)
+    finally:
+        handle.remove()
+    assert independent_by_structure(CHAIN)
+
+
+def _with_a_weight_from_elsewhere() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    del layer.weight
+    layer.weight = torch.randn(4, 4)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("module", "pure"),
+    [(nn.ReLU(), True), (nn.ReLU(inplace=True), False), (nn.Dropout(), False), (nn.Dropout().eval(), True),
+     (nn.Embedding(3, 4), True), (nn.Embedding(3, 4, max_norm=1.0), False), (_with_a_weight_from_elsewhere(), False)],
+    ids=["relu", "in place", "dropout", "dropout in eval mode", "embedding", "max_norm", "weight from elsewhere"],
+)  # fmt: skip
+def test_what_a_forward_leaves_as_it_was(module: nn.Module, pure: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), module)
+    assert independent_by_structure(model)
+    assert pure_by_structure(model) is pure
+    with TorchFunctionMode():  # which may do anything at any call
+        assert not pure_by_structure(model)
 
 
 def test_piecewise_linear_after_a_module() -> None:

@@ -1,13 +1,27 @@
 """The operations in which parameters meet the samples, in a graph."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from secorder._torch.graph import users_of
 from secorder.layers.layout import Layout
-from secorder.layers.per_sample import Outer
-from secorder.layers.uses import find_uses, hidden, layouts_of, pieces, reentrant
+from secorder.layers.operations import OperationCall
+from secorder.layers.per_sample import Outer, dense
+from secorder.layers.uses import (
+    Later,
+    Piece,
+    Use,
+    brought,
+    find_uses,
+    hidden,
+    layouts_of,
+    pieces,
+    reentrant,
+)  # fmt: skip
 
 
 def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
@@ -77,3 +91,31 @@ def test_a_function_of_the_users_own_cannot_be_asked() -> None:
     assert routes(Doubled.apply(torch.randn(3, requires_grad=True)) * 2, set()) == []
     w = torch.randn(3, requires_grad=True)
     assert routes(Doubled.apply(w) * 2, set(), w=w) is None
+
+
+def test_uses_are_gone_through_together_as_one_by_one() -> None:
+    """The steps of a loop, one of whose products is scaled, and one whose parameter is computed."""
+    w, b, x = torch.randn(3, 3, requires_grad=True), torch.randn(3, requires_grad=True), torch.randn(4, 3)
+    h = x
+    for _ in range(3):
+        h = torch.tanh(F.linear(h, w, b))
+    z = torch.addmm(b, torch.addmm(h, h, w.t() * 2), w, alpha=0.5)
+    found = find_uses(users_of([z]), {"w": w, "b": b}, {("w", "MulBackward0 0")})
+    assert found is not None
+
+    def hook(use: Use, gradients: tuple[Tensor | None, ...]) -> None:
+        for several, here in zip((True, False), brings, strict=True):
+            call = OperationCall(use.node, gradients, [Layout()], 4, z.dtype)
+            here.append(brought(call, use.sources, found.leaves, found.followed, several=several))
+
+    brings: tuple[list[Piece | Later], list[Piece | Later]] = ([], [])
+    for use in found.uses:
+        use.node.register_prehook(partial(hook, use))
+    z.sin().sum().backward()
+    assert sum(isinstance(one, Later) for one in brings[0]) == 4
+    assert not any(isinstance(one, Later) for one in brings[1])
+    forms = [pieces(one) for one in brings]
+    for name, p in (("w", w), ("b", b)):
+        together, apart = (sum(dense(part, p.numel()) for part in form[name]) for form in forms)
+        torch.testing.assert_close(together, apart)
+        torch.testing.assert_close(torch.as_tensor(together).sum(0), p.grad.flatten())  # type: ignore[union-attr]

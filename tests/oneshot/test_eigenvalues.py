@@ -94,7 +94,7 @@ def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
 
 
 def test_no_more_products_than_the_tolerance_takes() -> None:
-    """Of a matrix: one product fewer, and the residual is above what was asked."""
+    """Of a matrix: two products fewer, and the residual is above what was asked, which two in turn must meet."""
     values = torch.cat([torch.linspace(-1, 1, 40), torch.tensor([3.0, 5.0])])
     start = torch.randn(42, generator=seeded())
     asked = 1e-4
@@ -103,9 +103,22 @@ def test_no_more_products_than_the_tolerance_takes() -> None:
     assert found.top == pytest.approx([5.0], rel=1e-7)
     assert found.bottom == pytest.approx([-1.0], rel=1e-4)
     assert found.residual <= asked * 5
-    before = lanczos(lambda v: values * v, start, 1, asked, found.num_hvps - 1)
+    before = lanczos(lambda v: values * v, start, 1, asked, found.num_hvps - 2)
     assert not before.converged
     assert before.residual > asked * 5
+
+
+@pytest.mark.parametrize(("size", "rank", "seed"), [(60, 6, 48), (9, 9, 274), (9, 9, 321), (9, 9, 348)])
+def test_another_eigenvalue_does_not_pass_for_an_extreme_one(size: int, rank: int, seed: int) -> None:
+    """Where a start has next to nothing of its vector, one product meets the tolerance without it."""
+    generator = seeded(seed)
+    values = torch.zeros(size)
+    values[:rank] = torch.randn(rank, generator=generator)
+    found = lanczos(lambda v: values * v, torch.randn(size, generator=generator), 1, 1e-3, size)
+    assert found.converged
+    within = 1e-3 * values.abs().max().item()
+    assert found.top == pytest.approx([values.max().item()], abs=within)
+    assert found.bottom == pytest.approx([values.min().item()], abs=within)
 
 
 @pytest.mark.parametrize("of", ["hessian", "ggn", "fisher"])

@@ -288,6 +288,22 @@ def test_the_network_inside_of_the_loss(name: str) -> None:
         per_layer_fisher_diagonal(model, loss_fn, X, X + 1, fisher_type="type-2")
 
 
+def test_a_penalty_of_the_weights_goes_with_a_mean() -> None:
+    model = make()
+
+    def penalised(reduction: str) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda f, t: F.mse_loss(f, t, reduction=reduction) + model[0].weight.pow(4).sum()
+
+    mean = penalised("mean")
+    found = per_layer_fisher_diagonal(model, mean, X, VALUES).by_parameter()
+    assert_all_close(found, fisher_by_sample(model, mean, X, VALUES, N))
+    with pytest.raises(CouplingError, match="goes with a mean of losses"):
+        per_layer_fisher_diagonal(model, penalised("sum"), X, VALUES)
+    for kind in ("type-2", "mc"):
+        with pytest.raises(InvalidArgumentError, match="leave a penalty of the weights out"):
+            per_layer_fisher_diagonal(model, mean, X, VALUES, fisher_type=kind)
+
+
 @pytest.mark.parametrize("reduction", [torch.mean, torch.sum])
 @pytest.mark.parametrize("where", ["targets", "closure", "attribute", "list"])
 def test_residuals_of_a_differential_equation(reduction: Any, where: str) -> None:

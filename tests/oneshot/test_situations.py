@@ -424,6 +424,34 @@ def test_nested_tensors_are_refused_in_a_sentence() -> None:
             measure(make(), F.cross_entropy, nested, torch.tensor([0, 1]))
 
 
+def test_packed_sequences_among_the_inputs_are_refused_by_what_needs_samples() -> None:
+    def forward(m: Any, packed: Any) -> Tensor:
+        return m.head(nn.utils.rnn.pad_packed_sequence(m.rnn(packed)[0], batch_first=True)[0].sum(1))
+
+    model = Net(forward, rnn=nn.GRU(3, 2, batch_first=True), head=nn.Linear(2, 3))
+    packed = nn.utils.rnn.pack_padded_sequence(torch.randn(3, 4, 3), torch.tensor([4, 2, 1]), batch_first=True)
+    labels = torch.tensor([0, 2, 1])
+    with pytest.raises(InvalidTypeError, match="pass padded ones with their lengths"):
+        per_layer_fisher_diagonal(model, F.cross_entropy, (packed,), labels, "all")
+    found = per_layer_hessian_diagonal(model, F.cross_entropy, (packed,), labels, "all", method="exact").by_parameter()
+    assert_all_close(found, hessian_by_element(model, F.cross_entropy, (packed,), labels))
+
+
+@pytest.mark.parametrize("kind", ["empirical", "type-2", "mc"])
+def test_inputs_of_one_number_a_sample(kind: Any) -> None:
+    model = Net(lambda m, x: m.b(torch.tanh(m.a(x[:, None]))), a=nn.Linear(1, 3), b=nn.Linear(3, 3))
+    inputs, labels = torch.randn(N), torch.randint(3, (N,))
+    wide = nn.Sequential(model.a, nn.Tanh(), model.b)
+    found, expected = (
+        per_layer_fisher_diagonal(m, F.cross_entropy, x, labels, fisher_type=kind, generator=torch.Generator())
+        for m, x in ((model, inputs), (wide, inputs[:, None]))
+    )
+    assert [v.shape for v in found.values()] == [v.shape for v in expected.values()]
+    if kind != "mc":
+        for value, other in zip(found.values(), expected.values(), strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
+
+
 def test_sequences_that_must_stand_by_length() -> None:
     def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)  # raises unless they are sorted
@@ -436,6 +464,22 @@ def test_sequences_that_must_stand_by_length() -> None:
     coupled = Net(lambda m, x, lengths: (f := m.net(x, lengths)) + f.roll(1, 0), net=model)
     with pytest.raises(CouplingError, match="influence one another"):
         per_layer_fisher_diagonal(coupled, F.cross_entropy, inputs, labels)
+
+
+def test_a_hook_on_all_modules_that_couples_samples() -> None:
+    def less_the_mean(module: nn.Module, _: Any, output: Tensor) -> Tensor | None:
+        return output - output.mean(0) if isinstance(module, nn.ReLU) else None
+
+    model, (x, y) = make(nn.ReLU()), data()
+    handle = nn.modules.module.register_module_forward_hook(less_the_mean)
+    try:
+        with pytest.raises(CouplingError, match="influence one another"):
+            per_layer_fisher_diagonal(model, F.cross_entropy, x, y)
+        exact_by_element = hessian_by_element(model, F.cross_entropy, x, y)
+        found = per_layer_hessian_diagonal(model, F.cross_entropy, x, y, method="exact").by_parameter()
+    finally:
+        handle.remove()
+    assert_all_close(found, exact_by_element)
 
 
 # ---- devices, dtypes, modes

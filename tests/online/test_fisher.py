@@ -50,6 +50,16 @@ def test_the_loss_scale_is_asked_for_once_in_a_backward() -> None:
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
 
 
+def test_a_loss_scale_that_nothing_can_be_divided_by() -> None:
+    model, batch = make(), data()
+    told = iter([1.0, 0.0, float("nan"), float("inf"), 1.0])
+    with CurvatureProbe(model, loss_scale=lambda: next(told)) as probe:
+        for _ in range(5):
+            step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
+        assert float(probe._fisher.sums["0"].counts[2]) == 2
+
+
 @pytest.mark.parametrize("given", [0.0, -1.0, "big"])
 def test_a_loss_scale_that_is_none(given: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="loss_scale"):

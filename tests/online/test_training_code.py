@@ -1,6 +1,8 @@
 """What training code does to a model and feeds it: training goes on bit for bit, and no number is wrong."""
 
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +35,7 @@ FROZEN = {
     "last": ["4"],
     "all but the last": ["0", "2"],
     "bias": ["0.bias", "4.weight"],
+    "all weights": ["0.weight", "2.weight", "4.weight"],
 }
 
 
@@ -803,6 +806,73 @@ def test_what_a_forward_collects_is_what_its_own_calls_collected(cleared: bool) 
     assert_all_close(probe.fisher_diagonal().by_parameter(), total)
 
 
+STEPS: Counter[str] = Counter()
+WARMUP = 0
+
+
+class Scheduled(nn.Module):
+    """Keeps where its schedule is in variables of the script, on its class, and in what its code closes over."""
+
+    where = 0
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        super().__init__()
+        self.a, self.b, self.count = nn.Linear(4, 5), nn.Linear(5, 3), count
+
+    def forward(self, x: Tensor) -> Tensor:
+        global WARMUP
+        WARMUP += 1
+        STEPS["forward"] += 1
+        type(self).where += 1
+        hidden = torch.tanh(self.a(x)) * (WARMUP + STEPS["forward"] + self.where + self.count())
+        if hidden.requires_grad:
+            hidden.register_hook(lambda _: STEPS.update(["backward"]))
+        outputs: Tensor = self.b(hidden)
+        return outputs
+
+
+def scheduled() -> Scheduled:
+    global WARMUP
+    WARMUP, Scheduled.where, calls = 0, 0, 0
+    STEPS.clear()
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return Scheduled(count)
+
+
+def test_a_schedule_that_the_forward_moves_on() -> None:
+    def loop(model: nn.Module) -> Iterator[Any]:
+        for count in (6, 4, 6, 6):
+            step(model, data(count))
+            yield WARMUP, dict(STEPS), Scheduled.where
+
+    assert bit_for_bit(scheduled, loop).num_samples == 22
+
+
+class Endless(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.noise = nn.Linear(4, 3), itertools.count()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * (1 + next(self.noise))
+
+
+def test_an_iterator_that_the_model_holds_is_left_alone() -> None:
+    def loop(model: nn.Module) -> Iterator[Any]:
+        for _ in range(3):
+            step(model, data())
+            yield None
+
+    probe = bit_for_bit(Endless, loop)
+    with pytest.raises(AttributionError, match="attribute 'noise'"):
+        probe.fisher_diagonal()
+
+
 def test_parameters_that_are_computed_from_others() -> None:
     """An inner step, and a loss of the model at what it leads to: the outer backward is no mean over samples."""
     model, (inputs, targets) = make(), data()
@@ -814,7 +884,7 @@ def test_parameters_that_are_computed_from_others() -> None:
         with pytest.warns(CurvatureWarning, match="computed from others"):
             output = torch.func.functional_call(model, adapted, (inputs,))
         F.cross_entropy(output, targets).backward()
-        with pytest.raises(AttributionError):
+        with pytest.raises(AttributionError, match="functional_call"):
             probe.fisher_diagonal()
 
 

@@ -8,11 +8,12 @@ with :func:`parameter_map`, or run by the graph's own nodes.
 
 from . import convolution, elementwise, maps, normalisation, products, recurrent, tables
 from .call import OperationCall
-from .registry import MAPS, OPERATIONS, operation_rule, parameter_map, per_sample_gradient
+from .registry import MAPS, OPERATIONS, TOGETHER, operation_rule, parameter_map, per_sample_gradient
 
 __all__ = [
     "MAPS",
     "OPERATIONS",
+    "TOGETHER",
     "OperationCall",
     "convolution",
     "elementwise",

@@ -1,11 +1,15 @@
 """Products of matrices."""
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
 
 from ..layout import DIM_ZERO, Layout
 from ..per_sample import Outer, PerSample
 from .call import OperationCall
-from .registry import operation_rule
+from .registry import TOGETHER, Together, operation_rule
 
 __all__ = ["addmm", "bmm", "mm"]
 
@@ -21,7 +25,8 @@ def addmm(call: OperationCall, index: int) -> PerSample | None:
     """z = β c + α a b, a linear layer with a bias."""
     scale = call.saved("beta" if index == 0 else "alpha")
     if index:
-        return _scaled(_factor(call, index - 1, call.saved("mat2" if index == 1 else "mat1")), scale)
+        part = _factor(call, index - 1, call.saved("mat2" if index == 1 else "mat1"))
+        return None if part is None else _scaled(part, scale)
     shape = call.shape(0)
     if call.layout.dim == 0 and len(shape) == 1 and shape[0] == call.g.shape[1]:
         return _scaled(Outer(None, call.rows), scale)
@@ -29,7 +34,7 @@ def addmm(call: OperationCall, index: int) -> PerSample | None:
     return None if found is None else found * scale
 
 
-def _factor(call: OperationCall, index: int, other: Tensor) -> PerSample | None:
+def _factor(call: OperationCall, index: int, other: Tensor) -> Outer | None:
     if index == 1 and call.layout.dim == 0:
         return Outer(call.rows, call.as_rows(other))
     if index == 0 and call.layout == Layout(1):
@@ -37,8 +42,56 @@ def _factor(call: OperationCall, index: int, other: Tensor) -> PerSample | None:
     return None
 
 
-def _scaled(part: PerSample | None, scale: float) -> PerSample | None:
-    return part if scale == 1 or not isinstance(part, Outer) else part._replace(g=part.g * scale)
+def _scaled(part: Outer, scale: float) -> Outer:
+    return part if scale == 1 else part._replace(g=part.g * scale)
+
+
+class Product(NamedTuple):
+    """What is kept of a product whose rows are the samples.
+
+    Attributes:
+        g: the gradient on it, a row a sample.
+        samples: what was multiplied by the parameter; None where that is a bias alone.
+        targets: by the input's number, the parameter's name.
+        scales: of a bias, and of the product.
+    """
+
+    g: Tensor
+    samples: Tensor | None
+    targets: tuple[tuple[int, str], ...]
+    scales: tuple[float, float]
+
+
+def _kept(call: OperationCall, targets: Mapping[int, str]) -> Product | None:
+    """Of ``c + a b``: what b, and a c that is a vector, get."""
+    added = call.node.name() == "AddmmBackward0"
+    right = 1 + added
+    if call.layout != DIM_ZERO or call.g.dim() != 2 or not targets.keys() <= {right, right - 2}:
+        return None
+    if 0 in targets and call.shape(0) != (call.g.shape[1],):
+        return None
+    samples = call.saved("mat1" if added else "self") if right in targets else None
+    scales = (call.saved("beta"), call.saved("alpha")) if added else (1.0, 1.0)
+    return Product(call.g, samples, tuple(targets.items()), scales)
+
+
+def _as_positions(products: Sequence[Product]) -> Iterator[tuple[int, int, PerSample]]:
+    """Products with the same parameters as one, whose positions they are."""
+    alike: dict[object, list[int]] = {}
+    for number, one in enumerate(products):
+        alike.setdefault((one.targets, one.scales), []).append(number)
+    for numbers in alike.values():
+        first = products[numbers[0]]
+        rows = torch.stack([products[i].g for i in numbers], 1)[:, None]
+        for index, _ in first.targets:
+            if index == 0:
+                yield numbers[0], index, _scaled(Outer(None, rows), first.scales[0])
+            else:
+                samples = torch.stack([x for i in numbers if (x := products[i].samples) is not None], 1)[:, None]
+                yield numbers[0], index, _scaled(Outer(rows, samples), first.scales[1])
+
+
+TOGETHER["AddmmBackward0"] = TOGETHER["MmBackward0"] = Together(_kept, _as_positions)
 
 
 @operation_rule("BmmBackward0")

@@ -2,12 +2,14 @@
 
 Autograd tells no gradient on the gates, so that the time steps are gone through backwards once more, from the gates
 that the operation keeps for its own backward (where that is so: else they are computed again, in one product from the
-inputs and outputs of all steps). Each weight's per-sample gradient is then one product over time.
+inputs and outputs of all steps). Each weight's per-sample gradient is then one product over time. A step is a few
+small operations, so that layers and directions of one shape take it together, when the gradients on all have come.
 
 Source: Hochreiter, Schmidhuber (1997), "Long short-term memory"; with a forget gate, Gers, Schmidhuber, Cummins (2000).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from ..._torch.recurrent import kept_gates
 from ..layout import Layout
 from ..per_sample import Outer, PerSample
 from .call import OperationCall
-from .registry import operation_rule
+from .registry import TOGETHER, Together, operation_rule
 
 __all__ = ["lstm"]
 
@@ -24,73 +26,141 @@ __all__ = ["lstm"]
 LSTM = 2
 #: What gates that are computed again may differ by from those that were kept: rounding. They lie between -1 and 1.
 ROUNDING = 1e-4
+#: Elements of gates up to which layers take their steps together: of more, the operations cost more than their calls.
+SMALL_ELEMENTS = 1 << 21
 
 #: By sizes: whether gates that were kept are where they are looked for. Learnt with the first call of these sizes.
 MOST_SIZES = 1000
 _kept: dict[tuple[int | bool, ...], bool] = {}
 
 
+class Pass(NamedTuple):
+    """One layer and direction of ``nn.LSTM``, time steps in the order in which they were gone through.
+
+    Attributes:
+        x: inputs, shape ``(N, steps, in)``.
+        before: outputs of the step before, shape ``(N, steps, width)``.
+        gates: after their activations, shape ``(steps, N, 4, width)``: input, forget, cell, output.
+        cell: the first, shape ``(N, width)``.
+        weight: on the outputs of the step before, shape ``(4 · width, width)``, as it was in this backward.
+        outside: the gradient on the outputs, shape ``(steps, N, width)``.
+        last_h: that on the last output.
+        last_c: that on the last cell.
+        inputs: those of the operation that are asked for.
+    """
+
+    x: Tensor
+    before: Tensor
+    gates: Tensor
+    cell: Tensor
+    weight: Tensor
+    outside: Tensor | None
+    last_h: Tensor | None
+    last_c: Tensor | None
+    inputs: tuple[int, ...]
+
+
 @operation_rule("MkldnnRnnLayerBackward0")
 def lstm(call: OperationCall, index: int) -> PerSample | None:
     """One layer and direction of ``nn.LSTM`` on a CPU: of its weights and biases, inputs 1 to 4."""
-    over_time = call.count == 1 or (call.layouts[0] == Layout(1) and set(call.layouts[1:]) == {Layout(0)})
-    if index not in (1, 2, 3, 4) or call.saved("mode") != LSTM or not over_time:
+    if not _known(call, (index,)):
         return None
     if "lstm" not in call.shared:
-        call.shared["lstm"] = _factors(call)
-    x, before, gates, summed = call.shared["lstm"]
-    return Outer((x, before)[index - 1], gates) if index < 3 else Outer(None, summed)
+        call.shared["lstm"] = {i: part for _, i, part in _gone_through([_pass(call, (1, 2, 3, 4))])}
+    found: PerSample = call.shared["lstm"][index]
+    return found
 
 
-def _factors(call: OperationCall) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What per-sample gradients are made of, by sample and step.
+def _kept_of(call: OperationCall, targets: Mapping[int, str]) -> Pass | None:
+    steps, count, width = call.saved("result0").shape
+    if not _known(call, tuple(targets)) or 4 * steps * count * width > SMALL_ELEMENTS:
+        return None
+    one = _pass(call, tuple(targets))
+    return one._replace(weight=one.weight.clone())  # which an optimizer may change before the other layers' turn
 
-    Returns:
-        the inputs; the outputs of the step before; the gradients on the gates before their activations; their sum over
-        the steps.
-    """
+
+def _together(passes: Sequence[Pass]) -> Iterator[tuple[int, int, PerSample]]:
+    alike: dict[object, list[int]] = {}
+    for number, one in enumerate(passes):
+        alike.setdefault((one.gates.shape, one.gates.dtype), []).append(number)
+    for numbers in alike.values():
+        for place, index, part in _gone_through([passes[number] for number in numbers]):
+            yield numbers[place], index, part
+
+
+TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _together)
+
+
+def _known(call: OperationCall, inputs: tuple[int, ...]) -> bool:
+    """Whether these are weights and biases of an LSTM whose samples are where they are in one that is batched."""
+    if not set(inputs) <= {1, 2, 3, 4} or call.saved("mode") != LSTM or call.saved("result0").shape[1] != call.count:
+        return False
+    return call.count == 1 or (call.layouts[0] == Layout(1) and set(call.layouts[1:]) == {Layout(0)})
+
+
+def _pass(call: OperationCall, inputs: tuple[int, ...]) -> Pass:
     x, h = call.saved("input"), call.saved("result0")
-    g, last_h, last_c = call.gradients
-    steps, count, width = h.shape
+    outside, last_h, last_c = call.gradients
     if call.saved("reverse"):
-        x, h, g = x.flip(0), h.flip(0), None if g is None else g.flip(0)
-    first_h, first_c = (call.saved(name).reshape(count, width) for name in ("hx_", "cx_"))
-    before = torch.cat([first_h.unsqueeze(0), h[:-1]])
+        x, h, outside = x.flip(0), h.flip(0), None if outside is None else outside.flip(0)
+    steps, count, width = h.shape
+    first_h, cell = (call.saved(name).reshape(count, width) for name in ("hx_", "cx_"))
+    before = h.new_empty(count, steps, width)
+    before[:, 0] = first_h
+    before[:, 1:] = h[:-1].transpose(0, 1)
     gates = _gates(call, x, before)
-    by_cell, by_output, through = _derivatives(gates, first_c)
-    found = h.new_empty(count, steps, 4, width)
-    dc = torch.zeros_like(first_c) if last_c is None else last_c.reshape(count, width).clone()
-    dh = torch.zeros_like(first_h) if last_h is None else last_h.reshape(count, width).clone()
-    outside = [None] * steps if g is None else list(g.unbind(0))
-    if outside[-1] is not None:
-        dh += outside[-1]
-    weight, forget, on_cells = call.saved("weight1"), gates[:, :, 1].unbind(0), dc.unsqueeze(1)
-    of_cell, of_output, of_all = (part.unbind(1) for part in (found[:, :, :3], found[:, :, 3], found.flatten(2)))
-    for t, (cell, output, on) in reversed(list(enumerate(zip(by_cell, by_output, through, strict=True)))):
-        dc.addcmul_(dh, on)
-        torch.mul(cell, on_cells, out=of_cell[t])
-        torch.mul(output, dh, out=of_output[t])
+    ends = [None if g is None else g.reshape(count, width) for g in (last_h, last_c)]
+    x = x.transpose(0, 1).contiguous()
+    return Pass(x, before, gates, cell, call.saved("weight1"), outside, ends[0], ends[1], inputs)
+
+
+def _gone_through(passes: Sequence[Pass]) -> Iterator[tuple[int, int, PerSample]]:
+    """The per-sample gradients of passes of one shape: the number of the pass, and of the operation's input."""
+    for number, (one, gates) in enumerate(zip(passes, _gradients_on_gates(passes), strict=True)):
+        rows = gates.unsqueeze(1)
+        summed = rows.sum(2, keepdim=True) if {3, 4} & set(one.inputs) else rows
+        parts = (Outer(one.x.unsqueeze(1), rows), Outer(one.before.unsqueeze(1), rows), *[Outer(None, summed)] * 2)
+        for index in one.inputs:
+            yield number, index, parts[index - 1]
+
+
+def _gradients_on_gates(passes: Sequence[Pass]) -> Tensor:
+    """The gradients on the gates before their activations, of each pass: shape ``(passes, N, steps, 4 · width)``."""
+    steps, count, _, width = passes[0].gates.shape
+    on_cells, on_output, through = _derivatives(passes)
+    weights = torch.stack([one.weight for one in passes])
+    dh = torch.stack([_or_zeros(one.last_h, one.cell) for one in passes])
+    dc = torch.stack([_or_zeros(one.last_c, one.cell) for one in passes])
+    outside = torch.stack([_or_zeros(one.outside, one.gates[:, :, 0]) for one in passes], 1).unbind(0)
+    dh += outside[-1]
+    # By step, what the gradient on the cell brings to the cell before, and then the gradients on the four gates.
+    found = dh.new_empty(len(passes), count, steps, 5, width)
+    of_cells, of_output = found[:, :, :, :4].unbind(2), found[:, :, :, 4].unbind(2)
+    of_gates = found.flatten(3)[:, :, :, width:]
+    rows, before = of_gates.unbind(2), found[:, :, :, 0].unbind(2)
+    for t in range(steps - 1, -1, -1):
+        dc.addcmul_(dh, through[t])
+        torch.mul(on_cells[t], dc.unsqueeze(2), out=of_cells[t])
+        torch.mul(on_output[t], dh, out=of_output[t])
         if t:
-            dc *= forget[t]
-            more = outside[t - 1]
-            if more is None:
-                torch.mm(of_all[t], weight, out=dh)
-            else:
-                torch.addmm(more, of_all[t], weight, out=dh)
-    rows_of_gates = found.flatten(2).unsqueeze(1)
-    x, before = (part.transpose(0, 1).contiguous().unsqueeze(1) for part in (x, before))
-    return x, before, rows_of_gates, rows_of_gates.sum(2, keepdim=True)
+            dc = before[t]
+            torch.baddbmm(outside[t - 1], rows[t], weights, out=dh)
+    return of_gates
+
+
+def _or_zeros(g: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if g is None else g
 
 
 def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
     """The four gates after their activations, shape ``(steps, N, 4, width)``: input, forget, cell, output."""
-    steps, count, width = before.shape
+    count, steps, width = before.shape
     kept = kept_gates(call.node, steps, count, width)
     sizes = (*x.shape, width, call.saved("reverse"), call.saved("has_biases"), torch.get_num_threads())
     if kept is not None and _kept.get(sizes):
         return kept
     gates = torch.mm(x.flatten(0, 1), call.saved("weight0").t())
-    gates.addmm_(before.flatten(0, 1), call.saved("weight1").t())
+    gates.addmm_(before.transpose(0, 1).flatten(0, 1), call.saved("weight1").t())
     if call.saved("has_biases"):
         gates += call.saved("weight2") + call.saved("weight3")
     gates = gates.view(steps, count, 4, width)
@@ -104,24 +174,33 @@ def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
     return gates
 
 
-def _derivatives(gates: Tensor, first: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def _derivatives(passes: Sequence[Pass]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
     """What gradients on cells and outputs are multiplied by, from the gates and the first cell.
 
     Returns:
-        by step, what the gradient on a cell brings to the three gates that make it; what that on an output brings to
-        the last gate, and to the cell.
+        by step, what the gradient on the cells brings to those before, and to the three gates that make them, shape
+        ``(passes, N, 4, width)``; what that on the outputs brings to the last gate, and to the cells.
     """
-    i, f, c, o = gates.unbind(2)
-    steps = len(gates)
-    cells = torch.empty(steps + 1, *first.shape, dtype=gates.dtype, device=gates.device)
-    cells[0] = first
-    rows = cells.unbind(0)
-    for t, (fresh, forget) in enumerate(zip((i * c).unbind(0), f.unbind(0), strict=True)):
-        torch.addcmul(fresh, forget, rows[t], out=rows[t + 1])
+    steps, count, _, width = passes[0].gates.shape
+    shape = (steps, len(passes), count, width)
+    like = passes[0].cell
+    on_cells = like.new_empty(steps, len(passes), count, 4, width)
+    fresh, on_output, through = (like.new_empty(shape) for _ in range(3))
+    cells = like.new_empty(steps + 1, *shape[1:])
+    torch.stack([one.cell for one in passes], out=cells[0])
+    every = [one.gates.unbind(2) for one in passes]
+    for k, (i, f, c, _) in enumerate(every):
+        torch.mul(i, c, out=fresh[:, k])
+        on_cells[:, k, :, 0] = f
+    rows, forget = cells.unbind(0), on_cells[:, :, :, 0].unbind(0)
+    for t, new in enumerate(fresh.unbind(0)):
+        torch.addcmul(new, forget[t], rows[t], out=rows[t + 1])
     squashed = cells[1:].tanh()
-    by_cell = torch.empty_like(gates[:, :, :3], memory_format=torch.contiguous_format)
     sigmoid, tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    sigmoid.grad_input(c, i, grad_input=by_cell[:, :, 0])
-    sigmoid.grad_input(cells[:-1], f, grad_input=by_cell[:, :, 1])
-    tanh.grad_input(i, c, grad_input=by_cell[:, :, 2])
-    return by_cell.unbind(0), sigmoid(squashed, o).unbind(0), tanh(o, squashed).unbind(0)
+    for k, (i, f, c, o) in enumerate(every):
+        sigmoid.grad_input(c, i, grad_input=on_cells[:, k, :, 1])
+        sigmoid.grad_input(cells[:-1, k], f, grad_input=on_cells[:, k, :, 2])
+        tanh.grad_input(i, c, grad_input=on_cells[:, k, :, 3])
+        sigmoid.grad_input(squashed[:, k], o, grad_input=on_output[:, k])
+        tanh.grad_input(o, squashed[:, k], grad_input=through[:, k])
+    return on_cells.unbind(0), on_output.unbind(0), through.unbind(0)

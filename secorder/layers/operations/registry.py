@@ -1,8 +1,8 @@
 """The rules by operation, what carries a gradient on to a parameter, and the way for everything else."""
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from .call import OperationCall
 from .routed import OwnedRows, put_back
 
 __all__ = [
-    "MAPS", "OPERATIONS", "Map", "OperationRule", "each", "operation_rule", "parameter_map", "per_sample_gradient",
+    "MAPS", "OPERATIONS", "TOGETHER", "Map", "OperationRule", "Together", "each", "operation_rule", "parameter_map",
+    "per_sample_gradient",
 ]  # fmt: skip
 
 #: ``rule(call, index)``: the per-sample gradient of input ``index``; None where the rule is not for this call.
@@ -26,8 +27,26 @@ OperationRule = Callable[[OperationCall, int], PerSample | None]
 #: ``shape``, was made of, of shape ``before``; None where it is not for this one.
 Map = Callable[[Node, int, PerSample, tuple[int, ...], tuple[int, ...]], PerSample | None]
 
+
+class Together(NamedTuple):
+    """How the calls of an operation are gone through together, when the gradients on all of them have come.
+
+    Such as those of all time steps, each of which costs next to nothing.
+
+    Attributes:
+        keep: ``keep(call, targets)``: what is needed of a call, of whose inputs some are a parameter as it is: by the
+            input's number, the parameter's name. None where the call is gone through by itself.
+        bring: the per-sample gradients that what was kept of several calls brings: the number of a call, and of one of
+            its inputs, and the gradient of that; or that of several calls, by the number of one of them.
+    """
+
+    keep: Callable[[OperationCall, Mapping[int, str]], Any]
+    bring: Callable[[Sequence[Any]], Iterable[tuple[int, int, PerSample]]]
+
+
 #: By the name of the operation's node in the autograd graph.
 OPERATIONS: dict[str, OperationRule] = {}
+TOGETHER: dict[str, Together] = {}
 MAPS: dict[str, Map] = {}
 
 R = TypeVar("R", bound=Callable[..., PerSample | None])

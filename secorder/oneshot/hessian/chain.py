@@ -222,17 +222,26 @@ def seconds_of_chain(task: Measurement, chain: Chain) -> float:
     return seconds * task.num_samples / counts[0]
 
 
-def _at_once(task: Measurement, steps: Sequence[Step], like: Tensor) -> int:
-    """Samples whose matrices are carried together: all of them where segments have products of their own."""
-    dense, second = 0, False
+def _at_once(task: Measurement, steps: Sequence[Step], u: Tensor) -> int:
+    """Samples that are carried together: all of them where segments have products of their own.
+
+    Args:
+        task: the measurement.
+        steps: from the output backwards.
+        u: columns at the output, shape (N, K, size).
+    """
+    dense = widest = 0
+    second = False
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
+        sizes = [_size(shape, task) for shape in (step.segment.shape, step.segment.shape_before)]
+        widest = widest if step.last else max(widest, *sizes)
         second |= step.second is not None
         if step.whole or (step.segment.kind == Kind.LINEAR and second and not step.last and not step.diagonal):
-            dense = max(dense, _size(step.segment.shape, task), _size(step.segment.shape_before, task))
-    most = _CACHED_BYTES if like.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, most // (2 * dense * dense * like.element_size())) if dense else task.num_samples
+            dense = max(dense, *sizes)
+    most = _CACHED_BYTES if u.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
+    return max(1, most // (2 * max(1, dense * dense, u.shape[1] * widest) * u.element_size()))
 
 
 def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor]) -> None:

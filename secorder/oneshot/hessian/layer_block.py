@@ -8,6 +8,7 @@ from ..._torch.vjp import chunks
 from ...layers.contraction import contract, contract_basis
 from ...layers.layout import DIM_ZERO
 from ...layers.per_sample import Outer
+from ..recorded_layer import parts_of_one
 from .layer_graph import LayerGraph
 
 __all__ = ["by_basis", "by_diagonal", "by_diagonal_alone"]
@@ -34,7 +35,10 @@ def by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
     like = graph.leaves[0]
     u = graph.gradients([diagonal.view(1, *like.shape)])
     v = graph.gradients([like.new_ones(()).expand(1, *like.shape)])
-    return [contract(u[name], v[name], numel=p.numel()) for name, p in graph.layer.parameters.items()]
+    totals = parts_of_one(graph.layer)
+    for total, (name, p) in zip(totals, graph.layer.parameters.items(), strict=True):
+        contract(u[name], v[name], numel=p.numel(), out=total, beta=0.0)
+    return totals
 
 
 def by_basis(graph: LayerGraph, matrix: Tensor, here: slice) -> list[Tensor]:
