@@ -79,13 +79,13 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
 
 
 def watch_loss(fisher: "OnlineFisher", output: Any, reason: str) -> None:
-    """Mark all layers once a backward begins at a loss that the model has returned, and that is not made as is told."""
+    """Mark all layers for a reason, if there is one, once a backward begins at a loss that the model has returned."""
 
     def begins(_: Tensor) -> None:
         if not inside_transform():
             fisher.troubles.guarded(None, (), fisher.troubles.mark, list(fisher.sums), reason)
 
-    for tensor in tensors_in(output):
+    for tensor in tensors_in(output) if reason else ():
         if not tensor.dim() and tensor.grad_fn is not None:
             tensor.register_hook(begins)
 
