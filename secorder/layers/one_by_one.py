@@ -79,7 +79,10 @@ class OneByOne:
             of_inputs.append(self._sizes[i])
             of_cotangents.append(of_g)
             here.append(i)
-        with_bias = self._with_bias if len(here) == len(self._layers) else self._with_bias[here]
+        with_bias = self._with_bias
+        if len(here) < len(self._layers):  # an index made of a list would be waited for
+            each = with_bias.unbind()
+            with_bias = torch.stack([each[i] for i in here])
         right = torch.stack(rights).add_(with_bias[:, None])
         values = torch.linalg.vecdot(torch.stack(lefts), right)
         sizes = torch.stack(of_inputs).add_(with_bias, alpha=right.shape[1]).mul_(torch.stack(of_cotangents))

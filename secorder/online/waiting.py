@@ -6,6 +6,8 @@ They wait until their factors take memory that counts, and at most until the bac
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
@@ -75,7 +77,9 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants(flags, layers[0].cotangents)
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
-    goods = together.finite() if fisher.on_nonfinite == "skip" else None
+    goods: Tensor | None = None
+    if fisher.on_nonfinite == "skip" and (fisher.accumulate == "diagonal" or isinstance(together, SideBySide)):
+        goods = together.finite()  # norms tell by themselves, unless layers are in one matrix
     if seen:
         audit.explain_weights(seen, *together.explained(), low)
     for one, own in zip(layers, vectors, strict=True):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from secorder.layers.per_sample import Outer, PerSample, Rows
-from secorder.online.finite import finite, total_of, witness
+from secorder.online.finite import all_finite, finite, total_of, witness
 
 INFINITE = [float("inf"), float("-inf"), float("nan")]
 
@@ -49,3 +49,10 @@ def test_parts_whose_cotangents_tell_all() -> None:
     g = torch.ones(3, 2, 5)
     assert witness(Rows(torch.zeros(3, 2, dtype=torch.long), g, 4), None) is None
     assert witness(Outer(None, g[:, None]), None) is None
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_many_numbers_are_finite_where_each_is(count: int) -> None:
+    numbers = [torch.tensor(float(i), dtype=torch.float64 if i % 2 else torch.float32) for i in range(count)]
+    assert all_finite(numbers)
+    assert not all_finite([*numbers, torch.tensor(torch.inf)])

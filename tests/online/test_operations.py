@@ -184,3 +184,25 @@ def test_layers_that_are_gone_through_together_have_the_weights_of_the_backward(
         assert measured(probe) == {"core": True}
         found = {name: value.double() for name, value in probe.fisher_diagonal().by_parameter().items()}
     assert_all_close(found, reference(exact, (examples[0].double(), examples[1])), 1e-4)
+
+
+def test_a_batch_of_one_sample_that_holds_several_sequences() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.core, self.head = nn.LSTM(3, 4, num_layers=2, batch_first=True), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.core(x.flatten(0, 1))[0].mean(1)
+            found: Tensor = self.head(h.unflatten(0, x.shape[:2]).mean(1))
+            return found
+
+    model = Net().float()
+    exact = copy.deepcopy(model).double()
+    batches = [(torch.randn(n, 2, 6, 3).float(), torch.randint(3, (n,))) for n in (4, 1, 1)]
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for examples in batches:
+            step(model, examples)
+        found = {name: value.double() for name, value in probe.fisher_diagonal().by_parameter().items()}
+    every = [{k: len(x) / 6 * v for k, v in reference(exact, (x.double(), y)).items()} for x, y in batches]
+    assert_all_close(found, {name: sum(one[name] for one in every) for name in every[0]}, 1e-4)

@@ -93,8 +93,9 @@ TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _together)
 
 def _known(call: OperationCall, inputs: tuple[int, ...]) -> bool:
     """Whether these are weights and biases of an LSTM whose samples are where they are in one that is batched."""
-    over_time = call.count == 1 or (call.layouts[0] == Layout(1) and set(call.layouts[1:]) == {Layout(0)})
-    return set(inputs) <= {1, 2, 3, 4} and call.saved("mode") == LSTM and over_time
+    if not set(inputs) <= {1, 2, 3, 4} or call.saved("mode") != LSTM or call.saved("result0").shape[1] != call.count:
+        return False
+    return call.count == 1 or (call.layouts[0] == Layout(1) and set(call.layouts[1:]) == {Layout(0)})
 
 
 def _pass(call: OperationCall, inputs: tuple[int, ...]) -> Pass:

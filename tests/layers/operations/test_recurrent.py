@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder._torch.graph import users_of
 from secorder.layers.layout import Layout
-from secorder.layers.operations import OPERATIONS, OperationCall, recurrent
+from secorder.layers.operations import OPERATIONS, TOGETHER, OperationCall, recurrent
 from secorder.layers.operations.recurrent import lstm
 from secorder.layers.per_sample import dense
 
@@ -78,3 +78,15 @@ def test_other_inputs_and_other_layouts_are_left_to_the_operation() -> None:
         pytest.skip("this PyTorch runs nn.LSTM in many operations")
     layouts = [Layout(0), Layout(0), Layout(0)]
     assert lstm(OperationCall(node, [torch.ones_like(out), None, None], layouts, T, torch.float32), 1) is None
+
+
+def test_one_sample_of_several_sequences_is_left_to_the_operation() -> None:
+    layer = nn.LSTM(4, 2).float()
+    out, _ = layer(torch.randn(T, N, 4).float())
+    node = next((node for node in users_of([out]) if node.name() in OPERATIONS and "Rnn" in node.name()), None)
+    if node is None:
+        pytest.skip("this PyTorch runs nn.LSTM in many operations")
+    whole = [Layout(0, T), Layout(0), Layout(0)]
+    call = OperationCall(node, [torch.ones_like(out), None, None], whole, 1, torch.float32)
+    assert lstm(call, 1) is None
+    assert TOGETHER[node.name()].keep(call, {1: "weight_ih_l0"}) is None
