@@ -63,8 +63,11 @@ def require_sum(
     """
     pulled = [tuple(found[id(end)].detach() for found in (one, other, both)) for end in ends if end.numel()]
     sizes = [torch.maximum(first.abs(), second.abs()).amax() for first, second, _ in pulled]
+    if not sizes:
+        return
+    largest = torch.stack([size.to(sizes[0]) for size in sizes]).amax()
     for (first, second, together), size in zip(pulled, sizes, strict=True):
-        bound = rounding(together.dtype) * torch.maximum(size, max(sizes).to(size) / 16)
+        bound = rounding(together.dtype) * size.maximum(largest.to(size) / 16)
         if bool(((first + second - together).abs() > bound).any()):
             raise AttributionError(
                 "the backward pass of the model is not linear in the gradient that it starts from (a hook that clamps "

@@ -209,6 +209,7 @@ class Audit:
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}
         self._seen: set[int] = set()
+        self._together: set[int] = set()  # weights that calls explain together with their bias
         self._explained: dict[tuple[str, int], list[Explained]] = {}
 
     @property
@@ -279,12 +280,8 @@ class Audit:
 
     def halves(self) -> set[int]:
         """By ``id``, weights that are one number with a bias, where calls explain both and the gradient of one came."""
-        explained = {key for _, key in self._explained}
-        return {
-            key
-            for key, (_, bias, _) in self._numbers.items()
-            if bias is not None and key in explained and (key in self._seen) != (id(bias) in self._seen)
-        }
+        homes, seen = self._home.items(), self._seen
+        return {home for bias, home in homes if home in self._together and (home in seen) != (bias in seen)}
 
     def explain(
         self,
@@ -315,6 +312,8 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
+            if same:
+                self._together.add(id(p))
             found = Explained(value, size, _tolerance(value, p.dtype, low, _operations(part)))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
@@ -351,6 +350,7 @@ class Audit:
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
             key = id(one.layer.parameters["weight"])
             if key in self._numbers:
+                self._together.add(key)
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 
     def compared(self, layer: int, parameters: Mapping[str, Tensor], holders: Iterable[str]) -> Iterator[Comparison]:

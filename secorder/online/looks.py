@@ -1,6 +1,7 @@
 """What is known of where samples are, by the combination of train and eval modes, and when it is looked at again."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, merged
 from .relation import explain
+from .returned_loss import told_otherwise
 from .samples import SampleDim
 from .schedule import now_and_then
 from .search import attribute
@@ -62,8 +64,17 @@ class Looks:
         scheduled = batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
         return scheduled and not (self._sample_dim in (None, 0) and independent_by_structure(self._model, 0))
 
-    def look(self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Attribution:
-        """Look at a batch; what it tells of the layers is kept for the modes of now."""
+    def look(
+        self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], reduction: Any = None
+    ) -> Attribution:
+        """Look at a batch; what it tells of the layers is kept for the modes of now.
+
+        Args:
+            layers: the layers.
+            args: of the forward.
+            kwargs: of the forward.
+            reduction: what is told of a loss that the model returns, and is to be looked at; None: it is not.
+        """
         mode = self._mode()
         before = self._known.get(mode)
         if before is not None and before.provisional:
@@ -87,6 +98,9 @@ class Looks:
             )
         if found.unclear or (found.undecided and found.provisional):
             return found
+        if reduction is not None and not found.undecided:
+            with no_autocast():
+                found = replace(found, unreduced=told_otherwise(self._model, reduction, found, args, kwargs))
         self._known[mode] = found if before is None or found.undecided else merged(before, found)
         return found
 

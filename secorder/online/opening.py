@@ -27,6 +27,7 @@ from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain
+from .returned_loss import watch_loss
 from .sample_dimension import LISTED
 from .samples import shapes_of
 from .troubles import OUTSIDE, tell_coupled, tell_normalised
@@ -169,7 +170,8 @@ def _look(
 ) -> Attribution | None:
     """Look at this batch, and say what was found; None where it cannot be recorded."""
     try:
-        found = looks.look(fisher.layers, args, kwargs)
+        reduction = fisher.reduction if fisher.ranks is None and fisher.penalty is None else None
+        found = looks.look(fisher.layers, args, kwargs, reduction)
     except SecorderError:
         raise
     except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
@@ -232,6 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
+    watch_loss(fisher, output, record.attribution.unreduced)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):

@@ -240,7 +240,7 @@ def _attribute(
         routable = ranks is None and not same
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
-        uses = _uses(asked, operated, isolated, forward, hypothesis, graph, routable)
+        uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
     attribution = _told(asked, every, hypothesis, options, found, uses)
     return replace(
         attribution,
@@ -309,15 +309,20 @@ def _told(
 def _uses(
     asked: Question,
     layers: Sequence[Layer],
+    called: Sequence[Layer],
     isolated: IsolatedModel,
     forward: Any,
     hypothesis: Hypothesis,
     graph: ForwardGraph,
     routable: bool,
 ) -> UseRows:
-    """The uses of the parameters of layers that are measured by operations."""
+    """The uses of the parameters of layers that are measured by operations, beside those measured by their calls."""
     if not layers:
         return UseRows()
+    if any(share_parameters(one, other) for one in layers for other in called):
+        with Hooks() as hooks:  # tied: in the calls of the other layer, the parameter stood apart from the graph
+            output = forward(asked.arguments)
+        graph = replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=())
     return rows_of_uses(
         {x.name: dict(zip(x.parameters, isolated.replacements(x), strict=True)) for x in layers},
         forward,

@@ -53,6 +53,11 @@ def test_each_run_starts_from_the_same_values(change: Callable[[nn.Parameter], N
     assert all(torch.equal(outputs[0], other) for other in outputs)
 
 
+def test_what_other_processes_write_stays() -> None:
+    model = Overwriting(in_place).share_memory()
+    assert may_be_overwritten(model, anew=True) == []
+
+
 def test_torchs_own_modules_overwrite_nothing() -> None:
     model = make()
     assert may_be_overwritten(model, anew=True) == []

@@ -169,7 +169,10 @@ def _attach(
     *,
     with_gradients: bool,
 ) -> None:
-    """Read the recorded calls and gradients of the layers: whether they are used, and by their calls alone."""
+    """Read the recorded calls and gradients of the layers: whether they are used, and by their calls alone.
+
+    Without gradients it is the graph that tells where they would come from.
+    """
     unusable = recording.unusable()
     ends = [leaf for x in ruled for leaf in recording.leaves.get(x.name, [])]
     ends += [s for x in ruled for s in task.isolated.replacements(x)]

@@ -17,7 +17,7 @@ from ..output_root import output_root
 from ..recorded_layer import contract_pairs, layout_options
 from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
-from . import column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws
+from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
 from .choice import cheapest, choose, seconds_of_draws
 from .estimate import Estimate
@@ -111,10 +111,20 @@ def _draw_some(
         else:
             continue
         by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit)
+        if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
+            seconds += 2 * deflation.PILOT_DRAWS * by_draw
         for each in names:
             found.learn(each, seconds_by_draw=by_draw / len(names))
             expected[each] = seconds / len(names)
     return expected
+
+
+def _decided_by_draws(found: Findings, name: str, budget: Budget) -> bool:
+    """Whether a few draws of all and a few of what the Gauss-Newton part leaves are made first, to take the easier."""
+    facts, graph = found.facts[name], found.graphs[name]
+    told = facts.columns_drawn or facts.num_columns <= budget.num_draws
+    possible = budget.method == "hutchinson" and bool(facts.num_columns and graph.residual) and told
+    return possible and budget.num_draws > 2 * deflation.PILOT_DRAWS
 
 
 #: Draws by a budget, in so many seconds.

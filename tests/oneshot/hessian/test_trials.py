@@ -3,14 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
-from secorder.oneshot.hessian import trials
+from secorder.oneshot.hessian import deflation, output_draws, trials
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.estimate import Estimate
 from secorder.oneshot.hessian.facts import Facts
@@ -70,3 +72,29 @@ def test_how_many_draws_there_will_be(monkeypatch: pytest.MonkeyPatch, limit: fl
     found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit)
     assert found == (pytest.approx(0.1), pytest.approx(seconds))
     assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit)[1] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("draws", "more"), [(20, 2), (8, 0)])
+def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPatch, draws: int, more: int) -> None:
+    """Those of the whole and of what the Gauss-Newton part leaves: as many as the measurement makes."""
+    model, (x, y), made = mlp(), data(), []
+
+    def pilot(*args: Any) -> Any:
+        made.append(deflation.PILOT_DRAWS)
+        return deflation.pilot(*args)
+
+    def told(task: Measurement) -> dict[str, float]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            budget = Budget("hutchinson", num_draws=draws)
+            found = investigate(task, recording, budget, columns=True)
+            return learn_seconds(task, found, budget, draws=whole)
+
+    monkeypatch.setattr(output_draws, "pilot", pilot)
+    layers = select_layers(model, None)
+    with CurvatureProbe(model) as probe:
+        probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=draws)
+    monkeypatch.setattr(trials, "_seconds_of_draws", lambda work, budget, limit: (1.0, float(budget.num_draws)))
+    expected = measure(told, model, layers, F.cross_entropy, x, y, by_sample=False)
+    assert expected
+    assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS}
+    assert sum(made) == more * deflation.PILOT_DRAWS * len(expected)

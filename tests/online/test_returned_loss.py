@@ -1,0 +1,122 @@
+"""A loss that the model returns, and what is told of how it is made."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import CurvatureProbe
+from secorder.errors import AttributionError
+
+from ..helpers import Net
+
+WEIGHTS = torch.tensor([1.0, 4.0, 9.0])
+
+
+def returned(criterion: Callable[[Tensor, Tensor], Tensor], *, noise: float = 0.0, also: bool = False) -> Net:
+    """A model that returns a loss, alone or with its logits; with random numbers of its own in it, or none."""
+
+    def forward(m: Net, x: Tensor, t: Tensor, **_: Any) -> Any:
+        logits = m.b(m.drop(torch.tanh(m.a(x))))
+        loss = criterion(logits + noise * torch.randn_like(logits), t)
+        return {"loss": loss, "logits": logits} if also else loss
+
+    return Net(forward, a=nn.Linear(4, 5), drop=nn.Dropout(0.2), b=nn.Linear(5, 3))
+
+
+def batch(count: int = 12) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    return 3 * torch.randn(count, 4), torch.arange(count) % 3
+
+
+def train(model: Net, *, counts: tuple[int, ...] = (12, 12), **options: Any) -> CurvatureProbe:
+    """Two steps by the loss that the model returns."""
+    probe = CurvatureProbe(model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for count in counts:
+            found = model(*batch(count))
+            (found["loss"] if isinstance(found, dict) else found).backward()
+    return probe
+
+
+def weighted(logits: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(logits, t, weight=WEIGHTS.to(logits))
+
+
+def summed(logits: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(logits, t, reduction="sum")
+
+
+@pytest.mark.parametrize("also", [False, True], ids=["alone", "with logits"])
+@pytest.mark.parametrize("count", [2, 3, 12])
+@pytest.mark.parametrize(
+    ("criterion", "reduction", "says"),
+    [
+        (weighted, "mean", "class weights"),
+        (weighted, "sum", "class weights"),
+        (summed, "mean", 'reduction="sum"'),
+        (F.cross_entropy, "sum", 'reduction="mean"'),
+        (weighted, lambda x, t: torch.ones(len(t)) / len(t), "class weights"),
+    ],
+)
+def test_a_loss_that_is_not_made_as_is_told_is_refused(
+    criterion: Callable[[Tensor, Tensor], Tensor], reduction: Any, says: str, count: int, also: bool
+) -> None:
+    probe = train(returned(criterion, also=also), counts=(count, count), reduction=reduction)
+    with pytest.raises(AttributionError, match=says):
+        probe.fisher_diagonal()
+    probe.detach()
+
+
+@pytest.mark.parametrize(
+    ("criterion", "reduction"),
+    [
+        (F.cross_entropy, "mean"),
+        (summed, "sum"),
+        (weighted, lambda x, t: WEIGHTS.to(x)[t] / WEIGHTS.to(x)[t].sum()),
+        (lambda logits, t: F.cross_entropy(logits, t) / 4, "mean"),
+        (lambda logits, t: F.cross_entropy(logits.float(), t), "mean"),
+    ],
+)
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+def test_a_loss_that_is_made_as_is_told_is_measured(
+    criterion: Callable[[Tensor, Tensor], Tensor], reduction: Any, noise: float
+) -> None:
+    for count in (1, 2, 5, 12):
+        probe = train(returned(criterion, noise=noise), counts=(count, 12, 7), reduction=reduction)
+        assert probe.fisher_diagonal()
+        probe.detach()
+
+
+def test_random_numbers_in_a_loss_are_no_weights() -> None:
+    """Which of the two it is cannot be seen where each part has numbers of its own."""
+    probe = train(returned(weighted, noise=0.5), reduction="mean")
+    assert probe.fisher_diagonal()
+    probe.detach()
+
+
+def test_a_loss_that_is_returned_and_not_used_is_no_matter() -> None:
+    model = returned(weighted, also=True)
+    probe = CurvatureProbe(model, reduction="mean")
+    x, t = batch()
+    F.cross_entropy(model(x, t)["logits"], t).backward()
+    assert probe.fisher_diagonal()
+    probe.detach()
+
+
+def test_a_number_that_the_loss_is_divided_by_is_no_weight() -> None:
+    """Of tokens in several batches, as trainers pass it: each part's loss is divided by the same."""
+
+    def forward(m: Net, x: Tensor, t: Tensor, items: int) -> Tensor:
+        return summed(m.a(x), t) / items
+
+    model = Net(forward, a=nn.Linear(4, 3))
+    probe = CurvatureProbe(model, reduction="mean")
+    model(*batch(), items=12).backward()
+    assert probe.fisher_diagonal()
+    probe.detach()
