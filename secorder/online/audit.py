@@ -20,21 +20,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.float32 import Operation, rounding_of_products
 from ..layers.patches import Patches
 from ..layers.per_sample import Outer, PerSample, Rows
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
+from .rounding import added, operations_of, tolerance_of
 
 __all__ = ["Audit", "Comparison", "actual", "explained"]
 
 #: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
 #: rows, or samples of several rows each, that are looked at beside their products with r or s.
 FEW, FEW_SAMPLES = 32, 4
-#: What passes for rounding, in units in the last place of the products' size: of the parameter's dtype, and of a lower
-#: one that factors are rounded to before they are multiplied.
-UNITS = 64
-UNITS_OF_FACTORS = 8
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -69,16 +65,16 @@ def explained(
         matrix = gradient.reshape(len(gradient), vectors.rows, len(s))[:, vectors.start : vectors.start + len(r)]
         matrix = matrix.to(r.dtype)
         products = torch.matmul(matrix, s) @ r
-        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * (len(matrix) * _added(terms))
+        return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * (len(matrix) * added(terms))
     if isinstance(gradient, Rows):
         weights = r.new_zeros(vectors.rows)
         weights[vectors.start : vectors.start + len(r)] = r
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
-        return torch.dot(left, right), _size(seen, right) * (len(right) * _added(len(right) / vectors.rows))
+        return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left) * (left.shape[0] * _added(left.shape[0]))
+        return left.sum(), _size(seen, left) * (left.shape[0] * added(left.shape[0]))
     right = _inputs(gradient, vectors).flatten()
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
@@ -89,7 +85,7 @@ def explained(
         if with_bias:
             right, size = right + 1, size + right.shape[0]
     if with_bias and isinstance(gradient.a, Patches):
-        size = size + right.shape[0] * _added(right.shape[0])
+        size = size + right.shape[0] * added(right.shape[0])
     return torch.dot(left, right), _size(seen, left) * size
 
 
@@ -142,15 +138,6 @@ def _size(whole: Tensor, product: Tensor) -> Tensor:
     some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
     flat = some.to(product.dtype).flatten()
     return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
-
-
-def _added(terms: float) -> float:
-    """What the square of a size is multiplied by, where so many terms may be added to a sum one after the other.
-
-    Where they are alike, as behind an average over positions, this rounds by an eighth of their number, in units in the
-    last place: so measured of the gradients of biases of convolutions, of layer norms, and of rows of a table, on CPUs.
-    """
-    return max(1.0, terms / (4 * UNITS)) ** 2
 
 
 class Explained(NamedTuple):
@@ -314,7 +301,8 @@ class Audit:
             brought[local] = value
             if same:
                 self._together.add(id(p))
-            found = Explained(value, size, _tolerance(value, p.dtype, low, _operations(part)))
+            widest = max(len(vectors.r), len(vectors.s))
+            found = Explained(value, size, tolerance_of(value, p.dtype, low, operations_of(part), widest))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
@@ -346,7 +334,8 @@ class Audit:
             sizes: the squares of what their rounding is relative to.
             low: the dtype that autocast computes in, where it does.
         """
-        tolerance = _tolerance(values, values.dtype, low, ("product",))  # the weights are of one dtype, the factors'
+        widest = max([max(one.inputs.shape[1], one.cotangents.shape[1]) for one in layers])
+        tolerance = tolerance_of(values, values.dtype, low, ("product",), widest)  # the weights' dtype is the factors'
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
             key = id(one.layer.parameters["weight"])
             if key in self._numbers:
@@ -367,21 +356,6 @@ class Audit:
             if whole is not None:  # that of a bias may be in its weight's
                 known = [found for name in holders for found in self._explained.get((name, key), ())]
                 yield Comparison(layer, whole, *_sum(known, whole))
-
-
-def _tolerance(value: Tensor, dtype: torch.dtype, low: torch.dtype | None, operations: tuple[Operation, ...]) -> float:
-    """What part of a number's size may be rounding: ``dtype`` of the parameter, ``low`` what factors are rounded to."""
-    factors = 0.0 if low is None else torch.finfo(low).eps
-    if dtype is torch.float32:
-        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in operations))
-    return max(UNITS * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
-
-
-def _operations(gradient: PerSample) -> tuple[Operation, ...]:
-    """What the whole gradient may have been made by."""
-    if isinstance(gradient, Outer):
-        return ("convolution",) if isinstance(gradient.a, Patches) else ("product",)
-    return "product", "convolution", "recurrence"
 
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:

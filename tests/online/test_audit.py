@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
 from secorder.layers.rules.convolution import convolution as rule
-from secorder.online.audit import UNITS, actual, explained
+from secorder.online.audit import actual, explained
 from secorder.online.directions import Directions
+from secorder.online.rounding import UNITS
 
 
 def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
