@@ -56,24 +56,33 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
     ids = torch.randperm(count, generator=fresh_generator(), device="cpu")[:SAMPLES]
     parts = ids.split([PART, len(ids) - PART] if len(ids) > PART + 1 else [1, len(ids) - 1])
     take = partial(_samples, found, count, (args, kwargs))
+    drawn = False
+
+    def run(copied: Any) -> float:
+        nonlocal drawn
+        before = torch.get_rng_state()
+        loss = _only_loss(model(*copied[0], **copied[1]))
+        drawn = drawn or not torch.equal(before, torch.get_rng_state())
+        return loss
+
     try:
         with isolate(model, None, []) as isolated, evaluating(model):
-            losses = [
-                _only_loss(isolated.run(lambda copied: model(*copied[0], **copied[1]), take(some)))
-                for some in (ids, *parts, ids.flip(0))
-            ]
-        bound = _rounding(model) * sum(map(abs, losses))
+            losses: list[float] = [isolated.run(run, take(some)) for some in (ids, *parts)]
+            whole, others, bound = losses[0], losses[1:], _rounding(model) * sum(map(abs, losses))
 
-        def holds(kind: Any) -> bool:
-            shares = [_share(kind, take, ids, some) for some in parts]
-            told = sum(share * loss for share, loss in zip(shares, losses[1:3], strict=True))
-            return abs(told - losses[0]) <= bound
+            def holds(kind: Any) -> bool:
+                shares = [_share(kind, take, ids, some) for some in parts]
+                told = sum(share * loss for share, loss in zip(shares, others, strict=True))
+                return abs(told - whole) <= bound
 
-        if holds(reduction) or not abs(losses[3] - losses[0]) <= bound:
-            return ""  # or the order of samples matters, as where random numbers of the model's own are in the loss
-        if holds("sum"):  # or divided by a number that the model is given
-            return "" if _has_numbers(args, kwargs) else _SUM
-        return _MEAN if holds("mean") else _WEIGHTED
+            if drawn or holds(reduction):
+                return ""
+            for order in (ids.flip(0), ids.roll(1), ids.roll(2)):  # which matters where a generator is in the loss
+                if not abs(isolated.run(run, take(order)) - whole) <= bound:
+                    return ""
+            if holds("sum"):  # or divided by a number that the model is given
+                return "" if _has_numbers(args, kwargs) else _SUM
+            return _MEAN if holds("mean") else _WEIGHTED
     except Exception:  # such as of a batch that the model does not accept, or that has no such loss
         return ""
 

@@ -22,7 +22,7 @@ def returned(criterion: Callable[[Tensor, Tensor], Tensor], *, noise: float = 0.
 
     def forward(m: Net, x: Tensor, t: Tensor, **_: Any) -> Any:
         logits = m.b(m.drop(torch.tanh(m.a(x))))
-        loss = criterion(logits + noise * torch.randn_like(logits), t)
+        loss = criterion(logits + noise * torch.randn_like(logits) if noise else logits, t)
         return {"loss": loss, "logits": logits} if also else loss
 
     return Net(forward, a=nn.Linear(4, 5), drop=nn.Dropout(0.2), b=nn.Linear(5, 3))
@@ -93,9 +93,23 @@ def test_a_loss_that_is_made_as_is_told_is_measured(
         probe.detach()
 
 
-def test_random_numbers_in_a_loss_are_no_weights() -> None:
+@pytest.mark.parametrize("size", [1e-3, 0.5])
+def test_random_numbers_in_a_loss_are_no_weights(size: float) -> None:
     """Which of the two it is cannot be seen where each part has numbers of its own."""
-    probe = train(returned(weighted, noise=0.5), reduction="mean")
+    probe = train(returned(weighted, noise=size), reduction="mean")
+    assert probe.fisher_diagonal()
+    probe.detach()
+
+
+def test_a_generator_in_a_loss_is_no_weight() -> None:
+    generator = torch.Generator()
+
+    def forward(m: Net, x: Tensor, t: Tensor) -> Tensor:
+        logits = m.a(x)
+        noise = torch.randn(logits.shape, generator=generator.manual_seed(0), dtype=logits.dtype)
+        return weighted(logits + 0.1 * noise, t)
+
+    probe = train(Net(forward, a=nn.Linear(4, 3)), reduction="mean")
     assert probe.fisher_diagonal()
     probe.detach()
 
