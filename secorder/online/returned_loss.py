@@ -117,7 +117,7 @@ def _only_loss(output: Any) -> float:
     Raises:
         ValueError: there is none, or several, or it is not finite.
     """
-    (loss,) = [float(t) for t in tensors_in(output) if not t.dim() and t.requires_grad]
+    (loss,) = [float(t.detach()) for t in tensors_in(output) if not t.dim() and t.requires_grad]
     if not isfinite(loss):
         raise ValueError(loss)
     return loss

@@ -114,6 +114,20 @@ def test_a_generator_in_a_loss_is_no_weight() -> None:
     probe.detach()
 
 
+def test_a_loss_is_looked_at_without_a_warning() -> None:
+    """PyTorch warns of a loss that is taken for a number."""
+    model, always = returned(F.cross_entropy), torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # else once a process
+    try:
+        with warnings.catch_warnings(record=True) as seen, CurvatureProbe(model, reduction="mean") as probe:
+            warnings.simplefilter("always")
+            model(*batch()).backward()
+            assert probe.fisher_diagonal()
+    finally:
+        torch.set_warn_always(always)
+    assert not seen
+
+
 def test_a_loss_that_is_returned_and_not_used_is_no_matter() -> None:
     model = returned(weighted, also=True)
     probe = CurvatureProbe(model, reduction="mean")
