@@ -15,7 +15,7 @@ from secorder.oneshot import fisher, provenance
 from secorder.oneshot.measurement import Measurement
 
 from .. import helpers
-from ..helpers import Net, data
+from ..helpers import Net, data, run_again_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
 
 N = 12
@@ -62,6 +62,7 @@ def test_independent_samples_are_exact(name: str) -> None:
     assert_all_close(found, expected)
 
 
+@run_again_where_nothing_tells
 @pytest.mark.parametrize("name", ["plain", "residual"])
 def test_what_the_graph_tells_needs_no_further_pass(name: str) -> None:
     with patch.object(fisher, "outputs_independent") as compared:

@@ -12,7 +12,7 @@ from secorder import CurvatureProbe
 from secorder.oneshot.isolation import IsolatedModel
 from secorder.online import rows
 
-from ..helpers import Net, data, mlp, step
+from ..helpers import Net, data, mlp, run_again_where_nothing_tells, step
 from .loops import follow
 
 
@@ -69,6 +69,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+@run_again_where_nothing_tells
 def test_a_batch_that_is_looked_at_again_is_run_once_with_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     run, gradients = IsolatedModel.run, rows.gradients
     forwards, pulled, seen = [], [], []

@@ -158,6 +158,7 @@ def test_hooks_of_the_model_on_what_is_followed() -> None:
         assert measured(probe) == {"": False}
 
 
+@run_again_where_nothing_tells
 def test_layers_that_are_gone_through_together_have_the_weights_of_the_backward() -> None:
     """An optimizer changes those of the upper layer before the gradient has come to the lower one."""
 
