@@ -49,9 +49,10 @@ def broken_step(model: nn.Module, batch: tuple[Tensor, Tensor], in_loss: bool) -
 
 
 def resident() -> int:
-    """Bytes of memory that the process has now."""
+    """Bytes of memory that the process has now, but for those of libraries, whose pages come and go."""
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    _, pages, of_libraries, *_ = map(int, Path("/proc/self/statm").read_text().split())
+    return (pages - of_libraries) * os.sysconf("SC_PAGE_SIZE")
 
 
 #: Growth of the process over the last nine tenths of a soak: what allocators and caches may take, not a leak a step.
