@@ -75,23 +75,23 @@ def _kept(call: OperationCall, targets: Mapping[int, str]) -> Product | None:
     return Product(call.g, samples, tuple(targets.items()), scales)
 
 
+def _with_the_same(product: Product) -> object:
+    return product.targets, product.scales
+
+
 def _as_positions(products: Sequence[Product]) -> Iterator[tuple[int, int, PerSample]]:
     """Products with the same parameters as one, whose positions they are."""
-    alike: dict[object, list[int]] = {}
-    for number, one in enumerate(products):
-        alike.setdefault((one.targets, one.scales), []).append(number)
-    for numbers in alike.values():
-        first = products[numbers[0]]
-        rows = torch.stack([products[i].g for i in numbers], 1)[:, None]
-        for index, _ in first.targets:
-            if index == 0:
-                yield numbers[0], index, _scaled(Outer(None, rows), first.scales[0])
-            else:
-                samples = torch.stack([x for i in numbers if (x := products[i].samples) is not None], 1)[:, None]
-                yield numbers[0], index, _scaled(Outer(rows, samples), first.scales[1])
+    first = products[0]
+    rows = torch.stack([product.g for product in products], 1)[:, None]
+    for index, _ in first.targets:
+        if index == 0:
+            yield 0, index, _scaled(Outer(None, rows), first.scales[0])
+        else:
+            samples = torch.stack([x for product in products if (x := product.samples) is not None], 1)[:, None]
+            yield 0, index, _scaled(Outer(rows, samples), first.scales[1])
 
 
-TOGETHER["AddmmBackward0"] = TOGETHER["MmBackward0"] = Together(_kept, _as_positions)
+TOGETHER["AddmmBackward0"] = TOGETHER["MmBackward0"] = Together(_kept, _with_the_same, _as_positions)
 
 
 @operation_rule("BmmBackward0")

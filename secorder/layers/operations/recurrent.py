@@ -79,16 +79,8 @@ def _kept_of(call: OperationCall, targets: Mapping[int, str]) -> Pass | None:
     return one._replace(weight=one.weight.clone())  # which an optimizer may change before the other layers' turn
 
 
-def _together(passes: Sequence[Pass]) -> Iterator[tuple[int, int, PerSample]]:
-    alike: dict[object, list[int]] = {}
-    for number, one in enumerate(passes):
-        alike.setdefault((one.gates.shape, one.gates.dtype), []).append(number)
-    for numbers in alike.values():
-        for place, index, part in _gone_through([passes[number] for number in numbers]):
-            yield numbers[place], index, part
-
-
-TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _together)
+def _shaped_alike(one: Pass) -> object:
+    return one.gates.shape, one.gates.dtype
 
 
 def _known(call: OperationCall, inputs: tuple[int, ...]) -> bool:
@@ -122,6 +114,9 @@ def _gone_through(passes: Sequence[Pass]) -> Iterator[tuple[int, int, PerSample]
         parts = (Outer(one.x.unsqueeze(1), rows), Outer(one.before.unsqueeze(1), rows), *[Outer(None, summed)] * 2)
         for index in one.inputs:
             yield number, index, parts[index - 1]
+
+
+TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _shaped_alike, _gone_through)
 
 
 def _gradients_on_gates(passes: Sequence[Pass]) -> Tensor:

@@ -36,11 +36,13 @@ class Together(NamedTuple):
     Attributes:
         keep: ``keep(call, targets)``: what is needed of a call, of whose inputs some are a parameter as it is: by the
             input's number, the parameter's name. None where the call is gone through by itself.
-        bring: the per-sample gradients that what was kept of several calls brings: the number of a call, and of one of
+        alike: of what was kept of a call, what is the same for those that are gone through together.
+        bring: the per-sample gradients that what was kept of such calls brings: the number of a call, and of one of
             its inputs, and the gradient of that; or that of several calls, by the number of one of them.
     """
 
     keep: Callable[[OperationCall, Mapping[int, str]], Any]
+    alike: Callable[[Any], object]
     bring: Callable[[Sequence[Any]], Iterable[tuple[int, int, PerSample]]]
 
 
