@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from secorder import CurvatureProbe
 
 from .benchmarks.scaling import Cost, Llama, Net, cost, spread
-from .helpers import seed
+from .helpers import in_sight_of_modes, seed
 
 __all__ = ["CASES", "EXPECTED", "SMALL"]
 
@@ -56,8 +56,7 @@ def counted(rank: int, ranks: int) -> None:
             CurvatureProbe(model, layer_types="all", reduction="mean", accumulate=accumulate) as probe,  # type: ignore[arg-type]
             pytest.MonkeyPatch.context() as patch,
         ):
-            for place in ("troubles", "backward"):  # else the mode that counts would see nothing of the probe's
-                patch.setattr(f"secorder.online.{place}.out_of_sight", lambda work, *arguments: work(*arguments))
+            in_sight_of_modes(patch)
             for step in range(3):
                 with Scattered() as scattered:
                     reduced[0] = 0

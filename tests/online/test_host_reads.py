@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from secorder import CurvatureProbe
 
-from ..helpers import mlp
+from ..helpers import in_sight_of_modes, mlp
 from ..reference import assert_all_close, assert_close, fisher_by_sample
 
 #: Operators whose result's value or shape the host waits for.
@@ -82,8 +82,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], int]] = {
 def test_a_steady_step_reads_nothing(
     kind: str, options: dict[str, Any], decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("troubles", "backward"):  # else the mode that counts would see nothing of the probe's
-        monkeypatch.setattr(f"secorder.online.{place}.out_of_sight", lambda work, *arguments: work(*arguments))
+    in_sight_of_modes(monkeypatch)
     build, inputs_of, classes = KINDS[kind]
     model, inputs, targets = build(), inputs_of(), torch.randint(classes, (6,))
     reduction = options.get("reduction", "mean")
