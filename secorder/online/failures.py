@@ -28,7 +28,7 @@ class Failures:
         self._counts = counts
         self._numbers: Tensor | None = None  # the sides and sizes of comparisons that wait, one step after the other
         self._waiting: list[tuple[Sequence[int], Sequence[float]]] = []  # numbers of layers, and tolerances
-        self._kept: dict[tuple[float, torch.dtype], Tensor] = {}
+        self._kept: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def __getstate__(self) -> Tensor:
         return self.counts
@@ -59,10 +59,11 @@ class Failures:
 
     def _vector(self, numbers: Sequence[float], like: Tensor) -> Tensor:
         """Numbers on the device, of pieces that are kept there: a copy of them would be waited for."""
+        place = like.dtype, like.device
         for number in set(numbers):
-            if (number, like.dtype) not in self._kept:
-                self._kept[number, like.dtype] = like.new_tensor([number])
-        return torch.cat([self._kept[number, like.dtype] for number in numbers])
+            if (number, *place) not in self._kept:
+                self._kept[(number, *place)] = like.new_tensor([number])
+        return torch.cat([self._kept[(number, *place)] for number in numbers])
 
     def compare(self, found: Sequence[Comparison]) -> None:
         """Compare these, now or later."""
