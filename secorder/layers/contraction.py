@@ -153,14 +153,15 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
     few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
     memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
-        inputs = a[n.start : n.stop]
+        inputs = a[n.start : n.stop].unbind()
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
         for r in chunks(width, rows):
-            formed = [own[:, : len(r)] for own in memory]
-            for i in range(len(n)):
-                for g, out in zip(factors, formed, strict=True):
-                    torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
-                target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
+            here, formed = target[:, r.start : r.stop], [own[:, : len(r)] for own in memory]
+            of_samples = zip(inputs, *[own[:, :, r.start : r.stop].unbind() for own in factors], strict=True)
+            for right, *lefts in of_samples:
+                for left, out in zip(lefts, formed, strict=True):
+                    torch.bmm(left, right, out=out)
+                here.addcmul_(formed[0], formed[-1], value=alpha)
 
 
 def _alike(count: int, most: int) -> int:
