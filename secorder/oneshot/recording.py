@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import backward_since, current_backward, leaf_variables
+from .._torch.engine import backward_since, current_backward
+from .._torch.graph import leaves_of
 from .._torch.modules import Place, parameter_places
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
@@ -79,7 +80,7 @@ class Recording:
             AttributionError: so do checkpoints that run a backward of their own, which hides the layer from ours.
         """
         if self.without_graph and loss.requires_grad:
-            gradients(loss, leaf_variables(loss))
+            gradients(loss, list(leaves_of([loss]).values()))
         if self.hidden:
             raise AttributionError(
                 f"layer {min(self.hidden)!r} runs inside an activation checkpoint that starts a backward pass of its "
