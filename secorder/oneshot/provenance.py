@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.graph import leaves_of
 from .._torch.modules import is_scripted
-from .._torch.pytree import call_model, map_tensors, tensors_in
+from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.sample_graph import InnerSizes, inner_size, samples_in_leaves, samples_in_nodes
 from .._torch.saved_tensors import saved_tensor_hooks_active
 from .entries import Entries
@@ -137,17 +137,13 @@ class Traced:
         leaves: list[Tensor] = []
 
         def with_gradients(model: nn.Module, copied: Any) -> Any:
-            made: dict[int, Tensor] = {}
-
             def leaf(tensor: Tensor) -> Tensor:
                 if self._dimension(tensor) is None:
                     return tensor
-                if id(tensor) not in made:
-                    leaves.append(tensor.detach().requires_grad_(True))
-                    made[id(tensor)] = leaves[-1].clone()
-                return made[id(tensor)]
+                leaves.append(tensor.detach().requires_grad_(True))
+                return leaves[-1].clone()
 
-            return call_model(model, map_tensors(leaf, copied))
+            return call_model(model, map_tensors(once_each(leaf), copied))
 
         calls = Calls(is_watch)
         try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._torch.engine import backward_since, current_backward
 from .._torch.graph import leaves_of
-from .._torch.modules import Place, parameter_places
+from .._torch.modules import Place, parameter_places, put_back
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import same_memory, version
@@ -19,7 +19,7 @@ from .._torch.views import is_view
 from .._torch.vjp import gradients, stand_in
 from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
-from .isolation import IsolatedModel, ReplacementsBypassed, _restore
+from .isolation import IsolatedModel, ReplacementsBypassed
 
 __all__ = ["Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
 
@@ -148,7 +148,7 @@ def recorded(
         for handle in handles:
             handle.remove()
         for tap in taps:  # where a forward was broken off
-            _restore(tap.places)
+            put_back(tap.places)
 
 
 @contextmanager

@@ -224,7 +224,6 @@ class ForwardRecord:
     shapes: tuple[Shape, ...]
     verified: bool
     start: Start | None = None
-    training: bool = True
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
