@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, accumulates_untouched, first_gradient_hook, will_accumulate
+from .._torch.compile import never_compiled
+from .._torch.engine import accumulate_node, accumulates_untouched, will_accumulate
 from .._torch.norms import norms_of
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
@@ -207,19 +208,11 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]
-            node = accumulate_node(leaf)
-            saw = partial(_saw, backward, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(leaf, saw))
+            saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
+            backward.on_gradient(leaf, saw, gathered=layer.sharded)
 
 
-def _first(saw: Any, gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
-
-
+@never_compiled
 def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if backward.ended or not will_accumulate(node):
         return
