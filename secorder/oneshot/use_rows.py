@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._torch.graph import Node, Output, Users, outputs_of
-from .._torch.sample_graph import SHARED, inner_size
+from .._torch.sample_graph import SHARED, InnerSizes, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
@@ -139,7 +139,7 @@ class ByCotangents(Evidence):
         ends: Sequence[tuple[Tensor, Layout]],
         count: int,
         generator: torch.Generator,
-        told: Mapping[tuple[Node, int], int | None] | None = None,
+        told: InnerSizes | None = None,
     ) -> None:
         super().__init__()
         self.told = told or {}

@@ -249,7 +249,7 @@ class Audit:
         if number is None or home is None:
             return None if number is None else number.vectors
         r, _, start, rows = number.vectors[:4]
-        return Vectors(r, self._directions.constants([1.0], r), start, rows)
+        return Vectors(r, self._directions.constants.vector([1.0], r), start, rows)
 
     def see(self, parameter: Tensor, gradient: Tensor) -> None:
         """The whole gradient of a parameter is here."""
