@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
-from ..layers.layout import Layout
+from ..layers.layout import Layout, layouts_of
 from ..oneshot.independence import changed_entries, changed_samples, rounding_in
 from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owned_by_packing, with_entries_of
 from ..parallel.spread import is_distributed
@@ -168,11 +168,8 @@ def _dim_of(tensor: Tensor, size: int, dim: int) -> int | None:
 
 
 def any_layout(tensor: Tensor, count: int) -> list[Layout]:
-    """Every layout that a tensor's shape admits for so many samples, the usual first."""
-    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
-    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
-        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
-    return options
+    """Every layout that the shape of what a module returns admits for so many samples, the usual first."""
+    return layouts_of(tensor.shape, count, any_dim=False)
 
 
 def separates(
