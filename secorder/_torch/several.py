@@ -30,7 +30,8 @@ def add_products(
         factors: as many.
         alpha: that all are multiplied by.
     """
-    torch._foreach_addcmul_(list(totals), list(parts), list(factors), value=alpha)
+    # alpha times a part might be infinite, and that times zero no number
+    torch._foreach_addcmul_(list(totals), list(factors), list(parts), value=alpha)
 
 
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
