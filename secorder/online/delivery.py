@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .._torch.fsdp import local
 from .._torch.versions import version
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import cast, compute_dtype
@@ -49,7 +50,7 @@ def bring(
     layer: Layer,
     index: int,
     call: Call | Piece | Later | Exception,
-    total: Tensor,
+    total: Tensor | None,
 ) -> None:
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
@@ -59,7 +60,7 @@ def bring(
         layer: the layer.
         index: the call's number in the forward.
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
-        total: the sum of the gradient's elements.
+        total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
     """
     calls = record.captured.setdefault(layer.name, [])
     calls.append((index, call, total))
@@ -105,9 +106,9 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
     forms = pieces(calls) if layer.by_operations else {}
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
-        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came])
+        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came if total is not None])
         return
-    totals: list[Tensor | None] = [*_multiplied_by(record), *(total for _, _, total in came)]
+    totals: list[Tensor | None] = []
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
         gradients = gradients or _gradients(layer, calls, layouts)
@@ -120,6 +121,11 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         if squares is not None and squares_may_wait(fisher, record, layer, squares):
             wait_formed(fisher, record, layer, squares)
             return
+        if squares is None and fisher.accumulate == "diagonal":
+            totals += [
+                *_multiplied_by(record),
+                *(total_of(local(call[1])) if own is None else own for call, _, own in came),
+            ]
         parts = _parts(fisher, record, layer, gradients, products, squares, totals)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form

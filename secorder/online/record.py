@@ -210,7 +210,7 @@ class ForwardRecord:
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
-        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements.
+        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements if known.
         modules: by layer, the calls of enclosing modules whose gradient has come.
         passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
         received: layers whose squares are added, or wait to be.
@@ -257,7 +257,7 @@ class ForwardRecord:
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
-    captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[int, Any, Tensor | None]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
     passed: dict[str, int | None] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
