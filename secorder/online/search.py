@@ -32,7 +32,7 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..oneshot.state import used_up
+from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .forward_graph import ForwardGraph, Hooks
