@@ -28,6 +28,7 @@ from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
+from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
 from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
@@ -116,7 +117,7 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
             ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
             as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
             bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
@@ -579,7 +580,7 @@ class CurvatureProbe:
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
-            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+            found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
         return found
 

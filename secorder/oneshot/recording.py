@@ -20,6 +20,7 @@ from .._torch.vjp import gradients, stand_in
 from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, ReplacementsBypassed
+from .overwriting import LossOverwrites
 
 __all__ = ["Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
 
@@ -138,7 +139,7 @@ def recorded(
                 handles.append(tap.layer.enclosing.register_forward_pre_hook(tap.before, prepend=True))
             handles.append(tap.layer.enclosing.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
         yield recording
-    except (SecorderError, ReplacementsBypassed):
+    except (SecorderError, ReplacementsBypassed, LossOverwrites):
         raise
     except Exception as error:
         if recording.open and any(tap.places for tap in taps):
