@@ -1,4 +1,4 @@
-"""Which dimension of the model's arguments holds the samples: told, or found.
+"""Where samples may be in the model's arguments: hypotheses, and the trials that one must pass.
 
 A hypothesis says where samples are in the arguments and, for each differentiable output, where they may be there. It
 holds where samples do not influence one another: while some of them are changed, the outputs of the others stay.
