@@ -118,7 +118,7 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
             ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
             as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
             bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
