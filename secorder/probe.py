@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._arguments import require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
+from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
@@ -775,18 +776,19 @@ class CurvatureProbe:
         require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
-            return eigenvalues_of_data(
-                lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                self,
-                loss_fn,
-                inputs,
-                of=of,
-                by=by,
-                count=count,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                progress=progress,
-            )
+            with random_state_kept(self._model):
+                return eigenvalues_of_data(
+                    lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
+                    self,
+                    loss_fn,
+                    inputs,
+                    of=of,
+                    by=by,
+                    count=count,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    progress=progress,
+                )
         return self._measure(
             lambda task: eigenvalues(
                 task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
@@ -864,7 +866,8 @@ class CurvatureProbe:
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
+            with random_state_kept(self._model):
+                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
