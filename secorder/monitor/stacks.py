@@ -73,7 +73,7 @@ def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] |
 
 
 def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:
-    """Norms of tensors from those of their parts on each rank: one all-reduce for each mesh and its sharded dimensions."""
+    """Norms of tensors from those of their parts on each rank: an all-reduce for each mesh and set of dimensions."""
     places_of: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if hasattr(tensor, "placements"):
