@@ -1,4 +1,4 @@
-"""PyTorch's weight normalisation, and whether its second derivative is one."""
+"""PyTorch's weight normalisation, and whether its second derivative is exact."""
 
 from functools import cache
 

@@ -1,4 +1,4 @@
-"""What stands out in the curvature of a model, in words."""
+"""Findings: what stands out in the curvature of a model, in words."""
 
 import json
 from collections.abc import Iterator

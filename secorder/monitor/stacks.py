@@ -1,4 +1,4 @@
-"""Many tensors as few: those of one shape as the rows of one, so that a thousand small layers take few operations."""
+"""Tensors of one shape as the rows of one tensor, so that a thousand small layers take few operations."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is made of the generalised Gauss-Newton matrix' diagonal, such as its trace, by draws on the model's outputs."""
+"""Estimates of the GGN's diagonal and trace, by draws on the model's outputs."""
 
 from .fisher import fisher_sums
 from .fisher_by_weight import ByWeight

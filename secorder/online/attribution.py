@@ -1,4 +1,4 @@
-"""What is known of where the samples are in each layer."""
+"""Where the samples are in each layer, as far as it is known."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

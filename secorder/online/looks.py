@@ -1,4 +1,4 @@
-"""What is known of where samples are, by the combination of train and eval modes, and when it is looked at again."""
+"""What is known of where samples are, for each combination of train and eval modes, and when to look again."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
