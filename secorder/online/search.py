@@ -202,10 +202,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            kept = set(map(id, made_beside(model, None).values()))  # by a forward before
-            with Selections() as selections, Hooks() as hooks:
-                output = forward(arguments)
-            beside = {place: t for place, t in made_beside(model, output).items() if id(t) not in kept}
+            output, selections, hooks, beside = _watched(model, forward, arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -251,6 +248,16 @@ def _attribute(
         selections=selections.count,
         coupling=coupled,
     ), choice
+
+
+def _watched(
+    model: nn.Module, forward: Callable[[Any], Any], arguments: Any
+) -> tuple[Any, Selections, Hooks, dict[Beside, Tensor]]:
+    """The model's output, what it did on the way, and the tensors that it has made beside."""
+    kept = set(map(id, made_beside(model, None).values()))  # by a forward before
+    with Selections() as selections, Hooks() as hooks:
+        output = forward(arguments)
+    return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
 
 
 def _coupling(
