@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ._arguments import require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
+from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
@@ -28,6 +29,7 @@ from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
+from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
 from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
@@ -116,7 +118,7 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
             ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
             as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
             bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
@@ -325,9 +327,7 @@ class CurvatureProbe:
     # ---- measurements
 
     @overload
-    def fisher_diagonal(
-        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
-    ) -> Diagonals: ...
+    def fisher_diagonal(self, *, synchronize: bool = False, missing: Missing = "raise") -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -364,7 +364,7 @@ class CurvatureProbe:
         chunk_size: int | None = None,
         progress: bool = False,
         synchronize: bool = False,
-        missing: Literal["raise", "skip"] = "raise",
+        missing: Missing = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -579,7 +579,7 @@ class CurvatureProbe:
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
-            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+            found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
         return found
 
@@ -776,18 +776,19 @@ class CurvatureProbe:
         require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
-            return eigenvalues_of_data(
-                lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                self,
-                loss_fn,
-                inputs,
-                of=of,
-                by=by,
-                count=count,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                progress=progress,
-            )
+            with random_state_kept(self._model):
+                return eigenvalues_of_data(
+                    lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
+                    self,
+                    loss_fn,
+                    inputs,
+                    of=of,
+                    by=by,
+                    count=count,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    progress=progress,
+                )
         return self._measure(
             lambda task: eigenvalues(
                 task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
@@ -865,7 +866,8 @@ class CurvatureProbe:
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
+            with random_state_kept(self._model):
+                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations

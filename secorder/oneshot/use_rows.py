@@ -16,8 +16,8 @@ from .._torch.graph import Node, Output, Users, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
-from ..layers.layout import Layout
-from ..layers.uses import Route, Uses, find_uses, layouts_of
+from ..layers.layout import Layout, layouts_of
+from ..layers.uses import Route, Uses, find_uses
 from .independence import over_samples
 
 __all__ = ["ByCotangents", "Evidence", "follow_uses", "gradients_at"]

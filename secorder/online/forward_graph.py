@@ -12,6 +12,7 @@ from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Users, users_of
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes, samples_in_nodes
+from .._torch.saved_tensors import keeps_arguments
 from ..layers.layout import Layout
 from ..oneshot.recording import is_watch
 from .samples import floating
@@ -29,11 +30,13 @@ class Hooks(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        found = func(*args, **(kwargs or {}))
         if func is Tensor.register_hook:
             self.put |= not (len(args) > 1 and is_watch(args[1]))
-        elif getattr(func, "__name__", "") == "__get__":
-            self.put |= getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
-        return func(*args, **(kwargs or {}))
+        elif getattr(func, "__name__", "") == "__get__" and found is not None:
+            asked = getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
+            self.put |= asked and not keeps_arguments(found)
+        return found
 
 
 @dataclass(frozen=True, eq=False)

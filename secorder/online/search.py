@@ -32,7 +32,7 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..oneshot.state import used_up
+from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
@@ -50,6 +50,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_NESTED = (
+    "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
+    "padded tensor, or with a list of tensors"
 )
 
 _HOLDS = (
@@ -87,6 +92,8 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    if any(t.is_nested for t in tensors_in((args, kwargs))):
+        return Attribution(undecided=_NESTED)
     for name, module in model.named_modules():
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
