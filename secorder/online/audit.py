@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..layers.dtypes import MANY_TERMS, added_up
 from ..layers.patches import Patches, whole_input
 from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
-from .rounding import added, operations_of, tolerance_of
+from .rounding import added, before_sums, operations_of, tolerance_of
 
 __all__ = ["Audit", "Comparison", "actual", "explained"]
 
@@ -88,7 +89,10 @@ def explained(
             right, size = right + 1, size + right.shape[0]
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
-    return torch.dot(left, right), _size(seen, left) * size
+    if left.shape[0] <= MANY_TERMS:
+        return torch.dot(left, right), _size(seen, left) * size
+    value, rounds = added_up(left * right)
+    return value, _size(seen, left) * size * rounds
 
 
 def _explained_as_a_whole(gradient: Outer, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -291,6 +295,7 @@ class Audit:
         gradients: Mapping[str, PerSample],
         low: torch.dtype | None,
         elements: int = 0,
+        cotangents: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
@@ -300,6 +305,7 @@ class Audit:
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.
+            cotangents: that its per-sample gradients are made of.
         """
         brought = {}
         for local, p in parameters.items():
@@ -313,6 +319,9 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
+            before = before_sums(cotangents, part) if isinstance(part, Tensor) else None
+            if before is not None:
+                size = torch.maximum(size, before.to(size))
             if same:
                 self._together.add(id(p))
             widest = max(len(vectors.r), len(vectors.s))
