@@ -89,7 +89,7 @@ def explained(
             right, size = right + 1, size + right.shape[0]
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
-    if left.shape[0] <= MANY_TERMS:
+    if left.shape[0] <= MANY_TERMS or isinstance(gradient.a, Patches):  # which adds up few at a time
         return torch.dot(left, right), _size(seen, left) * size
     value, rounds = added_up(left * right)
     return value, _size(seen, left) * size * rounds
