@@ -70,7 +70,7 @@ class NoLayerError(InvalidArgumentError):
 
 
 class CurvatureProbe:
-    """Hooks on a live model that tell, layer by layer, how curved its loss is.
+    """Hooks on a live model that measure, layer by layer, how curved its loss is.
 
     While attached, every training step's own backward pass accumulates the empirical Fisher diagonal
 
@@ -102,9 +102,9 @@ class CurvatureProbe:
             sizes. By default it is found: the dimension along which the model's outputs do not influence one another,
             else the entries of a list, or the graphs that a vector ``[0, 0, 1, 2, 2, …]`` gives nodes to. Where they
             are in each layer is found and verified.
-        strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
+        strict: raise at once, also inside of the model's forward and backward, where a number cannot be given: for
             coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
-            probe's own. By default training goes on, a warning says it once, and reading the number raises.
+            probe's own. By default training goes on, there is one warning, and reading the number raises.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
@@ -292,7 +292,7 @@ class CurvatureProbe:
 
     @property
     def decay(self) -> float | None:
-        """Of the moving average over batches; None for the mean over all samples."""
+        """The decay of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
 
     @property
@@ -414,8 +414,8 @@ class CurvatureProbe:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
             if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
-                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
-                    "pass loss_fn, inputs and targets to measure a batch."
+                    "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
+                    "missing= alone: pass loss_fn, inputs and targets to measure a batch."
                 )
             if synchronize:
                 self.synchronize()
@@ -442,7 +442,7 @@ class CurvatureProbe:
         return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def _tell_assumed(self) -> None:
-        """Say once what a number rests on that was neither told nor verified."""
+        """Warn once of the reduction that was assumed, where it was neither told nor verified."""
         if not self._verified:
             self._verified = True
             caution(
@@ -549,12 +549,12 @@ class CurvatureProbe:
 
     @tells_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
-        """Check on one batch that the online Fisher is told right: how the loss reduces samples, and its scale.
+        """Check on one batch that the probe is told the right reduction of the loss, and the right scale.
 
-        One forward and backward are run with hooks of their own, told as this probe is, and held against the one-shot
-        empirical Fisher of the batch, which need not be told anything. Where parameters hold gradients that training
-        left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and the random
-        state are put back.
+        One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
+        the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
+        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and
+        the random state are restored.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
@@ -805,7 +805,7 @@ class CurvatureProbe:
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
     ) -> dict[str, Facts]:
-        """What is known of each layer: from it :func:`secorder.oneshot.hessian.choice.choose` tells its strategy.
+        """The facts about each layer by which :func:`secorder.oneshot.hessian.choice.choose` chooses its strategy.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
