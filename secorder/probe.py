@@ -28,6 +28,7 @@ from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure
 from .oneshot.operators import Curvature, check_curvature
+from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
 from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
@@ -579,7 +580,7 @@ class CurvatureProbe:
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
-            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+            found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
         return found
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from .compiler import enter_eager, leave_eager
+from .stance import enter_eager, leave_eager
 
 __all__ = [
     "EagerSection", "being_compiled", "hooks_prevent_compiling", "is_traced", "leave_graph", "may_break_graph",

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .pytree import once_each
+
 __all__ = [
     "Place",
     "backward_hooks",
@@ -35,6 +37,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "put_back",
     "put_copies",
     "tables_of",
     "threads_running",
@@ -66,11 +69,15 @@ class Place(NamedTuple):
 
 def put_copies(places: Iterable[Place]) -> None:
     """Hold copies of the values of places there; what is one tensor stays one."""
-    copies: dict[int, Tensor] = {}
+    copied = once_each(lambda tensor: tensor.detach().clone())
     for place in places:
-        if id(place.value) not in copies:
-            copies[id(place.value)] = place.value.detach().clone()
-        place.put(copies[id(place.value)])
+        place.put(copied(place.value))
+
+
+def put_back(places: Iterable[Place]) -> None:
+    """Hold the values of places there again."""
+    for place in places:
+        place.put(place.value)
 
 
 def parameter_places(module: nn.Module) -> list[Place]:

@@ -19,7 +19,16 @@ from torch import Tensor
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS
 from .patches import Patches, matrix_products, whole_input
-from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge, total_gradient
+from .per_sample import (
+    Outer,
+    PerSample,
+    Rows,
+    chunk_elements,
+    distinct_rows,
+    in_rows,
+    sum_in_forms,
+    total_gradient,
+)
 
 __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 
@@ -91,19 +100,13 @@ def _one_sample(part: PerSample, size: int) -> PerSample:
 
 def _of_sum(parts: Sequence[PerSample], size: int) -> Tensor:
     """Of the sum of per-sample gradients of one parameter."""
-    forms: dict[type, list[PerSample]] = {}
-    for part in parts:
-        forms.setdefault(Tensor if isinstance(part, Tensor) else type(part), []).append(part)
-    merged = {form: merge(same) for form, same in forms.items()}
-    if len(merged) == 1:
-        return _of_one(next(iter(merged.values())), size)
-    outer, rows = merged.get(Outer), merged.get(Rows)
-    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
-        return _of_one(torch.stack([dense(part, size) for part in merged.values()]).sum(0), size)
-    # An embedding and a head: ‖A + B‖² = ‖A‖² + ‖B‖² + 2 ⟨A, B⟩, the last by the few rows of B.
-    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
-    cross = torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0])
-    return _of_one(outer, size) + _of_one(rows, size) + 2 * (cross * rows.g).flatten(1).sum(1)
+    first, *rest = parts if len(parts) == 1 else sum_in_forms(parts, size)
+    if not rest:
+        return _of_one(first, size)
+    (rows,) = rest  # ‖A + B‖² = ‖A‖² + ‖B‖² + 2 ⟨A, B⟩, the last by the few rows of B
+    assert isinstance(first, Outer)
+    assert isinstance(rows, Rows)
+    return _of_one(first, size) + _of_one(rows, size) + 2 * in_rows(first, rows).flatten(1).sum(1)
 
 
 def _of_one(part: PerSample, size: int) -> Tensor:
@@ -178,9 +181,6 @@ def _of_rows(part: Rows) -> Tensor:
     if positions <= FEW_POSITIONS:
         same = (part.ids[:, :, None] == part.ids[:, None, :]).to(g.dtype)
         return (torch.bmm(same, g) * g).flatten(1).sum(1)
-    offset = torch.arange(count, device=g.device)[:, None] * part.rows
-    keys, order = (part.ids + offset).flatten().sort()
-    number = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)  # of the sample's row
-    summed = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, number, g.flatten(0, 1)[order])
-    samples = torch.zeros_like(keys).scatter_(0, number, keys // part.rows)
-    return g.new_zeros(count).index_add_(0, samples, _squares(summed))
+    places, where = distinct_rows(part)
+    summed = g.new_zeros(len(places), g.shape[-1]).index_add_(0, where, g.flatten(0, 1))
+    return g.new_zeros(count).index_add_(0, places // part.rows, _squares(summed))

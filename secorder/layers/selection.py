@@ -26,8 +26,10 @@ __all__ = [
     "MeasuredBy",
     "present",
     "ranks_of",
+    "read_elsewhere",
     "select_layers",
     "share_of_parameters",
+    "special_option",
     "trained",
 ]
 
@@ -136,7 +138,7 @@ def select_layers(
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    readers = _read_elsewhere(model)
+    readers = read_elsewhere(model)
     managed = fsdp_mesh_dims(model) if any(map(is_distributed, model.parameters())) else {}
     selected = []
     for name, (module, parameters) in chosen.items():
@@ -152,7 +154,7 @@ def select_layers(
                 f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
                 "or keep the module that it was made of."
             )
-        option = _special_option(module)
+        option = special_option(module)
         if option and not unchecked:
             raise AttributionError(
                 f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
@@ -220,12 +222,12 @@ def _cut(model: nn.Module) -> tuple[Axis, ...]:
     return ()
 
 
-def _read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Modules whose parameters another module reads without calling them, by module."""
     return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
-def _special_option(module: nn.Module) -> str | None:
+def special_option(module: nn.Module) -> str | None:
     """An option with which an embedding's gradient is not that of a fixed dense table."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from .._arguments import require_integer
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
+from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
 from .._torch.vjp import gradients, zero_tether
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
@@ -39,7 +40,7 @@ from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
-from .fisher_by_uses import Told, by_uses
+from .fisher_by_uses import by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
@@ -233,7 +234,7 @@ def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) 
     ]
 
 
-def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
+def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: InnerSizes | None) -> bool:
     """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False

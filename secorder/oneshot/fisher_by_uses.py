@@ -1,12 +1,12 @@
 """The Fisher of layers without a rule, by the operations that take their parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node, is_builtin, outputs_of, users_of
-from .._torch.sample_graph import inner_size, samples_in_nodes
+from .._torch.graph import is_builtin, outputs_of, users_of
+from .._torch.sample_graph import InnerSizes, inner_size, samples_in_nodes
 from ..errors import DoubleBackwardError
 from ..layers.contraction import added, contract, contract_sum
 from ..layers.dtypes import compute_dtype
@@ -24,10 +24,7 @@ from .recorded_layer import parts_of_one
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
 
-__all__ = ["Told", "by_uses"]
-
-#: What a graph tells of its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
-Told = Mapping[tuple[Node, int], int | None]
+__all__ = ["by_uses"]
 
 
 def by_uses(
@@ -35,7 +32,7 @@ def by_uses(
     layers: Sequence[Layer],
     pairs: Columns,
     model_outputs: Sequence[Tensor] | None = None,
-    told: Told | None = None,
+    told: InnerSizes | None = None,
     *,
     linear: bool,
 ) -> Found:

@@ -21,12 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
-from .._torch.compiler import eager
 from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
-    Place,
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
@@ -34,11 +32,13 @@ from .._torch.modules import (
     is_scripted,
     own_tensors,
     parameter_places,
+    put_back,
     put_copies,
 )
 from .._torch.own_hooks import is_own, suspended
-from .._torch.pytree import call_model, map_tensors, tensors_in
+from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
@@ -103,7 +103,7 @@ class IsolatedModel:
         self._loss_writes = False
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
-        """The leaf that stands in for a parameter of a selected layer."""
+        """The replacement of a parameter of a selected layer: a leaf of our own."""
         return self._replacements[id(parameter)]
 
     def replacements(self, layer: Layer) -> list[Tensor]:
@@ -130,17 +130,10 @@ class IsolatedModel:
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
-        copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
-
-        def copied(tensor: Tensor) -> Tensor:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.clone()
-            return copies[id(tensor)]
-
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(copied, arguments))
+                result = forward(map_tensors(once_each(torch.clone), arguments))
         finally:
             given.restore()
         if self._values is not None:
@@ -247,7 +240,7 @@ def isolate(
         }
         stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
-        stack.callback(_restore, buffers)
+        stack.callback(put_back, buffers)
         originals = [p for key, p in parameters.items() if key not in themselves]
         if pure:
             yield IsolatedModel(model, replacements, originals, lambda _: put_copies(buffers), ambient, cuda, pure=True)
@@ -385,7 +378,7 @@ def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
             place.put(nn.Parameter(place.value.detach().clone(), requires_grad=False))
         yield
     finally:
-        _restore(tables)
+        put_back(tables)
 
 
 @contextmanager
@@ -397,9 +390,4 @@ def _parameters_swapped(modules: Iterable[nn.Module], replacements: Mapping[int,
             place.put(replacements[id(place.value)])
         yield
     finally:
-        _restore(places)
-
-
-def _restore(places: Sequence[Place]) -> None:
-    for place in places:
-        place.put(place.value)
+        put_back(places)

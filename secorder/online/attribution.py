@@ -99,7 +99,7 @@ class Attribution:
             dim is not None and len(shape) <= dim for shape, dim in zip(shapes, self.dims, strict=True)
         ):
             return None
-        if self.dims and not any(dim is not None for dim in self.dims):
+        if not (self.undecided or any(dim is not None for dim in self.dims)):
             return 1  # each call is one sample
         sizes = {shape[dim] for shape, dim in zip(shapes, self.dims, strict=True) if dim is not None}
         if 0 in sizes:

@@ -1,7 +1,7 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,6 @@ from .._torch.engine import (
     after_backward,
     current_backward,
     executes_all,
-    first_gradient_hook,
     will_accumulate,
 )
 from .._torch.fsdp import local
@@ -119,18 +118,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
-            node = accumulate_node(graph[name])
-            saw = partial(_saw, backward, record, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(graph[name], saw))
-
-
-@never_compiled
-def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
+            saw = partial(_saw, backward, record, layer, parameter, accumulate_node(graph[name]))
+            backward.on_gradient(graph[name], saw, gathered=layer.sharded)
 
 
 @never_compiled

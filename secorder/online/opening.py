@@ -26,7 +26,7 @@ from .looks import Looks
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
-from .relation import Shape, explain
+from .relation import Shape, explain, whole_call
 from .returned_loss import watch_loss
 from .sample_dimension import LISTED
 from .samples import shapes_of
@@ -370,7 +370,7 @@ def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
     """Where samples are in an output of the model: verified by the look at this batch."""
     if record.num_samples == 1:
-        return Layout(0, shape[0]) if shape else None
+        return whole_call(shape)
     return found.outputs[index] if index < len(found.outputs) else None
 
 

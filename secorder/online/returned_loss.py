@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._torch.modules import evaluating
 from .._torch.pytree import map_tensors, tensors_in
+from .._torch.random_state import cuda_devices, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
@@ -56,13 +57,13 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
     ids = torch.randperm(count, generator=fresh_generator(), device="cpu")[:SAMPLES]
     parts = ids.split([PART, len(ids) - PART] if len(ids) > PART + 1 else [1, len(ids) - 1])
     take = partial(_samples, found, count, (args, kwargs))
-    drawn = False
+    drawn, cuda = False, cuda_devices(model)
 
     def run(copied: Any) -> float:
         nonlocal drawn
-        before = torch.get_rng_state()
+        before = get_random_state(cuda)
         loss = _only_loss(model(*copied[0], **copied[1]))
-        drawn = drawn or not torch.equal(before, torch.get_rng_state())
+        drawn = drawn or not same_random_state(before, get_random_state(cuda))
         return loss
 
     try:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .._torch.engine import accumulate_node
 from .._torch.fsdp import local
-from .._torch.graph import Node
-from .._torch.sample_graph import SHARED
+from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator, gradients
 from ..errors import DoubleBackwardError
@@ -85,9 +84,7 @@ def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGrap
     return known, unknown, reached
 
 
-def _by_graph(
-    z: RecordedLayer, candidates: list[list[Layout]], told: Mapping[tuple[Node, int], int | None]
-) -> list[list[Layout]] | None:
+def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], told: InnerSizes) -> list[list[Layout]] | None:
     """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
     found = []
     for leaf, choices in zip(z.leaves, candidates, strict=True):

@@ -20,9 +20,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
-from ..layers.layout import Layout
+from ..layers.layout import Layout, layouts_of
 from ..oneshot.independence import changed_entries, changed_samples, rounding_in
-from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
+from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owned_by_packing, with_entries_of
 from ..parallel.spread import is_distributed
 
 __all__ = [
@@ -118,13 +118,15 @@ def told(
 def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["list"] | None) -> list[Hypothesis]:
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
 
-    Behind these come the entries of a list, and the graphs of a vector of indices.
+    Behind these come the entries of a list, and the graphs of a vector of indices; packed sequences stand alone.
 
     Args:
         arguments: of the model.
         outputs: its tensors.
         dim: the dimension, where it was told, or ``"list"``.
     """
+    if dim is None and (packed := owned_by_packing(arguments)):
+        return [of_owned(x, arguments) for x in packed]
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
     owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
@@ -133,11 +135,12 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
 
 def of_owned(owned: Owned, arguments: Any) -> Hypothesis:
     """The hypothesis that samples own tensors, or their rows; others hold them in a dimension, if any."""
+    count, packed = owned.num_samples, owned.grouping.packed  # with a state, whose samples are in dim 1
     dims = [
-        None if owner is not None or t.dim() == 0 or t.shape[0] != owned.num_samples else 0
+        None if owner is not None or t.dim() == 0 or (t.shape[0] != count and not packed) else _dim_of(t, count, 0)
         for t, owner in zip(tensors_in(arguments), owned.owners, strict=True)
     ]
-    return Hypothesis(tuple(dims), owned.num_samples, owned=owned)
+    return Hypothesis(tuple(dims), count, owned=owned)
 
 
 def _in_dimensions(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> list[Hypothesis]:
@@ -165,11 +168,8 @@ def _dim_of(tensor: Tensor, size: int, dim: int) -> int | None:
 
 
 def any_layout(tensor: Tensor, count: int) -> list[Layout]:
-    """Every layout that a tensor's shape admits for so many samples, the usual first."""
-    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
-    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
-        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
-    return options
+    """Every layout that the shape of what a module returns admits for so many samples, the usual first."""
+    return layouts_of(tensor.shape, count, any_dim=False)
 
 
 def separates(
@@ -246,7 +246,15 @@ def floating(tree: Any) -> list[Tensor]:
 
 
 def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Any:
-    """The model's output with other numbers for some samples: those of their neighbours, a little scaled."""
+    """The model's output with other numbers for some samples: those of their neighbours, a little scaled.
+
+    Entries of a list that hold no such numbers (texts, token ids of several lengths) are their neighbours' as they are.
+    """
+    whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
+    if whole and _only_integers(arguments, hypothesis):
+        count = hypothesis.num_samples
+        chosen = [(n + int(mask[n])) % count for n in range(count)]
+        return forward(with_entries_of(arguments, count, chosen))
     dims = iter(hypothesis.dims)
     owners = iter(hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners)
 
@@ -338,5 +346,8 @@ class _OfIntegers(TorchFunctionMode):
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors among the arguments, ``(args, kwargs)`` or any other structure."""
-    return tuple(tuple(t.shape) for t in tensors_in(arguments))
+    """Shapes of the tensors among the arguments, ``(args, kwargs)`` or any other structure.
+
+    Of a nested tensor, how many it holds: the rest differs.
+    """
+    return tuple([(t.size(0),) if t.is_nested else tuple(t.shape) for t in tensors_in(arguments)])

@@ -13,7 +13,6 @@ up to the model.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
 from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import map_tensors, once_each, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
@@ -50,6 +49,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_NESTED = (
+    "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
+    "padded tensor, or with a list of tensors"
 )
 
 _HOLDS = (
@@ -87,11 +91,13 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    if any(t.is_nested for t in tensors_in((args, kwargs))):
+        return Attribution(undecided=_NESTED)
     for name, module in model.named_modules():
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
             return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
-    args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
+    args, kwargs = map_tensors(once_each(_cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -105,11 +111,9 @@ def attribute(
     return _escalate(asked, layers)
 
 
-def _cut_off(seen: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    """An argument without what it was computed from, such as the forward before this one; given twice, it stays one."""
-    if tensor.grad_fn is None:
-        return tensor
-    return seen.setdefault(id(tensor), tensor.detach().requires_grad_())
+def _cut_off(tensor: Tensor) -> Tensor:
+    """An argument without what it was computed from, such as the forward before this one."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:

@@ -17,8 +17,8 @@ from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
 from .._torch.vjp import fresh_generator
 from ..errors import DoubleBackwardError
-from ..layers.layout import Layout
-from ..layers.uses import Route, find_uses, hidden, layouts_of
+from ..layers.layout import Layout, layouts_of
+from ..layers.uses import Route, find_uses, hidden
 from ..oneshot.independence import changed_entries, separating_masks
 from ..oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
 from .forward_graph import ForwardGraph

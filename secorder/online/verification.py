@@ -1,5 +1,4 @@
-"""Is the online Fisher told right? One batch both ways: by the hooks, and by passes of our own that are told "
-"nothing."""
+"""Is the probe told right how the loss is made? One batch both ways: by hooks as told, and one-shot, told nothing."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder._torch.vjp import gradients
 from secorder.oneshot.output_root import output_root
 from secorder.oneshot.root_forms import signed_factors
-from secorder.oneshot.roots import Draws, Root, from_hessian, Single
+from secorder.oneshot.roots import Draws, Root, Single, from_hessian
 
 from ..helpers import seeded
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder.oneshot.roots import Columns, Draws, Pairs, Root, from_hessian, joined, Single
+from secorder.oneshot.roots import Columns, Draws, Pairs, Root, Single, from_hessian, joined
 
 from ..helpers import seeded
 

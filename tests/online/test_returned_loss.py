@@ -1,9 +1,11 @@
 """A loss that the model returns, and what is told of how it is made."""
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -97,6 +99,18 @@ def test_a_loss_that_is_made_as_is_told_is_measured(
 def test_random_numbers_in_a_loss_are_no_weights(size: float) -> None:
     """Which of the two it is cannot be seen where each part has numbers of its own."""
     probe = train(returned(weighted, noise=size), reduction="mean")
+    assert probe.fisher_diagonal()
+    probe.detach()
+
+
+@pytest.mark.parametrize(
+    "draw", [lambda n: [random.random() for _ in range(n)], numpy.random.rand], ids=["python", "numpy"]
+)
+def test_random_numbers_from_elsewhere_in_a_loss_are_no_weights(draw: Callable[[int], Any]) -> None:
+    def forward(m: Net, x: Tensor, t: Tensor) -> Tensor:
+        return weighted(m.a(x) + torch.tensor(draw(len(x))).to(x)[:, None], t)
+
+    probe = train(Net(forward, a=nn.Linear(4, 3)), reduction="mean")
     assert probe.fisher_diagonal()
     probe.detach()
 

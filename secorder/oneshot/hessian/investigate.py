@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch.graph import leaves_of
 from ..._torch.pytree import tensors_in
-from ..._torch.sample_graph import leaves_of
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
@@ -179,7 +179,7 @@ def _attach(
     by_leaf: dict[int, Tensor | None] = {}
     if with_gradients and loss.requires_grad:
         by_leaf = dict(zip(map(id, ends), gradients(loss, ends, create_graph=True), strict=True))
-    reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss])
+    reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss]).keys()
     if len(ruled) == len(task.layers) and not any(id(x) in reached for x in ends):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     for layer in ruled:
