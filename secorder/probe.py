@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_integer, require_number
+from ._arguments import require_device, require_floating_dtype, require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from ._torch.random_state import random_state_kept
@@ -181,8 +181,10 @@ class CurvatureProbe:
             _tell_share(model, selected)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if decay is not None:
+            require_number("decay", decay, zero=True)
+            if not 0.0 < decay < 1.0:
+                raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         if on_nonfinite not in ("skip", "raise", "keep"):
             raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         if forwards not in (None, "separate", "joined"):
@@ -193,6 +195,8 @@ class CurvatureProbe:
         if precision not in PRECISIONS:
             raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
+        require_device("accumulator_device", accumulator_device)
+        require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim

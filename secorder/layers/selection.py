@@ -299,6 +299,8 @@ def _is_parametrization(local: str) -> bool:
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
     if layers is None:
         return None
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+        raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not isinstance(pattern, str):
