@@ -1,4 +1,4 @@
-"""Numbers that users pass, answered at once where they are none."""
+"""Checks of the numbers that users pass."""
 
 from numbers import Real
 from operator import index

@@ -331,9 +331,7 @@ class CurvatureProbe:
     # ---- measurements
 
     @overload
-    def fisher_diagonal(
-        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
-    ) -> Diagonals: ...
+    def fisher_diagonal(self, *, synchronize: bool = False, missing: Missing = "raise") -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -370,7 +368,7 @@ class CurvatureProbe:
         chunk_size: int | None = None,
         progress: bool = False,
         synchronize: bool = False,
-        missing: Literal["raise", "skip"] = "raise",
+        missing: Missing = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 

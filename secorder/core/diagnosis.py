@@ -1,4 +1,4 @@
-"""One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
+"""One-shot diagnosis: Fisher, Hessian, their statistics, and findings in words."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sized

@@ -1,4 +1,4 @@
-"""Which layers of a model are looked at: selection by type and by name."""
+"""Which layers of a model are measured: selection by type and by name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

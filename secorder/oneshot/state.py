@@ -1,4 +1,4 @@
-"""What a model or a loss keeps in Python objects, or in what its code refers to: found, and put back as it was.
+"""State that a model or a loss keeps in Python objects or in variables of its code: found, and restored.
 
 A loss may count its calls, move a centre, feed a metric, append to a list; a model may fill a cache or own a random
 generator. A measurement calls both many times, each time from the same state, and leaves the state that it found.

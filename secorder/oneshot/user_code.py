@@ -1,4 +1,4 @@
-"""What the user's code refers to beyond its arguments, and may keep a state in: variables, classes, methods."""
+"""What the user's code refers to beyond its arguments, and may keep state in: variables, classes, methods."""
 
 import dis
 import sys
