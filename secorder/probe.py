@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_integer, require_number
+from ._arguments import require_device, require_floating_dtype, require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
+from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
@@ -114,7 +115,7 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
             ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
             as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
             bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
@@ -168,8 +169,10 @@ class CurvatureProbe:
         selected = layers_to_look_at(model, layer_types, layers, frozen=frozen)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if decay is not None:
+            require_number("decay", decay, zero=True)
+            if not 0.0 < decay < 1.0:
+                raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         if on_nonfinite not in ("skip", "raise", "keep"):
             raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         if forwards not in (None, "separate", "joined"):
@@ -180,6 +183,8 @@ class CurvatureProbe:
         if precision not in PRECISIONS:
             raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
+        require_device("accumulator_device", accumulator_device)
+        require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
@@ -311,9 +316,7 @@ class CurvatureProbe:
     # ---- measurements
 
     @overload
-    def fisher_diagonal(
-        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
-    ) -> Diagonals: ...
+    def fisher_diagonal(self, *, synchronize: bool = False, missing: Missing = "raise") -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -349,7 +352,7 @@ class CurvatureProbe:
         chunk_size: int | None = None,
         progress: bool = False,
         synchronize: bool = False,
-        missing: Literal["raise", "skip"] = "raise",
+        missing: Missing = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -754,18 +757,19 @@ class CurvatureProbe:
         require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
-            return eigenvalues_of_data(
-                lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                self,
-                loss_fn,
-                inputs,
-                of=of,
-                by=by,
-                count=count,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                progress=progress,
-            )
+            with random_state_kept(self._model):
+                return eigenvalues_of_data(
+                    lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
+                    self,
+                    loss_fn,
+                    inputs,
+                    of=of,
+                    by=by,
+                    count=count,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    progress=progress,
+                )
         return self._measure(
             lambda task: eigenvalues(
                 task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
@@ -843,7 +847,8 @@ class CurvatureProbe:
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
+            with random_state_kept(self._model):
+                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations

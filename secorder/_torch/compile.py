@@ -1,4 +1,4 @@
-"""Code that is traced, by ``torch.compile`` and others: hooks that are to run outside of it, or not at all."""
+"""Hooks and ``torch.compile``: which code is traced, and hooks that run outside of a trace or not at all."""
 
 import inspect
 from collections.abc import Callable

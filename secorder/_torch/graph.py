@@ -1,4 +1,4 @@
-"""The autograd graph as it is: its nodes, what they have saved, and what a node alone makes of gradients."""
+"""The autograd graph: its nodes, the tensors that they have saved, and the backward of one node alone."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What hangs on a module: its hooks, where it holds parameters and buffers, which forward it computes by."""
+"""Modules: their hooks, where they hold parameters and buffers, and which forward they run."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping

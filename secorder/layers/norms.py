@@ -16,8 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS
+from .low_precision import rounded
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import (
     Outer,
@@ -43,12 +45,13 @@ FORMED_PART = 2
 FEW_POSITIONS = 128
 
 
-def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> Tensor:
+def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int], *, low: bool = False) -> Tensor:
     """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n.
 
     Args:
         parts_of: for each parameter of a layer its per-sample gradients: one, or one of each layer that shares it.
         sizes: for each parameter the number of its elements.
+        low: whether the factors of matrix products are rounded to bfloat16.
 
     Returns:
         shape ``(N,)``, in the dtype of the per-sample gradients.
@@ -56,7 +59,11 @@ def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int])
     if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
         weight, bias = parts_of[0][0], parts_of[1][0]
         if isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g and weight.g.shape[1] == 1:
-            return _of_outer(weight, with_bias=True)
+            return _of_outer(rounded(weight) if low else weight, with_bias=True)
+    if low:
+        parts_of = [
+            [rounded(p) if isinstance(p, Outer) and len(parts) == 1 else p for p in parts] for parts in parts_of
+        ]
     norms = [_of_sum(parts, size) for parts, size in zip(parts_of, sizes, strict=True) if parts]
     return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
 
@@ -156,11 +163,17 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
 def _by_products(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """Σ_{p,q} (g_p · g_q)(a_p · a_q) of some samples."""
     left, right = g[rows].flatten(0, 1), a[rows].flatten(0, 1)
-    of_a = torch.bmm(right, right.transpose(1, 2))
+    of_a = _grams(right)
     if with_bias:
         of_a += 1
-    products = torch.bmm(left, left.transpose(1, 2)).mul_(of_a)
+    products = _grams(left).mul_(of_a)
     return products.view(-1, g.shape[1] * g.shape[2] ** 2).sum(1)
+
+
+def _grams(rows: Tensor) -> Tensor:
+    """Each sample's rows with one another; of bfloat16 in float32, in which nothing is rounded but sums."""
+    columns = rows.transpose(1, 2)
+    return product_in_float32(rows, columns) if rows.dtype is torch.bfloat16 else torch.bmm(rows, columns)
 
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
@@ -170,7 +183,7 @@ def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) 
     else:
         formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)
     norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
-    return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
+    return norms + _squares(g[rows].sum(2, dtype=formed.dtype).flatten(1)) if with_bias else norms
 
 
 def _of_rows(part: Rows) -> Tensor:

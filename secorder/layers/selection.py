@@ -1,4 +1,4 @@
-"""Which layers of a model are looked at: selection by type and by name."""
+"""Which layers of a model are measured: selection by type and by name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -302,6 +302,8 @@ def _is_parametrization(local: str) -> bool:
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
     if layers is None:
         return None
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+        raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not isinstance(pattern, str):

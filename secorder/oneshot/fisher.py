@@ -62,8 +62,8 @@ __all__ = [
     "FisherType",
     "Trial",
     "check_fisher_type",
-    "every_way",
     "fisher_diagonal",
+    "fisher_sums",
     "in_batches",
     "require_independent_samples",
 ]
@@ -95,7 +95,7 @@ def fisher_diagonal(
     """
     asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    found = every_way(task, *asked, weighted)
+    found = fisher_sums(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
         tether = zero_tether(task.model)
@@ -111,8 +111,8 @@ def fisher_diagonal(
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
 
 
-def every_way(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
-    """Of all layers, not divided by the number of samples yet: by the whole batch, or else sample by sample."""
+def fisher_sums(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
+    """The sums over samples, of all layers: from the whole batch at once, or else sample by sample."""
     try:
         found = in_batches(task, fisher_type, num_draws, weighted=weighted)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
@@ -141,7 +141,7 @@ def in_batches(
     trial: Trial | None = None,
     weighted: ByWeight | None = None,
 ) -> Found:
-    """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
+    """By the strategies that run the whole batch at once; layers that they do not serve are missing from the result."""
     if task.owned is not None:  # whose samples no dimension of the inputs holds
         return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)

@@ -44,7 +44,8 @@ from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
-from .state import State, code_of
+from .state import State
+from .user_code import code_of
 
 __all__ = [
     "IsolatedModel",

@@ -249,7 +249,9 @@ def take_norms(
         own = _answered_for(layer)
         parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
     table = fisher.norms.table
-    record.norms[layer.name] = squared_norms(parts_of, sizes) if sizes else table.new_zeros(record.num_samples)
+    low = fisher.low(record, layer)
+    found = squared_norms(parts_of, sizes, low=low) if sizes else table.new_zeros(record.num_samples)
+    record.norms[layer.name] = found
     if _by_factors(fisher, record, layer):
         record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if sizes else table.new_zeros(())
 

@@ -27,7 +27,7 @@ from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
 from .relation import Shape, explain, whole_call
-from .returned_loss import watch_loss
+from .returned_loss import watch_losses
 from .sample_dimension import LISTED
 from .samples import shapes_of
 from .troubles import OUTSIDE, tell_coupled, tell_normalised
@@ -234,7 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    watch_loss(fisher, output, record.attribution.unreduced)
+    watch_losses(fisher, output, record.attribution)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):

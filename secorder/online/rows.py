@@ -212,8 +212,8 @@ def _by_change(
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
             result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
-        slopes = _slopes(result, outputs) if ranks is None else {}
-        return _Seen(dict(values), slopes, [local(t) for t in floating(result)])
+        pulled = _output_gradients(result, outputs) if ranks is None else {}
+        return _Seen(dict(values), pulled, [local(t) for t in floating(result)])
 
     # Where parameters lie over ranks, before hooks that make something else of what a layer returns.
     first = ranks is not None
@@ -263,7 +263,7 @@ def _apart(count: int, before: list[Tensor], after: list[list[Tensor]], masks: S
     return True
 
 
-def _slopes(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def _output_gradients(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     ends = [t for t in floating(result) if t.requires_grad]
     inside = [t for tensors in outputs.values() for t in tensors if t.requires_grad]
     try:
@@ -280,10 +280,10 @@ def _belong(
     """Whether rows of changed samples change, and no others, nor what the model's outputs make of the others."""
     if not _holds(layout, base.values[name][index], _nth([c.values for c in changed], name, index), masks):
         return False
-    slopes = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
+    pulled = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
     return all(
-        not bool(layout.split(changed_entries(slopes[0], after))[~mask.to(after.device)].any())
-        for after, mask in zip(slopes[1:], masks, strict=False)
+        not bool(layout.split(changed_entries(pulled[0], after))[~mask.to(after.device)].any())
+        for after, mask in zip(pulled[1:], masks, strict=False)
     )
 
 

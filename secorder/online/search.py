@@ -32,9 +32,10 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..oneshot.state import used_up
+from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
+from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -208,8 +209,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            with Selections() as selections, Hooks() as hooks:
-                output = forward(arguments)
+            output, selections, hooks, beside = _watched(model, forward, arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -245,6 +245,7 @@ def _attribute(
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
+        coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
     attribution = _told(asked, every, hypothesis, options, found, uses)
     return replace(
         attribution,
@@ -252,7 +253,29 @@ def _attribute(
         outside=frozenset(outside),
         changing=changing,
         selections=selections.count,
+        coupling=coupled,
     ), choice
+
+
+def _watched(
+    model: nn.Module, forward: Callable[[Any], Any], arguments: Any
+) -> tuple[Any, Selections, Hooks, dict[Beside, Tensor]]:
+    """The model's output, what it did on the way, and the tensors that it has made beside."""
+    kept = set(map(id, made_beside(model, None).values()))  # by a forward before
+    with Selections() as selections, Hooks() as hooks:
+        output = forward(arguments)
+    return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
+
+
+def _coupling(
+    asked: Question, forward: Any, hypothesis: Hypothesis, graph: ForwardGraph, beside: Mapping[Beside, Tensor]
+) -> frozenset[Beside]:
+    """Where the forward makes what couples samples, beside outputs of samples."""
+    if asked.ranks is not None:  # each would run the model as often as it has reason to
+        return frozenset()
+    of_samples = {id(f) for f, options in zip(floating(graph.output), graph.options, strict=False) if options}
+    made = {place: t for place, t in beside.items() if id(t) not in of_samples}
+    return coupling(asked.model, forward, asked.arguments, hypothesis, made)
 
 
 def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
