@@ -1,14 +1,13 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_integer, require_number
+from ._arguments import require_device, require_floating_dtype, require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from ._torch.random_state import random_state_kept
@@ -16,23 +15,22 @@ from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
-from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
+from .oneshot.fisher import FisherType, check_fisher_type
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
-from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measurement import Measurement, measure
+from .oneshot.measured import Measured, fisher_of, hessian_of
+from .oneshot.measurement import Measurement
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
-from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
+from .oneshot.told import warn_if_estimated, warn_if_inexact
 from .oneshot.trace import By, Trace, traces
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
@@ -52,15 +50,14 @@ from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
-from .parallel.all_reduce import raised_on_all
-from .parallel.fsdp import gathered
+from .parallel.ranks import Ranks
 from .results import Diagonals
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
 
-__all__ = ["CurvatureProbe", "NoLayerError"]
+__all__ = ["CurvatureProbe", "NoLayerError", "layers_to_look_at", "require_one_kind"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -169,20 +166,13 @@ class CurvatureProbe:
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
-        selected = select_layers(model, layer_types, layers)
-        if not selected:
-            raise NoLayerError(
-                "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
-                "from model.named_modules()."
-            )
-        if layers is None and not frozen:
-            selected = trained(selected)
-        if layers is None and layer_types is None:
-            _tell_share(model, selected)
+        selected = layers_to_look_at(model, layer_types, layers, frozen=frozen)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if decay is not None:
+            require_number("decay", decay, zero=True)
+            if not 0.0 < decay < 1.0:
+                raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         if on_nonfinite not in ("skip", "raise", "keep"):
             raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         if forwards not in (None, "separate", "joined"):
@@ -193,6 +183,8 @@ class CurvatureProbe:
         if precision not in PRECISIONS:
             raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
+        require_device("accumulator_device", accumulator_device)
+        require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
@@ -217,10 +209,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(
                 'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
             )
-        if ranks is not None and ranks.data and not all(layer.sharded for layer in selected):
-            raise InvalidArgumentError(
-                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
-            )
+        require_one_kind(ranks, selected)
         self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
@@ -347,7 +336,6 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
-    @takes_data_sets(by_sample=lambda options: True)
     @tells_renamed_keywords
     def fisher_diagonal(
         self,
@@ -422,24 +410,21 @@ class CurvatureProbe:
             found = diagonals(self._fisher, missing)
             self._tell_assumed()
             return found
-        check_fisher_type(fisher_type, num_draws)
-        if rtol is not None and (fisher_type != "type-2" or create_graph):
-            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
-        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
-        with raised_on_all() if synchronize else nullcontext():
-            fisher = self._measure(
-                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
-                loss_fn,
-                inputs,
-                targets,
-                by_sample=True,
-                generator=generator,
-                create_graph=create_graph,
-                chunk_size=chunk_size,
-                progress=progress,
-            )
-            warn_if_not_finite(fisher, "Fisher")
-        return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
+        return fisher_of(
+            self._measured(),
+            loss_fn,
+            inputs,
+            targets,
+            fisher_type=fisher_type,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+            synchronize=synchronize,
+        )
 
     def _tell_assumed(self) -> None:
         """Warn once of the reduction that was assumed, where it was neither told nor verified."""
@@ -583,7 +568,6 @@ class CurvatureProbe:
         self._verified = bool(found)
         return found
 
-    @takes_data_sets(by_sample=lambda options: False)
     @tells_renamed_keywords
     def hessian_diagonal(
         self,
@@ -640,24 +624,21 @@ class CurvatureProbe:
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
         """
-        budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
-        if create_graph and method == "hutchinson":
-            raise InvalidArgumentError('create_graph=True needs method="exact".')
-        hessian = self._measure(
-            lambda task: hessian_diagonal(task, budget),
+        return hessian_of(
+            self._measured(),
             loss_fn,
             inputs,
             targets,
+            method=method,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            max_hvps=max_hvps,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
         )
-        if method == "auto":
-            warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
-        warn_if_not_finite(hessian, "Hessian")
-        warn_if_inexact(self._fisher.layers)
-        return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
     @tells_renamed_keywords
@@ -890,18 +871,7 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        with self._on_whole_layers() as layers:
-            return measure(
-                work,
-                self._model,
-                layers,
-                loss_fn,
-                inputs,
-                targets,
-                by_sample=by_sample,
-                sample_dim=self._one_shot_dim,
-                **options,
-            )
+        return self._measured().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
 
     # ---- watching
 
@@ -976,26 +946,11 @@ class CurvatureProbe:
         """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
-    @contextmanager
-    def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
-        """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
+    def _measured(self) -> Measured:
+        """What one-shot measurements are taken of."""
         self._attached()
-        layers, ranks = self._fisher.layers, self._fisher.ranks
-        if ranks is not None and ranks.tensor:
-            raise InvalidArgumentError(
-                "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
-                "measure a copy of the model that is not cut, or read what training accumulates."
-            )
-        if not any(layer.sharded for layer in layers):
-            yield [present(layer) for layer in layers]
-            return
-        with gathered(self._model):
-            yield [
-                replace(
-                    layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters}, spread=None
-                )
-                for layer in self._fisher.layers
-            ]
+        fisher = self._fisher
+        return Measured(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
 
     # ---- checkpoints
 
@@ -1032,6 +987,45 @@ class CurvatureProbe:
             ProbeStateError: ``torch.distributed`` is not initialised.
         """
         synchronize(self._fisher, group)
+
+
+def layers_to_look_at(
+    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None = None, *, frozen: bool = False
+) -> list[Layer]:
+    """The layers that match, of which something is trained unless frozen ones are asked for.
+
+    Args:
+        model: any module.
+        layer_types: as for :class:`CurvatureProbe`.
+        layers: as for :class:`CurvatureProbe`.
+        frozen: as for :class:`CurvatureProbe`.
+
+    Raises:
+        NoLayerError: there is none.
+    """
+    selected = select_layers(model, layer_types, layers)
+    if not selected:
+        raise NoLayerError(
+            "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
+            "from model.named_modules()."
+        )
+    if layers is None and not frozen:
+        selected = trained(selected)
+    if layers is None and layer_types is None:
+        _tell_share(model, selected)
+    return selected
+
+
+def require_one_kind(ranks: Ranks | None, layers: Sequence[Layer]) -> None:
+    """Raise if some layers are sharded over ranks, and others are not.
+
+    Raises:
+        InvalidArgumentError: some are.
+    """
+    if ranks is not None and ranks.data and not all(layer.sharded for layer in layers):
+        raise InvalidArgumentError(
+            "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
+        )
 
 
 def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
