@@ -397,6 +397,16 @@ class CurvatureProbe:
 
         Sources: Kunstner, Balles, Hennig (2019), "Limitations of the empirical Fisher approximation", equations 2, 3
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     fisher = probe.fisher_diagonal(loss_fn, inputs, targets, fisher_type="type-2")
+            >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape, fisher.info["0"].strategy
+            (torch.Size([15]), torch.Size([3, 4]), 'rule')
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
@@ -623,6 +633,16 @@ class CurvatureProbe:
 
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     hessian = probe.hessian_diagonal(loss_fn, inputs, targets)
+            >>> hessian["0"].shape, hessian.info["0"].strategy
+            (torch.Size([15]), 'chain')
         """
         return hessian_of(
             self._measured(),
@@ -689,6 +709,16 @@ class CurvatureProbe:
 
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     trace = probe.hessian_trace(loss_fn, inputs, targets)["0"]
+            >>> trace.value > 0, trace.standard_error, trace.num_draws
+            (True, 0.0, 0)
         """
         check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
@@ -748,6 +778,16 @@ class CurvatureProbe:
                 :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     found = probe.hessian_eigenvalues(loss_fn, inputs, targets, count=2)["0"]
+            >>> len(found.top), found.top[0] >= found.top[1] > 0, found.converged
+            (2, True, True)
         """
         check_curvature(of, by)
         if of == "hessian":
@@ -844,6 +884,16 @@ class CurvatureProbe:
 
         Raises:
             SecorderError: as the measurement itself.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     cost = probe.estimate_cost(loss_fn, inputs, targets)
+            >>> cost["0"].strategy, 0 < cost["0"].num_bytes <= cost.num_bytes, cost.seconds < 60
+            ('chain', True, True)
         """
         count = 1
         if is_data_set(inputs, targets):
