@@ -1,4 +1,4 @@
-"""What a Fisher will take, before it is paid: the checks are run, and a few of its columns."""
+"""The cost of a Fisher, estimated from its checks and a few of its columns."""
 
 import math
 from collections.abc import Sequence

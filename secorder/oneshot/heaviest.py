@@ -1,4 +1,4 @@
-"""Many columns: the heaviest of each sample, and the rest mixed by random signs."""
+"""Many columns of a root: the heaviest of each sample, and the rest mixed by random signs."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -67,7 +67,7 @@ def outputs_independent(
     not stand in another order (sorted by length), there are more.
 
     Args:
-        isolated: the borrowed model.
+        isolated: the isolated model.
         inputs: the batch.
         count: its number of samples.
         sample_dim: where they are in the inputs.

@@ -2,13 +2,13 @@
 
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .._torch.modules import backward_hooks, forward_hooks
 
-__all__ = ["known_loss", "loss_of_rows", "made_of_samples", "share_of_samples"]
+__all__ = ["defined_reduction", "known_loss", "loss_of_rows", "made_of_samples", "share_of_samples"]
 
 
 def known_loss(loss_fn: Any) -> bool:
@@ -100,6 +100,22 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
         ignored = options.get("ignore_index", -100)
         whole = (count, *output.shape[2:]) == targets.shape and not bool((targets == ignored).any())
     return {"sum": 1.0, "mean": 1 / count}.get(reduction) if whole else None
+
+
+def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | None:
+    """Whether a loss of PyTorch's own is a mean or a sum over samples; None where its definition does not tell.
+
+    Args:
+        loss_fn: the loss.
+        targets: what it takes second: labels that do not count are among them, perhaps.
+    """
+    if not loss_of_rows(loss_fn) or not isinstance(targets, Tensor):
+        return None
+    options, name = _options(loss_fn)
+    if options is None or (name not in _BY_ELEMENT and bool((targets == options.get("ignore_index", -100)).any())):
+        return None
+    reduction = options.get("reduction", "mean")
+    return "mean" if reduction == "batchmean" else reduction if reduction in ("mean", "sum") else None
 
 
 def _options(loss_fn: Any) -> tuple[dict[str, Any] | None, str]:

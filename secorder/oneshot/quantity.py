@@ -1,4 +1,4 @@
-"""The cost of every measurement."""
+"""The cost of each quantity that can be measured."""
 
 import math
 import time

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._torch.graph import Node, Output, Users, outputs_of
-from .._torch.sample_graph import SHARED, inner_size
+from .._torch.sample_graph import SHARED, InnerSizes, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
-from ..layers.layout import Layout
-from ..layers.uses import Route, Uses, find_uses, layouts_of
+from ..layers.layout import Layout, layouts_of
+from ..layers.uses import Route, Uses, find_uses
 from .independence import over_samples
 
 __all__ = ["ByCotangents", "Evidence", "follow_uses", "gradients_at"]
@@ -139,7 +139,7 @@ class ByCotangents(Evidence):
         ends: Sequence[tuple[Tensor, Layout]],
         count: int,
         generator: torch.Generator,
-        told: Mapping[tuple[Node, int], int | None] | None = None,
+        told: InnerSizes | None = None,
     ) -> None:
         super().__init__()
         self.told = told or {}

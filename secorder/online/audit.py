@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.patches import Patches
-from ..layers.per_sample import Outer, PerSample, Rows
+from ..layers.patches import Patches, whole_input
+from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
 from .rounding import added, operations_of, tolerance_of
@@ -72,6 +72,8 @@ def explained(
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
         return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))
+    if gradient.g.shape[1] * gradient.g.shape[3] != vectors.rows:
+        return _explained_as_a_whole(gradient, vectors)
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
         return left.sum(), _size(seen, left) * (left.shape[0] * added(left.shape[0]))
@@ -87,6 +89,18 @@ def explained(
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
     return torch.dot(left, right), _size(seen, left) * size
+
+
+def _explained_as_a_whole(gradient: Outer, vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """:func:`explained` of factors that are those of another matrix than the parameter is looked at as.
+
+    A stack of experts' matrices, say, or a vector that is used as a matrix.
+    """
+    total = total_gradient(gradient, vectors.rows * len(vectors.s))
+    value, _ = explained(total[None], vectors)
+    factors = [gradient.g] if gradient.a is None else [gradient.g, whole_input(gradient.a)]
+    squares = [torch.linalg.vector_norm(x, dtype=value.dtype).square() for x in factors]
+    return value, prod(squares, start=torch.ones_like(value)) * added(gradient.g.shape[0] * gradient.g.shape[2])
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -235,7 +249,7 @@ class Audit:
         if number is None or home is None:
             return None if number is None else number.vectors
         r, _, start, rows = number.vectors[:4]
-        return Vectors(r, self._directions.constants([1.0], r), start, rows)
+        return Vectors(r, self._directions.constants.vector([1.0], r), start, rows)
 
     def see(self, parameter: Tensor, gradient: Tensor) -> None:
         """The whole gradient of a parameter is here."""

@@ -1,13 +1,13 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
@@ -15,7 +15,6 @@ from .._torch.engine import (
     after_backward,
     current_backward,
     executes_all,
-    first_gradient_hook,
     will_accumulate,
 )
 from .._torch.fsdp import local
@@ -105,7 +104,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
     most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
     audited = fisher.directions.some(names, most)
     captured = {name for name, _ in record.hooked}
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    shared = has_ranks()  # .grad may be all ranks' then
     for layer in fisher.layers:
         if layer.name not in audited and layer.name in captured:
             continue
@@ -119,18 +118,8 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
             if not layer.sharded and not shared and accumulates_untouched(parameter):
                 backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
                 continue
-            node = accumulate_node(graph[name])
-            saw = partial(_saw, backward, record, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(graph[name], saw))
-
-
-@never_compiled
-def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
+            saw = partial(_saw, backward, record, layer, parameter, accumulate_node(graph[name]))
+            backward.on_gradient(graph[name], saw, gathered=layer.sharded)
 
 
 @never_compiled

@@ -1,4 +1,4 @@
-"""The end of a backward: what its records still hold is added, it is audited, and what it cannot tell is marked."""
+"""The end of a backward: waiting calls are added, the gradient is audited, and failures are marked."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING

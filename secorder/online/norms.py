@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, accumulates_untouched, first_gradient_hook, will_accumulate
+from .._torch.collectives import has_ranks
+from .._torch.compile import never_compiled
+from .._torch.engine import accumulate_node, accumulates_untouched, will_accumulate
 from .._torch.norms import norms_of
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
@@ -22,6 +24,7 @@ from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
+from .constants import Constants
 from .finite import finite
 from .record import Backward, ForwardRecord
 
@@ -81,11 +84,13 @@ class NormSums:
     Attributes:
         table: a row a layer, a column for each field of :class:`Row`, float64.
         added: how many batches were added.
+        constants: numbers that each batch needs again.
     """
 
     table: Tensor
     added: int = 0
-    _linear: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    constants: Constants = field(default_factory=Constants, repr=False)
+    _linear: "dict[_Terms, Tensor]" = field(default_factory=dict, repr=False)
 
     @classmethod
     def empty(cls, layers: int, device: torch.device) -> "NormSums":
@@ -105,7 +110,7 @@ class NormSums:
     def add(self, places: Sequence[int], increments: Tensor, decay: float | None) -> None:
         """Add to these layers' rows; a moving average moves on."""
         self.added += 1
-        kept = None if decay is None else self.constant(("kept", decay), [decay**power for power in POWERS])
+        kept = None if decay is None else self.constants.vector([decay**power for power in POWERS], self.table)
         if len(places) == len(self.table):
             self.table = (self.table if kept is None else self.table * kept) + increments
         else:
@@ -122,12 +127,6 @@ class NormSums:
                 self._linear.clear()
             self._linear[terms] = terms.matrix(self.table)
         return self._linear[terms]
-
-    def constant(self, key: tuple[Any, ...], values: list[float]) -> Tensor:
-        """Numbers that each batch needs again, on the device."""
-        if key not in self._linear:
-            self._linear[key] = self.table.new_tensor(values)
-        return self._linear[key]
 
 
 def together_norms(earlier: NormSums, later: NormSums) -> NormSums:
@@ -197,7 +196,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     """
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    shared = has_ranks()  # .grad may be all ranks' then
     seen: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):
@@ -210,19 +209,11 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]
-            node = accumulate_node(leaf)
-            saw = partial(_saw, backward, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(leaf, saw))
+            saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
+            backward.on_gradient(leaf, saw, gathered=layer.sharded)
 
 
-def _first(saw: Any, gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
-
-
+@never_compiled
 def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if backward.ended or not will_accumulate(node):
         return
@@ -259,7 +250,9 @@ def take_norms(
         own = _answered_for(layer)
         parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
     table = fisher.norms.table
-    record.norms[layer.name] = squared_norms(parts_of, sizes) if sizes else table.new_zeros(record.num_samples)
+    low = fisher.low(record, layer)
+    found = squared_norms(parts_of, sizes, low=low) if sizes else table.new_zeros(record.num_samples)
+    record.norms[layer.name] = found
     if _by_factors(fisher, record, layer):
         record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if sizes else table.new_zeros(())
 
@@ -301,7 +294,7 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     if fisher.ranks is not None:
         squares, totals = _of_all_parts(fisher.ranks, layers, squares, totals)
     own = squares.sum(1)
-    ones = sums.constant(("ones", len(layers)), [1.0] * len(layers))
+    ones = sums.constants.vector([1.0] * len(layers), sums.table)
     told_of, told_own = (ones, own) if all(told) else (own.new_tensor(told), own * own.new_tensor(told))
     numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told_of, told_own, totals])
     everywhere = fisher.of_all(record)

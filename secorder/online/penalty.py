@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
+from .._torch.engine import accumulate_node, will_accumulate
 from ..layers.per_sample import PerSample, total_gradient
 from ..layers.selection import Layer
 from .record import Backward, ForwardRecord
@@ -28,7 +28,7 @@ def watch(backward: Backward, layers: list[Layer]) -> None:
         parameters = {id(p): p for layer in layers for p in layer.parameters.values() if p.requires_grad}
         for parameter in parameters.values():
             keep = partial(_keep, backward, parameter, accumulate_node(parameter))
-            backward.handles.append(first_gradient_hook(parameter, keep))
+            backward.on_gradient(parameter, keep)
 
 
 @never_compiled

@@ -16,8 +16,9 @@ hook holds the record that it was made for. What several forwards share that one
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._torch.autocast import AutocastState, autocast_state
-from .._torch.compile import EagerSection
-from .._torch.engine import in_backward
+from .._torch.compile import EagerSection, never_compiled
+from .._torch.engine import accumulate_node, first_gradient_hook, in_backward
 from .._torch.modules import Place
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
@@ -140,6 +141,19 @@ class Backward:
         self.audit = audit
         self.loss_scale: float | None = None
 
+    def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
+        """Call a hook with the whole gradient of a leaf, before hooks on the leaf change it.
+
+        Args:
+            leaf: of the graph.
+            hook: what to call.
+            gathered: of a leaf that FSDP2 gathers and frees again, it is called at the leaf's node.
+        """
+        if gathered:
+            self.handles.append(accumulate_node(leaf).register_prehook(partial(_first, hook)))
+        else:
+            self.handles.append(first_gradient_hook(leaf, hook))
+
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""
         self.ended = True
@@ -148,6 +162,12 @@ class Backward:
         self.handles.clear()
         for record in self.records:
             record.unhook()
+
+
+@never_compiled
+def _first(hook: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
+    if gradients[0] is not None:
+        hook(gradients[0])
 
 
 class Backwards(dict[int, Backward]):
@@ -224,7 +244,6 @@ class ForwardRecord:
     shapes: tuple[Shape, ...]
     verified: bool
     start: Start | None = None
-    training: bool = True
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)

@@ -63,9 +63,9 @@ class Question:
 
 
 LISTED = (
-    "the model is called with a list of tensors, or rows that a vector gives to graphs, and its output does not tell "
-    "whether each of them is a sample: let it return one tensor of a row a sample, or pass "
-    'sample_dim="list" where each entry of the list is one, or the dimension that holds the samples'
+    "the model is called with a list, or rows that a vector gives to graphs, and its output does not tell whether each "
+    'of them is a sample: let it return one tensor of a row a sample, or pass sample_dim="list" where each entry of '
+    "the list is one, the dimension that holds the samples, or None by the arguments' names where each call is one"
 )
 
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
@@ -109,14 +109,15 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
         if holding:  # one sample of many positions, or many samples of one
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         return usual, [any_layout(f, 1) for f in base]
-    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding):
+    some = without_evidence is not None and any(_of_some_entries(usual, h) for h in tried)
+    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding) and not some:
         # Nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
         holding = [(usual._replace(untested=True), without_evidence.layouts), *holding]
     if not holding:
         if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
             return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
         if dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
-            return Attribution(undecided=LISTED)
+            return Attribution(provisional=some, undecided=LISTED)
         return _nothing_separates(asked, forward, base, usual)
     if len(holding) == 1:
         return holding[0]
@@ -127,6 +128,14 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     first, options = alike[0]
     others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
     return first._replace(alternative=next(iter(others), None)), options
+
+
+def _of_some_entries(usual: Hypothesis, other: Hypothesis) -> bool:
+    """Whether samples in a dimension would be those of some entries of a list, and not of the others."""
+    if other.owned is None or other.owned.grouping.place is not None:
+        return False
+    held = [dim for dim, owner in zip(usual.dims, other.owned.owners, strict=True) if owner is not None]
+    return None in held and any(dim is not None for dim in held)
 
 
 def _no_candidate(arguments: tuple[tuple[Any, ...], dict[str, Any]], dim: SampleDim) -> str:

@@ -13,7 +13,6 @@ up to the model.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
 from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import map_tensors, once_each, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
@@ -33,9 +32,10 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..oneshot.state import used_up
+from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
+from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -50,6 +50,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_NESTED = (
+    "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
+    "padded tensor, or with a list of tensors"
 )
 
 _HOLDS = (
@@ -87,11 +92,13 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    if any(t.is_nested for t in tensors_in((args, kwargs))):
+        return Attribution(undecided=_NESTED)
     for name, module in model.named_modules():
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
             return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
-    args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
+    args, kwargs = map_tensors(once_each(_cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -105,11 +112,9 @@ def attribute(
     return _escalate(asked, layers)
 
 
-def _cut_off(seen: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    """An argument without what it was computed from, such as the forward before this one; given twice, it stays one."""
-    if tensor.grad_fn is None:
-        return tensor
-    return seen.setdefault(id(tensor), tensor.detach().requires_grad_())
+def _cut_off(tensor: Tensor) -> Tensor:
+    """An argument without what it was computed from, such as the forward before this one."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
@@ -204,8 +209,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            with Selections() as selections, Hooks() as hooks:
-                output = forward(arguments)
+            output, selections, hooks, beside = _watched(model, forward, arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -241,6 +245,7 @@ def _attribute(
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
+        coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
     attribution = _told(asked, every, hypothesis, options, found, uses)
     return replace(
         attribution,
@@ -248,7 +253,29 @@ def _attribute(
         outside=frozenset(outside),
         changing=changing,
         selections=selections.count,
+        coupling=coupled,
     ), choice
+
+
+def _watched(
+    model: nn.Module, forward: Callable[[Any], Any], arguments: Any
+) -> tuple[Any, Selections, Hooks, dict[Beside, Tensor]]:
+    """The model's output, what it did on the way, and the tensors that it has made beside."""
+    kept = set(map(id, made_beside(model, None).values()))  # by a forward before
+    with Selections() as selections, Hooks() as hooks:
+        output = forward(arguments)
+    return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
+
+
+def _coupling(
+    asked: Question, forward: Any, hypothesis: Hypothesis, graph: ForwardGraph, beside: Mapping[Beside, Tensor]
+) -> frozenset[Beside]:
+    """Where the forward makes what couples samples, beside outputs of samples."""
+    if asked.ranks is not None:  # each would run the model as often as it has reason to
+        return frozenset()
+    of_samples = {id(f) for f, options in zip(floating(graph.output), graph.options, strict=False) if options}
+    made = {place: t for place, t in beside.items() if id(t) not in of_samples}
+    return coupling(asked.model, forward, asked.arguments, hypothesis, made)
 
 
 def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:

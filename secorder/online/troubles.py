@@ -1,4 +1,4 @@
-"""What cannot be told, and why: training goes on, and the reason is raised when the number is read."""
+"""Why numbers cannot be given: training goes on, and the reason is raised when the number is read."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from torch import nn
 
-from secorder import CurvatureProbe, CurvatureWarning
+from secorder import CurvatureProbe, CurvatureWarning, InvalidTypeError
 
 from ..helpers import data, make, reference, step
 from ..reference import assert_all_close
@@ -62,3 +62,9 @@ def test_default_types_that_leave_out_most_of_what_is_trained_are_told() -> None
         CurvatureProbe(model, "all")
         CurvatureProbe(model, layers="1")
         CurvatureProbe(make())
+
+
+def test_layers_are_named() -> None:
+    for layers in (3, [3], nn.Linear(1, 1)):
+        with pytest.raises(InvalidTypeError, match="hold module names"):
+            CurvatureProbe(make(), layers=layers)  # type: ignore[arg-type]

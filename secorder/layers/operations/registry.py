@@ -1,4 +1,4 @@
-"""The rules by operation, what carries a gradient on to a parameter, and the way for everything else."""
+"""The rules by operation, the maps that carry a gradient to a parameter, and the fallback for other operations."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Each sample's Hessian in one tensor, and what it is before a matrix product or a function of each element."""
+"""Each sample's Hessian in one tensor, pulled back through a matrix product or an elementwise function."""
 
 from dataclasses import dataclass, field
 

@@ -60,7 +60,7 @@ def steps_of(segments: Sequence[Segment], graphs: Mapping[int, LayerGraph], outp
         if segment.into is None:
             break
         if segment.kind == Kind.ELEMENTWISE:
-            step.first, step.second = _slopes(segment, gradient, output_gradient)
+            step.first, step.second = _derivatives(segment, gradient, output_gradient)
         known = None if ahead is None else _known_gradient(graphs, ahead)
         gradient = cache(partial(_gradient_before, step)) if known is None else partial(known.reshape, ahead.shape)
     asked = "nothing"
@@ -125,7 +125,7 @@ def _gradient_before(step: Step) -> Tensor:
     return gradient.new_zeros(segment.shape_before) if found is None else found
 
 
-def _slopes(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def _derivatives(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
     assert segment.into is not None
     ones, curved = like.new_ones(()).expand(segment.shape), not segment.piecewise_linear
