@@ -20,7 +20,7 @@ from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.diagonal import hessian_diagonal
@@ -427,9 +427,7 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         check_fisher_type(fisher_type, num_draws)
-        if rtol is not None and (fisher_type != "type-2" or create_graph):
-            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
-        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
+        budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
         with raised_on_all() if synchronize else nullcontext():
             fisher = self._measure(
                 lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
@@ -872,8 +870,11 @@ class CurvatureProbe:
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
+        if quantity == "fisher":
+            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
+        else:
+            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
