@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import is_scripted
+from .._torch.modules import holds, is_scripted
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -128,7 +128,7 @@ def select_layers(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, nn.DataParallel) or any(isinstance(m, nn.DataParallel) for m in model.modules()):
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise InvalidTypeError(
             "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
             "(model.module) on one device, or use DistributedDataParallel."
@@ -139,7 +139,8 @@ def select_layers(
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     readers = read_elsewhere(model)
-    managed = fsdp_mesh_dims(model) if any(map(is_distributed, model.parameters())) else {}
+    distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
+    managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
     for name, (module, parameters) in chosen.items():
         lazy = [
@@ -167,7 +168,7 @@ def select_layers(
                 "leave it out with layers=."
             )
         spread = None
-        if any(map(is_distributed, parameters.values())) and not unchecked:
+        if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
             spread = _spread(managed, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
@@ -180,6 +181,8 @@ def select_layers(
 
 def present(layer: Layer) -> Layer:
     """The layer with the parameters that its module holds now, which may have been exchanged since it was selected."""
+    if holds(layer.module, layer.parameters):
+        return layer
     now = dict(layer.module.named_parameters())
     if all(now.get(name) is p for name, p in layer.parameters.items()) or not layer.parameters.keys() <= now.keys():
         return layer

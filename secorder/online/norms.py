@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, accumulates_untouched, will_accumulate
 from .._torch.norms import norms_of
@@ -195,7 +196,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     """
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    shared = has_ranks()  # .grad may be all ranks' then
     seen: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):

@@ -8,8 +8,8 @@ from a cut to the next, H and g the loss's Hessian and gradient there, sample by
 For matrices and functions of each element this is written down, D Wᵀ H W D + diag(φ″ ∘ Wᵀg); for any other segment it
 takes as many Hessian-vector products *of the segment alone* as a sample has elements before it, or in a layer's z that
 lies inside. H itself is kept as columns of the loss's root and a diagonal where it is no more than that (up to the
-second nonlinearity from the end), and as a matrix a sample before; where nothing but a diagonal is asked for, nothing
-but a diagonal is computed.
+second nonlinearity from the end). Before, the diagonal's part is the rows of a matrix, one column more each, over few
+layers; over many, a matrix a sample. Where nothing but a diagonal is asked for, nothing but a diagonal is computed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -52,7 +52,7 @@ NAME = Strategy.CHAIN
 
 #: Memory of the matrices of the samples that are carried at a time, before a step and behind it, where samples may be
 #: taken a few at a time: what stays in a CPU's caches.
-_CACHED_BYTES = 1 << 22
+_CACHED_BYTES = 3 << 21
 
 #: And at most, where they may not.
 CHAIN_BYTES = 1 << 30
@@ -199,14 +199,12 @@ def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
     root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
     pairs = root.columns(range(root.num_columns))
     u = pairs.u.transpose(0, 1)
-    v = u if pairs.v is None else pairs.v.transpose(0, 1)
-    if pairs.v is None and pairs.sign is not None:
-        v = u * pairs.sign.T[..., None]
+    top = Block(u, u if pairs.v is None else pairs.v.transpose(0, 1), None if pairs.sign is None else pairs.sign.T)
     (gradient,) = (g for g in side.output_gradients if g is not None)
     steps = steps_of(chain.segments, chain.graphs, gradient.detach())
     for graph in chain.graphs.values():
         graph.layouts = [DIM_ZERO]
-    return steps, Block(u, v)
+    return steps, top
 
 
 def _carried_over(
@@ -222,7 +220,7 @@ def _carried_over(
     totals: dict[str, list[Tensor]] = {}
     for rows in chunks(count, _at_once(task, steps, top)):
         here = slice(rows.start, rows.stop)
-        for key, block, whole in _carried(task, chain, steps, top.rows(here), here):
+        for key, block, whole in _carried(task, chain, steps, top.of_samples(here), here):
             graph = chain.graphs[key]
             if whole:
                 _add(totals, graph, by_basis(graph, block.full(), here))
@@ -245,18 +243,21 @@ def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
     """
     u = top.u
     assert u is not None
-    dense = widest = 0
-    second = False
+    columns, largest, second = u.shape[1], u.shape[1], False
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
+        if step.last:
+            break
         sizes = [_size(shape, task) for shape in (step.segment.shape, step.segment.shape_before)]
-        widest = widest if step.last else max(widest, *sizes)
         second |= step.second is not None
-        if step.whole or (step.segment.kind == Kind.LINEAR and second and not step.last and not step.diagonal):
-            dense = max(dense, *sizes)
+        if step.factored:
+            columns += sizes[0]
+        whole = step.whole or (step.segment.kind == Kind.LINEAR and second and not step.factored and not step.diagonal)
+        largest = max(largest, max(sizes) * max(sizes if whole else [columns]))
     most = _CACHED_BYTES if u.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, most // (2 * max(1, dense * dense, u.shape[1] * widest) * u.element_size()))
+    few = max(1, most // (2 * largest * u.element_size()))
+    return -(-task.num_samples // -(-task.num_samples // few))  # pieces of about the same size
 
 
 def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor]) -> None:
@@ -279,7 +280,7 @@ def _carried(
             return
         if segment.kind == Kind.LINEAR:
             assert segment.weight is not None
-            block = block.before_matrix(segment.weight, diagonal=step.diagonal)
+            block = block.before_matrix(segment.weight, diagonal=step.diagonal, factored=step.factored)
         elif segment.kind == Kind.ELEMENTWISE:
             assert step.first is not None
             second = None if step.second is None else step.second[here]
