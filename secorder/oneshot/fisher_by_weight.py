@@ -17,7 +17,7 @@ from .hessian.budget import Budget
 from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, whole
 from .measurement import Measurement
-from .output_hessian import expose_output
+from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_settled
 from .roots import Columns, Root
 
@@ -68,8 +68,7 @@ def heaviest_columns(
     if not layers:
         return {}
     if rest and not task.certain:
-        outputs: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
+        outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
         replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
         require_linear_backward(outputs, replacements, root, task.generator)
     strategies = dict.fromkeys((z.layer.name for z in served), Strategy.RULE)
