@@ -18,7 +18,7 @@ from .layers.selection import Layer, LayerTypes, present, select_layers, share_o
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
@@ -397,6 +397,16 @@ class CurvatureProbe:
 
         Sources: Kunstner, Balles, Hennig (2019), "Limitations of the empirical Fisher approximation", equations 2, 3
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     fisher = probe.fisher_diagonal(loss_fn, inputs, targets, fisher_type="type-2")
+            >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape, fisher.info["0"].strategy
+            (torch.Size([15]), torch.Size([3, 4]), 'rule')
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
@@ -623,6 +633,16 @@ class CurvatureProbe:
 
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     hessian = probe.hessian_diagonal(loss_fn, inputs, targets)
+            >>> hessian["0"].shape, hessian.info["0"].strategy
+            (torch.Size([15]), 'chain')
         """
         return hessian_of(
             self._measured(),
@@ -689,6 +709,16 @@ class CurvatureProbe:
 
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     trace = probe.hessian_trace(loss_fn, inputs, targets)["0"]
+            >>> trace.value > 0, trace.standard_error, trace.num_draws
+            (True, 0.0, 0)
         """
         check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
@@ -748,6 +778,16 @@ class CurvatureProbe:
                 :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     found = probe.hessian_eigenvalues(loss_fn, inputs, targets, count=2)["0"]
+            >>> len(found.top), found.top[0] >= found.top[1] > 0, found.converged
+            (2, True, True)
         """
         check_curvature(of, by)
         if of == "hessian":
@@ -844,13 +884,26 @@ class CurvatureProbe:
 
         Raises:
             SecorderError: as the measurement itself.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     cost = probe.estimate_cost(loss_fn, inputs, targets)
+            >>> cost["0"].strategy, 0 < cost["0"].num_bytes <= cost.num_bytes, cost.seconds < 60
+            ('chain', True, True)
         """
         count = 1
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
+        if quantity == "fisher":
+            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
+        else:
+            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
