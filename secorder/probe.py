@@ -18,7 +18,7 @@ from .layers.selection import Layer, LayerTypes, present, select_layers, share_o
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
@@ -899,8 +899,11 @@ class CurvatureProbe:
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
+        if quantity == "fisher":
+            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
+        else:
+            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
@@ -1082,8 +1085,9 @@ def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn where the default layer types leave out most of what is trained."""
     share = share_of_parameters(model, layers)
     if share < 0.5:
-        every = trained(select_layers(model, "all", unchecked=True))
+        every = {layer.name for layer in trained(select_layers(model, "all", unchecked=True))}
+        looked_at = len(every.intersection(layer.name for layer in layers))
         caution(
-            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
-            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+            f"the probe looks at {looked_at} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
+            '(by default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
         )

@@ -12,7 +12,7 @@ from .cotangents import require_linear_backward
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
 from .fisher_pairs import Found
-from .heaviest import by_weight
+from .heaviest import by_weight, forecast
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, whole
@@ -32,11 +32,15 @@ class ByWeight:
         budget: how exact.
         reduce: of stacked diagonals by parameter, what is wanted; linear in them.
         estimates: by layer, as they turned out.
+        forecast: find out what it takes, and no more.
+        told: by that, columns and draws, and their seconds for all layers together.
     """
 
     budget: Budget
     reduce: Reduce = whole
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    forecast: bool = False
+    told: tuple[int, float] = (0, 0.0)
 
 
 def heaviest_columns(
@@ -79,6 +83,9 @@ def heaviest_columns(
             values[name], strategies[name] = parts, info.strategy
         return [[v[0] for v in weighted.reduce([p.detach().flatten()[None] for p in values[x.name]])] for x in layers]
 
+    if weighted.forecast:
+        weighted.told = forecast(root, weighted.budget, contract, task.generator)
+        return {layer.name: ([], LayerInfo(strategies[layer.name])) for layer in layers}
     with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
         estimates = by_weight(root, weighted.budget, contract, task.generator, advance)
     weighted.estimates |= {layer.name: e for layer, e in zip(layers, estimates, strict=True)}

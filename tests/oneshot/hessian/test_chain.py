@@ -131,6 +131,21 @@ def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     }
 
 
+def test_what_is_made_for_all_samples_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([1.0, 0.01])  # the loss's Hessian in the outputs, and one sample carried
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()
+        return next(told)
+
+    monkeypatch.setattr("secorder.oneshot.hessian.chain._CACHED_BYTES", 1)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain.seconds_of", seconds)
+    with CurvatureProbe(mlp(2, 4, 5, 4, 3)) as probe:
+        cost = probe.estimate_cost(F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)), method="exact")
+    assert {c.strategy for c in cost.values()} == {"chain"}
+    assert sum(c.seconds for c in cost.values()) == pytest.approx(1.0 + 0.01 * N)
+
+
 def clamped(x: Tensor) -> Tensor:
     if x.requires_grad:
         x.register_hook(lambda g: g.clamp(-0.01, 0.01))
