@@ -28,7 +28,7 @@ def test_gradients_are_those_of_batches_of_one(loss_fn: Any) -> None:
         output, loss = task.loss()
         found = []
         for side in (
-            losses_by_definition(task, output, loss, second_order=True),
+            losses_by_definition(task, output, loss, [], second_order=True),
             losses_by_output(task, output, loss, [], second_order=True),
         ):
             if side is not None:
@@ -43,6 +43,25 @@ def test_gradients_are_those_of_batches_of_one(loss_fn: Any) -> None:
     assert slope.abs().amax() < 1e-12  # a softmax does not change when a number is added to all logits
     assert len(again) == (0 if loss_fn is mine else 2)
     assert all(torch.allclose(g, e, atol=1e-12) for g, e in zip(again, (first, slope), strict=False))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_inside_of_the_model_come_in_the_same_pass(reduction: str) -> None:
+    model, (x, y) = make(), data()
+    loss_fn = nn.CrossEntropyLoss(reduction=reduction)
+    hidden = model[0](x).detach().requires_grad_()
+    other = torch.zeros(3, dtype=x.dtype, requires_grad=True)  # which the output does not depend on
+
+    def side(task: Measurement) -> tuple[Tensor, Tensor]:
+        output = model[1:](hidden)
+        found = losses_by_definition(task, output, loss_fn(output, y), [hidden, other], second_order=False)
+        assert found is not None
+        return found.at_leaves[id(hidden)], found.at_leaves[id(other)]
+
+    (expected,) = torch.autograd.grad(F.cross_entropy(model[1:](hidden), y, reduction="sum"), hidden)
+    at_hidden, at_other = measured(side, model, (x, y), loss_fn)
+    assert torch.allclose(at_hidden, expected, rtol=1e-12)
+    assert not at_other.any()
 
 
 def test_a_loss_that_reaches_into_the_model_is_none_of_the_outputs() -> None:
