@@ -18,7 +18,7 @@ from .layers.selection import Layer, LayerTypes, present, select_layers, share_o
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
@@ -67,7 +67,7 @@ class NoLayerError(InvalidArgumentError):
 
 
 class CurvatureProbe:
-    """Hooks on a live model that tell, layer by layer, how curved its loss is.
+    """Hooks on a live model that measure, layer by layer, how curved its loss is.
 
     While attached, every training step's own backward pass accumulates the empirical Fisher diagonal
 
@@ -99,9 +99,9 @@ class CurvatureProbe:
             sizes. By default it is found: the dimension along which the model's outputs do not influence one another,
             else the entries of a list, or the graphs that a vector ``[0, 0, 1, 2, 2, …]`` gives nodes to. Where they
             are in each layer is found and verified.
-        strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
+        strict: raise at once, also inside of the model's forward and backward, where a number cannot be given: for
             coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
-            probe's own. By default training goes on, a warning says it once, and reading the number raises.
+            probe's own. By default training goes on, there is one warning, and reading the number raises.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
@@ -281,7 +281,7 @@ class CurvatureProbe:
 
     @property
     def decay(self) -> float | None:
-        """Of the moving average over batches; None for the mean over all samples."""
+        """The decay of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
 
     @property
@@ -397,13 +397,23 @@ class CurvatureProbe:
 
         Sources: Kunstner, Balles, Hennig (2019), "Limitations of the empirical Fisher approximation", equations 2, 3
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     fisher = probe.fisher_diagonal(loss_fn, inputs, targets, fisher_type="type-2")
+            >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape, fisher.info["0"].strategy
+            (torch.Size([15]), torch.Size([3, 4]), 'rule')
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
             if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
-                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
-                    "pass loss_fn, inputs and targets to measure a batch."
+                    "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
+                    "missing= alone: pass loss_fn, inputs and targets to measure a batch."
                 )
             if synchronize:
                 self.synchronize()
@@ -427,7 +437,7 @@ class CurvatureProbe:
         )
 
     def _tell_assumed(self) -> None:
-        """Say once what a number rests on that was neither told nor verified."""
+        """Warn once of the reduction that was assumed, where it was neither told nor verified."""
         if not self._verified:
             self._verified = True
             caution(
@@ -534,12 +544,12 @@ class CurvatureProbe:
 
     @tells_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
-        """Check on one batch that the online Fisher is told right: how the loss reduces samples, and its scale.
+        """Check on one batch that the probe is told the right reduction of the loss, and the right scale.
 
-        One forward and backward are run with hooks of their own, told as this probe is, and held against the one-shot
-        empirical Fisher of the batch, which need not be told anything. Where parameters hold gradients that training
-        left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and the random
-        state are put back.
+        One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
+        the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
+        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and
+        the random state are restored.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
@@ -623,6 +633,16 @@ class CurvatureProbe:
 
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     hessian = probe.hessian_diagonal(loss_fn, inputs, targets)
+            >>> hessian["0"].shape, hessian.info["0"].strategy
+            (torch.Size([15]), 'chain')
         """
         return hessian_of(
             self._measured(),
@@ -689,6 +709,16 @@ class CurvatureProbe:
 
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     trace = probe.hessian_trace(loss_fn, inputs, targets)["0"]
+            >>> trace.value > 0, trace.standard_error, trace.num_draws
+            (True, 0.0, 0)
         """
         check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
@@ -748,6 +778,16 @@ class CurvatureProbe:
                 :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     found = probe.hessian_eigenvalues(loss_fn, inputs, targets, count=2)["0"]
+            >>> len(found.top), found.top[0] >= found.top[1] > 0, found.converged
+            (2, True, True)
         """
         check_curvature(of, by)
         if of == "hessian":
@@ -786,7 +826,7 @@ class CurvatureProbe:
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
     ) -> dict[str, Facts]:
-        """What is known of each layer: from it :func:`secorder.oneshot.hessian.choice.choose` tells its strategy.
+        """The facts about each layer by which :func:`secorder.oneshot.hessian.choice.choose` chooses its strategy.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -844,13 +884,26 @@ class CurvatureProbe:
 
         Raises:
             SecorderError: as the measurement itself.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     cost = probe.estimate_cost(loss_fn, inputs, targets)
+            >>> cost["0"].strategy, 0 < cost["0"].num_bytes <= cost.num_bytes, cost.seconds < 60
+            ('chain', True, True)
         """
         count = 1
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         check_fisher_type(fisher_type, num_draws or 1)
+        if quantity == "fisher":
+            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
+        else:
+            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
@@ -1032,8 +1085,9 @@ def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn where the default layer types leave out most of what is trained."""
     share = share_of_parameters(model, layers)
     if share < 0.5:
-        every = trained(select_layers(model, "all", unchecked=True))
+        every = {layer.name for layer in trained(select_layers(model, "all", unchecked=True))}
+        looked_at = len(every.intersection(layer.name for layer in layers))
         caution(
-            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
-            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+            f"the probe looks at {looked_at} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
+            '(by default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
         )

@@ -62,6 +62,7 @@ __all__ = [
     "FisherType",
     "Trial",
     "check_fisher_type",
+    "fisher_budget",
     "fisher_diagonal",
     "fisher_sums",
     "in_batches",
@@ -78,6 +79,19 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
     if fisher_type not in ("empirical", "type-2", "mc"):
         raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
     require_integer("num_draws", num_draws, 1)
+
+
+def fisher_budget(fisher_type: str, rtol: float | None, max_draws: int, *, create_graph: bool = False) -> Budget | None:
+    """How exact a Fisher by its heaviest columns is to be; None where no error is asked for.
+
+    Raises:
+        InvalidArgumentError: there is no such Fisher.
+    """
+    if rtol is None:
+        return None
+    if fisher_type != "type-2" or create_graph:
+        raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
+    return Budget.checked("hutchinson", None, rtol, max_draws, None)
 
 
 def fisher_diagonal(

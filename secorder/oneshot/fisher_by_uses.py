@@ -19,7 +19,7 @@ from ..results import LayerInfo, Strategy
 from .cotangents import require_linear_backward
 from .fisher_pairs import Found
 from .measurement import Measurement
-from .output_hessian import expose_output
+from .output_hessian import output_points
 from .recorded_layer import parts_of_one
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
@@ -49,9 +49,7 @@ def by_uses(
     if task.create_graph or task.num_samples == 1:
         return {}
     if model_outputs is None:
-        again: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), again, task.dimension, detach=False)
-        model_outputs = again
+        model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     users = users_of(model_outputs)
     parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
     if told is None:

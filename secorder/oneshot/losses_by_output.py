@@ -13,7 +13,7 @@ from ..errors import CouplingError, NonFiniteError, SecorderError
 from .known_losses import share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import expose_output, filled, loss_of_output, loss_separates
+from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
 from .recorded_layer import RecordedLayer
 from .root_forms import cross_entropy_root
 from .roots import Root
@@ -95,8 +95,7 @@ def losses_by_output(
     differentiable = [t for t in tensors_in(output) if t.requires_grad]
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
+    model_outputs = output_points(output, task.dimension)
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None

@@ -20,7 +20,7 @@ from ..parallel.fsdp import gathered
 from ..parallel.ranks import Ranks
 from ..results import Diagonals
 from .data_set import takes_data_sets
-from .fisher import FisherType, check_fisher_type, fisher_diagonal
+from .fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .hessian.budget import Budget, HessianMethod
 from .hessian.diagonal import hessian_diagonal
 from .isolation import Result
@@ -109,9 +109,7 @@ def fisher_of(
 ) -> Diagonals:
     """The Fisher diagonal; see :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out."""
     check_fisher_type(fisher_type, num_draws)
-    if rtol is not None and (fisher_type != "type-2" or create_graph):
-        raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
-    budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
+    budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
     with raised_on_all() if synchronize else nullcontext():
         fisher = measured.measure(
             lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),

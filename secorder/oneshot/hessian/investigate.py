@@ -19,7 +19,7 @@ from ..independence import block_diagonal, linear_products, sample_bits
 from ..known_losses import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
-from ..output_hessian import expose_output, loss_of_output, loss_separates
+from ..output_hessian import loss_of_output, loss_separates, output_points
 from ..output_root import output_root
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
@@ -237,8 +237,7 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
         return None  # the loss reaches into the model past its output
     again, points, _ = by_output
     output_gradients = gradients(again, points, create_graph=True)
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
+    model_outputs = output_points(output, task.dimension)
     live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
     side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
     by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)

@@ -71,7 +71,7 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
     if not names or found.chain is None:
         return
     try:
-        carried, _ = chain.run(task, chain.shortened(found.chain, names))
+        carried = chain.run(task, chain.shortened(found.chain, names))
     except RuntimeError as error:  # an operator that cannot be differentiated so: others get along, or tell which
         if is_users_own(error):
             raise
