@@ -1085,8 +1085,9 @@ def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn where the default layer types leave out most of what is trained."""
     share = share_of_parameters(model, layers)
     if share < 0.5:
-        every = trained(select_layers(model, "all", unchecked=True))
+        every = {layer.name for layer in trained(select_layers(model, "all", unchecked=True))}
+        looked_at = len(every.intersection(layer.name for layer in layers))
         caution(
-            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
-            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+            f"the probe looks at {looked_at} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
+            '(by default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
         )

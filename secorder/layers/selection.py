@@ -124,7 +124,7 @@ def select_layers(
         InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
         InvalidArgumentError: a name or pattern matches no module, or a layer is lazy and not yet initialised.
         AttributionError: a layer's gradients are not those of a fixed dense parameter (embeddings with
-            ``sparse``, ``max_norm`` or ``scale_grad_by_freq``).
+            ``max_norm`` or ``scale_grad_by_freq``).
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -158,8 +158,8 @@ def select_layers(
         option = special_option(module)
         if option and not unchecked:
             raise AttributionError(
-                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
-                "table: build it without, or leave the layer out with layers=."
+                f"layer {name!r} is an embedding with {option}=, whose gradient is not that of a fixed table: "
+                "build it without, or leave the layer out with layers=."
             )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names and not unchecked:
@@ -233,7 +233,7 @@ def read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
 def special_option(module: nn.Module) -> str | None:
     """An option with which an embedding's gradient is not that of a fixed dense table."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
+        return next((o for o in ("max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
     return None
 
 

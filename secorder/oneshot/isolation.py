@@ -38,6 +38,7 @@ from .._torch.modules import (
 from .._torch.own_hooks import is_own, suspended
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.sparse import dense_gradients
 from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
@@ -242,6 +243,7 @@ def isolate(
         stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
         stack.callback(put_back, buffers)
+        stack.enter_context(dense_gradients(everything.values()))
         originals = [p for key, p in parameters.items() if key not in themselves]
         if pure:
             yield IsolatedModel(model, replacements, originals, lambda _: put_copies(buffers), ambient, cuda, pure=True)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.sparse import looked_up
 from ..layers.patches import Patches, whole_input
 from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
@@ -36,10 +37,20 @@ FEW, FEW_SAMPLES = 32, 4
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient; with that of its bias, rᵀ (G s + b), where it is given."""
     r, s = vectors.r, vectors.s
+    if gradient.is_sparse:
+        ids, values = looked_up(gradient)
+        return torch.dot(_everywhere(vectors)[ids], values.to(s.dtype) @ s)
     matrix = _block(gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1), vectors)
     if bias is not None:
         return torch.dot(torch.addmv(_block(bias, vectors), matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
+
+
+def _everywhere(vectors: Vectors) -> Tensor:
+    """r for all rows: zero outside of the block."""
+    weights = vectors.r.new_zeros(vectors.rows)
+    weights[vectors.start : vectors.start + len(vectors.r)] = vectors.r
+    return weights
 
 
 def _block(gradient: Tensor, vectors: Vectors) -> Tensor:
@@ -67,8 +78,7 @@ def explained(
         products = torch.matmul(matrix, s) @ r
         return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * (len(matrix) * added(terms))
     if isinstance(gradient, Rows):
-        weights = r.new_zeros(vectors.rows)
-        weights[vectors.start : vectors.start + len(r)] = r
+        weights = _everywhere(vectors)
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
         return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))

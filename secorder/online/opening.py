@@ -384,8 +384,8 @@ def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
     shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
     return (
         f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
-        "that all samples share, rows that depend on data, or samples in another dimension of the model's inputs: "
-        "see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+        "that all samples share, rows that depend on data, samples in another dimension of the model's inputs, or in "
+        "none: see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
     )
 
 

@@ -133,7 +133,7 @@ class _UseGradient:
         number, record, layer = current_backward(), self.record, self.layer
         if record.counting.get(layer.name) == number:
             return True
-        if not counts_in(self.attachment.fisher.model, record, [layer], self.node):
+        if not counts_in(self.attachment.fisher, record, [layer], self.node):
             return False
         if number is not None:
             record.counting[layer.name] = number

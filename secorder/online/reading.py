@@ -100,7 +100,7 @@ def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
     audit_uncalled(fisher)
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
-    return {**dict.fromkeys(failed, fisher.troubles.outside), **fisher.troubles.marks}
+    return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:

@@ -55,7 +55,10 @@ def test_default_types_that_leave_out_most_of_what_is_trained_are_told() -> None
             self.weight = nn.Parameter(make()[0].weight.repeat(2, 1))
 
     model = nn.Sequential(Bare(), nn.Linear(4, 2))
-    with pytest.warns(CurvatureWarning, match=r"1 of 2 layers, 20% of the trainable parameters.*layer_types=.all."):
+    with pytest.warns(CurvatureWarning, match=r"1 of 2 trained layers, 20% of the .*layer_types=.all."):
+        CurvatureProbe(model)
+    model[1].requires_grad_(False)
+    with pytest.warns(CurvatureWarning, match="0 of 1 trained layers, 0%"):
         CurvatureProbe(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
