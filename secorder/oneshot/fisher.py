@@ -286,7 +286,7 @@ def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_d
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
         return Single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
-    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws)
+    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws, side.root)
 
 
 def _by_rules(
