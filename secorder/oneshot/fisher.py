@@ -218,7 +218,7 @@ def _in_batches(
         found: Found = {}
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
-            told = traced.told(side.model_outputs)
+            told = traced.inner_sizes(side.model_outputs)
             found = by_uses(task, followed, pairs, side.model_outputs, told, linear=second_order)
         if layers:
             how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
@@ -253,7 +253,7 @@ def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses,
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
     others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    told = traced.told(side.model_outputs) if told is None else told
+    told = traced.inner_sizes(side.model_outputs) if told is None else told
     return others is not None and traced.follows(task.inputs, told, *others)
 
 

@@ -69,7 +69,7 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
 def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph) -> Rows:
     """What the graph tells of layers, and by cotangents what it does not."""
     candidates = [_options(z, graph.count) for z in layers]
-    by_graph = [_by_graph(z, c, graph.told or {}) for z, c in zip(layers, candidates, strict=True)]
+    by_graph = [_by_graph(z, c, graph.inner_sizes or {}) for z, c in zip(layers, candidates, strict=True)]
     rest = [(z, c) for z, c, o in zip(layers, candidates, by_graph, strict=True) if o is None]
     known, unknown, reached = _by_cotangents(rest, graph) if rest else _none_yet()
     for z, options in zip(layers, by_graph, strict=True):
@@ -79,7 +79,7 @@ def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGrap
             known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
         else:
             unknown.add(z.layer.name)
-        if any((accumulate_node(leaf), 0) in (graph.told or {}) for leaf in z.leaves):
+        if any((accumulate_node(leaf), 0) in (graph.inner_sizes or {}) for leaf in z.leaves):
             reached.add(z.layer.name)
     return known, unknown, reached
 
