@@ -1,4 +1,4 @@
-"""A recorded autograd graph as a chain of segments between cuts: tensors that every way to the output goes through."""
+"""A recorded autograd graph as a chain of segments between cuts: tensors that every path to the output contains."""
 
 import heapq
 import warnings

@@ -1,4 +1,4 @@
-"""What hangs on a module: its hooks, where it holds parameters and buffers, which forward it computes by."""
+"""Modules: their hooks, where they hold parameters and buffers, and which forward they run."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +34,7 @@ __all__ = [
     "is_scripted",
     "kept_out_of_copies",
     "own_attributes",
+    "own_parameters",
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
@@ -87,6 +88,11 @@ def parameter_places(module: nn.Module) -> list[Place]:
         flat: list[Any] = module._flat_weights
         places += [Place(flat, index, w) for index, w in enumerate(flat) if w is not None]
     return places
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that the module itself holds, by name."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:

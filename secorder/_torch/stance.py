@@ -1,4 +1,4 @@
-"""The stance of ``torch.compile``: compiled functions run as they were written for as long as somebody needs it."""
+"""The stance of ``torch.compile``: compiled functions run eagerly while somebody needs it."""
 
 import sys
 import threading

@@ -21,8 +21,8 @@ __all__ = [
     "default_chunk_size",
     "fresh_generator",
     "gradients",
+    "placeholder",
     "stacked_vjp",
-    "stand_in",
     "zero_tether",
 ]
 
@@ -97,7 +97,7 @@ def stacked_vjp(
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 
-def stand_in(node: Any, number: int) -> Tensor:
+def placeholder(node: Any, number: int) -> Tensor:
     """A zero in the place of what a node of the graph computed: differentiating with respect to it is doing so there.
 
     It takes no memory, and knows the node, which keeps the graph. :func:`gradients` and :func:`stacked_vjp` take it

@@ -309,6 +309,8 @@ def added(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tenso
     """``out ← beta · out + alpha · total`` in place; without ``out``, alpha · total."""
     if out is None:
         return total if alpha == 1.0 else total * alpha
+    if beta == 0.0 and alpha == 1.0:
+        return out.copy_(total)
     return _scaled(out, beta).add_(total, alpha=alpha)
 
 

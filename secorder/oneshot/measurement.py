@@ -1,4 +1,4 @@
-"""One measurement: the isolated model, the loss, the batch, and how to work."""
+"""One measurement: the isolated model, the loss, the batch, and the options."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress

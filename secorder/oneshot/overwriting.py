@@ -1,4 +1,4 @@
-"""Losses that change in place what they are given, which a measurement calls many times."""
+"""Losses that change their arguments in place, which a measurement calls many times."""
 
 from collections.abc import Callable
 from functools import wraps

@@ -194,7 +194,7 @@ class Traced:
 
         return entries is not None and entries.independent(told, self._count, order, run)
 
-    def told(self, outputs: Sequence[Tensor]) -> InnerSizes:
+    def inner_sizes(self, outputs: Sequence[Tensor]) -> InnerSizes:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
         if self._told is not None and self._told[0] == [f.grad_fn for f in outputs]:
             return self._told[1]

@@ -16,7 +16,7 @@ from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import same_memory, version
 from .._torch.views import is_view
-from .._torch.vjp import gradients, stand_in
+from .._torch.vjp import gradients, placeholder
 from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
 from .isolation import IsolatedModel, ReplacementsBypassed
@@ -245,7 +245,7 @@ class _Tap:
         if not tensor.is_floating_point():
             return tensor
         if self.bare and tensor.grad_fn is not None and not is_view(tensor):
-            leaves.append(stand_in(tensor.grad_fn, tensor.output_nr))
+            leaves.append(placeholder(tensor.grad_fn, tensor.output_nr))
             result = tensor
         else:
             leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # which takes no memory

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
@@ -104,7 +104,7 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
     most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
     audited = fisher.directions.some(names, most)
     captured = {name for name, _ in record.hooked}
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    shared = has_ranks()  # .grad may be all ranks' then
     for layer in fisher.layers:
         if layer.name not in audited and layer.name in captured:
             continue

@@ -1,4 +1,4 @@
-"""Numbers that are needed again and again, kept on the device: a copy from the host would be waited for."""
+"""Constants that are kept on the device: a copy from the host would wait for the device."""
 
 from collections.abc import Sequence
 

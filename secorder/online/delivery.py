@@ -116,7 +116,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         if one is not None and may_wait(fisher, record, one):
             wait(fisher, record, one)
             return
-        gradients, products = _told(fisher, record, layer, gradients)
+        gradients, products = _told(fisher, record, layer, gradients, () if layer.by_operations else calls)
         squares = form(fisher, record, layer, gradients)
         if squares is not None and squares_may_wait(fisher, record, layer, squares):
             wait_formed(fisher, record, layer, squares)
@@ -141,13 +141,22 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
 
 
 def _told(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    calls: Sequence[Call],
 ) -> tuple[Mapping[str, PerSample], Mapping[str, Tensor]]:
-    """A layer's per-sample gradients, as they are weighted, of which the norms are taken.
+    """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter.
 
-    And the audit's numbers of them, by parameter.
+    Args:
+        fisher: that the norms are for.
+        record: of the forward.
+        layer: the layer.
+        gradients: of its parameters.
+        calls: what the gradients are made of, where they are by the layer's rule.
     """
-    products = _tell(fisher, record, layer, gradients)
+    products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
     if record.weights is not None:
         gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
     if takes_norms(record) and not record.attribution.sharing(layer.name):
@@ -181,8 +190,9 @@ def _parts(
         return []
     if fisher.accumulate != "diagonal":
         return []
+    asked = fisher.on_nonfinite != "keep"
     if squares is not None:
-        seen.append(squares.amax())  # squares that are formed tell themselves whether they are finite
+        seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
         return list(squares.split(layer.sizes()))
     found: list[Tensor | Sequence[PerSample]] = []
     contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
@@ -190,10 +200,10 @@ def _parts(
         part = gradients[name]
         if layer.sharded:  # before the other ranks wait for it
             found.append(own := contracted([part], numel=numel))
-            seen.append(own.amax() if numel else None)
+            seen.append(own.amax() if asked and numel else None)
         else:
             found.append([part])
-            seen.append(witness(part, products.get(name)))
+            seen.append(witness(part, products.get(name)) if asked else None)
     return found
 
 
@@ -259,7 +269,7 @@ def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key
     found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
     for layer, (squares, norms) in zip(layers, found, strict=True):
         if norms is not None:
-            record.norms[layer.name], record.squares[layer.name] = norms.told()
+            record.norms[layer.name], record.squares[layer.name] = norms.squares()
         if fisher.accumulate == "diagonal":
             fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [own.sum() for own in squares]))
         record.received.add(layer.name)
@@ -295,7 +305,11 @@ def _rerun(
 
 
 def _tell(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    cotangents: Sequence[Tensor] = (),
 ) -> Mapping[str, Tensor]:
     """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
     if fisher.penalty is not None:
@@ -303,7 +317,7 @@ def _tell(
     elif record.backward is not None:
         audit, low = record.backward.audit, record.autocast_dtype
         elements = sum(prod(shape) for call in record.calls.get(layer.name, ()) for shape in call)
-        return audit.explain(layer.name, layer.parameters, gradients, low, elements)
+        return audit.explain(layer.name, layer.parameters, gradients, low, elements, cotangents)
     return {}
 
 

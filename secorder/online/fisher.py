@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_state, no_autocast
 from .._torch.fsdp import local
+from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import version
 from ..errors import InvalidArgumentError, NonFiniteError
@@ -295,7 +296,8 @@ class OnlineFisher:
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
-                        self.failures.counts[index].add_(local(p.grad).abs().sum() != 0)
+                        self.troubles.saw_at("uncalled", [name])
+                        self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:

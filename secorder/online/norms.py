@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, accumulates_untouched, will_accumulate
 from .._torch.norms import norms_of
+from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
@@ -182,10 +184,15 @@ class _Terms(NamedTuple):
 def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> bool:
     """Whether the batch gradient's norm is that of the calls' own sum, since the parameters' is not that of the mean.
 
-    Samples weigh differently, a backward may hold several batches, a parameter is frozen, or the layer's gradients are
-    formed anyway.
+    Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
+    the layer's gradients are formed anyway.
     """
-    if layer.rule is None or record.weights is not None or fisher.forwards == "separate":
+    if (
+        layer.rule is None
+        or gives_sparse_gradients(layer.module)
+        or record.weights is not None
+        or fisher.forwards == "separate"
+    ):
         return True
     return False in [p.requires_grad for p in layer.parameters.values()]
 
@@ -195,7 +202,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     """
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
+    shared = has_ranks()  # .grad may be all ranks' then
     seen: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):

@@ -35,6 +35,7 @@ def watch(backward: Backward, layers: list[Layer]) -> None:
 def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if will_accumulate(node):
         before = backward.whole.get(id(parameter))
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
         backward.whole[id(parameter)] = gradient.detach().clone() if before is None else before + gradient.detach()
 
 

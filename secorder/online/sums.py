@@ -1,4 +1,4 @@
-"""The sums of each layer: squared per-sample gradients, and their number of samples. Nothing is read on the host."""
+"""The sums of each layer: squared per-sample gradients, and the number of samples. Nothing is read on the host."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Is the probe told right how the loss is made? One batch both ways: by hooks as told, and one-shot, told nothing."""
+"""Whether the probe is told the right reduction of the loss: one batch by hooks and one-shot, compared."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

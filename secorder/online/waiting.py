@@ -1,4 +1,4 @@
-"""Layers that wait to be added together: those whose per-sample gradients are products of one input and one cotangent.
+"""Layers whose calls wait to be added together: those whose per-sample gradients are outer products.
 
 They wait until their factors take memory that counts, and at most until the backward ends.
 """

@@ -1,4 +1,4 @@
-"""What a sink is, and the sink that fits what somebody has: a writer, a logger, a path."""
+"""The interface of sinks, and the sink for a given writer, logger or path."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._torch.graph import Node, Users, nodes_behind, outputs_of, shape_of, users_of
 from ..._torch.pytree import tensors_in
 from ..._torch.sample_graph import SHARED, InnerSizes, inner_size, place_of, samples_in_nodes
-from ..._torch.vjp import gradients, stand_in
+from ..._torch.vjp import gradients, placeholder
 from ...errors import AttributionError
 from ...layers.dtypes import cast, compute_dtype
 from ...layers.layout import Layout
@@ -179,7 +179,7 @@ def _graph(layer: Layer, uses: Uses, told: InnerSizes, count: int) -> LayerByOpe
         layout = _layout(use.node, told, count) if reached == [0] else None
         if layout is None:
             return None
-        leaves.append(stand_in(use.node, 0))
+        leaves.append(placeholder(use.node, 0))
         layouts.append(layout)
     graph = LayerByOperations(layer, [], leaves, layouts, layouts, uses=uses, count=count)
     try:  # of forms that cannot be added, of shapes that a rule is not for
