@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, operation_of, shape_of
+from .graph import Node, collection_paused, operation_of, shape_of
 
 __all__ = [
     "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes",
@@ -81,6 +81,7 @@ def samples_in_leaves(inner_sizes: InnerSizes, leaves: Sequence[Tensor]) -> dict
     return found
 
 
+@collection_paused()
 def samples_in_nodes(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int, *, tell_shared: bool = False
 ) -> InnerSizes:
