@@ -30,8 +30,8 @@ from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
-from .oneshot.told import warn_if_estimated, warn_if_inexact
 from .oneshot.trace import By, Trace, traces
+from .oneshot.warn import warn_if_estimated, warn_if_inexact
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment

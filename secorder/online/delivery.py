@@ -114,7 +114,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         if one is not None and may_wait(fisher, record, one):
             wait(fisher, record, one)
             return
-        parts = _prepare(fisher, record, layer, gradients, totals)
+        parts = _prepare(fisher, record, layer, gradients, totals, () if layer.by_operations else calls)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
             give_up(fisher.ranks, layer.name)
@@ -134,6 +134,7 @@ def _prepare(
     layer: Layer,
     gradients: Mapping[str, PerSample],
     seen: list[Tensor | None],
+    calls: Sequence[Call],
 ) -> list[Tensor | Sequence[PerSample]]:
     """Take the norms of a layer's per-sample gradients; its squares, or what they are made of.
 
@@ -143,8 +144,9 @@ def _prepare(
         layer: the layer.
         gradients: of its parameters.
         seen: numbers that are finite where all that is added is, to be added to.
+        calls: what the gradients are made of, where they are by the layer's rule.
     """
-    products = _tell(fisher, record, layer, gradients)
+    products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
     if record.weights is not None:
         gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
     if record.attribution.sharing(layer.name):
@@ -232,7 +234,7 @@ def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key
     found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
     for layer, (squares, norms) in zip(layers, found, strict=True):
         if norms is not None:
-            record.norms[layer.name], record.squares[layer.name] = norms.told()
+            record.norms[layer.name], record.squares[layer.name] = norms.squares()
         if fisher.accumulate == "diagonal":
             fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [own.sum() for own in squares]))
         record.received.add(layer.name)
@@ -268,7 +270,11 @@ def _rerun(
 
 
 def _tell(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    cotangents: Sequence[Tensor] = (),
 ) -> Mapping[str, Tensor]:
     """Tell the audit what a layer's gradients explain; the numbers, by parameter, where there are any."""
     if fisher.penalty is not None:
@@ -276,7 +282,7 @@ def _tell(
     elif record.backward is not None:
         audit, low = record.backward.audit, record.autocast_dtype
         elements = sum(prod(shape) for call in record.calls.get(layer.name, ()) for shape in call)
-        return audit.explain(layer.name, layer.parameters, gradients, low, elements)
+        return audit.explain(layer.name, layer.parameters, gradients, low, elements, cotangents)
     return {}
 
 

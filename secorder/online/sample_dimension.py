@@ -25,11 +25,11 @@ from .samples import (
     Separation,
     any_layout,
     equivariant,
+    from_names,
     hypotheses,
     of_owned,
     separates,
     shapes_of,
-    told,
 )
 
 __all__ = ["Choice", "Question", "choose"]
@@ -76,7 +76,7 @@ Choice = tuple[Hypothesis, list[list[Layout]]]
 def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attribution:
     """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
     dim, arguments = asked.sample_dim, asked.arguments
-    tried = [told(asked.model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
+    tried = [from_names(asked.model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
         return Attribution(undecided=_no_candidate(arguments, dim))
     usual = tried[0]
@@ -130,7 +130,7 @@ def _try_each(
         if hypothesis.num_samples > 1:
             found = separates(forward, asked.arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
             certain = usual and (asked.sample_dim is not None or len(tried) == 1)
-            if found is not None and (found.told or certain):
+            if found is not None and (found.changed or certain):
                 holding.append((hypothesis, found.layouts))
             elif usual:
                 without_evidence = found
@@ -233,6 +233,6 @@ def _nothing_separates(asked: Question, forward: Any, base: Sequence[Tensor], us
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
             found = separates(forward, asked.arguments, base, other, asked.masks(other.num_samples))
-            if found is not None and found.told:
+            if found is not None and found.changed:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)
