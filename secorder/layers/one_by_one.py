@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, multiply_each, square_each
+from .dtypes import MANY_TERMS, added_up
 from .rank_one import RankOne
 
 __all__ = ["Look", "OneByOne"]
@@ -84,9 +85,11 @@ class OneByOne:
             each = with_bias.unbind()
             with_bias = torch.stack([each[i] for i in here])
         right = torch.stack(rights).add_(with_bias[:, None])
-        values = torch.linalg.vecdot(torch.stack(lefts), right)
         sizes = torch.stack(of_inputs).add_(with_bias, alpha=right.shape[1]).mul_(torch.stack(of_cotangents))
-        return values, sizes
+        if right.shape[1] <= MANY_TERMS:
+            return torch.linalg.vecdot(torch.stack(lefts), right), sizes
+        values, rounds = added_up(torch.stack(lefts).mul_(right), 1)
+        return values, sizes.mul_(rounds)
 
     def norms(self) -> Tensor:
         """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.

@@ -294,6 +294,7 @@ def block_diagonal(
         products = stacked_vjp(output_gradients, points, vectors)
         if any(bool((u != 0).logical_and_(~mask).any()) for u, mask in zip(products, masks, strict=True)):
             return False
+        del vectors, products  # as large as the outputs
     return True
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
-from .known_losses import share_of_samples
+from .known_losses import share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
 from .recorded_layer import RecordedLayer
+from .root_forms import cross_entropy_root
+from .roots import Root
 from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
 
 __all__ = ["SampleLosses", "losses_by_definition", "losses_by_output"]
@@ -29,12 +31,14 @@ class SampleLosses:
         points: what they were computed from, samples in dim 0.
         model_outputs: the model's output tensors in the same form.
         at_leaves: of Σ_n ℓ_n in leaves of the model's graph, by ``id``, where these came in the same backward pass.
+        root: of the Hessian, where it is known without any derivative.
     """
 
     gradients: list[Tensor | None]
     points: list[Tensor]
     model_outputs: list[Tensor]
     at_leaves: dict[int, Tensor] = field(default_factory=dict)
+    root: Root | None = None
 
 
 def losses_by_definition(
@@ -52,6 +56,9 @@ def losses_by_definition(
     share = _precise_share(task, output)
     if share is None or not output.requires_grad:
         return None
+    scale = softmax_scale(task.loss_fn, output, task.targets) if second_order and not task.create_graph else None
+    if scale is not None:
+        return SampleLosses([None], [output], [output], root=cross_entropy_root(output.detach(), scale))
     if second_order or task.create_graph:
         found = gradients(loss, [output], create_graph=True)
         _require_finite(found)

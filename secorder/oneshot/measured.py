@@ -25,7 +25,7 @@ from .hessian.budget import Budget, HessianMethod
 from .hessian.diagonal import hessian_diagonal
 from .isolation import Result
 from .measurement import Measurement, measure
-from .told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
+from .warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 
 __all__ = ["Measured", "fisher_of", "hessian_of"]
 

@@ -26,8 +26,8 @@ from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owne
 from ..parallel.spread import is_distributed
 
 __all__ = [
-    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses",
-    "of_owned", "run_changed", "separates", "shapes_of", "told",
+    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
+    "hypotheses", "of_owned", "run_changed", "separates", "shapes_of",
 ]  # fmt: skip
 
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
@@ -65,12 +65,12 @@ class Separation(NamedTuple):
 
     Attributes:
         layouts: of each output, where the samples may be in it.
-        told: whether anything changed: where nothing did, this is no evidence.
+        changed: whether anything changed: where nothing did, this is no evidence.
         accepted: whether the model accepted what was changed.
     """
 
     layouts: list[list[Layout]]
-    told: bool
+    changed: bool
     accepted: bool = True
 
 
@@ -91,7 +91,7 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
             )
 
 
-def told(
+def from_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: Mapping[str, int | None]
 ) -> Hypothesis:
     """The hypothesis that a mapping of argument names states.
@@ -198,7 +198,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return Separation(options, told=False, accepted=False)
+            return Separation(options, changed=False, accepted=False)
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -212,7 +212,7 @@ def separates(
             options[index] = [o for o, m in zip(options[index], moved, strict=True) if not bool(m[kept].any())]
             if not options[index]:
                 return None
-    return Separation(options, told=changes)
+    return Separation(options, changed=changes)
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
