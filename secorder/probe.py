@@ -105,7 +105,8 @@ class CurvatureProbe:
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
-            gradient that training puts on it. It is divided out of every gradient.
+            gradient that training puts on it. It is divided out of every gradient. By default it is taken to be one;
+            where a model returns a loss that is multiplied by another number, the layers are not told.
         forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
             its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
             rollout), whose gradients are added before they are squared. By default they are separate where their
@@ -195,7 +196,7 @@ class CurvatureProbe:
             decay=decay,
             strict=strict,
             loss_scale=loss_scale_of(loss_scale),
-            returned=loss_scale == "returned",
+            returned=None if loss_scale is None else loss_scale == "returned",
             on_nonfinite=on_nonfinite,
             forwards=forwards,
             penalty=penalty,
