@@ -6,6 +6,7 @@ the loss is computed from get no other gradient then than the loss's.
 
 from collections.abc import Sequence
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,6 +31,12 @@ def fraction(scale: float) -> str:
     """A scale as people write it: ``1/4``, else as a decimal number."""
     inverse = round(1 / scale) if scale else 0
     return f"1/{inverse}" if inverse > 1 and abs(scale * inverse - 1) < TOLERANCE else f"{scale:.4g}"
+
+
+def _by_whole_number(scale: float) -> bool:
+    """Micro-batches and scalers have such scales; another one, such as of a weighted term, is the loss's own affair."""
+    number = max(scale, 1 / scale) if scale and isfinite(scale) else 1.0
+    return number > 1.5 and abs(number / round(number) - 1) < 1e-3
 
 
 def watch_scale(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> None:
@@ -77,10 +84,10 @@ def _see(scales: list[float | None], through: list[Tensor], gradient: Tensor) ->
 
 
 def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None:
-    """Mark all layers where the loss of the one forward of a backward is multiplied by another number than one."""
+    """Mark all layers where the loss of the one forward of a backward is multiplied, or divided, by a whole number."""
     scales = records[0].scales if len(records) == 1 else []
     first = scales[0] if scales else None
-    if first is not None and scales.count(first) == len(scales) and abs(first - 1) > TOLERANCE:
+    if first is not None and scales.count(first) == len(scales) and _by_whole_number(first):
         fisher.troubles.mark(
             fisher.sums,
             f"the loss that the model returns is multiplied by {fraction(first)} before backward, and nothing is told "

@@ -57,12 +57,15 @@ def test_what_is_told_is_taken(told: Any, of: float) -> None:
     assert_all_close(*found)
 
 
-@pytest.mark.parametrize("kind", ["two terms", "another output", "more of an output", "negative"])
+@pytest.mark.parametrize(
+    "kind", ["two terms", "another output", "more of an output", "a weight of its own", "negative"]
+)
 def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
     losses = {
         "two terms": lambda out, y: out["loss"] + 0.1 * out["norm"],
         "more of an output": lambda out, y: 0.5 * out["loss"] + 0.5 * F.nll_loss(out["logits"], y),
         "another output": lambda out, y: F.cross_entropy(out["logits"], y) + 0.1 * out["norm"],
+        "a weight of its own": lambda out, y: 1.04 * out["loss"],
         "negative": lambda out, y: -out["loss"],
     }
     assert follow(model(), batches(), lambda m, b: losses[kind](m(*b), b[1])).exact
