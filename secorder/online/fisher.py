@@ -70,7 +70,7 @@ class OnlineFisher:
         decay: float | None,
         strict: bool,
         loss_scale: Callable[[], float],
-        returned: bool,
+        returned: bool | None,
         on_nonfinite: Literal["skip", "raise", "keep"],
         forwards: Literal["separate", "joined"] | None,
         penalty: Literal["shared"] | None,
@@ -84,7 +84,7 @@ class OnlineFisher:
         self.reduction = reduction
         self.decay = decay
         self.loss_scale = loss_scale
-        self.returned = returned  # whether it is the gradient on the loss that the model returns
+        self.returned = returned  # whether it is the gradient on the loss that the model returns; None: untold
         self.on_nonfinite = on_nonfinite
         self.forwards = forwards
         self.penalty = penalty

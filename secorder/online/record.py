@@ -234,6 +234,8 @@ class ForwardRecord:
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
         slots: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen.
+        scales: the sizes of what came to scalars that the model returned, where they are watched; None for another
+            output.
         create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
@@ -282,6 +284,7 @@ class ForwardRecord:
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
     slots: dict[int, Slot] | None = None
+    scales: list[float | None] = field(default_factory=list)
     create_graph: bool = False
     backward: Backward | None = None
     closed: bool = False
