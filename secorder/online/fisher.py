@@ -6,7 +6,6 @@ backward has ended: what tied layers brought is put together, layers that the lo
 and the audit is compared.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -29,16 +28,17 @@ from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .failures import Failures
 from .finite import all_finite
-from .norms import NormSums, add_norms, take_norms, takes_norms
+from .norm_sums import NormSums
+from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
-from .sums import LayerSums, count_together, empty
+from .sums import ADDING, LayerSums, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
-__all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
+__all__ = ["Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
 
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
@@ -50,9 +50,6 @@ _INTERRUPTED = (
 
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
-
-#: Threads add to the sums one after the other.
-ADDING = threading.Lock()
 
 
 class OnlineFisher:
@@ -118,7 +115,14 @@ class OnlineFisher:
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self.norms.settle()
         return {**vars(self), "backwards": Backwards()}
+
+    @property
+    def seen(self) -> Tensor:
+        """Samples of all batches that count, float64."""
+        self.norms.settle()
+        return self._seen
 
     @lasting()
     def reset(self) -> None:
@@ -149,7 +153,7 @@ class OnlineFisher:
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
-        self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
+        self._seen = torch.zeros((), dtype=torch.float64, device=device)
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
 
@@ -158,8 +162,8 @@ class OnlineFisher:
         for layer in self.layers:
             self.sums[layer.name].follow(layer, self.device, self.dtype)
         first = self.sums[self.layers[0].name].counts
-        if self.seen.device != first.device:
-            self.seen = self.seen.to(first)
+        if self.norms.device != first.device:
+            self._seen = self.seen.to(first)
             self.norms = self.norms.to(first.device)
             self.failures = self.failures.to(first.device)
 
@@ -307,27 +311,27 @@ class OnlineFisher:
         audit_uncalled(self)
         with ADDING:
             self.batches += 1
-            good = self._add_norms(record, zeros) if takes_norms(record) else None
-            self._count(record, good)
+            counted = takes_norms(record) and self._add_norms(record, zeros)
+            if not counted:
+                self._count(record)
 
-    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
-        """Add what the norms tell; where nothing else is accumulated, whether any layer is finite."""
-        goods = add_norms(self, record, zeros)
+    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> bool:
+        """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
         if self.accumulate != "trace":
-            return None
-        for name in (*record.norms, *zeros):  # it is they that count the batches
+            add_norms(self, record, zeros, None)
+            return False
+        counted = add_norms(self, record, zeros, self._seen)
+        for name in (*record.norms, *zeros):
             self.sums[name].batches += 1
-        return None if goods is None else goods.any()
+        return counted
 
-    def _count(self, record: ForwardRecord, good: Tensor | None = None) -> None:
+    def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
         count = self.count_of(record)
-        if good is not None:
-            self.seen.add_(count * good.to(self.seen))
-        elif len(record.goods) < len(self.layers):
-            self.seen.add_(count)
+        if len(record.goods) < len(self.layers):
+            self._seen.add_(count)
         else:
-            self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
+            self._seen.add_(count * torch.stack([good.to(self._seen.device) for good in record.goods]).any())
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:

@@ -1,5 +1,6 @@
 """The sums of each layer: squared per-sample gradients, and their number of samples. Nothing is read on the host."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 
-__all__ = ["LayerSums", "count_together", "empty"]
+__all__ = ["ADDING", "LayerSums", "count_together", "empty"]
+
+#: Threads add to sums one after the other.
+ADDING = threading.RLock()
 
 
 class Arriving(NamedTuple):

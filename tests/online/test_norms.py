@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, NonFiniteError
-from secorder.online.norms import COLUMNS, NormSums, together_norms
+from secorder.online.norm_sums import COLUMNS, NormSums, together_norms
 
 from ..helpers import data, make, mlp, step
 from ..reference import assert_close, gradients_by_sample
