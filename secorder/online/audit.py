@@ -214,12 +214,12 @@ class Audit:
         """
         known, home = self._numbers, self._home
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
-        one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
-        if one and graph["weight"].dim() > 1:
-            weight, bias = parameters["weight"], parameters["bias"]
-            known[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"]))
-            home[id(bias)] = id(weight)
-            return chosen
+        if not apart and chosen == ["weight", "bias"]:
+            weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
+            if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
+                known[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
+                home[id(bias)] = id(weight)
+                return chosen
         for name in chosen:
             known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
         return chosen
@@ -306,9 +306,9 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def looks_at(self, one: RankOne) -> bool:
-        """Whether a layer's parameters are looked at, or some of them."""
-        return True in [self._has(p) for p in one.layer.parameters.values()]
+    def looks_at(self, weight: Tensor) -> bool:
+        """Whether a weight is looked at, alone or with its bias."""
+        return id(weight) in self._numbers
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
@@ -317,11 +317,13 @@ class Audit:
         """
         weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
         number = self._numbers.get(id(weight))
-        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype or (number is None and self.looks_at(one)):
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:
             return None
-        if number is None:
-            return self._directions.vectors(weight)
-        return number.vectors if number.bias is bias else None
+        if number is not None:
+            return number.vectors if number.bias is bias else None
+        if self._has(weight) or (bias is not None and self._has(bias)):
+            return None
+        return self._directions.vectors(weight)
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
@@ -337,8 +339,9 @@ class Audit:
         widest = max([max(one.inputs.shape[1], one.cotangents.shape[1]) for one in layers])
         tolerance = tolerance_of(values, values.dtype, low, ("product",), widest)  # the weights' dtype is the factors'
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
-            key = id(one.layer.parameters["weight"])
-            if key in self._numbers:
+            weight = one.layer.parameters["weight"]
+            if self.looks_at(weight):
+                key = id(weight)
                 self._together.add(key)
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 

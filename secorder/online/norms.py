@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, accumulates_untouched, first_gradient_hook, will_accumulate
+from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
 from .._torch.norms import norms_of
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
@@ -50,12 +50,17 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
     return False in [p.requires_grad for p in layer.parameters.values()]
 
 
-def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, untouched: set[int]) -> None:
     """See the norms of the whole gradients, as soon as a backward begins.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
+
+    Args:
+        fisher: with the layers.
+        backward: that begins.
+        record: of the first forward that it runs through.
+        untouched: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
-    shared = torch.distributed.is_available() and torch.distributed.is_initialized()  # .grad may be all ranks' then
     seen: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):
@@ -64,7 +69,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if not layer.sharded and not shared and accumulates_untouched(parameter):
+            if id(parameter) in untouched:
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]
@@ -96,7 +101,7 @@ def read_squares(backward: Backward) -> None:
     parameters = [p for p in backward.unread if p.grad is not None and p.grad.layout is torch.strided]
     backward.unread.clear()
     if parameters and backward.alone:
-        gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         backward.norms.update(zip([id(p) for p in parameters], norms_of(gradients), strict=True))
 
 

@@ -71,7 +71,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     seen = layers
     if together is None:
         looks = [
-            None if own is None or not audit.looks_at(one) else Look(own.r, own.s, own.start)
+            None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
             for one, own in zip(layers, vectors, strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
