@@ -72,12 +72,12 @@ def accumulate_node(parameter: Tensor) -> Any:
     return get_gradient_edge(parameter).node
 
 
-def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
-    """The node that accumulates into one of the parameters, where it is next to the output's own node; else None."""
-    wanted = {id(p) for p in parameters}
-    for node, _ in () if output.grad_fn is None else output.grad_fn.next_functions:
-        if id(getattr(node, "variable", None)) in wanted:
-            return node
+def accumulates_into(parameters: Iterable[Tensor], node: Any) -> Any:
+    """The node that accumulates into one of the parameters, where it is next to a node of the graph; else None."""
+    wanted = [id(p) for p in parameters]
+    for following, _ in node.next_functions:
+        if id(getattr(following, "variable", None)) in wanted:
+            return following
     return None
 
 

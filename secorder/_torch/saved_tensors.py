@@ -38,7 +38,7 @@ def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
         tensors: the tensors.
         here: keep them here whatever autograd was told.
     """
-    detached = tuple(t.detach() for t in tensors)
+    detached = tuple([t.detach() for t in tensors])
     return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
 
 

@@ -47,10 +47,9 @@ class OneByOne:
         inputs, cotangents = [one.inputs for one in layers], [one.cotangents for one in layers]
         if squared:
             self._squares = square_each(inputs), square_each(cotangents)
-            self._columns = [g.sum(0) for g in self._squares[1]]
-            self._sizes = torch.stack([a.sum() for a in self._squares[0]] + [own.sum() for own in self._columns])
+            self._sizes = torch.stack([x.sum() for both in self._squares for x in both])
         else:
-            self._squares, self._columns = ([], []), []
+            self._squares = [], []
             self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (*inputs, *cotangents)]).square_()
             self._sizes = self._rows.sum(1)
 
@@ -66,7 +65,7 @@ class OneByOne:
         And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at.
         """
         lefts, rights, parts, here = [], [], {}, []
-        ones = self._with_bias.unbind()
+        ones, squares = self._with_bias.unbind(), self._squares[1]
         for i, (one, look) in enumerate(zip(self._layers, self._looks, strict=True)):
             if look is None:
                 continue
@@ -74,7 +73,7 @@ class OneByOne:
             (a, g), (r, s, start) = one.factors, look
             if r.shape[0] != g.shape[1]:
                 g = g.narrow(1, start, r.shape[0])
-                parts[i] = self._columns[i].narrow(0, start, len(r)).sum() if self._columns else g.square().sum()
+                parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()
             lefts.append(torch.mv(g, r))
             rights.append(torch.addmv(ones[i], a, s))
         of_inputs, of_cotangents = self._sizes.view(2, -1).unbind()
@@ -109,12 +108,11 @@ class OneByOne:
             alpha: factor of what is added.
         """
         of_a, of_g = self._squares
-        biases = [(own["bias"], part) for own, part in zip(outs, self._columns, strict=True) if "bias" in own]
         if self._goods is not None:
-            keeps = self._goods.unbind()
-            for squares in (*of_a, *of_g, *self._columns):
+            for squares in (*of_a, *of_g):
                 squares.nan_to_num_()  # times zero, where it does not count
-            multiply_each([*of_g, *self._columns], [*keeps, *keeps])
+            multiply_each(of_g, self._goods.unbind())
+        biases = [(own["bias"], g.sum(0)) for own, g in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)
             if beta != 1.0:
