@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 __all__ = [
     "accumulate_node",
     "accumulates_into",
-    "accumulates_untouched",
     "after_backward",
     "backward_since",
     "current_backward",
@@ -20,6 +19,7 @@ __all__ = [
     "graph_is_kept",
     "in_backward",
     "leaf_variables",
+    "untouched",
     "will_accumulate",
 ]
 
@@ -81,13 +81,12 @@ def accumulates_into(parameters: Iterable[Tensor], node: Any) -> Any:
     return None
 
 
-def accumulates_untouched(parameter: Tensor) -> bool:
-    """Whether, at the end of a backward that begins, ``parameter.grad`` is what that backward brought.
+def untouched(parameters: Iterable[Any]) -> set[int]:
+    """By ``id``, the parameters whose ``.grad`` is what a backward that begins brings, when it has ended.
 
-    It has no gradient now, and no hooks that would change it, or take it away as soon as it is there.
+    They have no gradient now, and no hooks that would change it, or take it away as soon as it is there.
     """
-    hooks: Any = parameter
-    return parameter.grad is None and not hooks._backward_hooks and not hooks._post_accumulate_grad_hooks
+    return {id(p) for p in parameters if p.grad is None and not p._backward_hooks and not p._post_accumulate_grad_hooks}
 
 
 def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

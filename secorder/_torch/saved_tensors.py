@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .versions import version
+from .versions import versions
 
 __all__ = [
     "Kept", "OverwrittenError", "checkpoint_section", "keep", "saved_tensor_hooks_active", "section_computed_again",
@@ -76,10 +76,10 @@ class _KeptHere(Kept):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
-        self._versions = [version(t) for t in tensors]
+        self._versions = versions(tensors)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        if [version(t) for t in self._tensors] != self._versions:
+        if versions(self._tensors) != self._versions:
             raise OverwrittenError
         return self._tensors
 

@@ -36,9 +36,11 @@ FEW, FEW_SAMPLES = 32, 4
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient; with that of its bias, rᵀ (G s + b), where it is given."""
     r, s = vectors.r, vectors.s
-    matrix = _block(gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1), vectors)
+    matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
+    if not vectors.whole or matrix.dtype is not r.dtype:
+        matrix, bias = _block(matrix, vectors), None if bias is None else _block(bias, vectors)
     if bias is not None:
-        return torch.dot(torch.addmv(_block(bias, vectors), matrix, s), r)
+        return torch.dot(torch.addmv(bias, matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
 
 

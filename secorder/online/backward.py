@@ -11,11 +11,11 @@ from torch import Tensor
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
-    accumulates_untouched,
     after_backward,
     current_backward,
     executes_all,
     first_gradient_hook,
+    untouched,
     will_accumulate,
 )
 from .._torch.fsdp import local
@@ -65,13 +65,13 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     record.backward = backward
     check_together(fisher, backward, record)
     backward.records.append(record)
-    untouched = _untouched(fisher)
-    _watch(fisher, backward, record, untouched)
+    fresh = _fresh(fisher)
+    _watch(fisher, backward, record, fresh)
     if record.verified and not backward.partial:
         backward.partial = not executes_all(current_node())
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
-        watch_squares(fisher, backward, record, untouched)
+        watch_squares(fisher, backward, record, fresh)
     if record.recomputes and not record.handles:
         attachment.register(record)
     return True
@@ -96,27 +96,21 @@ def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
         after_backward(record.unhook)
 
 
-def _untouched(fisher: OnlineFisher) -> set[int]:
+def _fresh(fisher: OnlineFisher) -> set[int]:
     """By ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end, and nothing else."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return set()  # .grad may be all ranks' then
-    return {
-        id(p)
-        for layer in fisher.layers
-        if not layer.sharded
-        for p in layer.parameters.values()
-        if accumulates_untouched(p)
-    }
+    return untouched([p for layer in fisher.layers if not layer.sharded for p in layer.parameters.values()])
 
 
-def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, untouched: set[int]) -> None:
+def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any.
 
     Args:
         fisher: with the layers.
         backward: that begins.
         record: of a forward that it runs through.
-        untouched: see :func:`_untouched`.
+        fresh: see :func:`_fresh`.
     """
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
@@ -134,7 +128,7 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, unto
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
         for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
-            if id(parameter) in untouched:
+            if id(parameter) in fresh:
                 backward.fresh.append(parameter)
                 continue
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch.autocast import autocast_state, no_autocast
+from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.fsdp import local
 from .._torch.surroundings import lasting
-from .._torch.versions import version
+from .._torch.versions import versions
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
@@ -249,12 +249,12 @@ class OnlineFisher:
     def _adding(self, names: Sequence[str]) -> Iterator[None]:
         """Inside, these layers' sums are added to; where that is broken off, a part of a batch stays in none unseen."""
         with ADDING:
-            before = [[version(total) for total in self.sums[name].sums] for name in names]
+            before = [versions(self.sums[name].sums) for name in names]
             try:
                 yield
             except BaseException as error:  # out of memory, an interrupt
-                for name, versions in zip(names, before, strict=True):
-                    if versions != [version(total) for total in self.sums[name].sums]:
+                for name, seen in zip(names, before, strict=True):
+                    if seen != versions(self.sums[name].sums):
                         self.troubles.marks[name] = _INTERRUPTED.format(type(error).__name__)
                 raise
 
@@ -285,7 +285,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
-        self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
+        self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):
@@ -348,7 +348,7 @@ def check_accumulate(accumulate: str, penalty: str | None) -> None:
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:
     """Do work that is not to be differentiated, in the dtypes that tensors have, inside of the user's backward."""
-    if torch.is_grad_enabled() or autocast_state():
+    if torch.is_grad_enabled() or autocast_enabled():
         with torch.no_grad(), no_autocast():
             work(*arguments)
     else:

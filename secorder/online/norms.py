@@ -50,7 +50,7 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
     return False in [p.requires_grad for p in layer.parameters.values()]
 
 
-def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, untouched: set[int]) -> None:
+def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
     """See the norms of the whole gradients, as soon as a backward begins.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
@@ -59,7 +59,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
         fisher: with the layers.
         backward: that begins.
         record: of the first forward that it runs through.
-        untouched: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
+        fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
     seen: set[int] = set()
     for layer in fisher.layers:
@@ -69,7 +69,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if id(parameter) in untouched:
+            if id(parameter) in fresh:
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]

@@ -18,7 +18,7 @@ def layers() -> list[RankOne]:
     for layer in select_layers(MODEL, None):
         out, width = layer.parameters["weight"].shape
         a, g = torch.randn(N, width), torch.randn(N, out)
-        found.append(RankOne(layer, a, g, (a._version, g._version)))
+        found.append(RankOne(layer, a, g, [a._version, g._version]))
     return found
 
 
