@@ -38,6 +38,11 @@ class RankOne(NamedTuple):
         return {name: both[name] for name in self.layer.parameters}
 
     @property
+    def elements(self) -> int:
+        """Of both factors."""
+        return self.inputs.numel() + self.cotangents.numel()
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Inputs and cotangents."""
         return self.inputs, self.cotangents

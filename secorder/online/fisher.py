@@ -239,7 +239,8 @@ class OnlineFisher:
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
             each = None if goods is None else goods.unbind()
             count_together(every, self.count_of(record), each, self.decay, self.of_all(record))
-        record.goods.extend(each or ())
+        if goods is not None:
+            record.goods.append(goods)
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""
@@ -327,11 +328,12 @@ class OnlineFisher:
 
     def _count(self, record: ForwardRecord) -> None:
         """Count the samples of a batch, unless every layer left it out."""
-        count = self.count_of(record)
-        if len(record.goods) < len(self.layers):
+        count, goods = self.count_of(record), record.goods
+        if sum([good.numel() for good in goods]) < len(self.layers):
             self._seen.add_(count)
-        else:
-            self._seen.add_(count * torch.stack([good.to(self._seen.device) for good in record.goods]).any())
+            return
+        every = goods[0] if len(goods) == 1 else torch.cat([good.view(-1).to(self._seen.device) for good in goods])
+        self._seen.add_(count * every.any())
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:
