@@ -1,12 +1,42 @@
-"""Numbers that users pass, answered at once where they are none."""
+"""Checks of the numbers that users pass."""
 
 from numbers import Real
 from operator import index
 from typing import Any
 
+import torch
+
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["require_integer", "require_number"]
+__all__ = ["require_device", "require_floating_dtype", "require_integer", "require_number"]
+
+
+def require_device(name: str, value: Any) -> None:
+    """Raise unless an argument is a device, or None.
+
+    Raises:
+        InvalidTypeError: it is nothing that names one.
+        InvalidArgumentError: PyTorch knows none of that name.
+    """
+    if value is not None and not isinstance(value, (torch.device, str, int)):
+        raise InvalidTypeError(f'{name} must be a device, such as "cpu", got {value!r}.')
+    try:
+        torch.device("cpu" if value is None else value)
+    except RuntimeError:
+        raise InvalidArgumentError(f'{name} must be a device, such as "cpu", got {value!r}.') from None
+
+
+def require_floating_dtype(name: str, value: Any) -> None:
+    """Raise unless an argument is a dtype of real numbers, or None.
+
+    Raises:
+        InvalidTypeError: it is no dtype.
+        InvalidArgumentError: it is one of integers, say.
+    """
+    if value is not None and not isinstance(value, torch.dtype):
+        raise InvalidTypeError(f"{name} must be a dtype, such as torch.float32, got {value!r}.")
+    if value is not None and not value.is_floating_point:
+        raise InvalidArgumentError(f"{name} must be a dtype of real numbers, got {value}.")
 
 
 def require_integer(name: str, value: Any, least: int) -> None:

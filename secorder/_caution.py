@@ -1,4 +1,4 @@
-"""Warnings of the library, told to the user's line that led to them."""
+"""The library's warnings, attributed to the user's line that caused them."""
 
 import warnings
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Keywords that had another name: an error that tells the new one, where Python would only say that it knows none."""
+"""Renamed keywords: an error that gives the new name."""
 
 from collections.abc import Callable, Iterable
 from functools import wraps

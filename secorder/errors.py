@@ -3,6 +3,7 @@
 __all__ = [
     "AttributionError",
     "CouplingError",
+    "CurvatureWarning",
     "DoubleBackwardError",
     "InvalidArgumentError",
     "InvalidTypeError",

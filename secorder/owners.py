@@ -1,14 +1,19 @@
-"""Samples that no dimension holds: the entries of a list, and the graphs that a vector of indices gives nodes to."""
+"""Samples that no dimension holds: entries of a list, graphs that a vector gives nodes to, and packed sequences."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from ._torch.pytree import map_tensors, tensors_in
 
-__all__ = ["Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "take_owned"]
+__all__ = [
+    "Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "owned_by_packing",
+    "take_owned", "with_entries_of",
+]  # fmt: skip
 
 #: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
 Owner = int | Tensor | None
@@ -20,15 +25,17 @@ class Grouping(NamedTuple):
     Attributes:
         place: of the tensor whose numbers tell the rows' samples; None where samples are the entries of lists.
         tensors: among the arguments; zero for lists, which may have any length.
+        packed: whether they are the sequences of a ``PackedSequence``.
     """
 
     place: int | None
     tensors: int
+    packed: bool = False
 
     def of(self, arguments: Any) -> "Owned | None":
         """Whose the tensors of a batch are; None where it has nothing of the kind, or more than one."""
-        found = owned_by_entries(arguments) if self.place is None else owned_by_index(arguments)
-        alike = [owned for owned in found if self.place is None or owned.grouping == self]
+        tell = owned_by_packing if self.packed else owned_by_entries if self.place is None else owned_by_index
+        alike = [owned for owned in tell(arguments) if self.place is None or owned.grouping == self]
         return alike[0] if len(alike) == 1 else None
 
 
@@ -47,27 +54,32 @@ class Owned(NamedTuple):
 
 
 def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Owned]:
-    """Lists of one entry a sample, such as images of several sizes; those of one length hold the same samples."""
+    """Lists of one entry a sample, such as images of several sizes; those of one length hold the same samples.
+
+    Where there are no tensors at all, any list may be one: of texts, of trees.
+    """
     by_length: dict[int, dict[int, int]] = {}
     args, kwargs = arguments
+    tensors = list(tensors_in(arguments))
     for tree in (*args, *kwargs.values()):
-        for entries in _lists(tree):
+        for entries in _lists(tree, of_tensors=bool(tensors)):
             owners = by_length.setdefault(len(entries), {})
             owners.update((id(t), n) for n, entry in enumerate(entries) for t in tensors_in(entry))
-    tensors = list(tensors_in(arguments))
     grouping = Grouping(None, 0)
     return [Owned(tuple(owners.get(id(t)) for t in tensors), size, grouping) for size, owners in by_length.items()]
 
 
-def _lists(tree: Any) -> Iterator[list[Any]]:
-    """The outermost lists of a structure each of whose entries holds tensors."""
-    if type(tree) in (list, tuple):
-        entries = list(tree)
-        if entries and all(next(tensors_in(entry), None) is not None for entry in entries):
-            yield entries
-            return
+def _lists(tree: Any, *, of_tensors: bool) -> Iterator[list[Any]]:
+    """The outermost lists of a structure, those alone each of whose entries holds tensors, or all."""
+    if type(tree) in (list, tuple) and _has_entries(tree, of_tensors):
+        yield list(tree)
+        return
     for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
-        yield from _lists(child)
+        yield from _lists(child, of_tensors=of_tensors)
+
+
+def _has_entries(tree: Sequence[Any], of_tensors: bool) -> bool:
+    return bool(tree) and (not of_tensors or all(next(tensors_in(entry), None) is not None for entry in tree))
 
 
 def owned_by_index(arguments: Any) -> list[Owned]:
@@ -97,6 +109,28 @@ def _index(tensor: Tensor, rows: Sequence[int]) -> Tensor | None:
     return None
 
 
+def owned_by_packing(arguments: Any) -> list[Owned]:
+    """The sequences of a ``PackedSequence``: its rows are those of the longest ones at first, step after step."""
+    tensors = list(tensors_in(arguments))
+    found = []
+    for packed in _packed(arguments):
+        sizes = packed.batch_sizes.tolist()
+        order = torch.arange(sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.cpu()
+        index = torch.cat([order[:size] for size in sizes])
+        place = next(place for place, t in enumerate(tensors) if t is packed.batch_sizes)
+        owners = tuple(index if t is packed.data else None for t in tensors)
+        found.append(Owned(owners, sizes[0], Grouping(place, len(tensors), packed=True)))
+    return found
+
+
+def _packed(tree: Any) -> Iterator[PackedSequence]:
+    if isinstance(tree, PackedSequence):
+        yield tree
+        return
+    for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
+        yield from _packed(child)
+
+
 def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
     """The tensor with other numbers for some samples, those of ``mask``, shape ``(N,)``."""
     if isinstance(owner, int):
@@ -115,17 +149,41 @@ def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Seque
         chosen: which samples.
     """
     if owned.grouping.place is None:
-        return _entries(tree, owned.num_samples, chosen)
+        return _entries(tree, owned.num_samples, chosen, of_tensors=True)
     nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
     return map_tensors(nodes.take, tree)
 
 
-def _entries(tree: Any, count: int, chosen: Sequence[int]) -> Any:
+def with_entries_of(
+    arguments: tuple[tuple[Any, ...], Mapping[str, Any]], count: int, chosen: Sequence[int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with other entries of the lists that hold one a sample, and the same rows of tensors of one a sample.
+
+    Args:
+        arguments: of the model.
+        count: how many samples there are.
+        chosen: by sample, whose entry is to be in its place.
+    """
+
+    def row(tensor: Tensor) -> Tensor:
+        return tensor[list(chosen)] if tensor.dim() and tensor.shape[0] == count else tensor
+
+    args, kwargs = arguments
+    of_tensors = next(tensors_in(arguments), None) is not None
+    take = partial(_entries, count=count, chosen=chosen, of_tensors=of_tensors, row=row)
+    return tuple(take(x) for x in args), {key: take(x) for key, x in kwargs.items()}
+
+
+def _entries(
+    tree: Any, count: int, chosen: Sequence[int], *, of_tensors: bool, row: Callable[[Tensor], Tensor] | None = None
+) -> Any:
     if type(tree) in (list, tuple):
-        if len(tree) == count and all(next(tensors_in(entry), None) is not None for entry in tree):
+        if len(tree) == count and _has_entries(tree, of_tensors):
             return type(tree)(tree[n] for n in chosen)
-        return type(tree)(_entries(child, count, chosen) for child in tree)
-    return {key: _entries(child, count, chosen) for key, child in tree.items()} if type(tree) is dict else tree
+        return type(tree)(_entries(child, count, chosen, of_tensors=of_tensors, row=row) for child in tree)
+    if type(tree) is dict:
+        return {k: _entries(child, count, chosen, of_tensors=of_tensors, row=row) for k, child in tree.items()}
+    return tree if row is None else map_tensors(row, tree)
 
 
 class _Nodes:

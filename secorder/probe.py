@@ -1,37 +1,37 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_integer, require_number
+from ._arguments import require_device, require_floating_dtype, require_integer, require_number
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
+from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
-from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type, fisher_diagonal
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
-from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measurement import Measurement, measure
+from .oneshot.measured import Measured, fisher_of, hessian_of
+from .oneshot.measurement import Measurement
 from .oneshot.operators import Curvature, check_curvature
+from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
-from .oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .oneshot.trace import By, Trace, traces
+from .oneshot.warn import warn_if_estimated, warn_if_inexact
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment
@@ -50,15 +50,14 @@ from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
-from .parallel.all_reduce import raised_on_all
-from .parallel.fsdp import gathered
+from .parallel.ranks import Ranks
 from .results import Diagonals
 
 if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
 
-__all__ = ["CurvatureProbe", "NoLayerError"]
+__all__ = ["CurvatureProbe", "NoLayerError", "layers_to_look_at", "require_one_kind"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -68,7 +67,7 @@ class NoLayerError(InvalidArgumentError):
 
 
 class CurvatureProbe:
-    """Hooks on a live model that tell, layer by layer, how curved its loss is.
+    """Hooks on a live model that measure, layer by layer, how curved its loss is.
 
     While attached, every training step's own backward pass accumulates the empirical Fisher diagonal
 
@@ -100,9 +99,9 @@ class CurvatureProbe:
             sizes. By default it is found: the dimension along which the model's outputs do not influence one another,
             else the entries of a list, or the graphs that a vector ``[0, 0, 1, 2, 2, …]`` gives nodes to. Where they
             are in each layer is found and verified.
-        strict: raise whatever keeps a number from being told at once, also inside of the model's forward and backward:
+        strict: raise at once, also inside of the model's forward and backward, where a number cannot be given: for
             coupled samples (:class:`~secorder.CouplingError`), gradient from outside of a layer, an error of the
-            probe's own. By default training goes on, a warning says it once, and reading the number raises.
+            probe's own. By default training goes on, there is one warning, and reading the number raises.
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
@@ -116,7 +115,7 @@ class CurvatureProbe:
             told.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
-        precision: in what the matrix products of the diagonal take their factors; sums are in float32 in any case.
+        precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
             ``"float32"``; ``"bfloat16"``, which is right to 2⁻⁷ of each entry of a layer with one position, and as near
             as training's own gradient of the weight elsewhere (:mod:`secorder.layers.low_precision`); ``"auto"`` for
             bfloat16 where a layer computes in half precision on a device that is faster in it, so not on the CPU.
@@ -167,20 +166,13 @@ class CurvatureProbe:
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
-        selected = select_layers(model, layer_types, layers)
-        if not selected:
-            raise NoLayerError(
-                "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
-                "from model.named_modules()."
-            )
-        if layers is None and not frozen:
-            selected = trained(selected)
-        if layers is None and layer_types is None:
-            _tell_share(model, selected)
+        selected = layers_to_look_at(model, layer_types, layers, frozen=frozen)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
-        if decay is not None and not 0.0 < decay < 1.0:
-            raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        if decay is not None:
+            require_number("decay", decay, zero=True)
+            if not 0.0 < decay < 1.0:
+                raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         if on_nonfinite not in ("skip", "raise", "keep"):
             raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
         if forwards not in (None, "separate", "joined"):
@@ -191,6 +183,8 @@ class CurvatureProbe:
         if precision not in PRECISIONS:
             raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
         check_sample_dim(sample_dim)
+        require_device("accumulator_device", accumulator_device)
+        require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
@@ -215,10 +209,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(
                 'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
             )
-        if ranks is not None and ranks.data and not all(layer.sharded for layer in selected):
-            raise InvalidArgumentError(
-                "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
-            )
+        require_one_kind(ranks, selected)
         self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
@@ -290,7 +281,7 @@ class CurvatureProbe:
 
     @property
     def decay(self) -> float | None:
-        """Of the moving average over batches; None for the mean over all samples."""
+        """The decay of the moving average over batches; None for the mean over all samples."""
         return self._fisher.decay
 
     @property
@@ -325,9 +316,7 @@ class CurvatureProbe:
     # ---- measurements
 
     @overload
-    def fisher_diagonal(
-        self, *, synchronize: bool = False, missing: Literal["raise", "skip"] = "raise"
-    ) -> Diagonals: ...
+    def fisher_diagonal(self, *, synchronize: bool = False, missing: Missing = "raise") -> Diagonals: ...
 
     @overload
     def fisher_diagonal(
@@ -347,7 +336,6 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
-    @takes_data_sets(by_sample=lambda options: True)
     @tells_renamed_keywords
     def fisher_diagonal(
         self,
@@ -364,7 +352,7 @@ class CurvatureProbe:
         chunk_size: int | None = None,
         progress: bool = False,
         synchronize: bool = False,
-        missing: Literal["raise", "skip"] = "raise",
+        missing: Missing = "raise",
     ) -> Diagonals:
         """The Fisher diagonal per layer: what training accumulated or, with arguments, of one batch.
 
@@ -409,40 +397,47 @@ class CurvatureProbe:
 
         Sources: Kunstner, Balles, Hennig (2019), "Limitations of the empirical Fisher approximation", equations 2, 3
         and 8; Martens (2020), "New insights and perspectives on the natural gradient method", section 9.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     fisher = probe.fisher_diagonal(loss_fn, inputs, targets, fisher_type="type-2")
+            >>> fisher["0"].shape, fisher.by_parameter()["0.weight"].shape, fisher.info["0"].strategy
+            (torch.Size([15]), torch.Size([3, 4]), 'rule')
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
             if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
                 raise InvalidArgumentError(
-                    "without loss_fn, fisher_diagonal() tells what training accumulated and takes only synchronize=: "
-                    "pass loss_fn, inputs and targets to measure a batch."
+                    "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
+                    "missing= alone: pass loss_fn, inputs and targets to measure a batch."
                 )
             if synchronize:
                 self.synchronize()
             found = diagonals(self._fisher, missing)
             self._tell_assumed()
             return found
-        check_fisher_type(fisher_type, num_draws)
-        if rtol is not None and (fisher_type != "type-2" or create_graph):
-            raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
-        budget = None if rtol is None else Budget.checked("hutchinson", None, rtol, max_draws, None)
-        with raised_on_all() if synchronize else nullcontext():
-            fisher = self._measure(
-                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
-                loss_fn,
-                inputs,
-                targets,
-                by_sample=True,
-                generator=generator,
-                create_graph=create_graph,
-                chunk_size=chunk_size,
-                progress=progress,
-            )
-            warn_if_not_finite(fisher, "Fisher")
-        return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
+        return fisher_of(
+            self._measured(),
+            loss_fn,
+            inputs,
+            targets,
+            fisher_type=fisher_type,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+            synchronize=synchronize,
+        )
 
     def _tell_assumed(self) -> None:
-        """Say once what a number rests on that was neither told nor verified."""
+        """Warn once of the reduction that was assumed, where it was neither told nor verified."""
         if not self._verified:
             self._verified = True
             caution(
@@ -549,12 +544,12 @@ class CurvatureProbe:
 
     @tells_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
-        """Check on one batch that the online Fisher is told right: how the loss reduces samples, and its scale.
+        """Check on one batch that the probe is told the right reduction of the loss, and the right scale.
 
-        One forward and backward are run with hooks of their own, told as this probe is, and held against the one-shot
-        empirical Fisher of the batch, which need not be told anything. Where parameters hold gradients that training
-        left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and the random
-        state are put back.
+        One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
+        the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
+        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and
+        the random state are restored.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
@@ -579,11 +574,10 @@ class CurvatureProbe:
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
-            found = verify(self._fisher, self._sample_dim, loss_fn, inputs, targets, one_shot, count)
+            found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
         return found
 
-    @takes_data_sets(by_sample=lambda options: False)
     @tells_renamed_keywords
     def hessian_diagonal(
         self,
@@ -639,25 +633,32 @@ class CurvatureProbe:
 
         Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian"; Martens, Sutskever, Swersky (2012),
         "Estimating the Hessian by back-propagating curvature", for random signs on z.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     hessian = probe.hessian_diagonal(loss_fn, inputs, targets)
+            >>> hessian["0"].shape, hessian.info["0"].strategy
+            (torch.Size([15]), 'chain')
         """
-        budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
-        if create_graph and method == "hutchinson":
-            raise InvalidArgumentError('create_graph=True needs method="exact".')
-        hessian = self._measure(
-            lambda task: hessian_diagonal(task, budget),
+        return hessian_of(
+            self._measured(),
             loss_fn,
             inputs,
             targets,
+            method=method,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            max_hvps=max_hvps,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
         )
-        if method == "auto":
-            warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
-        warn_if_not_finite(hessian, "Hessian")
-        warn_if_inexact(self._fisher.layers)
-        return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
     @tells_renamed_keywords
@@ -708,6 +709,16 @@ class CurvatureProbe:
 
         Sources: Hutchinson (1989), "A stochastic estimator of the trace of the influence matrix"; on z, Martens,
         Sutskever, Swersky (2012).
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     trace = probe.hessian_trace(loss_fn, inputs, targets)["0"]
+            >>> trace.value > 0, trace.standard_error, trace.num_draws
+            (True, 0.0, 0)
         """
         check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
@@ -767,6 +778,16 @@ class CurvatureProbe:
                 :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     found = probe.hessian_eigenvalues(loss_fn, inputs, targets, count=2)["0"]
+            >>> len(found.top), found.top[0] >= found.top[1] > 0, found.converged
+            (2, True, True)
         """
         check_curvature(of, by)
         if of == "hessian":
@@ -776,18 +797,19 @@ class CurvatureProbe:
         require_number("tolerance", tolerance, zero=True)
         if is_data_set(inputs, targets):
             options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
-            return eigenvalues_of_data(
-                lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                self,
-                loss_fn,
-                inputs,
-                of=of,
-                by=by,
-                count=count,
-                tolerance=tolerance,
-                max_iterations=max_iterations,
-                progress=progress,
-            )
+            with random_state_kept(self._model):
+                return eigenvalues_of_data(
+                    lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
+                    self,
+                    loss_fn,
+                    inputs,
+                    of=of,
+                    by=by,
+                    count=count,
+                    tolerance=tolerance,
+                    max_iterations=max_iterations,
+                    progress=progress,
+                )
         return self._measure(
             lambda task: eigenvalues(
                 task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
@@ -804,7 +826,7 @@ class CurvatureProbe:
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
     ) -> dict[str, Facts]:
-        """What is known of each layer: from it :func:`secorder.oneshot.hessian.choice.choose` tells its strategy.
+        """The facts about each layer by which :func:`secorder.oneshot.hessian.choice.choose` chooses its strategy.
 
         Args:
             loss_fn: as for :meth:`hessian_diagonal`.
@@ -862,12 +884,26 @@ class CurvatureProbe:
 
         Raises:
             SecorderError: as the measurement itself.
+
+        Example:
+            >>> import torch
+            >>> from secorder import CurvatureProbe
+            >>> model, loss_fn = torch.nn.Sequential(torch.nn.Linear(4, 3)), torch.nn.CrossEntropyLoss()
+            >>> inputs, targets = torch.randn(8, 4), torch.randint(3, (8,))
+            >>> with CurvatureProbe(model) as probe:
+            ...     cost = probe.estimate_cost(loss_fn, inputs, targets)
+            >>> cost["0"].strategy, 0 < cost["0"].num_bytes <= cost.num_bytes, cost.seconds < 60
+            ('chain', True, True)
         """
         count = 1
         if is_data_set(inputs, targets):
-            (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
+            with random_state_kept(self._model):
+                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
         check_fisher_type(fisher_type, num_draws or 1)
+        if quantity == "fisher":
+            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
+        else:
+            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
@@ -888,18 +924,7 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        with self._on_whole_layers() as layers:
-            return measure(
-                work,
-                self._model,
-                layers,
-                loss_fn,
-                inputs,
-                targets,
-                by_sample=by_sample,
-                sample_dim=self._one_shot_dim,
-                **options,
-            )
+        return self._measured().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
 
     # ---- watching
 
@@ -974,26 +999,11 @@ class CurvatureProbe:
         """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
-    @contextmanager
-    def _on_whole_layers(self) -> Iterator[Sequence[Layer]]:
-        """The layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
+    def _measured(self) -> Measured:
+        """What one-shot measurements are taken of."""
         self._attached()
-        layers, ranks = self._fisher.layers, self._fisher.ranks
-        if ranks is not None and ranks.tensor:
-            raise InvalidArgumentError(
-                "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
-                "measure a copy of the model that is not cut, or read what training accumulates."
-            )
-        if not any(layer.sharded for layer in layers):
-            yield [present(layer) for layer in layers]
-            return
-        with gathered(self._model):
-            yield [
-                replace(
-                    layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters}, spread=None
-                )
-                for layer in self._fisher.layers
-            ]
+        fisher = self._fisher
+        return Measured(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
 
     # ---- checkpoints
 
@@ -1032,12 +1042,52 @@ class CurvatureProbe:
         synchronize(self._fisher, group)
 
 
+def layers_to_look_at(
+    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None = None, *, frozen: bool = False
+) -> list[Layer]:
+    """The layers that match, of which something is trained unless frozen ones are asked for.
+
+    Args:
+        model: any module.
+        layer_types: as for :class:`CurvatureProbe`.
+        layers: as for :class:`CurvatureProbe`.
+        frozen: as for :class:`CurvatureProbe`.
+
+    Raises:
+        NoLayerError: there is none.
+    """
+    selected = select_layers(model, layer_types, layers)
+    if not selected:
+        raise NoLayerError(
+            "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
+            "from model.named_modules()."
+        )
+    if layers is None and not frozen:
+        selected = trained(selected)
+    if layers is None and layer_types is None:
+        _tell_share(model, selected)
+    return selected
+
+
+def require_one_kind(ranks: Ranks | None, layers: Sequence[Layer]) -> None:
+    """Raise if some layers are sharded over ranks, and others are not.
+
+    Raises:
+        InvalidArgumentError: some are.
+    """
+    if ranks is not None and ranks.data and not all(layer.sharded for layer in layers):
+        raise InvalidArgumentError(
+            "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
+        )
+
+
 def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn where the default layer types leave out most of what is trained."""
     share = share_of_parameters(model, layers)
     if share < 0.5:
-        every = trained(select_layers(model, "all", unchecked=True))
+        every = {layer.name for layer in trained(select_layers(model, "all", unchecked=True))}
+        looked_at = len(every.intersection(layer.name for layer in layers))
         caution(
-            f"the probe looks at {len(layers)} of {len(every)} layers, {share:.0%} of the trainable parameters (by "
-            'default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+            f"the probe looks at {looked_at} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
+            '(by default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
         )

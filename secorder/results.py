@@ -273,6 +273,9 @@ class Diagonals(dict[str, Tensor]):
     def __sub__(self, other: "Diagonals") -> "Diagonals":
         return self + (-other)
 
+    def __rsub__(self, other: Any) -> "Diagonals":
+        return other + (-self)  # type: ignore[no-any-return]
+
     def __neg__(self) -> "Diagonals":
         return -1 * self
 
@@ -283,6 +286,9 @@ class Diagonals(dict[str, Tensor]):
 
     def __truediv__(self, other: Any) -> "Diagonals":
         return self._combined(other, lambda a, b: a / b, lambda a, b, x, y: torch.hypot(x / b, y * a / b**2))
+
+    def __rtruediv__(self, other: Any) -> "Diagonals":
+        return self._combined(other, lambda a, b: b / a, lambda a, b, x, y: torch.hypot(y / a, x * b / a**2))
 
     # ---- files
 
@@ -315,9 +321,23 @@ class Diagonals(dict[str, Tensor]):
         parts = {"values", "standard_error", "info", "layer_types", "parameters"}
         if not isinstance(state, Mapping) or state.get("version") != 1 or not parts <= state.keys():
             raise InvalidArgumentError(_FOREIGN)
-        info = {n: LayerInfo(**{**kept, "strategy": Strategy(kept["strategy"])}) for n, kept in state["info"].items()}
-        parameters = {n: [(p, torch.Size(shape)) for p, shape in parts] for n, parts in state["parameters"].items()}
-        return _rebuild(state["values"], info, state["standard_error"], state["layer_types"], parameters, {})
+        try:
+            info = {
+                n: LayerInfo(**{**kept, "strategy": Strategy(kept["strategy"])}) for n, kept in state["info"].items()
+            }
+            parameters = {n: [(p, torch.Size(shape)) for p, shape in parts] for n, parts in state["parameters"].items()}
+            errors = state["standard_error"]
+            sizes = {n: sum(shape.numel() for _, shape in parts) for n, parts in parameters.items()}
+            whole = all(
+                held.keys() == info.keys() == sizes.keys()
+                and all(held[n].shape == (size,) for n, size in sizes.items())
+                for held in ([state["values"]] if errors is None else [state["values"], errors])
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InvalidArgumentError(_FOREIGN) from error
+        if not whole:
+            raise InvalidArgumentError(_FOREIGN)
+        return _rebuild(state["values"], info, errors, state["layer_types"], parameters, {})
 
     def save(self, file: Any) -> None:
         """Write to a path or an open file; see :meth:`load`.

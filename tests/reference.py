@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secorder._torch.pytree import call_model, map_tensors
 from secorder._torch.random_state import cuda_devices, get_random_state, set_random_state
+from secorder._torch.sparse import dense_gradients
 
 #: Reentrant checkpoints as plain calls.
 PLAIN_CHECKPOINTS = patch("torch.utils.checkpoint.CheckpointFunction.apply", lambda f, preserve, *args: f(*args))
@@ -28,7 +29,8 @@ def hessian_by_element(model: nn.Module, loss_fn: Loss, inputs: Any, targets: An
         p.requires_grad_(True)
     for name, p in parameters.items():
         set_random_state(state, cuda)
-        with sdpa_kernel(SDPBackend.MATH), PLAIN_CHECKPOINTS:  # the others have no double backward
+        # The others have no double backward.
+        with sdpa_kernel(SDPBackend.MATH), PLAIN_CHECKPOINTS, dense_gradients(model.modules()):
             loss = loss_fn(call_model(model, inputs), targets)
         (gradient,) = torch.autograd.grad(loss, p, create_graph=True, allow_unused=True)
         diagonal = torch.zeros(p.numel(), dtype=p.dtype, device=p.device)
@@ -87,7 +89,7 @@ def gradients_by_sample(
         loss = loss_fn(call_model(model, one(inputs, n, count, dim)), one(targets, n, count, dim, rows=True))
         for name, g in zip(parameters, _gradients(loss, list(parameters.values())), strict=True):
             if g is not None:
-                found[name][n] = g
+                found[name][n] = g.to_dense()
     for name, p in parameters.items():
         p.requires_grad_(flags[name])
     return found

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from secorder import InvalidArgumentError, InvalidTypeError
-from secorder._arguments import require_integer, require_number
+from secorder._arguments import require_device, require_floating_dtype, require_integer, require_number
 
 
 @pytest.mark.parametrize("value", [1, np.int64(3), torch.tensor(2)], ids=str)
@@ -35,3 +35,18 @@ def test_numbers() -> None:
     for none in ("1", None, True, 1j):
         with pytest.raises(InvalidTypeError, match="rtol must be a number"):
             require_number("rtol", none)
+
+
+def test_devices_and_dtypes() -> None:
+    for device in (None, "cpu", torch.device("cpu")):
+        require_device("accumulator_device", device)
+    for dtype in (None, torch.float32, torch.bfloat16):
+        require_floating_dtype("accumulator_dtype", dtype)
+    with pytest.raises(InvalidArgumentError, match="such as"):
+        require_device("accumulator_device", "nowhere")
+    with pytest.raises(InvalidTypeError, match="such as"):
+        require_device("accumulator_device", torch.float32)
+    with pytest.raises(InvalidTypeError, match="such as"):
+        require_floating_dtype("accumulator_dtype", "float32")
+    with pytest.raises(InvalidArgumentError, match="real numbers"):
+        require_floating_dtype("accumulator_dtype", torch.int32)

@@ -60,6 +60,8 @@ def test_arithmetic_carries_standard_errors_along() -> None:
         (-one, -a, x),
         (one / -4, a / -4, x / 4),
         (one * other, a * b, ((x * b) ** 2 + (y * a) ** 2).sqrt()),
+        (9 - one, 9 - a, x),
+        (2 / (one + 9), 2 / (a + 9), 2 * x / (a + 9) ** 2),
         (one / (other + 9), a / (b + 9), ((x / (b + 9)) ** 2 + (y * a / (b + 9) ** 2) ** 2).sqrt()),
     ):
         torch.testing.assert_close(found[name], value)
@@ -120,5 +122,17 @@ def test_files_of_something_else(tmp_path: Path) -> None:
             Diagonals.load(path)
     with pytest.raises(FileNotFoundError):
         Diagonals.load(tmp_path / "none.pt")
-    with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
-        Diagonals.from_state_dict({k: v for k, v in found.state_dict().items() if k != "values"})
+    state = found.state_dict()
+    for part, wrong in (
+        ("version", 2),
+        ("values", {}),
+        ("values", dict.fromkeys(state["values"], 1.0)),
+        ("values", {name: value[:-1] for name, value in state["values"].items()}),
+        ("standard_error", {"0": found["0"]}),
+        ("info", {"0": {}}),
+        ("info", {name: kept | {"strategy": "magic"} for name, kept in state["info"].items()}),
+        ("parameters", None),
+    ):
+        with pytest.raises(InvalidArgumentError, match=r"save\(\)"):
+            Diagonals.from_state_dict(state | {part: wrong})
+    assert torch.equal(Diagonals.from_state_dict(state)["0"], found["0"])

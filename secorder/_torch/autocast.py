@@ -1,4 +1,4 @@
-"""The autocast state that a model runs under: taken where the user calls us, put on for the user's code alone.
+"""The autocast state that a model runs under: read where the user calls us, set again around the user's code.
 
 Vector-Jacobian products and contractions of ours run without it: autocast rounds what it is given to half precision.
 """

@@ -1,7 +1,6 @@
-"""A recorded autograd graph as a chain of segments between cuts: tensors that every way to the output goes through."""
+"""A recorded autograd graph as a chain of segments between cuts: tensors that every path to the output contains."""
 
 import heapq
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .sample_graph import samples_in_nodes
+from .graph import Node, operation_of, shape_of
+from .sample_graph import InnerSizes, samples_in_nodes
 
 __all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
 
@@ -68,7 +68,6 @@ _PIECEWISE_LINEAR = frozenset({
     "Where", "MaskedFill", "Clone", "Alias", "NativeDropout",
 })  # fmt: skip
 _RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Alias"})
-_NUMBERED = re.compile(r"Backward\d+$")
 
 
 def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Segment]:
@@ -83,17 +82,17 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
     """
     wanted = {id(leaf) for leaf in leaves}
     places = samples_in_nodes([output], [output.numel() // count], count)
-    start: Any = output.grad_fn
+    start: Node = output.grad_fn
     order, leads = _ordered(start, wanted)
     if start not in leads:
         return []
     heap = [(-order[start], 0, start)]
-    used: dict[Any, set[int]] = {start: {output.output_nr}}
+    used: dict[Node, set[int]] = {start: {output.output_nr}}
     end = GradientEdge(start, output.output_nr)
     found: list[Segment] = []
-    inside: list[Any] = []
+    inside: list[Node] = []
     while heap:
-        node: Any = heapq.heappop(heap)[2]
+        node: Node = heapq.heappop(heap)[2]
         whole = all(_one_after_the_other(node, index, places, count) for index in used[node])
         if not whole and all(places.get((node, index)) is None for index in used[node]):
             return found  # samples are mixed, or nobody knows
@@ -113,10 +112,10 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
     return found
 
 
-def _ordered(start: Any, wanted: set[int]) -> tuple[dict[Any, int], set[Any]]:
+def _ordered(start: Any, wanted: set[int]) -> tuple[dict[Node, int], set[Node]]:
     """The nodes behind one, numbered so that each comes after all that it depends on; those that lead to a leaf."""
-    order: dict[Any, int] = {}
-    leads: set[Any] = set()
+    order: dict[Node, int] = {}
+    leads: set[Node] = set()
     waiting = [(start, False)]
     seen = set()
     while waiting:
@@ -132,13 +131,9 @@ def _ordered(start: Any, wanted: set[int]) -> tuple[dict[Any, int], set[Any]]:
     return order, leads
 
 
-def _one_after_the_other(node: Any, index: int, places: dict[tuple[Any, int], int | None], count: int) -> bool:
+def _one_after_the_other(node: Node, index: int, places: InnerSizes, count: int) -> bool:
     inner = places.get((node, index))
-    return inner is not None and inner * count == _numel(_shape(node, index))
-
-
-def _shape(node: Any, index: int) -> tuple[int, ...]:
-    return tuple(node._input_metadata[index].shape)
+    return inner is not None and inner * count == _numel(shape_of(node, index))
 
 
 def _numel(shape: Sequence[int]) -> int:
@@ -146,23 +141,23 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _segment(
-    nodes: list[Any],
+    nodes: list[Node],
     out: GradientEdge,
     into: GradientEdge | None,
     wanted: set[int],
-    leads: set[Any],
+    leads: set[Node],
     count: int,
-    places: dict[tuple[Any, int], int | None],
+    places: InnerSizes,
 ) -> Segment:
-    shape = _shape(out.node, out.output_nr)
-    before = () if into is None else _shape(into.node, into.output_nr)
+    shape = shape_of(out.node, out.output_nr)
+    before = () if into is None else shape_of(into.node, into.output_nr)
     found = Segment(Kind.GENERAL, out, shape, into, before)
     for node in nodes:
         own = [f for f, _ in node.next_functions if id(getattr(f, "variable", None)) in wanted]
-        own = [f for f in own if _shape(f, 0)[:1] == (count,) and _one_after_the_other(f, 0, places, count)]
+        own = [f for f in own if shape_of(f, 0)[:1] == (count,) and _one_after_the_other(f, 0, places, count)]
         found.leaves += [id(f.variable) for f in own]
         found.work += _work(node)
-    name = _name(nodes[0])
+    name = operation_of(nodes[0])
     if len(nodes) == 1 and _adds_nothing(nodes[0], name, leads, shape, before):
         found.kind = Kind.SAME
     elif not found.leaves and all(_is_elementwise(node, leads, shape) for node in nodes) and shape == before:
@@ -174,12 +169,7 @@ def _segment(
     return found
 
 
-def _name(node: Any) -> str:
-    name: str = node.name()
-    return _NUMBERED.sub("", name) if _NUMBERED.search(name) else ""
-
-
-def _adds_nothing(node: Any, name: str, leads: set[Any], shape: tuple[int, ...], before: tuple[int, ...]) -> bool:
+def _adds_nothing(node: Node, name: str, leads: set[Node], shape: tuple[int, ...], before: tuple[int, ...]) -> bool:
     """Whether a node changes the shape alone, or adds what does not depend on its input."""
     if name in _RESHAPES or (name == "Permute" and _is_identity(node._saved_dims)):
         return True
@@ -193,17 +183,17 @@ def _is_identity(dims: Sequence[int]) -> bool:
     return all((d - (1 << 64) if d >= 1 << 63 else d) in (k, k - len(dims)) for k, d in enumerate(dims))
 
 
-def _is_elementwise(node: Any, leads: set[Any], shape: tuple[int, ...]) -> bool:
+def _is_elementwise(node: Node, leads: set[Node], shape: tuple[int, ...]) -> bool:
     live = [(f, index) for f, index in node.next_functions if f in leads]
-    return _name(node) in _ELEMENTWISE and all(_shape(f, index) == shape for f, index in live)
+    return operation_of(node) in _ELEMENTWISE and all(shape_of(f, index) == shape for f, index in live)
 
 
-def _is_piecewise_linear(node: Any, leads: set[Any]) -> bool:
-    name, live = _name(node), [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
+def _is_piecewise_linear(node: Node, leads: set[Node]) -> bool:
+    name, live = operation_of(node), [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
     return name in _PIECEWISE_LINEAR or (name == "Mul" and len(live) == 1) or (name == "Div" and live == [0])
 
 
-def _matrix(node: Any, name: str, leads: set[Any], before: tuple[int, ...]) -> Tensor | None:
+def _matrix(node: Node, name: str, leads: set[Node], before: tuple[int, ...]) -> Tensor | None:
     """What a node multiplies its rows with, where that and what is added do not depend on its input."""
     where = 1 if name == "Addmm" else 0
     live = [k for k, (f, _) in enumerate(node.next_functions) if f in leads]
@@ -213,11 +203,11 @@ def _matrix(node: Any, name: str, leads: set[Any], before: tuple[int, ...]) -> T
     return weight.detach() if weight is not None and weight.shape[0] == before[1] else None
 
 
-def _work(node: Any) -> int:
+def _work(node: Node) -> int:
     """Multiplications of a node's forward, about; of all samples."""
-    size = _numel(_shape(node, 0))
-    matrix = getattr(node, "_saved_mat2", None) if _name(node) in ("Addmm", "Mm", "Bmm", "Baddbmm") else None
-    if matrix is None and _name(node) == "Convolution":
+    size = _numel(shape_of(node, 0))
+    matrix = getattr(node, "_saved_mat2", None) if operation_of(node) in ("Addmm", "Mm", "Bmm", "Baddbmm") else None
+    if matrix is None and operation_of(node) == "Convolution":
         weight = node._saved_weight
         return size * (4 if weight is None else weight[0].numel())
     return size * (4 if matrix is None else matrix.shape[-2])

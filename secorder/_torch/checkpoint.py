@@ -1,4 +1,4 @@
-"""Activation checkpoints of PyTorch's reentrant kind, which no pass of ``torch.autograd.grad`` gets through."""
+"""Reentrant activation checkpoints of PyTorch, which ``torch.autograd.grad`` does not support."""
 
 import threading
 from collections.abc import Callable, Iterator

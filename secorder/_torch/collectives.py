@@ -1,11 +1,16 @@
-"""Collective operations on tensors of any device."""
+"""``torch.distributed``: whether there are other ranks, and collective operations on tensors of any device."""
 
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce"]
+__all__ = ["all_reduce", "has_ranks"]
+
+
+def has_ranks() -> bool:
+    """Whether this process is one of the ranks of a process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Code that is traced, by ``torch.compile`` and others: hooks that are to run outside of it, or not at all."""
+"""Hooks and ``torch.compile``: which code is traced, and hooks that run outside of a trace or not at all."""
 
 import inspect
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._C._dynamo import eval_frame
 
-from .compiler import enter_eager, leave_eager
+from .stance import enter_eager, leave_eager
 
 __all__ = [
     "EagerSection", "being_compiled", "hooks_prevent_compiling", "is_traced", "leave_graph", "may_break_graph",
@@ -59,16 +59,16 @@ def _translator() -> Any:
         from torch._dynamo.symbolic_convert import InstructionTranslator
 
         return InstructionTranslator.current_tx()
-    except Exception:  # nothing is traced
+    except (AttributeError, ImportError):  # nothing is traced
         return None
 
 
 def hooks_prevent_compiling(module: nn.Module) -> bool:
     """Whether nothing of the module's forward is compiled where a hook of its own has broken the graph.
 
-    So it is with modules of PyTorch's own, such as ``nn.Sequential``, before PyTorch (2.12) looked for hooks there, and
-    with ``nn.Module.compile`` even where no hook is. Modules of the user's in them are compiled. These PyTorch do not
-    mind where ``fullgraph=True`` finds nothing to compile.
+    That holds for PyTorch's own modules, such as ``nn.Sequential``, before PyTorch 2.12, and under
+    ``nn.Module.compile`` even without a hook. The user's modules inside of them are compiled. These versions of PyTorch
+    raise no error where ``fullgraph=True`` finds nothing to compile.
     """
     from torch._dynamo import trace_rules
 

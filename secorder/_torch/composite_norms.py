@@ -5,6 +5,8 @@ and the variance that the forward saved: a gradient of a second derivative would
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -46,40 +48,19 @@ def _layer_norm(
     return _affine(_standardised(input, list(range(-len(normalized_shape), 0)), eps), weight, bias).to(input.dtype)
 
 
-def _batch_norm(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not training:
-        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _by_channel(norm: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """``F.batch_norm``, which takes statistics over samples and positions, or ``F.instance_norm``, over positions."""
+    given = signature(norm).bind(*args, **kwargs)
+    given.apply_defaults()
+    input, running_mean, running_var, weight, bias, by_input, momentum, eps = given.args
+    if not by_input:
+        return norm(*given.args)
     with torch.no_grad():  # the running statistics
-        F.batch_norm(input, running_mean, running_var, None, None, training, momentum, eps)
-    dims = [0, *range(2, input.dim())]
-    return _affine(_standardised(input, dims, eps), *_by_channel(input, weight, bias)).to(input.dtype)
-
-
-def _instance_norm(
-    input: Tensor,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    if not use_input_stats:
-        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    with torch.no_grad():
-        F.instance_norm(input, running_mean, running_var, None, None, use_input_stats, momentum, eps)
-    dims = list(range(2, input.dim()))
-    return _affine(_standardised(input, dims, eps), *_by_channel(input, weight, bias)).to(input.dtype)
+        norm(input, running_mean, running_var, None, None, by_input, momentum, eps)
+    dims = [0] * (norm is F.batch_norm) + list(range(2, input.dim()))
+    shape = 1, -1, *(1,) * (input.dim() - 2)
+    parameters = [None if p is None else p.view(shape) for p in (weight, bias)]
+    return _affine(_standardised(input, dims, eps), *parameters).to(input.dtype)
 
 
 def _standardised(input: Tensor, dims: list[int], eps: float) -> Tensor:
@@ -87,11 +68,6 @@ def _standardised(input: Tensor, dims: list[int], eps: float) -> Tensor:
     wide = input.to(torch.promote_types(input.dtype, torch.float32))
     centred = wide - wide.mean(dims, keepdim=True)
     return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-
-
-def _by_channel(input: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:
-    shape = 1, -1, *(1,) * (input.dim() - 2)
-    return [None if p is None else p.view(shape) for p in parameters]
 
 
 def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -102,6 +78,6 @@ def _affine(normal: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tenso
 _COMPOSITE: dict[Any, Callable[..., Tensor]] = {
     F.layer_norm: _layer_norm,
     torch.layer_norm: _layer_norm,
-    F.batch_norm: _batch_norm,
-    F.instance_norm: _instance_norm,
+    F.batch_norm: partial(_by_channel, F.batch_norm),
+    F.instance_norm: partial(_by_channel, F.instance_norm),
 }

@@ -1,4 +1,4 @@
-"""Recurrent layers without cuDNN, whose own know no second derivative, no vmap, and no backward in evaluation mode."""
+"""Recurrent layers without cuDNN, which has no second derivative, no vmap, and no backward in evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

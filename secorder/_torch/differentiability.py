@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from .graph import nodes_behind
+
 __all__ = ["once_differentiable_functions"]
 
 
@@ -13,17 +15,11 @@ def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | Non
     Autograd itself would raise when it gets there, or never, where another way leads on. A set without a name means
     that a function cuts the graph that does not tell its name.
     """
-    seen = {g.grad_fn for g in gradients if g.grad_fn is not None}
-    waiting, names, cut = list(seen), set(), False
-    while waiting:
-        node = waiting.pop()
+    names, cut = set(), False
+    for node in nodes_behind(g.grad_fn for g in gradients if g.grad_fn is not None):
         if node.name() == "torch::autograd::Error":
             cut = True
         own = getattr(node, "_forward_cls", None)
         if own is not None and hasattr(own.backward, "__wrapped__"):
             names.add(own.__name__)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
     return names if cut else None

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
+from .graph import nodes_behind
+
 __all__ = [
     "accumulate_node",
     "accumulates_into",
@@ -18,7 +20,6 @@ __all__ = [
     "first_gradient_hook",
     "graph_is_kept",
     "in_backward",
-    "leaf_variables",
     "untouched",
     "will_accumulate",
 ]
@@ -55,16 +56,7 @@ def after_backward(callback: Callable[[], None]) -> None:
 
 def executes_all(node: Any) -> bool:
     """Whether the backward pass that runs now executes all of the graph behind a node: with ``inputs=`` it may not."""
-    seen, waiting = {node}, [node]
-    while waiting:
-        for before, _ in waiting.pop().next_functions:
-            if before is None or before in seen:
-                continue
-            if not will_accumulate(before):
-                return False
-            seen.add(before)
-            waiting.append(before)
-    return True
+    return all(before is node or will_accumulate(before) for before in nodes_behind([node]))
 
 
 def accumulate_node(parameter: Tensor) -> Any:
@@ -99,24 +91,6 @@ def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> Re
             del hooks[key]
         hooks.update(others)
     return handle
-
-
-def leaf_variables(output: Tensor) -> list[Tensor]:
-    """The leaves that a graph would accumulate gradients into."""
-    seen = {output.grad_fn}
-    waiting, found = [output.grad_fn], []
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor):
-            found.append(variable)
-        for following, _ in node.next_functions:
-            if following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
 
 
 def will_accumulate(node: Any) -> bool:

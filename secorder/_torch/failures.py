@@ -1,4 +1,4 @@
-"""What a ``RuntimeError`` that came out of PyTorch means."""
+"""The meaning of a ``RuntimeError`` that PyTorch raised."""
 
 import dis
 import os

@@ -1,4 +1,4 @@
-"""What float32 is rounded to by PyTorch's settings: TF32 on tensor cores, bfloat16 on some processors."""
+"""The precision of float32 under PyTorch's settings: TF32 on tensor cores, bfloat16 on some processors."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
-"""The autograd graph as it is: its nodes, what they have saved, and what a node alone makes of gradients."""
+"""The autograd graph: its nodes, the tensors that they have saved, and the backward of one node alone."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Node", "Output", "Users", "can_be_run", "current_node", "is_builtin", "is_complex", "outputs_of", "recomputed",
-    "run_node", "saved", "shape_of", "tells_recomputation", "users_of",
+    "Node", "Output", "Users", "can_be_run", "current_node", "is_builtin", "is_complex", "leaves_of", "nodes_behind",
+    "operation_of", "outputs_of", "recomputed", "run_node", "run_node_once", "saved", "shape_of", "tells_recomputation",
+    "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -32,6 +33,28 @@ class Output(NamedTuple):
     number: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
+    """These nodes and all that they lead to, each once; whoever iterates may stop."""
+    waiting = list(dict.fromkeys(roots))
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        yield node
+        for before, _ in node.next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                waiting.append(before)
+
+
+def leaves_of(outputs: Iterable[Tensor]) -> dict[int, Tensor]:
+    """The leaves that a backward from some tensors reaches, by ``id``; a leaf among these tensors is its own."""
+    outputs = [t for t in outputs if t.requires_grad]
+    nodes = nodes_behind(t.grad_fn for t in outputs if t.grad_fn is not None)
+    leaves = [t for t in outputs if t.grad_fn is None]
+    leaves += [v for node in nodes if isinstance(v := getattr(node, "variable", None), Tensor)]
+    return {id(leaf): leaf for leaf in leaves}
 
 
 def users_of(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Users:
@@ -75,6 +98,16 @@ def shape_of(node: Node, number: int) -> tuple[int, ...]:
     return tuple(node._input_metadata[number].shape)
 
 
+def operation_of(node: Node) -> str:
+    """The name of the operation that a node is the backward of, such as ``"Add"``; "" for a custom function's."""
+    return _operation(node.name())
+
+
+@cache
+def _operation(name: str) -> str:
+    return _NUMBERED.sub("", name) if _NUMBERED.search(name) else ""
+
+
 def current_node() -> Node:
     """The node that a hook on a node is called for."""
     return torch._C._current_autograd_node()
@@ -93,8 +126,7 @@ def can_be_run(node: Node) -> bool:
 
 def is_builtin(node: Node) -> bool:
     """Whether a node is PyTorch's own, with a backward that is linear; a custom function may have any."""
-    name = node.name()
-    return _NUMBERED.search(name) is not None or name.endswith("AccumulateGrad")
+    return bool(operation_of(node)) or node.name().endswith("AccumulateGrad")
 
 
 def is_complex(node: Node) -> bool:

@@ -1,4 +1,4 @@
-"""Copies from an accelerator to the host that the accelerator's own work, and the host's, go on beside."""
+"""Asynchronous copies from an accelerator to the host."""
 
 from collections.abc import Callable
 from functools import lru_cache

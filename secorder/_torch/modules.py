@@ -1,4 +1,4 @@
-"""What hangs on a module: its hooks, where it holds parameters and buffers, which forward it computes by."""
+"""Modules: their hooks, where they hold parameters and buffers, and which forward they run."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from .pytree import once_each
 
 __all__ = [
     "Place",
@@ -32,9 +34,11 @@ __all__ = [
     "is_scripted",
     "kept_out_of_copies",
     "own_attributes",
+    "own_parameters",
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "put_back",
     "put_copies",
     "tables_of",
     "threads_running",
@@ -66,11 +70,15 @@ class Place(NamedTuple):
 
 def put_copies(places: Iterable[Place]) -> None:
     """Hold copies of the values of places there; what is one tensor stays one."""
-    copies: dict[int, Tensor] = {}
+    copied = once_each(lambda tensor: tensor.detach().clone())
     for place in places:
-        if id(place.value) not in copies:
-            copies[id(place.value)] = place.value.detach().clone()
-        place.put(copies[id(place.value)])
+        place.put(copied(place.value))
+
+
+def put_back(places: Iterable[Place]) -> None:
+    """Hold the values of places there again."""
+    for place in places:
+        place.put(place.value)
 
 
 def parameter_places(module: nn.Module) -> list[Place]:
@@ -80,6 +88,11 @@ def parameter_places(module: nn.Module) -> list[Place]:
         flat: list[Any] = module._flat_weights
         places += [Place(flat, index, w) for index, w in enumerate(flat) if w is not None]
     return places
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Those that the module itself holds, by name."""
+    return {name: p for name, p in module._parameters.items() if p is not None}
 
 
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["call_model", "map_tensors", "tensors_in"]
+__all__ = ["call_model", "map_tensors", "once_each", "tensors_in"]
 
 #: Not to be taken apart.
 _LEAVES = (
@@ -87,6 +87,21 @@ def _mapped(
     for name, value in zip(parts.names, parts.children, strict=True):
         _set(result, name, _mapped(function, value, seen, parts.where))
     return result
+
+
+def once_each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The function, called once for each tensor: what is one tensor stays one, however often it comes.
+
+    Attention, for one, asks whether its query is its key.
+    """
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself: another one may not get its id meanwhile
+
+    def once(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = tensor, function(tensor)
+        return made[id(tensor)][1]
+
+    return once
 
 
 class _Parts(NamedTuple):

@@ -2,13 +2,21 @@
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "cuda_devices", "get_random_state", "set_random_state"]
+__all__ = [
+    "RandomState",
+    "cuda_devices",
+    "get_random_state",
+    "random_state_kept",
+    "same_random_state",
+    "set_random_state",
+]
 
 
 class RandomState(NamedTuple):
@@ -34,6 +42,37 @@ def get_random_state(cuda: Sequence[int]) -> RandomState:
     return RandomState(
         torch.get_rng_state(), on_cuda, random.getstate(), None if numpy is None else numpy.random.get_state()
     )
+
+
+@contextmanager
+def random_state_kept(model: nn.Module) -> Iterator[None]:
+    """What is drawn inside (by a data loader, say) is put back at the end.
+
+    Args:
+        model: on whose devices, too.
+    """
+    cuda = cuda_devices(model)
+    state = get_random_state(cuda)
+    try:
+        yield
+    finally:
+        set_random_state(state, cuda)
+
+
+def same_random_state(one: RandomState, other: RandomState) -> bool:
+    """Whether two random states of the same devices are one, so that nothing was drawn in between."""
+    tensors = zip((one.cpu, *one.cuda), (other.cpu, *other.cuda), strict=True)
+    return (
+        all(torch.equal(x, y) for x, y in tensors)
+        and one.python == other.python
+        and (one.numpy is None or other.numpy is None or _plain(one.numpy) == _plain(other.numpy))
+    )
+
+
+def _plain(numpy: Any) -> tuple[Any, ...]:
+    """NumPy's state without an array, which compares element by element."""
+    kind, key, *rest = numpy
+    return kind, key.tobytes(), *rest
 
 
 def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:

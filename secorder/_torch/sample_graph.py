@@ -7,17 +7,23 @@ A node that mixes samples, or that is not known, tells nothing of what is behind
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-__all__ = ["SHARED", "inner_size", "leaves_of", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes"]
+from .graph import Node, operation_of, shape_of
+
+__all__ = [
+    "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes",
+]  # fmt: skip
 
 #: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
 SHARED = 0
+
+#: By node, and the number of its output, the inner size of the samples in it; None where the graph does not tell.
+InnerSizes = Mapping[tuple[Node, int], int | None]
 
 
 class Place(NamedTuple):
@@ -34,9 +40,6 @@ Shape = tuple[int, ...]
 
 #: The place of what all samples share.
 _EVERYWHERE = Place(-1, 0)
-
-#: Ends the names of PyTorch's own nodes; those of custom functions have no number.
-_NUMBERED = re.compile(r"Backward\d+$")
 
 #: For each input of a node the place of the samples in it, or that all share it; None where that is not known.
 Rule = Callable[[Any, Shape, Place, list[Shape]], list[Place | None]]
@@ -67,7 +70,7 @@ def samples_in_graph(
     return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
 
 
-def samples_in_leaves(told: Mapping[tuple[Any, int], int | None], leaves: Sequence[Tensor]) -> dict[int, int | None]:
+def samples_in_leaves(told: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
     """What :func:`samples_in_nodes` tells of some leaves: ``id(leaf)`` → its inner size; that of others is missing."""
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
@@ -80,7 +83,7 @@ def samples_in_leaves(told: Mapping[tuple[Any, int], int | None], leaves: Sequen
 
 def samples_in_nodes(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int, *, tell_shared: bool = False
-) -> dict[tuple[Any, int], int | None]:
+) -> InnerSizes:
     """The same for all that the nodes of the graph computed: node and number of its output → inner size, or None.
 
     With ``tell_shared``, :data:`SHARED` where all samples share it.
@@ -89,12 +92,10 @@ def samples_in_nodes(
     return found if tell_shared else {key: inner or None for key, inner in found.items()}
 
 
-def _sizes_in_nodes(
-    outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int
-) -> dict[tuple[Any, int], int | None]:
-    found: dict[tuple[Any, int], int | None] = {}
-    seen: set[tuple[Any, int, int | None]] = set()
-    waiting: list[tuple[Any, int, int | None]] = []
+def _sizes_in_nodes(outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int) -> InnerSizes:
+    found: dict[tuple[Node, int], int | None] = {}
+    seen: set[tuple[Node, int, int | None]] = set()
+    waiting: list[tuple[Node, int, int | None]] = []
     for output, size in zip(outputs, inner_sizes, strict=True):
         if output.requires_grad:
             edge = get_gradient_edge(output)
@@ -113,34 +114,17 @@ def _sizes_in_nodes(
     return found
 
 
-def leaves_of(outputs: Sequence[Tensor]) -> set[int]:
-    """The ``id`` of every leaf that the outputs depend on."""
-    seen = {output.grad_fn for output in outputs if output.grad_fn is not None}
-    found = {id(output) for output in outputs if output.grad_fn is None and output.requires_grad}
-    waiting: list[Any] = list(seen)
-    while waiting:
-        node = waiting.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                waiting.append(following)
-    return found
-
-
-def _through(node: Any, index: int, inner: int, count: int) -> list[int | None]:
+def _through(node: Node, index: int, inner: int, count: int) -> list[int | None]:
     """The inner sizes of a node's inputs, for that of one of its outputs."""
     unknown: list[int | None] = [None] * len(node.next_functions)
-    rule = _RULES.get(_NUMBERED.sub("", node.name()))
+    rule = _RULES.get(operation_of(node))
     if rule is None:
         return unknown
-    shape = _shape(node, index)
+    shape = shape_of(node, index)
     place = place_of(shape, inner, count)
     if place is None:
         return unknown
-    shapes = [() if following is None else _shape(following, number) for following, number in node.next_functions]
+    shapes = [() if following is None else shape_of(following, number) for following, number in node.next_functions]
     if rule is _reshaped:
         return [inner if place_of(s, inner, count) is not None else None for s in shapes]
     places = rule(node, shape, place, shapes)
@@ -152,10 +136,6 @@ def _through(node: Any, index: int, inner: int, count: int) -> list[int | None]:
         size = None if p is None else inner_size(s, p.dim, p.step)
         sizes.append(size if size is not None and place_of(s, size, count) == p else None)
     return sizes
-
-
-def _shape(node: Any, index: int) -> Shape:
-    return tuple(node._input_metadata[index].shape)
 
 
 def place_of(shape: Shape, inner: int, count: int) -> Place | None:
@@ -180,7 +160,7 @@ def _dim(value: int, size: int) -> int:
 # ---- rules
 
 
-def _elementwise(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _elementwise(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """With broadcasting: an input that has no such dimension is shared by all samples."""
     found: list[Place | None] = []
     for s in shapes:
@@ -189,24 +169,24 @@ def _elementwise(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> 
     return found
 
 
-def _reshaped(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _reshaped(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     raise AssertionError  # a reshape keeps the inner size
 
 
-def _transposed(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _transposed(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     first, second = (_dim(d, len(shape)) for d in (node._saved_dim0, node._saved_dim1))
     return [Place({first: second, second: first}.get(place.dim, place.dim), place.step)]
 
 
-def _matrix_transposed(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _matrix_transposed(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     return [Place(len(shape) - 1 - place.dim, place.step)]
 
 
-def _permuted(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _permuted(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     return [Place(_dim(node._saved_dims[place.dim], len(shape)), place.step)]
 
 
-def _product(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _product(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """``[bias +] left @ right``, of matrices or stacks of them."""
     rows, columns = len(shape) - 2, len(shape) - 1
     left = place if place.dim <= rows else _EVERYWHERE
@@ -215,43 +195,43 @@ def _product(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list
     return [*bias, left, right]
 
 
-def _normalised_behind(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _normalised_behind(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     if place.dim >= len(shape) - len(node._saved_normalized_shape):
         return [None] * len(shapes)
     return [place, *[_EVERYWHERE] * (len(shapes) - 1)]
 
 
-def _looked_up(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _looked_up(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Rows of a table, which all samples have in common."""
     return [_EVERYWHERE if place.dim < len(shape) - 1 else None]
 
 
-def _along(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _along(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Something along one dimension that keeps the number of dimensions: softmax, a slice, a split, a concatenation."""
     apart = _dim(node._saved_dim, len(shape)) != place.dim
     return [place if apart else None] * len(shapes)
 
 
-def _sliced(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _sliced(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """As others along a dimension, but for a slice that is all of it: older PyTorch has one for each colon."""
     return [place] if shapes[0] == shape else _along(node, shape, place, shapes)
 
 
-def _flipped(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _flipped(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     return [None if place.dim in {_dim(d, len(shape)) for d in node._saved_dims} else place]
 
 
-def _selected(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _selected(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     gone = _dim(node._saved_dim, len(shapes[0]))
     return [Place(place.dim + (place.dim >= gone), place.step)]
 
 
-def _stacked(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _stacked(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     new = _dim(node._saved_dim, len(shape))
     return [None if place.dim == new else Place(place.dim - (place.dim > new), place.step)] * len(shapes)
 
 
-def _reduced(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _reduced(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     if not hasattr(node, "_saved_dim"):  # over all elements
         return [None]
     size = len(shapes[0])
@@ -262,23 +242,23 @@ def _reduced(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list
     return [None if dim in gone else Place(dim, place.step)]
 
 
-def _rows_of_images(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _rows_of_images(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Samples in dim 0 of a convolution, a pooling, a normalisation of groups."""
     return [place if place.dim == 0 and len(shapes[0]) > 2 else None, *[None] * (len(shapes) - 1)]
 
 
-def _statistics_given(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _statistics_given(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     kept = place.dim == 0 and node._saved_training is False
     return [place if kept else None, *[None] * (len(shapes) - 1)]
 
 
-def _attention(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _attention(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """Queries, keys and values in dim 0; nothing is told of an additive mask."""
     kept = place if place.dim == 0 and len(shape) > 3 else None
     return [*[kept] * 3, *[None] * (len(shapes) - 3)]
 
 
-def _recurrent(node: Any, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
+def _recurrent(node: Node, shape: Shape, place: Place, shapes: list[Shape]) -> list[Place | None]:
     """One layer of an LSTM: the input (T, N, features), weights, and states (N, features)."""
     steps = len(shape) == 3 and place == Place(1, 1)
     states = len(shape) == 2 and place == Place(0, 1)

@@ -10,8 +10,8 @@ from torch import Tensor
 from .versions import versions
 
 __all__ = [
-    "Kept", "OverwrittenError", "checkpoint_section", "keep", "saved_tensor_hooks_active", "section_computed_again",
-    "stops_recomputation",
+    "Kept", "OverwrittenError", "checkpoint_section", "keep", "keeps_arguments", "saved_tensor_hooks_active",
+    "section_computed_again", "stops_recomputation",
 ]  # fmt: skip
 
 
@@ -113,6 +113,11 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Any) -> Any:  # never part of a backward pass
         raise AssertionError
+
+
+def keeps_arguments(node: Any) -> bool:
+    """Whether a node only keeps what a checkpoint was called with, as PyTorch's did up to 2.11."""
+    return type(node).__name__ == "_NoopSaveInputsBackward"
 
 
 def stops_recomputation(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What surrounds a call of the user's: passes of our own that run inside of it are not to be seen by it.
+"""State that surrounds a user's call, and that passes of our own inside of it must leave alone.
 
 A checkpoint counts the tensors that are saved inside of it, :func:`torch.nn.utils.parametrize.cached` keeps what
 parametrizations computed, and a dispatch mode (a counter of operations, a checkpoint that selects what it keeps) takes

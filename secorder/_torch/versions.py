@@ -1,4 +1,4 @@
-"""What tells that a tensor is still what it was: version counters, which in-place operations count up, and memory."""
+"""Whether a tensor is unchanged: by its memory and its version counter, which in-place operations increase."""
 
 from collections.abc import Sequence
 

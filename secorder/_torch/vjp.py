@@ -21,8 +21,8 @@ __all__ = [
     "default_chunk_size",
     "fresh_generator",
     "gradients",
+    "placeholder",
     "stacked_vjp",
-    "stand_in",
     "zero_tether",
 ]
 
@@ -77,7 +77,8 @@ def stacked_vjp(
                     allow_unused=True,
                     is_grads_batched=True,
                 )
-            return [x.new_zeros((count, *x.shape)) if r is None else r for x, r in zip(inputs, results, strict=True)]
+            found = zip(inputs, results, strict=True)
+            return [x.new_zeros((count, *x.shape)) if r is None else _written_out(r) for x, r in found]
         except RuntimeError as error:
             halve = is_out_of_memory(error)
             if not halve and not is_vmap_failure(error):
@@ -96,7 +97,7 @@ def stacked_vjp(
     return [torch.stack(column) for column in zip(*single, strict=True)]
 
 
-def stand_in(node: Any, number: int) -> Tensor:
+def placeholder(node: Any, number: int) -> Tensor:
     """A zero in the place of what a node of the graph computed: differentiating with respect to it is doing so there.
 
     It takes no memory, and knows the node, which keeps the graph. :func:`gradients` and :func:`stacked_vjp` take it
@@ -146,7 +147,15 @@ def gradients(
             f"{', '.join(sorted(names)) or 'an autograd.Function'} is marked once_differentiable, so that it has no "
             "second derivative: give it a differentiable backward."
         )
-    return list(found)
+    return [None if g is None else _written_out(g) for g in found]
+
+
+def _written_out(gradient: Tensor) -> Tensor:
+    """A gradient that may be computed with in place, as the zeros that are none in memory may not.
+
+    The second derivative of ``abs`` is one of these.
+    """
+    return gradient.clone() if gradient._is_zerotensor() else gradient
 
 
 def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:

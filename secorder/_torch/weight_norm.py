@@ -1,4 +1,4 @@
-"""PyTorch's weight normalisation, and whether its second derivative is one."""
+"""PyTorch's weight normalisation, and whether its second derivative is exact."""
 
 from functools import cache
 
@@ -26,6 +26,6 @@ def second_derivative_is_exact() -> bool:
     g = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     with torch.enable_grad():
         kernel, elementary = torch._weight_norm(v, g, 0), v * g / v.norm(dim=1, keepdim=True)
-        slopes = [torch.autograd.grad(w[0, 0], v, create_graph=True)[0] for w in (kernel, elementary)]
-        found, expected = (torch.autograd.grad(slope[0, 0], v)[0] for slope in slopes)
+        derivatives = [torch.autograd.grad(w[0, 0], v, create_graph=True)[0] for w in (kernel, elementary)]
+        found, expected = (torch.autograd.grad(derivative[0, 0], v)[0] for derivative in derivatives)
     return torch.allclose(found, expected)

@@ -1,4 +1,4 @@
-"""One-shot diagnostics: Fisher, Hessian, statistics, and what a practitioner can make of them."""
+"""One-shot diagnosis: Fisher, Hessian, their statistics, and findings in words."""
 
 import warnings
 from collections.abc import Callable, Iterable, Sized
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import tells_renamed_keywords
+from .._torch.random_state import random_state_kept
 from ..batch import batch_size
 from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
 from ..layers.selection import LayerTypes
@@ -19,7 +20,7 @@ from ..monitor.statistics import layer_statistics
 from ..oneshot.data_set import batches_of, find_reduction, is_data_set
 from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
-from ..oneshot.told import warn_if_estimated
+from ..oneshot.warn import warn_if_estimated
 from ..probe import CurvatureProbe
 from ..results import Diagonals
 
@@ -95,6 +96,7 @@ def diagnose(
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
+        stack.enter_context(random_state_kept(model))
         probe = stack.enter_context(CurvatureProbe(model, layer_types, layers=layers, sample_dim=sample_dim))
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:

@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from .._caution import caution
+from .._torch.collectives import has_ranks
 from ..layers.selection import LayerTypes
 from ..monitor.names import flat
 from ..monitor.recorder import CurvatureRecorder
@@ -219,7 +219,7 @@ class CurvatureCallback(pl.Callback):
         if self.probe is None or self.recorder is None:
             return dict(self._resumed)
         recorder = self.recorder.state_dict()
-        if dist.is_available() and dist.is_initialized():
+        if has_ranks():
             total, count = recorder["loss"]
             parameters = [p for group in self.probe.layer_parameters.values() for p in group]
             total = torch.tensor(total, dtype=torch.float64, device=parameters[0].device)

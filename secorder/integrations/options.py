@@ -1,4 +1,4 @@
-"""Which of a callback's keywords are the probe's and which the recorder's."""
+"""Which of a callback's keywords belong to the probe and which to the recorder."""
 
 import difflib
 import inspect

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._torch.vjp import chunks
 from .patches import Patches, matrix_products, whole_input
-from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge
+from .per_sample import Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
 
 __all__ = [
     "CONVOLUTION_ELEMENTS",
@@ -217,9 +217,8 @@ def _contract_rows(
     u: Rows, v: Rows | None, numel: int, out: Tensor | None, beta: float, alpha: float, keep: Tensor | None
 ) -> Tensor:
     """:func:`contract` of :class:`Rows`, on the rows of each sample that are not zero."""
-    count, width = len(u.ids), u.g.shape[-1]
-    offset = torch.arange(count, device=u.ids.device)[:, None] * u.rows
-    places, where = _distinct((u.ids + offset).flatten())  # one for each sample and row
+    width = u.g.shape[-1]
+    places, where = distinct_rows(u)
 
     def compact(g: Tensor) -> Tensor:
         flat = g.flatten(-3, -2)
@@ -235,14 +234,6 @@ def _contract_rows(
     _scaled(out, beta)
     out.view(u.rows, width).index_add_(0, places % u.rows, products, alpha=alpha)
     return out
-
-
-def _distinct(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """The distinct keys, zeros behind them, and which of them each key is: of a size that no host has to wait for."""
-    ordered, order = keys.sort()
-    number = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)[: len(keys)]
-    distinct, where = torch.zeros_like(keys), torch.empty_like(keys)
-    return distinct.scatter_(0, number, ordered), where.scatter_(0, order, number)
 
 
 def contract_sum(
@@ -264,23 +255,15 @@ def contract_sum(
         alpha: as for :func:`contract`.
         keep: as for :func:`contract`.
     """
-    if len(parts) == 1:
-        return contract(parts[0], numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
-    forms: dict[type, list[PerSample]] = {}
-    for part in parts:
-        forms.setdefault(type(part), []).append(part)
-    merged = {form: merge(same) for form, same in forms.items()}
-    if len(merged) == 1:
-        return contract(next(iter(merged.values())), numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
-    outer, rows = merged.get(Outer), merged.get(Rows)
-    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
-        total = torch.stack([dense(part, numel) for part in merged.values()]).sum(0)
-        return contract(total, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
-    # An embedding and a head: (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B.
-    out = contract(outer, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
+    first, *rest = parts if len(parts) == 1 else sum_in_forms(parts, numel)
+    out = contract(first, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
+    if not rest:
+        return out
+    (rows,) = rest  # (A + B)² = A² + B² + 2 A ⊙ B, the last only in the few rows of B
+    assert isinstance(first, Outer)
+    assert isinstance(rows, Rows)
     contract(rows, numel=numel, out=out, alpha=alpha, keep=keep)
-    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
-    cross = kept(torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g, keep)
+    cross = kept(in_rows(first, rows), keep)
     out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
     return out
 
@@ -327,6 +310,8 @@ def added(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tenso
     """``out ← beta · out + alpha · total`` in place; without ``out``, alpha · total."""
     if out is None:
         return total if alpha == 1.0 else total * alpha
+    if beta == 0.0 and alpha == 1.0:
+        return out.copy_(total)
     return _scaled(out, beta).add_(total, alpha=alpha)
 
 

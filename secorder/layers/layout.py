@@ -1,11 +1,12 @@
 """Where the samples of a layer's input and output are."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["DIM_ZERO", "Layout", "candidate_layouts"]
+__all__ = ["DIM_ZERO", "Layout", "candidate_layouts", "layouts_of"]
 
 
 class Layout(NamedTuple):
@@ -50,10 +51,25 @@ class Layout(NamedTuple):
 DIM_ZERO = Layout()
 
 
+def layouts_of(shape: Sequence[int], count: int, *, any_dim: bool = True) -> list[Layout]:
+    """Every layout that a shape admits for so many samples, the usual first.
+
+    Args:
+        shape: of any tensor.
+        count: the number of samples.
+        any_dim: whether any dimension may hold several rows a sample (flattened tokens), or the first alone.
+    """
+    found = [Layout(dim) for dim, size in enumerate(shape) if size == count]
+    for dim, size in enumerate(shape if any_dim else shape[:1]):
+        if count and size > count and size % count == 0:
+            found += [Layout(dim, size // count, major) for major in (True, False)]
+    return found
+
+
 def candidate_layouts(
     inputs: tuple[Tensor, ...], output: Tensor, num_samples: int, *, any_leading_dim: bool
 ) -> list[Layout]:
-    """Where the samples of a call may be, by shape alone, the usual place first; to be verified by the caller.
+    """Where the samples of a call of a layer with a rule may be, by shape alone; to be verified by the caller.
 
     Args:
         inputs: the tensors that the layer was called with.

@@ -14,9 +14,13 @@ squares neither overflow nor underflow in float32, whose range bfloat16 has.
 *Positions.* The per-sample gradient ``Σ_p g_p a_pᵀ`` is formed as training forms the weight's own gradient in this
 precision, from factors in bfloat16 and rounded to it; it may cancel, and there is no bound relative to an entry, but
 with factors that come in bfloat16 it is rounded once. Squares and their sums are in float32.
+
+*Norms of several positions* (:mod:`.norms`) are sums of products of products: factors are rounded, as training rounds
+them for its own, and all else is in float32. With factors that come in bfloat16 nothing is rounded at all.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -25,10 +29,10 @@ from torch import Tensor
 from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
 from .contraction import added, contract_sum, kept
-from .patches import whole_input
+from .patches import Patches, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low"]
+__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low", "rounded"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -48,6 +52,14 @@ def is_low(precision: Precision, device: torch.device, computed_in: torch.dtype 
     if precision == "auto":
         return device.type != "cpu" and computed_in in (torch.bfloat16, torch.float16)
     return precision == "bfloat16"
+
+
+def rounded(part: Outer) -> Outer:
+    """A weight's, of several positions, with factors in bfloat16; any other as it is."""
+    if part.a is None or part.g.shape[2] == 1 or part.g.dtype is not torch.float32:
+        return part
+    a = replace(part.a, image=part.a.image.to(LOW)) if isinstance(part.a, Patches) else part.a.to(LOW)
+    return Outer(a, part.g.to(LOW))
 
 
 def contract_sum_low(

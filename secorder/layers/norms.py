@@ -16,10 +16,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS
+from .low_precision import rounded
 from .patches import Patches, matrix_products, whole_input
-from .per_sample import Outer, PerSample, Rows, chunk_elements, dense, merge, total_gradient
+from .per_sample import (
+    Outer,
+    PerSample,
+    Rows,
+    chunk_elements,
+    distinct_rows,
+    in_rows,
+    sum_in_forms,
+    total_gradient,
+)
 
 __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 
@@ -34,12 +45,13 @@ FORMED_PART = 2
 FEW_POSITIONS = 128
 
 
-def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> Tensor:
+def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int], *, low: bool = False) -> Tensor:
     """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n.
 
     Args:
         parts_of: for each parameter of a layer its per-sample gradients: one, or one of each layer that shares it.
         sizes: for each parameter the number of its elements.
+        low: whether the factors of matrix products are rounded to bfloat16.
 
     Returns:
         shape ``(N,)``, in the dtype of the per-sample gradients.
@@ -47,7 +59,11 @@ def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int])
     if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
         weight, bias = parts_of[0][0], parts_of[1][0]
         if isinstance(weight, Outer) and isinstance(bias, Outer) and bias.g is weight.g and weight.g.shape[1] == 1:
-            return _of_outer(weight, with_bias=True)
+            return _of_outer(rounded(weight) if low else weight, with_bias=True)
+    if low:
+        parts_of = [
+            [rounded(p) if isinstance(p, Outer) and len(parts) == 1 else p for p in parts] for parts in parts_of
+        ]
     norms = [_of_sum(parts, size) for parts, size in zip(parts_of, sizes, strict=True) if parts]
     return norms[0] if len(norms) == 1 else torch.stack(norms).sum(0)
 
@@ -71,7 +87,7 @@ class DenseNorms:
         sums = [flat.sum(0) for flat in flats]
         self._totals = sums if not self._totals else [t.add_(s) for t, s in zip(self._totals, sums, strict=True)]
 
-    def told(self) -> tuple[Tensor, Tensor]:
+    def squares(self) -> tuple[Tensor, Tensor]:
         """‖u_n‖² of each sample, and ‖Σ_n u_n‖²."""
         total = torch.stack([_squares(total[None])[0] for total in self._totals]).sum()
         return torch.cat(self._norms), total
@@ -91,19 +107,13 @@ def _one_sample(part: PerSample, size: int) -> PerSample:
 
 def _of_sum(parts: Sequence[PerSample], size: int) -> Tensor:
     """Of the sum of per-sample gradients of one parameter."""
-    forms: dict[type, list[PerSample]] = {}
-    for part in parts:
-        forms.setdefault(Tensor if isinstance(part, Tensor) else type(part), []).append(part)
-    merged = {form: merge(same) for form, same in forms.items()}
-    if len(merged) == 1:
-        return _of_one(next(iter(merged.values())), size)
-    outer, rows = merged.get(Outer), merged.get(Rows)
-    if len(merged) > 2 or not isinstance(outer, Outer) or not isinstance(rows, Rows) or outer.a is None:
-        return _of_one(torch.stack([dense(part, size) for part in merged.values()]).sum(0), size)
-    # An embedding and a head: ‖A + B‖² = ‖A‖² + ‖B‖² + 2 ⟨A, B⟩, the last by the few rows of B.
-    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
-    cross = torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0])
-    return _of_one(outer, size) + _of_one(rows, size) + 2 * (cross * rows.g).flatten(1).sum(1)
+    first, *rest = parts if len(parts) == 1 else sum_in_forms(parts, size)
+    if not rest:
+        return _of_one(first, size)
+    (rows,) = rest  # ‖A + B‖² = ‖A‖² + ‖B‖² + 2 ⟨A, B⟩, the last by the few rows of B
+    assert isinstance(first, Outer)
+    assert isinstance(rows, Rows)
+    return _of_one(first, size) + _of_one(rows, size) + 2 * in_rows(first, rows).flatten(1).sum(1)
 
 
 def _of_one(part: PerSample, size: int) -> Tensor:
@@ -153,11 +163,17 @@ def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
 def _by_products(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """Σ_{p,q} (g_p · g_q)(a_p · a_q) of some samples."""
     left, right = g[rows].flatten(0, 1), a[rows].flatten(0, 1)
-    of_a = torch.bmm(right, right.transpose(1, 2))
+    of_a = _grams(right)
     if with_bias:
         of_a += 1
-    products = torch.bmm(left, left.transpose(1, 2)).mul_(of_a)
+    products = _grams(left).mul_(of_a)
     return products.view(-1, g.shape[1] * g.shape[2] ** 2).sum(1)
+
+
+def _grams(rows: Tensor) -> Tensor:
+    """Each sample's rows with one another; of bfloat16 in float32, in which nothing is rounded but sums."""
+    columns = rows.transpose(1, 2)
+    return product_in_float32(rows, columns) if rows.dtype is torch.bfloat16 else torch.bmm(rows, columns)
 
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
@@ -167,7 +183,7 @@ def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) 
     else:
         formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)
     norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
-    return norms + _squares(g[rows].sum(2).flatten(1)) if with_bias else norms
+    return norms + _squares(g[rows].sum(2, dtype=formed.dtype).flatten(1)) if with_bias else norms
 
 
 def _of_rows(part: Rows) -> Tensor:
@@ -178,9 +194,6 @@ def _of_rows(part: Rows) -> Tensor:
     if positions <= FEW_POSITIONS:
         same = (part.ids[:, :, None] == part.ids[:, None, :]).to(g.dtype)
         return (torch.bmm(same, g) * g).flatten(1).sum(1)
-    offset = torch.arange(count, device=g.device)[:, None] * part.rows
-    keys, order = (part.ids + offset).flatten().sort()
-    number = torch.cat([keys.new_zeros(1), (keys[1:] != keys[:-1]).long()]).cumsum(0)  # of the sample's row
-    summed = g.new_zeros(len(keys), g.shape[-1]).index_add_(0, number, g.flatten(0, 1)[order])
-    samples = torch.zeros_like(keys).scatter_(0, number, keys // part.rows)
-    return g.new_zeros(count).index_add_(0, samples, _squares(summed))
+    places, where = distinct_rows(part)
+    summed = g.new_zeros(len(places), g.shape[-1]).index_add_(0, where, g.flatten(0, 1))
+    return g.new_zeros(count).index_add_(0, places // part.rows, _squares(summed))

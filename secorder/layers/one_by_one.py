@@ -1,4 +1,4 @@
-"""The factors of several layers, each by itself: what is small of what is asked of each is asked of all at once.
+"""The factors of several layers, multiplied layer by layer; small operations are done for all layers in one call.
 
 What is told of a layer are its squares or their sums, which are formed once, whatever is asked.
 """

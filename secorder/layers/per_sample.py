@@ -13,7 +13,7 @@ whose product it is, never formed where it needn't be, or :class:`Rows`, zero bu
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +30,14 @@ __all__ = [
     "Rule",
     "chunk_elements",
     "dense",
+    "distinct_rows",
+    "form_of",
+    "in_rows",
     "merge",
     "per_sample_gradients",
     "stacked",
     "stacked_gradients",
+    "sum_in_forms",
     "total_gradient",
     "with_cotangents",
 ]
@@ -163,6 +167,13 @@ def _regroup(gradient: PerSample, layout: Layout) -> PerSample:
     return layout.split(gradient).sum(1)
 
 
+def form_of(part: PerSample) -> tuple[Any, ...]:
+    """What per-sample gradients of one parameter have in common that :func:`merge` adds up."""
+    if isinstance(part, Outer):
+        return "outer", part.a is None, part.g.shape[1], part.g.shape[3]
+    return ("rows",) if isinstance(part, Rows) else ("dense",)
+
+
 def merge(parts: Sequence[PerSample]) -> PerSample:
     """The sum of per-sample gradients in one form."""
     if len(parts) == 1:
@@ -175,6 +186,42 @@ def merge(parts: Sequence[PerSample]) -> PerSample:
         ids = torch.cat([part.ids for part in parts], 1)  # type: ignore[union-attr]
         return Rows(ids, torch.cat([part.g for part in parts], 1), parts[0].rows)  # type: ignore[union-attr]
     return torch.stack(list(parts)).sum(0)  # type: ignore[arg-type]
+
+
+def sum_in_forms(parts: Sequence[PerSample], numel: int) -> list[PerSample]:
+    """The sum of per-sample gradients of one parameter: in one form, or as an :class:`Outer` and :class:`Rows`.
+
+    These two, an embedding and the head that is tied to it, are kept apart: written out, each sample's rows of the
+    table would take the whole parameter's size. What their product needs is :func:`in_rows`.
+    """
+    forms: dict[tuple[Any, ...], list[PerSample]] = {}
+    for part in parts:
+        forms.setdefault(form_of(part), []).append(part)
+    merged = sorted(map(merge, forms.values()), key=lambda part: isinstance(part, Rows))
+    first, last = merged[0], merged[-1]
+    plain = isinstance(first, Outer) and first.a is not None and first.g.shape[1] == 1
+    if len(merged) == 1 or (len(merged) == 2 and plain and isinstance(last, Rows)):
+        return merged
+    return [torch.stack([dense(part, numel) for part in merged]).sum(0)]
+
+
+def in_rows(outer: Outer, rows: Rows) -> Tensor:
+    """The entries of an outer product in the rows of the other times the other's, shape ``(N, positions, width)``."""
+    assert outer.a is not None
+    columns = outer.g[:, 0].gather(2, rows.ids[:, None].expand(-1, outer.g.shape[2], -1))
+    return torch.bmm(columns.transpose(1, 2), whole_input(outer.a)[:, 0]) * rows.g
+
+
+def distinct_rows(part: Rows) -> tuple[Tensor, Tensor]:
+    """The distinct rows of each sample, ``n · rows + row``, and which of them each position's is, flat.
+
+    Zeros are behind them: of a size that no host has to wait for.
+    """
+    offset = torch.arange(len(part.ids), device=part.ids.device)[:, None] * part.rows
+    ordered, order = (part.ids + offset).flatten().sort()
+    number = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)[: len(ordered)]
+    distinct, where = torch.zeros_like(ordered), torch.empty_like(ordered)
+    return distinct.scatter_(0, number, ordered), where.scatter_(0, order, number)
 
 
 def dense(gradient: PerSample, numel: int) -> Tensor:

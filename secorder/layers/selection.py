@@ -1,4 +1,4 @@
-"""Which layers of a model are looked at: selection by type and by name."""
+"""Which layers of a model are measured: selection by type and by name."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import is_scripted
+from .._torch.modules import holds, is_scripted
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -26,8 +26,10 @@ __all__ = [
     "MeasuredBy",
     "present",
     "ranks_of",
+    "read_elsewhere",
     "select_layers",
     "share_of_parameters",
+    "special_option",
     "trained",
 ]
 
@@ -122,11 +124,11 @@ def select_layers(
         InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
         InvalidArgumentError: a name or pattern matches no module, or a layer is lazy and not yet initialised.
         AttributionError: a layer's gradients are not those of a fixed dense parameter (embeddings with
-            ``sparse``, ``max_norm`` or ``scale_grad_by_freq``).
+            ``max_norm`` or ``scale_grad_by_freq``).
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if isinstance(model, nn.DataParallel) or any(isinstance(m, nn.DataParallel) for m in model.modules()):
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
         raise InvalidTypeError(
             "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
             "(model.module) on one device, or use DistributedDataParallel."
@@ -136,8 +138,9 @@ def select_layers(
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    readers = _read_elsewhere(model)
-    managed = fsdp_mesh_dims(model) if any(map(is_distributed, model.parameters())) else {}
+    readers = read_elsewhere(model)
+    distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
+    managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
     for name, (module, parameters) in chosen.items():
         lazy = [
@@ -152,11 +155,11 @@ def select_layers(
                 f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
                 "or keep the module that it was made of."
             )
-        option = _special_option(module)
+        option = special_option(module)
         if option and not unchecked:
             raise AttributionError(
-                f"layer {name!r} is an embedding with {option}=, whose gradient is sparse, or not that of a fixed "
-                "table: build it without, or leave the layer out with layers=."
+                f"layer {name!r} is an embedding with {option}=, whose gradient is not that of a fixed table: "
+                "build it without, or leave the layer out with layers=."
             )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names and not unchecked:
@@ -165,7 +168,7 @@ def select_layers(
                 "leave it out with layers=."
             )
         spread = None
-        if any(map(is_distributed, parameters.values())) and not unchecked:
+        if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
             spread = _spread(managed, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
@@ -178,6 +181,8 @@ def select_layers(
 
 def present(layer: Layer) -> Layer:
     """The layer with the parameters that its module holds now, which may have been exchanged since it was selected."""
+    if holds(layer.module, layer.parameters):
+        return layer
     now = dict(layer.module.named_parameters())
     if all(now.get(name) is p for name, p in layer.parameters.items()) or not layer.parameters.keys() <= now.keys():
         return layer
@@ -220,15 +225,15 @@ def _cut(model: nn.Module) -> tuple[Axis, ...]:
     return ()
 
 
-def _read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
+def read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
     """Modules whose parameters another module reads without calling them, by module."""
     return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
 
 
-def _special_option(module: nn.Module) -> str | None:
+def special_option(module: nn.Module) -> str | None:
     """An option with which an embedding's gradient is not that of a fixed dense table."""
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return next((o for o in ("sparse", "max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
+        return next((o for o in ("max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
     return None
 
 
@@ -297,6 +302,8 @@ def _is_parametrization(local: str) -> bool:
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
     if layers is None:
         return None
+    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+        raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     patterns = [layers] if isinstance(layers, str) else list(layers)
     for pattern in patterns:
         if not isinstance(pattern, str):

@@ -1,4 +1,4 @@
-"""The factors of several small layers side by side in one matrix: apart, each costs the calls of many operations.
+"""The factors of several small layers as columns of one matrix, so that one operation serves all of them.
 
 A block of columns for the inputs of each layer, then one for the cotangents of each, and a column of ones, the input of
 biases: what is asked of every layer is one operation on all columns, or a product with a matrix that tells the blocks.

@@ -1,4 +1,4 @@
-"""What the structure of a model tells for certain: independent samples, pure functions, piecewise linear tails."""
+"""Properties that follow from a model's structure: independent samples, pure functions, piecewise linear tails."""
 
 from torch import Tensor, nn
 

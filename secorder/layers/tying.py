@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from .rules import rule_for
-from .selection import Layer, _read_elsewhere, _special_option
+from .selection import Layer, read_elsewhere, special_option
 
 __all__ = ["Ties", "tied_layers"]
 
@@ -20,10 +20,10 @@ def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer],
     without a rule that holds it too (and may not use it) is not among them. Both results are empty where nothing is
     tied.
     """
-    elsewhere = _read_elsewhere(model)
+    elsewhere = read_elsewhere(model)
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
-        if module not in elsewhere and not _special_option(module) and rule_for(module) is not None:
+        if module not in elsewhere and not special_option(module) and rule_for(module) is not None:
             for local, p in module.named_parameters(recurse=False, remove_duplicate=False):
                 holders.setdefault(id(p), []).append((name, module, local))
     ties: Ties = {}

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Output, Users, can_be_run, is_complex, outputs_of, recomputed, run_node_once, shape_of
-from .layout import Layout
 from .operations import MAPS, OPERATIONS, TOGETHER, OperationCall, per_sample_gradient
 from .operations.registry import each
 from .operations.routed import OwnedRows, through_rows
-from .per_sample import Outer, PerSample, Rows, dense, merge
+from .per_sample import Outer, PerSample, Rows, dense, form_of, merge
 
 __all__ = [
-    "Later", "Piece", "Route", "Use", "Uses", "brought", "carried", "find_uses", "hidden", "layouts_of", "pieces",
+    "Later", "Piece", "Route", "Use", "Uses", "brought", "carried", "find_uses", "hidden", "pieces",
     "reentrant",
 ]  # fmt: skip
 
@@ -152,15 +151,6 @@ def reentrant(users: Users) -> bool:
 def hidden(found: Uses) -> bool:
     """Whether what operations saved cannot be read, since a checkpoint computes it again."""
     return any(recomputed(node) is not False for node in (*(use.node for use in found.uses), *found.followed))
-
-
-def layouts_of(shape: Sequence[int], count: int) -> list[Layout]:
-    """Every layout that a shape admits for so many samples, the usual first."""
-    found = [Layout(dim) for dim, size in enumerate(shape) if size == count]
-    for dim, size in enumerate(shape):
-        if size > count and size % count == 0:
-            found += [Layout(dim, size // count, major) for major in (True, False)]
-    return found
 
 
 def brought(
@@ -316,7 +306,7 @@ def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
         else:
             every.append(one)
     for name, part in itertools.chain(*every, *(_together(name, waiting) for (name, _), waiting in later.items())):
-        forms.setdefault(name, {}).setdefault(_form(part), []).append(part)
+        forms.setdefault(name, {}).setdefault(form_of(part), []).append(part)
     return {name: [merge(parts) for parts in by_form.values()] for name, by_form in forms.items()}
 
 
@@ -329,10 +319,3 @@ def _together(operation: str, waiting: Sequence[Later]) -> Iterable[tuple[str, P
             assert isinstance(part.a, Tensor)
             part = Outer(part.g, part.a)
         yield name, part
-
-
-def _form(part: PerSample) -> tuple[Any, ...]:
-    """What parts have in common that can be merged."""
-    if isinstance(part, Outer):
-        return "outer", part.a is None, part.g.shape[1], part.g.shape[3]
-    return ("rows",) if isinstance(part, Rows) else ("dense",)

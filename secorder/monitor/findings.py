@@ -1,4 +1,4 @@
-"""What stands out in the curvature of a model, in words."""
+"""Findings: what stands out in the curvature of a model, in words."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from ..errors import CouplingError
-from ..results import Diagonals
+from ..results import Diagonals, Strategy
 from .html import html_list
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
@@ -155,7 +155,7 @@ def find(
     for name, row in curved.items():
         own = gathered.get(name)
         share = traces.get(name, 0.0) / whole if whole > 0 else 0.0
-        unused = hessian.info[name].strategy == "unused"
+        unused = hessian.info[name].strategy == Strategy.UNUSED
         found += _findings_of_layer(name, row, own, unused, hessian[name].numel(), share, samples)
     order = list(THRESHOLDS)
     return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))

@@ -1,4 +1,4 @@
-"""A table that fits a terminal: names give up what they share, then columns are left out; numbers are never cut."""
+"""A table that fits the terminal's width: names are shortened, then columns are left out; numbers are never cut."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar

@@ -1,4 +1,4 @@
-"""How numbers are called: statistic and layer, ``"fisher_trace/conv1"``."""
+"""Names of logged numbers: statistic and layer, ``"fisher_trace/conv1"``."""
 
 from collections.abc import Mapping
 

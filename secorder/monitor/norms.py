@@ -1,4 +1,4 @@
-"""How large gradients, weights and updates of layers are."""
+"""Norms of gradients, weights and updates, by layer."""
 
 import math
 from collections.abc import Mapping, Sequence

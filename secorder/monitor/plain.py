@@ -1,4 +1,4 @@
-"""A table as plain text, letter by letter what ``rich`` prints of it: for one that fits, in a fraction of the time."""
+"""A table that fits, as plain text: what ``rich`` prints of it, in a fraction of the time."""
 
 from collections.abc import Sequence
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._caution import caution
+from .._torch.collectives import has_ranks
 from ..errors import AttributionError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
@@ -143,7 +144,7 @@ class CurvatureRecorder:
         self._failed: set[str] = set()
         self._layers = probe.layer_parameters
         apart = any(hasattr(p, "device_mesh") for group in self._layers.values() for p in group)
-        self._together = (synchronize or apart) and dist.is_available() and dist.is_initialized()
+        self._together = (synchronize or apart) and has_ranks()
         self._window = {"keep_total": keep_total, "synchronize": synchronize and not apart}
         self._log = CurvatureLog(None if self._together and dist.get_rank() else sinks, strict=strict)
         self._norms = Norms(self._layers) if norms_every is not None else None

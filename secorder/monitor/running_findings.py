@@ -1,4 +1,4 @@
-"""What stands out while a model trains, told when it begins and when it ends."""
+"""Findings while a model trains: when each begins and when it ends."""
 
 import math
 from collections import deque

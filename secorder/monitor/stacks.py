@@ -1,4 +1,4 @@
-"""Many tensors as few: those of one shape as the rows of one, so that a thousand small layers take few operations."""
+"""Tensors of one shape as the rows of one tensor, so that a thousand small layers take few operations."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -73,13 +73,13 @@ def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] |
 
 
 def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:
-    """The norms of tensors from those of their parts on each rank: one all-reduce for each way to lie over a mesh."""
-    ways: dict[Any, list[int]] = {}
+    """Norms of tensors from those of their parts on each rank: an all-reduce for each mesh and set of dimensions."""
+    places_of: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if hasattr(tensor, "placements"):
             cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-            ways.setdefault((tensor.device_mesh, tuple(cut)), []).append(place)
-    for (mesh, cut), alike in ways.items():
+            places_of.setdefault((tensor.device_mesh, tuple(cut)), []).append(place)
+    for (mesh, cut), alike in places_of.items():
         squares = numbers[alike].square()
         for dim in cut:
             all_reduce(squares, group=mesh.get_group(dim))

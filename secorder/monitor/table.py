@@ -111,13 +111,13 @@ def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
     known = [d for d in diagonals.values() if isinstance(d, Diagonals)]
     types = {name: kind for d in known for name, kind in d.layer_types.items()}
     shapes = {name: shape for d in known for name, shape in d.parameter_shapes().items()}
-    ways = {name: info.measured_by for d in known for name, info in d.info.items() if info.measured_by}
+    measured_by = {name: info.measured_by for d in known for name, info in d.info.items() if info.measured_by}
     rows = []
     for name in names:
         shape = next(("×".join(map(str, s)) for s in shapes.get(name, {}).values()), "")
         size = next(d[name].numel() for d in diagonals.values() if name in d)
         here = {kind: rows_[name] for kind, rows_ in summaries.items() if name in rows_}
-        rows.append(_Row(name, types.get(name, ""), shape, size, here, ways.get(name, "")))
+        rows.append(_Row(name, types.get(name, ""), shape, size, here, measured_by.get(name, "")))
     return rows
 
 

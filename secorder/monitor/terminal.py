@@ -1,4 +1,4 @@
-"""``rich``, loaded so that nobody notices: at import it draws from Python's ``random``, whose state is the user's."""
+"""``rich``, imported without a change to the state of Python's ``random``, from which it draws at import."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""What training itself tells: its loss and its learning rates."""
+"""The loss and the learning rates of a training."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""A run that goes on, in the terminal: the latest numbers of its file of JSON lines, and how they came to be."""
+"""``secorder watch``: the latest numbers of a JSON lines file that still grows, and their history."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What is needed of a probe that a recorder watches."""
+"""What a recorder needs of the probe that it watches."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

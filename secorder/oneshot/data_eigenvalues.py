@@ -12,7 +12,7 @@ from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
-from .data_set import MeasuresBatches, batches_of, reduction_of
+from .data_set import MeasuresBatches, alike, batches_of, reduction_of
 from .eigenvalues import Eigenvalues, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
@@ -60,7 +60,8 @@ def eigenvalues_of_data(
     sizes, first, following = [], None, None
     for x, t in batches_of(data, dim):
         sizes.append(batch_size(x, t, dim))
-        following = following or (None if first is None else (x, t))
+        if first is not None and (following is None or alike(first[:2], following)):
+            following = x, t
         first = first or (x, t, sizes[0])
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")

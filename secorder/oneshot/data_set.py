@@ -8,20 +8,24 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
+from .._caution import caution
 from .._torch.pytree import map_tensors, tensors_in
+from .._torch.random_state import random_state_kept
 from ..batch import batch_size, sample_dimension, sample_sizes
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..means import RunningMean, mean_over_ranks
 from ..monitor.progress import progress_bar
 from ..parallel.all_reduce import raised_on_all
 from ..results import Diagonals, joined_info, relative_error
+from .known_losses import defined_reduction
 from .loss import losses
 from .trace import Trace
 
 __all__ = [
     "MeasuresBatches",
+    "alike",
     "batches_of",
     "find_reduction",
     "first_of",
@@ -53,7 +57,15 @@ def is_data_set(inputs: Any, targets: Any) -> bool:
     """Whether what stands in place of a batch yields batches: a DataLoader, a generator, a list of pairs.
 
     A structure of tensors is no data set: it is the model's arguments.
+
+    Raises:
+        InvalidTypeError: it is a data set by its type, and yields no batches.
+        InvalidArgumentError: there are targets beside it.
     """
+    if isinstance(inputs, Dataset) and not isinstance(inputs, Iterable):
+        raise InvalidTypeError(f"a {type(inputs).__name__} yields no batches: pass torch.utils.data.DataLoader of it.")
+    if targets is not None and isinstance(inputs, DataLoader):
+        raise InvalidArgumentError("a DataLoader yields (inputs, targets): pass no targets beside it.")
     if isinstance(inputs, list) and targets is None and inputs:
         return all(_pair(x) for x in inputs)
     if targets is not None or isinstance(inputs, (Tensor, tuple, list, Mapping)) or not isinstance(inputs, Iterable):
@@ -71,6 +83,8 @@ def _pair(batch: Any) -> bool:
 def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]]:
     """Inputs and targets, batch by batch; those without samples are left out.
 
+    What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
+
     Args:
         data: yields them.
         sample_dim: where samples are in the inputs.
@@ -79,12 +93,19 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
         InvalidTypeError: the data yields something else.
     """
     for batch in data:
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise InvalidTypeError(
-                f"the data must yield (inputs, targets), got {type(batch).__name__}: wrap it in a generator that does."
-            )
-        if 0 not in sample_sizes(batch[0], sample_dim):
-            yield batch[0], batch[1]
+        inputs, targets = _inputs_and_targets(batch)
+        if 0 not in sample_sizes(inputs, sample_dim):
+            yield inputs, targets
+
+
+def _inputs_and_targets(batch: Any) -> Batch:
+    pair = isinstance(batch, (tuple, list))
+    if pair and len(batch) in (1, 2):
+        return batch[0], batch[1] if len(batch) == 2 else None
+    if not pair and next(tensors_in(batch), None) is not None:
+        return batch, None
+    got = f"{len(batch)} things" if pair else type(batch).__name__
+    raise InvalidTypeError(f"the data must yield (inputs, targets), got {got}: wrap it in a generator that does.")
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
@@ -124,7 +145,7 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
             synchronize = given.pop("synchronize", False)
-            with raised_on_all() if synchronize else nullcontext():
+            with raised_on_all() if synchronize else nullcontext(), random_state_kept(probe.data_context[0]):
                 found, seen = _over(probe, measure, loss_fn, data, by_sample(given), given, errors=synchronize)
             if synchronize:
                 found = mean_over_ranks(found, seen)
@@ -153,7 +174,7 @@ def _over(
     total = len(data) if isinstance(data, Sized) else None
     running, first, sample = RunningMean([], []), None, None
     kept: list[Any] = []
-    seen, kind = 0, "mean" if by_sample else None
+    seen, kind, unknown = 0, "mean" if by_sample else None, None
     with progress_bar(options.pop("progress", False), "Data set", total, unit="batches") as advance:
         for x, t in batches_of(data, dim):
             count = batch_size(x, t, dim)
@@ -164,7 +185,12 @@ def _over(
             if sample is None:
                 running, first, sample = RunningMean.like(_values(found)), found, (x, t, count)
             elif kind is None:
-                kind = reduction_of(model, loss_fn, sample, dim, told, (x, t))
+                try:
+                    kind = reduction_of(model, loss_fn, sample, dim, told, (x, t))
+                except InvalidArgumentError as error:
+                    if not sample[2] == count == 1:  # of which a mean and a sum are added up in the same way
+                        raise
+                    unknown = error
                 if kind == "sum":
                     running.mean = [m / sample[2] for m in running.mean]
             running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
@@ -173,6 +199,8 @@ def _over(
             advance(1)
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+    if kind is None and unknown is not None:
+        raise unknown
     if len(kept) > 1 or errors:
         scale = float(seen) if kind == "sum" else 1.0
         first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
@@ -210,7 +238,7 @@ def _rebuilt(
 def reduction_of(
     model: nn.Module, loss_fn: Any, first: CountedBatch, dim: int, told: Kind | None, following: Batch | None = None
 ) -> Kind:
-    """As the loss's values tell, else as it was told.
+    """As the loss's definition or its values tell, else as it was told.
 
     Raises:
         InvalidArgumentError: neither.
@@ -219,10 +247,19 @@ def reduction_of(
         return find_reduction(model, loss_fn, first, dim, following)
     except InvalidArgumentError as error:
         if told is not None:
+            if isinstance(error, NeitherMeanNorSum):
+                caution(f"{NEITHER}: batches are weighted as those of a {told}, as it was told.")
             return told
         raise InvalidArgumentError(
             f"{error} Say it to the probe, or measure batch by batch and take secorder.weighted_mean of the results."
         ) from error
+
+
+NEITHER = "the loss is neither a mean nor a sum over samples (they are weighted, or padded, or coupled)"
+
+
+class NeitherMeanNorSum(InvalidArgumentError):
+    """The loss of a batch is neither the mean nor the sum of those of its parts."""
 
 
 def find_reduction(
@@ -232,14 +269,14 @@ def find_reduction(
     dim: int,
     following: Batch | None = None,
 ) -> Kind:
-    """How a loss reduces samples, from its value on a batch and on the batch's two parts.
+    """How a loss reduces samples, by its definition, or from its value on a batch and on the batch's two parts.
 
     Args:
         model: the model.
         loss_fn: the loss.
         first: inputs, targets and their number of samples.
         dim: where samples are in the inputs.
-        following: the batch after it: where the first holds one sample, these two are the parts of one.
+        following: another batch: where the first holds one sample, or two alike, these two are the parts of one.
 
     Raises:
         InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
@@ -253,29 +290,32 @@ def find_reduction(
 
         return map_tensors(cut, tree)
 
-    cut, parts, whole = count // 3 or count // 2, None, (inputs, targets)
+    defined = defined_reduction(loss_fn, targets)
+    if defined is not None:
+        return defined
+    cut, both = count // 3 or count // 2, None
     if cut:
-        sizes = cut, count - cut
-        parts = [(part(inputs, at, n), part(targets, at, n)) for at, n in zip((0, cut), sizes, strict=True)]
-    elif following is not None and (joined := _joined(whole, following, count, dim)) is not None:
-        sizes = count, batch_size(*following, dim)
-        parts, whole = [whole, following], joined
-    if parts and count < 3 and _alike(parts[0][1], parts[1][1]):  # of one class, weights of classes do not show
-        parts = None
-    if parts:
-        together, one, other = losses(model, loss_fn, [whole, *parts])
+        sizes, whole = (cut, count - cut), (inputs, targets)
+        both = [(part(inputs, at, n), part(targets, at, n)) for at, n in zip((0, cut), sizes, strict=True)]
+    if count < 3 and following is not None and (not both or alike(*both)):
+        joined = _joined((inputs, targets), following, count, dim)
+        sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
+        whole = joined or whole
+    if both and not (sum(sizes) < 3 and alike(*both)):  # of one class, weights of classes do not show
+        together, one, other = losses(model, loss_fn, [whole, *both])
         if torch.allclose(together, (sizes[0] * one + sizes[1] * other) / sum(sizes), rtol=1e-3):
             return "mean"
         if torch.allclose(together, one + other, rtol=1e-3):
             return "sum"
+        raise NeitherMeanNorSum(f'{NEITHER}: pass reduction="mean" or "sum", by which batches are weighted.')
     raise InvalidArgumentError(
         'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
     )
 
 
-def _alike(one: Any, other: Any) -> bool:
+def alike(one: Batch, other: Batch) -> bool:
     """Whether targets are the same."""
-    pairs = list(zip(tensors_in(one), tensors_in(other), strict=False))
+    pairs = list(zip(tensors_in(one[1]), tensors_in(other[1]), strict=False))
     return bool(pairs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
 
 

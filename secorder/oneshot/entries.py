@@ -6,7 +6,7 @@ Of the others the model is run once more as far as the last of them enters, with
 the operand must be the same as before, or have its rows exchanged likewise, where the graph has the samples.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._torch.sample_graph import SHARED, place_of
+from .._torch.sample_graph import SHARED, InnerSizes, place_of
 from .._torch.versions import version
 
 __all__ = ["Enough", "Entries", "Replay", "tensors_of"]
@@ -135,7 +135,7 @@ class Entries:
 
     def independent(
         self,
-        told: Mapping[tuple[Any, int], int | None],
+        told: InnerSizes,
         count: int,
         order: Tensor,
         run: Callable[["Replay"], None],
@@ -204,9 +204,7 @@ class Replay(TorchFunctionMode):
         return result
 
 
-def _follows(
-    operand: _Operand, after: Tensor | None, told: Mapping[tuple[Any, int], int | None], count: int, order: Tensor
-) -> bool:
+def _follows(operand: _Operand, after: Tensor | None, told: InnerSizes, count: int, order: Tensor) -> bool:
     """Whether an operand is the same after samples were exchanged, or exchanged as they are at all of its uses."""
     before = operand.tensor
     if after is None or after.shape != before.shape or after.dtype != before.dtype:

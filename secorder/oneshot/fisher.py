@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from .._arguments import require_integer
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
+from .._torch.sample_graph import InnerSizes
+from .._torch.several import divide_each
 from .._torch.vjp import gradients, zero_tether
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
@@ -38,7 +40,7 @@ from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
 from .fisher_by_samples import by_samples
-from .fisher_by_uses import Told, by_uses
+from .fisher_by_uses import by_uses
 from .fisher_by_weight import ByWeight, heaviest_columns
 from .fisher_pairs import FisherType, Found, second_order_columns
 from .head import contract_head, head_outputs, known_heads
@@ -51,7 +53,7 @@ from .output_hessian import as_samples, filled
 from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs
 from .recording import Recording, recorded, seen
-from .roots import Columns, First, Root, single
+from .roots import Columns, First, Root, Single
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
 ONE_OPERATION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding)
@@ -60,8 +62,9 @@ __all__ = [
     "FisherType",
     "Trial",
     "check_fisher_type",
-    "every_way",
+    "fisher_budget",
     "fisher_diagonal",
+    "fisher_sums",
     "in_batches",
     "require_independent_samples",
 ]
@@ -76,6 +79,19 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
     if fisher_type not in ("empirical", "type-2", "mc"):
         raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
     require_integer("num_draws", num_draws, 1)
+
+
+def fisher_budget(fisher_type: str, rtol: float | None, max_draws: int, *, create_graph: bool = False) -> Budget | None:
+    """How exact a Fisher by its heaviest columns is to be; None where no error is asked for.
+
+    Raises:
+        InvalidArgumentError: there is no such Fisher.
+    """
+    if rtol is None:
+        return None
+    if fisher_type != "type-2" or create_graph:
+        raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')
+    return Budget.checked("hutchinson", None, rtol, max_draws, None)
 
 
 def fisher_diagonal(
@@ -93,16 +109,15 @@ def fisher_diagonal(
     """
     asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    found = every_way(task, *asked, weighted)
+    found = fisher_sums(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
         tether = zero_tether(task.model)
         values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
     else:
-        values = {
-            name: [(v.detach() if v.requires_grad else v).div_(count) for v in parts]
-            for name, (parts, _) in found.items()
-        }
+        values = {name: [v.detach() if v.requires_grad else v for v in parts] for name, (parts, _) in found.items()}
+        every = [v for parts in values.values() for v in parts]
+        divide_each(every, [float(count)] * len(every))
     errors = None
     told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
     if told:
@@ -110,8 +125,8 @@ def fisher_diagonal(
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
 
 
-def every_way(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
-    """Of all layers, not divided by the number of samples yet: by the whole batch, or else sample by sample."""
+def fisher_sums(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
+    """The sums over samples, of all layers: from the whole batch at once, or else sample by sample."""
     try:
         found = in_batches(task, fisher_type, num_draws, weighted=weighted)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
@@ -140,7 +155,7 @@ def in_batches(
     trial: Trial | None = None,
     weighted: ByWeight | None = None,
 ) -> Found:
-    """The ways that run the whole batch at once; layers that they do not serve are missing from the result."""
+    """By the strategies that run the whole batch at once; layers that they do not serve are missing from the result."""
     if task.owned is not None:  # whose samples no dimension of the inputs holds
         return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
@@ -185,7 +200,10 @@ def _in_batches(
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
         layers = _usable(recording, tapped, with_graph=task.create_graph)
         second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        side = None if traced.hooked else losses_by_definition(task, output, loss, second_order=second_order)
+        side = None
+        if not traced.hooked:
+            leaves = [leaf for z in layers for leaf in z.leaves]
+            side = losses_by_definition(task, output, loss, leaves, second_order=second_order)
         if side is None:
             if not recording.without_graph and not watched.without_graph:
                 loss = loss.detach()  # whose graph is as large as the output
@@ -200,11 +218,11 @@ def _in_batches(
         found: Found = {}
         told = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
-            told = traced.told(side.model_outputs)
+            told = traced.inner_sizes(side.model_outputs)
             found = by_uses(task, followed, pairs, side.model_outputs, told, linear=second_order)
         if layers:
             how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
-            found |= _by_rules(task, side.model_outputs, pairs, layers, **how)
+            found |= _by_rules(task, side, pairs, layers, **how)
         recording.require_seen(loss)
         watched.require_seen(loss)
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
@@ -230,12 +248,12 @@ def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) 
     ]
 
 
-def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: Told | None) -> bool:
+def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: InnerSizes | None) -> bool:
     """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
     others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    told = traced.told(side.model_outputs) if told is None else told
+    told = traced.inner_sizes(side.model_outputs) if told is None else told
     return others is not None and traced.follows(task.inputs, told, *others)
 
 
@@ -267,13 +285,13 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
 def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
-        return single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
-    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws)
+        return Single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
+    return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws, side.root)
 
 
 def _by_rules(
     task: Measurement,
-    model_outputs: Sequence[Tensor],
+    side: SampleLosses,
     pairs: Columns,
     layers: Sequence[RecordedLayer],
     *,
@@ -283,6 +301,7 @@ def _by_rules(
     bare: bool,
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
+    model_outputs = side.model_outputs
     alone = list(layers) if bare else _used_alone(task, model_outputs, layers)
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
@@ -299,6 +318,7 @@ def _by_rules(
             linear=linear,
             by_graph=by_graph,
             advance=advance,
+            plain=side.at_leaves,
         )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
     by_columns = {z.layer.name: values for z, values in zip(alone, found, strict=True) if values is not None}

@@ -18,7 +18,7 @@ from ..results import Strategy
 from .fisher_pairs import FisherType, Found, collect, second_order_columns
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import expose_output, loss_of_output
+from .output_hessian import loss_of_output, output_points
 from .recording import seen
 
 __all__ = ["by_loop", "trial_of_loop"]
@@ -167,8 +167,7 @@ def _columns(
         return
     again, points, _ = found
     pairs = second_order_columns(task, gradients(again, points, create_graph=True), points, fisher_type, num_draws)
-    exposed: list[Tensor] = []
-    expose_output(output, exposed, None, detach=False)
+    exposed = output_points(output, None)
     sizes = [f.numel() for f in exposed]
 
     def pull_back(stack: Tensor) -> list[Tensor]:

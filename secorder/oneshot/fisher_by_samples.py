@@ -13,7 +13,7 @@ from ..results import Strategy
 from .cotangents import require_linear_backward
 from .fisher_pairs import Found, collect
 from .measurement import Measurement
-from .output_hessian import expose_output
+from .output_hessian import output_points
 from .roots import Columns
 
 __all__ = ["by_samples"]
@@ -28,8 +28,7 @@ def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, li
         pairs: the cotangents.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
     """
-    model_outputs: list[Tensor] = []
-    expose_output(task.isolated.forward(task.inputs), model_outputs, task.dimension, detach=False)
+    model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
     totals = [
         torch.zeros_like(s, dtype=compute_dtype(layer)) for layer in layers for s in task.isolated.replacements(layer)

@@ -1,14 +1,14 @@
 """The Fisher of layers without a rule, by the operations that take their parameters."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node, is_builtin, outputs_of, users_of
-from .._torch.sample_graph import inner_size, samples_in_nodes
+from .._torch.graph import is_builtin, outputs_of, users_of
+from .._torch.sample_graph import InnerSizes, inner_size, samples_in_nodes
 from ..errors import DoubleBackwardError
-from ..layers.contraction import contract, contract_sum
+from ..layers.contraction import added, contract, contract_sum
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import DIM_ZERO
 from ..layers.operations import OperationCall
@@ -19,14 +19,12 @@ from ..results import LayerInfo, Strategy
 from .cotangents import require_linear_backward
 from .fisher_pairs import Found
 from .measurement import Measurement
-from .output_hessian import expose_output
+from .output_hessian import output_points
+from .recorded_layer import parts_of_one
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
 
-__all__ = ["Told", "by_uses"]
-
-#: What a graph tells of its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
-Told = Mapping[tuple[Node, int], int | None]
+__all__ = ["by_uses"]
 
 
 def by_uses(
@@ -34,7 +32,7 @@ def by_uses(
     layers: Sequence[Layer],
     pairs: Columns,
     model_outputs: Sequence[Tensor] | None = None,
-    told: Told | None = None,
+    told: InnerSizes | None = None,
     *,
     linear: bool,
 ) -> Found:
@@ -51,9 +49,7 @@ def by_uses(
     if task.create_graph or task.num_samples == 1:
         return {}
     if model_outputs is None:
-        again: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), again, task.dimension, detach=False)
-        model_outputs = again
+        model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     users = users_of(model_outputs)
     parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
     if told is None:
@@ -72,10 +68,7 @@ def by_uses(
     if linear and not task.certain and not all(is_builtin(node) for node in users):
         ends = [s for x in mine for s in task.isolated.replacements(x)]
         require_linear_backward(model_outputs, ends, pairs, task.generator)
-    totals = {
-        x.name: [torch.zeros(p.numel(), dtype=compute_dtype(x), device=p.device) for p in x.parameters.values()]
-        for x in mine
-    }
+    totals = {x.name: parts_of_one(x) for x in mine}
     for k in range(pairs.num_columns):
         some = pairs.columns(range(k, k + 1))
         left = _pulled_back(task, model_outputs, mine, usable, evidence, some.u[0])
@@ -85,7 +78,9 @@ def by_uses(
             for (name, p), total in zip(layer.parameters.items(), totals[layer.name], strict=True):
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
-                    _add(total, u, v, sign, p.numel())
+                    _add(total, u, v, sign, p.numel(), float(k > 0))
+                elif not k:
+                    total.zero_()
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
 
@@ -130,16 +125,16 @@ def _same_factor(u: PerSample, v: PerSample) -> bool:
     return isinstance(u, Tensor) or (isinstance(u, Rows) and isinstance(v, Rows) and torch.equal(u.ids, v.ids))
 
 
-def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int) -> None:
-    """Add Σ_n u_n ⊙ v_n sign_n to the total."""
+def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int, beta: float) -> None:
+    """Add Σ_n u_n ⊙ v_n sign_n to beta times the total."""
     if v is u and sign is None:
-        contract_sum(u, numel=numel, out=total)
+        contract_sum(u, numel=numel, out=total, beta=beta)
     elif len(u) == 1 and (v is u or _same_factor(u[0], v[0])):
         right = (
             v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
         )
-        contract(u[0], right, numel=numel, out=total)
+        contract(u[0], right, numel=numel, out=total, beta=beta)
     else:
         left, right = (torch.stack([dense(part, numel) for part in parts]).sum(0) for parts in (u, v))
         products = left * right if sign is None else left * right * sign.to(left)[:, None]
-        total.add_(products.sum(0))
+        added(products.sum(0), total, beta, 1.0)

@@ -12,12 +12,12 @@ from .cotangents import require_linear_backward
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
 from .fisher_pairs import Found
-from .heaviest import by_weight
+from .heaviest import by_weight, forecast
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, whole
 from .measurement import Measurement
-from .output_hessian import expose_output
+from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_settled
 from .roots import Columns, Root
 
@@ -32,11 +32,15 @@ class ByWeight:
         budget: how exact.
         reduce: of stacked diagonals by parameter, what is wanted; linear in them.
         estimates: by layer, as they turned out.
+        forecast: find out what it takes, and no more.
+        told: by that, columns and draws, and their seconds for all layers together.
     """
 
     budget: Budget
     reduce: Reduce = whole
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    forecast: bool = False
+    told: tuple[int, float] = (0, 0.0)
 
 
 def heaviest_columns(
@@ -64,8 +68,7 @@ def heaviest_columns(
     if not layers:
         return {}
     if rest and not task.certain:
-        outputs: list[Tensor] = []
-        expose_output(task.isolated.forward(task.inputs), outputs, task.dimension, detach=False)
+        outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
         replacements = [s for layer in rest for s in task.isolated.replacements(layer)]
         require_linear_backward(outputs, replacements, root, task.generator)
     strategies = dict.fromkeys((z.layer.name for z in served), Strategy.RULE)
@@ -80,6 +83,9 @@ def heaviest_columns(
             values[name], strategies[name] = parts, info.strategy
         return [[v[0] for v in weighted.reduce([p.detach().flatten()[None] for p in values[x.name]])] for x in layers]
 
+    if weighted.forecast:
+        weighted.told = forecast(root, weighted.budget, contract, task.generator)
+        return {layer.name: ([], LayerInfo(strategies[layer.name])) for layer in layers}
     with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
         estimates = by_weight(root, weighted.budget, contract, task.generator, advance)
     weighted.estimates |= {layer.name: e for layer, e in zip(layers, estimates, strict=True)}

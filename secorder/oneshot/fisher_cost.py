@@ -1,4 +1,4 @@
-"""What a Fisher will take, before it is paid: the checks are run, and a few of its columns."""
+"""The cost of a Fisher, estimated from its checks and a few of its columns."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,9 @@ from ..layers.selection import Layer
 from ..results import Strategy
 from .fisher import Trial, in_batches
 from .fisher_by_loop import trial_of_loop
+from .fisher_by_weight import ByWeight
 from .fisher_pairs import FisherType, Found
+from .hessian.budget import Budget
 from .hessian.choice import Choice
 from .hessian.cost import Cost, base_bytes, layer_cost
 from .hessian.facts import Facts
@@ -44,15 +46,16 @@ class _Timed:
     seconds: float
 
 
-def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int) -> Cost:
+def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
     """What a Fisher will take, layer by layer.
 
     Args:
         task: the measurement.
         fisher_type: which Fisher.
         num_draws: draws of ``"mc"``.
+        budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
-    timed = _timed(task, fisher_type, num_draws)
+    timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
     passed, leaves = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]
     columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
@@ -102,6 +105,19 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     if more > SOME:  # few may fit a cache that more of them do not
         seconds = seconds_by(more)
     return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
+
+
+def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
+    """By a few columns and draws."""
+    weighted, found = ByWeight(budget, forecast=True), {}
+    try:
+        found = in_batches(task, "type-2", 1, weighted=weighted)
+    except DoubleBackwardError:  # of the checks; the definition needs one derivative
+        return _Timed({}, 0, 0.0, 0.0)
+    columns, seconds = weighted.told
+    strategies = {name: info.strategy for name, (_, info) in found.items()}
+    first = least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
+    return _Timed(strategies, columns, first, seconds / max(1, columns))
 
 
 def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial) -> Found:

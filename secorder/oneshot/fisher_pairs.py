@@ -10,7 +10,7 @@ from ..results import LayerInfo, Strategy
 from .measurement import Measurement
 from .output_hessian import output_hessian
 from .output_root import output_root
-from .roots import Columns, Draws, from_hessian
+from .roots import Columns, Draws, Root, from_hessian
 
 __all__ = ["FisherType", "Found", "collect", "second_order_columns"]
 
@@ -26,6 +26,7 @@ def second_order_columns(
     points: Sequence[Tensor],
     fisher_type: FisherType,
     num_draws: int,
+    root: Root | None = None,
 ) -> Columns:
     """Pairs of which Σ_c u_c v_cᵀ is every sample's ∂²ℓ_n/∂f_n², or has it as its expectation.
 
@@ -35,10 +36,11 @@ def second_order_columns(
         points: samples in dim 0.
         fisher_type: ``"type-2"`` or ``"mc"``.
         num_draws: draws of ``"mc"``.
+        root: of the Hessian, where it is known.
     """
-    if task.create_graph:  # a square root is not differentiable where eigenvalues meet
+    if root is None and task.create_graph:  # a square root is not differentiable where eigenvalues meet
         root = from_hessian(output_hessian(output_gradients, points, task.chunk_size, create_graph=True))
-    else:
+    elif root is None:
         root = output_root(output_gradients, points, task.chunk_size)
     return root if fisher_type == "type-2" else Draws.of(root, num_draws, task.generator)
 

@@ -1,6 +1,6 @@
-"""What is made of the generalised Gauss-Newton matrix' diagonal, such as its trace, by draws on the model's outputs."""
+"""Estimates of the GGN's diagonal and trace, by draws on the model's outputs."""
 
-from .fisher import every_way
+from .fisher import fisher_sums
 from .fisher_by_weight import ByWeight
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
@@ -23,7 +23,7 @@ def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str
         reduce: of stacked diagonals by parameter, what is wanted: linear in them.
     """
     weighted = ByWeight(budget, reduce)
-    found = every_way(task, "type-2", 1, weighted)
+    found = fisher_sums(task, "type-2", 1, weighted)
     estimates: dict[str, Estimate] = {}
     for layer in task.layers:
         known = weighted.estimates.get(layer.name)

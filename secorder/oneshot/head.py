@@ -1,4 +1,4 @@
-"""Layers whose output is the model's: their part of Jᵀ H J without a single column.
+"""Heads: layers whose output is the model's, and their part of Jᵀ H J without a column.
 
 Where z = f and outputs at different positions do not interact, the squares of all columns add up to H's own diagonal:
 ``Σ_n Σ_p H_n[(p, o), (p, o)] a[n, p, i]²``, one contraction for as many columns as the model has outputs.

@@ -1,23 +1,28 @@
-"""Many columns: the heaviest of each sample, and the rest mixed by random signs."""
+"""Many columns of a root: the heaviest of each sample, and the rest mixed by random signs."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate, average
-from .roots import Columns, Draws, Pairs, Root
+from .roots import Columns, Draws, First, Pairs, Root
+from .timing import TRIAL_SECONDS, least_seconds_of, seconds_per_product
 
-__all__ = ["Contraction", "Heaviest", "by_weight", "heaviest"]
+__all__ = ["Contraction", "Heaviest", "by_weight", "forecast", "heaviest"]
 
 #: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
 Contraction = Callable[[Columns], list[list[Tensor]]]
 
 #: Columns that are taken exactly, at most, or as many as there are draws at least.
 MAX_COLUMNS = 256
+
+#: Columns, and draws, that tell how long all of them take.
+PILOT_COLUMNS = 16
 
 #: Draws from which on half of them may be columns: two draws tell of their error.
 MIN_DRAWS = 4
@@ -111,6 +116,56 @@ def by_weight(
     fewer = budget.fewer(count) if budget.rtol is None else budget
     found = average(draw, [torch.zeros_like(v) for v in flat], fewer, 1, advance, flat, seconds, sizes)
     return found.split(sizes, budget)
+
+
+def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch.Generator) -> tuple[int, float]:
+    """How many columns and draws :func:`by_weight` would take for an ``rtol``, and how many seconds.
+
+    By a few of the columns, a few draws of the rest, which tell how its error falls, and as many of all of it, which
+    tell what the error is relative to.
+
+    Args:
+        root: as of :func:`by_weight`.
+        budget: as of :func:`by_weight`.
+        contract: as of :func:`by_weight`.
+        generator: as of :func:`by_weight`.
+    """
+    some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
+    columns: Columns = root if some is None else some
+    enough = columns.num_columns + budget.num_draws >= root.num_columns
+    exact = root.num_columns if enough else 0 if some is None else some.num_columns
+    seconds = 0.0
+    if exact:
+        trial = partial(First, root if enough else columns)
+        few = min(PILOT_COLUMNS, exact)
+        seconds = exact * seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
+    if enough:
+        return exact, seconds
+
+    def drawn(without: Tensor | None) -> list[Estimate]:
+        def draw(number: int) -> list[Tensor]:
+            values = [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
+            return [torch.stack(parts) for parts in zip(*values, strict=True)]
+
+        zero = [torch.zeros_like(v[0]) for v in draw(1)]
+        return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
+
+    pilot = replace(budget, num_draws=PILOT_COLUMNS, rtol=None)
+    without = None if some is None else some.order
+    sizes = [len(parts) for parts in contract(Draws.of(root, 1, generator, without=without))]  # the first time alone
+    by_draw = least_seconds_of(lambda: contract(Draws.of(root, 1, generator, without=without)))
+    wanted = float(budget.num_draws)
+    for rest, whole in zip(drawn(without), drawn(None), strict=True):
+        error, own, norm = (_norm(parts) for parts in (rest.errors, whole.errors, whole.values))
+        known = norm**2 - own**2  # the errors of what was drawn are in it
+        if error and budget.rtol is not None:
+            wanted = max(wanted, PILOT_COLUMNS * error**2 / known / budget.rtol**2 if known > 0 else math.inf)
+    draws = math.ceil(min(wanted, budget.max_draws))
+    return exact + draws, seconds + draws * by_draw
+
+
+def _norm(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat([v.flatten() for v in parts]).double().norm())
 
 
 def _exactly(root: Root, budget: Budget) -> Heaviest | None:

@@ -67,7 +67,7 @@ def outputs_independent(
     not stand in another order (sorted by length), there are more.
 
     Args:
-        isolated: the borrowed model.
+        isolated: the isolated model.
         inputs: the batch.
         count: its number of samples.
         sample_dim: where they are in the inputs.
@@ -294,6 +294,7 @@ def block_diagonal(
         products = stacked_vjp(output_gradients, points, vectors)
         if any(bool((u != 0).logical_and_(~mask).any()) for u, mask in zip(products, masks, strict=True)):
             return False
+        del vectors, products  # as large as the outputs
     return True
 
 

@@ -21,12 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
-from .._torch.compiler import eager
 from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
-    Place,
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
@@ -34,17 +32,21 @@ from .._torch.modules import (
     is_scripted,
     own_tensors,
     parameter_places,
+    put_back,
     put_copies,
 )
 from .._torch.own_hooks import is_own, suspended
-from .._torch.pytree import call_model, map_tensors, tensors_in
+from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
+from .._torch.sparse import dense_gradients
+from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
-from .state import State, code_of
+from .state import State
+from .user_code import code_of
 
 __all__ = [
     "IsolatedModel",
@@ -103,7 +105,7 @@ class IsolatedModel:
         self._loss_writes = False
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
-        """The leaf that stands in for a parameter of a selected layer."""
+        """The replacement of a parameter of a selected layer: a leaf of our own."""
         return self._replacements[id(parameter)]
 
     def replacements(self, layer: Layer) -> list[Tensor]:
@@ -130,17 +132,10 @@ class IsolatedModel:
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
-        copies: dict[int, Tensor] = {}  # one tensor given twice stays one: attention asks whether query is key
-
-        def copied(tensor: Tensor) -> Tensor:
-            if id(tensor) not in copies:
-                copies[id(tensor)] = tensor.clone()
-            return copies[id(tensor)]
-
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(copied, arguments))
+                result = forward(map_tensors(once_each(torch.clone), arguments))
         finally:
             given.restore()
         if self._values is not None:
@@ -236,10 +231,10 @@ def isolate(
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = None if pure else get_random_state(cuda)
-        stack.enter_context(_own_settings(model, start, cuda, training=loss_fn is None))
+        stack.enter_context(_own_settings(model, start, cuda, training=loss_fn is None, pure=pure))
         if create_graph:
             stack.enter_context(CompositeNorms())
-        if loss_fn is not None:  # else in training, where another thread's backward may be accumulating into them
+        if loss_fn is not None and not pure:  # else in training, where another thread's backward may be accumulating
             stack.enter_context(_gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
@@ -247,15 +242,20 @@ def isolate(
         }
         stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
+        stack.callback(put_back, buffers)
+        stack.enter_context(dense_gradients(everything.values()))
+        originals = [p for key, p in parameters.items() if key not in themselves]
+        if pure:
+            yield IsolatedModel(model, replacements, originals, lambda _: put_copies(buffers), ambient, cuda, pure=True)
+            return
         stack.enter_context(_tables_copied(everything.values()))
-        stack.callback(_restore, buffers)
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
-        own, of_code = (None, None) if pure else (State(modules, tensors), _state_of_code(modules, tensors))
+        own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
         simple = loss_fn is None or known_loss(loss_fn)
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
-        values = None if pure else ParameterValues(model, replacements.values(), anew=loss_fn is None)
+        values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
         states = [state for state in (own, of_code, loss_state, values) if state is not None]
         for state in states:
             stack.callback(state.restore)
@@ -266,13 +266,12 @@ def isolate(
             for state in states if ran else ():
                 state.restore()
             ran = True
-            if start is not None:
-                set_random_state(random_state or start, cuda)
+            assert start is not None
+            set_random_state(random_state or start, cuda)
             put_copies(buffers)
 
-        originals = [p for key, p in parameters.items() if key not in themselves]
         of_loss = loss_state, take_loss_state
-        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values, pure)
+        yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values)
 
 
 def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
@@ -285,7 +284,9 @@ def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> S
 
 
 @contextmanager
-def _own_settings(model: nn.Module, state: RandomState | None, cuda: Sequence[int], training: bool) -> Iterator[None]:
+def _own_settings(
+    model: nn.Module, state: RandomState | None, cuda: Sequence[int], *, training: bool, pure: bool
+) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
@@ -293,23 +294,27 @@ def _own_settings(model: nn.Module, state: RandomState | None, cuda: Sequence[in
         state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
         training: whether it is in the middle of the user's.
+        pure: the model is a chain of PyTorch's own modules, with no recurrent ones, attention, checkpoints or
+            parametrizations.
     """
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
-        stack.enter_context(parametrizations_computed_anew())
         if training:
             stack.enter_context(unseen())
         else:
             stack.enter_context(full_float32())
-            stack.enter_context(differentiable_recurrence(model))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())
-        stack.enter_context(plain_checkpoints())
         stack.enter_context(no_autocast())
         if state is not None:
             stack.callback(set_random_state, state, cuda)
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if not pure:
+            stack.enter_context(parametrizations_computed_anew())
+            if not training:
+                stack.enter_context(differentiable_recurrence(model))
+            stack.enter_context(plain_checkpoints())
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 
@@ -376,7 +381,7 @@ def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
             place.put(nn.Parameter(place.value.detach().clone(), requires_grad=False))
         yield
     finally:
-        _restore(tables)
+        put_back(tables)
 
 
 @contextmanager
@@ -388,9 +393,4 @@ def _parameters_swapped(modules: Iterable[nn.Module], replacements: Mapping[int,
             place.put(replacements[id(place.value)])
         yield
     finally:
-        _restore(places)
-
-
-def _restore(places: Sequence[Place]) -> None:
-    for place in places:
-        place.put(place.value)
+        put_back(places)

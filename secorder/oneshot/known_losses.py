@@ -1,14 +1,15 @@
 """PyTorch's own losses, of which more is known than what a call of them tells."""
 
+import math
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from .._torch.modules import backward_hooks, forward_hooks
 
-__all__ = ["known_loss", "loss_of_rows", "made_of_samples", "share_of_samples"]
+__all__ = ["defined_reduction", "known_loss", "loss_of_rows", "made_of_samples", "share_of_samples", "softmax_scale"]
 
 
 def known_loss(loss_fn: Any) -> bool:
@@ -100,6 +101,40 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
         ignored = options.get("ignore_index", -100)
         whole = (count, *output.shape[2:]) == targets.shape and not bool((targets == ignored).any())
     return {"sum": 1.0, "mean": 1 / count}.get(reduction) if whole else None
+
+
+def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | None:
+    """Whether a loss of PyTorch's own is a mean or a sum over samples; None where its definition does not tell.
+
+    Args:
+        loss_fn: the loss.
+        targets: what it takes second: labels that do not count are among them, perhaps.
+    """
+    if not loss_of_rows(loss_fn) or not isinstance(targets, Tensor):
+        return None
+    options, name = _options(loss_fn)
+    if options is None or (name not in _BY_ELEMENT and bool((targets == options.get("ignore_index", -100)).any())):
+        return None
+    reduction = options.get("reduction", "mean")
+    return "mean" if reduction == "batchmean" else reduction if reduction in ("mean", "sum") else None
+
+
+def softmax_scale(loss_fn: Any, output: Tensor, targets: Tensor) -> float | None:
+    """The number c for which a sample's loss has the Hessian c (diag p − p pᵀ) at each position of its output.
+
+    Args:
+        loss_fn: a loss of which :func:`share_of_samples` tells the share.
+        output: the model's, classes in dim 1; p is the softmax over them.
+        targets: labels.
+
+    Returns:
+        None where it is no cross entropy of labels, whatever they are smoothed by.
+    """
+    options, name = _options(loss_fn)
+    if name not in ("cross_entropy", "CrossEntropyLoss") or targets.is_floating_point() or output.shape[1] < 2:
+        return None
+    mean = (options or {}).get("reduction", "mean") == "mean"
+    return 1 / math.prod(output.shape[2:]) if mean else 1.0
 
 
 def _options(loss_fn: Any) -> tuple[dict[str, Any] | None, str]:

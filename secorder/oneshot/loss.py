@@ -14,6 +14,7 @@ from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from ..layers.selection import select_layers
 from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
+from .overwriting import on_copies
 
 __all__ = ["check_loss", "explains_missing_targets", "losses", "require_dependence", "require_loss_function"]
 
@@ -83,7 +84,7 @@ def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -
     with isolate(model, loss_fn, []) as isolated:
         for x, t in batches:
             with explains_missing_targets(x, t):
-                value = without_gradients(partial(_loss_of_batch, isolated, loss_fn, t), x)
+                value = without_gradients(partial(_loss_of_batch, isolated, on_copies(loss_fn), t), x)
             found.append(check_loss(value, isolated, x).detach())
     return torch.stack(found)
 

@@ -1,7 +1,7 @@
 """The losses of samples alone, as functions of the model's output, where the batch's loss goes by that alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,11 +10,13 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
-from .known_losses import share_of_samples
+from .known_losses import share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
-from .output_hessian import expose_output, loss_of_output, loss_separates
+from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
 from .recorded_layer import RecordedLayer
+from .root_forms import cross_entropy_root
+from .roots import Root
 from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
 
 __all__ = ["SampleLosses", "losses_by_definition", "losses_by_output"]
@@ -28,21 +30,43 @@ class SampleLosses:
         gradients: of Σ_n ℓ_n in ``points``; differentiable where second derivatives were asked for.
         points: what they were computed from, samples in dim 0.
         model_outputs: the model's output tensors in the same form.
+        at_leaves: of Σ_n ℓ_n in leaves of the model's graph, by ``id``, where these came in the same backward pass.
+        root: of the Hessian, where it is known without any derivative.
     """
 
     gradients: list[Tensor | None]
     points: list[Tensor]
     model_outputs: list[Tensor]
+    at_leaves: dict[int, Tensor] = field(default_factory=dict)
+    root: Root | None = None
 
 
-def losses_by_definition(task: Measurement, output: Any, loss: Tensor, *, second_order: bool) -> SampleLosses | None:
-    """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient."""
+def losses_by_definition(
+    task: Measurement, output: Any, loss: Tensor, leaves: Sequence[Tensor], *, second_order: bool
+) -> SampleLosses | None:
+    """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient.
+
+    Args:
+        task: the measurement.
+        output: the model's.
+        loss: the batch's.
+        leaves: of the model's graph; where each sample has one cotangent alone, their gradients come in the same pass.
+        second_order: whether second derivatives of the loss are to be those of samples too.
+    """
     share = _precise_share(task, output)
     if share is None or not output.requires_grad:
         return None
-    found = gradients(loss, [output], create_graph=second_order or task.create_graph)
-    _require_finite(found)
-    return SampleLosses(_divided(found, share), [output], [output])
+    scale = softmax_scale(task.loss_fn, output, task.targets) if second_order and not task.create_graph else None
+    if scale is not None:
+        return SampleLosses([None], [output], [output], root=cross_entropy_root(output.detach(), scale))
+    if second_order or task.create_graph:
+        found = gradients(loss, [output], create_graph=True)
+        _require_finite(found)
+        return SampleLosses(_divided(found, share), [output], [output])
+    first, *others = gradients(loss, [output, *leaves], [torch.full_like(loss, 1 / share)])
+    _require_finite([first])
+    at_leaves = {id(x): g for x, g in zip(leaves, filled(others, leaves), strict=True)}
+    return SampleLosses([first], [output], [output], at_leaves)
 
 
 def _precise_share(task: Measurement, output: Any) -> float | None:
@@ -71,8 +95,7 @@ def losses_by_output(
     differentiable = [t for t in tensors_in(output) if t.requires_grad]
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
         return None
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
+    model_outputs = output_points(output, task.dimension)
     by_output = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
     if by_output is None:
         return None

@@ -1,4 +1,4 @@
-"""One measurement: the isolated model, the loss, the batch, and how to work."""
+"""One measurement: the isolated model, the loss, the batch, and the options."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -29,6 +29,7 @@ from ..owners import Owned, take_owned
 from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
+from .overwriting import LossOverwrites, on_copies, versions
 from .provenance import Traced
 from .recording import RecordingFailed
 
@@ -97,6 +98,8 @@ class Measurement:
             forward: how to run the model on the inputs; as it is by default.
         """
         output = (forward or self.isolated.forward)(self.inputs)
+        given = () if self.known_loss else (output, self.targets)
+        before = versions(given)
         try:
             loss = self.loss_fn(output, self.targets)
         except Exception as error:
@@ -104,6 +107,8 @@ class Measurement:
                 raise self.mismatch from error
             require_agreement(output, self.targets, self.num_samples, self.sample_dim)
             raise
+        if versions(given) != before:
+            raise LossOverwrites
         loss = check_loss(loss, self.isolated, self.inputs)
         self.isolated.require_replacements((loss, output))
         if second_order and loss.requires_grad:
@@ -271,10 +276,22 @@ def measure(
             task.recordable = recordable
             return work(task)
 
+    kept = [] if known else [(t, t.clone()) for t in tensors_in(targets)]
     with explains_missing_targets(inputs, targets):
-        with suppress(RecordingFailed):
-            return run_isolated(on_isolated, model)
-        return run_isolated(partial(on_isolated, recordable=False), model)
+        try:
+            return _measured(on_isolated, model)
+        except LossOverwrites:
+            with torch.no_grad():
+                for target, values in kept:
+                    target.copy_(values)
+        under = under_autocast(on_copies(loss_fn))
+        return _measured(on_isolated, model)
+
+
+def _measured(on_isolated: Callable[..., Result], model: nn.Module) -> Result:
+    with suppress(RecordingFailed):
+        return run_isolated(on_isolated, model)
+    return run_isolated(partial(on_isolated, recordable=False), model)
 
 
 def _refuse_packed(inputs: Any) -> None:

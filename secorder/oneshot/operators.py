@@ -31,7 +31,7 @@ from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .recorded_layer import layout_options
 from .recording import recorded
-from .roots import single
+from .roots import Single
 
 __all__ = ["Curvature", "Operator", "ProductInZ", "check_curvature", "operators", "product_on_parameters"]
 
@@ -198,7 +198,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     replacements = [s for layer in task.layers for s in task.isolated.replacements(layer)]
     if not task.certain:
         random = torch.cat([as_samples(task.random(f.shape, f)) for f in outputs], 1)
-        require_linear_backward(outputs, replacements, single(random), task.generator)
+        require_linear_backward(outputs, replacements, Single(random), task.generator)
     for layer in task.layers:
         yield layer, _product_by_output(task, layer, outputs, weights, metric)
 

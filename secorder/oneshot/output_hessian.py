@@ -21,6 +21,7 @@ __all__ = [
     "loss_of_output",
     "loss_separates",
     "output_hessian",
+    "output_points",
 ]
 
 #: Tells which dimension of an output tensor holds the samples.
@@ -120,3 +121,10 @@ def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *,
         return torch.view_as_complex(result.contiguous()) if tensor.is_complex() else result
 
     return map_tensors(replace, output)
+
+
+def output_points(output: Any, dims: Dimensions | None) -> list[Tensor]:
+    """The points of :func:`expose_output` that are on the model's graph."""
+    points: list[Tensor] = []
+    expose_output(output, points, dims, detach=False)
+    return points

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._torch.fsdp import local
 from .._torch.modules import forward_hooks, own_tensors
 from .._torch.versions import same_memory
-from .state import same
+from .restoring import same
 
 __all__ = ["ParameterValues", "may_be_overwritten"]
 

@@ -1,6 +1,6 @@
 """What the calls of a forward tell of it: whether all that depends on the samples does so in the autograd graph."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._torch.graph import leaves_of
 from .._torch.modules import is_scripted
-from .._torch.pytree import call_model, map_tensors, tensors_in
-from .._torch.sample_graph import inner_size, leaves_of, samples_in_leaves, samples_in_nodes
+from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
+from .._torch.sample_graph import InnerSizes, inner_size, samples_in_leaves, samples_in_nodes
 from .._torch.saved_tensors import saved_tensor_hooks_active
 from .entries import Entries
 from .isolation import IsolatedModel
@@ -123,7 +124,7 @@ class Traced:
         self._inputs, self._known = inputs, known
         self.hooked, self.independent, self.packed = True, False, True
         self._entries: Entries | None = None
-        self._told: tuple[list[Any], dict[tuple[Any, int], int | None]] | None = None
+        self._told: tuple[list[Any], InnerSizes] | None = None
 
     def __call__(self, inputs: Any) -> Any:
         """The model's output."""
@@ -136,17 +137,13 @@ class Traced:
         leaves: list[Tensor] = []
 
         def with_gradients(model: nn.Module, copied: Any) -> Any:
-            made: dict[int, Tensor] = {}
-
             def leaf(tensor: Tensor) -> Tensor:
                 if self._dimension(tensor) is None:
                     return tensor
-                if id(tensor) not in made:
-                    leaves.append(tensor.detach().requires_grad_(True))
-                    made[id(tensor)] = leaves[-1].clone()
-                return made[id(tensor)]
+                leaves.append(tensor.detach().requires_grad_(True))
+                return leaves[-1].clone()
 
-            return call_model(model, map_tensors(leaf, copied))
+            return call_model(model, map_tensors(once_each(leaf), copied))
 
         calls = Calls(is_watch)
         try:
@@ -174,7 +171,7 @@ class Traced:
     def follows(
         self,
         inputs: Any,
-        told: Mapping[tuple[Any, int], int | None],
+        told: InnerSizes,
         order: Tensor,
         exchanged: Callable[[Tensor], Tensor],
     ) -> bool:
@@ -197,7 +194,7 @@ class Traced:
 
         return entries is not None and entries.independent(told, self._count, order, run)
 
-    def told(self, outputs: Sequence[Tensor]) -> dict[tuple[Any, int], int | None]:
+    def inner_sizes(self, outputs: Sequence[Tensor]) -> InnerSizes:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
         if self._told is not None and self._told[0] == [f.grad_fn for f in outputs]:
             return self._told[1]
@@ -237,4 +234,4 @@ def _float_tensors_alone(inputs: Any) -> bool:
 
 def _detached(inputs: set[int], tensor: Tensor) -> Tensor:
     """A tensor; detached, where it requires a gradient for the sake of the inputs alone."""
-    return tensor.detach() if tensor.requires_grad and leaves_of([tensor]) <= inputs else tensor
+    return tensor.detach() if tensor.requires_grad and leaves_of([tensor]).keys() <= inputs else tensor

@@ -1,4 +1,4 @@
-"""The cost of every measurement."""
+"""The cost of each quantity that can be measured."""
 
 import math
 import time
@@ -52,7 +52,7 @@ def quantity_cost(
     if quantity == "eigenvalues":
         return _krylov_cost(task, max_iterations)
     if quantity == "fisher":
-        return fisher_cost(task, fisher_type, num_draws)
+        return fisher_cost(task, fisher_type, num_draws, None if budget.rtol is None else budget)
     raise InvalidArgumentError(f'quantity must be "hessian", "trace", "eigenvalues" or "fisher", got {quantity!r}.')
 
 

@@ -119,6 +119,7 @@ def contract_pairs(
     linear: bool = False,
     by_graph: bool = False,
     advance: Callable[[int], None] = lambda _: None,
+    plain: Mapping[int, Tensor] | None = None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
@@ -139,11 +140,12 @@ def contract_pairs(
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
         advance: of the progress bar.
+        plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
 
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
     """
-    plain: dict[int, Tensor] = {}
+    pulled = {key: g[None] for key, g in (plain or {}).items()}
     unsettled = list(layers)
     if certain:
         for z in layers:
@@ -155,12 +157,12 @@ def contract_pairs(
         settled = settle_layouts(
             model_outputs, unsettled, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
         )
-        plain = settled if len(unsettled) == len(layers) else {}
+        pulled = pulled or (settled if len(unsettled) == len(layers) else {})
     return contract_settled(
         model_outputs,
         layers,
         pairs,
-        plain=plain,
+        plain=pulled,
         chunk_size=chunk_size,
         create_graph=create_graph,
         advance=advance,

@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import backward_since, current_backward, leaf_variables
-from .._torch.modules import Place, parameter_places
+from .._torch.engine import backward_since, current_backward
+from .._torch.graph import leaves_of
+from .._torch.modules import Place, parameter_places, put_back
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import same_memory, version
 from .._torch.views import is_view
-from .._torch.vjp import gradients, stand_in
+from .._torch.vjp import gradients, placeholder
 from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
-from .isolation import IsolatedModel, ReplacementsBypassed, _restore
+from .isolation import IsolatedModel, ReplacementsBypassed
+from .overwriting import LossOverwrites
 
 __all__ = ["Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
 
@@ -79,7 +81,7 @@ class Recording:
             AttributionError: so do checkpoints that run a backward of their own, which hides the layer from ours.
         """
         if self.without_graph and loss.requires_grad:
-            gradients(loss, leaf_variables(loss))
+            gradients(loss, list(leaves_of([loss]).values()))
         if self.hidden:
             raise AttributionError(
                 f"layer {min(self.hidden)!r} runs inside an activation checkpoint that starts a backward pass of its "
@@ -137,7 +139,7 @@ def recorded(
                 handles.append(tap.layer.enclosing.register_forward_pre_hook(tap.before, prepend=True))
             handles.append(tap.layer.enclosing.register_forward_hook(tap.after, prepend=True, with_kwargs=True))
         yield recording
-    except (SecorderError, ReplacementsBypassed):
+    except (SecorderError, ReplacementsBypassed, LossOverwrites):
         raise
     except Exception as error:
         if recording.open and any(tap.places for tap in taps):
@@ -147,7 +149,7 @@ def recorded(
         for handle in handles:
             handle.remove()
         for tap in taps:  # where a forward was broken off
-            _restore(tap.places)
+            put_back(tap.places)
 
 
 @contextmanager
@@ -243,7 +245,7 @@ class _Tap:
         if not tensor.is_floating_point():
             return tensor
         if self.bare and tensor.grad_fn is not None and not is_view(tensor):
-            leaves.append(stand_in(tensor.grad_fn, tensor.output_nr))
+            leaves.append(placeholder(tensor.grad_fn, tensor.output_nr))
             result = tensor
         else:
             leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # which takes no memory

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._torch.vjp import chunks, default_chunk_size
 from .roots import Map, Root
 
-__all__ = ["Product", "form_root", "signed_factors", "softmax_root"]
+__all__ = ["Product", "cross_entropy_root", "form_root", "signed_factors", "softmax_root"]
 
 #: Products of the loss's Hessian with vectors (M, N, K).
 Product = Callable[[Tensor], Tensor]
@@ -79,6 +79,18 @@ def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | 
         if scale is not None:
             return _root_of_softmax(p, scale, flat)
     return None
+
+
+def cross_entropy_root(f: Tensor, scale: float) -> Root:
+    """The root of c (diag p − p pᵀ), p the softmax over dim 1, at each position, by definition of the loss.
+
+    Args:
+        f: the outputs, samples in dim 0.
+        scale: c.
+    """
+    flat = f.flatten(1)
+    p = flat.view(len(f), 1, f.shape[1], -1).softmax(2)
+    return _root_of_softmax(p, torch.full_like(p[:, :, :1], scale), flat)
 
 
 def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:

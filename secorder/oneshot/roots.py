@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Draws", "First", "Map", "Pairs", "Root", "from_hessian", "joined", "single"]
+__all__ = ["Columns", "Draws", "First", "Map", "Pairs", "Root", "Single", "from_hessian", "joined"]
 
 #: A linear map of coefficients (M, N or 1, K) to cotangents (M, N, C).
 Map = Callable[[Tensor], Tensor]
@@ -161,9 +161,25 @@ class First:
         return self.whole.mixture(generator)
 
 
-def single(u: Tensor) -> Root:
-    """One pair of a cotangent (N, C) with itself."""
-    return Root(lambda coefficients: coefficients * u, 1, u)
+@dataclass(frozen=True, eq=False)
+class Single:
+    """One pair of a cotangent (N, C) with itself.
+
+    Attributes:
+        u: the cotangent.
+        num_columns: 1.
+    """
+
+    u: Tensor
+    num_columns: int = 1
+
+    def columns(self, ids: range) -> Pairs:
+        """The pair."""
+        return Pairs(self.u[None])
+
+    def mixture(self, generator: torch.Generator) -> Tensor:
+        """The cotangent."""
+        return self.u[None]
 
 
 def from_hessian(hessian: Tensor) -> Root:

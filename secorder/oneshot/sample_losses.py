@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._torch.failures import is_out_of_memory, is_vmap_failure
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import gradients, stacked_vjp
+from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
 from ..layers.dtypes import rounding
 from .known_losses import made_of_samples
@@ -31,6 +31,9 @@ HELD = (
     "if it holds tensors of the batch itself (weights, a teacher's outputs, targets in a closure), pass them in "
     "targets, for example as a tuple: targets=(y, weights)"
 )
+
+#: Parts that the samples are taken in at most, where outputs are wide: each takes a pass over all outputs.
+MOST_PARTS = 4
 
 
 @dataclass(eq=False)
@@ -59,34 +62,41 @@ class BatchLoss:
         self.gradients = [None if g is None else g.detach() for g in self.gradients]
 
 
-def own_losses(task: Measurement, output: Any) -> Tensor:
+def own_losses(task: Measurement, output: Any, ids: range | None = None) -> Tensor:
     """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target.
 
     All of them in one call of the loss where vmap runs it; of a loss that nobody knows, where it has written nothing
     that it holds, and the last sample alone gets the same.
+
+    Args:
+        task: the measurement.
+        output: the model's.
+        ids: which samples; all of them by default.
 
     Raises:
         InvalidArgumentError: the loss works on the batch and fails on a sample alone.
         NonFiniteError: it is nan or infinite on one.
     """
     losses = None
+    ids = range(task.num_samples) if ids is None else ids
     many = task.num_samples > 2 and _in_tensors((output, task.targets, ()), task.num_samples)
     if not task.autocast and (task.known_loss or (many and not task.isolated.loss_writes())):
-        losses = _by_vmap(task, output)
+        losses = _by_vmap(task, output, ids)
         if losses is not None and not task.known_loss:
-            last = _one(task, output, task.num_samples - 1).detach()
+            last = _one(task, output, ids[-1]).detach()
             bound = rounding(losses.dtype) * losses.detach().abs().amax()
             if task.isolated.loss_writes() or not bool((losses[-1].detach() - last).abs() <= bound):
                 losses = None
     if losses is None:
-        losses = torch.stack([_one(task, output, n) for n in range(task.num_samples)])
+        losses = torch.stack([_one(task, output, n) for n in ids])
     finite = losses.detach().isfinite()
     if not bool(finite.all()):
         n = int(finite.logical_not().nonzero()[0])
         raise NonFiniteError(
-            f"the loss of sample {n} taken alone is {losses[n].item()}, though that of the batch is finite: it divides "
-            "by what only a batch has (a standard deviation, the number of labels that count), so that there is no "
-            "per-sample gradient; compute such statistics beforehand and pass them in targets, or leave the sample out."
+            f"the loss of sample {ids[n]} taken alone is {losses[n].item()}, though that of the batch is finite: it "
+            "divides by what only a batch has (a standard deviation, the number of labels that count), so that there "
+            "is no per-sample gradient; compute such statistics beforehand and pass them in targets, or leave the "
+            "sample out."
         )
     return losses
 
@@ -100,12 +110,11 @@ def _in_tensors(tree: Any, count: int) -> bool:
     return tree is None or (isinstance(tree, Tensor) and tree.layout == torch.strided)
 
 
-def _by_vmap(task: Measurement, output: Any) -> Tensor | None:
+def _by_vmap(task: Measurement, output: Any, ids: range) -> Tensor | None:
     """All at once, or None where vmap cannot run the loss."""
-    tensors = list(tensors_in((output, task.targets)))
-    dims = [task.dimension(t) for t in tensors]
-    per_sample = [t for t, dim in zip(tensors, dims, strict=True) if dim is not None]
-    kept = [dim for dim in dims if dim is not None]
+    placed = [(t, dim) for t in tensors_in((output, task.targets)) if (dim := task.dimension(t)) is not None]
+    per_sample = [t.narrow(dim, ids.start, len(ids)) for t, dim in placed]
+    kept = [dim for _, dim in placed]
 
     def one(*samples: Tensor) -> Tensor:
         rest = iter(zip(samples, kept, strict=True))
@@ -181,19 +190,54 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     first = whole[: len(whole) // 2]
     _require_invariance(task, batch.output, whole if second_order else first, vectors if second_order else None)
     _require_any_size(task, batch.output)
-    found = gradients_of_losses(own_losses(task, batch.output), points, create_graph=True)
-    # With second derivatives too: single numbers are always multiples of one another.
-    own = _derivatives(found, points, vectors())
-    square, dot = _products(own, own), _products(own, whole)
-    factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
-    same = _close(own, whole, factor.abs()[:, None], factor[:, None])
-    if not same or bool((factor < -rounding(factor.dtype) * factor.abs().amax()).any()):
+    found: list[Tensor | None] = []
+    factors = []
+    parts = _parts(task, points)
+    for ids in parts:
+        of_part = gradients_of_losses(own_losses(task, batch.output, ids), points, create_graph=True)
+        factors.append(_multiples(_derivatives(of_part, points, vectors()), whole, ids))
+        if len(parts) == 1:
+            found = of_part
+        elif not second_order:
+            found = _sums(found, of_part)
+        del of_part
+    factor = torch.cat(factors)
+    if bool(factor.isnan().any() | (factor < -rounding(factor.dtype) * factor.abs().amax()).any()):
         raise CouplingError(
             "the loss uses a statistic of the batch (perhaps detached): in some sample's output, its gradient is no "
             "positive multiple of that of the sample's loss alone, so that per-sample gradients are not what the batch "
             "does; compute the statistic beforehand and pass it in targets; hessian_diagonal stays exact."
         )
-    return found if second_order else [None if g is None else g.detach() for g in found]
+    if not second_order:
+        return [None if g is None else g.detach() for g in found]
+    del whole, first
+    return found or gradients_of_losses(own_losses(task, batch.output), points, create_graph=True)
+
+
+def _parts(task: Measurement, points: Sequence[Tensor]) -> list[range]:
+    """The samples, a few at a time where outputs are wide: what is kept for derivatives is several copies of them."""
+    few = default_chunk_size(sum(x[0].numel() for x in points), points[0], None)
+    return list(chunks(task.num_samples, max(few, -(-task.num_samples // MOST_PARTS))))
+
+
+def _multiples(own: Sequence[Tensor], whole: Sequence[Tensor], ids: range) -> Tensor:
+    """By which numbers rows of the batch's derivatives are multiples of the samples' own; nan where one is none.
+
+    With second derivatives too: single numbers are always multiples of one another.
+    """
+    own, whole = ([x[ids.start : ids.stop] for x in every] for every in (own, whole))
+    square, dot = _products(own, own), _products(own, whole)
+    factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
+    return factor if _close(own, whole, factor.abs()[:, None], factor[:, None]) else factor.fill_(torch.nan)
+
+
+def _sums(before: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Sums of gradients, as they are without those of further samples where there are none."""
+    if not before:
+        return [None if g is None else g.detach() for g in more]
+    return [
+        b if g is None else g.detach() if b is None else b.add_(g.detach()) for b, g in zip(before, more, strict=True)
+    ]
 
 
 def gradients_of_losses(losses: Tensor, points: Sequence[Tensor], *, create_graph: bool) -> list[Tensor | None]:
@@ -269,6 +313,7 @@ def _exchanged(
     exposed = expose_output(permuted, leaves, task.dimension, detach=True)
     del permuted
     loss = task.loss_again(exposed, targets).reshape(())
+    del exposed, targets
     found = gradients(loss, leaves, create_graph=vectors is not None)
     return _derivatives(found, leaves, None if vectors is None else [v[order] for v in vectors()])
 

@@ -1,4 +1,4 @@
-"""How long products take, from two short ones."""
+"""The time that many products take, estimated from two short runs."""
 
 import time
 from collections.abc import Callable

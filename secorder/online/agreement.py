@@ -1,4 +1,4 @@
-"""What ranks whose parameters lie over one another decide together, so that none waits for a collective of another's.
+"""Decisions that ranks with shards of the same parameters take together, so that no collective waits in vain.
 
 A batch that one of them cannot record, or a layer's batch, is left out by all; and what one of them cannot tell, none
 does: whoever reads on one rank goes on, or is told why not, as on all.

@@ -1,4 +1,4 @@
-"""What is known of where the samples are in each layer."""
+"""Where the samples are in each layer, as far as it is known."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +11,7 @@ from ..layers.selection import Layer
 from ..layers.tying import Ties
 from ..layers.uses import Route
 from ..owners import Grouping
+from .beside import Beside
 from .relation import Shape, Verified
 
 __all__ = ["Attribution", "merged"]
@@ -43,7 +44,8 @@ class Attribution:
         routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.layers.uses`.
         hidden: layers whose operations cannot be followed, since a checkpoint computes them again.
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
-        unreduced: why a loss that the model returns is not made of its samples' as is told; empty where it is.
+        coupling: where the forward makes what couples samples where a loss uses it, beside outputs of samples.
+        unreduced: why a loss that the model returns is not made of its samples' as is told, by where it is.
         explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.
     """
 
@@ -69,7 +71,8 @@ class Attribution:
     routes: Mapping[str, frozenset[Route]] = field(default_factory=dict)
     hidden: frozenset[str] = frozenset()
     selections: int = 0
-    unreduced: str = ""
+    coupling: frozenset[Beside] = frozenset()
+    unreduced: Mapping[Beside, str] = field(default_factory=dict)
     explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
 
     def holders(self, name: str) -> set[str]:
@@ -104,7 +107,7 @@ class Attribution:
                     return None
                 sizes.add(shape[dim])
         if not sizes:
-            return 1 if self.dims else None  # each call is one sample
+            return None if self.undecided else 1  # each call is one sample
         if 0 in sizes:
             return 0
         return max(sizes) if len(sizes - {1}) <= 1 else None
@@ -117,8 +120,14 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
         name: _latest((*after.known.get(name, ()), *(before.known.get(name, ()) if name in same else ())))
         for name in {**before.known, **after.known}
     }
-    reached, unreduced = before.reached | after.reached, after.unreduced or before.unreduced
-    return replace(after, known=known, reached=reached, unreduced=unreduced, explained={})
+    return replace(
+        after,
+        known=known,
+        reached=before.reached | after.reached,
+        coupling=before.coupling | after.coupling,
+        unreduced={**before.unreduced, **after.unreduced},
+        explained={},
+    )
 
 
 def _latest(calls: Sequence[Verified]) -> tuple[Verified, ...]:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layers.patches import Patches
-from ..layers.per_sample import Outer, PerSample, Rows
+from .._torch.sparse import looked_up
+from ..layers.patches import Patches, whole_input
+from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
 from .rounding import added, operations_of, tolerance_of
@@ -36,12 +37,22 @@ FEW, FEW_SAMPLES = 32, 4
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient; with that of its bias, rᵀ (G s + b), where it is given."""
     r, s = vectors.r, vectors.s
+    if gradient.is_sparse:
+        ids, values = looked_up(gradient)
+        return torch.dot(_everywhere(vectors)[ids], values.to(s.dtype) @ s)
     matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
     if not vectors.whole or matrix.dtype is not r.dtype:
         matrix, bias = _block(matrix, vectors), None if bias is None else _block(bias, vectors)
     if bias is not None:
         return torch.dot(torch.addmv(bias, matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
+
+
+def _everywhere(vectors: Vectors) -> Tensor:
+    """r for all rows: zero outside of the block."""
+    weights = vectors.r.new_zeros(vectors.rows)
+    weights[vectors.start : vectors.start + len(vectors.r)] = vectors.r
+    return weights
 
 
 def _block(gradient: Tensor, vectors: Vectors) -> Tensor:
@@ -69,11 +80,12 @@ def explained(
         products = torch.matmul(matrix, s) @ r
         return products.sum(), torch.dot(matrix.flatten(), matrix.flatten()) * (len(matrix) * added(terms))
     if isinstance(gradient, Rows):
-        weights = r.new_zeros(vectors.rows)
-        weights[vectors.start : vectors.start + len(r)] = r
+        weights = _everywhere(vectors)
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
         return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))
+    if gradient.g.shape[1] * gradient.g.shape[3] != vectors.rows:
+        return _explained_as_a_whole(gradient, vectors)
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
         return left.sum(), _size(seen, left) * (left.shape[0] * added(left.shape[0]))
@@ -89,6 +101,18 @@ def explained(
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
     return torch.dot(left, right), _size(seen, left) * size
+
+
+def _explained_as_a_whole(gradient: Outer, vectors: Vectors) -> tuple[Tensor, Tensor]:
+    """:func:`explained` of factors that are those of another matrix than the parameter is looked at as.
+
+    A stack of experts' matrices, say, or a vector that is used as a matrix.
+    """
+    total = total_gradient(gradient, vectors.rows * len(vectors.s))
+    value, _ = explained(total[None], vectors)
+    factors = [gradient.g] if gradient.a is None else [gradient.g, whole_input(gradient.a)]
+    squares = [torch.linalg.vector_norm(x, dtype=value.dtype).square() for x in factors]
+    return value, prod(squares, start=torch.ones_like(value)) * added(gradient.g.shape[0] * gradient.g.shape[2])
 
 
 def _cotangents(g: Tensor, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -214,16 +238,15 @@ class Audit:
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
-        known, home = self._numbers, self._home
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
         if not apart and chosen == ["weight", "bias"]:
             weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
             if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
-                known[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
-                home[id(bias)] = id(weight)
+                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
+                self._home[id(bias)] = id(weight)
                 return chosen
-        for name in chosen:
-            known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
+        for name, p in [(name, parameters[name]) for name in chosen]:
+            self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name]))
         return chosen
 
     def _has(self, parameter: Tensor) -> bool:
@@ -237,7 +260,7 @@ class Audit:
         if number is None or home is None:
             return None if number is None else number.vectors
         r, _, start, rows = number.vectors[:4]
-        return Vectors(r, self._directions.constants([1.0], r), start, rows)
+        return Vectors(r, self._directions.constants.vector([1.0], r), start, rows)
 
     def see(self, parameter: Tensor, gradient: Tensor) -> None:
         """The whole gradient of a parameter is here."""
@@ -323,9 +346,8 @@ class Audit:
             return None
         if number is not None:
             return number.vectors if number.bias is bias else None
-        if self._has(weight) or (bias is not None and self._has(bias)):
-            return None
-        return self._directions.vectors(weight)
+        taken = self._has(weight) or (bias is not None and self._has(bias))
+        return None if taken else self._directions.vectors(weight)
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
@@ -341,9 +363,8 @@ class Audit:
         widest = max([max(one.inputs.shape[1], one.cotangents.shape[1]) for one in layers])
         tolerance = tolerance_of(values, values.dtype, low, ("product",), widest)  # the weights' dtype is the factors'
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
-            weight = one.layer.parameters["weight"]
-            if self.looks_at(weight):
-                key = id(weight)
+            key = id(one.layer.parameters["weight"])
+            if key in self._numbers:
                 self._together.add(key)
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 

@@ -1,20 +1,19 @@
 """The backward pass of recorded forwards: entered with the first gradient, left when the engine has done its work."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
+from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
     after_backward,
     current_backward,
     executes_all,
-    first_gradient_hook,
     untouched,
     will_accumulate,
 )
@@ -98,7 +97,7 @@ def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
 
 def _fresh(fisher: OnlineFisher) -> set[int]:
     """By ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end, and nothing else."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if has_ranks():
         return set()  # .grad may be all ranks' then
     return untouched([p for layer in fisher.layers if not layer.sharded for p in layer.parameters.values()])
 
@@ -133,18 +132,8 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
                 continue
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
                 backward.early.add(id(parameter))  # and not torch.autograd.grad
-            node = accumulate_node(graph[name])
-            saw = partial(_saw, backward, record, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(graph[name], saw))
-
-
-@never_compiled
-def _first(saw: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
+            saw = partial(_saw, backward, record, layer, parameter, accumulate_node(graph[name]))
+            backward.on_gradient(graph[name], saw, gathered=layer.sharded)
 
 
 @never_compiled

@@ -35,6 +35,7 @@ from .samples import floating
 from .troubles import OVERWRITTEN
 
 if TYPE_CHECKING:
+    from .fisher import OnlineFisher
     from .hooks import Attachment
 
 __all__ = ["counts_in", "keeps_as_many", "layer_called", "module_called", "module_starts"]
@@ -176,7 +177,7 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not counts_in(fisher.model, record, [layer], self.node):
+        if layer.name in record.replaced or not counts_in(fisher, record, [layer], self.node):
             return
         if not enter(self.attachment, record):
             if not self.freed:
@@ -231,7 +232,7 @@ class _ModuleGradient:
             return
         # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
         hidden = any(self.attachment.looks.gave_up_on(x.name) for x in parts)
-        if not counts_in(fisher.model, record, [] if hidden else parts):
+        if not counts_in(fisher, record, [] if hidden else parts):
             return
         total = total_of(g)
         if not enter(self.attachment, record):
@@ -253,7 +254,7 @@ def _unpacked(kept: Kept) -> tuple[Tensor, ...]:
         raise AttributionError(OVERWRITTEN) from error
 
 
-def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
+def counts_in(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], node: Any = None) -> bool:
     """Whether this backward is a training step of the layers, reaching ``.grad`` of one of their parameters.
 
     For frozen layers: of any of the model's. ``node`` is where a parameter's gradient is accumulated, if known.
@@ -262,7 +263,10 @@ def counts_in(model: Any, record: ForwardRecord, layers: Sequence[Layer], node: 
         counts = will_accumulate(node)
     else:
         own = [p for layer in layers for p in record.parameters(layer).values() if p.requires_grad]
-        counts = any(will_accumulate(accumulate_node(p)) for p in own or model.parameters() if p.requires_grad)
+        counts = any(will_accumulate(accumulate_node(p)) for p in own or fisher.model.parameters() if p.requires_grad)
     if not counts:
-        record.passed.update(dict.fromkeys([layer.name for layer in layers], current_backward()))
+        names = [layer.name for layer in layers]
+        record.passed.update(dict.fromkeys(names, current_backward()))
+        if record.create_graph:
+            fisher.troubles.saw_at("derivative", [own for name in names for own in record.attribution.owners(name)])
     return counts

@@ -1,4 +1,4 @@
-"""The end of a backward: what its records still hold is added, it is audited, and what it cannot tell is marked."""
+"""The end of a backward: waiting calls are added, the gradient is audited, and failures are marked."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._torch.engine import current_backward
 from .._torch.fsdp import local
+from .._torch.sparse import entries
 from .agreement import share_troubles
 from .audit import Comparison
 from .delivery import deliver, deliver_module
@@ -52,8 +53,11 @@ def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRe
             )
         return
     both = [name for name in record.calls if any(name in one.calls for one in same)]
+    names = [own for name in both for own in record.attribution.owners(name)]
+    if derived := [name for name in names if fisher.troubles.saw_derivative(name)]:  # which no answer would help
+        fisher.troubles.mark(derived, fisher.troubles.outside(derived[0]))
     fisher.troubles.mark(
-        [own for name in both for own in record.attribution.owners(name)],
+        names,
         "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
         'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
         'or forwards="separate" where each forward has samples of its own.',
@@ -81,6 +85,7 @@ def second_backward(
         fisher.troubles.mark(owners, _SECOND)
     else:
         names = [layer.name for layer in fisher.layers]
+        fisher.troubles.saw_at("second", owners)
         for name in owners:
             fisher.failures.counts[names.index(name)].add_(before != now)
 
@@ -160,12 +165,13 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
             backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
         )
         if unseen and p.grad is not None and record.moved(p):
-            fisher.failures.counts[index].add_((local(p.grad) != 0).any())
+            fisher.failures.counts[index].add_((entries(local(p.grad)) != 0).any())
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:
     """Layers that are trained by calls that no hook sees are not told."""
     for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
+        fisher.troubles.saw_at("uncalled", [fisher.layers[index].name])
         fisher.failures.counts[index].add_(moved)
 
 

@@ -232,7 +232,7 @@ def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key
     found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
     for layer, (squares, norms) in zip(layers, found, strict=True):
         if norms is not None:
-            record.norms[layer.name], record.squares[layer.name] = norms.told()
+            record.norms[layer.name], record.squares[layer.name] = norms.squares()
         if fisher.accumulate == "diagonal":
             fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [own.sum() for own in squares]))
         record.received.add(layer.name)

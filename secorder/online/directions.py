@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers.side_by_side import Frame, frame_of
+from .constants import Constants
 
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 
@@ -19,8 +20,8 @@ OUT_CHANNELS, IN_CHANNELS = 16, 4
 #: Random vectors that parameters of one shape are looked at with in turn (seldom is seven the period of a penalty),
 #: and backward passes after which others are drawn.
 IN_TURN, KEPT = 7, 112
-#: Sets of numbers that are kept on the device.
-CONSTANTS = 16
+#: Sets of layers whose frames are kept.
+FRAMES = 16
 
 
 class Vectors(NamedTuple):
@@ -57,7 +58,7 @@ class Directions:
         self._generator.seed()
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
-        self._constants: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+        self.constants = Constants()
         self._frames: dict[tuple[Any, ...], list[Frame]] = {}
         self._passes = 0
 
@@ -83,16 +84,6 @@ class Directions:
         if self._passes % KEPT == 0:
             self._kept.clear()
             self._frames.clear()
-
-    def constants(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        """Numbers that are much the same each time, where they are already on the device; 1-D."""
-        key = (tuple(numbers), like.dtype, like.device)
-        found = self._constants.get(key)
-        if found is None:
-            if len(self._constants) > CONSTANTS:
-                self._constants.clear()
-            found = self._constants[key] = like.new_tensor(numbers)
-        return found
 
     def vectors(self, parameter: Tensor) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
@@ -134,9 +125,9 @@ class Directions:
         key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
         frames = self._frames.get(key)
         if frames is None:
-            if len(self._frames) >= CONSTANTS:
+            if len(self._frames) >= FRAMES:
                 self._frames.clear()
-            with_bias = self.constants(flags, of[0].r)
+            with_bias = self.constants.vector(flags, of[0].r)
             in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
             frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
             self._frames[key] = frames

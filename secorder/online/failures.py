@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .audit import Comparison
+from .constants import Constants
 
 __all__ = ["Failures"]
 
@@ -28,7 +29,7 @@ class Failures:
         self._counts = counts
         self._numbers: Tensor | None = None  # the sides and sizes of comparisons that wait, one step after the other
         self._waiting: list[tuple[Sequence[int], Sequence[float]]] = []  # numbers of layers, and tolerances
-        self._kept: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+        self._constants = Constants()
 
     def __getstate__(self) -> Tensor:
         return self.counts
@@ -52,18 +53,10 @@ class Failures:
         numbers = self._numbers[: 3 * size * len(waiting)].view(len(waiting), 3, size)
         whole, value, square = (side.flatten() for side in numbers.unbind(1))
         difference = whole - value
-        bounds = square * self._vector([x for _, own in waiting for x in own], whole).square_()
+        bounds = square * self._constants.vector([x for _, own in waiting for x in own], whole).square()
         failed = (difference * difference > bounds) & (whole - whole == 0)
-        index = self._vector([i for own, _ in waiting for i in own], self._counts)
+        index = self._constants.vector([i for own, _ in waiting for i in own], self._counts)
         self._counts.index_add_(0, index, failed.to(self._counts))
-
-    def _vector(self, numbers: Sequence[float], like: Tensor) -> Tensor:
-        """Numbers on the device, of pieces that are kept there: a copy of them would be waited for."""
-        place = like.dtype, like.device
-        for number in set(numbers):
-            if (number, *place) not in self._kept:
-                self._kept[(number, *place)] = like.new_tensor([number])
-        return torch.cat([self._kept[(number, *place)] for number in numbers])
 
     def compare(self, found: Sequence[Comparison]) -> None:
         """Compare these, now or later."""

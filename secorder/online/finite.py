@@ -1,4 +1,4 @@
-"""Whether what a batch brings is finite, told by few numbers."""
+"""Whether what a batch adds is finite, decided from few numbers."""
 
 from collections.abc import Sequence
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.fsdp import local
+from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import versions
 from ..errors import InvalidArgumentError, NonFiniteError
@@ -34,7 +35,7 @@ from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
-from .sums import ADDING, LayerSums, count_together, empty
+from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
@@ -301,7 +302,8 @@ class OnlineFisher:
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
                     if p.requires_grad and p.grad is not None:
-                        self.failures.counts[index].add_(local(p.grad).abs().sum() != 0)
+                        self.troubles.saw_at("uncalled", [name])
+                        self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:
@@ -312,9 +314,8 @@ class OnlineFisher:
         audit_uncalled(self)
         with ADDING:
             self.batches += 1
-            counted = takes_norms(record) and self._add_norms(record, zeros)
-            if not counted:
-                self._count(record)
+            if not (takes_norms(record) and self._add_norms(record, zeros)):
+                count_samples(self._seen, self.count_of(record), record.goods, len(self.layers))
 
     def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> bool:
         """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
@@ -325,15 +326,6 @@ class OnlineFisher:
         for name in (*record.norms, *zeros):
             self.sums[name].batches += 1
         return counted
-
-    def _count(self, record: ForwardRecord) -> None:
-        """Count the samples of a batch, unless every layer left it out."""
-        count, goods = self.count_of(record), record.goods
-        if sum([good.numel() for good in goods]) < len(self.layers):
-            self._seen.add_(count)
-            return
-        every = goods[0] if len(goods) == 1 else torch.cat([good.view(-1).to(self._seen.device) for good in goods])
-        self._seen.add_(count * every.any())
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:

@@ -1,6 +1,6 @@
 """The autograd graph of the one forward that a look differentiates, and what it tells by itself."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,8 @@ from torch.overrides import TorchFunctionMode
 from .._torch.engine import accumulate_node
 from .._torch.graph import Node, Users, users_of
 from .._torch.pytree import tensors_in
-from .._torch.sample_graph import samples_in_nodes
+from .._torch.sample_graph import InnerSizes, samples_in_nodes
+from .._torch.saved_tensors import keeps_arguments
 from ..layers.layout import Layout
 from ..oneshot.recording import is_watch
 from .samples import floating
@@ -29,11 +30,13 @@ class Hooks(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        found = func(*args, **(kwargs or {}))
         if func is Tensor.register_hook:
             self.put |= not (len(args) > 1 and is_watch(args[1]))
-        elif getattr(func, "__name__", "") == "__get__":
-            self.put |= getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
-        return func(*args, **(kwargs or {}))
+        elif getattr(func, "__name__", "") == "__get__" and found is not None:
+            asked = getattr(getattr(func, "__self__", None), "__name__", "") == "grad_fn"
+            self.put |= asked and not keeps_arguments(found)
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +74,7 @@ class ForwardGraph:
         return {user for leaf in self.leaves for user, _ in self.users.get(accumulate_node(leaf), ())}
 
     @cached_property
-    def told(self) -> Mapping[tuple[Node, int], int | None] | None:
+    def inner_sizes(self) -> InnerSizes | None:
         """Where it shows the samples to be (see :mod:`secorder._torch.sample_graph`); None where hooks pass it by."""
         if self.hooked or not self.ends or self.count == 1:
             return None

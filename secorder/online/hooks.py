@@ -308,6 +308,7 @@ class _Enters:
         if self.attachment.pauses:
             self.attachment.fisher.troubles.guarded(self.record, (), saves_again, self.attachment, self.record)
             return
+        self.record.create_graph = torch.is_grad_enabled()
         if self.returned and self.record.backward is None:  # the loss itself: what it is multiplied by in training
             weights, scale = self.record.weights, g.detach().double()
             own = scale.new_ones(self.record.num_samples) if weights is None else weights.to(scale)

@@ -1,4 +1,4 @@
-"""What is known of where samples are, by the combination of train and eval modes, and when it is looked at again."""
+"""What is known of where samples are, for each combination of train and eval modes, and when to look again."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -100,7 +100,11 @@ class Looks:
             return found
         if reduction is not None and not found.undecided:
             with no_autocast():
-                found = replace(found, unreduced=told_otherwise(self._model, reduction, found, args, kwargs))
+                told = told_otherwise(self._model, reduction, found, args, kwargs)
+            # Of what is weighted as a function tells, each part has weights of its own.
+            as_told = {place for place, reason in told.items() if callable(reduction) and not reason}
+            unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
+            found = replace(found, unreduced=unreduced, coupling=found.coupling - as_told)
         self._known[mode] = found if before is None or found.undecided else merged(before, found)
         return found
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.surroundings import lasting
+from .constants import Constants
 from .finite import finite
 from .sums import ADDING
 
@@ -137,8 +138,9 @@ class NormSums:
 
     _table: Tensor
     added: int = 0
-    _linear: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
-    _waiting: list[Batch] = field(default_factory=list)
+    _constants: Constants = field(default_factory=Constants, repr=False)
+    _linear: dict[Terms, Tensor] = field(default_factory=dict, repr=False)
+    _waiting: list[Batch] = field(default_factory=list, repr=False)
     _kind: tuple[Kind, Tensor] | None = None  # of those that wait, and what their samples are counted in
 
     @classmethod
@@ -225,7 +227,9 @@ class NormSums:
         if everywhere is not None:
             squares, totals = (x[None] for x in everywhere(squares[0], totals[0]))
         own = squares.sum(2)
-        ones, told = (self._constant(numbers).expand_as(own) for numbers in ((1.0,) * len(kind.told), kind.told))
+        ones, told = (
+            self._constants.vector(numbers, like).expand_as(own) for numbers in ([1.0] * len(kind.told), kind.told)
+        )
         numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told, told * own, totals], 2)
         fine = finite(numbers.sum(2))  # of what is nowhere negative
         linear = self._matrix(kind.terms)
@@ -238,7 +242,7 @@ class NormSums:
         self._table = self._after(self.table, places, increments, decay)
 
     def _after(self, table: Tensor, places: Sequence[int], increments: Tensor, decay: float | None) -> Tensor:
-        kept = None if decay is None else self._constant([decay**power for power in POWERS])
+        kept = None if decay is None else self._constants.vector([decay**power for power in POWERS], table)
         if len(places) == len(table):
             return (table if kept is None else table * kept) + increments
         index = torch.tensor(places, device=table.device)
@@ -249,18 +253,11 @@ class NormSums:
         """The matrix that a batch's numbers are multiplied by."""
         if isinstance(terms.count, Tensor):
             return terms.matrix(self._table)
-        return self._remembered(("matrix", *terms), lambda: terms.matrix(self._table))
-
-    def _constant(self, numbers: Sequence[float]) -> Tensor:
-        """Numbers that each batch needs again, on the device."""
-        return self._remembered(("numbers", *numbers), lambda: self._table.new_tensor(numbers))
-
-    def _remembered(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._linear:
-            if len(self._linear) > 16:
+        if terms not in self._linear:
+            if len(self._linear) > 8:
                 self._linear.clear()
-            self._linear[key] = make()
-        return self._linear[key]
+            self._linear[terms] = terms.matrix(self._table)
+        return self._linear[terms]
 
 
 def together_norms(earlier: NormSums, later: NormSums) -> NormSums:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
+from .._torch.compile import never_compiled
+from .._torch.engine import accumulate_node, will_accumulate
 from .._torch.norms import norms_of
+from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
@@ -42,10 +44,15 @@ __all__ = [
 def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> bool:
     """Whether the batch gradient's norm is that of the calls' own sum, since the parameters' is not that of the mean.
 
-    Samples weigh differently, a backward may hold several batches, a parameter is frozen, or the layer's gradients are
-    formed anyway.
+    Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
+    the layer's gradients are formed anyway.
     """
-    if layer.rule is None or record.weights is not None or fisher.forwards == "separate":
+    if (
+        layer.rule is None
+        or gives_sparse_gradients(layer.module)
+        or record.weights is not None
+        or fisher.forwards == "separate"
+    ):
         return True
     return False in [p.requires_grad for p in layer.parameters.values()]
 
@@ -73,19 +80,11 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]
-            node = accumulate_node(leaf)
-            saw = partial(_saw, backward, layer, parameter, node)
-            if layer.sharded:
-                backward.handles.append(node.register_prehook(partial(_first, saw)))
-            else:
-                backward.handles.append(first_gradient_hook(leaf, saw))
+            saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
+            backward.on_gradient(leaf, saw, gathered=layer.sharded)
 
 
-def _first(saw: Any, gradients: tuple[Tensor | None, ...]) -> None:
-    if gradients[0] is not None:
-        saw(gradients[0])
-
-
+@never_compiled
 def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if backward.ended or not will_accumulate(node):
         return
@@ -122,7 +121,8 @@ def take_norms(
         own = _answered_for(layer)
         parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
     none = torch.zeros(record.num_samples, dtype=torch.float64, device=fisher.norms.device) if not sizes else None
-    record.norms[layer.name] = squared_norms(parts_of, sizes) if none is None else none
+    low = fisher.low(record, layer)
+    record.norms[layer.name] = squared_norms(parts_of, sizes, low=low) if none is None else none
     if _by_factors(fisher, record, layer):
         record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
 

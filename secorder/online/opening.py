@@ -26,8 +26,8 @@ from .looks import Looks
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .reduction import weights_of
-from .relation import Shape, explain
-from .returned_loss import watch_loss
+from .relation import Shape, explain, whole_call
+from .returned_loss import watch_losses
 from .sample_dimension import LISTED
 from .samples import shapes_of
 from .troubles import OUTSIDE, tell_coupled, tell_normalised
@@ -234,7 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    watch_loss(fisher, output, record.attribution.unreduced)
+    watch_losses(fisher, output, record.attribution)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
@@ -370,7 +370,7 @@ def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
     """Where samples are in an output of the model: verified by the look at this batch."""
     if record.num_samples == 1:
-        return Layout(0, shape[0]) if shape else None
+        return whole_call(shape)
     return found.outputs[index] if index < len(found.outputs) else None
 
 
@@ -384,8 +384,8 @@ def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
     shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
     return (
         f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
-        "that all samples share, rows that depend on data, or samples in another dimension of the model's inputs: "
-        "see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
+        "that all samples share, rows that depend on data, samples in another dimension of the model's inputs, or in "
+        "none: see sample_dim): leave the layer out with layers=, or measure it with a one-shot call."
     )
 
 

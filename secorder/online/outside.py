@@ -1,4 +1,4 @@
-"""Layers whose own calls do not tell all: their parameters are used elsewhere, or no gradient comes to them."""
+"""Layers whose own calls are not enough: parameters used elsewhere, or no gradient on the output."""
 
 from collections.abc import Callable, Sequence
 from itertools import combinations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, first_gradient_hook, will_accumulate
+from .._torch.engine import accumulate_node, will_accumulate
 from ..layers.per_sample import PerSample, total_gradient
 from ..layers.selection import Layer
 from .record import Backward, ForwardRecord
@@ -28,13 +28,14 @@ def watch(backward: Backward, layers: list[Layer]) -> None:
         parameters = {id(p): p for layer in layers for p in layer.parameters.values() if p.requires_grad}
         for parameter in parameters.values():
             keep = partial(_keep, backward, parameter, accumulate_node(parameter))
-            backward.handles.append(first_gradient_hook(parameter, keep))
+            backward.on_gradient(parameter, keep)
 
 
 @never_compiled
 def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) -> None:
     if will_accumulate(node):
         before = backward.whole.get(id(parameter))
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
         backward.whole[id(parameter)] = gradient.detach().clone() if before is None else before + gradient.detach()
 
 

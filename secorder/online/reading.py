@@ -100,7 +100,7 @@ def untold(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number is not to be told, and why."""
     audit_uncalled(fisher)
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
-    return {**dict.fromkeys(failed, fisher.troubles.outside), **fisher.troubles.marks}
+    return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:
@@ -122,8 +122,8 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
     unknown = LayerInfo(Strategy.ONLINE)
     infos = {by: replace(unknown, measured_by=by) for by in set(fisher.measured_by.values())}
-    ways = {name: infos[by] for name, by in fisher.measured_by.items()}
-    found = Diagonals(chosen, totals, {name: ways.get(name, unknown) for name in totals})
+    known = {name: infos[by] for name, by in fisher.measured_by.items()}
+    found = Diagonals(chosen, totals, {name: known.get(name, unknown) for name in totals})
     divide_each(list(found.values()), [counts[name].weight for name in found])
     return found
 
@@ -177,9 +177,7 @@ def ranks(stretch: Stretch) -> float:
     return 1 + stretch.elsewhere / seen if seen else 1.0
 
 
-def told(
-    fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Literal["raise", "skip"]
-) -> dict[str, Counts]:
+def told(fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Missing) -> dict[str, Counts]:
     """The layers whose number can be told, and what is in it.
 
     Raises:

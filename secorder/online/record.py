@@ -16,8 +16,9 @@ hook holds the record that it was made for. What several forwards share that one
 """
 
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._torch.autocast import AutocastState, autocast_state
-from .._torch.compile import EagerSection
-from .._torch.engine import in_backward
+from .._torch.compile import EagerSection, never_compiled
+from .._torch.engine import accumulate_node, first_gradient_hook, in_backward
 from .._torch.modules import Place
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
@@ -140,6 +141,19 @@ class Backward:
         self.audit = audit
         self.loss_scale: float | None = None
 
+    def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
+        """Call a hook with the whole gradient of a leaf, before hooks on the leaf change it.
+
+        Args:
+            leaf: of the graph.
+            hook: what to call.
+            gathered: of a leaf that FSDP2 gathers and frees again, it is called at the leaf's node.
+        """
+        if gathered:
+            self.handles.append(accumulate_node(leaf).register_prehook(partial(_first, hook)))
+        else:
+            self.handles.append(first_gradient_hook(leaf, hook))
+
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""
         self.ended = True
@@ -148,6 +162,12 @@ class Backward:
         self.handles.clear()
         for record in self.records:
             record.unhook()
+
+
+@never_compiled
+def _first(hook: Callable[[Tensor], None], gradients: tuple[Tensor | None, ...]) -> None:
+    if gradients[0] is not None:
+        hook(gradients[0])
 
 
 class Backwards(dict[int, Backward]):
@@ -213,6 +233,7 @@ class ForwardRecord:
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
         slots: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen.
+        create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
         unreturned: whether the forward ended without an output: it returned none, or raised.
@@ -224,7 +245,6 @@ class ForwardRecord:
     shapes: tuple[Shape, ...]
     verified: bool
     start: Start | None = None
-    training: bool = True
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
@@ -260,6 +280,7 @@ class ForwardRecord:
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
     slots: dict[int, Slot] | None = None
+    create_graph: bool = False
     backward: Backward | None = None
     closed: bool = False
     unreturned: bool = False

@@ -42,7 +42,7 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
         return given.get_scale
     if callable(given):
         return given
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not given > 0:
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
         raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {given!r}.")
     return _Constant(float(given))
 

@@ -5,7 +5,7 @@ loss times what its weights are multiplied by in the whole. A loss that weights 
 gets, and not as is told, does not add up so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -14,89 +14,116 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.modules import evaluating
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import map_tensors
+from .._torch.random_state import cuda_devices, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
+from .beside import Beside, made_beside, watch_beside
 from .reduction import weights_of
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["told_otherwise", "watch_loss"]
+__all__ = ["told_otherwise", "watch_losses"]
 
 #: So many samples are looked at, at most, and so many of them are one of the parts: an odd number, of which no weights
 #: of two classes that are equally frequent make the part's mean that of the whole.
 SAMPLES, PART = 8, 3
 
 _WEIGHTED = (
-    "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights), "
-    "or not weighted as reduction= tells: pass reduction= with a function of the model's arguments that returns the "
-    "weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
+    "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
+    "a statistic of the batch), or not weighted as reduction= tells: pass reduction= with a function of the model's "
+    "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
 )
 _SUM = 'the loss that the model returns is the sum of its samples\' losses: pass reduction="sum".'
 _MEAN = 'the loss that the model returns is the mean of its samples\' losses: pass reduction="mean".'
 
 
-def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: Any, kwargs: Any) -> str:
-    """Why a loss that the model returns is not made as is told; empty where it is, or where that cannot be seen.
+def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: Any, kwargs: Any) -> dict[Beside, str]:
+    """By where they are, why losses that the model returns are not made as is told; empty of one that is.
+
+    One of which that cannot be seen is missing. Of several, each may be divided by the number of samples where they are
+    added up, so that it is not said whether one is a sum or a mean.
 
     Args:
         model: the model, which is run in eval mode: with dropout, each part would have another loss.
         reduction: ``"mean"``, ``"sum"`` or a function, as told.
-        found: where the samples are in the arguments.
+        found: where the samples are in the arguments; what it found to couple samples is looked at, too.
         args: of one forward.
         kwargs: of it.
     """
     count = None if found.grouping is not None else found.count((args, kwargs))
-    if count is None or count < 2 or found.coupled or (found.outputs and None not in found.outputs):
-        return ""
+    returned = not found.outputs or None in found.outputs
+    if count is None or count < 2 or found.coupled or not (returned or found.coupling):
+        return {}
     ids = torch.randperm(count, generator=fresh_generator(), device="cpu")[:SAMPLES]
     parts = ids.split([PART, len(ids) - PART] if len(ids) > PART + 1 else [1, len(ids) - 1])
     take = partial(_samples, found, count, (args, kwargs))
-    drawn = False
+    drawn, cuda = False, cuda_devices(model)
 
-    def run(copied: Any) -> float:
+    def run(copied: Any) -> dict[Beside, float]:
         nonlocal drawn
-        before = torch.get_rng_state()
-        loss = _only_loss(model(*copied[0], **copied[1]))
-        drawn = drawn or not torch.equal(before, torch.get_rng_state())
-        return loss
+        before = get_random_state(cuda)
+        losses = _losses(model, model(*copied[0], **copied[1]), found.coupling)
+        drawn = drawn or not same_random_state(before, get_random_state(cuda))
+        return losses
+
+    def holds(kind: Any, losses: Sequence[float]) -> bool:
+        shares = [_share(kind, take, ids, some) for some in parts]
+        told: float = sum(share * loss for share, loss in zip(shares, losses[1:], strict=True))
+        return _near(model, losses, told)
 
     try:
         with isolate(model, None, []) as isolated, evaluating(model):
-            losses: list[float] = [isolated.run(run, take(some)) for some in (ids, *parts)]
-            whole, others, bound = losses[0], losses[1:], _rounding(model) * sum(map(abs, losses))
-
-            def holds(kind: Any) -> bool:
-                shares = [_share(kind, take, ids, some) for some in parts]
-                told = sum(share * loss for share, loss in zip(shares, others, strict=True))
-                return abs(told - whole) <= bound
-
-            if drawn or holds(reduction):
-                return ""
-            for order in (ids.flip(0), ids.roll(1), ids.roll(2)):  # which matters where a generator is in the loss
-                if not abs(isolated.run(run, take(order)) - whole) <= bound:
-                    return ""
-            if holds("sum"):  # or divided by a number that the model is given
-                return "" if _has_numbers(args, kwargs) else _SUM
-            return _MEAN if holds("mean") else _WEIGHTED
+            runs = [isolated.run(run, take(some)) for some in (ids, *parts)]
+            if drawn:
+                return {}
+            by_place = {place: [own[place] for own in runs] for place in runs[0]}
+            reasons = {place: "" for place, losses in by_place.items() if holds(reduction, losses)}
+            others = {p: x for p, x in by_place.items() if p not in reasons and not all(_near(model, x, y) for y in x)}
+            # The order matters where a generator is in the loss.
+            for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
+                again = isolated.run(run, take(order))
+                others = {place: losses for place, losses in others.items() if _near(model, losses, again[place])}
+            several = sum(place.module is None for place in by_place) > 1
+            for place, losses in others.items():
+                summed, mean = holds("sum", losses), holds("mean", losses)
+                if not summed and not mean:
+                    reasons[place] = _WEIGHTED
+                elif not several and not (summed and _has_numbers(args, kwargs)):  # which a sum is divided by
+                    reasons[place] = _SUM if summed else _MEAN
+            return reasons
     except Exception:  # such as of a batch that the model does not accept, or that has no such loss
-        return ""
+        return {}
 
 
-def watch_loss(fisher: "OnlineFisher", output: Any, reason: str) -> None:
-    """Mark all layers for a reason, if there is one, once a backward begins at a loss that the model has returned."""
+def _near(model: nn.Module, losses: Sequence[float], other: float) -> bool:
+    """Whether the first of some losses is another number, to rounding."""
+    return abs(other - losses[0]) <= _rounding(model) * sum(map(abs, losses))
 
-    def begins(_: Tensor) -> None:
-        if not inside_transform():
+
+def watch_losses(fisher: "OnlineFisher", output: Any, found: Attribution) -> None:
+    """Mark layers once a backward begins at a loss of which it was found that it is not to be told of.
+
+    Args:
+        fisher: what the layers are marked in.
+        output: of the forward that has ended.
+        found: what was found of losses that the model returns, and of what else it makes.
+    """
+
+    def begins(reason: str, gradient: Tensor) -> None:
+        if not inside_transform() and bool((gradient != 0).any()):
             fisher.troubles.guarded(None, (), fisher.troubles.mark, list(fisher.sums), reason)
 
-    for tensor in tensors_in(output) if reason else ():
-        if not tensor.dim() and tensor.grad_fn is not None:
-            tensor.register_hook(begins)
+    if found.unreduced:
+        for place, tensor in made_beside(None, output).items():
+            if place in found.unreduced and not tensor.dim():
+                tensor.register_hook(partial(begins, found.unreduced[place]))
+    if found.coupling:
+        watch_beside(fisher, output, found.coupling)
 
 
 def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any:
@@ -111,16 +138,13 @@ def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any
     return map_tensors(taken, arguments)
 
 
-def _only_loss(output: Any) -> float:
-    """The loss that a model returns.
-
-    Raises:
-        ValueError: there is none, or several, or it is not finite.
-    """
-    (loss,) = [float(t.detach()) for t in tensors_in(output) if not t.dim() and t.requires_grad]
-    if not isfinite(loss):
-        raise ValueError(loss)
-    return loss
+def _losses(model: nn.Module, output: Any, kept: Collection[Beside]) -> dict[Beside, float]:
+    """The losses that a model returns, or keeps in some places, as far as they are finite."""
+    made = made_beside(model, output)
+    losses = {
+        place: float(t.detach()) for place, t in made.items() if not t.dim() and (place.module is None or place in kept)
+    }
+    return {place: loss for place, loss in losses.items() if isfinite(loss)}
 
 
 def _share(kind: Any, take: Callable[[Tensor], Any], ids: Tensor, some: Tensor) -> float:

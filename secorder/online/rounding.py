@@ -1,4 +1,4 @@
-"""What the audit takes for rounding."""
+"""How much of a difference the audit accepts as rounding."""
 
 from math import sqrt
 

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from .._torch.engine import accumulate_node
 from .._torch.fsdp import local
-from .._torch.graph import Node
-from .._torch.sample_graph import SHARED
+from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator, gradients
 from ..errors import DoubleBackwardError
@@ -70,7 +69,7 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
 def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph) -> Rows:
     """What the graph tells of layers, and by cotangents what it does not."""
     candidates = [_options(z, graph.count) for z in layers]
-    by_graph = [_by_graph(z, c, graph.told or {}) for z, c in zip(layers, candidates, strict=True)]
+    by_graph = [_by_graph(z, c, graph.inner_sizes or {}) for z, c in zip(layers, candidates, strict=True)]
     rest = [(z, c) for z, c, o in zip(layers, candidates, by_graph, strict=True) if o is None]
     known, unknown, reached = _by_cotangents(rest, graph) if rest else _none_yet()
     for z, options in zip(layers, by_graph, strict=True):
@@ -80,14 +79,12 @@ def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGrap
             known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
         else:
             unknown.add(z.layer.name)
-        if any((accumulate_node(leaf), 0) in (graph.told or {}) for leaf in z.leaves):
+        if any((accumulate_node(leaf), 0) in (graph.inner_sizes or {}) for leaf in z.leaves):
             reached.add(z.layer.name)
     return known, unknown, reached
 
 
-def _by_graph(
-    z: RecordedLayer, candidates: list[list[Layout]], told: Mapping[tuple[Node, int], int | None]
-) -> list[list[Layout]] | None:
+def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], told: InnerSizes) -> list[list[Layout]] | None:
     """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
     found = []
     for leaf, choices in zip(z.leaves, candidates, strict=True):
@@ -215,8 +212,8 @@ def _by_change(
         values.clear()
         with torch.enable_grad() if ranks is None else torch.no_grad():
             result = forward(arguments) if mask is None else run_changed(forward, arguments, chosen, mask)
-        slopes = _slopes(result, outputs) if ranks is None else {}
-        return _Seen(dict(values), slopes, [local(t) for t in floating(result)])
+        pulled = _output_gradients(result, outputs) if ranks is None else {}
+        return _Seen(dict(values), pulled, [local(t) for t in floating(result)])
 
     # Where parameters lie over ranks, before hooks that make something else of what a layer returns.
     first = ranks is not None
@@ -266,7 +263,7 @@ def _apart(count: int, before: list[Tensor], after: list[list[Tensor]], masks: S
     return True
 
 
-def _slopes(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+def _output_gradients(result: Any, outputs: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     ends = [t for t in floating(result) if t.requires_grad]
     inside = [t for tensors in outputs.values() for t in tensors if t.requires_grad]
     try:
@@ -283,10 +280,10 @@ def _belong(
     """Whether rows of changed samples change, and no others, nor what the model's outputs make of the others."""
     if not _holds(layout, base.values[name][index], _nth([c.values for c in changed], name, index), masks):
         return False
-    slopes = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
+    pulled = _nth([base.gradients, *(c.gradients for c in changed)], name, index)
     return all(
-        not bool(layout.split(changed_entries(slopes[0], after))[~mask.to(after.device)].any())
-        for after, mask in zip(slopes[1:], masks, strict=False)
+        not bool(layout.split(changed_entries(pulled[0], after))[~mask.to(after.device)].any())
+        for after, mask in zip(pulled[1:], masks, strict=False)
     )
 
 

@@ -22,13 +22,14 @@ from .attribution import Attribution
 from .samples import (
     Hypothesis,
     SampleDim,
+    Separation,
     any_layout,
     equivariant,
+    from_names,
     hypotheses,
     of_owned,
     separates,
     shapes_of,
-    told,
 )
 
 __all__ = ["Choice", "Question", "choose"]
@@ -63,9 +64,9 @@ class Question:
 
 
 LISTED = (
-    "the model is called with a list of tensors, or rows that a vector gives to graphs, and its output does not tell "
-    "whether each of them is a sample: let it return one tensor of a row a sample, or pass "
-    'sample_dim="list" where each entry of the list is one, or the dimension that holds the samples'
+    "the model is called with a list, or rows that a vector gives to graphs, and its output does not tell whether each "
+    'of them is a sample: let it return one tensor of a row a sample, or pass sample_dim="list" where each entry of '
+    "the list is one, the dimension that holds the samples, or None by the arguments' names where each call is one"
 )
 
 #: A hypothesis that holds, with the layouts that it leaves open of each output.
@@ -74,59 +75,113 @@ Choice = tuple[Hypothesis, list[list[Layout]]]
 
 def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attribution:
     """The hypothesis that holds, with what it leaves open of the outputs; or why there is none."""
-    model, arguments, dim = asked.model, asked.arguments, asked.sample_dim
-    tried = [told(model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
+    dim, arguments = asked.sample_dim, asked.arguments
+    tried = [from_names(asked.model, *arguments, dim)] if isinstance(dim, Mapping) else hypotheses(arguments, base, dim)
     if not tried:
         return Attribution(undecided=_no_candidate(arguments, dim))
     usual = tried[0]
-    certain = len(tried) == 1 and usual.dim == 0 and usual.owned is None and independent_by_structure(model, 0)
-    if (usual.num_samples <= 1 and len(tried) == 1) or certain or asked.ranks is not None:
+    if _needs_no_trial(asked, tried):
         return usual, [any_layout(f, usual.num_samples) for f in base]
-    before = asked.before
-    if before is not None and (count := before.count(arguments)) is not None and count > 1:
-        owned = None if before.grouping is None else before.grouping.of(arguments)
-        known = Hypothesis(before.dims, count, before.alternative) if owned is None else of_owned(owned, arguments)
-        still = separates(forward, arguments, base, known, asked.masks(count, TRIALS))
-        if still is not None:
-            return known, still.layouts
+    still = _still_holds(asked, forward, base)
+    if still is not None:
+        return still
     if not any(any_layout(f, h.num_samples) for f in base for h in tried):
         return _by_size_alone(asked, forward, base, tried)
-    holding, without_evidence = [], None
-    for hypothesis in tried:
-        if hypothesis.num_samples > 1:
-            found = separates(forward, arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
-            alone = hypothesis is usual and (dim is not None or len(tried) == 1)
-            if found is not None and (found.told or alone):
-                holding.append((hypothesis, found.layouts))
-            elif hypothesis is usual:
-                without_evidence = found
-        if holding and dim is not None:
-            break
-    listed = [choice for choice in holding if choice[0].owned is not None]
-    if usual.num_samples == 1 and dim is None and not listed:
-        if any(h.owned is not None and h.num_samples > 1 for h in tried):
-            return Attribution(provisional=True, undecided=LISTED)
-        if holding:  # one sample of many positions, or many samples of one
-            return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
-        return usual, [any_layout(f, 1) for f in base]
-    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding):
+    holding, without_evidence = _try_each(asked, forward, base, tried)
+    if usual.num_samples == 1 and dim is None and all(h.owned is None for h, _ in holding):
+        return _of_one_sample(asked, base, tried, holding)
+    some = without_evidence is not None and any(_of_some_entries(usual, h) for h in tried)
+    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding) and not some:
         # Nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
         holding = [(usual._replace(untested=True), without_evidence.layouts), *holding]
     if not holding:
-        if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
-            return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(arguments))}")
-        if dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
-            return Attribution(undecided=LISTED)
-        return _nothing_separates(asked, forward, base, usual)
-    if len(holding) == 1:
-        return holding[0]
-    with evaluating(model):  # random numbers of dropout stay where they are when samples are exchanged
-        alike = [choice for choice in holding if equivariant(forward, arguments, choice[0])] or holding[:1]
+        return _none_holds(asked, forward, base, tried, some=some)
+    return holding[0] if len(holding) == 1 else _one_of(asked, forward, holding)
+
+
+def _needs_no_trial(asked: Question, tried: Sequence[Hypothesis]) -> bool:
+    """Whether the usual hypothesis is taken as it is."""
+    usual, alone = tried[0], len(tried) == 1
+    if asked.ranks is not None or (alone and usual.num_samples <= 1):
+        return True
+    return alone and usual.dim == 0 and usual.owned is None and independent_by_structure(asked.model, 0)
+
+
+def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choice | None:
+    """What held before, if a short trial does not refute it."""
+    before = asked.before
+    count = None if before is None else before.count(asked.arguments)
+    if before is None or count is None or count <= 1:
+        return None
+    owned = None if before.grouping is None else before.grouping.of(asked.arguments)
+    known = of_owned(owned, asked.arguments) if owned else Hypothesis(before.dims, count, before.alternative)
+    still = separates(forward, asked.arguments, base, known, asked.masks(count, TRIALS))
+    return None if still is None else (known, still.layouts)
+
+
+def _try_each(
+    asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis]
+) -> tuple[list[Choice], Separation | None]:
+    """The hypotheses that hold; and what the usual one leaves open, where nothing refutes it nor supports it."""
+    holding: list[Choice] = []
+    without_evidence = None
+    for hypothesis in tried:
+        usual = hypothesis is tried[0]
+        if hypothesis.num_samples > 1:
+            found = separates(forward, asked.arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
+            certain = usual and (asked.sample_dim is not None or len(tried) == 1)
+            if found is not None and (found.changed or certain):
+                holding.append((hypothesis, found.layouts))
+            elif usual:
+                without_evidence = found
+        if holding and asked.sample_dim is not None:
+            break
+    return holding, without_evidence
+
+
+def _of_one_sample(
+    asked: Question, base: Sequence[Tensor], tried: Sequence[Hypothesis], holding: Sequence[Choice]
+) -> Choice | Attribution:
+    """Where the usual dimension holds one sample."""
+    if any(h.owned is not None and h.num_samples > 1 for h in tried):
+        return Attribution(provisional=True, undecided=LISTED)
+    if holding:  # one sample of many positions, or many samples of one
+        return _undecided_by_shapes(asked)
+    return tried[0], [any_layout(f, 1) for f in base]
+
+
+def _none_holds(
+    asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis], *, some: bool
+) -> Attribution:
+    """Why no hypothesis holds; ``some`` is whether the usual one would be of some entries of a list alone."""
+    if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
+        return _undecided_by_shapes(asked)
+    if asked.sample_dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
+        return Attribution(provisional=some, undecided=LISTED)
+    return _nothing_separates(asked, forward, base, tried[0])
+
+
+def _undecided_by_shapes(asked: Question) -> Attribution:
+    return Attribution(provisional=True, undecided=f"of arguments of shapes {list(shapes_of(asked.arguments))}")
+
+
+def _one_of(asked: Question, forward: Any, holding: Sequence[Choice]) -> Choice:
+    """Of several that hold: one whose samples may be exchanged, that most outputs hold."""
+    with evaluating(asked.model):  # random numbers of dropout stay where they are when samples are exchanged
+        alike = [choice for choice in holding if equivariant(forward, asked.arguments, choice[0])] or holding[:1]
     most = max(_held(options) for _, options in alike)
     alike = [choice for choice in alike if _held(choice[1]) == most]
     first, options = alike[0]
     others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
     return first._replace(alternative=next(iter(others), None)), options
+
+
+def _of_some_entries(usual: Hypothesis, other: Hypothesis) -> bool:
+    """Whether samples in a dimension would be those of some entries of a list, and not of the others."""
+    if other.owned is None or other.owned.grouping.place is not None:
+        return False
+    held = [dim for dim, owner in zip(usual.dims, other.owned.owners, strict=True) if owner is not None]
+    return None in held and any(dim is not None for dim in held)
 
 
 def _no_candidate(arguments: tuple[tuple[Any, ...], dict[str, Any]], dim: SampleDim) -> str:
@@ -178,6 +233,6 @@ def _nothing_separates(asked: Question, forward: Any, base: Sequence[Tensor], us
     for other in others:
         if other.num_samples > 1 and other.dim != usual.dim:
             found = separates(forward, asked.arguments, base, other, asked.masks(other.num_samples))
-            if found is not None and found.told:
+            if found is not None and found.changed:
                 separable = other.dim
     return Attribution(dims=usual.dims, coupled=True, separable=separable)

@@ -1,4 +1,4 @@
-"""Which dimension of the model's arguments holds the samples: told, or found.
+"""Where samples may be in the model's arguments: hypotheses, and the trials that one must pass.
 
 A hypothesis says where samples are in the arguments and, for each differentiable output, where they may be there. It
 holds where samples do not influence one another: while some of them are changed, the outputs of the others stay.
@@ -20,14 +20,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
-from ..layers.layout import Layout
+from ..layers.layout import Layout, layouts_of
 from ..oneshot.independence import changed_entries, changed_samples, rounding_in
-from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index
+from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owned_by_packing, with_entries_of
 from ..parallel.spread import is_distributed
 
 __all__ = [
-    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses",
-    "of_owned", "run_changed", "separates", "shapes_of", "told",
+    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
+    "hypotheses", "of_owned", "run_changed", "separates", "shapes_of",
 ]  # fmt: skip
 
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
@@ -65,12 +65,12 @@ class Separation(NamedTuple):
 
     Attributes:
         layouts: of each output, where the samples may be in it.
-        told: whether anything changed: where nothing did, this is no evidence.
+        changed: whether anything changed: where nothing did, this is no evidence.
         accepted: whether the model accepted what was changed.
     """
 
     layouts: list[list[Layout]]
-    told: bool
+    changed: bool
     accepted: bool = True
 
 
@@ -91,7 +91,7 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
             )
 
 
-def told(
+def from_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: Mapping[str, int | None]
 ) -> Hypothesis:
     """The hypothesis that a mapping of argument names states.
@@ -118,13 +118,15 @@ def told(
 def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["list"] | None) -> list[Hypothesis]:
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
 
-    Behind these come the entries of a list, and the graphs of a vector of indices.
+    Behind these come the entries of a list, and the graphs of a vector of indices; packed sequences stand alone.
 
     Args:
         arguments: of the model.
         outputs: its tensors.
         dim: the dimension, where it was told, or ``"list"``.
     """
+    if dim is None and (packed := owned_by_packing(arguments)):
+        return [of_owned(x, arguments) for x in packed]
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
     owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
@@ -133,11 +135,12 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
 
 def of_owned(owned: Owned, arguments: Any) -> Hypothesis:
     """The hypothesis that samples own tensors, or their rows; others hold them in a dimension, if any."""
+    count, packed = owned.num_samples, owned.grouping.packed  # with a state, whose samples are in dim 1
     dims = [
-        None if owner is not None or t.dim() == 0 or t.shape[0] != owned.num_samples else 0
+        None if owner is not None or t.dim() == 0 or (t.shape[0] != count and not packed) else _dim_of(t, count, 0)
         for t, owner in zip(tensors_in(arguments), owned.owners, strict=True)
     ]
-    return Hypothesis(tuple(dims), owned.num_samples, owned=owned)
+    return Hypothesis(tuple(dims), count, owned=owned)
 
 
 def _in_dimensions(arguments: Any, outputs: Sequence[Tensor], dim: int | None) -> list[Hypothesis]:
@@ -165,11 +168,8 @@ def _dim_of(tensor: Tensor, size: int, dim: int) -> int | None:
 
 
 def any_layout(tensor: Tensor, count: int) -> list[Layout]:
-    """Every layout that a tensor's shape admits for so many samples, the usual first."""
-    options = [Layout(dim) for dim, size in enumerate(tensor.shape) if size == count]
-    if tensor.dim() and tensor.shape[0] > count and tensor.shape[0] % count == 0:
-        options += [Layout(0, tensor.shape[0] // count, major) for major in (True, False)]
-    return options
+    """Every layout that the shape of what a module returns admits for so many samples, the usual first."""
+    return layouts_of(tensor.shape, count, any_dim=False)
 
 
 def separates(
@@ -198,7 +198,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return Separation(options, told=False, accepted=False)
+            return Separation(options, changed=False, accepted=False)
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -212,7 +212,7 @@ def separates(
             options[index] = [o for o, m in zip(options[index], moved, strict=True) if not bool(m[kept].any())]
             if not options[index]:
                 return None
-    return Separation(options, told=changes)
+    return Separation(options, changed=changes)
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:
@@ -245,8 +245,23 @@ def floating(tree: Any) -> list[Tensor]:
     return [t for t in tensors_in(tree) if (t.is_floating_point() or t.is_complex()) and not _sparse(t)]
 
 
-def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Any:
-    """The model's output with other numbers for some samples: those of their neighbours, a little scaled."""
+def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor, *, alike: bool = False) -> Any:
+    """The model's output with other numbers for some samples: those of their neighbours, a little scaled.
+
+    Entries of a list that hold no such numbers (texts, token ids of several lengths) are their neighbours' as they are.
+
+    Args:
+        forward: the model on its arguments.
+        arguments: of the model.
+        hypothesis: where the samples are in them.
+        mask: which samples are changed, bool, shape (N,).
+        alike: give them those of the first sample, as they are, where a dimension holds samples.
+    """
+    whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
+    if whole and _only_integers(arguments, hypothesis):
+        count = hypothesis.num_samples
+        chosen = [(n + int(mask[n])) % count for n in range(count)]
+        return forward(with_entries_of(arguments, count, chosen))
     dims = iter(hypothesis.dims)
     owners = iter(hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners)
 
@@ -259,17 +274,17 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
         if dim is None:
             return tensor
         if _sparse(tensor):
-            return _mixed(tensor.to_dense(), dim, mask).to_sparse(layout=tensor.layout)
-        return _mixed(tensor, dim, mask)
+            return _mixed(tensor.to_dense(), dim, mask, alike).to_sparse(layout=tensor.layout)
+        return _mixed(tensor, dim, mask, alike)
 
-    look_up = _OfIntegers(mask, hypothesis, arguments) if _only_integers(arguments, hypothesis) else nullcontext()
-    with look_up:
+    only_integers = _only_integers(arguments, hypothesis)
+    with _OfIntegers(mask, hypothesis, arguments, alike) if only_integers else nullcontext():
         return forward(map_tensors(changed, arguments))
 
 
-def _mixed(tensor: Tensor, dim: int, mask: Tensor) -> Tensor:
+def _mixed(tensor: Tensor, dim: int, mask: Tensor, alike: bool) -> Tensor:
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    other = tensor.roll(1, dim) * 1.03125
+    other = tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
     if not bool(tensor.any()):  # a state that starts at zero
         other = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
     return torch.where(here, other, tensor)
@@ -290,9 +305,10 @@ def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
 class _OfIntegers(TorchFunctionMode):
     """Changes what is made of some samples' integers (the rows that they look up in a table), in place of them."""
 
-    def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any) -> None:
+    def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any, alike: bool) -> None:
         super().__init__()
         self.dim = hypothesis.dim or 0
+        self.alike = alike
         #: By tensor, which of its rows are those of changed samples.
         self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
@@ -324,9 +340,9 @@ class _OfIntegers(TorchFunctionMode):
         if result.dim() > self.dim + 1 and result.shape[self.dim] == len(rows):
             if is_distributed(result):  # rows of a table that lies over ranks, which look it up without a graph
                 part = local(result)
-                part.copy_(_mixed(part, self.dim, rows))
+                part.copy_(_mixed(part, self.dim, rows, self.alike))
                 return result
-            return _mixed(result, self.dim, rows)
+            return _mixed(result, self.dim, rows, self.alike)
         return result
 
     def _rows(self, tensor: Tensor) -> Tensor | None:
@@ -338,5 +354,8 @@ class _OfIntegers(TorchFunctionMode):
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors among the arguments, ``(args, kwargs)`` or any other structure."""
-    return tuple(tuple(t.shape) for t in tensors_in(arguments))
+    """Shapes of the tensors among the arguments, ``(args, kwargs)`` or any other structure.
+
+    Of a nested tensor, how many it holds: the rest differs.
+    """
+    return tuple([(t.size(0),) if t.is_nested else tuple(t.shape) for t in tensors_in(arguments)])

@@ -1,4 +1,4 @@
-"""Which of many batches something dear is done at: now and then, in step with no period of the user's own."""
+"""Which batches an expensive check is made on."""
 
 __all__ = ["now_and_then"]
 
@@ -7,10 +7,11 @@ GOLDEN = 0.6180339887498949
 
 
 def now_and_then(count: int, one_in: int) -> bool:
-    """Whether it is the turn of batch ``count``: of one in ``one_in``, and of as many of every second, third, … batch.
+    """Whether batch ``count`` is chosen: one in ``one_in`` is, also of every second, third, … batch.
 
-    The multiples of an irrational number are evenly spread over [0, 1), and so are those at every k-th place. It is no
-    draw by chance, so that the ranks of a process group decide alike, and a run that is resumed as if it had gone on.
+    The multiples of an irrational number are evenly spread over [0, 1), and so is every k-th of them: the choice keeps
+    step with no period in the user's data. It is deterministic, so that all ranks of a process group choose alike, and
+    so does a run that is resumed.
 
     Source: Weyl (1916), "Über die Gleichverteilung von Zahlen mod. Eins".
     """

@@ -13,7 +13,6 @@ up to the model.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.nn.attention import sdpa_kernel
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
 from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import map_tensors, once_each, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout
@@ -33,9 +32,10 @@ from ..layers.tying import tied_layers
 from ..oneshot.isolation import IsolatedModel, isolate
 from ..oneshot.recorded_layer import RecordedLayer
 from ..oneshot.recording import recorded
-from ..oneshot.state import used_up
+from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
+from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -50,6 +50,11 @@ __all__ = ["attribute"]
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"
+)
+
+_NESTED = (
+    "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
+    "padded tensor, or with a list of tensors"
 )
 
 _HOLDS = (
@@ -87,11 +92,13 @@ def attribute(
         not_followed = [x.name for x in layers]
     if any(isinstance(x, Iterator) for x in (*args, *kwargs.values())):
         return Attribution(undecided=_USED_UP)
+    if any(t.is_nested for t in tensors_in((args, kwargs))):
+        return Attribution(undecided=_NESTED)
     for name, module in model.named_modules():
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
             return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
-    args, kwargs = map_tensors(partial(_cut_off, {}), (args, kwargs))
+    args, kwargs = map_tensors(once_each(_cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -105,11 +112,9 @@ def attribute(
     return _escalate(asked, layers)
 
 
-def _cut_off(seen: dict[int, Tensor], tensor: Tensor) -> Tensor:
-    """An argument without what it was computed from, such as the forward before this one; given twice, it stays one."""
-    if tensor.grad_fn is None:
-        return tensor
-    return seen.setdefault(id(tensor), tensor.detach().requires_grad_())
+def _cut_off(tensor: Tensor) -> Tensor:
+    """An argument without what it was computed from, such as the forward before this one."""
+    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
@@ -121,27 +126,20 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
     while True:
         certain = found.certain and all(x.rule is not None for x in layers)
         found = replace(found, layers=tuple(layers), certain=certain)
-        missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found
         if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
-        if not found.coupled and asked.ranks is None:
-            missing |= found.reached & without_gradient(model, layers, asked.arguments)
-        movable = {
-            x.name
-            for x in layers
-            if x.name in missing
-            and asked.ranks is None
-            and (x.by_operations or x.rule is not None or x.enclosing is not model)
-        }
-        if found.coupled or not movable:
+        if found.coupled or asked.ranks is not None:
             return found
-        layers = [_slower(asked, parents, x) if x.name in movable else x for x in layers]
-        moved = [x for x in layers if x.name in movable]
-        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
+        missing = found.unknown | found.outside | found.reached & without_gradient(model, layers, asked.arguments)
+        slower = {x.name: _slower(asked, parents, x) for x in layers if x.name in missing and _has_slower(x, model)}
+        if not slower:
+            return found
+        layers = [slower.get(x.name, x) for x in layers]
+        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in slower.values())]
         found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
 
 
@@ -166,6 +164,11 @@ def _by_operations(asked: Question, layer: Layer) -> Layer:
     if not trained or asked.ranks is not None or layer.name in asked.not_followed:
         return layer
     return replace(layer, rule=None, by_operations=True)
+
+
+def _has_slower(layer: Layer, model: nn.Module) -> bool:
+    """Whether a layer can be measured in a slower way than now: the slowest is by the whole model."""
+    return layer.by_operations or layer.rule is not None or layer.enclosing is not model
 
 
 def _slower(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
@@ -204,8 +207,7 @@ def _attribute(
 
         forward = _forward(asked, isolated)
         with recorded(isolated, layers if ranks is None else [], own_parameters=ranks is not None) as recording:
-            with Selections() as selections, Hooks() as hooks:
-                output = forward(arguments)
+            output, selections, hooks, beside = _watched(model, forward, arguments)
             changing = tuple(p for m in model.modules() for p in buffer_places(m) if version(p.value) > 0)
             recording.close()
             isolated.require_replacements(output)
@@ -241,6 +243,7 @@ def _attribute(
         routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
+        coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
     attribution = _told(asked, every, hypothesis, options, found, uses)
     return replace(
         attribution,
@@ -248,7 +251,29 @@ def _attribute(
         outside=frozenset(outside),
         changing=changing,
         selections=selections.count,
+        coupling=coupled,
     ), choice
+
+
+def _watched(
+    model: nn.Module, forward: Callable[[Any], Any], arguments: Any
+) -> tuple[Any, Selections, Hooks, dict[Beside, Tensor]]:
+    """The model's output, what it did on the way, and the tensors that it has made beside."""
+    kept = set(map(id, made_beside(model, None).values()))  # by a forward before
+    with Selections() as selections, Hooks() as hooks:
+        output = forward(arguments)
+    return output, selections, hooks, {p: t for p, t in made_beside(model, output).items() if id(t) not in kept}
+
+
+def _coupling(
+    asked: Question, forward: Any, hypothesis: Hypothesis, graph: ForwardGraph, beside: Mapping[Beside, Tensor]
+) -> frozenset[Beside]:
+    """Where the forward makes what couples samples, beside outputs of samples."""
+    if asked.ranks is not None:  # each would run the model as often as it has reason to
+        return frozenset()
+    of_samples = {id(f) for f, options in zip(floating(graph.output), graph.options, strict=False) if options}
+    made = {place: t for place, t in beside.items() if id(t) not in of_samples}
+    return coupling(asked.model, forward, asked.arguments, hypothesis, made)
 
 
 def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""What cannot be told, and why: training goes on, and the reason is raised when the number is read."""
+"""Why numbers cannot be given: training goes on, and the reason is raised when the number is read."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,15 +15,32 @@ from .sample_dimension import LISTED
 __all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
 
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
-OUTSIDE = (
-    "its parameters get gradient from outside of the layer's calls (a tied weight, a weight penalty in the loss, a use "
-    "such as F.linear(x, layer.weight), a call of the layer before or after the model's forward, a derivative that the "
-    "model takes of itself, or the loss of its output "
-    "(let the model return what the loss is the mean of), a method such as get_value(x) that is called in place of the "
-    "model, or another loss in a second backward through one forward), which belongs "
-    "to no sample that a hook can see; what was accumulated since the last check that passed may hold some of it: "
-    "leave the layer out with layers=, or measure it with a one-shot call."
+_OUTSIDE = (
+    "its parameters get gradient from outside of the layer's calls ({}), which belongs to no sample that a hook can "
+    "see; what was accumulated since the last check that passed may hold some of it: {}leave the layer out with "
+    "layers=, or measure it with a one-shot call."
 )
+OUTSIDE = _OUTSIDE.format(
+    "a tied weight, a weight penalty in the loss, a use such as F.linear(x, layer.weight), a call of the layer before "
+    "or after the model's forward, a derivative that the model takes of itself, or the loss of its output (let the "
+    "model return what the loss is the mean of), a method such as get_value(x) that is called in place of the model, "
+    "or another loss in a second backward through one forward",
+    'say penalty="shared" where it is a term of the loss that is the same for each sample, ',
+)
+
+#: What it is most likely, by what the hooks saw at the layer, the surest first; and what to do.
+OUTSIDE_CAUSES = {
+    "second": ("another loss in a second backward through one forward", "add the losses and call backward once, "),
+    "derivative": (
+        "a derivative of the model's output that the loss is made of, such as a gradient penalty",
+        "let the model itself return what the loss is the mean of, ",
+    ),
+    "uncalled": (
+        "a method such as get_value(x) that is called in place of the model, or a weight penalty, since no recorded "
+        "forward has called it",
+        "attach to the module that is called, ",
+    ),
+}
 
 #: Why a batch is left out of a layer whose input is no longer there.
 OVERWRITTEN = (
@@ -79,6 +96,7 @@ class Troubles:
         #: By layer, why its batches were left out.
         self.left_out: dict[str, str] = {}
         self._causes: set[str] = set()
+        self._at: dict[str, set[str]] = {}
         self._warned: set[str] = set()
 
     def mark(self, names: Iterable[str], reason: str) -> None:
@@ -115,10 +133,19 @@ class Troubles:
             self._warned.add(message)
             caution(message)
 
-    @property
-    def outside(self) -> str:
+    def outside(self, name: str) -> str:
         """Why a layer's whole gradient is not what its calls bring, by what the hooks saw."""
-        return f"{OUTSIDE} {CAUSES['computed']}" if "computed" in self._causes else OUTSIDE
+        likely = [OUTSIDE_CAUSES[cause] for cause in OUTSIDE_CAUSES if name in self._at.get(cause, ())]
+        reason = _OUTSIDE.format(f"most likely {likely[0][0]}", likely[0][1]) if likely else OUTSIDE
+        return f"{reason} {CAUSES['computed']}" if "computed" in self._causes else reason
+
+    def saw_derivative(self, name: str) -> bool:
+        """Whether a derivative of the model's output was taken through a layer that may be a part of the loss."""
+        return name in self._at.get("derivative", ())
+
+    def saw_at(self, cause: str, names: Iterable[str]) -> None:
+        """Take note of what may bring these layers gradient from outside: a key of :data:`OUTSIDE_CAUSES`."""
+        self._at.setdefault(cause, set()).update(names)
 
     def saw(self, cause: str) -> None:
         """Take note of what keeps a forward from being recorded, or that one was: a key of :data:`CAUSES`."""

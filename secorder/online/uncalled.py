@@ -1,4 +1,4 @@
-"""Layers that no recorded forward has called: zeros are theirs only as long as nothing else trains them.
+"""Layers that no recorded forward has called: their curvature is zero unless something else trains them.
 
 A method that is called in place of the model (``agent.get_value(x)``) runs no hook of it, and its backward is none of
 the model's: what it leaves in ``.grad`` may be cleared before the next recorded one. What shows is that the parameters

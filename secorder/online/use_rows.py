@@ -17,8 +17,8 @@ from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
 from .._torch.vjp import fresh_generator
 from ..errors import DoubleBackwardError
-from ..layers.layout import Layout
-from ..layers.uses import Route, find_uses, hidden, layouts_of
+from ..layers.layout import Layout, layouts_of
+from ..layers.uses import Route, find_uses, hidden
 from ..oneshot.independence import changed_entries, separating_masks
 from ..oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
 from .forward_graph import ForwardGraph
@@ -78,7 +78,7 @@ def rows_of_uses(
     if chosen.num_samples == 1:
         evidence = _OneSample()
     elif graph.ends:
-        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.told)
+        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.inner_sizes)
     else:
         graph = replace(graph, output=forward(arguments), leaves=())  # as those are that samples are changed in
         evidence = _ByChange(graph.output, forward, arguments, chosen)
@@ -129,7 +129,7 @@ class _ByChange(Evidence):
         chosen = self.chosen
         places = _places(self.output)
         wanted = [(places[node], node.name(), output) for node, output in outputs]
-        base = self._slopes(self.output, outputs)
+        base = self._gradients(self.output, outputs)
         options = [layouts_of(output.shape, chosen.num_samples) for _, output in outputs]
         changes = [False] * len(outputs)
         for mask in separating_masks(chosen.num_samples):
@@ -137,8 +137,8 @@ class _ByChange(Evidence):
             nodes = list(_places(changed))
             if any(place >= len(nodes) or nodes[place].name() != name for place, name, _ in wanted):
                 return [None] * len(outputs)
-            slopes = self._slopes(changed, [(nodes[place], output) for place, _, output in wanted])
-            for i, (before, after) in enumerate(zip(base, slopes, strict=True)):
+            pulled = self._gradients(changed, [(nodes[place], output) for place, _, output in wanted])
+            for i, (before, after) in enumerate(zip(base, pulled, strict=True)):
                 if before is None or after is None or before.shape != after.shape:
                     options[i] = []
                     continue
@@ -150,7 +150,7 @@ class _ByChange(Evidence):
         return [choices[0] if choices and moved else None for choices, moved in zip(options, changes, strict=True)]
 
     @staticmethod
-    def _slopes(output: Any, outputs: Sequence[tuple[Node, Output]]) -> list[Tensor | None]:
+    def _gradients(output: Any, outputs: Sequence[tuple[Node, Output]]) -> list[Tensor | None]:
         ends = [t for t in floating(output) if t.requires_grad]
         return gradients_at(ends, outputs, [torch.ones_like(t) for t in ends])
 

@@ -1,5 +1,4 @@
-"""Is the online Fisher told right? One batch both ways: by the hooks, and by passes of our own that are told "
-"nothing."""
+"""Whether the probe is told the right reduction of the loss: one batch by hooks and one-shot, compared."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Layers that wait to be added together: those whose per-sample gradients are products of one input and one cotangent.
+"""Layers whose calls wait to be added together: those whose per-sample gradients are outer products.
 
 They wait until their factors take memory that counts, and at most until the backward ends.
 """
@@ -77,7 +77,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
             for one, own in zip(layers, vectors, strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
-        with_bias = fisher.directions.constants(flags, layers[0].cotangents)
+        with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
     goods: Tensor | None = None
     if fisher.on_nonfinite == "skip" and (fisher.accumulate == "diagonal" or isinstance(together, SideBySide)):

@@ -1,4 +1,4 @@
-"""Windows: what training brought between two looks, by itself.
+"""Windows: what was accumulated between two looks.
 
 There is one set of accumulators, and a step adds to nothing else. A look takes them out and puts empty ones in their
 place. What was taken out is put together with what was accumulated before, in the host's memory, or forgotten where

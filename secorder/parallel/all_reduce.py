@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._torch.collectives import all_reduce
+from .._torch.collectives import all_reduce, has_ranks
 from ..errors import ProbeStateError
 
 __all__ = ["add_up", "largest", "raised_on_all"]
@@ -78,5 +78,5 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
 
 
 def _require_initialised() -> None:
-    if not dist.is_available() or not dist.is_initialized():
+    if not has_ranks():
         raise ProbeStateError("torch.distributed is not initialised: call torch.distributed.init_process_group first.")

@@ -1,4 +1,4 @@
-"""The ranks over which the parameters of a model lie, and how what happens on one of them is known to all.
+"""The ranks that hold parts of the parameters of a model, and how they learn what happens on one of them.
 
 Along some dimensions of the device mesh ranks have samples of their own (``fully_shard``), along others the same
 samples and different parts of the layers (tensor parallelism). A collective that one rank enters and another does not

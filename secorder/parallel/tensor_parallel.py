@@ -42,8 +42,8 @@ def check(name: str, module: nn.Module, parameters: Mapping[str, Any], spread: S
     }
     known = isinstance(module, (nn.Linear, nn.Embedding)) and len(spread.tensor) == 1
     partial = any(p.placements[dim].is_partial() for p in parameters.values() for dim in spread.tensor)
-    ways = all(dims in ([], [0], [1]) for dims in cut.values())
-    if partial or (any(cut.values()) and not (known and ways)):
+    one_dim = all(dims in ([], [0], [1]) for dims in cut.values())
+    if partial or (any(cut.values()) and not (known and one_dim)):
         raise InvalidArgumentError(
             f"layer {name!r} ({type(module).__name__}) lies over the ranks in a way that is not known: tensor "
             "parallelism is, of nn.Linear and nn.Embedding by ColwiseParallel or RowwiseParallel over one dimension "

@@ -12,7 +12,6 @@ from secorder._torch.engine import (
     executes_all,
     first_gradient_hook,
     in_backward,
-    leaf_variables,
     will_accumulate,
 )
 from secorder._torch.graph import current_node
@@ -98,14 +97,6 @@ def test_a_hook_before_all_others_that_change_the_gradient() -> None:
     assert torch.equal(seen[0], torch.ones(2))
     assert x.grad is not None
     assert torch.equal(x.grad, torch.full((2,), 12.0))
-
-
-def test_leaves_that_a_graph_ends_in() -> None:
-    a, b = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
-    found = leaf_variables((a * b.detach()).sum() + a.exp().sum())
-    assert [id(t) for t in found] == [id(a)]
-    assert {id(t) for t in leaf_variables((a * b).sum())} == {id(a), id(b)}
-    assert leaf_variables(torch.zeros(())) == []
 
 
 def test_a_backward_that_leaves_out_a_part_of_the_graph() -> None:

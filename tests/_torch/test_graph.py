@@ -12,6 +12,9 @@ from secorder._torch.engine import accumulate_node
 from secorder._torch.graph import (
     can_be_run,
     current_node,
+    leaves_of,
+    nodes_behind,
+    operation_of,
     outputs_of,
     recomputed,
     run_node,
@@ -31,6 +34,22 @@ def test_users_of_a_leaf_are_the_operations_that_take_it() -> None:
         ("MulBackward0", 1),
     ]
     assert users[z.grad_fn] == []
+
+
+def test_leaves_that_a_graph_ends_in() -> None:
+    a, b = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
+    assert leaves_of([(a * b.detach()).sum() + a.exp().sum()]).keys() == {id(a)}
+    assert leaves_of([(a * b).sum(), b]) == {id(a): a, id(b): b}
+    assert leaves_of([a.detach(), torch.zeros(())]) == {}
+
+
+def test_each_node_behind_others_comes_once() -> None:
+    w = torch.randn(2, requires_grad=True)
+    y = w.exp()
+    z = y * y.sin()
+    nodes = list(nodes_behind([z.grad_fn, y.grad_fn]))
+    assert len(nodes) == len(set(nodes)) == 4
+    assert {operation_of(node) for node in nodes} == {"Mul", "Sin", "Exp", ""}  # a leaf is no operation
 
 
 def test_what_a_node_computed() -> None:

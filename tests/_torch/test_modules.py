@@ -23,6 +23,7 @@ from secorder._torch.modules import (
     own_tensors,
     parameter_places,
     parameters_replaced,
+    put_back,
     put_copies,
     tables_of,
 )
@@ -48,6 +49,8 @@ def test_copies_of_buffers_of_which_two_are_one() -> None:
     for place in places:
         assert place.held() is not place.value
         assert torch.equal(place.held(), place.value)
+    put_back(places)
+    assert all(place.held() is place.value for place in places)
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, nn.LSTM, nn.GRU])

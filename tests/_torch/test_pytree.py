@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from secorder._torch.pytree import call_model, map_tensors, tensors_in
+from secorder._torch.pytree import call_model, map_tensors, once_each, tensors_in
 
 Point = namedtuple("Point", "x y")
 
@@ -256,3 +256,10 @@ def test_how_models_are_called() -> None:
     assert call_model(Sum(), x)[0] == 1
     assert call_model(Sum(), (x, y))[0] == 3
     assert call_model(Sum(), UserDict(y=y, x=x))[0] == 3
+
+
+def test_what_is_one_tensor_stays_one() -> None:
+    x, y = numbered(1), numbered(1)
+    found = map_tensors(once_each(torch.clone), {"query": x, "key": [x, y]})
+    assert found["query"] is found["key"][0] is not x
+    assert found["key"][1] is not found["query"]

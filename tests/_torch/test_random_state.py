@@ -1,12 +1,14 @@
 """The global random state, of torch, Python and NumPy, is taken and set as a whole."""
 
 import random
+from collections.abc import Callable
 
 import numpy
+import pytest
 import torch
 from torch import nn
 
-from secorder._torch.random_state import cuda_devices, get_random_state, set_random_state
+from secorder._torch.random_state import cuda_devices, get_random_state, same_random_state, set_random_state
 
 
 def draw() -> tuple[float, float, float]:
@@ -21,3 +23,22 @@ def test_draws_are_repeated() -> None:
     assert draw() != first
     set_random_state(state, devices)
     assert draw() == first
+
+
+@pytest.mark.parametrize(
+    "draws", [lambda: torch.rand(()), random.random, numpy.random.rand], ids=["torch", "python", "numpy"]
+)
+def test_a_draw_of_any_kind_is_seen(draws: Callable[[], object]) -> None:
+    state = get_random_state([])
+    assert same_random_state(state, get_random_state([]))
+    draws()
+    assert not same_random_state(state, get_random_state([]))
+
+
+def test_a_draw_on_a_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_device = torch.zeros(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda index: on_device.clone())
+    state = get_random_state([0])
+    assert same_random_state(state, get_random_state([0]))
+    on_device += 1
+    assert not same_random_state(state, get_random_state([0]))

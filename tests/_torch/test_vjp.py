@@ -47,6 +47,14 @@ def test_nothing_to_differentiate() -> None:
     assert gradients(torch.ones(()), []) == []
 
 
+def test_zeros_without_memory_may_be_written_to() -> None:
+    x = torch.randn(3, requires_grad=True)
+    (signs,) = gradients(x.abs().sum(), [x], create_graph=True)
+    assert signs is not None
+    products = [gradients(signs.sum(), [x])[0], *(stacked_vjp([signs], [x], [torch.ones(k, 3)])[0] for k in (1, 2))]
+    assert all(torch.equal(zeros.add_(1), torch.ones(zeros.shape)) for zeros in products if zeros is not None)
+
+
 def test_a_function_without_a_second_derivative_is_named() -> None:
     x = torch.randn(3, requires_grad=True)
     assert gradients(Once.apply(x).sum(), [x])[0] is not None

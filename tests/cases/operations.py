@@ -113,6 +113,12 @@ rows("relative_bias", relative, table=(2 * T - 1, 2))
 rows("layer_scale", lambda x, gamma, shift: x + gamma * torch.sin(x) - shift, gamma=(WIDTH,), shift=(1, 1, WIDTH))
 rows("cross_attention", cross, w=(3 * WIDTH, WIDTH), b=(3 * WIDTH,))
 rows("experts", experts, w=(2, WIDTH, WIDTH), gate=(2, WIDTH))
+rows(
+    "experts_of_places",
+    lambda x, w: torch.bmm(x.transpose(0, 1), w).transpose(0, 1),
+    w=(T, WIDTH, WIDTH),
+)
+rows("matrix_in_a_vector", lambda x, w: F.linear(x, w.view(WIDTH, WIDTH)), w=(WIDTH * WIDTH,))
 rows("low_rank", low_rank, w=(WIDTH, WIDTH), a=(2, WIDTH), b=(WIDTH, 2))
 rows("dora", dora, w=(WIDTH, WIDTH), a=(2, WIDTH), b=(WIDTH, 2), m=(WIDTH,))
 rows("mixed_layers", pooled, mix=(2,), scale=())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from secorder.layers.layout import DIM_ZERO, Layout, candidate_layouts
+from secorder.layers.layout import DIM_ZERO, Layout, candidate_layouts, layouts_of
 
 N, T = 4, 3
 
@@ -46,3 +46,10 @@ def test_candidates(
 ) -> None:
     tensors = tuple(torch.zeros(shape) for shape in inputs)
     assert candidate_layouts(tensors, torch.zeros(output), N, any_leading_dim=any_leading_dim) == expected
+
+
+def test_layouts_by_shape_alone() -> None:
+    assert layouts_of((4, 8, 3), 4) == [Layout(0), Layout(1, 2), Layout(1, 2, False)]
+    assert layouts_of((8, 4), 4, any_dim=False) == [Layout(1), Layout(0, 2), Layout(0, 2, False)]
+    assert layouts_of((4, 8), 4, any_dim=False) == [DIM_ZERO]
+    assert layouts_of((0, 3), 0) == [DIM_ZERO]

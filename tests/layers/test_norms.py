@@ -9,6 +9,7 @@ from torch import Tensor
 
 from secorder.layers import norms, per_sample
 from secorder.layers.norms import DenseNorms, squared_norm_of_sum, squared_norms
+from secorder.layers.patches import Patches, whole_input
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
 
 from ..reference import assert_close
@@ -24,7 +25,7 @@ def check(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> None
     formed = DenseNorms()
     for start in (0, 2):
         formed.add([part[start : start + 2] if not start else part[start:] for part in written])
-    each, total = formed.told()
+    each, total = formed.squares()
     assert_close(each, rows.square().sum(1), 1e-12)
     assert_close(total, rows.sum(0).square().sum(), 1e-12)
 
@@ -66,3 +67,23 @@ def test_the_cheaper_form_is_taken_by_shape(monkeypatch: pytest.MonkeyPatch) -> 
         a = torch.randn(2, 1, positions, width)
         squared_norms([[Outer(a, a)]], [width * width])
     assert taken == ["_by_products", "_by_gradients"]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("positions", [1, 4, 40])
+def test_of_factors_that_come_in_bfloat16_nothing_is_rounded_but_sums(positions: int, groups: int) -> None:
+    a, g = (torch.randn(5, groups, positions, k).bfloat16().float() for k in (30, 20))
+    images = Patches(
+        torch.randn(5, 2 * groups, 7, 7).bfloat16().float(), (3, 3), (1, 1), (1, 1), groups, (5, groups, 25, 18)
+    )
+    of_images = Outer(images, torch.randn(5, groups, 25, 4).bfloat16().float())
+    for weight in (Outer(a, g), Outer(a[..., :3], g), of_images):
+        parts_of: list[list[PerSample]] = [[weight], [Outer(None, weight.g)]]
+        assert isinstance(weight.a, Tensor | Patches)
+        sizes = [groups * weight.a.shape[3] * weight.g.shape[3], groups * weight.g.shape[3]]
+        exact = squared_norms([[Outer(whole_input(weight.a).double(), weight.g.double())], parts_of[1]], sizes)
+        found = squared_norms(parts_of, sizes, low=True)
+        assert found.dtype is torch.float32
+        assert_close(found.double(), exact.double(), 1e-5)
+    rounded, kept = (squared_norms([[Outer(a + 0.01, g)]], [groups * 600], low=low) for low in (True, False))
+    assert torch.equal(rounded, kept) == (positions == 1)

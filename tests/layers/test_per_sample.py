@@ -6,11 +6,16 @@ from torch import Tensor, nn
 
 from secorder.layers.layout import Layout
 from secorder.layers.per_sample import (
+    Outer,
     PerSample,
+    Rows,
     dense,
+    distinct_rows,
+    in_rows,
     merge,
     per_sample_gradients,
     stacked_gradients,
+    sum_in_forms,
     total_gradient,
     with_cotangents,
 )
@@ -34,6 +39,25 @@ def test_the_sum_of_several_calls(name: str) -> None:
     parts = [form(name) for _ in range(3)]
     torch.testing.assert_close(dense(merge(parts), SIZE), sum(written_out(part) for part in parts))
     assert merge(parts[:1]) is parts[0]
+
+
+@pytest.mark.parametrize("names", [(one, other) for one in NAMES for other in NAMES], ids=" and ".join)
+def test_a_sum_of_forms(names: tuple[str, str]) -> None:
+    parts = [form(name) for name in names]
+    found = sum_in_forms(parts, SIZE)
+    torch.testing.assert_close(sum(dense(part, SIZE) for part in found), sum(written_out(part) for part in parts))
+    if len(found) == 2:
+        outer, rows = found
+        assert isinstance(outer, Outer)
+        assert isinstance(rows, Rows)
+        products = (written_out(outer) * written_out(rows)).sum(1)
+        torch.testing.assert_close(in_rows(outer, rows).flatten(1).sum(1), products)
+
+
+def test_distinct_rows_of_each_sample() -> None:
+    places, where = distinct_rows(Rows(torch.tensor([[3, 1, 3], [0, 1, 0]]), torch.zeros(2, 3, 1), rows=4))
+    assert places.tolist() == [1, 3, 4, 5, 0, 0]  # sample · rows + row, and zeros behind
+    assert places[where].tolist() == [3, 1, 3, 4, 5, 4]
 
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

@@ -5,7 +5,7 @@ import warnings
 import pytest
 from torch import nn
 
-from secorder import CurvatureProbe, CurvatureWarning
+from secorder import CurvatureProbe, CurvatureWarning, InvalidTypeError
 
 from ..helpers import data, make, reference, step
 from ..reference import assert_all_close
@@ -55,10 +55,19 @@ def test_default_types_that_leave_out_most_of_what_is_trained_are_told() -> None
             self.weight = nn.Parameter(make()[0].weight.repeat(2, 1))
 
     model = nn.Sequential(Bare(), nn.Linear(4, 2))
-    with pytest.warns(CurvatureWarning, match=r"1 of 2 layers, 20% of the trainable parameters.*layer_types=.all."):
+    with pytest.warns(CurvatureWarning, match=r"1 of 2 trained layers, 20% of the .*layer_types=.all."):
+        CurvatureProbe(model)
+    model[1].requires_grad_(False)
+    with pytest.warns(CurvatureWarning, match="0 of 1 trained layers, 0%"):
         CurvatureProbe(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CurvatureProbe(model, "all")
         CurvatureProbe(model, layers="1")
         CurvatureProbe(make())
+
+
+def test_layers_are_named() -> None:
+    for layers in (3, [3], nn.Linear(1, 1)):
+        with pytest.raises(InvalidTypeError, match="hold module names"):
+            CurvatureProbe(make(), layers=layers)  # type: ignore[arg-type]

@@ -18,7 +18,6 @@ from secorder.layers.uses import (
     brought,
     find_uses,
     hidden,
-    layouts_of,
     pieces,
     reentrant,
 )  # fmt: skip
@@ -62,10 +61,6 @@ def test_what_a_checkpoint_computes_again_is_hidden() -> None:
     found = find_uses(users_of([z]), {"w": w}, set())
     assert found is not None
     assert hidden(found)
-
-
-def test_layouts_by_shape() -> None:
-    assert layouts_of((4, 8, 3), 4) == [Layout(0), Layout(1, 2), Layout(1, 2, False)]
 
 
 def test_pieces_of_one_form_are_put_together() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError
 from secorder.oneshot.cotangents import pull_back, require_linear_backward
-from secorder.oneshot.roots import single
+from secorder.oneshot.roots import Single
 
 from ..helpers import seeded
 
@@ -26,7 +26,7 @@ def test_a_gradient_that_is_all_rounding_tells_nothing() -> None:
     free = layer.bias.new_zeros(6, 1, 1, requires_grad=True)  # which the normalisation takes off again
     g = F.layer_norm(layer(x)[..., None] + free, [4, 1]).tanh().squeeze(2)
     for outputs, ends in (([g], [layer.weight, free]), ([f.flatten(1)], [layer.weight])):
-        require_linear_backward(outputs, ends, single(torch.randn(6, outputs[0].shape[1])), seeded())
+        require_linear_backward(outputs, ends, Single(torch.randn(6, outputs[0].shape[1])), seeded())
 
 
 def test_a_backward_that_clamps_has_no_jacobian() -> None:
@@ -37,7 +37,7 @@ def test_a_backward_that_clamps_has_no_jacobian() -> None:
 
     for function, linear in ((torch.tanh, True), (clamps, False)):
         x = torch.randn(6, 3, requires_grad=True)
-        pair = single(torch.randn(6, 3))
+        pair = Single(torch.randn(6, 3))
         if linear:
             require_linear_backward([function(x)], [x], pair, seeded())
         else:

@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError, diagnose, per_layer_hessian_diagonal
+from secorder import (
+    CurvatureProbe,
+    CurvatureWarning,
+    InvalidArgumentError,
+    InvalidTypeError,
+    diagnose,
+    per_layer_hessian_diagonal,
+)
 from secorder.oneshot.data_set import is_data_set
 
 from ..helpers import make, mlp, seeded
@@ -35,11 +42,17 @@ def test_batches_of_one_and_of_two(loss_fn: Any) -> None:
         for size in (1, 2):
             loader = DataLoader(TensorDataset(X[:5], Y[:5]), size)
             assert_all_close(probe.hessian_diagonal(loss_fn, loader, method="exact").by_parameter(), expected)
+            later = DataLoader(TensorDataset(X[[0, 3, 1]], Y[[0, 3, 1]]), size)  # the first two are of one class
+            expected_later = hessian_by_element(model, loss_fn, X[[0, 3, 1]], Y[[0, 3, 1]])
+            assert_all_close(probe.hessian_diagonal(loss_fn, later, method="exact").by_parameter(), expected_later)
+            assert probe.hessian_eigenvalues(loss_fn, later, max_iterations=2)
         alike = [(X[:1], Y[:1]), (X[1:2], Y[:1])]
         for measure in (probe.hessian_diagonal, probe.hessian_eigenvalues):
-            with pytest.raises(InvalidArgumentError, match="a mean or a sum"):
-                measure(loss_fn, alike)
-        assert probe.hessian_eigenvalues(loss_fn, DataLoader(TensorDataset(X[:3], Y[:3])), max_iterations=2)
+            if loss_fn is F.cross_entropy:  # whose definition tells
+                assert measure(loss_fn, alike)
+            else:
+                with pytest.raises(InvalidArgumentError, match="a mean or a sum"):
+                    measure(loss_fn, alike)
 
 
 @pytest.mark.parametrize("loss_fn", [F.cross_entropy, summed])
@@ -143,18 +156,50 @@ def test_batches_without_samples_count_as_nothing() -> None:
 def test_misuse_is_told() -> None:
     with CurvatureProbe(mlp()) as probe:
         for data, error, match in (
-            (iter([X, X]), InvalidTypeError, "must yield"),
+            (iter([X, X]), InvalidArgumentError, "there are no targets"),
+            (iter([(X, Y, X)]), InvalidTypeError, "must yield"),
+            (iter(["text"]), InvalidTypeError, "must yield"),
+            (TensorDataset(X, Y), InvalidTypeError, "DataLoader of it"),
             (iter([]), InvalidArgumentError, "no batch"),
         ):
             with pytest.raises(error, match=match):
                 probe.hessian_diagonal(F.cross_entropy, data)
+        with pytest.raises(InvalidArgumentError, match="no targets beside"):
+            probe.hessian_diagonal(F.cross_entropy, DataLoader(X), Y)
         with pytest.raises(InvalidArgumentError, match="one batch"):
             probe.fisher_diagonal(F.cross_entropy, batches(), create_graph=True)
 
     def odd(f: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(f, t) * len(t) ** 0.5
 
-    with CurvatureProbe(mlp()) as probe, pytest.raises(InvalidArgumentError, match="mean or a sum"):
+    with CurvatureProbe(mlp()) as probe, pytest.raises(InvalidArgumentError, match="mean nor a sum"):
         probe.hessian_diagonal(odd, batches())
-    with CurvatureProbe(mlp(), reduction="mean") as probe:
+    with (
+        CurvatureProbe(mlp(), reduction="mean") as probe,
+        pytest.warns(CurvatureWarning, match="weighted as those of a mean"),
+    ):
         assert probe.hessian_diagonal(odd, batches(), method="exact").info["0"].num_batches == 3
+
+
+@pytest.mark.parametrize(
+    "inputs_alone", [lambda x: x, lambda x: (x,), lambda x: {"input": x}], ids=["tensor", "tuple", "dict"]
+)
+def test_batches_without_targets(inputs_alone: Any) -> None:
+    def loss_fn(f: Tensor, t: None) -> Tensor:
+        return f.sin().mean()
+
+    with CurvatureProbe(make()) as probe:
+        found = probe.fisher_diagonal(loss_fn, iter([inputs_alone(X[:6]), inputs_alone(X[6:])]))
+        assert_all_close(found, probe.fisher_diagonal(loss_fn, X))
+
+
+def test_random_numbers_of_a_loader_are_put_back() -> None:
+    loader = DataLoader(TensorDataset(X, Y), 5, shuffle=True)
+    with CurvatureProbe(mlp()) as probe:
+        torch.manual_seed(1)
+        before = torch.get_rng_state()
+        probe.fisher_diagonal(F.cross_entropy, loader)
+        probe.hessian_eigenvalues(F.cross_entropy, loader, max_iterations=2)
+        probe.estimate_cost(F.cross_entropy, loader)
+        diagnose(probe._model, F.cross_entropy, loader)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from secorder.oneshot.fisher_by_samples import by_samples
 from secorder.oneshot.measurement import Measurement
-from secorder.oneshot.roots import Root, from_hessian, single
+from secorder.oneshot.roots import Root, Single, from_hessian
 
 from ..helpers import Twice, data, measured
 
@@ -19,7 +19,7 @@ def test_of_any_columns(kind: str) -> None:
     hessian = torch.randn(6, 3, 3)
     u, sign = torch.randn(6, 3), torch.where(torch.rand(6, 1) < 0.5, -1.0, 1.0)
     columns = {
-        "one": single(u),
+        "one": Single(u),
         "pairs": from_hessian(hessian),
         "signs": Root(lambda xi: xi * u, 1, u, sign=sign),
     }[kind]

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.oneshot import fisher_cost as module
 from secorder.oneshot.fisher_cost import fisher_cost
 
-from ..helpers import data, make, measured
+from ..helpers import data, make, measured, seed, seeded
 
 MODELS = {"rules": make, "a layer without one": lambda: make(nn.Bilinear(5, 5, 5).requires_grad_(False), nn.Tanh())}
 
@@ -67,3 +67,21 @@ def test_columns_that_fit_no_cache_together_are_timed_together(monkeypatch: pyte
     cost = measured(lambda task: fisher_cost(task, "mc", 150), make(), data(), F.cross_entropy)
     assert max(tried) == 150
     assert cost.seconds == pytest.approx(1e-3 + 3e-5 * 150, rel=0.05)
+
+
+@pytest.mark.parametrize("outputs", [3, 120])
+def test_columns_and_draws_down_to_an_error_are_told(outputs: int) -> None:
+    seed()
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, outputs))
+    batch = torch.randn(6, 5), torch.arange(6) % outputs
+    how: dict[str, Any] = {"fisher_type": "type-2", "rtol": 0.1}
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", **how)
+        info = probe.fisher_diagonal(F.cross_entropy, *batch, **how, generator=seeded()).info
+    assert {name: i.strategy for name, i in info.items()} == {name: c.strategy for name, c in cost.items()}
+    if outputs == 3:  # all of its columns
+        assert cost["0"].num_hvps == 2
+    else:
+        assert info["0"].num_draws / 2 < cost["0"].num_hvps < 120 + 4 * info["0"].num_draws
+    with CurvatureProbe(model) as probe, pytest.raises(InvalidArgumentError, match="type-2"):
+        probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", rtol=0.1)

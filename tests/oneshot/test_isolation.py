@@ -62,7 +62,7 @@ class Cached(nn.Module):
         return F.linear(x, self.kept[0], self.fc.bias)
 
 
-def test_parameters_that_stand_ins_do_not_reach() -> None:
+def test_parameters_that_replacements_do_not_reach() -> None:
     model, (x, _) = Cached(), data()
     layers, tried = select_layers(model), []
 

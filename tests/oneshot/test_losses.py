@@ -80,6 +80,11 @@ def two_losses(f: Tensor, t: dict[str, Tensor]) -> Tensor:
     return F.cross_entropy(f, t["y"]) + 3 * F.mse_loss(f, t["v"])
 
 
+def set_aside(f: Tensor, t: Tensor) -> Tensor:
+    f[t == 0, 2] = -9.0
+    return F.cross_entropy(f, t)
+
+
 def hardest(f: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(f, t, reduction="none").topk(min(2, len(f))).values.mean()
 
@@ -102,6 +107,9 @@ EXACT: dict[str, tuple[Callable[..., Tensor], Any]] = {
     "numpy": (of_numpy, VALUES.numpy()),
     "numbers": (of_numbers, LABELS.tolist()),
     "scales_of_outputs": (lambda f, t: ((f - t).square() * torch.tensor([1e6, 1.0, 1e-12])).mean(), VALUES),
+    "moduli": (lambda f, t: (f - t).abs().mean(), VALUES),
+    "overwritten": (lambda f, t: f.sub_(t).square_().mean(), VALUES),
+    "assigned": (set_aside, LABELS),
     "no_targets": (lambda f, t: f.exp().sum(1).mean(), None),
     "mining": (hardest, LABELS),
     "dict_of_targets": (

@@ -8,7 +8,7 @@ from torch import Tensor
 from secorder._torch.vjp import gradients
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.oneshot.independence import block_diagonal, over_samples, sample_bits
-from secorder.oneshot.output_hessian import loss_of_output
+from secorder.oneshot.output_hessian import loss_of_output, output_points
 
 from ..helpers import seeded
 
@@ -69,3 +69,13 @@ def test_a_loss_that_looks_for_more_than_its_argument_is_told_from_one_that_fail
 
     with pytest.raises(RuntimeError, match="of the user's own"):
         loss_of_output(failing, f, CLASSES, lambda _: 0, F.cross_entropy(f, CLASSES))
+
+
+def test_points_are_real_with_samples_in_dim_zero_and_on_the_graph() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    output = {"scores": (2 * x).t(), "waves": torch.complex(x, -x), "ids": torch.arange(3)}
+    scores, waves = output_points(output, lambda t: 1 if t.shape == (4, 3) else 0)
+    assert torch.equal(scores, 2 * x)
+    assert torch.equal(waves, torch.stack([x, -x], -1))
+    assert torch.autograd.grad(scores.sum() + waves.sum(), x)[0].eq(2).all()
+    assert [p.shape for p in output_points(output, None)] == [(1, 12), (1, 24)]

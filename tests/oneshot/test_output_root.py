@@ -12,7 +12,7 @@ from torch import Tensor
 from secorder._torch.vjp import gradients
 from secorder.oneshot.output_root import output_root
 from secorder.oneshot.root_forms import signed_factors
-from secorder.oneshot.roots import Draws, Root, from_hessian, single
+from secorder.oneshot.roots import Draws, Root, Single, from_hessian
 
 from ..helpers import seeded
 
@@ -220,4 +220,4 @@ def test_pairs_of_what_is_given() -> None:
     hessian = torch.randn(N, C, C, generator=seeded())
     torch.testing.assert_close(product(from_hessian(hessian)), hessian)
     u = torch.randn(N, C)
-    assert torch.equal(single(u).columns(range(1)).u[0], u)
+    assert torch.equal(Single(u).columns(range(1)).u[0], u)

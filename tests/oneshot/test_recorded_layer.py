@@ -15,7 +15,7 @@ from secorder.oneshot.recorded_layer import (
     settle_layouts,
 )
 from secorder.oneshot.recording import recorded
-from secorder.oneshot.roots import single
+from secorder.oneshot.roots import Single
 
 from ..helpers import Fn, by_layer, data, make, measured, seeded
 from ..reference import assert_close, fisher_by_sample
@@ -35,7 +35,7 @@ def test_one_pair_of_gradients_makes_the_empirical_fisher(certain: bool) -> None
             output, _ = task.loss()
             layers = layers_of(task, recording)
             g = output.softmax(1).detach() - F.one_hot(task.targets, 3)
-            found = contract_pairs([output], layers, single(g), certain=certain, generator=seeded(), chunk_size=None)
+            found = contract_pairs([output], layers, Single(g), certain=certain, generator=seeded(), chunk_size=None)
         return {z.layer.name: values for z, values in zip(layers, found, strict=True) if values is not None}
 
     expected = fisher_by_sample(model, F.cross_entropy, *batch, 6)

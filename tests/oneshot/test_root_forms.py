@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder.oneshot.root_forms import _cholesky_factor, form_root, signed_factors
+from secorder.oneshot.known_losses import softmax_scale
+from secorder.oneshot.root_forms import _cholesky_factor, cross_entropy_root, form_root, signed_factors
 from secorder.oneshot.roots import Root
 
 N = 4
@@ -24,10 +25,15 @@ def root_of(loss: Callable[[Tensor], Tensor], f: Tensor) -> tuple[Root, Tensor, 
     """The root, what it is the root of, and what it should be."""
     h = hessian_of(loss, f)
     root = form_root(lambda v: torch.einsum("mni,nij->mnj", v, h), f, 1)
+    return root, matrix_of(root), h
+
+
+def matrix_of(root: Root) -> Tensor:
+    """What it is the root of."""
     pairs = root.columns(range(root.num_columns))
     v = pairs.u if pairs.v is None else pairs.v
     sign = torch.ones(pairs.u.shape[:2]) if pairs.sign is None else pairs.sign
-    return root, torch.einsum("kni,knj,kn->nij", pairs.u, v, sign), h
+    return torch.einsum("kni,knj,kn->nij", pairs.u, v, sign)
 
 
 def nearly(f: Tensor) -> Tensor:
@@ -83,3 +89,27 @@ def test_the_root_of_a_softmax_has_a_column_fewer_and_is_right_to_rounding_in_ev
     size = expected.diagonal(dim1=1, dim2=2).sqrt()
     assert ((found - expected).abs() <= 2e-6 * size[:, :, None] * size[:, None] + 1e-42).all()
     torch.testing.assert_close(weights().double(), u.square().sum(2).T, rtol=1e-5, atol=1e-18)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(3,), (3, 2), (70, 2, 2)], ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_the_root_of_cross_entropy_by_definition(reduction: str, shape: tuple[int, ...], smoothing: float) -> None:
+    """Also where a class is sure, or masked."""
+    f, labels = 3 * torch.randn(N, *shape), torch.zeros(N, *shape[1:], dtype=torch.long)
+    f[0, 0], f[1, 1] = 50.0, -1000.0
+    loss_fn = torch.nn.CrossEntropyLoss(reduction=reduction, label_smoothing=smoothing)
+    scale = softmax_scale(loss_fn, f, labels)
+    assert scale is not None
+    mean = N if reduction == "mean" else 1  # of the batch's loss, which is that of samples times one over it
+    expected = hessian_of(lambda g: mean * loss_fn(g, labels), f)
+    if not smoothing:
+        f[1, 1] = -torch.inf
+    assert torch.allclose(matrix_of(cross_entropy_root(f, scale)), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_other_losses_have_no_root_by_definition() -> None:
+    f, labels = torch.randn(N, 4), torch.zeros(N, dtype=torch.long)
+    assert softmax_scale(F.nll_loss, f, labels) is None
+    assert softmax_scale(F.cross_entropy, f, f.softmax(1)) is None
+    assert softmax_scale(F.cross_entropy, f[:, :1], labels) is None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder.oneshot.roots import Columns, Draws, Pairs, Root, from_hessian, joined, single
+from secorder.oneshot.roots import Columns, Draws, Pairs, Root, Single, from_hessian, joined
 
 from ..helpers import seeded
 
@@ -37,8 +37,8 @@ def signed(size: int = C) -> tuple[Root, Tensor]:
 def test_roots_of_a_hessian_and_of_one_vector() -> None:
     h, u = symmetric(), torch.randn(N, C)
     assert torch.allclose(whole(from_hessian(h)), h)
-    assert torch.allclose(whole(single(u)), u[:, :, None] * u[:, None])
-    assert torch.equal(single(u).mixture(seeded())[0], u)
+    assert torch.allclose(whole(Single(u)), u[:, :, None] * u[:, None])
+    assert torch.equal(Single(u).mixture(seeded())[0], u)
     root, expected = signed()
     assert torch.allclose(whole(root), expected)
 

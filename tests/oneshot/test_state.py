@@ -2,7 +2,6 @@
 
 import functools
 import random
-import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from secorder.oneshot.state import State, code_of, used_up
+from secorder.oneshot.state import State
 
 
 class Slotted:
@@ -192,20 +191,6 @@ def test_far_objects_are_left_alone_where_levels_are_told() -> None:
     assert (callback.count, log, trainer.queue) == (0, {"by_name": [0]}, [1, 2])
 
 
-def test_code_is_the_users_own() -> None:
-    class Own(nn.Linear):
-        @property
-        def scale(self) -> int:
-            return 2
-
-        @staticmethod
-        def fixed() -> int:
-            return 3
-
-    own = vars(Own)
-    assert code_of([nn.Linear(2, 2), Own(2, 2)]) == [Own, own["scale"].fget, own["fixed"].__func__]
-
-
 def test_what_a_function_remembers_is_forgotten() -> None:
     calls = []
 
@@ -219,16 +204,3 @@ def test_what_a_function_remembers_is_forgotten() -> None:
     assert (mask(1), mask(2), calls) == (1, 2, [1, 2])
     assert state.restore()
     assert (mask(2), calls) == (2, [1, 2])
-
-
-def test_iterators_that_cannot_be_put_back() -> None:
-    class Own:
-        def __iter__(self) -> "Own":
-            return self
-
-        def __next__(self) -> int:
-            return 0
-
-    loader = torch.utils.data.DataLoader([1, 2])  # type: ignore[arg-type]
-    assert all(map(used_up, [iter([1]), (x for x in [1]), iter(loader)]))
-    assert not any(map(used_up, [[1], Own(), sys.stdout, loader]))

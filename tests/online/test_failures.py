@@ -31,10 +31,3 @@ def test_each_is_compared_before_it_is_told(most: int, monkeypatch: pytest.Monke
     assert audits.counts.tolist() == [0, 1, 5]
     audits.compare([found(0, torch.inf)])
     assert audits.to(torch.device("cpu")).counts.tolist() == [1, 1, 5]
-
-
-def test_numbers_are_where_the_comparisons_are() -> None:
-    """Of a model on several devices, the first layer that is looked at may be on another one each time."""
-    audits = Failures(torch.zeros(3, dtype=torch.long))
-    for device in ("cpu", "meta", "cpu"):
-        assert audits._vector([1e-3], torch.zeros(1, device=device)).device.type == device

@@ -71,6 +71,44 @@ def test_a_list_of_which_a_loss_alone_is_returned_has_to_be_told() -> None:
     assert len(came.refused) == 2
 
 
+def of_words(m: Any, sentences: list[Tensor]) -> Tensor:
+    """Packed inside; a sentence of two words is as long as there are classes."""
+    lengths = torch.tensor([len(words) for words in sentences])
+    padded = nn.utils.rnn.pad_sequence(sentences, batch_first=True)
+    packed = nn.utils.rnn.pack_padded_sequence(m.table(padded), lengths, batch_first=True, enforce_sorted=False)
+    return m.head(m.rnn(packed)[1][-1])
+
+
+def of_texts(m: Any, texts: list[str]) -> Tensor:
+    return m.head(torch.stack([m.table(torch.tensor([ord(c) - ord("a") for c in text])).mean(0) for text in texts]))
+
+
+def of_trees(m: Any, trees: list[Any]) -> Tensor:
+    def vector(tree: Any) -> Tensor:
+        if isinstance(tree, int):
+            return m.table(torch.tensor(tree))
+        return torch.tanh(m.join(torch.cat([vector(child) for child in tree])))
+
+    return m.head(torch.stack([vector(tree) for tree in trees]))
+
+
+SENTENCES = [torch.tensor(words) for words in ([4, 1, 2], [0, 3, 3, 1, 5], [2, 5], [1, 0, 4, 4])]
+TEXTS = ["ab", "feed", "c", "bad"]
+TREES: list[Any] = [((1, 2), 3), 4, (5, (0, (3, 1))), (2, 2)]
+LISTS = {"words": (of_words, SENTENCES), "texts": (of_texts, TEXTS), "trees": (of_trees, TREES)}
+
+
+@pytest.mark.parametrize("kind", list(LISTS))
+@pytest.mark.parametrize("sample_dim", [None, "list"])
+def test_lists_of_what_holds_no_numbers(kind: str, sample_dim: Any) -> None:
+    forward, entries = LISTS[kind]
+    inner = {"words": {"rnn": nn.GRU(4, 4, batch_first=True)}, "texts": {}, "trees": {"join": nn.Linear(8, 4)}}
+    model = Net(forward, table=nn.Embedding(6, 4), **inner[kind], head=nn.Linear(4, 2))
+    batches = [(entries[:count], torch.randint(2, (count,))) for count in (4, 3, 3)]
+    one = lambda b: [([entry], y[None]) for entry, y in zip(*b, strict=True)]  # noqa: E731
+    assert follow(model, batches, classify, one, layer_types="all", sample_dim=sample_dim).exact
+
+
 def test_a_list_of_outputs_is_refused() -> None:
     model = detector(lambda m, batch: list(each(m, batch)), 1)
     with CurvatureProbe(model) as probe:
@@ -139,6 +177,23 @@ def test_graphs_whose_number_no_shape_tells(integers: bool) -> None:
     sizes = [(2, 4, 3), (3, 3, 1, 2), (2, 2, 2), (4, 5), (1, 1, 1), (2, 2, 2)]
     came = follow(model, [graph_batch(*s, integers=integers) for s in sizes], classify, one_graph)
     assert came.exact
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named() -> None:
+    model = Net(lambda m, xs: m.head(xs.to_padded_tensor(0.0).sum(1)), head=nn.Linear(4, 3))
+    with CurvatureProbe(model) as probe:
+        model(torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(3, 4)])).sum().backward()
+        with pytest.raises(AttributionError, match="called with a nested tensor"):
+            probe.fisher_diagonal()
+
+
+def test_calls_of_one_tree() -> None:
+    model = Net(
+        lambda m, tree: of_trees(m, [tree]), table=nn.Embedding(6, 4), join=nn.Linear(8, 4), head=nn.Linear(4, 2)
+    )
+    batches = [(tree, torch.randint(2, (1,))) for tree in TREES]
+    assert follow(model, batches, classify, lambda b: [b], layer_types="all", sample_dim={"args": None}).exact
 
 
 def test_calls_of_one_sample() -> None:

@@ -1,9 +1,11 @@
 """A loss that the model returns, and what is told of how it is made."""
 
+import random
 import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,18 @@ def test_random_numbers_in_a_loss_are_no_weights(size: float) -> None:
     probe.detach()
 
 
+@pytest.mark.parametrize(
+    "draw", [lambda n: [random.random() for _ in range(n)], numpy.random.rand], ids=["python", "numpy"]
+)
+def test_random_numbers_from_elsewhere_in_a_loss_are_no_weights(draw: Callable[[int], Any]) -> None:
+    def forward(m: Net, x: Tensor, t: Tensor) -> Tensor:
+        return weighted(m.a(x) + torch.tensor(draw(len(x))).to(x)[:, None], t)
+
+    probe = train(Net(forward, a=nn.Linear(4, 3)), reduction="mean")
+    assert probe.fisher_diagonal()
+    probe.detach()
+
+
 def test_a_generator_in_a_loss_is_no_weight() -> None:
     generator = torch.Generator()
 
@@ -148,3 +162,54 @@ def test_a_number_that_the_loss_is_divided_by_is_no_weight() -> None:
     model(*batch(), items=12).backward()
     assert probe.fisher_diagonal()
     probe.detach()
+
+
+def several(m: Net, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """A loss, a balance that couples samples, a sum over samples, and a number that is none of their losses."""
+    logits = m.a(x)
+    share = logits.softmax(-1).mean(0)
+    return {
+        "logits": logits,
+        "loss": F.cross_entropy(logits, t),
+        "balance": share @ share,
+        "total": logits.square().sum(),
+        "scale": m.norm.weight.square().sum(),
+    }
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(
+    ("loss", "exact"),
+    [
+        (lambda out: out["loss"], True),
+        (lambda out: out["loss"] + 0.1 * out["total"] / 12, True),
+        (lambda out: out["loss"] + 0.1 * out["balance"].detach() * out["loss"], True),
+        (lambda out: out["loss"] + 0.0 * out["balance"], True),
+        (lambda out: out["loss"] + 0.1 * out["balance"], False),
+        (lambda out: out["balance"], False),
+    ],
+    ids=["loss", "a sum that is divided", "detached", "switched off", "balance", "alone"],
+)
+def test_of_several_it_matters_which_the_loss_uses(loss: Callable[[Any], Tensor], exact: bool, reduction: str) -> None:
+    model = Net(several, a=nn.Linear(4, 3), norm=nn.LayerNorm(3))
+    with CurvatureProbe(model, reduction=reduction) as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            loss(model(*batch())).backward()
+        if exact:
+            assert probe.fisher_diagonal()
+        else:
+            with pytest.raises(AttributionError, match="statistic of the batch"):
+                probe.fisher_diagonal()
+
+
+def test_a_temperature_that_is_returned_is_no_loss() -> None:
+    def forward(m: Net, x: Tensor) -> tuple[Tensor, Tensor]:
+        return m.a(x), m.norm.weight[0].exp()
+
+    model = Net(forward, a=nn.Linear(4, 3), norm=nn.LayerNorm(3))
+    with CurvatureProbe(model, reduction="sum") as probe:
+        x, t = batch()
+        logits, scale = model(x)
+        F.cross_entropy(logits * scale, t, reduction="sum").backward()
+        assert probe.fisher_diagonal()

@@ -82,9 +82,9 @@ def test_a_dimension_that_was_told_and_does_not_separate() -> None:
 
 
 def test_arguments_that_are_no_tensors_are_named() -> None:
-    model = Net(lambda m, texts, scale: m.a(scale * torch.tensor([[float(len(t))] * 4 for t in texts])), a=make()[0])
-    found = attribute(model, select_layers(model), (["ab", "c"],), {"scale": 2.0}, None)
-    assert "called with list, float and no tensor" in found.undecided
+    model = Net(lambda m, text, scale: m.a(scale * torch.tensor([[float(len(text))] * 4])), a=make()[0])
+    found = attribute(model, select_layers(model), ("ab",), {"scale": 2.0}, None)
+    assert "called with str, float and no tensor" in found.undecided
     assert "attach the probe to the part of it" in found.undecided
 
 

@@ -628,16 +628,37 @@ def loop_of(*batches: Any, optimizer: Callable[..., Any] = torch.optim.SGD) -> C
     return loop
 
 
-def words(sparse: bool) -> nn.Module:
-    return nn.Sequential(nn.Embedding(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.Linear(12, 3))
+def words(kind: Any, sparse: bool) -> nn.Module:
+    return nn.Sequential(kind(7, 4, sparse=sparse), nn.Flatten(), nn.Tanh(), nn.LazyLinear(3))
 
 
-def test_sparse_gradients() -> None:
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("layer_types", [None, "all"])
+def test_sparse_gradients(kind: Any, layer_types: Any) -> None:
+    """Of a table that is looked at or not, added up over steps or cleared; and by one-shot calls."""
     batch = torch.randint(7, (6, 3)), torch.randint(3, (6,))
-    """Of an embedding that is not looked at, in a model that is."""
-    probe = bit_for_bit(lambda: words(True), loop_of(batch))
-    dense = bit_for_bit(lambda: words(False), loop_of(batch))
+
+    def build(sparse: bool) -> nn.Module:
+        model = words(kind, sparse)
+        model(batch[0])
+        return model
+
+    probe = bit_for_bit(lambda: build(True), loop_of(batch), layer_types=layer_types)
+    dense = bit_for_bit(lambda: build(False), loop_of(batch), layer_types=layer_types)
     assert_all_close(probe.fisher_diagonal(), dense.fisher_diagonal())
+    assert probe.gradient_noise_scale().total.value == pytest.approx(dense.gradient_noise_scale().total.value)
+    one, other = (p.fisher_diagonal(F.cross_entropy, *batch) for p in (probe, dense))
+    assert_all_close(one, other)
+
+
+def test_a_use_of_a_table_with_sparse_gradients_outside_of_its_layer_is_seen() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4, sparse=True), nn.Flatten(), nn.Linear(12, 3))
+    ids, targets = torch.randint(7, (6, 3)), torch.randint(3, (6,))
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            (F.cross_entropy(model(ids), targets) + 0.1 * model[0](ids).square().mean()).backward()
+        with pytest.raises(AttributionError, match="layer '0'"):
+            probe.fisher_diagonal()
 
 
 def test_an_optimizer_that_steps_in_the_middle_of_the_backward() -> None:

@@ -1,11 +1,17 @@
 """What keeps a layer's number from being told is said once in training, and raised when it is read."""
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureWarning
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder.online.troubles import Troubles, sentence
+
+from ..helpers import Net
 
 
 def test_a_mark_is_warned_of_once_and_keeps_its_first_reason() -> None:
@@ -33,3 +39,45 @@ def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
 def test_sentences_name_the_layers() -> None:
     assert sentence(["a"], "why") == "layer 'a': why"
     assert sentence(["a", "b"], "why") == "layers ['a', 'b']: why"
+
+
+def gradient_penalty(model: Any, x: Tensor) -> None:
+    """In one backward with another forward, of which nothing need be said then."""
+    points = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+    (model(x).mean() + (slope.norm(dim=1) - 1).square().mean()).backward()
+
+
+def two_losses(model: Any, x: Tensor) -> None:
+    output = model(x)
+    output.mean().backward(retain_graph=True)
+    output.square().mean().backward()
+
+
+def another_method(model: Any, x: Tensor) -> None:
+    (model(x).mean() + model.b(x).square().mean()).backward()
+
+
+def weight_penalty(model: Any, x: Tensor) -> None:
+    (model(x).mean() + model.a.weight.square().sum()).backward()
+
+
+@pytest.mark.parametrize(
+    ("train", "layer", "cause", "advice"),
+    [
+        (gradient_penalty, "a", "a derivative of the model's output", "let the model itself return"),
+        (two_losses, "a", "another loss in a second backward", "call backward once"),
+        (another_method, "b", "a method such as get_value", "attach to the module that is called"),
+        (weight_penalty, "a", "", 'say penalty="shared"'),
+    ],
+)
+def test_where_gradient_from_outside_comes_from_is_said(
+    train: Callable[[Any, Tensor], None], layer: str, cause: str, advice: str
+) -> None:
+    model = Net(lambda m, x: torch.tanh(m.a(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        for _ in range(2):
+            train(model, torch.randn(5, 4))
+        with pytest.raises(AttributionError, match=f"'{layer}'.*{cause and f'most likely {cause}'}.*{advice}"):
+            probe.fisher_diagonal()

@@ -430,17 +430,27 @@ def test_packed_sequences(kind: str, all_rows: bool) -> None:
     follow(model, batches, loss, layer_types="all")
 
 
-@pytest.mark.parametrize("layer_types", [None, "all"])
-def test_packed_sequences_as_an_argument(layer_types: Any) -> None:
-    """Neither integers nor the rows of packed data may be changed, so that a batch tells nothing: nothing has moved."""
-    model = Net(lambda m, packed: m.head(m.rnn(packed)[1][0][-1]), rnn=nn.LSTM(3, 4), head=nn.Linear(4, 3))
+@pytest.mark.parametrize("state", [False, True])
+def test_packed_sequences_as_an_argument(state: bool) -> None:
+    """Of any lengths, in any order; as many rows as samples times something, too. A state has samples in dim 1."""
+    model = Net(
+        lambda m, packed, *hx: m.head(m.rnn(packed, *([hx] if hx else []))[1][0][-1]),
+        rnn=nn.LSTM(3, 4),
+        head=nn.Linear(4, 3),
+    )
 
     def loss(model: nn.Module, b: Any) -> Tensor:
-        return F.cross_entropy(model(nn.utils.rnn.pack_sequence(b[0], enforce_sorted=False)), b[1])
+        return F.cross_entropy(model(nn.utils.rnn.pack_sequence(b[0], enforce_sorted=False), *b[2:]), b[1])
 
-    batches = [([torch.randn(n, 3) for n in (4, 3, 3, 2)], torch.randint(3, (4,))) for _ in range(3)]
-    alone = lambda b: [(b[0][n : n + 1], b[1][n : n + 1]) for n in range(4)]  # noqa: E731
-    assert follow(model, batches, loss, alone, layer_types=layer_types).exact
+    def batch(*lengths: int) -> Any:
+        hx = torch.randn(2, 1, len(lengths), 4) if state else ()
+        return [torch.randn(n, 3) for n in lengths], torch.randint(3, (len(lengths),)), *hx
+
+    def alone(b: Any) -> list[Any]:
+        return [(b[0][n : n + 1], b[1][n : n + 1], *(h[:, n : n + 1] for h in b[2:])) for n in range(len(b[0]))]
+
+    batches = [batch(4, 3, 3, 2), batch(2, 3, 4), batch(5, 1), batch(3)]
+    assert follow(model, batches, loss, alone, layer_types="all").exact
 
 
 def test_sparse_inputs() -> None:

@@ -1,4 +1,4 @@
-"""The rules by operation, what carries a gradient on to a parameter, and the way for everything else."""
+"""The rules by operation, the maps that carry a gradient to a parameter, and the fallback for other operations."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -135,7 +135,8 @@ def _by_its_backward(call: OperationCall, index: int) -> Tensor:
 
         def pull(*cotangents: Tensor) -> Tensor:
             given = [c.to(output.dtype) for c, output in zip(cotangents, own, strict=True)]
-            return run_node(call.node, given, index)
+            gradient = run_node(call.node, given, index)
+            return gradient.to_dense() if gradient.is_sparse else gradient
 
         found[ids.start : ids.stop] = each(pull, cotangents)
     return found

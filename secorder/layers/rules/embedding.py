@@ -1,4 +1,4 @@
-"""Tables of rows."""
+"""Embeddings."""
 
 from torch import Tensor, nn
 

@@ -1,4 +1,4 @@
-"""Activations with a slope that is learnt."""
+"""Activations with a learnable slope."""
 
 from torch import Tensor, nn
 

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from ..._torch.modules import computes_as
+from ..._torch.modules import computes_as, own_parameters
 from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..per_sample import Rule
 
@@ -84,11 +84,12 @@ def rule_for(module: nn.Module) -> Rule | None:
     kind = next((kind for kind in type(module).__mro__ if kind in RULES), None)
     if kind is None or not computes_as(module, kind):
         return None
-    own = {name for name, _ in module.named_parameters(recurse=False, remove_duplicate=False)}
-    if hasattr(module, "parametrizations") or len(own) != sum(1 for _ in module.parameters()):
+    own = own_parameters(module)
+    every = own.values() if next(module.children(), None) is None else module.parameters()
+    if hasattr(module, "parametrizations") or len(own) != len({id(p) for p in every}):
         return None
     entry = RULES[kind]
-    return entry.rule if entry.parameters is None or own <= entry.parameters else None
+    return entry.rule if entry.parameters is None or own.keys() <= entry.parameters else None
 
 
 def takes_any_leading_dim(rule: Rule) -> bool:

@@ -1,4 +1,4 @@
-"""What a sink is, and the sink that fits what somebody has: a writer, a logger, a path."""
+"""The interface of sinks, and the sink for a given writer, logger or path."""
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Sink", "close", "give", "sink_of", "sinks_of"]
+__all__ = ["Sink", "give", "sink_of", "sinks_of"]
 
 
 @runtime_checkable
@@ -106,8 +106,3 @@ def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:
         method = getattr(sink, what, None)
         if method is not None:
             method(*arguments)
-
-
-def close(sinks: Sequence[Sink]) -> None:
-    """Tell each sink that can be closed that nothing more will come."""
-    give(sinks, "close")

@@ -1,4 +1,4 @@
-"""Each sample's Hessian in one tensor, and what it is before a matrix product or a function of each element."""
+"""Each sample's Hessian in one tensor, pulled back through a matrix product or an elementwise function."""
 
 from dataclasses import dataclass, field
 
@@ -40,25 +40,32 @@ class Memory:
 
 @dataclass
 class Block:
-    """Each sample's Hessian in one tensor: Σ_k u_k v_kᵀ + diag(d), or a matrix, or of that the diagonal alone.
+    """Each sample's Hessian in one tensor: Σ_k w_k u_k v_kᵀ + Σ_j s_j r_j r_jᵀ + diag(d), or a matrix, or its diagonal.
 
-    What comes before a step lies in ``memory``, where the next steps overwrite it.
+    What comes before a step lies in ``memory``, where the next steps overwrite it, and what it was computed from.
 
     Attributes:
         u: shape (N, K, size).
         v: the same.
+        w: shape (N, K); None for ones.
         d: shape (N, size); None for zero.
+        rows: r, the same for all samples, shape (J, size), of which s, shape (N, J), are the weights; None for no such
+            sum.
         matrix: shape (size, N, size), in place of the others: so matrices multiply all samples at once from both sides.
         only: shape (N, size), the diagonal, in place of the others.
         memory: for what is computed.
+        formed: whether ``u`` and ``v`` lie there.
     """
 
     u: Tensor | None = None
     v: Tensor | None = None
+    w: Tensor | None = None
     d: Tensor | None = None
+    rows: tuple[Tensor, Tensor] | None = None
     matrix: Tensor | None = None
     only: Tensor | None = None
     memory: Memory = field(default_factory=Memory)
+    formed: bool = False
 
     def diagonal(self) -> Tensor:
         """Shape (N, size)."""
@@ -66,48 +73,73 @@ class Block:
             return self.only
         if self.matrix is not None:
             return self.matrix.diagonal(dim1=0, dim2=2)
-        u, v = self._factors()
-        total = torch.mul(u, v, out=self.memory.room(u, *u.shape, beside=(v,))).sum(1)
+        u, v = self._columns()
+        total = self._weighted(torch.mul(u, v, out=self.memory.room(u, *u.shape, beside=(v,))))
+        if self.rows is not None:
+            total.addmm_(self.rows[1], self.rows[0].square())
         return total if self.d is None else total.add_(self.d)
 
     def full(self) -> Tensor:
         """Shape (N, size, size)."""
         if self.matrix is not None:
             return self.matrix.transpose(0, 1)
-        u, v = self._factors()
-        total = u.transpose(1, 2) @ v
+        u, v = self._columns()
+        total = u.transpose(1, 2) @ (v if self.w is None else v * self.w[..., None])
+        if self.rows is not None:
+            rows, weights = self.rows
+            total = total + rows.t() @ (rows * weights[..., None])
         return total if self.d is None else total + torch.diag_embed(self.d)
 
     def times(self, vectors: Tensor) -> Tensor:
         """H v for stacked v, (k, N, size)."""
         if self.matrix is not None:
             return torch.einsum("inj,knj->kni", self.matrix, vectors)
-        u, v = self._factors()
-        found = torch.einsum("nci,knc->kni", u, torch.einsum("nci,kni->knc", v, vectors))
+        u, v = self._columns()
+        inner = torch.einsum("nci,kni->knc", v, vectors)
+        found = torch.einsum("nci,knc->kni", u, inner if self.w is None else inner * self.w)
+        if self.rows is not None:
+            found = found + (vectors @ self.rows[0].t() * self.rows[1]) @ self.rows[0]
         return found if self.d is None else found + self.d * vectors
 
-    def before_matrix(self, weight: Tensor, *, diagonal: bool) -> "Block":
-        """That before a product with ``weight`` (in, out): Wᵀ H W."""
+    def before_matrix(self, weight: Tensor, *, diagonal: bool, factored: bool = False) -> "Block":
+        """That before a product with ``weight`` (in, out): Wᵀ H W.
+
+        Args:
+            weight: the matrix.
+            diagonal: nothing but the diagonal is wanted.
+            factored: d becomes rows, and no matrix is formed.
+        """
         back = weight.t()
         if self.matrix is not None:
             product = self._rows_times(self.matrix, back)
             if diagonal:
                 return Block(only=product.mul_(back[:, None]).sum(0), memory=self.memory)
             return Block(matrix=self._times_rows(weight, product), memory=self.memory)
-        u, v = self._factors()
+        u, v = self._columns()
         first = self._rows_times(u, back, v)
         second = first if v is u else self._rows_times(v, back, first)
         if diagonal:
-            only = first.mul_(second).sum(1)
+            only = self._weighted(first.mul_(second))
+            if self.rows is not None:
+                only.addmm_(self.rows[1], (self.rows[0] @ back).square_())
             return Block(only=only if self.d is None else only.addmm_(self.d, back * back), memory=self.memory)
-        if self.d is None:
-            return Block(first, second, memory=self.memory)
-        width, (count, size) = len(weight), self.d.shape
-        inside = self.memory.room(weight, width, count, size, beside=(first, second))
-        matrix = self._rows_times(torch.mul(weight[:, None], self.d, out=inside), back, first, second)
-        room = self.memory.room(matrix, count, width, width, beside=(first, second))
-        matrix.add_(torch.bmm(first.transpose(1, 2), second, out=room).transpose(0, 1))
-        return Block(matrix=matrix, memory=self.memory)
+        parts = [] if self.rows is None else [(self.rows[0] @ back, self.rows[1])]
+        parts += [] if self.d is None else [(back, self.d)]
+        rows = (torch.cat([r for r, _ in parts]), torch.cat([s for _, s in parts], 1)) if len(parts) > 1 else None
+        rows = rows or next(iter(parts), None)
+        if rows is None or factored:
+            return Block(first, second, self.w, rows=rows, memory=self.memory, formed=True)
+        return Block(matrix=self._matrix(first, second, *rows), memory=self.memory)
+
+    def _matrix(self, first: Tensor, second: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        """That of columns and rows."""
+        count, size = len(first), rows.shape[1]
+        inside = self.memory.room(first, size, *weights.shape, beside=(second,))
+        torch.mul(rows.t()[:, None], weights, out=inside)
+        matrix = self._rows_times(inside, rows, first, second)
+        room = self.memory.room(matrix, count, size, size, beside=(first, second))
+        second = second if self.w is None else second * self.w[..., None]
+        return matrix.add_(torch.bmm(first.transpose(1, 2), second, out=room).transpose(0, 1))
 
     def before_elementwise(self, first: Tensor, second: Tensor | None) -> "Block":
         """That before a function of each element: D H D + diag(φ″ ∘ g)."""
@@ -119,24 +151,43 @@ class Block:
             if second is not None:
                 matrix.diagonal(dim1=0, dim2=2).add_(second)
             return Block(matrix=matrix, memory=self.memory)
-        u, v = self._factors()
-        left = torch.mul(u, first[:, None], out=self.memory.room(u, *u.shape, beside=(v,)))
-        right = left
-        if v is not u:
-            right = torch.mul(v, first[:, None], out=self.memory.room(v, *v.shape, beside=(u, left)))
+        u, v = self._columns()
+        left = self._scaled(u, first, v)
+        right = left if v is u else self._scaled(v, first, left)
+        w = self.w
+        if self.rows is not None:  # from here on, they are another for each sample: columns like others
+            ones = self.rows[1].new_ones(()).expand(u.shape[:2])
+            w = torch.cat([ones if w is None else w, self.rows[1]], 1)
         d = None if self.d is None else self.d * first * first
-        return Block(left, right, second if d is None else d if second is None else d + second, memory=self.memory)
+        d = second if d is None else d if second is None else d + second
+        return Block(left, right, w, d, memory=self.memory, formed=True)
 
-    def rows(self, here: slice) -> "Block":
+    def of_samples(self, here: slice) -> "Block":
         """Of some samples."""
         u = None if self.u is None else self.u[here]
         v = u if self.v is self.u else None if self.v is None else self.v[here]
-        return Block(u, v, None if self.d is None else self.d[here], memory=self.memory)
+        w, d = (None if x is None else x[here] for x in (self.w, self.d))
+        return Block(u, v, w, d, memory=self.memory)
 
-    def _factors(self) -> tuple[Tensor, Tensor]:
+    def _columns(self) -> tuple[Tensor, Tensor]:
         assert self.u is not None
         assert self.v is not None
         return self.u, self.v
+
+    def _weighted(self, products: Tensor) -> Tensor:
+        """Σ_k w_k of what is a vector a column."""
+        return products.sum(1) if self.w is None else torch.bmm(self.w[:, None], products)[:, 0]
+
+    def _scaled(self, columns: Tensor, first: Tensor, *beside: Tensor) -> Tensor:
+        """Columns and rows times φ′, in place where that may be."""
+        if self.rows is None:
+            room = columns if self.formed else self.memory.room(columns, *columns.shape, beside=beside)
+            return torch.mul(columns, first[:, None], out=room)
+        (count, number, size), rows = columns.shape, self.rows[0]
+        room = self.memory.room(columns, count, number + len(rows), size, beside=beside)
+        torch.mul(columns, first[:, None], out=room[:, :number])
+        torch.mul(rows, first[:, None], out=room[:, number:])
+        return room
 
     def _rows_times(self, x: Tensor, matrix: Tensor, *beside: Tensor) -> Tensor:
         """x (a, b, k) times a matrix (k, l), beside which others are in use."""

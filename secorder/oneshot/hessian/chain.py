@@ -8,11 +8,11 @@ from a cut to the next, H and g the loss's Hessian and gradient there, sample by
 For matrices and functions of each element this is written down, D Wᵀ H W D + diag(φ″ ∘ Wᵀg); for any other segment it
 takes as many Hessian-vector products *of the segment alone* as a sample has elements before it, or in a layer's z that
 lies inside. H itself is kept as columns of the loss's root and a diagonal where it is no more than that (up to the
-second nonlinearity from the end), and as a matrix a sample before; where nothing but a diagonal is asked for, nothing
-but a diagonal is computed.
+second nonlinearity from the end). Before, the diagonal's part is the rows of a matrix, one column more each, over few
+layers; over many, a matrix a sample. Where nothing but a diagonal is asked for, nothing but a diagonal is computed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ NAME = Strategy.CHAIN
 
 #: Memory of the matrices of the samples that are carried at a time, before a step and behind it, where samples may be
 #: taken a few at a time: what stays in a CPU's caches.
-_CACHED_BYTES = 1 << 22
+_CACHED_BYTES = 3 << 21
 
 #: And at most, where they may not.
 CHAIN_BYTES = 1 << 30
@@ -173,75 +173,91 @@ def _goes_on(chain: Chain, index: int) -> bool:
 # ---- carrying
 
 
-def run(task: Measurement, chain: Chain, *, trial: bool = False) -> tuple[dict[str, list[Tensor]], int]:
-    """The diagonal of each layer on the chain, by parameter, and of how many samples.
+def run(task: Measurement, chain: Chain) -> dict[str, list[Tensor]]:
+    """The diagonal of each layer on the chain, by parameter."""
+    steps, top = _prepared(task, chain)
+    with progress_bar(task.progress, "Hessian along the chain", task.num_samples, unit="samples") as advance:
+        diagonals, totals = _carried_over(task, chain, steps, top, task.num_samples, advance)
+    for key, diagonal in diagonals.items():
+        _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], diagonal))
+    return totals
 
-    Args:
-        task: the measurement.
-        chain: the graph, cut into segments.
-        trial: only of as many samples as are carried at once.
-    """
+
+def seconds_of_chain(task: Measurement, chain: Chain) -> float:
+    """How long it takes, from what is made for all samples, and as many of them as are carried at once."""
+    prepared: list[tuple[list[Step], Block]] = []
+    before = seconds_of(lambda: prepared.append(_prepared(task, chain)))
+    steps, top = prepared[0]
+    count = min(task.num_samples, _at_once(task, steps, top))
+    seconds = seconds_of(lambda: _carried_over(task, chain, steps, top, count))
+    return before + seconds * task.num_samples / count
+
+
+def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
+    """The steps, and the loss's Hessian in the output."""
     side = chain.side
     root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
     pairs = root.columns(range(root.num_columns))
     u = pairs.u.transpose(0, 1)
-    v = u if pairs.v is None else pairs.v.transpose(0, 1)
-    if pairs.v is None and pairs.sign is not None:
-        v = u * pairs.sign.T[..., None]
-    top = Block(u, v)
+    top = Block(u, u if pairs.v is None else pairs.v.transpose(0, 1), None if pairs.sign is None else pairs.sign.T)
     (gradient,) = (g for g in side.output_gradients if g is not None)
     steps = steps_of(chain.segments, chain.graphs, gradient.detach())
     for graph in chain.graphs.values():
         graph.layouts = [DIM_ZERO]
-    at_once = _at_once(task, steps, u)
+    return steps, top
+
+
+def _carried_over(
+    task: Measurement,
+    chain: Chain,
+    steps: Sequence[Step],
+    top: Block,
+    count: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[int, Tensor], dict[str, list[Tensor]]]:
+    """Of the first samples: diagonals of H_z by ``id`` of the leaf; of layers that need more, those by parameter."""
     diagonals: dict[int, Tensor] = {}
     totals: dict[str, list[Tensor]] = {}
-    count = min(task.num_samples, at_once) if trial else task.num_samples
-    with progress_bar(task.progress and not trial, "Hessian along the chain", count, unit="samples") as advance:
-        for rows in chunks(count, at_once):
-            here = slice(rows.start, rows.stop)
-            for key, block, whole in _carried(task, chain, steps, top.rows(here), here):
-                graph = chain.graphs[key]
-                if whole:
-                    _add(totals, graph, by_basis(graph, block.full(), here))
-                    continue
-                if key not in diagonals:
-                    diagonals[key] = u.new_empty(count, _size(graph.leaves[0].shape, task))
-                diagonals[key][here] = block.diagonal()
-            advance(len(rows))
-    for key, diagonal in diagonals.items():
-        if not trial:
-            _add(totals, chain.graphs[key], by_diagonal(chain.graphs[key], diagonal))
-    return totals, count
+    for rows in chunks(count, _at_once(task, steps, top)):
+        here = slice(rows.start, rows.stop)
+        for key, block, whole in _carried(task, chain, steps, top.of_samples(here), here):
+            graph = chain.graphs[key]
+            if whole:
+                _add(totals, graph, by_basis(graph, block.full(), here))
+                continue
+            own = block.diagonal()
+            if key not in diagonals:
+                diagonals[key] = own.new_empty(count, own.shape[1])
+            diagonals[key][here] = own
+        advance(len(rows))
+    return diagonals, totals
 
 
-def seconds_of_chain(task: Measurement, chain: Chain) -> float:
-    """How long it takes, from as many samples as are carried at once."""
-    counts: list[int] = []
-    seconds = seconds_of(lambda: counts.append(run(task, chain, trial=True)[1]))
-    return seconds * task.num_samples / counts[0]
-
-
-def _at_once(task: Measurement, steps: Sequence[Step], u: Tensor) -> int:
+def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
     """Samples that are carried together: all of them where segments have products of their own.
 
     Args:
         task: the measurement.
         steps: from the output backwards.
-        u: columns at the output, shape (N, K, size).
+        top: columns at the output.
     """
-    dense = widest = 0
-    second = False
+    u = top.u
+    assert u is not None
+    columns, largest, second = u.shape[1], u.shape[1], False
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
+        if step.last:
+            break
         sizes = [_size(shape, task) for shape in (step.segment.shape, step.segment.shape_before)]
-        widest = widest if step.last else max(widest, *sizes)
         second |= step.second is not None
-        if step.whole or (step.segment.kind == Kind.LINEAR and second and not step.last and not step.diagonal):
-            dense = max(dense, *sizes)
+        if step.factored:
+            columns += sizes[0]
+        whole = step.whole or (step.segment.kind == Kind.LINEAR and second and not step.factored and not step.diagonal)
+        largest = max(largest, max(sizes) * max(sizes if whole else [columns]))
     most = _CACHED_BYTES if u.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
-    return max(1, most // (2 * max(1, dense * dense, u.shape[1] * widest) * u.element_size()))
+    few = max(1, most // (2 * largest * u.element_size()))
+    return -(-task.num_samples // -(-task.num_samples // few))  # pieces of about the same size
 
 
 def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor]) -> None:
@@ -264,7 +280,7 @@ def _carried(
             return
         if segment.kind == Kind.LINEAR:
             assert segment.weight is not None
-            block = block.before_matrix(segment.weight, diagonal=step.diagonal)
+            block = block.before_matrix(segment.weight, diagonal=step.diagonal, factored=step.factored)
         elif segment.kind == Kind.ELEMENTWISE:
             assert step.first is not None
             second = None if step.second is None else step.second[here]

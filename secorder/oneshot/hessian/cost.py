@@ -1,4 +1,4 @@
-"""What a Hessian will take, before it is paid."""
+"""The cost of a Hessian, estimated before it is measured."""
 
 import time
 from collections.abc import Mapping

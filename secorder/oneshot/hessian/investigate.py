@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._torch.graph import leaves_of
 from ..._torch.pytree import tensors_in
-from ..._torch.sample_graph import leaves_of
 from ..._torch.vjp import gradients, stacked_vjp
 from ...layers.selection import Layer
 from ...layers.structure import linear_by_structure
+from ...results import Strategy
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
 from ..known_losses import loss_of_rows
 from ..loss import require_dependence
 from ..measurement import Measurement
-from ..output_hessian import expose_output, loss_of_output, loss_separates
+from ..output_hessian import loss_of_output, loss_separates, output_points
 from ..output_root import output_root
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
@@ -179,7 +180,7 @@ def _attach(
     by_leaf: dict[int, Tensor | None] = {}
     if with_gradients and loss.requires_grad:
         by_leaf = dict(zip(map(id, ends), gradients(loss, ends, create_graph=True), strict=True))
-    reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss])
+    reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss]).keys()
     if len(ruled) == len(task.layers) and not any(id(x) in reached for x in ends):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     for layer in ruled:
@@ -208,7 +209,7 @@ def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss:
 def _needs_no_product(found: Findings, budget: Budget) -> bool:
     """Whether no layer takes products with the Hessian, which are zero by gradients that cannot be differentiated."""
     chosen = choose(list(found.facts.values()), budget)
-    return all(choice.strategy in ("columns", "chain", "unused") for choice in chosen.values())
+    return all(choice.strategy in (Strategy.COLUMNS, Strategy.CHAIN, Strategy.UNUSED) for choice in chosen.values())
 
 
 def _feeds_itself(graph: LayerGraph) -> bool:
@@ -236,8 +237,7 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
         return None  # the loss reaches into the model past its output
     again, points, _ = by_output
     output_gradients = gradients(again, points, create_graph=True)
-    model_outputs: list[Tensor] = []
-    expose_output(output, model_outputs, task.dimension, detach=False)
+    model_outputs = output_points(output, task.dimension)
     live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
     side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
     by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
@@ -256,7 +256,7 @@ def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -
 def _without_chain(found: Findings, budget: Budget) -> list[LayerGraph]:
     """The layers that act through z alone and that the chain does not serve."""
     chosen = choose(list(found.facts.values()), budget)
-    return [g for g in _candidates(found) if chosen[g.layer.name].strategy != "chain"]
+    return [g for g in _candidates(found) if chosen[g.layer.name].strategy != Strategy.CHAIN]
 
 
 def _with_columns(
@@ -271,7 +271,8 @@ def _with_columns(
     def pays(layers: Sequence[str]) -> bool:
         supposed: Any = {"piecewise_linear": True, "num_columns": side.size, "columns_drawn": drawn}
         facts = [replace(found.facts[x], **supposed, last=x in heads) for x in layers]
-        return any(choice.strategy in ("columns", "column-draws") for choice in choose(facts, budget).values())
+        by_columns = (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)
+        return any(choice.strategy in by_columns for choice in choose(facts, budget).values())
 
     if not pays([g.layer.name for g in candidates]):
         return None
@@ -332,7 +333,7 @@ def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
     graphs = [
         g
         for g in _candidates(found)
-        if g.layer.name in names and chosen[g.layer.name].strategy not in ("columns", "chain")
+        if g.layer.name in names and chosen[g.layer.name].strategy not in (Strategy.COLUMNS, Strategy.CHAIN)
     ]
     if budget.method == "exact":  # draws go by z wherever they may
         graphs = [g for g in graphs if found.facts[g.layer.name].outputs <= g.numel]

@@ -5,17 +5,17 @@ affine map of the parameters: their Hessian is Jᵀ H_z J, as that of a layer wi
 graph, where they must be all that the parameters do, and their factors must not depend on the layer itself.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, Users, outputs_of, shape_of, users_of
+from ..._torch.graph import Node, Users, nodes_behind, outputs_of, shape_of, users_of
 from ..._torch.pytree import tensors_in
-from ..._torch.sample_graph import SHARED, inner_size, place_of, samples_in_nodes
-from ..._torch.vjp import gradients, stand_in
+from ..._torch.sample_graph import SHARED, InnerSizes, inner_size, place_of, samples_in_nodes
+from ..._torch.vjp import gradients, placeholder
 from ...errors import AttributionError
 from ...layers.dtypes import cast, compute_dtype
 from ...layers.layout import Layout
@@ -46,9 +46,6 @@ SUMS = frozenset({
 
 #: Inputs that an operation is not linear in.
 NOT_LINEAR = {"DivBackward0": 1, "NativeLayerNormBackward0": 0}
-
-#: What the graph tells of samples.
-Told = dict[tuple[Node, int], int | None]
 
 #: How often operations that all samples share are followed further.
 ROUNDS = 24
@@ -134,7 +131,7 @@ def layers_by_operations(task: Measurement, output: Any, loss: Tensor) -> list[L
     return found
 
 
-def _uses(task: Measurement, layer: Layer, users: Users, told: Told) -> Uses | None:
+def _uses(task: Measurement, layer: Layer, users: Users, told: InnerSizes) -> Uses | None:
     """The operations in which a layer's parameters meet samples, where these are all that they do, and linear."""
     parameters = dict(zip(layer.parameters, task.isolated.replacements(layer), strict=True))
     routes: frozenset[Route] = frozenset()
@@ -157,7 +154,8 @@ def _uses(task: Measurement, layer: Layer, users: Users, told: Told) -> Uses | N
         for i, (before, _) in enumerate(use.node.next_functions)
         if before is not None and i not in use.sources and _multiplies(use)
     ]
-    return None if _lead_to(factors, {use.node for use in uses.uses} | set(uses.leaves)) else uses
+    own = {use.node for use in uses.uses} | set(uses.leaves)
+    return None if any(node in own for node in nodes_behind(factors)) else uses
 
 
 def _linear(use: Use) -> bool:
@@ -173,20 +171,7 @@ def _multiplies(use: Use) -> bool:
     return any(i in FACTORS.get(use.node.name(), ()) for i in use.sources)
 
 
-def _lead_to(nodes: Iterable[Node], ends: Collection[Node]) -> bool:
-    waiting, seen = list(nodes), set(nodes)
-    while waiting:
-        node = waiting.pop()
-        if node in ends:
-            return True
-        for before, _ in node.next_functions:
-            if before is not None and before not in seen:
-                seen.add(before)
-                waiting.append(before)
-    return False
-
-
-def _graph(layer: Layer, uses: Uses, told: Told, count: int) -> LayerByOperations | None:
+def _graph(layer: Layer, uses: Uses, told: InnerSizes, count: int) -> LayerByOperations | None:
     """The layer's part, where the graph tells where samples are in all that its operations computed."""
     leaves, layouts = [], []
     for use in uses.uses:
@@ -194,7 +179,7 @@ def _graph(layer: Layer, uses: Uses, told: Told, count: int) -> LayerByOperation
         layout = _layout(use.node, told, count) if reached == [0] else None
         if layout is None:
             return None
-        leaves.append(stand_in(use.node, 0))
+        leaves.append(placeholder(use.node, 0))
         layouts.append(layout)
     graph = LayerByOperations(layer, [], leaves, layouts, layouts, uses=uses, count=count)
     try:  # of forms that cannot be added, of shapes that a rule is not for
@@ -204,7 +189,7 @@ def _graph(layer: Layer, uses: Uses, told: Told, count: int) -> LayerByOperation
     return graph
 
 
-def _layout(node: Node, told: Told, count: int) -> Layout | None:
+def _layout(node: Node, told: InnerSizes, count: int) -> Layout | None:
     inner, shape = told[node, 0], shape_of(node, 0)
     place = place_of(shape, inner, count) if inner else None
     if place is None:

@@ -71,7 +71,7 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
     if not names or found.chain is None:
         return
     try:
-        carried, _ = chain.run(task, chain.shortened(found.chain, names))
+        carried = chain.run(task, chain.shortened(found.chain, names))
     except RuntimeError as error:  # an operator that cannot be differentiated so: others get along, or tell which
         if is_users_own(error):
             raise
@@ -95,14 +95,14 @@ def _columns(
     if side is None:
         return known
     chosen = choose(list(found.facts.values()), budget)
-    ways = {name: choice.strategy for name, choice in chosen.items()}
+    strategies = {name: choice.strategy for name, choice in chosen.items()}
     gauss_newton = {
         name
         for name, graph in found.graphs.items()
         if budget.method == "hutchinson" and found.facts[name].num_columns and graph.residual
     }
     few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
-    served = [g for name, g in found.graphs.items() if ways[name] == Strategy.COLUMNS or name in few]
+    served = [g for name, g in found.graphs.items() if strategies[name] == Strategy.COLUMNS or name in few]
     lost, before = False, [graph.layouts for graph in served]
     given = columns.run(task, side, served) if served else []
     for graph, values, layouts in zip(served, given, before, strict=True):
@@ -110,11 +110,11 @@ def _columns(
         if values is None:
             graph.layouts = layouts  # which others go by
             found.learn(name, num_columns=0, columns_drawn=False)
-            lost |= ways[name] == Strategy.COLUMNS
+            lost |= strategies[name] == Strategy.COLUMNS
         else:
             known[name] = Estimate(_whole(reduce, values))
     many = {name for name in gauss_newton - few if found.facts[name].columns_drawn}
-    drawn = [g for name, g in found.graphs.items() if ways[name] == Strategy.COLUMN_DRAWS or name in many]
+    drawn = [g for name, g in found.graphs.items() if strategies[name] == Strategy.COLUMN_DRAWS or name in many]
     if drawn:
         closer = budget.closer(0.5) if many else budget  # what is drawn besides has an error of its own
         seconds = len(drawn) * seconds_of_draws(budget, chosen)
@@ -123,9 +123,9 @@ def _columns(
         ) as bar:
             estimates = column_draws.run(task, side, drawn, closer, reduce, bar, seconds)
         known |= {graph.layer.name: estimate for graph, estimate in zip(drawn, estimates, strict=True)}
-    for name in [x for x in known if ways[x] in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]:
+    for name in [x for x in known if strategies[x] in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]:
         checks = found.facts[name].checks | {"outputs_by_sample": True}
-        outcomes[name] = Outcome(ways[name], known.pop(name), checks, found.graphs[name].num_hvps)
+        outcomes[name] = Outcome(strategies[name], known.pop(name), checks, found.graphs[name].num_hvps)
     if lost:
         verify_samples(task, found, budget)
     return known
@@ -141,9 +141,9 @@ def _in_z(
     outcomes: dict[str, Outcome],
 ) -> None:
     """The layers that go by z, on the graph that was recorded."""
-    ways = (output_basis.NAME, output_draws.NAME)
-    todo = [name for name, choice in chosen.items() if choice.strategy in ways and name not in outcomes]
-    todo.sort(key=lambda name: ways.index(chosen[name].strategy))
+    order = (output_basis.NAME, output_draws.NAME)
+    todo = [name for name, choice in chosen.items() if choice.strategy in order and name not in outcomes]
+    todo.sort(key=lambda name: order.index(chosen[name].strategy))
     total = sum(chosen[name].products for name in todo)
     with progress_bar(task.progress and bool(total), "Hessian in z", total) as bar:
         for name in todo:

@@ -1,5 +1,6 @@
 """What it takes to carry a Hessian backwards through a segment: what is the same however many samples are carried."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -12,7 +13,7 @@ from ..._torch.chain_graph import Kind, Segment, edge_gradients
 from .layer_block import by_diagonal_alone
 from .layer_graph import LayerGraph
 
-__all__ = ["Step", "steps_of"]
+__all__ = ["Step", "factors_pay", "steps_of"]
 
 #: A gradient that is computed when it is asked for: of what is piecewise linear, none needs to be.
 _Gradient = Callable[[], Tensor]
@@ -29,6 +30,7 @@ class Step:
         second: φ″ times the gradient; None for zero.
         diagonal: whether no more than the diagonal is asked for before it.
         last: whether nothing is.
+        factored: of a matrix, whether curvature goes through it as factors of each sample's Hessian.
         whole: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf.
     """
 
@@ -38,6 +40,7 @@ class Step:
     second: Tensor | None = None
     diagonal: bool = False
     last: bool = False
+    factored: bool = False
     whole: set[int] = field(default_factory=set)
 
 
@@ -57,7 +60,7 @@ def steps_of(segments: Sequence[Segment], graphs: Mapping[int, LayerGraph], outp
         if segment.into is None:
             break
         if segment.kind == Kind.ELEMENTWISE:
-            step.first, step.second = _slopes(segment, gradient, output_gradient)
+            step.first, step.second = _derivatives(segment, gradient, output_gradient)
         known = None if ahead is None else _known_gradient(graphs, ahead)
         gradient = cache(partial(_gradient_before, step)) if known is None else partial(known.reshape, ahead.shape)
     asked = "nothing"
@@ -70,7 +73,36 @@ def steps_of(segments: Sequence[Segment], graphs: Mapping[int, LayerGraph], outp
             asked = "all"
         elif step.segment.leaves and asked == "nothing":
             asked = "diagonal"
+    _choose_form(steps)
     return steps
+
+
+def _choose_form(steps: Sequence[Step]) -> None:
+    """Decide whether Hessians become matrices behind the first curvature, or are kept as factors."""
+    matrices, curved = [], False
+    for step in steps:
+        if step.segment.kind == Kind.GENERAL or step.whole:
+            return  # which go by the whole of it
+        if step.last:
+            break
+        curved |= step.second is not None
+        if curved and step.segment.kind == Kind.LINEAR:
+            matrices.append(step)
+    if matrices and factors_pay([step.segment.shape[1] for step in matrices] + [matrices[-1].segment.shape_before[1]]):
+        for step in matrices:
+            step.factored = True
+
+
+def factors_pay(sizes: Sequence[int]) -> bool:
+    """Whether factors take fewer multiplications than matrices: of few layers.
+
+    Args:
+        sizes: of one sample before and behind each matrix, from the first one with curvature in its end.
+    """
+    pairs = list(itertools.pairwise(sizes))
+    by_factors = sum(size * a * b for k, size in enumerate(sizes) for a, b in pairs[k + 1 :])
+    by_matrix = sum(a * b * (a * (k > 0) + b * (k + 1 < len(pairs))) for k, (a, b) in enumerate(pairs))
+    return by_factors < by_matrix
 
 
 def _known_gradient(graphs: Mapping[int, LayerGraph], segment: Segment) -> Tensor | None:
@@ -93,7 +125,7 @@ def _gradient_before(step: Step) -> Tensor:
     return gradient.new_zeros(segment.shape_before) if found is None else found
 
 
-def _slopes(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
+def _derivatives(segment: Segment, gradient: _Gradient, like: Tensor) -> tuple[Tensor, Tensor | None]:
     """φ′ and φ″ times the gradient, as autograd has them, in shape (N, size); None for a φ″ of zero."""
     assert segment.into is not None
     ones, curved = like.new_ones(()).expand(segment.shape), not segment.piecewise_linear

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from secorder.oneshot.hessian.block import Block, Memory
 
-N, K, SIZE, BEFORE = 3, 2, 4, 5
+N, K, J, SIZE, BEFORE = 3, 2, 6, 4, 5
 
 
 def forms() -> dict[str, Block]:
@@ -16,8 +16,10 @@ def forms() -> dict[str, Block]:
     matrix = torch.randn(N, SIZE, SIZE)
     return {
         "columns": Block(u, u),
-        "columns with signs": Block(u, v),
-        "and a diagonal": Block(u, v, d),
+        "pairs of columns": Block(u, v),
+        "columns with weights": Block(u, u, torch.randn(N, K)),
+        "and a diagonal": Block(u, v, torch.randn(N, K), d),
+        "and rows": Block(u, u, None, d, (torch.randn(J, SIZE), torch.randn(N, J))),
         "matrix": Block(matrix=(matrix + matrix.mT).transpose(0, 1).contiguous()),
     }
 
@@ -33,14 +35,18 @@ def test_every_form_is_its_matrix(name: str) -> None:
     torch.testing.assert_close(block.diagonal(), matrix.diagonal(dim1=1, dim2=2))
     vectors = torch.randn(6, N, SIZE)
     torch.testing.assert_close(block.times(vectors), torch.einsum("nij,knj->kni", matrix, vectors))
-    torch.testing.assert_close(full(block.rows(slice(1, 3))), matrix[1:3]) if block.matrix is None else None
+    if block.matrix is None and block.rows is None:
+        torch.testing.assert_close(full(block.of_samples(slice(1, 3))), matrix[1:3])
 
 
 @pytest.mark.parametrize("name", forms())
 def test_before_a_matrix(name: str) -> None:
     weight = torch.randn(BEFORE, SIZE)
     expected = weight @ full(forms()[name]) @ weight.t()
-    torch.testing.assert_close(full(forms()[name].before_matrix(weight, diagonal=False)), expected)
+    for factored in (False, True):
+        found = forms()[name].before_matrix(weight, diagonal=False, factored=factored)
+        torch.testing.assert_close(found.diagonal().clone(), expected.diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(full(found), expected)
     only = forms()[name].before_matrix(weight, diagonal=True).diagonal()
     torch.testing.assert_close(only, expected.diagonal(dim1=1, dim2=2))
 

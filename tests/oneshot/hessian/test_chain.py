@@ -100,6 +100,14 @@ def mlp(*widths: int) -> nn.Sequential:
     return nn.Sequential(*parts[:-1])
 
 
+@pytest.mark.parametrize("widths", [(4,) * 3, (4,) * 4, (4,) * 6, (2, 7, 5, 3), (6, 2, 5, 4, 3)], ids=str)
+@pytest.mark.parametrize("loss_fn", [F.cross_entropy, weighted, lambda f, t: -F.cross_entropy(f, t)], ids=range(3))
+def test_chains_that_are_carried_as_factors_and_as_matrices(widths: tuple[int, ...], loss_fn: Any) -> None:
+    torch.manual_seed(0)
+    t = torch.randn(N, 3) if loss_fn is weighted else torch.randint(3, (N,))
+    assert set(held(mlp(2, *widths, 3), loss_fn, torch.randn(N, 2), t).values()) == {"chain"}
+
+
 def test_what_is_a_chain_is_carried_also_by_a_forward_of_ones_own() -> None:
     torch.manual_seed(0)
     x, t = torch.randn(N, 2), torch.randint(3, (N,))
@@ -121,6 +129,21 @@ def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(held(mlp(2, 4, 5, 4, 3), F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,))).values()) == {
         "chain"
     }
+
+
+def test_what_is_made_for_all_samples_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter([1.0, 0.01])  # the loss's Hessian in the outputs, and one sample carried
+
+    def seconds(work: Callable[[], Any]) -> float:
+        work()
+        return next(told)
+
+    monkeypatch.setattr("secorder.oneshot.hessian.chain._CACHED_BYTES", 1)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain.seconds_of", seconds)
+    with CurvatureProbe(mlp(2, 4, 5, 4, 3)) as probe:
+        cost = probe.estimate_cost(F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)), method="exact")
+    assert {c.strategy for c in cost.values()} == {"chain"}
+    assert sum(c.seconds for c in cost.values()) == pytest.approx(1.0 + 0.01 * N)
 
 
 def clamped(x: Tensor) -> Tensor:

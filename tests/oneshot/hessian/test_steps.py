@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from secorder._torch.chain_graph import Kind, segments_of
 from secorder.layers.selection import select_layers
 from secorder.oneshot.hessian.layer_graph import LayerGraph
-from secorder.oneshot.hessian.steps import Step, steps_of
+from secorder.oneshot.hessian.steps import Step, factors_pay, steps_of
 
 N = 4
 
@@ -58,3 +58,9 @@ def test_nothing_but_diagonals_is_asked_for_before_the_last_matrix() -> None:
     matrices = [s for s in found if s.segment.kind == Kind.LINEAR]
     assert [s.diagonal for s in matrices] == [False, True]
     assert [s.last for s in found].index(True) == len(found) - 1
+
+
+def test_factors_are_kept_over_few_layers() -> None:
+    assert [factors_pay([8] * k) for k in range(2, 7)] == [False, True, True, False, False]
+    assert not factors_pay([64, 4, 4, 4])  # a matrix of the narrow layer is small, factors of the wide one are not
+    assert not any(step.factored for step in steps(nn.Tanh())[0])  # of one matrix, no more than a diagonal is asked for

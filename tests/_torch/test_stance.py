@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import torch
 
-from secorder._torch.compiler import eager, run_eagerly
+from secorder._torch.stance import eager
 
 
 def test_compiled_functions_run_as_they_were_written() -> None:
@@ -27,8 +27,8 @@ def test_sections_that_overlap_leave_the_compiler_as_it_was() -> None:
     compiled = torch.compile(torch.exp, backend="aot_eager")
     x = torch.randn(3, requires_grad=True)
     one, other = ExitStack(), ExitStack()
-    one.enter_context(run_eagerly())
-    other.enter_context(run_eagerly())
+    one.enter_context(eager())
+    other.enter_context(eager())
     one.close()
     assert compiled(x).grad_fn.name() == "ExpBackward0"
     other.close()

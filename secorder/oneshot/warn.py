@@ -1,4 +1,4 @@
-"""What is said of a result besides its numbers."""
+"""Warnings about a result: estimated, inexact, not finite."""
 
 from collections.abc import Mapping, Sequence
 

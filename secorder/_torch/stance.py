@@ -1,4 +1,4 @@
-"""``torch.compile``, told to step aside."""
+"""The stance of ``torch.compile``: compiled functions run eagerly while somebody needs it."""
 
 import sys
 import threading
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["eager", "enter_eager", "leave_eager", "run_eagerly"]
+__all__ = ["eager", "enter_eager", "leave_eager"]
 
 
 class _Stance:
@@ -40,23 +40,16 @@ def leave_eager() -> None:
 
 
 @contextmanager
-def run_eagerly() -> Iterator[None]:
-    """Inside, compiled functions run as they were written."""
+def eager() -> Iterator[None]:
+    """Inside, compiled functions run as they were written: what they compile to has no second derivative.
+
+    Where the compiler is not loaded yet, nothing is compiled.
+    """
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
     enter_eager()
     try:
         yield
     finally:
         leave_eager()
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """:func:`run_eagerly` for passes of our own, of which compiled graphs have no second derivative.
-
-    Nothing is compiled where the compiler is not loaded yet.
-    """
-    if "torch._dynamo" not in sys.modules:
-        yield
-        return
-    with run_eagerly():
-        yield

@@ -1,0 +1,192 @@
+"""What a forward makes beside outputs of samples, such as auxiliary losses: is it a sum of what each sample makes?
+
+A loss may use what the model keeps (the balance of experts, a commitment, a penalty on activations), or returns beside
+its outputs. Each sample has a gradient of its own of it where it is a sum over samples: then, of two parts of a batch,
+what changing one of them changes is the same whatever the other one is: of the parts s and t, with others s' and t' in
+their places, k(s, t) − k(s', t) − k(s, t') + k(s', t') = 0. Otherwise (a mean that is squared, or multiplied with
+another mean) samples influence one another's gradients, which shows in train mode too, and of what has no derivative.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.graph import current_node, is_builtin, nodes_behind
+from .._torch.modules import own_attributes
+from .._torch.pytree import tensors_in
+from .._torch.transforms import inside_transform
+from .._torch.vjp import fresh_generator
+from ..oneshot.independence import without_gradients
+from .samples import Hypothesis, run_changed
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = ["Beside", "coupling", "made_beside", "watch_beside"]
+
+#: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
+UNITS = 128
+
+_COUPLED = (
+    "the loss uses {}, which the model's forward makes beside outputs of samples, and which is no sum of what each "
+    "sample makes (a balance of experts, a statistic of the batch): samples influence one another's gradients, so that "
+    "none has one of its own: leave the term out of the loss, or these layers with layers=."
+)
+
+#: How deep lists and dicts on a module are gone through, and how many of their entries.
+DEPTH, ENTRIES = 3, 256
+
+
+class Beside(NamedTuple):
+    """Where a tensor is that a forward has made.
+
+    Attributes:
+        module: the name of the module that keeps it; None where the model returns it.
+        path: the attribute, and what leads to it there: keys, or places counted from a list's end, which may have held
+            others before; of what is returned, its number among the output's tensors.
+    """
+
+    module: str | None
+    path: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        if self.module is None:
+            return f"tensor {self.path[0]} of its output"
+        name = f"{self.module}.{self.path[0]}".lstrip(".")
+        return name + "".join(f"[{key!r}]" for key in self.path[1:])
+
+
+def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
+    """The differentiable tensors that modules keep, and those that the model returns.
+
+    Args:
+        model: the model, as its forward left it; None for what it returned alone.
+        output: what it returned.
+    """
+    found = {
+        Beside(name, (key, *path)): tensor
+        for name, module in (model.named_modules() if model is not None else ())
+        for key, value in own_attributes(module).items()
+        for path, tensor in _inside(value)
+    }
+    return found | {Beside(None, (i,)): t for i, t in enumerate(tensors_in(output)) if _is_made(t)}
+
+
+def _inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """The differentiable tensors in nested lists, tuples and dicts, each with what leads to it."""
+    if isinstance(value, Tensor):
+        if _is_made(value):
+            yield (), value
+        return
+    if not depth or not isinstance(value, (list, tuple, dict)):
+        return
+    size = len(value)
+    pairs = list(value.items()) if isinstance(value, dict) else [(i - size, x) for i, x in enumerate(value)]
+    for key, entry in pairs[-ENTRIES:]:
+        for path, tensor in _inside(entry, depth - 1):
+            yield (key, *path), tensor
+
+
+def _is_made(tensor: Tensor) -> bool:
+    """Whether it is one of real numbers that a forward has computed, and that a loss can be differentiated by."""
+    return tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point() and not tensor.is_nested
+
+
+def coupling(
+    model: nn.Module,
+    forward: Callable[[Any], Any],
+    arguments: Any,
+    hypothesis: Hypothesis,
+    base: Mapping[Beside, Tensor],
+) -> frozenset[Beside]:
+    """Of the tensors that a forward has made beside outputs of samples, those that are no sums over samples.
+
+    Args:
+        model: the model.
+        forward: the model on its arguments, from one and the same state.
+        arguments: of the model.
+        hypothesis: where the samples are in the arguments.
+        base: what the forward made of them.
+    """
+    count = hypothesis.num_samples
+    if count < 2 or not base:
+        return frozenset()
+    part = torch.randperm(count, generator=fresh_generator(), device="cpu") < count // 2
+
+    def values(mask: Tensor, alike: bool) -> dict[Beside, Tensor]:
+        """What the forward makes where these samples have others, of the batch, in their places."""
+        output = without_gradients(lambda x: run_changed(forward, x, hypothesis, mask, alike=alike), arguments)
+        held = {place: _held(model, output, place) for place in base}
+        return {p: t.detach().double() for p, t in held.items() if t is not None and t.shape == base[p].shape}
+
+    before = {place: t.detach().double() for place, t in base.items()}
+    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    found: set[Beside] = set()
+    untold = set(base)
+    for alike in (True, False):  # what is not finite where many samples are one may be so of neighbours
+        try:
+            first = values(part, alike)
+            untold = {p for p in untold if p in first and not torch.equal(first[p], before[p])}
+            if not untold:
+                break
+            second, both = values(~part, alike), values(torch.ones_like(part), alike)
+        except Exception:  # inputs that the model does not accept tell nothing
+            break
+        for place in untold & second.keys() & both.keys():
+            four = torch.stack([before[place], first[place], second[place], both[place]])
+            if bool(four.isfinite().all()):
+                untold.discard(place)
+                rounding = UNITS * max(eps, torch.finfo(base[place].dtype).eps) * four.abs().amax()
+                if bool(((four[0] - four[1] - four[2] + four[3]).abs() > rounding).any()):
+                    found.add(place)
+    return frozenset(found)
+
+
+def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
+    """The tensor that is in a place now."""
+    try:
+        found: Any = list(tensors_in(output))
+        if place.module is not None:
+            found = own_attributes(model.get_submodule(place.module))
+        for key in place.path:
+            found = found[key]
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return found if isinstance(found, Tensor) else None
+
+
+def watch_beside(fisher: "OnlineFisher", output: Any, places: Iterable[Beside]) -> None:
+    """Mark layers once a loss uses what couples samples there, of those that it was made by.
+
+    Args:
+        fisher: what the layers are marked in.
+        output: of the forward that has ended.
+        places: where :func:`coupling` tensors are.
+    """
+    for place in places:
+        tensor = _held(fisher.model, output, place)
+        if tensor is not None and _is_made(tensor):
+            tensor.register_hook(partial(_used, ref(fisher), str(place)))
+
+
+def _used(fisher: "ref[OnlineFisher]", place: str, gradient: Tensor) -> None:
+    """A hook: the gradient of a loss has come to what couples samples. The model may keep it, and is not kept by it."""
+    own = fisher()
+    if own is not None and not inside_transform():
+        own.troubles.guarded(None, (), _mark, own, place, gradient)
+
+
+def _mark(fisher: "OnlineFisher", place: str, gradient: Tensor) -> None:
+    names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
+    if not names or not bool((gradient != 0).any()):
+        return
+    nodes = list(nodes_behind([current_node()]))
+    if all(map(is_builtin, nodes)):  # what is behind others, such as a checkpoint of the reentrant kind, they hide
+        reached = {id(getattr(node, "variable", None)) for node in nodes}
+        by_name = {layer.name: layer.parameters.values() for layer in fisher.layers}
+        names = [name for name in names if any(id(p) in reached for p in by_name[name])]
+    fisher.troubles.mark(names, _COUPLED.format(place))

@@ -1,0 +1,34 @@
+"""What one-shot measurements are taken of: a model that needs no probe, and meets no hook of one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from secorder import CurvatureProbe, Diagonals, per_layer_fisher_diagonal, per_layer_hessian_diagonal
+from secorder.layers.selection import select_layers
+from secorder.oneshot.measured import Measured, fisher_of, hessian_of
+from secorder.online.hooks import Attachment
+
+from ..helpers import data, make
+
+
+def same(one: Diagonals, other: Diagonals) -> bool:
+    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_measurements_attach_nothing_and_are_those_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = make(), (nn.functional.cross_entropy, *data())
+    with CurvatureProbe(model) as probe:
+        fisher, hessian = probe.fisher_diagonal(*batch), probe.hessian_diagonal(*batch, method="exact")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a hook on the model")
+
+    monkeypatch.setattr(Attachment, "attach", refuse)
+    measured = Measured(model, select_layers(model), None)
+    assert same(per_layer_fisher_diagonal(model, *batch), fisher)
+    assert same(fisher_of(measured, *batch), fisher)
+    assert same(per_layer_hessian_diagonal(model, *batch, method="exact"), hessian)
+    assert same(hessian_of(measured, *batch, method="exact"), hessian)
