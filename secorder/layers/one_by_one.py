@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, multiply_each, square_each
+from .dtypes import MANY_TERMS, added_up
 from .rank_one import RankOne
 
 __all__ = ["Look", "OneByOne"]
@@ -84,8 +85,12 @@ class OneByOne:
         if parts or len(here) < len(ones):
             each = of_cotangents.unbind()
             of_cotangents = torch.stack([parts.get(i, each[i]) for i in here])
-        values = torch.linalg.vecdot(torch.stack(lefts), torch.stack(rights))
-        return values, torch.add(of_inputs, with_bias, alpha=lefts[0].shape[0]).mul_(of_cotangents)
+        left, right = torch.stack(lefts), torch.stack(rights)
+        sizes = torch.add(of_inputs, with_bias, alpha=right.shape[1]).mul_(of_cotangents)
+        if right.shape[1] <= MANY_TERMS:
+            return torch.linalg.vecdot(left, right), sizes
+        values, rounds = added_up(left.mul_(right), 1)
+        return values, sizes.mul_(rounds)
 
     def norms(self) -> Tensor:
         """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.

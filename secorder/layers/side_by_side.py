@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, multiply_each
+from .dtypes import MANY_TERMS, added_up
 
 __all__ = ["Frame", "SideBySide", "frame_of"]
 
@@ -80,8 +81,13 @@ class SideBySide:
         """
         right, left = torch.mm(self._columns, self._frame.random).chunk(2, 1)
         of_inputs, of_cotangents = torch.mv(self._frame.blocks.t(), self._sums).chunk(2)
-        values = (left * right).sum(0)
-        return values if self._goods is None else values.div_(self._goods), of_cotangents * of_inputs
+        sizes = of_cotangents * of_inputs
+        if len(left) > MANY_TERMS:
+            values, rounds = added_up(left * right)
+            sizes.mul_(rounds)
+        else:
+            values = (left * right).sum(0)
+        return values if self._goods is None else values.div_(self._goods), sizes
 
     def norms(self) -> Tensor:
         """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``; not finite where it is not."""

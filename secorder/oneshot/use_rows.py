@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .._torch.graph import Node, Output, Users, outputs_of
+from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
@@ -28,6 +28,7 @@ ROUNDS = 24
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
+@collection_paused()
 def follow_uses(
     users: Users,
     parameters: Parameters,

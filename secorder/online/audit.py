@@ -21,17 +21,14 @@ import torch
 from torch import Tensor
 
 from .._torch.sparse import looked_up
+from ..layers.dtypes import MANY_TERMS, added_up
 from ..layers.patches import Patches, whole_input
 from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
-from .rounding import added, operations_of, tolerance_of
+from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 
 __all__ = ["Audit", "Comparison", "actual", "explained"]
-
-#: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
-#: rows, or samples of several rows each, that are looked at beside their products with r or s.
-FEW, FEW_SAMPLES = 32, 4
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -83,24 +80,27 @@ def explained(
         weights = _everywhere(vectors)
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
-        return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))
+        return torch.dot(left, right), size_of(seen, right) * (len(right) * added(len(right) / vectors.rows))
     if gradient.g.shape[1] * gradient.g.shape[3] != vectors.rows:
         return _explained_as_a_whole(gradient, vectors)
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left) * (left.shape[0] * added(left.shape[0]))
+        return left.sum(), size_of(seen, left) * (left.shape[0] * added(left.shape[0]))
     right = _inputs(gradient, vectors).flatten()
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
         right = right + 1
-        size = _size(whole, right)
+        size = size_of(whole, right)
     else:
-        size = _size(whole, right)
+        size = size_of(whole, right)
         if with_bias:
             right, size = right + 1, size + right.shape[0]
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
-    return torch.dot(left, right), _size(seen, left) * size
+    if left.shape[0] <= MANY_TERMS or isinstance(gradient.a, Patches):  # which adds up few at a time
+        return torch.dot(left, right), size_of(seen, left) * size
+    value, rounds = added_up(left * right)
+    return value, size_of(seen, left) * size * rounds
 
 
 def _explained_as_a_whole(gradient: Outer, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -150,20 +150,6 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
     for channel in range(1, len(weights)):
         found.addcmul_(seen[:, :, channel], weights[channel])
     return found.flatten(2)
-
-
-def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The square of a factor's norm; where it has rows enough, by their product with random numbers and by some rows.
-
-    Rows that are nearly alike, as tokens in a deep transformer are, may all happen to be orthogonal to what was drawn;
-    and a few rows alone do not tell of one that is much larger than the others.
-    """
-    if product.shape[0] <= FEW:
-        flat = whole.to(product.dtype).flatten()
-        return torch.dot(flat, flat)
-    some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
-    flat = some.to(product.dtype).flatten()
-    return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
 
 
 class Explained(NamedTuple):
@@ -302,6 +288,7 @@ class Audit:
         gradients: Mapping[str, PerSample],
         low: torch.dtype | None,
         elements: int = 0,
+        cotangents: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
@@ -311,6 +298,7 @@ class Audit:
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.
+            cotangents: that its per-sample gradients are made of.
         """
         brought = {}
         for local, p in parameters.items():
@@ -324,6 +312,9 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
+            before = before_sums(cotangents, part) if isinstance(part, Tensor) else None
+            if before is not None:
+                size = torch.maximum(size, before.to(size))
             if same:
                 self._together.add(id(p))
             widest = max(len(vectors.r), len(vectors.s))

@@ -190,15 +190,16 @@ class _LayerGradient:
         call: Any
         try:
             inputs = _unpacked(kept)
+            # What the weight's gradient is made of was saved in the graph: another pass fails without it.
+            weight = layer.parameters.get("weight")
+            self.freed = weight is not None and weight.requires_grad and not graph_is_kept()
+            self.total = None if self.freed else total_of(local(g))
             if bring_rank_one(fisher, record, layer, inputs, g):
-                # What the weight's gradient is made of was saved in the graph: another pass fails without it.
-                self.freed = layer.parameters["weight"].requires_grad and not graph_is_kept()
-                self.total = None if self.freed else total_of(g)
                 return
             call = (inputs, g if self.ends is None else own(g, self.ends[1], "the gradient on its output"))
         except Exception as error:
             call = error
-        self.total = total_of(local(g))
+            self.total = total_of(local(g))
         if isinstance(call, Exception) and fisher.ranks is None:
             raise call
         bring(fisher, record, layer, self.index, call, self.total)

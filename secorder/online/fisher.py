@@ -22,7 +22,6 @@ from .._torch.versions import versions
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
-from ..layers.rank_one import RankOne
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
 from .closing import add_tied, audit_early, audit_uncalled
@@ -68,7 +67,7 @@ class OnlineFisher:
         decay: float | None,
         strict: bool,
         loss_scale: Callable[[], float],
-        returned: bool,
+        returned: bool | None,
         on_nonfinite: Literal["skip", "raise", "keep"],
         forwards: Literal["separate", "joined"] | None,
         penalty: Literal["shared"] | None,
@@ -82,7 +81,7 @@ class OnlineFisher:
         self.reduction = reduction
         self.decay = decay
         self.loss_scale = loss_scale
-        self.returned = returned  # whether it is the gradient on the loss that the model returns
+        self.returned = returned  # whether it is the gradient on the loss that the model returns; None: untold
         self.on_nonfinite = on_nonfinite
         self.forwards = forwards
         self.penalty = penalty
@@ -133,7 +132,7 @@ class OnlineFisher:
         self.renew()
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
-                record.waiting, record.elements_waiting = [], 0
+                record.waiting, record.elements_waiting, record.formed = [], 0, []
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
@@ -230,13 +229,13 @@ class OnlineFisher:
         if good is not None:
             record.goods.append(good)
 
-    def add_rank_one(
-        self, record: ForwardRecord, layers: Sequence[RankOne], add: Callable[..., None], goods: Tensor | None
+    def add_together(
+        self, record: ForwardRecord, layers: Sequence[Layer], add: Callable[..., None], goods: Tensor | None
     ) -> None:
         """The same for layers that are added together, by a function of their sums, by the parameters' names."""
-        every = [self.sums[one.layer.name] for one in layers]
-        outs = [dict(zip(one.layer.parameters, own.sums, strict=True)) for one, own in zip(layers, every, strict=True)]
-        with self._adding([one.layer.name for one in layers]):
+        every = [self.sums[layer.name] for layer in layers]
+        outs = [dict(zip(layer.parameters, own.sums, strict=True)) for layer, own in zip(layers, every, strict=True)]
+        with self._adding([layer.name for layer in layers]):
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
             each = None if goods is None else goods.unbind()
             count_together(every, self.count_of(record), each, self.decay, self.of_all(record))

@@ -234,7 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    watch_losses(fisher, output, record.attribution)
+    watch_losses(fisher, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):

@@ -12,6 +12,7 @@ from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
 from .directions import Vectors
+from .formed import add_formed
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
 from .troubles import OVERWRITTEN
@@ -54,6 +55,7 @@ def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
 
 def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
+    add_formed(fisher, record)
     waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
     layers = [one for one in waiting if one.layer.name not in record.troubled]
     overwritten = [one.layer.name for one in layers if one.overwritten()]
@@ -90,7 +92,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     if takes_norms(record):
         keep_norms(fisher, record, layers, together.norms())
     if fisher.accumulate == "diagonal":
-        fisher.add_rank_one(record, layers, together.add_to, goods)
+        fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
 
 
 def _side_by_side(
