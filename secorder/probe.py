@@ -24,11 +24,11 @@ from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measured import Measured, fisher_of, hessian_of
 from .oneshot.measurement import Measurement
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
+from .oneshot.subject import Subject, fisher_of, hessian_of
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact
@@ -422,7 +422,7 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         return fisher_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -646,7 +646,7 @@ class CurvatureProbe:
             (torch.Size([15]), 'chain')
         """
         return hessian_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -930,7 +930,7 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        return self._measured().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
+        return self._subject().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
 
     # ---- watching
 
@@ -1005,11 +1005,11 @@ class CurvatureProbe:
         """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
-    def _measured(self) -> Measured:
+    def _subject(self) -> Subject:
         """What one-shot measurements are taken of."""
         self._attached()
         fisher = self._fisher
-        return Measured(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
+        return Subject(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
 
     # ---- checkpoints
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch.fsdp import local
-from .._torch.versions import version
+from .._torch.versions import versions
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
@@ -28,7 +28,7 @@ from ..oneshot.isolation import run_isolated
 from ..parallel.tensor_parallel import own_rows
 from .agreement import give_up
 from .finite import total_of, witness
-from .formed import form, squares_may_wait, wait_formed
+from .formed import form, is_formed, squares_may_wait, wait_formed
 from .norms import take_norms, takes_norms
 from .penalty import explain
 from .record import Call, ForwardRecord
@@ -80,7 +80,7 @@ def bring_rank_one(
     if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
         return False
     g = g.detach()
-    one = RankOne(layer, a, g, (version(a), version(g)))
+    one = RankOne(layer, a, g, versions((a, g)))
     if not may_wait(fisher, record, one):
         return False
     wait(fisher, record, one)
@@ -195,10 +195,11 @@ def _parts(
         seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
         return list(squares.split(layer.sizes()))
     found: list[Tensor | Sequence[PerSample]] = []
-    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
+    low = fisher.low(record, layer)
+    contracted = contract_sum_low if low else contract_sum
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
-        if layer.sharded:  # before the other ranks wait for it
+        if layer.sharded or (not low and is_formed(part, numel)):  # before other ranks wait for it
             found.append(own := contracted([part], numel=numel))
             seen.append(own.amax() if asked and numel else None)
         else:

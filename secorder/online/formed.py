@@ -15,7 +15,7 @@ from torch import Tensor
 from .._torch.several import add_each, add_products, multiply_each
 from ..layers.contraction import IN_PLACE_ELEMENTS, contract
 from ..layers.dtypes import compute_dtype
-from ..layers.per_sample import Outer, PerSample
+from ..layers.per_sample import Outer, PerSample, Rows
 from ..layers.selection import Layer
 from .finite import finite
 from .record import ForwardRecord
@@ -23,7 +23,7 @@ from .record import ForwardRecord
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["add_formed", "form", "squares_may_wait", "wait_formed"]
+__all__ = ["add_formed", "form", "is_formed", "squares_may_wait", "wait_formed"]
 
 #: Elements of squares that wait, at most.
 MOST_ELEMENTS = 1 << 20
@@ -42,13 +42,19 @@ def form(
     if record.attribution.sharing(layer.name) or fisher.low(record, layer):
         return None
     parts = [gradients[name] for name in layer.parameters]
-    if not all(isinstance(x, Tensor) or (isinstance(x, Outer) and x.g.shape[-2] > 1) for x in parts):
+    formed = [isinstance(x, Tensor) or is_formed(x, size) for x, size in zip(parts, sizes, strict=True)]
+    if not any(formed) or any(isinstance(x, Rows) for x in parts):
         return None
     like = next(iter(layer.parameters.values()))
     squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
     for part, out in zip(parts, squares.split(sizes), strict=True):
         contract(part, numel=len(out), out=out, beta=0.0)
     return squares
+
+
+def is_formed(part: PerSample, numel: int) -> bool:
+    """Whether the squares of a parameter are formed in a tensor of their own in any case."""
+    return isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS
 
 
 def squares_may_wait(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:

@@ -59,6 +59,32 @@ def test_squares_of_one_layer_that_are_no_numbers_are_left_out_of_it_alone(place
             handle.remove()
 
 
+class Mixed(nn.Module):
+    """One module that holds a matrix, a bias that is added once a sample, and perhaps a table."""
+
+    def __init__(self, with_table: bool) -> None:
+        super().__init__()
+        self.matrix, self.bias = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(3))
+        self.table = nn.Parameter(torch.randn(7, 4)) if with_table else torch.randn(7, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.table[(x.abs() * 10).long() % 7]
+        found: Tensor = (rows @ self.matrix).mean(1) + self.bias
+        return found
+
+
+@pytest.mark.parametrize("with_table", [True, False])
+def test_parts_of_a_layer_of_several_forms(with_table: bool) -> None:
+    model, batches = Mixed(with_table), [data(5), data(7)]
+    with CurvatureProbe(model, "all") as probe:
+        for batch in batches:
+            step(model, batch)
+        few, many = (reference(model, batch) for batch in batches)
+        found = probe.fisher_diagonal().by_parameter()
+        assert found.keys() == dict(model.named_parameters()).keys()
+        assert_all_close(found, {name: (5 * few[name] + 7 * many[name]) / 12 for name in found})
+
+
 def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> None:
     model, batch = chain(), data()
 
