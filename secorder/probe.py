@@ -76,7 +76,8 @@ class CurvatureProbe:
     the mean over all samples seen of the squared *per-sample* gradients (not the square of the mean gradient), at the
     cost of one matrix product per layer. :meth:`hessian_diagonal` and one-shot calls of :meth:`fisher_diagonal` run
     passes of their own when asked. The model is left as it is: outputs, gradients, random state, buffers and
-    ``state_dict`` are bit for bit what they are without the probe.
+    ``state_dict`` are bit for bit what they are without the probe; of a compiled model, what the eager one's are, since
+    recorded forwards run eagerly.
 
     Args:
         model: the module whose call is one batch, samples in dim 0.
