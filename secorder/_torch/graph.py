@@ -1,7 +1,9 @@
 """The autograd graph: its nodes, the tensors that they have saved, and the backward of one node alone."""
 
+import gc
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Node", "Output", "Users", "can_be_run", "current_node", "is_builtin", "is_complex", "leaves_of", "nodes_behind",
-    "operation_of", "outputs_of", "recomputed", "run_node", "run_node_once", "saved", "shape_of", "tells_recomputation",
-    "users_of",
+    "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "is_builtin", "is_complex",
+    "leaves_of", "nodes_behind", "operation_of", "outputs_of", "recomputed", "run_node", "run_node_once", "saved",
+    "shape_of", "tells_recomputation", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -33,6 +35,18 @@ class Output(NamedTuple):
     number: int
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@contextmanager
+def collection_paused() -> Iterator[None]:
+    """Inside, Python looks for no garbage: it would go through all there is for the many small objects of a walk."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def nodes_behind(roots: Iterable[Node]) -> Iterator[Node]:
@@ -57,6 +71,7 @@ def leaves_of(outputs: Iterable[Tensor]) -> dict[int, Tensor]:
     return {id(leaf): leaf for leaf in leaves}
 
 
+@collection_paused()
 def users_of(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Users:
     """The graph behind tensors, from its leaves on; the same graph gives the same order.
 

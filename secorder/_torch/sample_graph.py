@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, operation_of, shape_of
+from .graph import Node, collection_paused, operation_of, shape_of
 
 __all__ = [
     "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes",
@@ -70,17 +70,18 @@ def samples_in_graph(
     return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
 
 
-def samples_in_leaves(told: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
+def samples_in_leaves(inner_sizes: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
     """What :func:`samples_in_nodes` tells of some leaves: ``id(leaf)`` → its inner size; that of others is missing."""
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
-    for (node, _), inner in told.items():
+    for (node, _), inner in inner_sizes.items():
         key = id(getattr(node, "variable", None))
         if key in wanted:
             found[key] = inner
     return found
 
 
+@collection_paused()
 def samples_in_nodes(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int, *, tell_shared: bool = False
 ) -> InnerSizes:

@@ -20,7 +20,7 @@ from ..monitor.statistics import layer_statistics
 from ..oneshot.data_set import batches_of, find_reduction, is_data_set
 from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
-from ..oneshot.told import warn_if_estimated
+from ..oneshot.warn import warn_if_estimated
 from ..probe import CurvatureProbe
 from ..results import Diagonals
 

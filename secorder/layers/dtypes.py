@@ -6,7 +6,10 @@ from torch import Tensor
 from .._torch.fsdp import local
 from .selection import Layer
 
-__all__ = ["cast", "compute_dtype", "rounding", "zeros"]
+__all__ = ["MANY_TERMS", "added_up", "cast", "compute_dtype", "rounding", "zeros"]
+
+#: Sums of so many terms round by a few units in the last place of what the terms' squares add up to, whatever they are.
+MANY_TERMS = 256
 
 
 def compute_dtype(layer: Layer) -> torch.dtype:
@@ -33,3 +36,21 @@ def zeros(layer: Layer) -> list[Tensor]:
     dtype = compute_dtype(layer)
     parts = [local(p) for p in layer.parameters.values()] if layer.spread is not None else layer.parameters.values()
     return [torch.zeros(part.numel(), dtype=dtype, device=part.device) for part in parts]
+
+
+def added_up(products: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
+    """Sums of many terms, and what the square of their size is multiplied by to be that of what may be rounding.
+
+    Random terms add up like a random walk. N that are equal round by up to N/8 units in the last place of the sum; in
+    between, they are alike as far as (Σ p)² is N Σ p², by Cauchy and Schwarz.
+
+    Args:
+        products: the terms.
+        dim: that they are added up over.
+    """
+    total, terms = products.sum(dim), products.shape[dim]
+    if terms <= MANY_TERMS:
+        return total, torch.ones_like(total)
+    most = terms * products.square().sum(dim)
+    alike = total.square() / most.clamp(min=torch.finfo(most.dtype).tiny)
+    return total, 1 + alike * (terms / MANY_TERMS) ** 2

@@ -87,7 +87,7 @@ class DenseNorms:
         sums = [flat.sum(0) for flat in flats]
         self._totals = sums if not self._totals else [t.add_(s) for t, s in zip(self._totals, sums, strict=True)]
 
-    def told(self) -> tuple[Tensor, Tensor]:
+    def squares(self) -> tuple[Tensor, Tensor]:
         """‖u_n‖² of each sample, and ‖Σ_n u_n‖²."""
         total = torch.stack([_squares(total[None])[0] for total in self._totals]).sum()
         return torch.cat(self._norms), total

@@ -248,11 +248,14 @@ def reduction_of(
     except InvalidArgumentError as error:
         if told is not None:
             if isinstance(error, NeitherMeanNorSum):
-                caution(f"{error} Batches are weighted as those of a {told}, as it was told.")
+                caution(f"{NEITHER}: batches are weighted as those of a {told}, as it was told.")
             return told
         raise InvalidArgumentError(
             f"{error} Say it to the probe, or measure batch by batch and take secorder.weighted_mean of the results."
         ) from error
+
+
+NEITHER = "the loss is neither a mean nor a sum over samples (they are weighted, or padded, or coupled)"
 
 
 class NeitherMeanNorSum(InvalidArgumentError):
@@ -304,9 +307,7 @@ def find_reduction(
             return "mean"
         if torch.allclose(together, one + other, rtol=1e-3):
             return "sum"
-        raise NeitherMeanNorSum(
-            "the loss is neither a mean nor a sum over samples (they are weighted, or padded, or coupled)."
-        )
+        raise NeitherMeanNorSum(f'{NEITHER}: pass reduction="mean" or "sum", by which batches are weighted.')
     raise InvalidArgumentError(
         'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
     )

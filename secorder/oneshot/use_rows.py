@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .._torch.graph import Node, Output, Users, outputs_of
+from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes, inner_size
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
@@ -28,6 +28,7 @@ ROUNDS = 24
 Parameters = Mapping[str, Mapping[str, Tensor]]
 
 
+@collection_paused()
 def follow_uses(
     users: Users,
     parameters: Parameters,
@@ -131,7 +132,7 @@ class ByCotangents(Evidence):
         ends: the outputs, and where the samples are in them.
         count: number of samples.
         generator: of random numbers.
-        told: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
+        inner_sizes: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
     """
 
     def __init__(
@@ -139,10 +140,10 @@ class ByCotangents(Evidence):
         ends: Sequence[tuple[Tensor, Layout]],
         count: int,
         generator: torch.Generator,
-        told: InnerSizes | None = None,
+        inner_sizes: InnerSizes | None = None,
     ) -> None:
         super().__init__()
-        self.told = told or {}
+        self.inner_sizes = inner_sizes or {}
         self.ends, self.count, self.generator = ends, count, generator
 
     @cached_property
@@ -174,7 +175,7 @@ class ByCotangents(Evidence):
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
-        self.moved |= {node for node, output in outputs if self.told.get((node, output.number)) is not None}
+        self.moved |= {node for node, output in outputs if self.inner_sizes.get((node, output.number)) is not None}
         rest = [i for i, (node, o) in enumerate(outputs) if by_graph[i] is None and not self._shared(node, o)]
         for i, layout in zip(rest, self._by_gradients([outputs[i] for i in rest]) if rest else (), strict=True):
             by_graph[i] = layout
@@ -183,14 +184,14 @@ class ByCotangents(Evidence):
     def _by_graph(self, node: Node, output: Output) -> Layout | None:
         here = (node, output.number)
         options = layouts_of(output.shape, self.count)
-        if self.told and here not in self.told:  # nothing depends on it, such as on the last state of a recurrent layer
-            return next(iter(options), None)
-        inner = self.told.get(here)
+        if self.inner_sizes and here not in self.inner_sizes:
+            return next(iter(options), None)  # nothing depends on it, such as on the last state of a recurrent layer
+        inner = self.inner_sizes.get(here)
         return next((o for o in options if inner is not None and _inner_size(o, output.shape) == inner), None)
 
     def _shared(self, node: Node, output: Output) -> bool:
         """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""
-        return bool(self.told) and (self.told.get((node, output.number)) == SHARED or _of_leaves(node))
+        return bool(self.inner_sizes) and (self.inner_sizes.get((node, output.number)) == SHARED or _of_leaves(node))
 
     def _by_gradients(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         plain = gradients_at(self.outputs, outputs, self.plain)

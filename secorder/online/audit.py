@@ -21,17 +21,14 @@ import torch
 from torch import Tensor
 
 from .._torch.sparse import looked_up
+from ..layers.dtypes import MANY_TERMS, added_up
 from ..layers.patches import Patches, whole_input
 from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ..layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
-from .rounding import added, operations_of, tolerance_of
+from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 
 __all__ = ["Audit", "Comparison", "actual", "explained"]
-
-#: Rows up to which the norm of a factor is taken whole, since few may happen to be orthogonal to r or s; of more, the
-#: rows, or samples of several rows each, that are looked at beside their products with r or s.
-FEW, FEW_SAMPLES = 32, 4
 
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
@@ -40,9 +37,11 @@ def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Te
     if gradient.is_sparse:
         ids, values = looked_up(gradient)
         return torch.dot(_everywhere(vectors)[ids], values.to(s.dtype) @ s)
-    matrix = _block(gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1), vectors)
+    matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
+    if not vectors.whole or matrix.dtype is not r.dtype:
+        matrix, bias = _block(matrix, vectors), None if bias is None else _block(bias, vectors)
     if bias is not None:
-        return torch.dot(torch.addmv(_block(bias, vectors), matrix, s), r)
+        return torch.dot(torch.addmv(bias, matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
 
 
@@ -81,24 +80,27 @@ def explained(
         weights = _everywhere(vectors)
         seen, right = gradient.g, (gradient.g.to(r.dtype) @ s).flatten()
         left = weights[gradient.ids].flatten()
-        return torch.dot(left, right), _size(seen, right) * (len(right) * added(len(right) / vectors.rows))
+        return torch.dot(left, right), size_of(seen, right) * (len(right) * added(len(right) / vectors.rows))
     if gradient.g.shape[1] * gradient.g.shape[3] != vectors.rows:
         return _explained_as_a_whole(gradient, vectors)
     seen, left = _cotangents(gradient.g, vectors)
     if gradient.a is None:
-        return left.sum(), _size(seen, left) * (left.shape[0] * added(left.shape[0]))
+        return left.sum(), size_of(seen, left) * (left.shape[0] * added(left.shape[0]))
     right = _inputs(gradient, vectors).flatten()
     whole = gradient.a.image if isinstance(gradient.a, Patches) else gradient.a
     if with_bias and right.shape[0] > FEW:  # whose input is one
         right = right + 1
-        size = _size(whole, right)
+        size = size_of(whole, right)
     else:
-        size = _size(whole, right)
+        size = size_of(whole, right)
         if with_bias:
             right, size = right + 1, size + right.shape[0]
     if with_bias and isinstance(gradient.a, Patches):
         size = size + right.shape[0] * added(right.shape[0])
-    return torch.dot(left, right), _size(seen, left) * size
+    if left.shape[0] <= MANY_TERMS or isinstance(gradient.a, Patches):  # which adds up few at a time
+        return torch.dot(left, right), size_of(seen, left) * size
+    value, rounds = added_up(left * right)
+    return value, size_of(seen, left) * size * rounds
 
 
 def _explained_as_a_whole(gradient: Outer, vectors: Vectors) -> tuple[Tensor, Tensor]:
@@ -148,20 +150,6 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
     for channel in range(1, len(weights)):
         found.addcmul_(seen[:, :, channel], weights[channel])
     return found.flatten(2)
-
-
-def _size(whole: Tensor, product: Tensor) -> Tensor:
-    """The square of a factor's norm; where it has rows enough, by their product with random numbers and by some rows.
-
-    Rows that are nearly alike, as tokens in a deep transformer are, may all happen to be orthogonal to what was drawn;
-    and a few rows alone do not tell of one that is much larger than the others.
-    """
-    if product.shape[0] <= FEW:
-        flat = whole.to(product.dtype).flatten()
-        return torch.dot(flat, flat)
-    some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
-    flat = some.to(product.dtype).flatten()
-    return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
 
 
 class Explained(NamedTuple):
@@ -236,16 +224,15 @@ class Audit:
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
-        known, home = self._numbers, self._home
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
-        one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
-        if one and graph["weight"].dim() > 1:
-            weight, bias = parameters["weight"], parameters["bias"]
-            known[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"]))
-            home[id(bias)] = id(weight)
-            return chosen
-        for name in chosen:
-            known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
+        if not apart and chosen == ["weight", "bias"]:
+            weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
+            if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
+                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
+                self._home[id(bias)] = id(weight)
+                return chosen
+        for name, p in [(name, parameters[name]) for name in chosen]:
+            self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name]))
         return chosen
 
     def _has(self, parameter: Tensor) -> bool:
@@ -301,6 +288,7 @@ class Audit:
         gradients: Mapping[str, PerSample],
         low: torch.dtype | None,
         elements: int = 0,
+        cotangents: Sequence[Tensor] = (),
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
@@ -310,6 +298,7 @@ class Audit:
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.
+            cotangents: that its per-sample gradients are made of.
         """
         brought = {}
         for local, p in parameters.items():
@@ -323,6 +312,9 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
+            before = before_sums(cotangents, part) if isinstance(part, Tensor) else None
+            if before is not None:
+                size = torch.maximum(size, before.to(size))
             if same:
                 self._together.add(id(p))
             widest = max(len(vectors.r), len(vectors.s))
@@ -330,9 +322,9 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def looks_at(self, one: RankOne) -> bool:
-        """Whether a layer's parameters are looked at, or some of them."""
-        return True in [self._has(p) for p in one.layer.parameters.values()]
+    def looks_at(self, weight: Tensor) -> bool:
+        """Whether a weight is looked at, alone or with its bias."""
+        return id(weight) in self._numbers
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
@@ -341,11 +333,12 @@ class Audit:
         """
         weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
         number = self._numbers.get(id(weight))
-        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype or (number is None and self.looks_at(one)):
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:
             return None
-        if number is None:
-            return self._directions.vectors(weight)
-        return number.vectors if number.bias is bias else None
+        if number is not None:
+            return number.vectors if number.bias is bias else None
+        taken = self._has(weight) or (bias is not None and self._has(bias))
+        return None if taken else self._directions.vectors(weight)
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None

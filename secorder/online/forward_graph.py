@@ -74,7 +74,7 @@ class ForwardGraph:
         return {user for leaf in self.leaves for user, _ in self.users.get(accumulate_node(leaf), ())}
 
     @cached_property
-    def told(self) -> InnerSizes | None:
+    def inner_sizes(self) -> InnerSizes | None:
         """Where it shows the samples to be (see :mod:`secorder._torch.sample_graph`); None where hooks pass it by."""
         if self.hooked or not self.ends or self.count == 1:
             return None

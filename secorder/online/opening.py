@@ -114,7 +114,7 @@ def _as_they_were(fisher: OnlineFisher) -> bool:
         for p in layer.parameters.values():
             if p.device != here:
                 return False
-    return fisher.seen.device == fisher.sums[fisher.layers[0].name].counts.device
+    return fisher.norms.device == fisher.sums[fisher.layers[0].name].counts.device
 
 
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
@@ -234,7 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    watch_losses(fisher, output, record.attribution)
+    watch_losses(fisher, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):

@@ -118,10 +118,12 @@ class _UseGradient:
         if self.total is not None or layer.name not in record.layouts or layer.name in record.troubled:
             return
         self.total = total
-        low = next((g.dtype for g in own if g is not None and g.dtype in (torch.float16, torch.bfloat16)), None)
-        record.autocast_dtype = record.autocast_dtype or low
+        kind = compute_dtype(layer)
+        for g in own:  # a part of a model may compute with fewer digits than its parameters have
+            if g is not None and g.dtype is not kind and torch.finfo(g.dtype).eps > torch.finfo(kind).eps:
+                record.autocast_dtype = record.autocast_dtype or g.dtype
         layouts = record.layouts[layer.name][self.index]
-        call = OperationCall(current_node(), own, layouts, record.num_samples, compute_dtype(layer))
+        call = OperationCall(current_node(), own, layouts, record.num_samples, kind)
         several = len(record.calls[layer.name]) > 1
         found = brought(call, self.sources, self.leaves, self.followed, several=several)
         bring(fisher, record, layer, self.index, found, total)

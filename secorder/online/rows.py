@@ -69,7 +69,7 @@ def _options(z: RecordedLayer, count: int) -> list[list[Layout]]:
 def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGraph) -> Rows:
     """What the graph tells of layers, and by cotangents what it does not."""
     candidates = [_options(z, graph.count) for z in layers]
-    by_graph = [_by_graph(z, c, graph.told or {}) for z, c in zip(layers, candidates, strict=True)]
+    by_graph = [_by_graph(z, c, graph.inner_sizes or {}) for z, c in zip(layers, candidates, strict=True)]
     rest = [(z, c) for z, c, o in zip(layers, candidates, by_graph, strict=True) if o is None]
     known, unknown, reached = _by_cotangents(rest, graph) if rest else _none_yet()
     for z, options in zip(layers, by_graph, strict=True):
@@ -79,21 +79,21 @@ def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGrap
             known[z.layer.name] = [(choices[0], leaf) for choices, leaf in zip(options, z.leaves, strict=True)]
         else:
             unknown.add(z.layer.name)
-        if any((accumulate_node(leaf), 0) in (graph.told or {}) for leaf in z.leaves):
+        if any((accumulate_node(leaf), 0) in (graph.inner_sizes or {}) for leaf in z.leaves):
             reached.add(z.layer.name)
     return known, unknown, reached
 
 
-def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], told: InnerSizes) -> list[list[Layout]] | None:
+def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: InnerSizes) -> list[list[Layout]] | None:
     """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
     found = []
     for leaf, choices in zip(z.leaves, candidates, strict=True):
         here = (accumulate_node(leaf), 0)
-        inner = told.get(here)
-        if not told or (here in told and inner is None):
+        inner = inner_sizes.get(here)
+        if not inner_sizes or (here in inner_sizes and inner is None):
             return None
         # Of what nothing depends on, the usual layout is as good as any.
-        found.append([o for o in choices if here not in told or o.inner_size(leaf) == inner])
+        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf) == inner])
         if not found[-1] and inner != SHARED:
             return None
     return found

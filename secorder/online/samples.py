@@ -26,8 +26,8 @@ from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owne
 from ..parallel.spread import is_distributed
 
 __all__ = [
-    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "hypotheses",
-    "of_owned", "run_changed", "separates", "shapes_of", "told",
+    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
+    "hypotheses", "of_owned", "run_changed", "separates", "shapes_of",
 ]  # fmt: skip
 
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
@@ -65,12 +65,12 @@ class Separation(NamedTuple):
 
     Attributes:
         layouts: of each output, where the samples may be in it.
-        told: whether anything changed: where nothing did, this is no evidence.
+        changed: whether anything changed: where nothing did, this is no evidence.
         accepted: whether the model accepted what was changed.
     """
 
     layouts: list[list[Layout]]
-    told: bool
+    changed: bool
     accepted: bool = True
 
 
@@ -91,7 +91,7 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
             )
 
 
-def told(
+def from_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: Mapping[str, int | None]
 ) -> Hypothesis:
     """The hypothesis that a mapping of argument names states.
@@ -130,7 +130,20 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
     owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
+    if dim is None:
+        found = [h for h in found if not any(_of_some_entries(h, x, arguments) for x in owned)]
     return found + [of_owned(x, arguments) for x in owned]
+
+
+def _of_some_entries(hypothesis: Hypothesis, owned: Owned, arguments: Any) -> bool:
+    """Whether samples in a dimension would be those of some entries of a list, and not of others of the same kind.
+
+    Such as of token ids of several lengths, of which one is as long as an output is wide.
+    """
+    triples = zip(tensors_in(arguments), hypothesis.dims, owned.owners, strict=True)
+    held = [(dim, t) for t, dim, owner in triples if isinstance(owner, int)]
+    alike = len({(t.dim(), t.dtype) for _, t in held}) == 1
+    return alike and 0 < sum(dim is None for dim, _ in held) < len(held)
 
 
 def of_owned(owned: Owned, arguments: Any) -> Hypothesis:
@@ -198,7 +211,7 @@ def separates(
             with torch.no_grad():
                 changed = floating(run_changed(forward, arguments, hypothesis, mask))
         except Exception:  # inputs that the model does not accept tell nothing
-            return Separation(options, told=False, accepted=False)
+            return Separation(options, changed=False, accepted=False)
         if len(changed) != len(base):
             return None
         for index, (before, after) in enumerate(zip(base, changed, strict=True)):
@@ -212,7 +225,7 @@ def separates(
             options[index] = [o for o, m in zip(options[index], moved, strict=True) if not bool(m[kept].any())]
             if not options[index]:
                 return None
-    return Separation(options, told=changes)
+    return Separation(options, changed=changes)
 
 
 def equivariant(forward: Forward, arguments: Any, hypothesis: Hypothesis) -> bool:

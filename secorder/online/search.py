@@ -126,27 +126,20 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
     while True:
         certain = found.certain and all(x.rule is not None for x in layers)
         found = replace(found, layers=tuple(layers), certain=certain)
-        missing = found.unknown | found.outside
         if found.unclear or found.undecided:
             return found
         if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
-        if not found.coupled and asked.ranks is None:
-            missing |= found.reached & without_gradient(model, layers, asked.arguments)
-        movable = {
-            x.name
-            for x in layers
-            if x.name in missing
-            and asked.ranks is None
-            and (x.by_operations or x.rule is not None or x.enclosing is not model)
-        }
-        if found.coupled or not movable:
+        if found.coupled or asked.ranks is not None:
             return found
-        layers = [_slower(asked, parents, x) if x.name in movable else x for x in layers]
-        moved = [x for x in layers if x.name in movable]
-        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in moved)]
+        missing = found.unknown | found.outside | found.reached & without_gradient(model, layers, asked.arguments)
+        slower = {x.name: _slower(asked, parents, x) for x in layers if x.name in missing and _has_slower(x, model)}
+        if not slower:
+            return found
+        layers = [slower.get(x.name, x) for x in layers]
+        again = [x for x in layers if any(x is y or share_parameters(x, y) for y in slower.values())]
         found = _updated(found, _attribute(asked, again, layers, chosen)[0], {x.name for x in again})
 
 
@@ -171,6 +164,11 @@ def _by_operations(asked: Question, layer: Layer) -> Layer:
     if not trained or asked.ranks is not None or layer.name in asked.not_followed:
         return layer
     return replace(layer, rule=None, by_operations=True)
+
+
+def _has_slower(layer: Layer, model: nn.Module) -> bool:
+    """Whether a layer can be measured in a slower way than now: the slowest is by the whole model."""
+    return layer.by_operations or layer.rule is not None or layer.enclosing is not model
 
 
 def _slower(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:

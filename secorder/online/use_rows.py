@@ -78,7 +78,7 @@ def rows_of_uses(
     if chosen.num_samples == 1:
         evidence = _OneSample()
     elif graph.ends:
-        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.told)
+        evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.inner_sizes)
     else:
         graph = replace(graph, output=forward(arguments), leaves=())  # as those are that samples are changed in
         evidence = _ByChange(graph.output, forward, arguments, chosen)

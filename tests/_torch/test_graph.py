@@ -1,6 +1,7 @@
 """The autograd graph as it is."""
 
 import gc
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder._torch.engine import accumulate_node
 from secorder._torch.graph import (
     can_be_run,
+    collection_paused,
     current_node,
     leaves_of,
     nodes_behind,
@@ -123,3 +125,16 @@ def test_a_graph_that_was_read_is_freed() -> None:
     del z
     gc.collect()
     assert freed
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_again_where_it_was(enabled: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        with suppress(KeyError), collection_paused():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()

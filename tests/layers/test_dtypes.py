@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.testing import assert_close
 
-from secorder.layers.dtypes import cast, compute_dtype, rounding, zeros
+from secorder.layers.dtypes import MANY_TERMS, added_up, cast, compute_dtype, rounding, zeros
 from secorder.layers.selection import select_layers
 
 
@@ -43,3 +44,14 @@ def test_rounding_is_coarse_where_numbers_are() -> None:
     assert rounding(torch.float64) == 1024 * 2.0**-52
     assert rounding(torch.float32) == 1024 * 2.0**-23
     assert rounding(torch.bfloat16) == 1 / 16
+
+
+@pytest.mark.parametrize("count", [100, 4096])
+def test_sums_of_equal_terms_round_more_than_those_of_random_ones(count: int) -> None:
+    equal, random = torch.full((count, 1), 0.3), torch.randn(count, 1)
+    totals, factors = added_up(torch.cat([equal, -equal, random, 0 * equal], 1))
+    assert_close(totals, torch.stack([equal.sum(), -equal.sum(), random.sum(), torch.zeros(())]))
+    most = 1 + (count / MANY_TERMS) ** 2 if count > MANY_TERMS else 1.0
+    assert_close(factors[:2], torch.full((2,), most))
+    assert 1 <= float(factors[2]) < 1 + 20 * (most - 1) / count + 1e-12
+    assert float(factors[3]) == 1

@@ -25,7 +25,7 @@ def check(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> None
     formed = DenseNorms()
     for start in (0, 2):
         formed.add([part[start : start + 2] if not start else part[start:] for part in written])
-    each, total = formed.told()
+    each, total = formed.squares()
     assert_close(each, rows.square().sum(1), 1e-12)
     assert_close(total, rows.sum(0).square().sum(), 1e-12)
 

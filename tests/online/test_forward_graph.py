@@ -36,11 +36,11 @@ def forward(hook: Callable[[Tensor], Tensor] | None) -> ForwardGraph:
 def test_hooks_of_the_models_own_are_seen_and_ours_are_not() -> None:
     graph = forward(None)
     assert not graph.hooked
-    assert graph.told is not None
-    assert {graph.told[accumulate_node(leaf), 0] for leaf in graph.leaves} == {3, 4}
+    assert graph.inner_sizes is not None
+    assert {graph.inner_sizes[accumulate_node(leaf), 0] for leaf in graph.leaves} == {3, 4}
     graph = forward(lambda g: g / g.norm())
     assert graph.hooked
-    assert graph.told is None
+    assert graph.inner_sizes is None
 
 
 def test_what_adds_the_leaves_is_none_of_the_models() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from secorder import InvalidArgumentError
 from secorder.layers.layout import Layout
-from secorder.online.samples import any_layout, check_sample_dim, hypotheses, shapes_of, told
+from secorder.online.samples import any_layout, check_sample_dim, from_names, hypotheses, shapes_of
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, {"x": -1}, {"x": "0"}])
@@ -21,13 +21,13 @@ def test_a_mapping_is_by_the_names_of_the_arguments() -> None:
             return x
 
     x, state = torch.randn(6, 4), torch.randn(2, 6, 3)
-    found = told(Two(), (x,), {"state": state}, {"x": 0, "state": 1})
+    found = from_names(Two(), (x,), {"state": state}, {"x": 0, "state": 1})
     assert found.dims == (0, 1)
     assert found.num_samples == 6
     with pytest.raises(InvalidArgumentError, match="names"):
-        told(Two(), (x, state), {}, {"y": 0})
+        from_names(Two(), (x, state), {}, {"y": 0})
     with pytest.raises(InvalidArgumentError, match="sizes"):
-        told(Two(), (x, state), {}, {"x": 0, "state": 0})
+        from_names(Two(), (x, state), {}, {"x": 0, "state": 0})
 
 
 def test_the_usual_hypothesis_comes_first() -> None:

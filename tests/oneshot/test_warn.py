@@ -9,8 +9,8 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from secorder import CurvatureWarning
 from secorder.layers.selection import select_layers
-from secorder.oneshot import told
-from secorder.oneshot.told import warn_if_estimated, warn_if_inexact, warn_if_not_finite
+from secorder.oneshot import warn
+from secorder.oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 
 
 def test_estimated_layers_are_named_and_exact_ones_are_not() -> None:
@@ -31,10 +31,10 @@ def test_values_that_are_not_finite_are_named_and_a_sum_that_overflows_is_none()
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_layers_whose_second_derivative_is_not_exact_are_named(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(told, "second_derivative_is_exact", lambda: exact)
+    monkeypatch.setattr(warn, "second_derivative_is_exact", lambda: exact)
     layers = select_layers(nn.Sequential(nn.Linear(3, 3), weight_norm(nn.Linear(3, 2))))
     if not exact:
-        with pytest.warns(CurvatureWarning, match="that of '1' is its double backward's"):
+        with pytest.warns(CurvatureWarning, match="neither is the Hessian of '1'"):
             warn_if_inexact(layers)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
