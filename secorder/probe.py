@@ -24,11 +24,11 @@ from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measured import Measured, fisher_of, hessian_of
 from .oneshot.measurement import Measurement
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
+from .oneshot.subject import Subject, fisher_of, hessian_of
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact
@@ -76,7 +76,8 @@ class CurvatureProbe:
     the mean over all samples seen of the squared *per-sample* gradients (not the square of the mean gradient), at the
     cost of one matrix product per layer. :meth:`hessian_diagonal` and one-shot calls of :meth:`fisher_diagonal` run
     passes of their own when asked. The model is left as it is: outputs, gradients, random state, buffers and
-    ``state_dict`` are bit for bit what they are without the probe.
+    ``state_dict`` are bit for bit what they are without the probe; of a compiled model, what the eager one's are, since
+    recorded forwards run eagerly.
 
     Args:
         model: the module whose call is one batch, samples in dim 0.
@@ -422,7 +423,7 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         return fisher_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -646,7 +647,7 @@ class CurvatureProbe:
             (torch.Size([15]), 'chain')
         """
         return hessian_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -930,7 +931,7 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        return self._measured().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
+        return self._subject().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
 
     # ---- watching
 
@@ -1005,11 +1006,11 @@ class CurvatureProbe:
         """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
-    def _measured(self) -> Measured:
+    def _subject(self) -> Subject:
         """What one-shot measurements are taken of."""
         self._attached()
         fisher = self._fisher
-        return Measured(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
+        return Subject(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
 
     # ---- checkpoints
 

@@ -229,7 +229,7 @@ class ForwardRecord:
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
-        goods: of each layer that was added, whether its gradient is finite.
+        goods: of layers that were added, one by one or together, whether their gradients are finite.
         together: samples on all ranks that parameters lie over.
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
