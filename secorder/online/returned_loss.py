@@ -22,10 +22,12 @@ from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
 from .beside import Beside, made_beside, watch_beside
+from .loss_coupling import watch_coupling
+from .record import ForwardRecord
 from .reduction import weights_of
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
+    from .hooks import Attachment
 
 __all__ = ["told_otherwise", "watch_losses"]
 
@@ -105,14 +107,15 @@ def _near(model: nn.Module, losses: Sequence[float], other: float) -> bool:
     return abs(other - losses[0]) <= _rounding(model) * sum(map(abs, losses))
 
 
-def watch_losses(fisher: "OnlineFisher", output: Any, found: Attribution) -> None:
-    """Mark layers once a backward begins at a loss of which it was found that it is not to be told of.
+def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+    """Mark layers once a backward begins at a loss that is not to be told of.
 
     Args:
-        fisher: what the layers are marked in.
-        output: of the forward that has ended.
-        found: what was found of losses that the model returns, and of what else it makes.
+        attachment: of the probe.
+        record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
+        output: of it.
     """
+    fisher, found = attachment.fisher, record.attribution
 
     def begins(reason: str, gradient: Tensor) -> None:
         if not inside_transform() and bool((gradient != 0).any()):
@@ -124,6 +127,8 @@ def watch_losses(fisher: "OnlineFisher", output: Any, found: Attribution) -> Non
                 tensor.register_hook(partial(begins, found.unreduced[place]))
     if found.coupling:
         watch_beside(fisher, output, found.coupling)
+    if record.scheduled and fisher.ranks is None:
+        watch_coupling(attachment, record, output)
 
 
 def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any:
