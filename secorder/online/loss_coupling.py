@@ -22,7 +22,7 @@ from torch import Tensor
 from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
 from .._torch.graph import Node, operation_of, shape_of, tells_recomputation
-from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, place_of, pull_back
+from .._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
 from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
@@ -33,7 +33,6 @@ from .samples import floating
 from .troubles import tell_normalised
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
     from .hooks import Attachment
 
 __all__ = ["couples", "watch_coupling"]
@@ -74,7 +73,7 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
         output: of the forward.
     """
     found = record.attribution
-    if record.num_samples < 2 or found.alternative is not None or not tells_recomputation():
+    if record.num_samples < 2 or found.provisional or found.alternative is not None or not tells_recomputation():
         return
     known = False
     for tensor, layout in zip(floating(output), found.outputs, strict=False):
@@ -84,7 +83,8 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
             finite = tensor.detach()[tensor.detach().isfinite()]
             size = float(finite.double().square().mean().sqrt()) if finite.numel() else 0.0
             node, number = place_of(tensor)
-            node.metadata.setdefault(_KEY, {})[id(record), number] = Output(layout, size or 1.0)
+            held = node.metadata.setdefault(_KEY, {})
+            held[id(attachment), id(record), number] = Output(layout, size or 1.0)
             known = True
     if known:
         before_backward(record, partial(_begins, ref(attachment)))
@@ -100,12 +100,12 @@ def _begins(
     if record.thread != threading.get_ident():
         return False
     reached: list[Place] = []
-    own.fisher.troubles.guarded(None, (), _look, own.fisher, record, ends, gradients, reached)
+    own.fisher.troubles.guarded(None, (), _look, own, record, ends, gradients, reached)
     return bool(reached)
 
 
 def _look(
-    fisher: "OnlineFisher",
+    attachment: "Attachment",
     record: ForwardRecord,
     ends: Sequence[Tensor],
     gradients: Sequence[Tensor | None],
@@ -113,7 +113,7 @@ def _look(
 ) -> None:
     pairs = [(t, g) for t, g in zip(ends, gradients, strict=True) if t.grad_fn is not None]
     roots = {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
-    outputs = _outputs_behind([node for node, _ in roots], record)
+    outputs = _outputs_behind([node for node, _ in roots], id(attachment), id(record))
     reached.extend(outputs)
     order = nodes_between([node for node, _ in roots], {node for node, _ in outputs})
     sizes = [math.prod(shape_of(*place)) for place in outputs]
@@ -122,10 +122,11 @@ def _look(
     try:
         with no_autocast():
             coupled = couples(order, roots, outputs, record.num_samples)
-    except (UnknownNode, RuntimeError):  # such as one without a second derivative
+    except Exception:  # of what has no second derivative, or is not to be run
         return
     if not coupled:
         return
+    fisher = attachment.fisher
     names = layers_behind(fisher.layers, [node for node, _ in coupled])
     if any(operation_of(node) in _NORMALISATIONS and node._saved_training for node in order):
         tell_normalised(fisher.troubles, names)
@@ -133,16 +134,19 @@ def _look(
         fisher.troubles.mark(names, _COUPLED)
 
 
-def _outputs_behind(roots: Sequence[Node], record: ForwardRecord) -> dict[Place, Output]:
-    """The outputs of a record that a graph leads to; none where it is too large to be looked at."""
+def _outputs_behind(roots: Sequence[Node], attachment: int, record: int) -> dict[Place, Output]:
+    """The outputs of a record that a graph leads to; none where it is too large to be looked at.
+
+    What is behind other outputs of the same model is not looked for. The marks are taken off.
+    """
     found: dict[Place, Output] = {}
     seen, waiting = set(roots), list(roots)
     while waiting:
         node = waiting.pop()
         held = getattr(node, "metadata", {}).get(_KEY, {})
-        own = {(node, number): output for (key, number), output in held.items() if key == id(record)}
-        if own:
-            found |= own
+        keys = [key for key in held if key[0] == attachment]
+        if keys:
+            found |= {(node, key[2]): held.pop(key) for key in keys if key[1] == record}
             continue
         new = {x for x, _ in node.next_functions if x is not None} - seen
         seen |= new

@@ -139,3 +139,90 @@ def test_a_loss_whose_samples_are_apart_stays_exact(name: str) -> None:
         came = follow(model, [data(n) for n in (8, 6, 5, 7)], lambda m, b: APART[name](m(b[0]), b[1]))
         assert came.exact
         assert not came.warned
+
+
+def two_heads() -> Net:
+    return Net(
+        lambda m, x: ((h := torch.tanh(m.a(x))), m.b(h), m.c(x))[1:],
+        a=nn.Linear(4, 5),
+        b=nn.Linear(5, 3),
+        c=nn.Linear(4, 3),
+    )
+
+
+def test_layers_behind_other_outputs_stay_exact() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        coupled, apart = model(batch[0])
+        return coupled.mean(0).square().sum() + F.cross_entropy(apart, batch[1])
+
+    came = follow(two_heads(), [data(n) for n in (6, 7, 8)], loss)
+    assert set(came.refused) == {"a", "b"}
+
+
+@pytest.mark.parametrize("model", [make, residual])
+def test_it_begins_to_couple_later(model: Callable[[], nn.Module]) -> None:
+    """A weight that grows from zero: seen at the next look, also where only the loss is looked at."""
+    steps: list[int] = []
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        z = m(batch[0])
+        return F.cross_entropy(z, batch[1]) + 0.1 * (len(steps) > 2) * z.mean(0).square().sum()
+
+    came = follow(model(), [data(n) for n in (6, 7, 8, 6)], loss, after=lambda: steps.append(1))
+    assert came.refused
+    assert all("couples the samples" in reason for reason in came.refused.values())
+
+
+def test_batch_normalisation_in_the_loss_is_told_of_as_in_the_model() -> None:
+    critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    for training in (True, False):
+        critic.train(training)
+        model = residual()
+        with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                critic(model(data(6)[0])).square().mean().backward()
+            assert probe.fisher_diagonal()
+        assert any("batch normalisation" in str(w.message) for w in seen) is training
+
+
+def test_a_strict_probe_raises_at_once() -> None:
+    model = residual()
+    with CurvatureProbe(model, reduction="mean", strict=True), pytest.raises(AttributionError, match="couples"):
+        info_nce(model(data(6)[0]), data(6)[1]).backward()
+
+
+def test_a_look_at_the_loss_calls_no_hook_and_leaves_nothing() -> None:
+    entry = torch.autograd._engine_run_backward
+    model, calls = residual(), []
+    with CurvatureProbe(model, reduction="mean"):
+        x, t = data(6)
+        model(x)  # and no backward
+        for _ in range(2):
+            z = model(x).clone()
+            z.retain_grad()
+            z.register_hook(lambda g: calls.append(g))
+            F.cross_entropy(z, t).backward()
+            assert z.grad is not None
+            torch.testing.assert_close(z.grad, calls[-1])
+        assert torch.autograd._engine_run_backward is entry
+        kept = model(x)
+        del kept
+    assert len(calls) == 2
+    assert torch.autograd._engine_run_backward is entry
+
+
+def test_rows_of_positions_and_samples_in_another_dimension() -> None:
+    """Tokens that are coupled within a sample are apart; across samples they are not."""
+
+    def sequences(m: Net, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(x)).cumsum(0))
+
+    for coupled in (False, True):
+        model = Net(sequences, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+        with CurvatureProbe(model, reduction="mean", sample_dim=1) as probe, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                z = model(torch.randn(7, 6, 4))
+                ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
+            assert bool(untold(probe._fisher)) is coupled
