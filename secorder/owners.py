@@ -89,8 +89,8 @@ def owned_by_index(arguments: Any) -> list[Owned]:
     """
     tensors = list(tensors_in(arguments))
     found = []
-    for place, told in enumerate(tensors):
-        index = _index(told, [t.shape[0] for t in tensors if t is not told and t.dim()])
+    for place, vector in enumerate(tensors):
+        index = _index(vector, [t.shape[0] for t in tensors if t is not vector and t.dim()])
         if index is not None:
             owners = tuple(index if t.dim() and t.shape[0] == len(index) else None for t in tensors)
             found.append(Owned(owners, int(index.max()) + 1, Grouping(place, len(tensors))))
@@ -189,8 +189,10 @@ def _entries(
 class _Nodes:
     """The nodes of some graphs, and the edges between them."""
 
-    def __init__(self, told: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]) -> None:
-        self.told = told
+    def __init__(
+        self, vector: Tensor, tensors: Sequence[Tensor], owners: Sequence[Owner], chosen: Sequence[int]
+    ) -> None:
+        self.vector = vector
         index = self.index = next(owner for owner in owners if isinstance(owner, Tensor))
         self.owned = {id(t) for t, owner in zip(tensors, owners, strict=True) if owner is not None}
         self.rows = [(index == n).nonzero().flatten() for n in chosen]
@@ -206,9 +208,9 @@ class _Nodes:
         """What of a tensor belongs to them."""
         sizes = torch.tensor([len(rows) for rows in self.rows], device=tensor.device)
         starts = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        if tensor is self.told and id(tensor) not in self.owned:
+        if tensor is self.vector and id(tensor) not in self.owned:
             return starts.to(tensor.dtype)
-        if tensor is self.told:
+        if tensor is self.vector:
             return torch.arange(len(sizes), device=tensor.device).repeat_interleave(sizes).to(tensor.dtype)
         if id(tensor) in self.owned:
             return tensor[torch.cat(self.rows)]

@@ -17,18 +17,18 @@ from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
-from .oneshot.eigenvalues import Eigenvalues, eigenvalues
+from .oneshot.eigenvalues import Eigenvalues, Which, check_which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measured import Measured, fisher_of, hessian_of
 from .oneshot.measurement import Measurement
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
+from .oneshot.subject import Subject, fisher_of, hessian_of
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact
@@ -105,7 +105,8 @@ class CurvatureProbe:
         loss_scale: what the training loss is multiplied by before ``backward``: a number (``1 / 4`` where gradients of
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
-            gradient that training puts on it. It is divided out of every gradient.
+            gradient that training puts on it. It is divided out of every gradient. By default it is taken to be one;
+            where a model returns a loss that is multiplied by another number, the layers are not told.
         forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
             its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
             rollout), whose gradients are added before they are squared. By default they are separate where their
@@ -195,7 +196,7 @@ class CurvatureProbe:
             decay=decay,
             strict=strict,
             loss_scale=loss_scale_of(loss_scale),
-            returned=loss_scale == "returned",
+            returned=None if loss_scale is None else loss_scale == "returned",
             on_nonfinite=on_nonfinite,
             forwards=forwards,
             penalty=penalty,
@@ -421,7 +422,7 @@ class CurvatureProbe:
             self._tell_assumed()
             return found
         return fisher_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -645,7 +646,7 @@ class CurvatureProbe:
             (torch.Size([15]), 'chain')
         """
         return hessian_of(
-            self._measured(),
+            self._subject(),
             loss_fn,
             inputs,
             targets,
@@ -747,6 +748,7 @@ class CurvatureProbe:
         of: Curvature = "hessian",
         by: By = "layer",
         count: int = 1,
+        which: Which = "both",
         tolerance: float = 1e-3,
         max_iterations: int = 200,
         generator: torch.Generator | None = None,
@@ -761,7 +763,9 @@ class CurvatureProbe:
             targets: as for :meth:`hessian_diagonal`.
             of: as for :meth:`hessian_trace`.
             by: as for :meth:`hessian_trace`.
-            count: how many at each end.
+            count: how many; of both ends, at each.
+            which: ``"both"`` ends, ``"top"``, ``"bottom"``, or the ``"largest"`` in modulus, which mostly take half the
+                products: eigenvalues at the other end are small, and lie close together.
             tolerance: on residuals ``‖H q − λ q‖``, relative to the largest eigenvalue in modulus. An eigenvalue's own
                 error is about the square of it, over the gap to the next: 0.03 mostly gives three digits.
             max_iterations: products of a block at most; of a data set, passes through it, all blocks together.
@@ -774,8 +778,8 @@ class CurvatureProbe:
             An eigenvalue of higher multiplicity is told once.
 
         Raises:
-            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, or ``tolerance`` below 0; else as
-                :meth:`hessian_trace`.
+            InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, ``tolerance`` below 0, ``which`` no end;
+                otherwise as :meth:`hessian_trace`.
 
         Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
 
@@ -790,6 +794,7 @@ class CurvatureProbe:
             (2, True, True)
         """
         check_curvature(of, by)
+        check_which(which)
         if of == "hessian":
             warn_if_inexact(self._fisher.layers)
         require_integer("count", count, 1)
@@ -806,13 +811,14 @@ class CurvatureProbe:
                     of=of,
                     by=by,
                     count=count,
+                    which=which,
                     tolerance=tolerance,
                     max_iterations=max_iterations,
                     progress=progress,
                 )
         return self._measure(
             lambda task: eigenvalues(
-                task, of=of, by=by, count=count, tolerance=tolerance, max_iterations=max_iterations
+                task, of=of, by=by, count=count, which=which, tolerance=tolerance, max_iterations=max_iterations
             ),
             loss_fn,
             inputs,
@@ -924,7 +930,7 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        return self._measured().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
+        return self._subject().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
 
     # ---- watching
 
@@ -999,11 +1005,11 @@ class CurvatureProbe:
         """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
         return self._model, self._one_shot_dim, self._told
 
-    def _measured(self) -> Measured:
+    def _subject(self) -> Subject:
         """What one-shot measurements are taken of."""
         self._attached()
         fisher = self._fisher
-        return Measured(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
+        return Subject(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
 
     # ---- checkpoints
 

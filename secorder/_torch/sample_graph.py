@@ -70,11 +70,11 @@ def samples_in_graph(
     return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
 
 
-def samples_in_leaves(told: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
+def samples_in_leaves(inner_sizes: InnerSizes, leaves: Sequence[Tensor]) -> dict[int, int | None]:
     """What :func:`samples_in_nodes` tells of some leaves: ``id(leaf)`` → its inner size; that of others is missing."""
     wanted = {id(leaf) for leaf in leaves}
     found: dict[int, int | None] = {}
-    for (node, _), inner in told.items():
+    for (node, _), inner in inner_sizes.items():
         key = id(getattr(node, "variable", None))
         if key in wanted:
             found[key] = inner

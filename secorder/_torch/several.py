@@ -19,15 +19,19 @@ def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, alpha: float 
     torch._foreach_add_(list(totals), list(parts), alpha=alpha)
 
 
-def add_products(totals: Sequence[Tensor], parts: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+def add_products(
+    totals: Sequence[Tensor], parts: Sequence[Tensor], factors: Sequence[Tensor], *, alpha: float = 1.0
+) -> None:
     """Add to each tensor the product of two others, in place: another one of its shape, and a number or a bool.
 
     Args:
         totals: at least one.
         parts: as many.
         factors: as many.
+        alpha: that all are multiplied by.
     """
-    torch._foreach_addcmul_(list(totals), list(parts), list(factors))
+    # alpha times a part might be infinite, and that times zero no number
+    torch._foreach_addcmul_(list(totals), list(factors), list(parts), value=alpha)
 
 
 def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:

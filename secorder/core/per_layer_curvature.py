@@ -11,7 +11,7 @@ from ..layers.selection import LayerTypes, ranks_of
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
 from ..oneshot.hessian.budget import HessianMethod
-from ..oneshot.measured import Measured, fisher_of, hessian_of
+from ..oneshot.subject import Subject, fisher_of, hessian_of
 from ..online.samples import check_sample_dim
 from ..probe import NoLayerError, layers_to_look_at, require_one_kind
 from ..results import Diagonals
@@ -74,11 +74,11 @@ def per_layer_hessian_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in hessian.items()}
         {'0': (220,), '2': (21,)}
     """
-    measured = _measured(model, layer_types, sample_dim)
-    if measured is None:
+    subject = _subject(model, layer_types, sample_dim)
+    if subject is None:
         return Diagonals([], {}, {})
     return hessian_of(
-        measured,
+        subject,
         loss_fn,
         inputs,
         targets,
@@ -147,11 +147,11 @@ def per_layer_fisher_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in fisher.items()}
         {'0': (55,), '2': (18,)}
     """
-    measured = _measured(model, layer_types, sample_dim)
-    if measured is None:
+    subject = _subject(model, layer_types, sample_dim)
+    if subject is None:
         return Diagonals([], {}, {})
     return fisher_of(
-        measured,
+        subject,
         loss_fn,
         inputs,
         targets,
@@ -166,7 +166,7 @@ def per_layer_fisher_diagonal(
     )
 
 
-def _measured(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> Measured | None:
+def _subject(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> Subject | None:
     """The layers of a model; None where none matches."""
     try:
         layers = layers_to_look_at(model, layer_types)
@@ -175,4 +175,4 @@ def _measured(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> Mea
     check_sample_dim(sample_dim)
     ranks = ranks_of(model, layers)
     require_one_kind(ranks, layers)
-    return Measured(model, layers, ranks, sample_dim if isinstance(sample_dim, int) else 0)
+    return Subject(model, layers, ranks, sample_dim if isinstance(sample_dim, int) else 0)

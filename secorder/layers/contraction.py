@@ -73,6 +73,9 @@ def contract(
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
     groups, positions = gu.shape[-3], gu.shape[-2]
+    if a is None and positions > 1:
+        dense_v = gv.sum(-2) if gv is not gu else None
+        return contract(gu.sum(-2), dense_v, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     if positions == 1:
         # One position: the per-sample gradient is a rank-one product and its square factorises, so that
         # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
@@ -96,6 +99,7 @@ def contract(
         target = out.view(groups, -1, a.shape[-1])
         target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
         return out
+    assert a is not None
     pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
     if out is not None and (beta == 0.0 or numel > IN_PLACE_ELEMENTS):
         _scaled(out, beta)
@@ -110,7 +114,7 @@ def contract(
 
 def _accumulate_products(
     total: Tensor,
-    a: Tensor | Patches | None,
+    a: Tensor | Patches,
     gu: Tensor,
     gv: Tensor | None,
     alpha: float,
@@ -119,12 +123,6 @@ def _accumulate_products(
     """Add α Σ_n (Σ_p gu aᵀ) ⊙ (Σ_p gv aᵀ) to ``total``, forming a few samples and rows of the parameter at a time."""
     budget = chunk_elements(gu.device)
     count, groups, positions, width = gu.shape
-    if a is None:
-        for n in chunks(count, max(1, budget // max(1, total.numel()))):
-            left = gu[n.start : n.stop].sum(2).flatten(1)
-            right = left if gv is None else gv[n.start : n.stop].sum(2).flatten(1)
-            _add_products(total[None], left, right, alpha, keep)
-        return
     fan_in = a.shape[-1]
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
@@ -153,14 +151,15 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
     few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
     memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
-        inputs = a[n.start : n.stop]
+        inputs = a[n.start : n.stop].unbind()
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
         for r in chunks(width, rows):
-            formed = [own[:, : len(r)] for own in memory]
-            for i in range(len(n)):
-                for g, out in zip(factors, formed, strict=True):
-                    torch.bmm(g[i, :, r.start : r.stop], inputs[i], out=out)
-                target[:, r.start : r.stop].addcmul_(formed[0], formed[-1], value=alpha)
+            here, formed = target[:, r.start : r.stop], [own[:, : len(r)] for own in memory]
+            of_samples = zip(inputs, *[own[:, :, r.start : r.stop].unbind() for own in factors], strict=True)
+            for right, *lefts in of_samples:
+                for left, out in zip(lefts, formed, strict=True):
+                    torch.bmm(left, right, out=out)
+                here.addcmul_(formed[0], formed[-1], value=alpha)
 
 
 def _alike(count: int, most: int) -> int:

@@ -301,9 +301,9 @@ class CurvatureRecorder:
         assert self._norms is not None
         point.add(self._norms.numbers())
 
-    def _measure(self, method: str, point: Observation, name: str) -> Any:
+    def _measure(self, method: str, point: Observation, name: str, **usual: Any) -> Any:
         start = time.perf_counter()
-        found = getattr(self._probe, method)(*self._measured_on, **self._options[method])
+        found = getattr(self._probe, method)(*self._measured_on, **usual | self._options[method])
         point.add({WHOLE_MODEL: {f"seconds_{name}": time.perf_counter() - start}})
         return found
 
@@ -323,7 +323,7 @@ class CurvatureRecorder:
         point.add({"hessian_trace": values, "hessian_trace_standard_error": errors, **whole})
 
     def _see_eigenvalues(self, point: Observation) -> None:
-        found = self._measure("hessian_eigenvalues", point, "eigenvalues")
+        found = self._measure("hessian_eigenvalues", point, "eigenvalues", which="top")
         top = {name: e.top[0] for name, e in found.items() if e.top}
         rates = learning_rates(self._optimizer, self._layers)
         products = {shown(name): rates[name] * value for name, value in top.items() if name in rates}

@@ -257,8 +257,8 @@ def _plain_moments(values: Tensor) -> Tensor | None:
     spread = squares - total**2 / size
     if not spread > SPREAD * squares:
         return None
-    zero = (size - values.count_nonzero()).double() / size
     none = torch.zeros_like(total)
+    zero = none if low > 0 else (size - values.count_nonzero()).double() / size
     found = [total / size, (spread / (size - 1)).sqrt(), high, low, total, none, zero, none]
     return torch.stack([number.double() for number in found])[None]
 

@@ -13,10 +13,10 @@ from ..layers.dtypes import compute_dtype
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .data_set import MeasuresBatches, alike, batches_of, reduction_of
-from .eigenvalues import Eigenvalues, blocks_of, lanczos_steps, nothing, restricted
+from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
 from .measurement import Measurement
-from .operators import Curvature, Operator, operators, product_on_parameters
+from .operators import Curvature, Operator, ProductOnParameters, operators
 from .trace import By
 
 __all__ = ["eigenvalues_of_data"]
@@ -34,6 +34,7 @@ def eigenvalues_of_data(
     of: Curvature,
     by: By,
     count: int,
+    which: Which,
     tolerance: float,
     max_iterations: int,
     progress: bool,
@@ -50,7 +51,8 @@ def eigenvalues_of_data(
         data: batches.
         of: which curvature.
         by: blocks of layers, or of parameters.
-        count: how many at each end.
+        count: how many.
+        which: at which end.
         tolerance: on residuals, relative to the largest eigenvalue in modulus.
         max_iterations: passes through the data at most.
         progress: show a progress bar.
@@ -69,7 +71,8 @@ def eigenvalues_of_data(
     weights = [n / sum(sizes) if mean else 1.0 for n in sizes]
     layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first[:2])
     steps = {
-        name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start))) for name, start in starts.items()
+        name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start)), which)
+        for name, start in starts.items()
     }
     waiting = {name: next(step) for name, step in steps.items() if len(starts[name])}
     found: dict[str, Eigenvalues] = {}
@@ -88,7 +91,7 @@ def eigenvalues_of_data(
                     del waiting[name]
             advance(1)
     names = [name for layer in layers for name in blocks_of(layer, by)]
-    return {name: found.get(name) or nothing(count) for name in names}
+    return {name: found.get(name) or nothing(count, which) for name in names}
 
 
 def _starts(task: Measurement, by: By) -> dict[str, Tensor]:
@@ -121,4 +124,4 @@ def _blocks(task: Measurement, of: Curvature) -> Any:
 
 def _on_parameters(task: Measurement) -> Iterator[tuple[Layer, Operator | None]]:
     for layer, own in on_parameters(task, task.layers):
-        yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
+        yield layer, ProductOnParameters.of(task, layer, own)

@@ -1,22 +1,38 @@
 """Extreme eigenvalues of each layer's block, by products with vectors."""
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .measurement import Measurement
-from .operators import Curvature, Operator, operators
+from .operators import Curvature, Operator, ProductInZ, ProductOnParameters, operators
 from .trace import By
 
-__all__ = ["TOLERANCE", "Eigenvalues", "blocks_of", "eigenvalues", "lanczos", "lanczos_steps", "nothing", "restricted"]
+__all__ = [
+    "TOLERANCE",
+    "Eigenvalues",
+    "Which",
+    "blocks_of",
+    "check_which",
+    "eigenvalues",
+    "lanczos",
+    "lanczos_steps",
+    "nothing",
+    "restricted",
+    "start_of",
+]
+
+#: At which end of the spectrum: at both, the largest in modulus, the largest, the smallest.
+Which = Literal["both", "largest", "top", "bottom"]
 
 #: The usual tolerance.
 TOLERANCE = 1e-3
@@ -34,8 +50,8 @@ class Eigenvalues:
     """Extreme eigenvalues of a layer's block of the Hessian, the GGN or the Fisher.
 
     Attributes:
-        top: the largest eigenvalues, descending.
-        bottom: the smallest eigenvalues, ascending.
+        top: the largest eigenvalues, descending; of the largest in modulus, those that are not negative.
+        bottom: the smallest eigenvalues, ascending; of the largest in modulus, the negative ones.
         residual: largest ``‖H q − λ q‖`` of them; each is within this of an eigenvalue of the block. What products
             lack of a symmetric matrix' (by hooks that clamp gradients, by noise) is added to it.
         num_hvps: products taken.
@@ -50,7 +66,7 @@ class Eigenvalues:
 
 
 def eigenvalues(
-    task: Measurement, *, of: Curvature, by: By, count: int, tolerance: float, max_iterations: int
+    task: Measurement, *, of: Curvature, by: By, count: int, which: Which, tolerance: float, max_iterations: int
 ) -> dict[str, Eigenvalues]:
     """Largest and smallest eigenvalues of each block.
 
@@ -60,7 +76,7 @@ def eigenvalues(
     bar = progress_bar(task.progress, "Eigenvalues", len(task.layers), unit="layers")
     with bar as advance, closing(operators(task, of)) as blocks:
         for layer, product in blocks:
-            found |= _of_layer(task, layer, product, by, count, tolerance, max_iterations)
+            found |= _of_layer(task, layer, product, by, count, which, tolerance, max_iterations)
             advance(1)
     order = {x.name if by == "layer" else x.parameter_name(y): 0 for x in task.layers for y in x.parameters}
     return {name: found[name] for name in order}
@@ -72,6 +88,7 @@ def _of_layer(
     product: Operator | None,
     by: By,
     count: int,
+    which: Which,
     tolerance: float,
     max_iterations: int,
 ) -> dict[str, Eigenvalues]:
@@ -79,21 +96,45 @@ def _of_layer(
     found: dict[str, Eigenvalues] = {}
     total = sum(p.numel() for p in layer.parameters.values())
     blocks = blocks_of(layer, by)
-    like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
     for name, block in blocks.items():
         size = block.stop - block.start
         if product is None or not size:
-            found[name] = nothing(count)
+            found[name] = nothing(count, which)
             continue
-        start = task.random((size,), like)
+        start = start_of(task, layer, product, block)
         part = product if len(blocks) == 1 else restricted(product, block, total)
-        found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size))
+        found[name] = lanczos(part, start, count, tolerance, min(max_iterations, size), which)
     return found
 
 
-def nothing(count: int) -> Eigenvalues:
+def start_of(task: Measurement, layer: Layer, product: Operator, block: slice) -> Tensor:
+    """A random vector and, where it is at hand, the loss's gradient, which mostly lies among the extreme eigenvectors.
+
+    Measured on small trained GPT-2s, Llamas and BERTs: a tenth to a third of the products less than of a random vector.
+    """
+    like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
+    start: Tensor = task.random((block.stop - block.start,), like)
+    if not isinstance(product, (ProductInZ, ProductOnParameters)):
+        return start
+    gradient = product.gradient[block].to(start)
+    direction = (gradient / gradient.norm()).nan_to_num(0.0, 0.0, 0.0)  # at a minimum, there is none
+    return start.div_(start.norm()).add_(direction)
+
+
+def check_which(which: str) -> None:
+    """Raise unless it is an end.
+
+    Raises:
+        InvalidArgumentError: it is not.
+    """
+    if which not in get_args(Which):
+        raise InvalidArgumentError(f'which must be "both", "largest", "top" or "bottom", got {which!r}.')
+
+
+def nothing(count: int, which: Which = "both") -> Eigenvalues:
     """Those of a zero."""
-    return Eigenvalues([0.0] * count, [0.0] * count, 0.0, 0, True)
+    zeros = [0.0] * count
+    return Eigenvalues([] if which == "bottom" else zeros, zeros if which in ("both", "bottom") else [], 0.0, 0, True)
 
 
 def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
@@ -120,20 +161,26 @@ def restricted(product: Operator, block: slice, size: int) -> Operator:
 
 
 def lanczos(
-    product: Callable[[Tensor], Tensor], start: Tensor, count: int, tolerance: float, iterations: int
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    count: int,
+    tolerance: float,
+    iterations: int,
+    which: Which = "both",
 ) -> Eigenvalues:
     """Extreme eigenvalues of a symmetric operator by Lanczos iteration with full reorthogonalisation.
 
     Args:
         product: the operator.
         start: a random vector, of the operator's size.
-        count: how many at each end.
+        count: how many (of both ends, at each).
         tolerance: on residuals, relative to the largest eigenvalue in modulus.
         iterations: products at most.
+        which: of which end.
 
     Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """
-    steps = lanczos_steps(start, count, tolerance, iterations)
+    steps = lanczos_steps(start, count, tolerance, iterations, which)
     vector = next(steps)
     while True:
         try:
@@ -144,7 +191,7 @@ def lanczos(
 
 
 def lanczos_steps(
-    start: Tensor, count: int, tolerance: float, iterations: int
+    start: Tensor, count: int, tolerance: float, iterations: int, which: Which = "both"
 ) -> Generator[Tensor, Tensor, Eigenvalues]:
     """:func:`lanczos` that yields each vector whose product it is to be sent.
 
@@ -172,19 +219,28 @@ def lanczos_steps(
         exhausted = beta <= 1e-12 * max(size, 1e-300)
         last = step == iterations or exhausted
         if last or (step >= FEWEST and start.numel() > SMALL):
-            k = min(count, len(values))
-            ends = torch.cat([vectors[-1, :k], vectors[-1, -k:]]).abs().max().item()
+            above, below = _asked(values.tolist(), count, which)
+            ends = vectors[-1, above + below].abs().max().item()
             lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size
             residual = lack + (0.0 if exhausted or step == start.numel() else beta * ends)
-            top, bottom = values[-k:].flip(0).tolist(), values[:k].tolist()
+            top, bottom = values[above].tolist(), values[below].tolist()
             if last or lack > bound or (met and residual <= bound):
                 break
-            met = residual <= bound and len(values) >= 2 * count
+            met = residual <= bound and len(values) >= (2 * count if which == "both" else count)
         if step == len(space):
             space = torch.cat([space, space.new_empty(min(step, iterations - step), start.numel())])
         torch.div(w, beta, out=space[step])
         betas.append(beta)
     return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound)
+
+
+def _asked(values: Sequence[float], count: int, which: Which) -> tuple[list[int], list[int]]:
+    """Of ascending values, the places of those that are asked for: from the top down, and from the bottom up."""
+    order = range(len(values))
+    if which == "largest":
+        chosen = sorted(order, key=lambda k: -abs(values[k]))[:count]
+        return sorted((k for k in chosen if values[k] >= 0), reverse=True), sorted(k for k in chosen if values[k] < 0)
+    return [] if which == "bottom" else list(order[::-1][:count]), [] if which == "top" else list(order[:count])
 
 
 def _tridiagonal(diagonal: list[float], beside: list[float]) -> Tensor:

@@ -135,7 +135,7 @@ class Entries:
 
     def independent(
         self,
-        told: InnerSizes,
+        inner_sizes: InnerSizes,
         count: int,
         order: Tensor,
         run: Callable[["Replay"], None],
@@ -143,12 +143,12 @@ class Entries:
         """Whether each operand's rows belong to the samples that the graph has there.
 
         Args:
-            told: what the graph tells of all its nodes (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
+            inner_sizes: of all nodes of the graph (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
             count: the number N of samples.
             order: for each place the sample that is put there.
             run: runs the model under what it is given, on the samples so exchanged.
         """
-        if self.opaque or any(inner is None for inner in told.values()):
+        if self.opaque or any(inner is None for inner in inner_sizes.values()):
             return False
         operands = list(self._operands.values())
         wanted = {(operand.call, operand.index): operand for operand in operands}
@@ -160,7 +160,8 @@ class Entries:
         if replay.failed or replay.calls < last or any(replay.read.get(k) != v for k, v in self._read.items()):
             return False
         return all(
-            version(operand.tensor) == operand.version and _follows(operand, replay.seen.get(key), told, count, order)
+            version(operand.tensor) == operand.version
+            and _follows(operand, replay.seen.get(key), inner_sizes, count, order)
             for key, operand in wanted.items()
         )
 
@@ -204,7 +205,7 @@ class Replay(TorchFunctionMode):
         return result
 
 
-def _follows(operand: _Operand, after: Tensor | None, told: InnerSizes, count: int, order: Tensor) -> bool:
+def _follows(operand: _Operand, after: Tensor | None, inner_sizes: InnerSizes, count: int, order: Tensor) -> bool:
     """Whether an operand is the same after samples were exchanged, or exchanged as they are at all of its uses."""
     before = operand.tensor
     if after is None or after.shape != before.shape or after.dtype != before.dtype:
@@ -213,7 +214,7 @@ def _follows(operand: _Operand, after: Tensor | None, told: InnerSizes, count: i
         return True
     found: dict[tuple[int, int], bool] = {}
     for node, number, shape, first, others in operand.uses:
-        inner = told.get((node, number), ...)
+        inner = inner_sizes.get((node, number), ...)
         if inner is ...:  # the output does not depend on it
             continue
         place = None if inner is None or inner == SHARED else place_of(shape, inner, count)

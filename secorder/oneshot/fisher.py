@@ -216,17 +216,17 @@ def _in_batches(
         if weighted is not None:
             trial = Trial(1)  # which finds out where samples are
         found: Found = {}
-        told = None
+        inner_sizes = None
         if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
-            told = traced.inner_sizes(side.model_outputs)
-            found = by_uses(task, followed, pairs, side.model_outputs, told, linear=second_order)
+            inner_sizes = traced.inner_sizes(side.model_outputs)
+            found = by_uses(task, followed, pairs, side.model_outputs, inner_sizes, linear=second_order)
         if layers:
             how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
             found |= _by_rules(task, side, pairs, layers, **how)
         recording.require_seen(loss)
         watched.require_seen(loss)
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
-    if not (task.certain or traced.independent) and not _follows(task, traced, output, side, told):
+    if not (task.certain or traced.independent) and not _follows(task, traced, output, side, inner_sizes):
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
@@ -248,13 +248,15 @@ def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) 
     ]
 
 
-def _follows(task: Measurement, traced: Traced, output: Any, side: SampleLosses, told: InnerSizes | None) -> bool:
+def _follows(
+    task: Measurement, traced: Traced, output: Any, side: SampleLosses, inner_sizes: InnerSizes | None
+) -> bool:
     """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone."""
     if task.num_samples < 3 or not all(t.requires_grad for t in tensors_in(output)):
         return False
     others = exchange(task.inputs, task.num_samples, task.sample_dim)
-    told = traced.inner_sizes(side.model_outputs) if told is None else told
-    return others is not None and traced.follows(task.inputs, told, *others)
+    inner_sizes = traced.inner_sizes(side.model_outputs) if inner_sizes is None else inner_sizes
+    return others is not None and traced.follows(task.inputs, inner_sizes, *others)
 
 
 def require_independent_samples(task: Measurement, output: Any) -> None:

@@ -32,7 +32,7 @@ def by_uses(
     layers: Sequence[Layer],
     pairs: Columns,
     model_outputs: Sequence[Tensor] | None = None,
-    told: InnerSizes | None = None,
+    inner_sizes: InnerSizes | None = None,
     *,
     linear: bool,
 ) -> Found:
@@ -43,7 +43,7 @@ def by_uses(
         layers: the layers.
         pairs: the cotangents on the model's output.
         model_outputs: of a forward that used the layers' own parameters, samples in dim 0; by default it runs again.
-        told: what its graph tells of samples.
+        inner_sizes: what its graph tells of samples.
         linear: demand that the backward pass be linear in them.
     """
     if task.create_graph or task.num_samples == 1:
@@ -52,10 +52,10 @@ def by_uses(
         model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     users = users_of(model_outputs)
     parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
-    if told is None:
+    if inner_sizes is None:
         sizes = [inner_size(f.shape, 0) for f in model_outputs]
-        told = samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
-    evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, told)
+        inner_sizes = samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
+    evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, inner_sizes)
     routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
     try:
         found = {} if reentrant(users) else follow_uses(users, parameters, evidence, routes, known=False)

@@ -33,7 +33,7 @@ from .recorded_layer import layout_options
 from .recording import recorded
 from .roots import Single
 
-__all__ = ["Curvature", "Operator", "ProductInZ", "check_curvature", "operators", "product_on_parameters"]
+__all__ = ["Curvature", "Operator", "ProductInZ", "ProductOnParameters", "check_curvature", "operators"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
@@ -84,7 +84,7 @@ def _hessian_operators(task: Measurement) -> Blocks:
                 yield layer, product
     del found
     for layer, own in on_parameters(task, rest):
-        yield layer, None if all(g is None for g in own) else product_on_parameters(task, layer, own)
+        yield layer, ProductOnParameters.of(task, layer, own)
 
 
 def _product_in_z(task: Measurement, graph: LayerGraph) -> "ProductInZ | None":
@@ -114,6 +114,11 @@ class ProductInZ:
         """The product with a flat vector."""
         graph = self.graph
         return self.back(stacked_vjp(graph.output_gradients, graph.leaves, self.forth(v))).to(v.dtype)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The loss's gradient in the layer's parameters, flat."""
+        return self.back([g.detach()[None] for g in filled(self.graph.output_gradients, self.graph.leaves)])
 
     def forth(self, v: Tensor) -> list[Tensor]:
         """J v by call, each shape ``(1, *z.shape)``."""
@@ -159,14 +164,29 @@ def _call(graph: LayerGraph, parameters: dict[str, Tensor], inputs: tuple[Tensor
         return output
 
 
-def product_on_parameters(task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]) -> Operator:
+@dataclass(frozen=True, eq=False)
+class ProductOnParameters:
     """v ↦ H v by the loss's gradient in the layer's replacement parameters, differentiable."""
-    replacements = task.isolated.replacements(layer)
 
-    def product(v: Tensor) -> Tensor:
-        return _flat(stacked_vjp(output_gradients, replacements, _stacked(v, replacements)), v)
+    replacements: Sequence[Tensor]
+    output_gradients: Sequence[Tensor | None]
 
-    return product
+    @classmethod
+    def of(
+        cls, task: Measurement, layer: Layer, output_gradients: Sequence[Tensor | None]
+    ) -> "ProductOnParameters | None":
+        """That of a layer; None where the loss does not depend on it."""
+        used = any(g is not None for g in output_gradients)
+        return cls(task.isolated.replacements(layer), output_gradients) if used else None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The product with a flat vector."""
+        return _flat(stacked_vjp(self.output_gradients, self.replacements, _stacked(v, self.replacements)), v)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The loss's gradient, flat."""
+        return torch.cat([g.flatten() for g in filled(self.output_gradients, self.replacements)]).detach()
 
 
 def _stacked(v: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

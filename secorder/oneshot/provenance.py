@@ -171,7 +171,7 @@ class Traced:
     def follows(
         self,
         inputs: Any,
-        told: InnerSizes,
+        inner_sizes: InnerSizes,
         order: Tensor,
         exchanged: Callable[[Tensor], Tensor],
     ) -> bool:
@@ -179,7 +179,7 @@ class Traced:
 
         Args:
             inputs: the model's.
-            told: what the graph of its outputs tells of samples.
+            inner_sizes: what the graph of its outputs tells of samples.
             order: for each place the sample that is put there.
             exchanged: puts them there.
         """
@@ -192,7 +192,7 @@ class Traced:
 
             self._isolated.run(watched, map_tensors(exchanged, inputs))
 
-        return entries is not None and entries.independent(told, self._count, order, run)
+        return entries is not None and entries.independent(inner_sizes, self._count, order, run)
 
     def inner_sizes(self, outputs: Sequence[Tensor]) -> InnerSizes:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
@@ -214,9 +214,9 @@ class Traced:
         if len(placed) < len(outputs) or self._count == 1:
             return False
         sizes = [inner_size(t.shape, dim) for t, dim in placed]
-        told = samples_in_nodes([t for t, _ in placed], sizes, self._count, tell_shared=True)
-        self._told = [t.grad_fn for t, _ in placed], told
-        found = samples_in_leaves(told, inputs)
+        inner_sizes = samples_in_nodes([t for t, _ in placed], sizes, self._count, tell_shared=True)
+        self._told = [t.grad_fn for t, _ in placed], inner_sizes
+        found = samples_in_leaves(inner_sizes, inputs)
         expected = {id(x): inner_size(x.shape, self._dimension(x) or 0) for x in inputs}
         return all(expected[key] == inner for key, inner in found.items())
 

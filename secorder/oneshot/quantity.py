@@ -9,9 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from ..errors import InvalidArgumentError
-from ..layers.dtypes import compute_dtype
 from ..results import Strategy
-from .eigenvalues import TOLERANCE, Eigenvalues, lanczos
+from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, start_of
 from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
@@ -69,8 +68,7 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
             if product is None:
                 timed[layer.name] = Strategy.UNUSED, 0.0
                 continue
-            like = next(iter(layer.parameters.values())).detach().new_empty(0, dtype=compute_dtype(layer))
-            vector = task.random((numel,), like)
+            vector = start_of(task, layer, product, slice(0, numel))
             before = time.perf_counter()
             seconds = _seconds_of_lanczos(product, vector, max_iterations, TRIAL_SECONDS / len(task.layers))
             inside += time.perf_counter() - before

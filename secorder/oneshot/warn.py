@@ -49,8 +49,8 @@ def warn_if_inexact(layers: Sequence[Layer]) -> None:
     bad = [x.name for x in layers if any(map(weight_normalised, x.module.modules()))]
     if bad and not second_derivative_is_exact():
         caution(
-            "PyTorch's second derivative of weight_norm is not exact (it takes the norm for a constant): that of "
-            f"{_some(bad)} is its double backward's; a parametrization of your own has an exact one "
+            "PyTorch's second derivative of weight_norm is not exact (it takes the norm for a constant), and neither "
+            f"is the Hessian of {_some(bad)}: a parametrization of your own has an exact one "
             "(g * v / v.norm(dim=1, keepdim=True))."
         )
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["agree", "give_up", "leave_out_together", "opened_together", "share_troubles"]
 
-ELSEWHERE = "on another rank it could not be told, whose warnings say why."
+ELSEWHERE = "another rank could not measure it: the warnings of that rank say why."
 
 
 def agree(ranks: Ranks, layer: str, *, bad: bool) -> bool:
@@ -36,7 +36,7 @@ def agree(ranks: Ranks, layer: str, *, bad: bool) -> bool:
         raise AttributionError(ELSEWHERE)
     if last != -first:
         raise AttributionError(
-            "the ranks reach their layers in other orders, so that what they bring cannot be put together: let the "
+            "the ranks reach their layers in different orders, so that their parts cannot be added up: let the "
             "model call its layers in one order on every rank, or leave them out with layers=."
         )
     return found > 0

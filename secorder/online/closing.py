@@ -12,6 +12,7 @@ from .._torch.sparse import entries
 from .agreement import share_troubles
 from .audit import Comparison
 from .delivery import deliver, deliver_module
+from .loss_scale import tell_scale
 from .norms import read_squares
 from .penalty import add_shared
 from .record import Backward, ForwardRecord
@@ -98,6 +99,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
         )
+    tell_scale(fisher, records)
     read_squares(backward)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:

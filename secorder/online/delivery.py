@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch.versions import version
-from ..layers.contraction import IN_PLACE_ELEMENTS, contract, contract_sum
+from .._torch.fsdp import local
+from .._torch.versions import versions
+from ..layers.contraction import contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
 from ..layers.low_precision import contract_sum_low
 from ..layers.norms import DenseNorms
-from ..layers.per_sample import Outer, PerSample, Rows, dense, per_sample_gradients, with_cotangents
+from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, with_cotangents
 from ..layers.rank_one import RankOne, rank_one
 from ..layers.rules import takes_any_leading_dim
 from ..layers.rules.linear import linear
@@ -27,6 +28,7 @@ from ..oneshot.isolation import run_isolated
 from ..parallel.tensor_parallel import own_rows
 from .agreement import give_up
 from .finite import total_of, witness
+from .formed import form, is_formed, squares_may_wait, wait_formed
 from .norms import take_norms, takes_norms
 from .penalty import explain
 from .record import Call, ForwardRecord
@@ -48,7 +50,7 @@ def bring(
     layer: Layer,
     index: int,
     call: Call | Piece | Later | Exception,
-    total: Tensor,
+    total: Tensor | None,
 ) -> None:
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
@@ -58,7 +60,7 @@ def bring(
         layer: the layer.
         index: the call's number in the forward.
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
-        total: the sum of the gradient's elements.
+        total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
     """
     calls = record.captured.setdefault(layer.name, [])
     calls.append((index, call, total))
@@ -78,7 +80,7 @@ def bring_rank_one(
     if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
         return False
     g = g.detach()
-    one = RankOne(layer, a, g, (version(a), version(g)))
+    one = RankOne(layer, a, g, versions((a, g)))
     if not may_wait(fisher, record, one):
         return False
     wait(fisher, record, one)
@@ -104,9 +106,9 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
     forms = pieces(calls) if layer.by_operations else {}
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
-        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came])
+        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came if total is not None])
         return
-    totals: list[Tensor | None] = [*_multiplied_by(record), *(total for _, _, total in came)]
+    totals: list[Tensor | None] = []
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
         gradients = gradients or _gradients(layer, calls, layouts)
@@ -114,7 +116,17 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         if one is not None and may_wait(fisher, record, one):
             wait(fisher, record, one)
             return
-        parts = _prepare(fisher, record, layer, gradients, totals, () if layer.by_operations else calls)
+        gradients, products = _told(fisher, record, layer, gradients, () if layer.by_operations else calls)
+        squares = form(fisher, record, layer, gradients)
+        if squares is not None and squares_may_wait(fisher, record, layer, squares):
+            wait_formed(fisher, record, layer, squares)
+            return
+        if squares is None and fisher.accumulate == "diagonal":
+            totals += [
+                *_multiplied_by(record),
+                *(total_of(local(call[1])) if own is None else own for call, _, own in came),
+            ]
+        parts = _parts(fisher, record, layer, gradients, products, squares, totals)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
             give_up(fisher.ranks, layer.name)
@@ -128,48 +140,72 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
             fisher.add_squares(record, layer, parts, good)
 
 
-def _prepare(
+def _told(
     fisher: "OnlineFisher",
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],
-    seen: list[Tensor | None],
     calls: Sequence[Call],
+) -> tuple[Mapping[str, PerSample], Mapping[str, Tensor]]:
+    """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter.
+
+    Args:
+        fisher: that the norms are for.
+        record: of the forward.
+        layer: the layer.
+        gradients: of its parameters.
+        calls: what the gradients are made of, where they are by the layer's rule.
+    """
+    products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
+    if record.weights is not None:
+        gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
+    if takes_norms(record) and not record.attribution.sharing(layer.name):
+        take_norms(fisher, record, layer, [[gradients[name]] for name in layer.parameters])
+    return gradients, products
+
+
+def _parts(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    products: Mapping[str, Tensor],
+    squares: Tensor | None,
+    seen: list[Tensor | None],
 ) -> list[Tensor | Sequence[PerSample]]:
-    """Take the norms of a layer's per-sample gradients; its squares, or what they are made of.
+    """The squares of a layer's per-sample gradients, or what they are made of.
 
     Args:
         fisher: that they are added to.
         record: of the forward.
         layer: the layer.
         gradients: of its parameters.
+        products: the audit's numbers of them.
+        squares: where they are formed already, those of all parameters.
         seen: numbers that are finite where all that is added is, to be added to.
-        calls: what the gradients are made of, where they are by the layer's rule.
     """
-    products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
-    if record.weights is not None:
-        gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
     if record.attribution.sharing(layer.name):
         seen += [witness(part, products.get(name)) for name, part in gradients.items()]
         record.parts[layer.name] = (gradients, None)
         return []
-    if takes_norms(record):
-        take_norms(fisher, record, layer, [[gradients[name]] for name in layer.parameters])
-    parts: list[Tensor | Sequence[PerSample]] = []
     if fisher.accumulate != "diagonal":
-        return parts
+        return []
+    asked = fisher.on_nonfinite != "keep"
+    if squares is not None:
+        seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
+        return list(squares.split(layer.sizes()))
+    found: list[Tensor | Sequence[PerSample]] = []
     low = fisher.low(record, layer)
+    contracted = contract_sum_low if low else contract_sum
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
-        squares: Tensor | None = None
-        if layer.sharded:  # before the other ranks wait for it
-            squares = (contract_sum_low if low else contract_sum)([part], numel=numel)
-        elif not low:
-            squares = squares_apart(part, numel)
-        parts.append([part] if squares is None else squares)
-        if fisher.on_nonfinite != "keep":  # squares that are formed apart tell themselves whether they are finite
-            seen.append(witness(part, products.get(name)) if squares is None else squares.amax() if numel else None)
-    return parts
+        if layer.sharded or (not low and is_formed(part, numel)):  # before other ranks wait for it
+            found.append(own := contracted([part], numel=numel))
+            seen.append(own.amax() if asked and numel else None)
+        else:
+            found.append([part])
+            seen.append(witness(part, products.get(name)) if asked else None)
+    return found
 
 
 def _deliver_pieces(
@@ -289,13 +325,6 @@ def _tell(
 def _multiplied_by(record: ForwardRecord) -> list[Tensor]:
     """A number that is finite where what the samples' gradients are multiplied by is."""
     return [] if record.weights is None else [record.weights.sum()]
-
-
-def squares_apart(part: PerSample, numel: int) -> Tensor | None:
-    """Σ_n of squares, in a tensor of its own, where they are formed in one anyway; else None."""
-    if isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS:
-        return contract(part, numel=numel)
-    return None
 
 
 def weighted(part: PerSample, weights: Tensor) -> PerSample:

@@ -245,7 +245,7 @@ class Attachment:
         for tensor in tensors_in(output):
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
-                returned = self.fisher.returned and not tensor.dim() and tensor.is_floating_point()
+                returned = bool(self.fisher.returned) and not tensor.dim() and tensor.is_floating_point()
                 tensor.register_hook(_Enters(self, record, returned=returned))
 
     def _computed_again(self) -> bool:
@@ -359,8 +359,7 @@ class _LayerHook(OwnHook):
     """A hook that holds the record it fills."""
 
     def __init__(self, owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
-        super().__init__(owner)
-        self.record, self.layer = record, layer
+        self.owner, self.record, self.layer = owner, record, layer
 
     def foreign(self) -> bool:
         """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""

@@ -211,12 +211,13 @@ class ForwardRecord:
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
-        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements.
+        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements if known.
         modules: by layer, the calls of enclosing modules whose gradient has come.
         passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
         received: layers whose squares are added, or wait to be.
         waiting: layers that are to be added together.
         elements_waiting: of their factors.
+        formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -228,12 +229,14 @@ class ForwardRecord:
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
-        goods: of each layer that was added, whether its gradient is finite.
+        goods: of layers that were added, one by one or together, whether their gradients are finite.
         together: samples on all ranks that parameters lie over.
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
         sections: the parts of the forward that do, where checkpoints tell.
         slots: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen.
+        scales: the sizes of what came to scalars that the model returned, where they are watched; None for another
+            output.
         create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
@@ -259,12 +262,13 @@ class ForwardRecord:
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
-    captured: dict[str, list[tuple[int, Any, Tensor]]] = field(default_factory=dict)
+    captured: dict[str, list[tuple[int, Any, Tensor | None]]] = field(default_factory=dict)
     modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
     passed: dict[str, int | None] = field(default_factory=dict)
     received: set[str] = field(default_factory=set)
     waiting: list[RankOne] = field(default_factory=list)
     elements_waiting: int = 0
+    formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)
@@ -282,6 +286,7 @@ class ForwardRecord:
     recomputes: bool = False
     sections: WeakSet[Any] | None = None
     slots: dict[int, Slot] | None = None
+    scales: list[float | None] = field(default_factory=list)
     create_graph: bool = False
     backward: Backward | None = None
     closed: bool = False

@@ -23,6 +23,7 @@ from ..oneshot.isolation import isolate
 from .attribution import Attribution
 from .beside import Beside, made_beside, watch_beside
 from .loss_coupling import watch_coupling
+from .loss_scale import watch_scale
 from .record import ForwardRecord
 from .reduction import weights_of
 
@@ -62,7 +63,9 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
     if count is None or count < 2 or found.coupled or not (returned or found.coupling):
         return {}
     ids = torch.randperm(count, generator=fresh_generator(), device="cpu")[:SAMPLES]
-    parts = ids.split([PART, len(ids) - PART] if len(ids) > PART + 1 else [1, len(ids) - 1])
+    first = PART if len(ids) > PART + 1 else 1
+    # Parts that happen to have about the same loss tell nothing: two divisions are asked.
+    parts = [part for order in (ids, ids.roll(first)) for part in order.split([first, len(ids) - first])]
     take = partial(_samples, found, count, (args, kwargs))
     drawn, cuda = False, cuda_devices(model)
 
@@ -74,9 +77,8 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
         return losses
 
     def holds(kind: Any, losses: Sequence[float]) -> bool:
-        shares = [_share(kind, take, ids, some) for some in parts]
-        told: float = sum(share * loss for share, loss in zip(shares, losses[1:], strict=True))
-        return _near(model, losses, told)
+        told = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
+        return all(_near(model, [losses[0], *losses[i : i + 2]], sum(told[i - 1 : i + 1])) for i in (1, 3))
 
     try:
         with isolate(model, None, []) as isolated, evaluating(model):
@@ -108,7 +110,7 @@ def _near(model: nn.Module, losses: Sequence[float], other: float) -> bool:
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
-    """Mark layers once a backward begins at a loss that is not to be told of.
+    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
 
     Args:
         attachment: of the probe.
@@ -116,6 +118,7 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
         output: of it.
     """
     fisher, found = attachment.fisher, record.attribution
+    watch_scale(fisher, record, output)
 
     def begins(reason: str, gradient: Tensor) -> None:
         if not inside_transform() and bool((gradient != 0).any()):

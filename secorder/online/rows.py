@@ -84,16 +84,16 @@ def _by_graph_and_cotangents(layers: Sequence[RecordedLayer], graph: ForwardGrap
     return known, unknown, reached
 
 
-def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], told: InnerSizes) -> list[list[Layout]] | None:
+def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: InnerSizes) -> list[list[Layout]] | None:
     """For each output of a layer the layouts that the graph shows to be right; None where it does not tell."""
     found = []
     for leaf, choices in zip(z.leaves, candidates, strict=True):
         here = (accumulate_node(leaf), 0)
-        inner = told.get(here)
-        if not told or (here in told and inner is None):
+        inner = inner_sizes.get(here)
+        if not inner_sizes or (here in inner_sizes and inner is None):
             return None
         # Of what nothing depends on, the usual layout is as good as any.
-        found.append([o for o in choices if here not in told or o.inner_size(leaf) == inner])
+        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf) == inner])
         if not found[-1] and inner != SHARED:
             return None
     return found

@@ -13,6 +13,7 @@ from ..results import Diagonals
 from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
+from .loss_scale import fraction
 from .reading import diagonals, untold
 
 __all__ = ["Verification", "verify"]
@@ -68,7 +69,7 @@ def verify(
     scale = _scale_of_training(fisher, loss_fn, inputs, targets)
     told = float(fisher.loss_scale())
     if scale is not None and abs(scale / told - 1) > TOLERANCE:
-        return Verification(False, f"gradients are scaled by {_fraction(scale)}: pass loss_scale={_fraction(scale)}.")
+        return Verification(False, f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}.")
     online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)
     ratios = {name: _ratio(online.get(name), value) for name, value in one_shot.items()}
     known = [ratio for ratio in ratios.values() if ratio == ratio]
@@ -111,11 +112,6 @@ def _difference(ratio: float) -> str:
         "pass reduction= with a function of the model's arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, "
         "such as secorder.token_weights"
     )
-
-
-def _fraction(scale: float) -> str:
-    inverse = round(1 / scale) if scale else 0
-    return f"1/{inverse}" if inverse > 1 and abs(scale * inverse - 1) < TOLERANCE else f"{scale:.4g}"
 
 
 def _online(

@@ -12,6 +12,7 @@ from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
 from .directions import Vectors
+from .formed import add_formed
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
 from .troubles import OVERWRITTEN
@@ -32,10 +33,12 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
     layer, like = one.layer, one.cotangents
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
-    if record.weights is not None or record.attribution.sharing(layer.name) or fisher.low(record, layer):
+    if record.weights is not None or (record.attribution.ties and record.attribution.sharing(layer.name)):
+        return False
+    if fisher.low(record, layer):
         return False
     dtype, device = like.dtype, like.device
-    for other in (one.inputs, *fisher.sums[layer.name].sums, *[x.cotangents for x in record.waiting[:1]]):
+    for other in (one.inputs, record.waiting[0].cotangents if record.waiting else like, *fisher.sums[layer.name].sums):
         if other.dtype is not dtype or other.device != device:
             return False
     return True
@@ -45,13 +48,14 @@ def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
     record.received.add(one.layer.name)
     record.waiting.append(one)
-    record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
+    record.elements_waiting += one.elements
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
         add_waiting(fisher, record)
 
 
 def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
+    add_formed(fisher, record)
     waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
     layers = [one for one in waiting if one.layer.name not in record.troubled]
     overwritten = [one.layer.name for one in layers if one.overwritten()]
@@ -71,7 +75,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     seen = layers
     if together is None:
         looks = [
-            None if own is None or not audit.looks_at(one) else Look(own.r, own.s, own.start)
+            None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
             for one, own in zip(layers, vectors, strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
@@ -88,14 +92,14 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     if takes_norms(record):
         keep_norms(fisher, record, layers, together.norms())
     if fisher.accumulate == "diagonal":
-        fisher.add_rank_one(record, layers, together.add_to, goods)
+        fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
 
 
 def _side_by_side(
     fisher: "OnlineFisher", layers: Sequence[RankOne], vectors: Sequence[Vectors | None], flags: Sequence[float]
 ) -> SideBySide | None:
     """The factors of small layers side by side; None where they are not, or a number that is none is to be kept."""
-    if fisher.on_nonfinite != "skip" or sum([x.inputs.numel() + x.cotangents.numel() for x in layers]) > SMALL_ELEMENTS:
+    if fisher.on_nonfinite != "skip" or sum([one.elements for one in layers]) > SMALL_ELEMENTS:
         return None
     known = [own for own in vectors if own is not None]
     if len(known) < len(layers):

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from .._torch.surroundings import lasting
 from ..oneshot.trace import Trace
 from ..results import Diagonals
-from .fisher import ADDING, OnlineFisher
+from .fisher import OnlineFisher
 from .noise import NoiseScales
 from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, untold
 from .stretch import Stretch, add_behind, put_aside, small
+from .sums import ADDING
 
 __all__ = ["Window", "take_window"]
 

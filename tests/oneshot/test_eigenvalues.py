@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import secorder.oneshot.eigenvalues
 from secorder import CurvatureProbe, InvalidArgumentError
-from secorder.oneshot.eigenvalues import lanczos
+from secorder.oneshot.eigenvalues import lanczos, nothing, start_of
+from secorder.oneshot.operators import ProductInZ, ProductOnParameters, operators
 
 from ..helpers import Twice, data, make, mlp, seeded
 
@@ -82,6 +83,70 @@ def test_eigenvalues_against_dense_blocks(name: str, count: int) -> None:
         distinct = true[torch.cat([torch.tensor([True]), true.diff() > 1e-9])]
         assert values.top == pytest.approx(distinct[-count:].flip(0).tolist(), rel=1e-7, abs=1e-9)
         assert values.bottom == pytest.approx(distinct[:count].tolist(), rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize("of", ["hessian", "fisher"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_eigenvalues_of_one_end(count: int, of: Any) -> None:
+    """Those of both ends, and of the largest in modulus the right ones of either; on data sets and of zeros as well."""
+    model, (inputs, targets) = make(), data()
+    model[2].weight.data.mul_(3)
+    loss_fn = lambda f, t: -F.cross_entropy(f, t)  # whose largest eigenvalues in modulus are mostly negative  # noqa: E731
+    probe = CurvatureProbe(model)
+
+    def found(*batch: Any, **options: Any) -> dict[str, Any]:
+        how = {"of": of, "count": count, "tolerance": 1e-10, "generator": seeded()}
+        return probe.hessian_eigenvalues(loss_fn, *batch, **how, **options)
+
+    whole = found(inputs, targets)
+    for batch in ((inputs, targets), ([(inputs[:2], targets[:2]), (inputs[2:], targets[2:])],)):
+        by_end = {which: found(*batch, which=which) for which in ("top", "bottom", "largest")}
+        for name, both in whole.items():
+            top, bottom, largest = (by_end[which][name] for which in by_end)
+            assert all(x.converged for x in (top, bottom, largest))
+            assert (top.bottom, bottom.top) == ([], [])
+            assert top.top == pytest.approx(both.top, rel=1e-7, abs=1e-9)
+            assert bottom.bottom == pytest.approx(both.bottom, rel=1e-7, abs=1e-9)
+            expected = sorted({*both.top, *both.bottom}, key=abs, reverse=True)[:count]
+            assert [*largest.top, *largest.bottom] == pytest.approx(
+                sorted((x for x in expected if x >= 0), reverse=True) + sorted(x for x in expected if x < 0),
+                rel=1e-7, abs=1e-9,
+            )  # fmt: skip
+
+
+def test_one_end_of_a_zero() -> None:
+    ends = {"both": (2, 2), "top": (2, 0), "bottom": (0, 2), "largest": (2, 0)}
+    for which, sizes in ends.items():
+        found = nothing(2, which)
+        assert (len(found.top), len(found.bottom)) == sizes
+
+
+def test_the_largest_takes_fewer_products_than_both_ends() -> None:
+    values = torch.cat([torch.linspace(-1, 1, 400), torch.tensor([3.0, 5.0])])
+    start = torch.randn(402, generator=seeded())
+    found, both = (lanczos(lambda v: values * v, start, 1, 1e-3, 402, which) for which in ("largest", "both"))
+    assert found.converged
+    assert (found.top, found.bottom) == (pytest.approx([5.0], rel=1e-6), [])
+    assert found.num_hvps < both.num_hvps
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.0])
+def test_the_start_has_a_part_in_the_gradient(slope: float) -> None:
+    """But where there is none, as at a minimum."""
+
+    def starts(task: Any) -> list[tuple[Tensor, Tensor]]:
+        blocks = [(x, p) for x, p in operators(task, "hessian") if isinstance(p, (ProductInZ, ProductOnParameters))]
+        found = [(p.gradient, start_of(task, x, p, slice(0, len(p.gradient)))) for x, p in blocks]
+        assert len(found) == len(task.layers)
+        return found
+
+    probe = CurvatureProbe(Twice())
+    for gradient, start in probe._measure(
+        starts, lambda f, t: slope * F.cross_entropy(f, t), *data(), generator=seeded()
+    ):
+        assert bool(start.isfinite().all())
+        assert bool(gradient.any()) == bool(slope)
+        assert torch.cosine_similarity(gradient, start, 0) == pytest.approx(slope * 0.5**0.5, abs=0.25)
 
 
 def test_eigenvalues_say_when_they_are_not_there_yet() -> None:
@@ -237,6 +302,8 @@ def test_the_model_is_left_as_it_was_after_an_exception_between_layers(
 
 def test_what_may_be_asked() -> None:
     probe = CurvatureProbe(mlp())
+    with pytest.raises(InvalidArgumentError, match="which must be"):
+        probe.hessian_eigenvalues(F.cross_entropy, *data(), which="end")  # type: ignore[arg-type]
     for options in ({"of": "gauss"}, {"by": "row"}):
         for measure in (probe.hessian_trace, probe.hessian_eigenvalues):
             with pytest.raises(InvalidArgumentError, match="must be"):

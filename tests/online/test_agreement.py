@@ -40,7 +40,7 @@ def test_a_bad_part_is_bad_for_all_and_a_missing_one_is_told() -> None:
     assert agree(other(1, 0, number, -number), "test", bad=False)
     with pytest.raises(AttributionError, match="another rank"):
         agree(other(1, 1, number, -number), "test", bad=False)
-    with pytest.raises(AttributionError, match="in other orders"):
+    with pytest.raises(AttributionError, match="in different orders"):
         agree(other(0, 0, 7, -7), "test", bad=False)
     give_up(other(0, 0, number, -number), "test")
 

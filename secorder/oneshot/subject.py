@@ -1,6 +1,6 @@
-"""What one-shot measurements are taken of, and those that the documented functions take: of a batch, or of a data set.
+"""The subject of one-shot measurements, layers of a model, and its Fisher and Hessian on a batch or a data set.
 
-No hooks are needed for them, and no sums: a probe has both for training.
+It needs no hooks and no sums: a probe has both for training.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +27,14 @@ from .isolation import Result
 from .measurement import Measurement, measure
 from .warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 
-__all__ = ["Measured", "fisher_of", "hessian_of"]
+__all__ = ["Subject", "fisher_of", "hessian_of"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
-    """Layers of a model.
+class Subject:
+    """What one-shot measurements are taken of: layers of a model.
 
     Attributes:
         model: the model.
@@ -92,7 +92,7 @@ class Measured:
 
 @takes_data_sets(by_sample=lambda options: True)
 def fisher_of(
-    measured: Measured,
+    subject: Subject,
     loss_fn: LossFunction,
     inputs: Any,
     targets: Any = None,
@@ -111,7 +111,7 @@ def fisher_of(
     check_fisher_type(fisher_type, num_draws)
     budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
     with raised_on_all() if synchronize else nullcontext():
-        fisher = measured.measure(
+        fisher = subject.measure(
             lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
             loss_fn,
             inputs,
@@ -123,12 +123,12 @@ def fisher_of(
             progress=progress,
         )
         warn_if_not_finite(fisher, "Fisher")
-    return mean_over_ranks(fisher, batch_size(inputs, targets, measured.sample_dim)) if synchronize else fisher
+    return mean_over_ranks(fisher, batch_size(inputs, targets, subject.sample_dim)) if synchronize else fisher
 
 
 @takes_data_sets(by_sample=lambda options: False)
 def hessian_of(
-    measured: Measured,
+    subject: Subject,
     loss_fn: LossFunction,
     inputs: Any,
     targets: Any = None,
@@ -147,7 +147,7 @@ def hessian_of(
     budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
     if create_graph and method == "hutchinson":
         raise InvalidArgumentError('create_graph=True needs method="exact".')
-    hessian = measured.measure(
+    hessian = subject.measure(
         lambda task: hessian_diagonal(task, budget),
         loss_fn,
         inputs,
@@ -160,5 +160,5 @@ def hessian_of(
     if method == "auto":
         warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
     warn_if_not_finite(hessian, "Hessian")
-    warn_if_inexact(measured.layers)
+    warn_if_inexact(subject.layers)
     return hessian

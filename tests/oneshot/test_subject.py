@@ -8,7 +8,7 @@ from torch import nn
 
 from secorder import CurvatureProbe, Diagonals, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 from secorder.layers.selection import select_layers
-from secorder.oneshot.measured import Measured, fisher_of, hessian_of
+from secorder.oneshot.subject import Subject, fisher_of, hessian_of
 from secorder.online.hooks import Attachment
 
 from ..helpers import data, make
@@ -27,8 +27,8 @@ def test_measurements_attach_nothing_and_are_those_of_a_probe(monkeypatch: pytes
         raise AssertionError("a hook on the model")
 
     monkeypatch.setattr(Attachment, "attach", refuse)
-    measured = Measured(model, select_layers(model), None)
+    subject = Subject(model, select_layers(model), None)
     assert same(per_layer_fisher_diagonal(model, *batch), fisher)
-    assert same(fisher_of(measured, *batch), fisher)
+    assert same(fisher_of(subject, *batch), fisher)
     assert same(per_layer_hessian_diagonal(model, *batch, method="exact"), hessian)
-    assert same(hessian_of(measured, *batch, method="exact"), hessian)
+    assert same(hessian_of(subject, *batch, method="exact"), hessian)

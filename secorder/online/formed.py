@@ -1,0 +1,113 @@
+"""Squares that are formed apart from the sums, and wait to be added together: what is small is asked of all at once.
+
+Squares of several positions are formed before they are added, so that they tell themselves whether they are finite:
+it is no batch that counts where they are not. They wait until they take memory that counts, and at most until the
+backward ends.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .._torch.several import add_each, add_products, multiply_each
+from ..layers.contraction import IN_PLACE_ELEMENTS, contract
+from ..layers.dtypes import compute_dtype
+from ..layers.per_sample import Outer, PerSample, Rows
+from ..layers.selection import Layer
+from .finite import finite
+from .record import ForwardRecord
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = ["add_formed", "form", "is_formed", "squares_may_wait", "wait_formed"]
+
+#: Elements of squares that wait, at most.
+MOST_ELEMENTS = 1 << 20
+
+
+def form(
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+) -> Tensor | None:
+    """The squares of all of a layer's parameters, one after the other.
+
+    None where they need not be formed to be added, or not by this rank alone, or are too many.
+    """
+    sizes = layer.sizes()
+    if fisher.accumulate != "diagonal" or layer.sharded or not 0 < sum(sizes) <= IN_PLACE_ELEMENTS:
+        return None
+    if record.attribution.sharing(layer.name) or fisher.low(record, layer):
+        return None
+    parts = [gradients[name] for name in layer.parameters]
+    formed = [isinstance(x, Tensor) or is_formed(x, size) for x, size in zip(parts, sizes, strict=True)]
+    if not any(formed) or any(isinstance(x, Rows) for x in parts):
+        return None
+    like = next(iter(layer.parameters.values()))
+    squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
+    for part, out in zip(parts, squares.split(sizes), strict=True):
+        contract(part, numel=len(out), out=out, beta=0.0)
+    return squares
+
+
+def is_formed(part: PerSample, numel: int) -> bool:
+    """Whether the squares of a parameter are formed in a tensor of their own in any case."""
+    return isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS
+
+
+def squares_may_wait(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
+    """Whether a layer is added as any other is: here, in one dtype, and whatever other ranks find."""
+    if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
+        return False
+    dtype, device = squares.dtype, squares.device
+    for other in (*fisher.sums[layer.name].sums, *[own for _, own in record.formed[:1]]):
+        if other.dtype is not dtype or other.device != device:
+            return False
+    return True
+
+
+def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> None:
+    """A layer's squares wait from now on; where too much would, all are added."""
+    record.received.add(layer.name)
+    record.formed.append((layer, squares))
+    if sum([len(own) for _, own in record.formed]) > MOST_ELEMENTS:
+        add_formed(fisher, record)
+
+
+def add_formed(fisher: "OnlineFisher", record: ForwardRecord) -> None:
+    """Add the squares of a record that wait."""
+    waiting, record.formed = record.formed, []
+    every = [(layer, squares) for layer, squares in waiting if layer.name not in record.troubled]
+    if every:
+        fisher.troubles.guarded(record, [layer.name for layer, _ in every], _add, fisher, record, every)
+
+
+def _add(fisher: "OnlineFisher", record: ForwardRecord, every: Sequence[tuple[Layer, Tensor]]) -> None:
+    goods = None
+    if fisher.on_nonfinite == "skip":
+        goods = finite(torch.stack([squares.amax() for _, squares in every]))
+    fisher.add_together(record, [layer for layer, _ in every], partial(_add_to, every, goods), goods)
+
+
+def _add_to(
+    every: Sequence[tuple[Layer, Tensor]],
+    goods: Tensor | None,
+    outs: Sequence[Mapping[str, Tensor]],
+    *,
+    beta: float,
+    alpha: float,
+) -> None:
+    """``out ← beta · out + alpha · squares`` of each parameter of the layers that are good; overwrites the squares."""
+    totals = [total for own in outs for total in own.values()]
+    parts = [part for layer, squares in every for part in squares.split(layer.sizes())]
+    if beta != 1.0:
+        multiply_each(totals, beta)
+    if goods is None:
+        add_each(totals, parts, alpha=alpha)
+        return
+    for _, squares in every:
+        squares.nan_to_num_()  # times zero, where it does not count
+    factors = zip(every, goods.to(parts[0].dtype).unbind(), strict=True)
+    add_products(totals, parts, [good for (layer, _), good in factors for _ in layer.parameters], alpha=alpha)

@@ -1,0 +1,96 @@
+"""What training multiplies a loss by that the model returns: seen in batches that are looked at.
+
+Where all of the gradient comes through the loss, what comes to it is the number that it was multiplied by. Outputs that
+the loss is computed from get no other gradient then than the loss's.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .._torch.compile import never_compiled
+from .._torch.graph import users_of
+from .._torch.pytree import tensors_in
+from .._torch.transforms import inside_transform
+from .record import ForwardRecord
+from .troubles import Troubles
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = ["fraction", "tell_scale", "watch_scale"]
+
+#: What may be rounding in numbers of half precision.
+TOLERANCE = 1e-2
+
+
+def fraction(scale: float) -> str:
+    """A scale as people write it: ``1/4``, else as a decimal number."""
+    inverse = round(1 / scale) if scale else 0
+    return f"1/{inverse}" if inverse > 1 and abs(scale * inverse - 1) < TOLERANCE else f"{scale:.4g}"
+
+
+def _by_whole_number(scale: float) -> bool:
+    """Micro-batches and scalers have such scales; another one, such as of a weighted term, is the loss's own affair."""
+    number = max(scale, 1 / scale) if scale and isfinite(scale) else 1.0
+    return number > 1.5 and abs(number / round(number) - 1) < 1e-3
+
+
+def watch_scale(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> None:
+    """See what gradients come to the scalars that the model has returned, where nothing is told of the loss's scale.
+
+    Of one sample, a scalar may be anything.
+    """
+    if fisher.returned is not None or not record.verified or record.num_samples < 2 or callable(fisher.reduction):
+        return
+    ends = [t for t in tensors_in(output) if t.grad_fn is not None]
+    losses = [t for t in ends if not t.dim()]
+    users = users_of(losses) if len(losses) < len(ends) else {}
+    for tensor in ends if losses else ():
+        through: list[Tensor] = []
+        for user, index in users.get(tensor.grad_fn, ()) if tensor.dim() else ():
+            if user.next_functions[index][1] == tensor.output_nr:
+                user.register_hook(partial(_gave, through, index))
+        tensor.register_hook(partial(_came, fisher.troubles, record.scales, through))
+
+
+@never_compiled
+def _gave(through: list[Tensor], index: int, gradients: Sequence[Tensor | None], _: Any) -> None:
+    """An operation of the loss has brought a gradient to an output that the loss is computed from."""
+    g = gradients[index]
+    if g is not None and not inside_transform():
+        through.append(g.detach())
+
+
+@never_compiled
+def _came(troubles: Troubles, scales: list[float | None], through: list[Tensor], gradient: Tensor) -> None:
+    """A gradient has come to an output."""
+    if not inside_transform() and gradient.numel():
+        troubles.guarded(None, (), _see, scales, through, gradient)
+
+
+def _see(scales: list[float | None], through: list[Tensor], gradient: Tensor) -> None:
+    """Of a loss, its scale; of another output, whether more than the loss brings."""
+    if not gradient.dim():
+        scales.append(abs(float(gradient)))
+        return
+    rest = gradient.detach() - sum(through)
+    through.clear()
+    if rest.abs().max() > TOLERANCE * gradient.abs().max():
+        scales.append(None)
+
+
+def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None:
+    """Mark all layers where the loss of the one forward of a backward is multiplied, or divided, by a whole number."""
+    scales = records[0].scales if len(records) == 1 else []
+    first = scales[0] if scales else None
+    if first is not None and scales.count(first) == len(scales) and _by_whole_number(first):
+        fisher.troubles.mark(
+            fisher.sums,
+            f"the loss that the model returns is multiplied by {fraction(first)} before backward, and nothing is told "
+            'of it: pass loss_scale="returned" where that is no part of the loss (micro-batches whose gradients are '
+            "accumulated, a GradScaler), or loss_scale=1 where it is.",
+        )

@@ -1,0 +1,75 @@
+"""A loss that the model returns, and what it is multiplied by before backward."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import AttributionError, CurvatureProbe
+from secorder.online.loss_scale import fraction
+
+from ..helpers import Net
+from ..reference import assert_all_close
+from .loops import follow
+
+Pair = tuple[Tensor, Tensor]
+
+
+def returns_loss(m: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    logits = m.b(torch.tanh(m.a(x)))
+    return {"logits": logits, "loss": F.cross_entropy(logits, y), "norm": logits.square().sum(1).mean()}
+
+
+def model() -> Net:
+    return Net(returns_loss, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+
+
+def batches() -> list[Pair]:
+    return [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(3)]
+
+
+def train(net: nn.Module, scale: float) -> None:
+    for x, y in batches():
+        (net(x, y)["loss"] * scale).backward()
+
+
+def test_a_scale_of_which_nothing_is_told_is_refused() -> None:
+    """Gradients of four micro-batches, as many public loops accumulate them."""
+    net = model()
+    with CurvatureProbe(net, reduction="mean") as probe:
+        with pytest.warns(UserWarning, match='multiplied by 1/4 .*pass loss_scale="returned"'):
+            train(net, 1 / 4)
+        with pytest.raises(AttributionError, match="or loss_scale=1 where it is"):
+            probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize(("told", "of"), [("returned", 1.0), (1 / 4, 1.0), (1.0, 1 / 4)])
+def test_what_is_told_is_taken(told: Any, of: float) -> None:
+    """The first two divide it out; with one, it is a part of the loss."""
+    net, found = model(), []
+    for scale, options in ((1 / 4, {"loss_scale": told}), (of, {"loss_scale": 1.0})):
+        torch.manual_seed(1)
+        with CurvatureProbe(net, reduction="mean", **options) as probe:
+            train(net, scale)
+            found.append(probe.fisher_diagonal())
+    assert_all_close(*found)
+
+
+@pytest.mark.parametrize(
+    "kind", ["two terms", "another output", "more of an output", "a weight of its own", "negative"]
+)
+def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
+    losses = {
+        "two terms": lambda out, y: out["loss"] + 0.1 * out["norm"],
+        "more of an output": lambda out, y: 0.5 * out["loss"] + 0.5 * F.nll_loss(out["logits"], y),
+        "another output": lambda out, y: F.cross_entropy(out["logits"], y) + 0.1 * out["norm"],
+        "a weight of its own": lambda out, y: 1.04 * out["loss"],
+        "negative": lambda out, y: -out["loss"],
+    }
+    assert follow(model(), batches(), lambda m, b: losses[kind](m(*b), b[1])).exact
+
+
+def test_fractions_are_written_as_people_do() -> None:
+    assert [fraction(x) for x in (0.25, 1 / 3, 65536.0, 0.3)] == ["1/4", "1/3", "6.554e+04", "0.3"]
