@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
-from .._torch.graph import Node, operation_of, shape_of, tells_recomputation
+from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
 from .._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
 from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
@@ -95,8 +95,8 @@ def _begins(
 ) -> bool:
     """A backward pass begins; whether this forward is watched no more."""
     own = attachment()
-    if own is None or own.pauses or record.closed:
-        return True
+    if own is None or own.pauses or record.closed or own.fisher.troubles.has_seen("computed"):
+        return True  # what adapted parameters are computed from is told of as that
     if record.thread != threading.get_ident():
         return False
     reached: list[Place] = []
@@ -128,7 +128,7 @@ def _look(
         return
     fisher = attachment.fisher
     names = layers_behind(fisher.layers, [node for node, _ in coupled])
-    if any(operation_of(node) in _NORMALISATIONS and node._saved_training for node in order):
+    if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
         tell_normalised(fisher.troubles, names)
     else:
         fisher.troubles.mark(names, _COUPLED)
