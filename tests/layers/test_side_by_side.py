@@ -59,7 +59,7 @@ def test_what_they_tell_is_what_each_tells_by_itself(bad: str | None) -> None:
 
 
 def test_numbers_whose_squares_are_too_large_are_left_out_in_float32() -> None:
-    """Norms of them are finite where they are summed up in double precision, as on CPUs."""
+    """They are finite themselves, and nothing of them gets into the other layers."""
     (layers, _), given = frame(), [(a.float(), g.float()) for a, g in factors()]
     given[1][0][2, 1] = 1e25
     together = SideBySide(Frame(layers.widths, *[x.float() for x in layers[1:]]), given)
