@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["AutocastState", "autocast", "autocast_state", "no_autocast", "under_autocast"]
+__all__ = ["AutocastState", "autocast", "autocast_enabled", "autocast_state", "no_autocast", "under_autocast"]
 
 #: Device type → dtype, where autocast is enabled.
 AutocastState = dict[str, torch.dtype]
 
 _DEVICE_TYPES = ("cpu", "cuda", "mps", "xpu")
 
+#: Whether it is enabled for any of them.
+autocast_enabled: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
 
 def autocast_state() -> AutocastState:
     """What is enabled now."""
-    if not torch._C._is_any_autocast_enabled():
+    if not autocast_enabled():
         return {}
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)}
 

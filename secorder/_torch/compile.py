@@ -88,8 +88,8 @@ def is_traced() -> bool:
     """Whether what runs now is not computed but written down: by ``torch.export``, ``torch.jit.trace``, ``make_fx``."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
-    keys = torch._C._TorchDispatchModeKey
-    return any(torch._C._get_dispatch_mode(key) is not None for key in (keys.PROXY, keys.FAKE))
+    keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return mode(keys.PROXY) is not None or mode(keys.FAKE) is not None
 
 
 class EagerSection:

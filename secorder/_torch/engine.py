@@ -13,7 +13,6 @@ from .graph import nodes_behind
 __all__ = [
     "accumulate_node",
     "accumulates_into",
-    "accumulates_untouched",
     "after_backward",
     "backward_since",
     "current_backward",
@@ -21,6 +20,7 @@ __all__ = [
     "first_gradient_hook",
     "graph_is_kept",
     "in_backward",
+    "untouched",
     "will_accumulate",
 ]
 
@@ -64,22 +64,21 @@ def accumulate_node(parameter: Tensor) -> Any:
     return get_gradient_edge(parameter).node
 
 
-def accumulates_into(parameters: Iterable[Tensor], output: Tensor) -> Any:
-    """The node that accumulates into one of the parameters, where it is next to the output's own node; else None."""
-    wanted = {id(p) for p in parameters}
-    for node, _ in () if output.grad_fn is None else output.grad_fn.next_functions:
-        if id(getattr(node, "variable", None)) in wanted:
-            return node
+def accumulates_into(parameters: Iterable[Tensor], node: Any) -> Any:
+    """The node that accumulates into one of the parameters, where it is next to a node of the graph; else None."""
+    wanted = [id(p) for p in parameters]
+    for following, _ in node.next_functions:
+        if id(getattr(following, "variable", None)) in wanted:
+            return following
     return None
 
 
-def accumulates_untouched(parameter: Tensor) -> bool:
-    """Whether, at the end of a backward that begins, ``parameter.grad`` is what that backward brought.
+def untouched(parameters: Iterable[Any]) -> set[int]:
+    """By ``id``, the parameters whose ``.grad`` is what a backward that begins brings, when it has ended.
 
-    It has no gradient now, and no hooks that would change it, or take it away as soon as it is there.
+    They have no gradient now, and no hooks that would change it, or take it away as soon as it is there.
     """
-    hooks: Any = parameter
-    return parameter.grad is None and not hooks._backward_hooks and not hooks._post_accumulate_grad_hooks
+    return {id(p) for p in parameters if p.grad is None and not p._backward_hooks and not p._post_accumulate_grad_hooks}
 
 
 def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

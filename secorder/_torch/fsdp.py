@@ -5,13 +5,18 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook", "local"]
+__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook", "local", "local_shape"]
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that lies over ranks, such as a sharded parameter; any other tensor, detached."""
     found: Tensor = tensor.detach()
     return found.to_local() if hasattr(found, "to_local") else found
+
+
+def local_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape of this rank's part of a tensor that lies over ranks; of any other tensor, its own."""
+    return tuple(local(tensor).shape if hasattr(tensor, "to_local") else tensor.shape)
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:

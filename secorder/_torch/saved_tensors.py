@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .versions import version
+from .versions import versions
 
 __all__ = [
     "Kept", "OverwrittenError", "checkpoint_section", "keep", "keeps_arguments", "saved_tensor_hooks_active",
@@ -38,7 +38,7 @@ def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
         tensors: the tensors.
         here: keep them here whatever autograd was told.
     """
-    detached = tuple(t.detach() for t in tensors)
+    detached = tuple([t.detach() for t in tensors])
     return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
 
 
@@ -76,10 +76,10 @@ class _KeptHere(Kept):
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self._tensors = tensors
-        self._versions = [version(t) for t in tensors]
+        self._versions = versions(tensors)
 
     def tensors(self) -> tuple[Tensor, ...]:
-        if [version(t) for t in self._tensors] != self._versions:
+        if versions(self._tensors) != self._versions:
             raise OverwrittenError
         return self._tensors
 

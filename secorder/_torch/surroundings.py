@@ -14,7 +14,10 @@ from torch import overrides
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 
-__all__ = ["function_modes", "lasting", "out_of_sight", "parametrizations_computed_anew", "unseen"]
+__all__ = ["count_modes", "function_modes", "lasting", "out_of_sight", "parametrizations_computed_anew", "unseen"]
+
+#: How many dispatch modes calls are made under.
+count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def unseen() -> Iterator[None]:
 
 def out_of_sight(work: Callable[..., Any], *arguments: Any) -> None:
     """Do work of ours inside of the user's pass, of which dispatch modes of the user's are to take no note."""
-    if not torch._C._len_torch_dispatch_stack():
+    if not count_modes():
         work(*arguments)
         return
     modes = _taken_off_modes()

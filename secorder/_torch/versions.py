@@ -1,9 +1,11 @@
 """Whether a tensor is unchanged: by its memory and its version counter, which in-place operations increase."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["same_memory", "version"]
+__all__ = ["same_memory", "version", "versions"]
 
 
 def same_memory(x: Tensor, y: Tensor) -> bool:
@@ -22,3 +24,11 @@ def version(tensor: Tensor) -> int:
         if tensor.is_inference():
             return 0
         raise
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """The :func:`version` of each."""
+    try:
+        return [t._version for t in tensors]
+    except RuntimeError:
+        return [version(t) for t in tensors]

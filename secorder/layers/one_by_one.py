@@ -48,16 +48,15 @@ class OneByOne:
         inputs, cotangents = [one.inputs for one in layers], [one.cotangents for one in layers]
         if squared:
             self._squares = square_each(inputs), square_each(cotangents)
-            self._columns = [g.sum(0) for g in self._squares[1]]
-            self._sizes = [a.sum() for a in self._squares[0]] + [own.sum() for own in self._columns]
+            self._sizes = torch.stack([x.sum() for both in self._squares for x in both])
         else:
-            self._squares, self._columns = ([], []), []
+            self._squares = [], []
             self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (*inputs, *cotangents)]).square_()
-            self._sizes = list(self._rows.sum(1).unbind())
+            self._sizes = self._rows.sum(1)
 
     def finite(self) -> Tensor:
         """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it."""
-        both = torch.stack(self._sizes).view(2, -1).sum(0)
+        both = self._sizes.view(2, -1).sum(0)
         self._goods = (both - both) == 0
         return self._goods
 
@@ -66,29 +65,31 @@ class OneByOne:
 
         And the square of what its rounding is relative to, the norms of both factors, of the rows that are looked at.
         """
-        lefts, rights, of_inputs, of_cotangents, here = [], [], [], [], []
+        lefts, rights, parts, here = [], [], {}, []
+        ones, squares = self._with_bias.unbind(), self._squares[1]
         for i, (one, look) in enumerate(zip(self._layers, self._looks, strict=True)):
             if look is None:
                 continue
-            r, s, start = look
-            g, of_g = one.cotangents, self._sizes[len(self._layers) + i]
-            if len(r) != g.shape[1]:
-                g = g.narrow(1, start, len(r))
-                of_g = self._columns[i].narrow(0, start, len(r)).sum() if self._columns else g.square().sum()
-            lefts.append(torch.mv(g, r))
-            rights.append(torch.mv(one.inputs, s))
-            of_inputs.append(self._sizes[i])
-            of_cotangents.append(of_g)
             here.append(i)
+            (a, g), (r, s, start) = one.factors, look
+            if r.shape[0] != g.shape[1]:
+                g = g.narrow(1, start, r.shape[0])
+                parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()
+            lefts.append(torch.mv(g, r))
+            rights.append(torch.addmv(ones[i], a, s))
+        of_inputs, of_cotangents = self._sizes.view(2, -1).unbind()
         with_bias = self._with_bias
-        if len(here) < len(self._layers):  # an index made of a list would be waited for
-            each = with_bias.unbind()
-            with_bias = torch.stack([each[i] for i in here])
-        right = torch.stack(rights).add_(with_bias[:, None])
-        sizes = torch.stack(of_inputs).add_(with_bias, alpha=right.shape[1]).mul_(torch.stack(of_cotangents))
+        if len(here) < len(ones):  # an index made of a list would be waited for
+            each = of_inputs.unbind()
+            of_inputs, with_bias = torch.stack([each[i] for i in here]), torch.stack([ones[i] for i in here])
+        if parts or len(here) < len(ones):
+            each = of_cotangents.unbind()
+            of_cotangents = torch.stack([parts.get(i, each[i]) for i in here])
+        left, right = torch.stack(lefts), torch.stack(rights)
+        sizes = torch.add(of_inputs, with_bias, alpha=right.shape[1]).mul_(of_cotangents)
         if right.shape[1] <= MANY_TERMS:
-            return torch.linalg.vecdot(torch.stack(lefts), right), sizes
-        values, rounds = added_up(torch.stack(lefts).mul_(right), 1)
+            return torch.linalg.vecdot(left, right), sizes
+        values, rounds = added_up(left.mul_(right), 1)
         return values, sizes.mul_(rounds)
 
     def norms(self) -> Tensor:
@@ -99,7 +100,7 @@ class OneByOne:
         inputs, cotangents = self._squares
         rows = torch.stack([x.sum(1) for x in (*inputs, *cotangents)]) if inputs else self._rows
         of_a, of_g = rows.view(2, len(self._layers), -1).unbind()
-        return torch.addcmul(self._with_bias[:, None] * of_g, of_g, of_a)
+        return torch.add(of_a, self._with_bias[:, None]).mul_(of_g)
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²``: Σ_n g_n² (a_n²)ᵀ of weights, and Σ_n g_n² of biases.
@@ -112,12 +113,11 @@ class OneByOne:
             alpha: factor of what is added.
         """
         of_a, of_g = self._squares
-        biases = [(own["bias"], part) for own, part in zip(outs, self._columns, strict=True) if "bias" in own]
         if self._goods is not None:
-            keeps = self._goods.unbind()
-            for squares in (*of_a, *of_g, *self._columns):
+            for squares in (*of_a, *of_g):
                 squares.nan_to_num_()  # times zero, where it does not count
-            multiply_each([*of_g, *self._columns], [*keeps, *keeps])
+            multiply_each(of_g, self._goods.unbind())
+        biases = [(own["bias"], g.sum(0)) for own, g in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)
             if beta != 1.0:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .._torch.versions import version
+from .._torch.versions import versions
 from .per_sample import Outer, PerSample
 from .selection import Layer
 
@@ -28,7 +28,7 @@ class RankOne(NamedTuple):
     layer: Layer
     inputs: Tensor
     cotangents: Tensor
-    versions: tuple[int, int]
+    versions: list[int]
 
     @property
     def gradients(self) -> dict[str, PerSample]:
@@ -38,13 +38,18 @@ class RankOne(NamedTuple):
         return {name: both[name] for name in self.layer.parameters}
 
     @property
+    def elements(self) -> int:
+        """Of both factors."""
+        return self.inputs.numel() + self.cotangents.numel()
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Inputs and cotangents."""
         return self.inputs, self.cotangents
 
     def overwritten(self) -> bool:
         """Whether one of the factors was changed in place since."""
-        return (version(self.inputs), version(self.cotangents)) != self.versions
+        return versions(self.factors) != self.versions
 
 
 def rank_one(layer: Layer, gradients: Mapping[str, PerSample]) -> RankOne | None:
@@ -64,4 +69,4 @@ def rank_one(layer: Layer, gradients: Mapping[str, PerSample]) -> RankOne | None
         return None
     samples = g.shape[0]
     inputs, cotangents = a.view(samples, a.shape[3]), g.view(samples, g.shape[3])
-    return RankOne(layer, inputs, cotangents, (version(a), version(g)))
+    return RankOne(layer, inputs, cotangents, versions((a, g)))

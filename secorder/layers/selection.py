@@ -93,7 +93,7 @@ class Layer:
             return gradient.detach()
         return self.spread.part_of_gradient(gradient, parameter)
 
-    @property
+    @cached_property
     def measured_by(self) -> "MeasuredBy":
         """What tells the per-sample gradients: see :attr:`secorder.LayerInfo.measured_by`."""
         return "rule" if self.rule is not None else "operations" if self.by_operations else "rerun"

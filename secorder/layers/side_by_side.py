@@ -62,17 +62,17 @@ class SideBySide:
         self._columns = torch.cat([a for a, _ in factors] + [g for _, g in factors] + [ones], 1)
         self._squares = self._columns * self._columns
         self._sums = self._squares.sum(0)
-        self._bad: Tensor | None = None
+        self._goods: Tensor | None = None
 
     def finite(self) -> Tensor:
         """Of each layer, whether all squares are finite; where they are not, they are zero from now on."""
         owners = self._frame.owners
         found = torch.mv(owners, ((self._sums - self._sums) != 0).to(owners.dtype))
-        goods, self._bad = found == 0, found != 0
+        self._goods = found == 0
         self._columns.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.mv(owners.t(), found) == 0)
         torch.mul(self._columns, self._columns, out=self._squares)
         self._sums = self._squares.sum(0)
-        return goods
+        return self._goods
 
     def explained(self) -> tuple[Tensor, Tensor]:
         """Of each layer rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more; not finite where it is not.
@@ -87,13 +87,13 @@ class SideBySide:
             sizes.mul_(rounds)
         else:
             values = (left * right).sum(0)
-        return values if self._bad is None else values.masked_fill_(self._bad, torch.nan), sizes
+        return values if self._goods is None else values.div_(self._goods), sizes
 
     def norms(self) -> Tensor:
         """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``; not finite where it is not."""
         of_a, of_g = torch.mm(self._squares, self._frame.blocks).t().chunk(2)
         norms = of_a * of_g
-        return norms if self._bad is None else norms.masked_fill_(self._bad[:, None], torch.nan)
+        return norms if self._goods is None else norms.div_(self._goods[:, None])  # where it is zero, by zero
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n².

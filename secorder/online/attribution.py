@@ -98,16 +98,19 @@ class Attribution:
 
     def count_by_shapes(self, shapes: Sequence[Shape]) -> int | None:
         """The number of samples where a dimension holds them; None where the shapes contradict what is known."""
-        if len(shapes) != len(self.dims) or any(
-            dim is not None and len(shape) <= dim for shape, dim in zip(shapes, self.dims, strict=True)
-        ):
+        if len(shapes) != len(self.dims):
             return None
-        if not (self.undecided or any(dim is not None for dim in self.dims)):
-            return 1  # each call is one sample
-        sizes = {shape[dim] for shape, dim in zip(shapes, self.dims, strict=True) if dim is not None}
+        sizes = set()
+        for shape, dim in zip(shapes, self.dims, strict=True):
+            if dim is not None:
+                if len(shape) <= dim:
+                    return None
+                sizes.add(shape[dim])
+        if not sizes:
+            return None if self.undecided else 1  # each call is one sample
         if 0 in sizes:
             return 0
-        return max(sizes) if len(sizes - {1}) <= 1 and sizes else None
+        return max(sizes) if len(sizes - {1}) <= 1 else None
 
 
 def merged(before: Attribution, after: Attribution) -> Attribution:

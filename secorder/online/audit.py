@@ -37,9 +37,11 @@ def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Te
     if gradient.is_sparse:
         ids, values = looked_up(gradient)
         return torch.dot(_everywhere(vectors)[ids], values.to(s.dtype) @ s)
-    matrix = _block(gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1), vectors)
+    matrix = gradient if gradient.dim() == 2 else gradient.reshape(vectors.rows, -1)
+    if not vectors.whole or matrix.dtype is not r.dtype:
+        matrix, bias = _block(matrix, vectors), None if bias is None else _block(bias, vectors)
     if bias is not None:
-        return torch.dot(torch.addmv(_block(bias, vectors), matrix, s), r)
+        return torch.dot(torch.addmv(bias, matrix, s), r)
     return torch.dot(matrix.flatten() if gradient.dim() < 2 else torch.mv(matrix, s), r)  # of one column, s is one
 
 
@@ -222,16 +224,15 @@ class Audit:
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
         """
-        known, home = self._numbers, self._home
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
-        one = not apart and chosen == ["weight", "bias"] and graph["bias"].shape == graph["weight"].shape[:1]
-        if one and graph["weight"].dim() > 1:
-            weight, bias = parameters["weight"], parameters["bias"]
-            known[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"]))
-            home[id(bias)] = id(weight)
-            return chosen
-        for name in chosen:
-            known[id(parameters[name])] = Number(parameters[name], None, self._directions.vectors(graph[name]))
+        if not apart and chosen == ["weight", "bias"]:
+            weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
+            if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
+                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
+                self._home[id(bias)] = id(weight)
+                return chosen
+        for name, p in [(name, parameters[name]) for name in chosen]:
+            self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name]))
         return chosen
 
     def _has(self, parameter: Tensor) -> bool:
@@ -321,9 +322,9 @@ class Audit:
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
 
-    def looks_at(self, one: RankOne) -> bool:
-        """Whether a layer's parameters are looked at, or some of them."""
-        return True in [self._has(p) for p in one.layer.parameters.values()]
+    def looks_at(self, weight: Tensor) -> bool:
+        """Whether a weight is looked at, alone or with its bias."""
+        return id(weight) in self._numbers
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
@@ -332,11 +333,12 @@ class Audit:
         """
         weight, bias = one.layer.parameters["weight"], one.layer.parameters.get("bias")
         number = self._numbers.get(id(weight))
-        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype or (number is None and self.looks_at(one)):
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:
             return None
-        if number is None:
-            return self._directions.vectors(weight)
-        return number.vectors if number.bias is bias else None
+        if number is not None:
+            return number.vectors if number.bias is bias else None
+        taken = self._has(weight) or (bias is not None and self._has(bias))
+        return None if taken else self._directions.vectors(weight)
 
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None

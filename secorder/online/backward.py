@@ -11,10 +11,10 @@ from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import (
     accumulate_node,
-    accumulates_untouched,
     after_backward,
     current_backward,
     executes_all,
+    untouched,
     will_accumulate,
 )
 from .._torch.fsdp import local
@@ -64,12 +64,13 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     record.backward = backward
     check_together(fisher, backward, record)
     backward.records.append(record)
-    _watch(attachment, backward, record)
+    fresh = _fresh(fisher)
+    _watch(fisher, backward, record, fresh)
     if record.verified and not backward.partial:
         backward.partial = not executes_all(current_node())
     if len(backward.records) == 1 and fisher.norms_due():
         backward.takes_norms = True
-        watch_squares(fisher, backward, record)
+        watch_squares(fisher, backward, record, fresh)
     if record.recomputes and not record.handles:
         attachment.register(record)
     return True
@@ -94,9 +95,22 @@ def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
         after_backward(record.unhook)
 
 
-def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) -> None:
-    """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
-    fisher = attachment.fisher
+def _fresh(fisher: OnlineFisher) -> set[int]:
+    """By ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end, and nothing else."""
+    if has_ranks():
+        return set()  # .grad may be all ranks' then
+    return untouched([p for layer in fisher.layers if not layer.sharded for p in layer.parameters.values()])
+
+
+def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
+    """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any.
+
+    Args:
+        fisher: with the layers.
+        backward: that begins.
+        record: of a forward that it runs through.
+        fresh: see :func:`_fresh`.
+    """
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
         return
@@ -104,20 +118,20 @@ def _watch(attachment: "Attachment", backward: Backward, record: ForwardRecord) 
     most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
     audited = fisher.directions.some(names, most)
     captured = {name for name, _ in record.hooked}
-    shared = has_ranks()  # .grad may be all ranks' then
+    ties = record.attribution.ties
     for layer in fisher.layers:
         if layer.name not in audited and layer.name in captured:
             continue
         graph = record.parameters(layer)
-        apart = layer.name in record.attribution.ties or bool(record.attribution.sharing(layer.name))
+        apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
         for name in backward.audit.watch(layer.parameters, parts, apart=apart):
             parameter = layer.parameters[name]
+            if id(parameter) in fresh:
+                backward.fresh.append(parameter)
+                continue
             if not layer.sharded and record.moved(parameter) and will_accumulate(accumulate_node(parameter)):
                 backward.early.add(id(parameter))  # and not torch.autograd.grad
-            if not layer.sharded and not shared and accumulates_untouched(parameter):
-                backward.fresh.append(parameter)  # .grad will be this backward's gradient, and nothing else
-                continue
             saw = partial(_saw, backward, record, layer, parameter, accumulate_node(graph[name]))
             backward.on_gradient(graph[name], saw, gathered=layer.sharded)
 

@@ -17,7 +17,7 @@ from .._torch.engine import (
     in_backward,
     will_accumulate,
 )
-from .._torch.fsdp import local
+from .._torch.fsdp import local, local_shape
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
 from .._torch.transforms import inside_transform
@@ -49,7 +49,7 @@ def layer_called(
     if layer.spread is not None and layer.split:
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own(x, ends[0], "its input") for x in inputs)
-    index = _call(record, layer, (tuple(local(output).shape),))
+    index = _call(record, layer, (local_shape(output),))
     if not _recordable(record, layer, (output,)):
         return
     kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
@@ -58,10 +58,10 @@ def layer_called(
     record.hooked.add((layer.name, index))
     if layer.sharded:
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
-    node = accumulates_into(record.parameters(layer).values(), output)
-    assert output.grad_fn is not None
-    gradient = _LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends)
-    output.grad_fn.register_prehook(gradient)
+    made_by = output.grad_fn
+    assert made_by is not None
+    node = accumulates_into(record.parameters(layer).values(), made_by)
+    made_by.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends))
 
 
 def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:

@@ -13,7 +13,7 @@ from ..parallel.all_reduce import add_up
 from ..parallel.fsdp import Shard, part_of
 from .agreement import share_troubles
 from .fisher import OnlineFisher
-from .norms import COLUMNS, NormSums
+from .norm_sums import COLUMNS, NormSums
 from .stretch import Stretch, put_aside
 from .sums import LayerSums
 

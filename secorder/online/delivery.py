@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch.fsdp import local
-from .._torch.versions import version
+from .._torch.versions import versions
 from ..layers.contraction import contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
@@ -80,7 +80,7 @@ def bring_rank_one(
     if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
         return False
     g = g.detach()
-    one = RankOne(layer, a, g, (version(a), version(g)))
+    one = RankOne(layer, a, g, versions((a, g)))
     if not may_wait(fisher, record, one):
         return False
     wait(fisher, record, one)

@@ -65,14 +65,18 @@ class Directions:
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Directions, ()  # a copy draws numbers of its own
 
-    def _take(self, size: int, like: Tensor) -> Tensor:
-        key = (like.device, like.dtype)
+    def _take(self, size: int, parameter: Tensor) -> Tensor:
+        """Random numbers where a parameter is, and of its dtype, in float32 at least."""
+        key = (parameter.device, parameter.dtype)
         pool = self._pool.get(key)
-        if pool is None or len(pool) < 2 * size:
+        if pool is None or pool.shape[0] < 2 * size:
             numbers = torch.randn(max(2 * size, 1 << 13), generator=self._generator, device="cpu")
-            pool = self._pool[key] = numbers.to(like)
-        start = self._places.randrange(len(pool) - size + 1)
-        return pool[start : start + size]
+            pool = self._pool[key] = numbers.to(key[0], torch.promote_types(key[1], torch.float32))
+        return pool.narrow(0, self._below(pool.shape[0] - size + 1), size)
+
+    def _below(self, end: int) -> int:
+        """A place from 0 to below ``end``."""
+        return int(self._places.random() * end)
 
     def begin(self) -> None:
         """A backward begins."""
@@ -97,18 +101,16 @@ class Directions:
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
         block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
         block = block if parameter.dim() < 3 else min(block, OUT_CHANNELS)
-        start = self._places.randrange(rows - block + 1)
-        like = parameter.detach()
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        start, r = self._below(rows - block + 1), self._take(block, parameter)
         if parameter.dim() > 2:
             channels = parameter.shape[1]
             size, few = columns // max(channels, 1), min(channels, IN_CHANNELS)
-            channel, place = self._places.randrange(channels - few + 1), self._places.randrange(max(size, 1))
-            s = like.new_zeros(columns)
-            s.view(channels, -1)[channel : channel + few, place] = self._take(few, like)
-            return Vectors(self._take(block, like), s, start, rows, channel, place)
-        s = self._take(columns, like) if parameter.dim() > 1 else like.new_ones(1)
-        return Vectors(self._take(block, like), s, start, rows)
+            channel, place = self._below(channels - few + 1), self._below(max(size, 1))
+            s = r.new_zeros(columns)
+            s.view(channels, -1)[channel : channel + few, place] = self._take(few, parameter)
+            return Vectors(r, s, start, rows, channel, place)
+        s = self._take(columns, parameter) if parameter.dim() > 1 else r.new_ones(1)
+        return Vectors(r, s, start, rows)
 
     def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors], flags: Sequence[float]) -> Frame | None:
         """The frame of several layers, kept as long as their vectors are.

@@ -6,7 +6,6 @@ backward has ended: what tied layers brought is put together, layers that the lo
 and the audit is compared.
 """
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch.autocast import autocast_state, no_autocast
+from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.fsdp import local
 from .._torch.sparse import entries
 from .._torch.surroundings import lasting
-from .._torch.versions import version
+from .._torch.versions import versions
 from ..errors import InvalidArgumentError, NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
@@ -29,16 +28,17 @@ from .closing import add_tied, audit_early, audit_uncalled
 from .directions import Directions
 from .failures import Failures
 from .finite import all_finite
-from .norms import NormSums, add_norms, take_norms, takes_norms
+from .norm_sums import NormSums
+from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .stretch import Stretch
-from .sums import LayerSums, count_together, empty
+from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
-__all__ = ["ADDING", "Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
+__all__ = ["Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
 
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
@@ -50,9 +50,6 @@ _INTERRUPTED = (
 
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
-
-#: Threads add to the sums one after the other.
-ADDING = threading.Lock()
 
 
 class OnlineFisher:
@@ -118,7 +115,14 @@ class OnlineFisher:
         )
 
     def __getstate__(self) -> dict[str, Any]:
+        self.norms.settle()
         return {**vars(self), "backwards": Backwards()}
+
+    @property
+    def seen(self) -> Tensor:
+        """Samples of all batches that count, float64."""
+        self.norms.settle()
+        return self._seen
 
     @lasting()
     def reset(self) -> None:
@@ -128,7 +132,8 @@ class OnlineFisher:
         self.renew()
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
-                record.waiting, record.elements_waiting, record.formed = [], 0, []
+                record.waiting, record.elements_waiting = [], 0
+                record.formed, record.elements_formed = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
@@ -149,7 +154,7 @@ class OnlineFisher:
         first = next(iter(self.sums.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
-        self.seen = torch.zeros((), dtype=torch.float64, device=device)  # samples of all batches that count
+        self._seen = torch.zeros((), dtype=torch.float64, device=device)
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
 
@@ -158,8 +163,8 @@ class OnlineFisher:
         for layer in self.layers:
             self.sums[layer.name].follow(layer, self.device, self.dtype)
         first = self.sums[self.layers[0].name].counts
-        if self.seen.device != first.device:
-            self.seen = self.seen.to(first)
+        if self.norms.device != first.device:
+            self._seen = self.seen.to(first)
             self.norms = self.norms.to(first.device)
             self.failures = self.failures.to(first.device)
 
@@ -235,7 +240,8 @@ class OnlineFisher:
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
             each = None if goods is None else goods.unbind()
             count_together(every, self.count_of(record), each, self.decay, self.of_all(record))
-        record.goods.extend(each or ())
+        if goods is not None:
+            record.goods.append(goods)
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""
@@ -245,12 +251,12 @@ class OnlineFisher:
     def _adding(self, names: Sequence[str]) -> Iterator[None]:
         """Inside, these layers' sums are added to; where that is broken off, a part of a batch stays in none unseen."""
         with ADDING:
-            before = [[version(total) for total in self.sums[name].sums] for name in names]
+            before = [versions(self.sums[name].sums) for name in names]
             try:
                 yield
             except BaseException as error:  # out of memory, an interrupt
-                for name, versions in zip(names, before, strict=True):
-                    if versions != [version(total) for total in self.sums[name].sums]:
+                for name, seen in zip(names, before, strict=True):
+                    if seen != versions(self.sums[name].sums):
                         self.troubles.marks[name] = _INTERRUPTED.format(type(error).__name__)
                 raise
 
@@ -281,7 +287,7 @@ class OnlineFisher:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
         self.called.update(record.calls)
-        self.measured_by.update((x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback))
+        self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []
         for index, layer in enumerate(self.layers):
@@ -308,27 +314,18 @@ class OnlineFisher:
         audit_uncalled(self)
         with ADDING:
             self.batches += 1
-            good = self._add_norms(record, zeros) if takes_norms(record) else None
-            self._count(record, good)
+            if not (takes_norms(record) and self._add_norms(record, zeros)):
+                count_samples(self._seen, self.count_of(record), record.goods, len(self.layers))
 
-    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
-        """Add what the norms tell; where nothing else is accumulated, whether any layer is finite."""
-        goods = add_norms(self, record, zeros)
+    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> bool:
+        """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
         if self.accumulate != "trace":
-            return None
-        for name in (*record.norms, *zeros):  # it is they that count the batches
+            add_norms(self, record, zeros, None)
+            return False
+        counted = add_norms(self, record, zeros, self._seen)
+        for name in (*record.norms, *zeros):
             self.sums[name].batches += 1
-        return None if goods is None else goods.any()
-
-    def _count(self, record: ForwardRecord, good: Tensor | None = None) -> None:
-        """Count the samples of a batch, unless every layer left it out."""
-        count = self.count_of(record)
-        if good is not None:
-            self.seen.add_(count * good.to(self.seen))
-        elif len(record.goods) < len(self.layers):
-            self.seen.add_(count)
-        else:
-            self.seen.add_(count * torch.stack([good.to(self.seen.device) for good in record.goods]).any())
+        return counted
 
 
 def check_accumulate(accumulate: str, penalty: str | None) -> None:
@@ -345,7 +342,7 @@ def check_accumulate(accumulate: str, penalty: str | None) -> None:
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:
     """Do work that is not to be differentiated, in the dtypes that tensors have, inside of the user's backward."""
-    if torch.is_grad_enabled() or autocast_state():
+    if torch.is_grad_enabled() or autocast_enabled():
         with torch.no_grad(), no_autocast():
             work(*arguments)
     else:

@@ -359,8 +359,7 @@ class _LayerHook(OwnHook):
     """A hook that holds the record it fills."""
 
     def __init__(self, owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
-        super().__init__(owner)
-        self.record, self.layer = record, layer
+        self.owner, self.record, self.layer = owner, record, layer
 
     def foreign(self) -> bool:
         """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""

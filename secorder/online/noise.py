@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .norms import Row
+from .norm_sums import Row
 
 __all__ = ["NoiseScale", "NoiseScales", "noise_of"]
 

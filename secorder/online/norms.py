@@ -1,22 +1,19 @@
-"""What the norms of per-sample gradients tell, added up over steps: of all layers one table, a few numbers a layer.
+"""What the norms of per-sample gradients tell, taken of each batch and handed to the table of norms.
 
 For each layer the squared norms ‖∂ℓ_n/∂θ‖² of a batch are N numbers, and with the batch gradient's own norm they are
 all that the trace of the Fisher, its standard error and the gradient noise scale need (see :mod:`.trace` and
-:mod:`.noise`). A column of the table is a linear function of what a batch brings, so that a batch is one small product
-of matrices for all layers together. Nothing is read on the host.
+:mod:`.noise`). Nothing is read on the host.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, accumulates_untouched, will_accumulate
+from .._torch.engine import accumulate_node, will_accumulate
 from .._torch.norms import norms_of
 from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
@@ -25,157 +22,20 @@ from ..layers.per_sample import PerSample
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
-from .constants import Constants
-from .finite import finite
+from .norm_sums import COLUMNS, Batch, Kind, Terms
 from .record import Backward, ForwardRecord
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
 __all__ = [
-    "NormSums",
-    "Row",
     "add_norms",
     "keep_norms",
     "read_squares",
     "take_norms",
     "takes_norms",
-    "together_norms",
     "watch_squares",
 ]
-
-
-class Row(NamedTuple):
-    """What is summed up of a layer; sums are weighted: 1 a sample, or as a moving average weighs.
-
-    Attributes:
-        samples: how many.
-        batches: that count.
-        kept: what the moving average has kept of what was before.
-        weight: of the samples.
-        squares: Σ ‖∂ℓ_n‖².
-        fourth: Σ ‖∂ℓ_n‖⁴.
-        weight_squares: Σ of squares of the weights.
-        noise_weight: of the samples of the batches that the next two are of.
-        signal: Σ of the batches' |G|², the expected gradient's squared norm.
-        noise: Σ of the batches' tr Σ, the trace of the samples' covariance.
-    """
-
-    samples: float
-    batches: float
-    kept: float
-    weight: float
-    squares: float
-    fourth: float
-    weight_squares: float
-    noise_weight: float
-    signal: float
-    noise: float
-
-
-COLUMNS = {name: index for index, name in enumerate(Row.__annotations__)}
-#: To which power a moving average's factor is what a column keeps.
-POWERS = [0, 0, 1, 1, 1, 1, 2, 1, 1, 1]
-
-
-@dataclass
-class NormSums:
-    """The table.
-
-    Attributes:
-        table: a row a layer, a column for each field of :class:`Row`, float64.
-        added: how many batches were added.
-        constants: numbers that each batch needs again.
-    """
-
-    table: Tensor
-    added: int = 0
-    constants: Constants = field(default_factory=Constants, repr=False)
-    _linear: "dict[_Terms, Tensor]" = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def empty(cls, layers: int, device: torch.device) -> "NormSums":
-        """Of layers that have seen nothing."""
-        table = torch.zeros(layers, len(COLUMNS), dtype=torch.float64, device=device)
-        table[:, COLUMNS["kept"]] = 1.0
-        return cls(table)
-
-    def to(self, device: torch.device | str, *, copy: bool = False) -> "NormSums":
-        """The same on another device."""
-        return NormSums(self.table.to(device, copy=copy), self.added)
-
-    def rows(self) -> list[Row]:
-        """As the host reads them."""
-        return [Row(*row) for row in self.table.tolist()]
-
-    def add(self, places: Sequence[int], increments: Tensor, decay: float | None) -> None:
-        """Add to these layers' rows; a moving average moves on."""
-        self.added += 1
-        kept = None if decay is None else self.constants.vector([decay**power for power in POWERS], self.table)
-        if len(places) == len(self.table):
-            self.table = (self.table if kept is None else self.table * kept) + increments
-        else:
-            index = torch.tensor(places, device=self.table.device)
-            before = self.table[index]
-            self.table = self.table.index_copy(0, index, (before if kept is None else before * kept) + increments)
-
-    def linear(self, terms: "_Terms") -> Tensor:
-        """The matrix that a batch's numbers are multiplied by."""
-        if isinstance(terms.count, Tensor):
-            return terms.matrix(self.table)
-        if terms not in self._linear:
-            if len(self._linear) > 8:
-                self._linear.clear()
-            self._linear[terms] = terms.matrix(self.table)
-        return self._linear[terms]
-
-
-def together_norms(earlier: NormSums, later: NormSums) -> NormSums:
-    """What two stretches have brought, one after the other; where the later one is."""
-    kept = later.table[:, COLUMNS["kept"], None] ** later.table.new_tensor(POWERS)
-    before = earlier.table.to(later.table) * kept
-    table = before + later.table
-    table[:, COLUMNS["kept"]] = before[:, COLUMNS["kept"]]
-    return NormSums(table, earlier.added + later.added)
-
-
-class _Terms(NamedTuple):
-    """What a batch's numbers are weighted by.
-
-    Attributes:
-        count: samples of the batch that have a loss.
-        weight: of one of them.
-        alpha: what squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n.
-    """
-
-    count: Any
-    weight: float
-    alpha: float
-
-    def matrix(self, like: Tensor) -> Tensor:
-        """From (1, Σ‖g_n‖², Σ‖g_n‖⁴, 1, Σ‖g_n‖², ‖Σ g_n‖²) to the columns; the last three where noise is told."""
-        count, w, alpha = torch.as_tensor(self.count, dtype=like.dtype, device=like.device), self.weight, self.alpha
-        pairs = count - 1
-        several = (pairs > 0).to(like.dtype)
-        pairs = pairs.clamp(min=1.0)
-        found = like.new_zeros(6, len(COLUMNS))
-        entries: dict[tuple[int, str], Tensor | float] = {
-            (0, "samples"): count,
-            (0, "batches"): 1.0,
-            (0, "weight"): w * count,
-            (1, "squares"): w * alpha,
-            (2, "fourth"): w * alpha**2,
-            (0, "weight_squares"): w**2 * count,
-            (3, "noise_weight"): w * count * several,
-            # |G|² = (N B − S) / (N − 1) and tr Σ = (S − B) N / (N − 1), times N: S = Σ‖∂ℓ_n‖² / N, B = ‖Σ ∂ℓ_n‖² / N²
-            (4, "signal"): -w * alpha / pairs * several,
-            (5, "signal"): w * alpha / pairs * several,
-            (4, "noise"): w * alpha * count / pairs * several,
-            (5, "noise"): -w * alpha / pairs * several,
-        }
-        for (row, column), value in entries.items():
-            found[row, COLUMNS[column]].copy_(torch.as_tensor(value))
-        return found
 
 
 # ---- the norm of the batch's gradient
@@ -197,12 +57,17 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
     return False in [p.requires_grad for p in layer.parameters.values()]
 
 
-def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
     """See the norms of the whole gradients, as soon as a backward begins.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
+
+    Args:
+        fisher: with the layers.
+        backward: that begins.
+        record: of the first forward that it runs through.
+        fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
-    shared = has_ranks()  # .grad may be all ranks' then
     seen: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):
@@ -211,7 +76,7 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if not layer.sharded and not shared and accumulates_untouched(parameter):
+            if id(parameter) in fresh:
                 backward.unread.append(parameter)
                 continue
             leaf = record.parameters(layer)[name]
@@ -235,7 +100,7 @@ def read_squares(backward: Backward) -> None:
     parameters = [p for p in backward.unread if p.grad is not None and p.grad.layout is torch.strided]
     backward.unread.clear()
     if parameters and backward.alone:
-        gradients = [p.grad.detach() for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         backward.norms.update(zip([id(p) for p in parameters], norms_of(gradients), strict=True))
 
 
@@ -255,12 +120,11 @@ def take_norms(
     if layer.split:  # of what several ranks have, one counts it
         own = _answered_for(layer)
         parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
-    table = fisher.norms.table
+    none = torch.zeros(record.num_samples, dtype=torch.float64, device=fisher.norms.device) if not sizes else None
     low = fisher.low(record, layer)
-    found = squared_norms(parts_of, sizes, low=low) if sizes else table.new_zeros(record.num_samples)
-    record.norms[layer.name] = found
+    record.norms[layer.name] = squared_norms(parts_of, sizes, low=low) if none is None else none
     if _by_factors(fisher, record, layer):
-        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if sizes else table.new_zeros(())
+        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
 
 
 def _answered_for(layer: Layer) -> list[int]:
@@ -279,40 +143,39 @@ def keep_norms(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[R
             record.squares[one.layer.name] = squared_norm_of_sum(parts, sizes)
 
 
-def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str]) -> Tensor | None:
-    """Add what a record's layers have brought; whether each of all layers was finite, where all were added.
+def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
+    """Add what a record's layers have brought; whether its samples were counted, or will be.
 
     Args:
         fisher: that it is added to.
         record: of one forward whose backward has ended, or the first of those whose row n is one sample.
         zeros: layers that the loss does not depend on.
+        seen: what the samples are counted in, unless no layer was finite; None where they are counted elsewhere.
     """
     here = [x.name in record.norms or x.name in zeros for x in fisher.layers]
     if fisher.ranks is not None:  # what one rank has not, is left out by all
         here = [not missing for missing in fisher.ranks.largest([not x for x in here])]
-    places = [i for i, present in enumerate(here) if present]
+    places = tuple(i for i, present in enumerate(here) if present)
     if not places:
-        return None
+        return False
     sums, layers = fisher.norms, [fisher.layers[i] for i in places]
-    none = sums.table.new_zeros(record.num_samples) if zeros else None
-    squares = _stack([record.norms.get(layer.name, none) for layer in layers], sums.table)  # type: ignore[misc]
-    totals, told = _totals(fisher, record, layers, sums.table)
-    if fisher.ranks is not None:
-        squares, totals = _of_all_parts(fisher.ranks, layers, squares, totals)
-    own = squares.sum(1)
-    ones = sums.constants.vector([1.0] * len(layers), sums.table)
-    told_of, told_own = (ones, own) if all(told) else (own.new_tensor(told), own * own.new_tensor(told))
-    numbers = torch.stack([ones, own, torch.linalg.vecdot(squares, squares), told_of, told_own, totals])
-    everywhere = fisher.of_all(record)
-    weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / everywhere
+    weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / fisher.of_all(record)
     count = record.num_samples if record.counted is None else record.counted
-    linear = sums.linear(_Terms(count, weight, fisher.factor(record)))
-    fine = finite(numbers.sum(0))  # of what is nowhere negative
-    kept = fisher.on_nonfinite == "keep"
-    increments = torch.where(fine[:, None], numbers.t() @ linear, _not_finite(linear) if kept else 0.0)
-    good = None if kept else fine
-    if fisher.ranks is not None:
-        increments, good = _of_all_ranks(fisher.ranks, increments, good)
+    none = torch.zeros(record.num_samples, dtype=torch.float64, device=sums.device) if zeros else None
+    norms: Any = [record.norms.get(layer.name, none) for layer in layers]
+    totals, told = _totals(fisher, record, layers, sums.device)
+    terms, keep = Terms(count, weight, fisher.factor(record)), fisher.on_nonfinite == "keep"
+    batch, kind = Batch(norms, totals), Kind(places, told, record.num_samples, terms, fisher.decay, keep)
+    if seen is not None and fisher.ranks is None and fisher.on_nonfinite != "raise" and record.counted is None:
+        sums.wait(batch, kind, seen)
+        return True
+    ranks = fisher.ranks
+    (increments,), (fine,) = sums.increments(
+        [batch], kind, None if ranks is None else lambda squares, totals: _of_all_parts(ranks, layers, squares, totals)
+    )
+    good = None if keep else fine
+    if ranks is not None:
+        increments, good = _of_all_ranks(ranks, increments, good)
     if fisher.on_nonfinite == "raise" and good is not None and not bool(good.all()):
         name = layers[int((~good).nonzero()[0])].name
         raise NonFiniteError(
@@ -320,14 +183,10 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
             'pass on_nonfinite="skip" to leave such batches out.'
         )
     sums.add(places, increments, fisher.decay)
-    return good if len(places) == len(fisher.layers) else None
-
-
-def _not_finite(linear: Tensor) -> Tensor:
-    """What a batch adds that is counted although its norms are no numbers."""
-    row = linear[0].clone()
-    row[[COLUMNS[name] for name in ("squares", "fourth", "signal", "noise")]] = torch.nan
-    return row
+    if seen is None or good is None or len(places) < len(fisher.layers):
+        return False
+    seen.add_(fisher.count_of(record) * good.any().to(seen))
+    return True
 
 
 def _of_all_parts(ranks: Ranks, layers: Sequence[Layer], squares: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
@@ -351,21 +210,20 @@ def _of_all_ranks(ranks: Ranks, increments: Tensor, good: Tensor | None) -> tupl
 
 
 def _totals(
-    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], like: Tensor
-) -> tuple[Tensor, list[bool]]:
-    """‖Σ_n g_n‖² of each layer, and whether it is known; zero where it is not."""
+    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], device: torch.device
+) -> tuple[list[Tensor], tuple[bool, ...]]:
+    """Of each layer numbers whose squares' sum is ‖Σ_n g_n‖², and whether it is known; zeros where it is not."""
     backward = record.backward
     assert backward is not None
     alone = fisher.forwards == "joined" or len(backward.records) == 1
-    rows, told = [], []
-    width = max(len(layer.parameters) for layer in layers)
-    zero = like.new_zeros(())
+    rows: list[Sequence[Tensor]] = []
+    told = []
     for layer in layers:
         known = True
         if layer.name in record.squares:
             norms = [record.squares[layer.name].sqrt()]
         elif layer.name not in record.norms:
-            norms = [zero]  # the loss does not depend on it
+            norms = []  # the loss does not depend on it
         else:
             parts = [backward.norms.get(id(p)) for p in layer.parameters.values()]
             norms = [norm for norm in parts if norm is not None]
@@ -373,13 +231,9 @@ def _totals(
             if layer.split and known:
                 norms = [norms[i] for i in _answered_for(layer)]
         told.append(known)
-        norms = norms if known else []
-        rows += [*norms, *[zero] * (width - len(norms))]
-    return _stack(rows, like).view(len(layers), width).square().sum(1), told
-
-
-def _stack(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Of several dtypes and devices, in float64."""
-    if len({(t.dtype, t.device) for t in tensors}) == 1:
-        return torch.stack(list(tensors)).to(like)
-    return torch.stack([t.to(like) for t in tensors])
+        rows.append(norms if known else [])
+    width = max(1, *map(len, rows))
+    if [row for row in rows if len(row) < width]:
+        zero = next((row[0] for row in rows if row), torch.zeros((), dtype=torch.float64, device=device)).new_zeros(())
+        rows = [[*row, *[zero] * (width - len(row))] for row in rows]
+    return [norm for row in rows for norm in row], tuple(told)

@@ -114,7 +114,7 @@ def _as_they_were(fisher: OnlineFisher) -> bool:
         for p in layer.parameters.values():
             if p.device != here:
                 return False
-    return fisher.seen.device == fisher.sums[fisher.layers[0].name].counts.device
+    return fisher.norms.device == fisher.sums[fisher.layers[0].name].counts.device
 
 
 def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:

@@ -217,6 +217,7 @@ class ForwardRecord:
         waiting: layers that are to be added together.
         elements_waiting: of their factors.
         formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
+        elements_formed: of these.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -228,7 +229,7 @@ class ForwardRecord:
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
-        goods: of each layer that was added, whether its gradient is finite.
+        goods: of layers that were added, one by one or together, whether their gradients are finite.
         together: samples on all ranks that parameters lie over.
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
@@ -267,6 +268,7 @@ class ForwardRecord:
     waiting: list[RankOne] = field(default_factory=list)
     elements_waiting: int = 0
     formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    elements_formed: int = 0
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each
-from .norms import NormSums, together_norms
+from .norm_sums import NormSums, together_norms
 from .sums import LayerSums
 
 __all__ = ["Stretch", "add_behind", "joined", "put_aside", "small", "together"]

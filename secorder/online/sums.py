@@ -1,5 +1,6 @@
 """The sums of each layer: squared per-sample gradients, and the number of samples. Nothing is read on the host."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +18,10 @@ from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 
-__all__ = ["LayerSums", "count_together", "empty"]
+__all__ = ["ADDING", "LayerSums", "count_samples", "count_together", "empty"]
+
+#: Threads add to sums one after the other.
+ADDING = threading.RLock()
 
 
 class Arriving(NamedTuple):
@@ -182,6 +186,22 @@ def count_together(
         add_each(counts, increments)
     else:
         add_products(counts, increments, goods)
+
+
+def count_samples(seen: Tensor, samples: float | Tensor, goods: Sequence[Tensor], layers: int) -> None:
+    """Count the samples of a batch, unless every layer left it out.
+
+    Args:
+        seen: what they are counted in.
+        samples: of the batch.
+        goods: of layers, one by one or together, whether their gradients are finite, as far as that is asked.
+        layers: how many there are.
+    """
+    if sum([good.numel() for good in goods]) < layers:
+        seen.add_(samples)
+        return
+    every = goods[0] if len(goods) == 1 else torch.cat([good.view(-1).to(seen.device) for good in goods])
+    seen.add_(samples * every.any())
 
 
 def empty(every: Sequence[LayerSums]) -> None:

@@ -8,7 +8,7 @@ where the diagonal is accumulated, its sum; else from the norms alone, without a
 import math
 
 from ..oneshot.trace import Trace
-from .norms import Row
+from .norm_sums import Row
 
 __all__ = ["effective_samples", "trace_of"]
 

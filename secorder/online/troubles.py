@@ -5,7 +5,7 @@ from typing import Any
 
 from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
-from .._torch.surroundings import out_of_sight
+from .._torch.surroundings import count_modes, out_of_sight
 from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderError
 from .attribution import Attribution
 from .record import ForwardRecord
@@ -160,7 +160,10 @@ class Troubles:
             Exception: what the work raised, where the probe is strict, or is to raise on non-finite gradients.
         """
         try:
-            out_of_sight(work, *arguments)
+            if count_modes():
+                out_of_sight(work, *arguments)
+            else:
+                work(*arguments)
         except NonFiniteError:  # asked for by on_nonfinite="raise"
             raise
         except Exception as error:

@@ -33,10 +33,12 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
     layer, like = one.layer, one.cotangents
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
-    if record.weights is not None or record.attribution.sharing(layer.name) or fisher.low(record, layer):
+    if record.weights is not None or (record.attribution.ties and record.attribution.sharing(layer.name)):
+        return False
+    if fisher.low(record, layer):
         return False
     dtype, device = like.dtype, like.device
-    for other in (one.inputs, *fisher.sums[layer.name].sums, *[x.cotangents for x in record.waiting[:1]]):
+    for other in (one.inputs, record.waiting[0].cotangents if record.waiting else like, *fisher.sums[layer.name].sums):
         if other.dtype is not dtype or other.device != device:
             return False
     return True
@@ -46,7 +48,7 @@ def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
     record.received.add(one.layer.name)
     record.waiting.append(one)
-    record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
+    record.elements_waiting += one.elements
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
         add_waiting(fisher, record)
 
@@ -73,7 +75,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     seen = layers
     if together is None:
         looks = [
-            None if own is None or not audit.looks_at(one) else Look(own.r, own.s, own.start)
+            None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
             for one, own in zip(layers, vectors, strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
@@ -97,7 +99,7 @@ def _side_by_side(
     fisher: "OnlineFisher", layers: Sequence[RankOne], vectors: Sequence[Vectors | None], flags: Sequence[float]
 ) -> SideBySide | None:
     """The factors of small layers side by side; None where they are not, or a number that is none is to be kept."""
-    if fisher.on_nonfinite != "skip" or sum([x.inputs.numel() + x.cotangents.numel() for x in layers]) > SMALL_ELEMENTS:
+    if fisher.on_nonfinite != "skip" or sum([one.elements for one in layers]) > SMALL_ELEMENTS:
         return None
     known = [own for own in vectors if own is not None]
     if len(known) < len(layers):

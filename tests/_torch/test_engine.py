@@ -62,9 +62,8 @@ def test_where_a_parameter_accumulates() -> None:
     layer, x = nn.Linear(2, 3), torch.ones(4, 2)
     node = accumulate_node(layer.weight)
     assert node.variable is layer.weight
-    assert accumulates_into([layer.weight, layer.bias], layer(x)).variable is layer.bias
-    assert accumulates_into([layer.weight], layer(x)) is None  # behind a transposition
-    assert accumulates_into([layer.weight], x) is None
+    assert accumulates_into([layer.weight, layer.bias], layer(x).grad_fn).variable is layer.bias
+    assert accumulates_into([layer.weight], layer(x).grad_fn) is None  # behind a transposition
 
 
 def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:

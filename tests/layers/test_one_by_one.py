@@ -10,7 +10,7 @@ from secorder.layers.selection import select_layers
 
 N = 40
 MODEL = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3, bias=False), nn.Linear(3, 5))
-BIASED = torch.tensor([1.0, 0.0, 1.0])
+BIASED = torch.tensor([1.0, 0.0, 1.0], dtype=torch.float64)
 
 
 def layers() -> list[RankOne]:
@@ -18,7 +18,7 @@ def layers() -> list[RankOne]:
     for layer in select_layers(MODEL, None):
         out, width = layer.parameters["weight"].shape
         a, g = torch.randn(N, width), torch.randn(N, out)
-        found.append(RankOne(layer, a, g, (a._version, g._version)))
+        found.append(RankOne(layer, a, g, [a._version, g._version]))
     return found
 
 

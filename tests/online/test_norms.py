@@ -1,4 +1,4 @@
-"""The table of norms: what is added, put together, and told of bad batches."""
+"""Norms of per-sample gradients: what is told of them, and of bad batches."""
 
 import pytest
 import torch
@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, NonFiniteError
-from secorder.online.norms import COLUMNS, NormSums, together_norms
 
 from ..helpers import data, make, mlp, step
 from ..reference import assert_close, gradients_by_sample
@@ -16,19 +15,6 @@ def squares_by_sample(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     """‖∂ℓ_n/∂θ‖² of all layers together, by brute force."""
     gradients = gradients_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
     return torch.cat([g.flatten(1) for g in gradients.values()], 1).square().sum(1)
-
-
-def test_stretches_are_put_together_as_if_they_were_one() -> None:
-    whole, parts = NormSums.empty(2, torch.device("cpu")), [NormSums.empty(2, torch.device("cpu")) for _ in range(2)]
-    for index in (0, 0, 1, 1, 1):
-        increments = torch.rand(2, len(COLUMNS), dtype=torch.float64)
-        increments[:, COLUMNS["kept"]] = 0.0
-        for sums in (whole, parts[index]):
-            sums.add([0, 1], increments, 0.9)
-            sums.add([1], increments[:1], 0.9)
-    both = together_norms(*parts)
-    assert_close(both.table, whole.table, 1e-12)
-    assert both.added == whole.added
 
 
 def test_no_tensor_of_the_parameters_size_is_kept() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from secorder import CurvatureProbe, InvalidArgumentError, ProbeStateError
-from secorder.online.norms import Row
+from secorder.online.norm_sums import Row
 from secorder.online.trace import effective_samples, trace_of
 
 from ..helpers import data, mlp, step

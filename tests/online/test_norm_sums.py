@@ -1,0 +1,66 @@
+"""The table of norms: what is added at once, what waits, and what is put together."""
+
+import copy
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from secorder import CurvatureProbe
+from secorder.online import norm_sums
+from secorder.online.norm_sums import COLUMNS, NormSums, together_norms
+
+from ..helpers import data, make, step
+from ..reference import assert_close
+
+
+def test_stretches_are_put_together_as_if_they_were_one() -> None:
+    whole, parts = NormSums.empty(2, torch.device("cpu")), [NormSums.empty(2, torch.device("cpu")) for _ in range(2)]
+    for index in (0, 0, 1, 1, 1):
+        increments = torch.rand(2, len(COLUMNS), dtype=torch.float64)
+        increments[:, COLUMNS["kept"]] = 0.0
+        for sums in (whole, parts[index]):
+            sums.add([0, 1], increments, 0.9)
+            sums.add([1], increments[:1], 0.9)
+    both = together_norms(*parts)
+    assert_close(both.table, whole.table, 1e-12)
+    assert both.added == whole.added
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_batches_that_wait_are_added_before_anyone_asks(decay: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several sizes, one of them bad, to whoever reads, saves or copies; and none is lost where adding fails."""
+
+    def told(most: int) -> list[Tensor]:
+        monkeypatch.setattr(norm_sums, "MOST", most)
+        torch.manual_seed(0)
+        model, found = make(), []
+        with CurvatureProbe(model, accumulate="trace", reduction="mean", decay=decay) as probe:
+            for index, size in enumerate((6, 6, 6, 4, 4, 6, 6)):
+                batch = data(size)
+                if index == 1:
+                    batch[0][1] = torch.inf
+                step(model, batch)
+                if index == 2:
+                    found.append(torch.tensor([probe.num_samples, *(x.value for x in probe.fisher_trace().values())]))
+            for one in (copy.deepcopy(probe._fisher), probe._fisher):
+                found += [one.norms.table, one.seen]
+            step(model, data(6))
+            found += [trace.value for trace in probe.window().fisher_trace().values()]
+        return [torch.as_tensor(x) for x in found]
+
+    expected = told(1)
+    for most in (2, 16):
+        for found, one in zip(told(most), expected, strict=True):
+            assert_close(found, one, 1e-12)
+    model = make()
+    with CurvatureProbe(model, accumulate="trace", reduction="mean", strict=True) as probe:
+        for _ in range(2):
+            step(model, data(6))
+        with monkeypatch.context() as patch:
+            patch.setattr(NormSums, "increments", Mock(side_effect=MemoryError))
+            with pytest.raises(MemoryError):
+                probe.fisher_trace()
+        assert probe.num_samples == 12
+        assert all(x.num_samples == 12 for x in probe.fisher_trace().values())
