@@ -1,7 +1,7 @@
 """Modules: their hooks, where they hold parameters and buffers, and which forward they run."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from threading import get_ident
@@ -337,9 +337,9 @@ def batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, all modules are in eval mode."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Inside, all modules but some are in eval mode."""
+    training = [module for module in model.modules() if module.training and module not in but]
     try:
         for module in training:
             module.training = False

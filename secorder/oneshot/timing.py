@@ -1,17 +1,48 @@
 """The time that many products take, estimated from two short runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-__all__ = ["TRIAL_SECONDS", "least_seconds_of", "seconds_of", "seconds_per_product"]
+from .._torch.vjp import chunks
+
+__all__ = ["TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "seconds_of", "seconds_per_product"]
 
 #: What the trials of all layers may take together, about, beyond one product of each.
 TRIAL_SECONDS = 0.5
 
 #: How often a short trial is run, and what runs may take together before there is another one.
 RUNS, SHORT_SECONDS = 4, 0.05
+
+#: What :func:`~secorder._torch.vjp.chunks` makes of a total and a size.
+Pieces = Callable[[int, int], Iterable[range]]
+
+#: Pieces that are run of many alike: of the first one, some happens the first time alone.
+PIECES_RUN = 2
+
+
+class Rehearsal:
+    """In place of ``chunks``: the first pieces alone, and what the others would take is added up.
+
+    Attributes:
+        skipped: seconds of all pieces that were not run.
+    """
+
+    def __init__(self) -> None:
+        self.skipped = 0.0
+
+    def __call__(self, total: int, size: int) -> Iterator[range]:
+        """The first of the pieces."""
+        pieces = list(chunks(total, size))
+        for ids in pieces[:PIECES_RUN]:
+            _finish()
+            start = time.perf_counter()
+            yield ids
+            _finish()
+            seconds = time.perf_counter() - start
+        if len(pieces) > PIECES_RUN:
+            self.skipped += (len(pieces) - PIECES_RUN) * seconds
 
 
 def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:

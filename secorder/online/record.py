@@ -218,6 +218,7 @@ class ForwardRecord:
         waiting: layers that are to be added together.
         elements_waiting: of their factors.
         formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
+        elements_formed: of these.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -269,6 +270,7 @@ class ForwardRecord:
     waiting: list[RankOne] = field(default_factory=list)
     elements_waiting: int = 0
     formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    elements_formed: int = 0
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

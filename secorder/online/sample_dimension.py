@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.modules import evaluating
+from .._torch.modules import batch_normalisation, evaluating
 from .._torch.pytree import tensors_in
 from .._torch.vjp import fresh_generator
 from ..layers.layout import Layout
@@ -25,6 +25,7 @@ from .samples import (
     Separation,
     any_layout,
     equivariant,
+    floating,
     from_names,
     hypotheses,
     of_owned,
@@ -90,12 +91,11 @@ def choose(asked: Question, forward: Any, base: list[Tensor]) -> Choice | Attrib
     holding, without_evidence = _try_each(asked, forward, base, tried)
     if usual.num_samples == 1 and dim is None and all(h.owned is None for h, _ in holding):
         return _of_one_sample(asked, base, tried, holding)
-    some = without_evidence is not None and any(_of_some_entries(usual, h) for h in tried)
-    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding) and not some:
+    if dim is None and usual.dim == 0 and without_evidence and (without_evidence.accepted or not holding):
         # Nothing changes anything, as where weights start at zero, or of a dead net one entry by another dim.
         holding = [(usual._replace(untested=True), without_evidence.layouts), *holding]
     if not holding:
-        return _none_holds(asked, forward, base, tried, some=some)
+        return _none_holds(asked, forward, base, tried, unrefuted=without_evidence is not None)
     return holding[0] if len(holding) == 1 else _one_of(asked, forward, holding)
 
 
@@ -128,8 +128,14 @@ def _try_each(
     for hypothesis in tried:
         usual = hypothesis is tried[0]
         if hypothesis.num_samples > 1:
-            found = separates(forward, asked.arguments, base, hypothesis, asked.masks(hypothesis.num_samples))
-            certain = usual and (asked.sample_dim is not None or len(tried) == 1)
+            masks = asked.masks(hypothesis.num_samples)
+            found = separates(forward, asked.arguments, base, hypothesis, masks)
+            if found is None and asked.sample_dim == "list":  # perhaps since other entries draw other random numbers
+                with evaluating(asked.model, but=batch_normalisation(asked.model)):
+                    evaluated = floating(forward(asked.arguments))
+                    found = separates(forward, asked.arguments, evaluated, hypothesis, masks)
+            listed = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
+            certain = usual and (asked.sample_dim is not None or (len(tried) == 1 and not listed))
             if found is not None and (found.changed or certain):
                 holding.append((hypothesis, found.layouts))
             elif usual:
@@ -151,13 +157,13 @@ def _of_one_sample(
 
 
 def _none_holds(
-    asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis], *, some: bool
+    asked: Question, forward: Any, base: Sequence[Tensor], tried: Sequence[Hypothesis], *, unrefuted: bool
 ) -> Attribution:
-    """Why no hypothesis holds; ``some`` is whether the usual one would be of some entries of a list alone."""
+    """Why no hypothesis holds; another batch may support the usual one, where this one does not refute it."""
     if any(h.owned is not None and h.num_samples == 1 for h in tried):  # a list of one entry, or one graph
         return _undecided_by_shapes(asked)
     if asked.sample_dim is None and any(h.owned is not None and h.owned.grouping.place is None for h in tried):
-        return Attribution(provisional=some, undecided=LISTED)
+        return Attribution(provisional=unrefuted, undecided=LISTED)
     return _nothing_separates(asked, forward, base, tried[0])
 
 
@@ -174,14 +180,6 @@ def _one_of(asked: Question, forward: Any, holding: Sequence[Choice]) -> Choice:
     first, options = alike[0]
     others = [h.dim for h, _ in alike if h.owned is None and h.dim != first.dim] if first.owned is None else []
     return first._replace(alternative=next(iter(others), None)), options
-
-
-def _of_some_entries(usual: Hypothesis, other: Hypothesis) -> bool:
-    """Whether samples in a dimension would be those of some entries of a list, and not of the others."""
-    if other.owned is None or other.owned.grouping.place is not None:
-        return False
-    held = [dim for dim, owner in zip(usual.dims, other.owned.owners, strict=True) if owner is not None]
-    return None in held and any(dim is not None for dim in held)
 
 
 def _no_candidate(arguments: tuple[tuple[Any, ...], dict[str, Any]], dim: SampleDim) -> str:

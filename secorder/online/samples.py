@@ -130,7 +130,20 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
     owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
+    if dim is None:
+        found = [h for h in found if not any(_of_some_entries(h, x, arguments) for x in owned)]
     return found + [of_owned(x, arguments) for x in owned]
+
+
+def _of_some_entries(hypothesis: Hypothesis, owned: Owned, arguments: Any) -> bool:
+    """Whether samples in a dimension would be those of some entries of a list, and not of others of the same kind.
+
+    Such as of token ids of several lengths, of which one is as long as an output is wide.
+    """
+    triples = zip(tensors_in(arguments), hypothesis.dims, owned.owners, strict=True)
+    held = [(dim, t) for t, dim, owner in triples if isinstance(owner, int)]
+    alike = len({(t.dim(), t.dtype) for _, t in held}) == 1
+    return alike and 0 < sum(dim is None for dim, _ in held) < len(held)
 
 
 def of_owned(owned: Owned, arguments: Any) -> Hypothesis:
@@ -313,12 +326,8 @@ class _OfIntegers(TorchFunctionMode):
         self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
         for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
-            if hypothesis.owned is not None and owner is not None:
-                self.ours[tensor] = (
-                    mask[owner.cpu().long()]
-                    if isinstance(owner, Tensor)
-                    else mask[owner].expand(tensor.shape[:1] or (1,))
-                )
+            if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
+                self.ours[tensor] = mask[owner.cpu().long()]
             elif dim is not None:
                 self.ours[tensor] = mask
 

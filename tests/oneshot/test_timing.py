@@ -2,7 +2,7 @@
 
 import pytest
 
-from secorder.oneshot.timing import least_seconds_of, seconds_of, seconds_per_product
+from secorder.oneshot.timing import Rehearsal, least_seconds_of, seconds_of, seconds_per_product
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,19 @@ def test_short_trials_are_run_a_few_times(
 
     assert least_seconds_of(work) == pytest.approx(least)
     assert len(made) == runs
+
+
+@pytest.mark.parametrize(
+    ("total", "run", "skipped"), [(10, [range(3), range(3, 6)], 4.0), (6, [range(3), range(3, 6)], 0.0)]
+)
+def test_of_alike_pieces_the_first_are_run_and_the_others_counted(
+    monkeypatch: pytest.MonkeyPatch, total: int, run: list[range], skipped: float
+) -> None:
+    """A piece takes two seconds, and the first one more."""
+    now, made = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    rehearsal = Rehearsal()
+    for ids in rehearsal(total, 3):
+        made.append(ids)
+        now[0] += 2.0 if ids.start else 9.0
+    assert (made, rehearsal.skipped) == (run, skipped)

@@ -26,7 +26,7 @@ from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..output_root import output_root
-from ..timing import seconds_of
+from ..timing import Pieces, Rehearsal, seconds_of
 from .block import Block
 from .budget import Budget
 from .facts import Facts
@@ -184,13 +184,14 @@ def run(task: Measurement, chain: Chain) -> dict[str, list[Tensor]]:
 
 
 def seconds_of_chain(task: Measurement, chain: Chain) -> float:
-    """How long it takes, from what is made for all samples, and as many of them as are carried at once."""
+    """How long it takes, by what is made for all samples, those that are carried at once, and some of the products."""
     prepared: list[tuple[list[Step], Block]] = []
     before = seconds_of(lambda: prepared.append(_prepared(task, chain)))
     steps, top = prepared[0]
     count = min(task.num_samples, _at_once(task, steps, top))
-    seconds = seconds_of(lambda: _carried_over(task, chain, steps, top, count))
-    return before + seconds * task.num_samples / count
+    rehearsal = Rehearsal()
+    seconds = seconds_of(lambda: _carried_over(task, chain, steps, top, count, pieces=rehearsal))
+    return before + (seconds + rehearsal.skipped) * task.num_samples / count
 
 
 def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
@@ -214,16 +215,17 @@ def _carried_over(
     top: Block,
     count: int,
     advance: Callable[[int], None] = lambda _: None,
+    pieces: Pieces = chunks,
 ) -> tuple[dict[int, Tensor], dict[str, list[Tensor]]]:
     """Of the first samples: diagonals of H_z by ``id`` of the leaf; of layers that need more, those by parameter."""
     diagonals: dict[int, Tensor] = {}
     totals: dict[str, list[Tensor]] = {}
     for rows in chunks(count, _at_once(task, steps, top)):
         here = slice(rows.start, rows.stop)
-        for key, block, whole in _carried(task, chain, steps, top.of_samples(here), here):
+        for key, block, whole in _carried(task, chain, steps, top.of_samples(here), here, pieces):
             graph = chain.graphs[key]
             if whole:
-                _add(totals, graph, by_basis(graph, block.full(), here))
+                _add(totals, graph, by_basis(graph, block.full(), here, pieces))
                 continue
             own = block.diagonal()
             if key not in diagonals:
@@ -266,13 +268,13 @@ def _add(totals: dict[str, list[Tensor]], graph: LayerGraph, values: list[Tensor
 
 
 def _carried(
-    task: Measurement, chain: Chain, steps: Sequence[Step], block: Block, here: slice
+    task: Measurement, chain: Chain, steps: Sequence[Step], block: Block, here: slice, pieces: Pieces
 ) -> Iterator[tuple[int, Block, bool]]:
     """Each layer's leaf with H_z of some samples, and whether all of it is needed; till the next is asked for."""
     for step in steps:
         segment = step.segment
         if segment.kind == Kind.GENERAL:
-            block, inside = _through(task, chain, step, block)
+            block, inside = _through(task, chain, step, block, pieces)
             yield from ((key, own, key in step.whole) for key, own in inside)
         else:
             yield from ((key, block, key in step.whole) for key in segment.leaves)
@@ -287,7 +289,9 @@ def _carried(
             block = block.before_elementwise(step.first[here], second)
 
 
-def _through(task: Measurement, chain: Chain, step: Step, block: Block) -> tuple[Block, list[tuple[int, Block]]]:
+def _through(
+    task: Measurement, chain: Chain, step: Step, block: Block, pieces: Pieces
+) -> tuple[Block, list[tuple[int, Block]]]:
     """The Hessian before any segment, and in the layers inside, by products of the segment alone."""
     segment, count = step.segment, task.num_samples
     weights = step.gradient().clone().requires_grad_(True)
@@ -304,7 +308,7 @@ def _through(task: Measurement, chain: Chain, step: Step, block: Block) -> tuple
         size = _size(shape, task)
         result = weights.new_zeros(size, count, size) if all_of_it else weights.new_zeros(count, size)
         at_once = max(1, _PRODUCT_BYTES // (4 * max(1, segment.work) * weights.element_size()))
-        for ids in chunks(size, at_once):
+        for ids in pieces(size, at_once):
             rows = _products(segment, end, pulled[index], weights, block, shape, ids, count)
             if all_of_it:
                 result[:, :, ids.start : ids.stop] = rows.permute(2, 1, 0)

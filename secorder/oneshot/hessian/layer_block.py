@@ -9,6 +9,7 @@ from ...layers.contraction import contract, contract_basis
 from ...layers.layout import DIM_ZERO
 from ...layers.per_sample import Outer
 from ..recorded_layer import parts_of_one
+from ..timing import Pieces
 from .layer_graph import LayerGraph
 
 __all__ = ["by_basis", "by_diagonal", "by_diagonal_alone"]
@@ -41,12 +42,12 @@ def by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
     return totals
 
 
-def by_basis(graph: LayerGraph, matrix: Tensor, here: slice) -> list[Tensor]:
+def by_basis(graph: LayerGraph, matrix: Tensor, here: slice, pieces: Pieces = chunks) -> list[Tensor]:
     """By the basis of z, of some samples."""
     size, shape = matrix.shape[1], graph.leaves[0].shape[1:]
     part = replace(graph, inputs=[tuple(x[here] for x in call) for call in graph.inputs])
     totals = None
-    for ids in chunks(size, max(1, CHUNK_BYTES // (4 * matrix[:, 0].numel() * matrix.element_size()))):
+    for ids in pieces(size, max(1, CHUNK_BYTES // (4 * matrix[:, 0].numel() * matrix.element_size()))):
         rows = matrix[:, :, ids.start : ids.stop].permute(2, 0, 1).reshape(len(ids), len(matrix), *shape)
         basis = matrix.new_zeros(len(ids), 1, size)
         basis[range(len(ids)), 0, list(ids)] = 1

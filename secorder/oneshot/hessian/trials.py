@@ -19,7 +19,7 @@ from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
-from .choice import cheapest, choose, seconds_of_draws
+from .choice import DRAWN, cheapest, choose, seconds_of_draws
 from .estimate import Estimate
 from .facts import Facts
 from .investigate import Findings, verify_samples
@@ -97,6 +97,7 @@ def _draw_some(
     gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
     together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
     limit, expected = seconds_of_draws(budget, chosen), {}
+    told = [name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)]
     for name, choice in chosen.items():
         facts, names = found.facts[name], [name]
         if choice.strategy == Strategy.OUTPUT_DRAWS:
@@ -110,7 +111,8 @@ def _draw_some(
             names = [graph.layer.name for graph in together]
         else:
             continue
-        by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit)
+        part = TRIAL_SECONDS * len(names) / max(1, len(told))
+        by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit, part)
         if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
         for each in names:
@@ -155,15 +157,28 @@ def _drawn_columns(
     return column_draws.run(task, side, graphs, budget, reduce, _nothing, seconds)
 
 
-def _seconds_of_draws(work: _Draws, budget: Budget, limit: float) -> tuple[float, float]:
-    """Of one draw, and of all that the budget asks for, of which the first ones tell how many they are."""
+def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
+    """Of one draw, and of all that the budget asks for, of which the first ones tell how many they are.
+
+    Args:
+        work: makes draws.
+        budget: how many, or how exact.
+        limit: seconds that all of them may take.
+        allowance: seconds that these may take.
+    """
+
+    def seconds_of_some(count: int) -> float:
+        return seconds_of(lambda: work(replace(budget, num_draws=count, rtol=None), limit))
+
     count = min(budget.num_draws, PILOT_DRAWS)
-    few = replace(budget, num_draws=count, rtol=None)
-    by_draw = seconds_of(lambda: work(few, limit)) / count
+    few = -(-count // 4)
+    seconds_of_some(1)  # what happens the first time alone
+    some, more = seconds_of_some(few), seconds_of_some(count)
+    by_draw = more / count if more <= some else (more - some) / (count - few)  # each run does something besides
     if budget.rtol is None:
-        return by_draw, budget.num_draws * by_draw
+        return by_draw, more + (budget.num_draws - count) * by_draw
     told: list[Estimate] = []
-    seconds = seconds_of(lambda: told.extend(work(budget, min(limit, TRIAL_SECONDS))))
+    seconds = seconds_of(lambda: told.extend(work(budget, min(limit, allowance))))
     worst = max(told, key=lambda estimate: estimate.relative_error)
     if worst.converged or not worst.errors:
         return by_draw, seconds

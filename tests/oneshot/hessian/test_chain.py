@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.oneshot.hessian import chain as chain_module
 from secorder.oneshot.hessian.block import Block
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import choose
@@ -144,6 +145,28 @@ def test_what_is_made_for_all_samples_is_counted_once(monkeypatch: pytest.Monkey
         cost = probe.estimate_cost(F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)), method="exact")
     assert {c.strategy for c in cost.values()} == {"chain"}
     assert sum(c.seconds for c in cost.values()) == pytest.approx(1.0 + 0.01 * N)
+
+
+def test_what_the_products_of_a_segment_take_is_told_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    products: Any = chain_module._products
+    made: list[range] = []
+
+    def counted(*args: Any) -> Tensor:
+        made.append(args[6])
+        return products(*args)
+
+    monkeypatch.setattr(chain_module, "_PRODUCT_BYTES", 1)  # one at a time
+    monkeypatch.setattr(chain_module, "_products", counted)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Conv2d(2, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(2, 3))
+    batch = F.cross_entropy, torch.randn(N, 1, 4, 4), torch.randint(3, (N,))
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(*batch, method="exact")
+        few = len(made)
+        made.clear()
+        assert {i.strategy for i in probe.hessian_diagonal(*batch, method="exact").info.values()} == {"chain"}
+    assert {c.strategy for c in cost.values()} == {"chain"}
+    assert 0 < few < len(made)
+    assert max(ids.stop for ids in made) == 8  # elements of the first layer's z
 
 
 def clamped(x: Tensor) -> Tensor:

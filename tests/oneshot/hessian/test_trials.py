@@ -69,9 +69,23 @@ def test_how_many_draws_there_will_be(monkeypatch: pytest.MonkeyPatch, limit: fl
         return 1.6
 
     monkeypatch.setattr(trials, "seconds_of", timed)
-    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit)
+    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit, 0.5)
     assert found == (pytest.approx(0.1), pytest.approx(seconds))
-    assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit)[1] == pytest.approx(10.0)
+    assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit, 0.5)[1] == pytest.approx(10.0)
+
+
+def test_what_each_run_does_besides_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run takes a second, each draw a tenth of one, and the first run much longer."""
+    now, runs = [0.0], []
+
+    def work(budget: Budget, seconds: float) -> list[Estimate]:
+        now[0] += 1.0 + 0.1 * budget.num_draws + (0 if runs else 50)
+        runs.append(budget.num_draws)
+        return []
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    by_draw, seconds = trials._seconds_of_draws(work, Budget("hutchinson", 60), math.inf, 0.5)
+    assert (by_draw, seconds) == (pytest.approx(0.1), pytest.approx(1.0 + 6.0))
 
 
 @pytest.mark.parametrize(("draws", "more"), [(20, 2), (8, 0)])
@@ -93,7 +107,9 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
     layers = select_layers(model, None)
     with CurvatureProbe(model) as probe:
         probe.hessian_diagonal(F.cross_entropy, x, y, method="hutchinson", num_draws=draws)
-    monkeypatch.setattr(trials, "_seconds_of_draws", lambda work, budget, limit: (1.0, float(budget.num_draws)))
+    monkeypatch.setattr(
+        trials, "_seconds_of_draws", lambda work, budget, limit, allowance: (1.0, float(budget.num_draws))
+    )
     expected = measure(told, model, layers, F.cross_entropy, x, y, by_sample=False)
     assert expected
     assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS}
