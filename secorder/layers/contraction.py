@@ -5,6 +5,7 @@ For the per-sample gradients of two cotangents u and v::
     contract(u, v) = Σ_n (J_nᵀ u_n) ⊙ (J_nᵀ v_n)
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -148,7 +149,8 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
     rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
-    few = 1 if isinstance(a, Patches) else len(gu)  # whose patches are copied out
+    # patches are copied out, of as many samples as stay in the cache
+    few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
     memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
         inputs = a[n.start : n.stop].unbind()

@@ -132,7 +132,8 @@ class OnlineFisher:
         self.renew()
         for backward in list(self.backwards.values()):  # what waits to be added is forgotten, too
             for record in backward.records:
-                record.waiting, record.elements_waiting, record.formed = [], 0, []
+                record.waiting, record.elements_waiting = [], 0
+                record.formed, record.elements_formed = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window

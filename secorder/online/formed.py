@@ -47,8 +47,8 @@ def form(
         return None
     like = next(iter(layer.parameters.values()))
     squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
-    for part, out in zip(parts, squares.split(sizes), strict=True):
-        contract(part, numel=len(out), out=out, beta=0.0)
+    for part, size, out in zip(parts, sizes, squares.split_with_sizes(sizes), strict=True):
+        contract(part, numel=size, out=out, beta=0.0)
     return squares
 
 
@@ -72,13 +72,14 @@ def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squ
     """A layer's squares wait from now on; where too much would, all are added."""
     record.received.add(layer.name)
     record.formed.append((layer, squares))
-    if sum([len(own) for _, own in record.formed]) > MOST_ELEMENTS:
+    record.elements_formed += squares.numel()
+    if record.elements_formed > MOST_ELEMENTS:
         add_formed(fisher, record)
 
 
 def add_formed(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the squares of a record that wait."""
-    waiting, record.formed = record.formed, []
+    waiting, record.formed, record.elements_formed = record.formed, [], 0
     every = [(layer, squares) for layer, squares in waiting if layer.name not in record.troubled]
     if every:
         fisher.troubles.guarded(record, [layer.name for layer, _ in every], _add, fisher, record, every)
@@ -101,7 +102,7 @@ def _add_to(
 ) -> None:
     """``out ← beta · out + alpha · squares`` of each parameter of the layers that are good; overwrites the squares."""
     totals = [total for own in outs for total in own.values()]
-    parts = [part for layer, squares in every for part in squares.split(layer.sizes())]
+    parts = [part for layer, squares in every for part in squares.split_with_sizes(layer.sizes())]
     if beta != 1.0:
         multiply_each(totals, beta)
     if goods is None:

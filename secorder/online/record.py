@@ -198,6 +198,7 @@ class ForwardRecord:
         num_samples: of the batch.
         shapes: of the tensors among the model's arguments.
         verified: whether this very batch was looked at.
+        scheduled: whether it is one of those of which the loss is looked at.
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
         handles: of the layers' hooks, while the forward runs.
         calls: by layer, the shapes of the outputs of each of its calls.
@@ -217,6 +218,7 @@ class ForwardRecord:
         waiting: layers that are to be added together.
         elements_waiting: of their factors.
         formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
+        elements_formed: of these.
         troubled: layers that are marked: nothing more is done for them in this record.
         parts: what tied layers have brought, until all have.
         norms: by layer, the squared norms of its per-sample gradients, where they are taken.
@@ -247,6 +249,7 @@ class ForwardRecord:
     num_samples: int
     shapes: tuple[Shape, ...]
     verified: bool
+    scheduled: bool = False
     start: Start | None = None
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
@@ -267,6 +270,7 @@ class ForwardRecord:
     waiting: list[RankOne] = field(default_factory=list)
     elements_waiting: int = 0
     formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
+    elements_formed: int = 0
     troubled: set[str] = field(default_factory=set)
     parts: dict[str, Any] = field(default_factory=dict)
     norms: dict[str, Tensor] = field(default_factory=dict)

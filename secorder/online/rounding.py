@@ -55,9 +55,10 @@ def size_of(whole: Tensor, product: Tensor) -> Tensor:
     if product.shape[0] <= FEW:
         flat = whole.to(product.dtype).flatten()
         return torch.dot(flat, flat)
-    some = whole[:: max(1, len(whole) // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
+    rows = whole.shape[0]
+    some = whole[:: max(1, rows // (FEW if whole.dim() == 2 else FEW_SAMPLES))]
     flat = some.to(product.dtype).flatten()
-    return torch.dot(flat, flat) * (len(whole) / len(some)) + torch.dot(product, product)
+    return torch.dot(product, product).add_(torch.dot(flat, flat), alpha=rows / some.shape[0])
 
 
 def tolerance_of(
