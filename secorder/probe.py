@@ -44,7 +44,7 @@ from .online.reading import (
     noise_scales,
     num_samples,
     num_skipped,
-    untold,
+    unreadable,
 )
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
@@ -960,12 +960,12 @@ class CurvatureProbe:
         return report(self.fisher_diagonal(), hessian, sort_by=sort_by, depth=depth, title=repr(self))
 
     def __str__(self) -> str:
-        told = self.num_samples > 0 and not untold(self._fisher)
-        if told and self._fisher.accumulate == "diagonal":
+        readable = self.num_samples > 0 and not unreadable(self._fisher)
+        if readable and self._fisher.accumulate == "diagonal":
             return str(self.summary())
-        traces = self.fisher_trace() if told else {}
+        traces = self.fisher_trace() if readable else {}
         lines = [f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers]
-        of = [f", tr F = {traces[x.name].value:.3g}" if told else "" for x in self._fisher.layers]
+        of = [f", tr F = {traces[x.name].value:.3g}" if readable else "" for x in self._fisher.layers]
         return "\n".join([repr(self), *map("".join, zip(lines, of, strict=True))])
 
     def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
