@@ -1,4 +1,4 @@
-"""What was accumulated, as it is told: the one place where the device is waited for."""
+"""Reading what was accumulated: the one place that waits for the device."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,13 +27,13 @@ __all__ = [
     "noise_scales",
     "num_samples",
     "num_skipped",
-    "untold",
+    "unreadable",
 ]
 
-#: What to do where a layer's number cannot be told.
+#: What to do where a layer's number cannot be given.
 Missing = Literal["raise", "skip"]
 
-#: What is read: a stretch of training, and the layers whose numbers are not to be told of it, with the reason.
+#: What is read: a stretch of training, and the layers whose numbers cannot be given for it, with the reason.
 Read = tuple[Stretch, Mapping[str, str]]
 
 _NOT_FINITE = 'lower the learning rate or the loss scale, or pass on_nonfinite="keep" to see them.'
@@ -96,8 +96,8 @@ def everything(fisher: OnlineFisher) -> Stretch:
     return now if fisher.earlier is None else joined(fisher.earlier, now, fisher.decay)
 
 
-def untold(fisher: OnlineFisher) -> dict[str, str]:
-    """The layers whose number is not to be told, and why."""
+def unreadable(fisher: OnlineFisher) -> dict[str, str]:
+    """The layers whose number cannot be given, and why."""
     audit_uncalled(fisher)
     failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
     return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
@@ -108,16 +108,16 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
 
     Args:
         fisher: what was accumulated, and how.
-        missing: what to do where a layer's number cannot be told.
-        read: of which stretch of training, and which layers are not to be told of it; by default of all of it.
+        missing: what to do where a layer's number cannot be given.
+        read: of which stretch of training, and which layers cannot be read; by default of all of it.
     """
     if fisher.accumulate != "diagonal":
         raise ProbeStateError(
             f'the probe accumulates {fisher.accumulate!r}, no diagonal: make one with accumulate="diagonal", or pass '
             "loss_fn, inputs and targets to measure a batch."
         )
-    stretch, troubles = read or (everything(fisher), untold(fisher))
-    counts = told(fisher, stretch, troubles, missing)
+    stretch, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, stretch, troubles, missing)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
     totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
     unknown = LayerInfo(Strategy.ONLINE)
@@ -130,8 +130,8 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
 
 def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> dict[str, Trace]:
     """See :meth:`secorder.CurvatureProbe.fisher_trace`; arguments as of :func:`diagonals`."""
-    stretch, troubles = read or (everything(fisher), untold(fisher))
-    counts = told(fisher, stretch, troubles, missing)
+    stretch, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, stretch, troubles, missing)
     rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
     found, share = {}, ranks(stretch)
     traces = _traces(fisher, stretch, list(counts)) if fisher.accumulate == "diagonal" else {}
@@ -160,8 +160,8 @@ def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dic
 
 def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> NoiseScales:
     """See :meth:`secorder.CurvatureProbe.gradient_noise_scale`; arguments as of :func:`diagonals`."""
-    stretch, troubles = read or (everything(fisher), untold(fisher))
-    counts = told(fisher, stretch, troubles, missing)
+    stretch, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, stretch, troubles, missing)
     rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
     found = {name: noise_of(rows[name]) for name in counts}
     unknown = [name for name, scale in found.items() if scale is None]
@@ -177,8 +177,10 @@ def ranks(stretch: Stretch) -> float:
     return 1 + stretch.elsewhere / seen if seen else 1.0
 
 
-def told(fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Missing) -> dict[str, Counts]:
-    """The layers whose number can be told, and what is in it.
+def readable_counts(
+    fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Missing
+) -> dict[str, Counts]:
+    """The layers whose number can be given, and how many samples are in it.
 
     Raises:
         SecorderError: there is none, or one is missing that is asked for.

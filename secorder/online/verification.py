@@ -14,7 +14,7 @@ from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
 from .loss_scale import fraction
-from .reading import diagonals, untold
+from .reading import diagonals, unreadable
 
 __all__ = ["Verification", "verify"]
 
@@ -125,7 +125,7 @@ def _online(
         _step(fisher.model, loss_fn, inputs, targets, float(fisher.loss_scale()))
     finally:
         attachment.detach()
-    reasons = {**trial.troubles.left_out, **untold(trial)}
+    reasons = {**trial.troubles.left_out, **unreadable(trial)}
     return diagonals(trial, "skip"), reasons
 
 

@@ -12,7 +12,7 @@ from ..oneshot.trace import Trace
 from ..results import Diagonals
 from .fisher import OnlineFisher
 from .noise import NoiseScales
-from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, untold
+from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, unreadable
 from .stretch import Stretch, add_behind, put_aside, small
 from .sums import ADDING
 
@@ -95,7 +95,7 @@ class Window:
 def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
     """See :meth:`secorder.CurvatureProbe.window`."""
     with ADDING:
-        troubles = untold(fisher)
+        troubles = unreadable(fisher)
         vectors = small(fisher.sums)
         sums = fisher.sums if vectors is None else {**fisher.sums, **vectors.layers(fisher.sums)}
         taken = Stretch(sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms, vectors)

@@ -56,3 +56,13 @@ def test_what_they_tell_is_what_each_tells_by_itself(bad: str | None) -> None:
         torch.testing.assert_close(values[i], r @ expected[i].sum(0) @ whole)
         a, g = given[i]
         torch.testing.assert_close(sizes[i], g.square().sum() * (a.square().sum() + 6 * BIASED[i]))
+
+
+def test_numbers_whose_squares_are_too_large_are_left_out_in_float32() -> None:
+    """They are finite themselves, and nothing of them gets into the other layers."""
+    (layers, _), given = frame(), [(a.float(), g.float()) for a, g in factors()]
+    given[1][0][2, 1] = 1e25
+    together = SideBySide(Frame(layers.widths, *[x.float() for x in layers[1:]]), given)
+    assert together.finite().tolist() == [True, False, True]
+    assert together.norms().isfinite().all(1).tolist() == [True, False, True]
+    assert together.explained()[0].isfinite().tolist() == [True, False, True]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 from secorder._torch.pytree import map_tensors
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..reference import named_parameters, relative_error
 
@@ -95,7 +95,7 @@ def follow(
                     came.left_out.setdefault(name, []).append(index)
             if after is not None:
                 after()
-        came.refused = untold(probe._fisher)
+        came.refused = unreadable(probe._fisher)
         told = [name for name in layers if name not in came.refused and samples[name]]
         found = probe.fisher_diagonal(missing="skip").by_parameter() if told else {}
     came.warned = [str(w.message) for w in caught if issubclass(w.category, CurvatureWarning)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from secorder import CurvatureProbe, CurvatureWarning
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..helpers import Fn, Net, data, make, reference, seed
 from ..reference import assert_all_close
@@ -25,7 +25,7 @@ def classify(model: nn.Module, batch: Pair) -> Tensor:
 
 
 def suspects(probe: CurvatureProbe) -> set[str]:
-    return set(untold(probe._fisher))
+    return set(unreadable(probe._fisher))
 
 
 @pytest.mark.parametrize("period", [1, 3, 7, 16])

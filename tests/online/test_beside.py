@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.online.beside import Beside
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..helpers import data
 from .loops import Followed, follow
@@ -120,7 +120,7 @@ def follow_without_numbers(model: nn.Module, loss: Any = added) -> dict[str, str
     with CurvatureProbe(model, reduction="mean") as probe:
         for _ in range(2):
             loss(model, data(6)).backward()
-        return untold(probe._fisher)
+        return unreadable(probe._fisher)
 
 
 def kept_rows(model: nn.Module, batch: Any) -> Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secorder import AttributionError, CurvatureProbe, ProbeStateError
-from secorder.online.reading import diagonals, num_samples, num_skipped, untold
+from secorder.online.reading import diagonals, num_samples, num_skipped, unreadable
 
 from ..helpers import data, make, reference
 from ..reference import assert_all_close
@@ -20,7 +20,7 @@ def test_the_mean_over_all_samples() -> None:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         assert num_samples(probe._fisher) == len(batch[0])
         assert num_skipped(probe._fisher) == {}
-        assert untold(probe._fisher) == {}
+        assert unreadable(probe._fisher) == {}
         assert_all_close(diagonals(probe._fisher).by_parameter(), reference(model, batch))
 
 
@@ -44,7 +44,7 @@ def test_layers_that_cannot_be_told_are_raised_for_or_left_out() -> None:
     with CurvatureProbe(model, reduction="mean") as probe:
         loss = F.cross_entropy(model(batch[0]), batch[1]) + first.weight.square().sum()
         loss.backward()
-        (name,) = untold(probe._fisher)
+        (name,) = unreadable(probe._fisher)
         with pytest.raises(AttributionError, match=f"layer '{name}'"):
             diagonals(probe._fisher)
         told = diagonals(probe._fisher, "skip")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..helpers import Net, make
 from ..reference import assert_all_close, named_parameters
@@ -103,8 +103,8 @@ def test_separate(model: nn.Module, options: Any, sizes: tuple[int, ...]) -> Non
         losses(model, sets).backward()
         ambiguous = not options and len(set(sizes)) < len(sizes)
         if ambiguous:
-            assert untold(probe._fisher)
-            assert all("forwards=" in reason for reason in untold(probe._fisher).values())
+            assert unreadable(probe._fisher)
+            assert all("forwards=" in reason for reason in unreadable(probe._fisher).values())
             return
         assert probe.num_samples == sum(sizes)
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
@@ -166,7 +166,7 @@ def test_a_backward_over_a_recorded_and_an_unrecorded_forward(
             model.zero_grad()
             losses(model, sets).backward()
         assert all(torch.equal(g, p.grad) for g, p in zip(found, model.parameters(), strict=True))
-    assert set(untold(probe._fisher)) == set(probe.layer_names)
+    assert set(unreadable(probe._fisher)) == set(probe.layer_names)
 
 
 def test_a_forward_of_another_mode_that_is_not_recorded() -> None:

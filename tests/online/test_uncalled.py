@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..helpers import Net, data
 
 
 def suspects(probe: CurvatureProbe) -> set[str]:
-    return set(untold(probe._fisher))
+    return set(unreadable(probe._fisher))
 
 
 def classify(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -79,6 +79,27 @@ def test_none_where_curvature_has_no_directions(size: int) -> None:
     assert deflated(diagonal, pilot(diagonal), [torch.zeros(64)], BUDGET, lambda _: None) is None
 
 
+@pytest.mark.parametrize(("draws", "pays"), [(100, True), (40, False)])
+def test_many_directions_pay_where_each_takes_little(draws: int, pays: bool) -> None:
+    """Of curvature that falls slowly, a few directions leave three quarters: 25 of them pay, ten do not."""
+    basis = torch.linalg.qr(torch.randn(2, 200, 200, generator=seeded(), dtype=torch.float64))[0]
+    where = space(basis @ torch.diag_embed(0.9 ** torch.arange(200.0).double().expand(2, -1)) @ basis.mT, [])
+    for _ in range(5):
+        tried, budget = pilot(where), Budget("hutchinson", num_draws=draws)
+        found = deflated(where, tried, [torch.zeros(200, dtype=torch.float64)], budget, lambda _: None)
+        assert (found is not None) == pays
+        if found is not None:
+            assert found[0](100)[0].var(0).sum() < where.draw(100)[0].var(0).sum() / 4
+
+
+def test_what_signs_alone_give_is_left_to_them() -> None:
+    """A diagonal, though it falls, and next to nothing beside it."""
+    beside = 1e-3 * torch.randn(1, 200, 200, generator=seeded(), dtype=torch.float64)
+    where = space(torch.diag_embed(0.9 ** torch.arange(200.0).double())[None] + beside + beside.mT, [])
+    how = [torch.zeros(200, dtype=torch.float64)], Budget("hutchinson", num_draws=100), lambda _: None
+    assert deflated(where, pilot(where), *how) is None
+
+
 def test_a_layer_is_deflated_without_bias() -> None:
     """Z-scores of a trace over repetitions have the spread that their errors tell."""
     seed()
