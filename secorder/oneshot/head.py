@@ -1,11 +1,14 @@
 """Heads: layers whose output is the model's, and their part of Jᵀ H J without a column.
 
-Where z = f and outputs at different positions do not interact, the squares of all columns add up to H's own diagonal:
-``Σ_n Σ_p H_n[(p, o), (p, o)] a[n, p, i]²``, one contraction for as many columns as the model has outputs.
+Where z = f, perhaps with other dimensions in each place, and outputs at different positions do not interact, the
+squares of all columns add up to H's own diagonal: ``Σ_n Σ_p H_n[(p, o), (p, o)] a[n, p, i]²``, one contraction for as
+many columns as the model has outputs.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import permutations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,68 +23,103 @@ from .output_hessian import as_samples
 from .recorded_layer import RecordedLayer
 from .roots import Root
 
-__all__ = ["contract_head", "head_outputs", "known_heads"]
+__all__ = ["Head", "contract_head", "head_outputs", "known_heads"]
 
 #: Outputs of one sample up to which a number for each is exact in single precision.
 MAX_NUMBERED = 1 << 24
 
 
+#: Dimensions of an output up to which it may be z with these in other places.
+MAX_DIMS = 5
+
+
+class Head(NamedTuple):
+    """A layer whose z is an output of the model.
+
+    Attributes:
+        which: of the outputs.
+        order: for each dimension of z, that of the output.
+    """
+
+    which: int
+    order: tuple[int, ...]
+
+    def in_z(self, values: Tensor) -> Tensor:
+        """Values of the output's shape, in that of z."""
+        return values.permute(self.order)
+
+    def in_output(self, values: Tensor) -> Tensor:
+        """Values of the shape of z, in the output's."""
+        return values.permute([self.order.index(d) for d in range(len(self.order))])
+
+
 def head_outputs(
     model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], generator: torch.Generator
-) -> dict[str, int]:
-    """The layers whose output z is one of the model's, by name, and which one it is.
+) -> dict[str, Head]:
+    """The layers whose output z is one of the model's, by name, and how.
 
-    The Jacobian from z to the outputs must be the identity: a random cotangent on the outputs must come back bit for
-    bit, the one on that output alone. Anything else does so with probability zero.
+    The Jacobian from z to the outputs must be the identity, or put dimensions in other places: a random cotangent on
+    the outputs must come back bit for bit, the one on that output alone. Anything else does so with probability zero.
 
     Args:
         model_outputs: output tensors, samples in dim 0.
         layers: layers with recorded calls.
         generator: for the cotangent.
     """
-    shapes = [f.shape for f in model_outputs]
-    ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1]
-    candidates = [z for z in ruled if z.leaves[0].shape in shapes and z.leaves[0].numel()]
+    ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1 and z.leaves[0].numel()]
+    candidates = [z for z in ruled if any(any(_orders(f.shape, z.leaves[0].shape)) for f in model_outputs)]
     if not candidates:
         return {}
     where = generator.device
     random = [torch.randn(f.shape, generator=generator, dtype=torch.float32, device=where).to(f) for f in model_outputs]
     found = stacked_vjp(model_outputs, [z.leaves[0] for z in candidates], [r[None] for r in random])
-    heads: dict[str, int] = {}
+    heads: dict[str, Head] = {}
     for z, back in zip(candidates, found, strict=True):
         for index, r in enumerate(random):
-            if back[0].shape == r.shape and torch.equal(back[0], r):
-                heads[z.layer.name] = index
+            orders = _orders(r.shape, back[0].shape)
+            order = next((order for order in orders if torch.equal(back[0], r.permute(order))), None)
+            if order is not None:
+                heads[z.layer.name] = Head(index, order)
     return heads
 
 
+def _orders(output: Sequence[int], z: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """How dimensions of an output may be those of z, where both have samples in dim 0."""
+    if len(output) != len(z) or len(z) > MAX_DIMS or sorted(output) != sorted(z):
+        return
+    for rest in permutations(range(1, len(z))):
+        if all(output[d] == size for d, size in zip((0, *rest), z, strict=True)):
+            yield (0, *rest)
+
+
 def known_heads(
-    model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], heads: Mapping[str, int], root: Root
-) -> dict[str, int]:
+    model_outputs: Sequence[Tensor], layers: Sequence[RecordedLayer], heads: Mapping[str, Head], root: Root
+) -> dict[str, Head]:
     """Those heads to which :func:`contract_head` applies: the diagonal is known, and positions do not interact."""
     if root.diagonal is None or root.blocks is None:
         return {}
     blocks = root.blocks.split([as_samples(f).shape[1] for f in model_outputs])
     known = {}
     for z in layers:
-        which = heads.get(z.layer.name)
-        if which is not None and _applies(z, blocks[which], model_outputs[which].shape):
-            known[z.layer.name] = which
+        head = heads.get(z.layer.name)
+        if head is not None and _applies(z, blocks[head.which], model_outputs[head.which].shape, head):
+            known[z.layer.name] = head
     return known
 
 
-def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], which: int, root: Root) -> list[Tensor]:
-    """Σ_k contract(u_k, v_k) of a layer whose output is output ``which``, by parameter.
+def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head, root: Root) -> list[Tensor]:
+    """Σ_k contract(u_k, v_k) of a layer whose output is the model's, by parameter.
 
     Args:
         z: the layer, one of :func:`known_heads`.
         model_outputs: output tensors, samples in dim 0.
-        which: which of them it is.
+        head: how it is one of them.
         root: of the loss's Hessian in all of them.
     """
     assert root.diagonal is not None
     sizes = [as_samples(f).shape[1] for f in model_outputs]
-    diagonal = root.diagonal.split(sizes, 1)[which].reshape(1, *model_outputs[which].shape)
+    of_output = root.diagonal.split(sizes, 1)[head.which].reshape(model_outputs[head.which].shape)
+    diagonal = head.in_z(of_output)[None]
     z.layouts = [DIM_ZERO]
     u = z.gradients([diagonal.abs().sqrt()])
     signs = z.gradients([diagonal.sign()]) if bool((diagonal < 0).any()) else None
@@ -109,13 +147,13 @@ def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: i
     return total
 
 
-def _applies(z: RecordedLayer, blocks: Tensor, shape: torch.Size) -> bool:
+def _applies(z: RecordedLayer, blocks: Tensor, shape: torch.Size, head: Head) -> bool:
     """Whether the rule multiplies inputs with cotangents, and every block of outputs lies at one position of it."""
     if len(blocks) > MAX_NUMBERED:
         return False
     z.layouts = [DIM_ZERO]
     try:
-        numbered = z.gradients([blocks.float().view(1, 1, *shape[1:]).expand(1, *shape)])
+        numbered = z.gradients([head.in_z(blocks.float().view(1, *shape[1:]).expand(shape))[None]])
     except AttributionError:  # not a shape that the rule is for
         return False
     return all(isinstance(places, Outer) and _apart(places.g[0, 0]) for places in numbered.values())

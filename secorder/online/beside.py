@@ -7,7 +7,7 @@ their places, k(s, t) − k(s', t) − k(s, t') + k(s', t') = 0. Otherwise (a me
 another mean) samples influence one another's gradients, which shows in train mode too, and of what has no derivative.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
@@ -15,18 +15,19 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .._torch.graph import current_node, is_builtin, nodes_behind
+from .._torch.graph import Node, current_node, is_builtin, nodes_behind
 from .._torch.modules import own_attributes
 from .._torch.pytree import tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator
+from ..layers.selection import Layer
 from ..oneshot.independence import without_gradients
 from .samples import Hypothesis, run_changed
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["Beside", "coupling", "made_beside", "watch_beside"]
+__all__ = ["Beside", "coupling", "layers_behind", "made_beside", "watch_beside"]
 
 #: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
 UNITS = 128
@@ -184,9 +185,14 @@ def _mark(fisher: "OnlineFisher", place: str, gradient: Tensor) -> None:
     names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
     if not names or not bool((gradient != 0).any()):
         return
-    nodes = list(nodes_behind([current_node()]))
-    if all(map(is_builtin, nodes)):  # what is behind others, such as a checkpoint of the reentrant kind, they hide
-        reached = {id(getattr(node, "variable", None)) for node in nodes}
-        by_name = {layer.name: layer.parameters.values() for layer in fisher.layers}
-        names = [name for name in names if any(id(p) in reached for p in by_name[name])]
-    fisher.troubles.mark(names, _COUPLED.format(place))
+    behind = layers_behind(fisher.layers, [current_node()])
+    fisher.troubles.mark([name for name in names if name in behind], _COUPLED.format(place))
+
+
+def layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:
+    """The layers whose parameters a graph leads to; all of them where nodes of others hide what is behind them."""
+    nodes = list(nodes_behind(roots))
+    if not all(map(is_builtin, nodes)):  # such as a checkpoint of the reentrant kind
+        return [layer.name for layer in layers]
+    reached = {id(getattr(node, "variable", None)) for node in nodes}
+    return [layer.name for layer in layers if any(id(p) in reached for p in layer.parameters.values())]

@@ -54,15 +54,18 @@ class Looks:
     def _mode(self) -> tuple[bool, ...]:
         return tuple([module.training for module in self._modules])
 
-    def due(self) -> bool:
+    def scheduled(self) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then)."""
         mode = self._mode()
         found = self._known.get(mode)
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
             return True
-        scheduled = batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
-        return scheduled and not (self._sample_dim in (None, 0) and independent_by_structure(self._model, 0))
+        return batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
+
+    def certain(self) -> bool:
+        """Whether the model's structure leaves no doubt of what is known: only its loss is to be looked at."""
+        return self.known() is not None and self._sample_dim in (None, 0) and independent_by_structure(self._model, 0)
 
     def look(
         self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], reduction: Any = None

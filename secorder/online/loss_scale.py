@@ -60,7 +60,7 @@ def watch_scale(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> N
 @never_compiled
 def _gave(through: list[Tensor], index: int, gradients: Sequence[Tensor | None], _: Any) -> None:
     """An operation of the loss has brought a gradient to an output that the loss is computed from."""
-    g = gradients[index]
+    g = gradients[index] if index < len(gradients) else None
     if g is not None and not inside_transform():
         through.append(g.detach())
 

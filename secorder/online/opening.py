@@ -47,11 +47,11 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     if not _refresh(fisher, looks):
         return None
     shapes = shapes_of((args, kwargs) if kwargs else args)
-    due, known = looks.due(), looks.known()
+    scheduled, known = looks.scheduled(), looks.known()
     count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
     needed = known is None or count is None or (known.provisional and count != 0)
-    wanted = due and count is not None and count > 1
+    wanted = scheduled and not looks.certain() and count is not None and count > 1
     empty = _empty(shapes)
     if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
         someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
@@ -74,12 +74,12 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
             elif needed:
                 fisher.troubles.saw("other threads")
                 return None
-    opened = partial(_opened, fisher, known, count, shapes, verified, (args, kwargs))
+    opened = partial(_opened, fisher, known, count, shapes, (verified, scheduled), (args, kwargs))
     return opened() if fisher.ranks is None else opened_together(fisher, fisher.ranks, error, opened)
 
 
 def _opened(
-    fisher: OnlineFisher, known: Attribution | None, count: int | None, shapes: Any, verified: bool, arguments: Any
+    fisher: OnlineFisher, known: Attribution | None, count: int | None, shapes: Any, looked: Any, arguments: Any
 ) -> ForwardRecord | None:
     """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
@@ -93,7 +93,7 @@ def _opened(
     args, kwargs = arguments
     # Of a chain of torch's own layers nothing is ever run again.
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
-    record = ForwardRecord(known, count, shapes, verified, start)
+    record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
@@ -234,7 +234,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = True
         return
-    watch_losses(fisher, record, output)
+    watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):

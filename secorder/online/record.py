@@ -198,6 +198,7 @@ class ForwardRecord:
         num_samples: of the batch.
         shapes: of the tensors among the model's arguments.
         verified: whether this very batch was looked at.
+        scheduled: whether it is one of those of which the loss is looked at.
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
         handles: of the layers' hooks, while the forward runs.
         calls: by layer, the shapes of the outputs of each of its calls.
@@ -248,6 +249,7 @@ class ForwardRecord:
     num_samples: int
     shapes: tuple[Shape, ...]
     verified: bool
+    scheduled: bool = False
     start: Start | None = None
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)

@@ -22,12 +22,13 @@ from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
 from .beside import Beside, made_beside, watch_beside
+from .loss_coupling import watch_coupling
 from .loss_scale import watch_scale
 from .record import ForwardRecord
 from .reduction import weights_of
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
+    from .hooks import Attachment
 
 __all__ = ["told_otherwise", "watch_losses"]
 
@@ -108,15 +109,15 @@ def _near(model: nn.Module, losses: Sequence[float], other: float) -> bool:
     return abs(other - losses[0]) <= _rounding(model) * sum(map(abs, losses))
 
 
-def watch_losses(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> None:
-    """Mark layers once a backward begins at a loss of which it was found that it is not to be told of.
+def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
 
     Args:
-        fisher: what the layers are marked in.
-        record: of the forward that has ended.
+        attachment: of the probe.
+        record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
         output: of it.
     """
-    found = record.attribution
+    fisher, found = attachment.fisher, record.attribution
     watch_scale(fisher, record, output)
 
     def begins(reason: str, gradient: Tensor) -> None:
@@ -129,6 +130,8 @@ def watch_losses(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> 
                 tensor.register_hook(partial(begins, found.unreduced[place]))
     if found.coupling:
         watch_beside(fisher, output, found.coupling)
+    if record.scheduled and fisher.ranks is None:
+        watch_coupling(attachment, record, output)
 
 
 def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any:

@@ -326,12 +326,8 @@ class _OfIntegers(TorchFunctionMode):
         self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
         for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
-            if hypothesis.owned is not None and owner is not None:
-                self.ours[tensor] = (
-                    mask[owner.cpu().long()]
-                    if isinstance(owner, Tensor)
-                    else mask[owner].expand(tensor.shape[:1] or (1,))
-                )
+            if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
+                self.ours[tensor] = mask[owner.cpu().long()]
             elif dim is not None:
                 self.ours[tensor] = mask
 

@@ -151,6 +151,10 @@ class Troubles:
         """Take note of what keeps a forward from being recorded, or that one was: a key of :data:`CAUSES`."""
         self._causes.add(cause)
 
+    def has_seen(self, cause: str) -> bool:
+        """Whether note was taken of a key of :data:`CAUSES`."""
+        return cause in self._causes
+
     def guarded(
         self, record: ForwardRecord | None, names: Iterable[str], work: Callable[..., Any], *arguments: Any
     ) -> None:

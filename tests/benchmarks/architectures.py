@@ -220,12 +220,12 @@ class _Watched:
     def checked(self) -> None:
         """As a batch that is looked at again."""
         looks = self.probe._looks
-        due = looks.due
-        looks.due = lambda: due() or True  # type: ignore[method-assign]
+        scheduled = looks.scheduled
+        looks.scheduled = lambda: scheduled() or True  # type: ignore[method-assign]
         try:
             self.step()
         finally:
-            del looks.due
+            del looks.scheduled
 
 
 def architectures(results: Results, repeats: int, only: str = "") -> None:

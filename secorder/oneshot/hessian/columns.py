@@ -9,7 +9,7 @@ from ..._torch.vjp import stacked_vjp
 from ...layers.dtypes import rounding
 from ...monitor.progress import progress_bar
 from ...results import Strategy
-from ..head import contract_head
+from ..head import Head, contract_head
 from ..measurement import Measurement
 from ..output_hessian import as_samples
 from ..output_root import output_root
@@ -52,10 +52,10 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     found: dict[int, list[Tensor] | None] = {}
     for graph in graphs:
         if graph.layer.name in side.heads:
-            which = side.heads[graph.layer.name]
-            found[id(graph)] = contract_head(graph, side.model_outputs, which, root)
+            head = side.heads[graph.layer.name]
+            found[id(graph)] = contract_head(graph, side.model_outputs, head, root)
             if check is not None:
-                check.head(graph, which)
+                check.head(graph, head)
     rest = [graph for graph in graphs if id(graph) not in found]
     with progress_bar(task.progress and bool(rest), "Hessian by columns", root.num_columns, unit="vjps") as advance:
         values = contract_pairs(
@@ -100,11 +100,11 @@ class _Bilinear:
             for total, part in ((self.found, products.sum(0)), (self.size, products.abs().sum(0))):
                 total[id(graph)] = total[id(graph)] + part if id(graph) in total else part
 
-    def head(self, graph: LayerGraph, which: int) -> None:
-        """A layer whose z is output ``which``: what the columns would add up to is the loss's Hessian itself."""
-        (v, other), point = self.vectors[id(graph.leaves[0])], self.side.points[which]
-        (u,) = stacked_vjp([self.side.output_gradients[which]], [point], [v.to(point)[None]])
-        products = u[0] * other
+    def head(self, graph: LayerGraph, head: Head) -> None:
+        """A layer whose z is an output: what the columns would add up to is the loss's Hessian itself."""
+        (v, other), point = self.vectors[id(graph.leaves[0])], self.side.points[head.which]
+        (u,) = stacked_vjp([self.side.output_gradients[head.which]], [point], [head.in_output(v).to(point)[None]])
+        products = head.in_z(u[0]) * other
         self.found[id(graph)] = as_samples(products).sum(1)
         self.size[id(graph)] = as_samples(products.abs()).sum(1)
 

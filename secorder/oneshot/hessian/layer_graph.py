@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..head import Head
 from ..recorded_layer import RecordedLayer
 from ..roots import Root
 
@@ -42,7 +43,7 @@ class OutputSide:
     points: list[Tensor]
     output_gradients: list[Tensor | None]
     root: Root | None = None
-    heads: dict[str, int] = field(default_factory=dict)
+    heads: dict[str, Head] = field(default_factory=dict)
     by_graph: bool = False
 
     @property

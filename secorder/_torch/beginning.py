@@ -1,0 +1,71 @@
+"""What is to be done before a backward pass begins, while the graph still holds what it has saved.
+
+PyTorch has no hook there: those on tensors come when all that is above them has run, and was freed. While something
+waits for it, the function by which ``torch.autograd`` enters its engine is one of ours, that calls it.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from .compile import never_compiled
+
+__all__ = ["before_backward", "tells_beginnings"]
+
+#: What is called with its owner, the tensors that the pass begins at and the gradients on these, and tells whether that
+#: was the pass that it waited for.
+Work = Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], bool]
+
+_NAME = "_engine_run_backward"
+
+_waiting: "dict[ref[Any], Work]" = {}
+_CHANGING = threading.RLock()
+
+
+class _Entry:
+    """In the place of the function by which the engine is entered."""
+
+    def __init__(self, entered: Callable[..., Any]) -> None:
+        self.entered = entered
+
+    @never_compiled
+    def __call__(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("accumulate_grad"):  # and not torch.autograd.grad
+            for key, work in list(_waiting.items()):
+                owner = key()
+                if owner is None or work(owner, tensors, gradients):
+                    _forget(key)
+        return self.entered(tensors, gradients, *args, **kwargs)
+
+
+def tells_beginnings() -> bool:
+    """Whether this PyTorch enters its engine by the function that is known here."""
+    return hasattr(torch.autograd, _NAME)
+
+
+def before_backward(owner: Any, work: Work) -> None:
+    """Call ``work`` before backward passes that accumulate, until it returns True, or its owner is gone.
+
+    Args:
+        owner: what is kept alive by the graph, such as by a hook on it, and not here.
+        work: what is called; it raises nothing.
+    """
+    if not tells_beginnings():
+        return
+    with _CHANGING:
+        _waiting[ref(owner, _forget)] = work
+        now = getattr(torch.autograd, _NAME)
+        if not isinstance(now, _Entry):
+            setattr(torch.autograd, _NAME, _Entry(now))
+
+
+def _forget(key: "ref[Any]") -> None:
+    with _CHANGING:
+        _waiting.pop(key, None)
+        now = getattr(torch.autograd, _NAME)
+        if not _waiting and isinstance(now, _Entry):
+            setattr(torch.autograd, _NAME, now.entered)

@@ -1,0 +1,85 @@
+"""A part of the autograd graph, from tensors on to others that they were computed from, differentiated node by node.
+
+No hook is called, nothing is accumulated, and nothing that nodes have saved is freed, as the engine would do.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from .graph import Node, collection_paused, is_complex, recomputed, run_node_once, shape_of
+
+__all__ = ["Place", "UnknownNode", "elements_of", "nodes_between", "place_of", "pull_back"]
+
+#: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
+Place = tuple[Node, int]
+
+
+class UnknownNode(Exception):
+    """A node that is not run by itself: a custom function's, or one whose saved tensors a checkpoint computes again."""
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Where the graph knows a tensor."""
+    edge = get_gradient_edge(tensor)
+    return edge.node, edge.output_nr
+
+
+@collection_paused()
+def nodes_between(roots: Iterable[Node], ends: Collection[Node]) -> list[Node]:
+    """The nodes that lead from some to others, these excluded, each behind all that its gradients come from."""
+    leads = dict.fromkeys(ends, True)
+    entered: set[Node] = set()
+    order: list[Node] = []
+    waiting = list(roots)
+    while waiting:
+        node = waiting[-1]
+        before = [x for x, _ in node.next_functions if x is not None]
+        if node in leads:
+            waiting.pop()
+        elif node not in entered:
+            entered.add(node)
+            waiting.extend(x for x in before if x not in leads and x not in entered)
+        else:
+            waiting.pop()
+            leads[node] = any(leads.get(x, False) for x in before)
+            if leads[node]:
+                order.append(node)
+    return order[::-1]
+
+
+def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Collection[Place]) -> dict[Place, Tensor]:
+    """The gradients on tensors, pulled back to others by the nodes between them; where none comes, there is none.
+
+    Differentiable where gradients are enabled.
+
+    Args:
+        order: of :func:`nodes_between`.
+        gradients: on the tensors, by where they are.
+        ends: the others.
+
+    Raises:
+        UnknownNode: a node is not to be run.
+    """
+    found = dict(gradients)
+    leads = {*order, *(node for node, _ in ends)}
+    for node in order:
+        own = [found.pop((node, i), None) for i in range(len(node._input_metadata))]
+        if all(g is None for g in own):
+            continue
+        if not callable(node) or is_complex(node) or recomputed(node) is not False:
+            raise UnknownNode(node.name())
+        wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
+        for k, g in zip(wanted, run_node_once(node, own, wanted), strict=True):
+            place = node.next_functions[k]
+            g = g.to(place[0]._input_metadata[place[1]].dtype)
+            found[place] = found[place] + g if place in found else g
+    return {place: g for place, g in found.items() if place in ends}
+
+
+def elements_of(nodes: Iterable[Node]) -> int:
+    """How many numbers nodes have computed."""
+    shapes = [shape_of(node, i) for node in nodes for i in range(len(node._input_metadata))]
+    return sum(torch.Size(shape).numel() for shape in shapes)

@@ -1,0 +1,228 @@
+"""A loss that is computed of the model's outputs: refused where it couples samples, and never where it does not."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder import AttributionError, CurvatureProbe
+from secorder._torch.graph import tells_recomputation
+from secorder.online.reading import untold
+
+from ..helpers import Net, data, make
+from .loops import follow
+
+pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
+
+#: A loss of logits, shape (N, 3), and labels.
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def residual() -> Net:
+    """A model that is looked at again, since its structure does not tell by itself."""
+    return Net(lambda m, x: m.b(torch.tanh(m.a(x)) + x), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+
+
+def info_nce(z: Tensor, _: Tensor) -> Tensor:
+    z = F.normalize(z)
+    return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)))
+
+
+def supervised_contrastive(z: Tensor, t: Tensor) -> Tensor:
+    z, same = F.normalize(z), (t[:, None] == t).double()
+    return -((z @ z.T).log_softmax(1) * same).sum(1).div(same.sum(1)).mean()
+
+
+def correlations(z: Tensor, _: Tensor) -> Tensor:
+    """Zbontar et al. (2021), of one view."""
+    z = (z - z.mean(0)) / z.std(0)
+    return (z.T @ z / len(z) - torch.eye(3)).square().sum()
+
+
+def partial_likelihood(z: Tensor, t: Tensor) -> Tensor:
+    """Cox (1972): each sample's risk among those that lived longer."""
+    risk = z[t.argsort(descending=True), 0]
+    return (risk.logcumsumexp(0) - risk).mean()
+
+
+def kernels(z: Tensor, _: Tensor) -> Tensor:
+    """A maximum mean discrepancy between the halves of a batch."""
+    a, b = z[: len(z) // 2], z[len(z) // 2 :]
+
+    def mean(x: Tensor, y: Tensor) -> Tensor:
+        return torch.exp(-(x[:, None] - y).square().sum(-1)).mean()
+
+    return mean(a, a) + mean(b, b) - 2 * mean(a, b)
+
+
+COUPLING: dict[str, Criterion] = {
+    "InfoNCE": info_nce,
+    "supervised contrastive": supervised_contrastive,
+    "correlations": correlations,
+    "partial likelihood": partial_likelihood,
+    "kernels": kernels,
+    "variance": lambda z, _: F.softplus(1 - z.std(0)).mean(),
+    "triplets over the batch": lambda z, _: F.triplet_margin_loss(z, z.roll(1, 0), z.roll(2, 0), margin=20.0),
+    "root of a mean": lambda z, t: (z - t[:, None]).square().mean().sqrt(),
+    "a listwise ranking": lambda z, t: -(z[:, 0].log_softmax(0) * t.double().softmax(0)).sum(),
+    "dice of the batch": lambda z, t: 1 - 2 * (z.sigmoid()[:, 0] * (t > 1)).sum() / (z.sigmoid()[:, 0] + (t > 1)).sum(),
+    "a correlation": lambda z, t: -torch.corrcoef(torch.stack([z[:, 0], t.double()]))[0, 1],
+    "pairs of neighbours": lambda z, _: (z[1:] * z[:-1]).mean(),
+    "divided by its own mean": lambda z, t: F.cross_entropy(z, t) / z.square().mean(),
+    "a little, beside another": lambda z, t: F.cross_entropy(z, t) + 0.01 * z.mean(0).square().sum(),
+    "entropy of the mean": lambda z, t: F.cross_entropy(z, t) + (z.softmax(1).mean(0) ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", COUPLING)
+def test_a_loss_that_couples_samples_is_refused(name: str) -> None:
+    for model in (make(), residual()):
+        with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                x, t = data(8)
+                COUPLING[name](model(x), t).backward()
+            with pytest.raises(AttributionError, match="couples the samples"):
+                probe.fisher_diagonal()
+
+
+def dice(z: Tensor, t: Tensor) -> Tensor:
+    p, one = z.sigmoid(), F.one_hot(t, 3)
+    return (1 - 2 * (p * one).sum(1) / (p + one).sum(1)).mean()
+
+
+def focal(z: Tensor, t: Tensor) -> Tensor:
+    ce = F.cross_entropy(z, t, reduction="none")
+    return ((1 - (-ce).exp()) ** 2 * ce).mean()
+
+
+def written_in_place(z: Tensor, t: Tensor) -> Tensor:
+    z = z * 2
+    z[:, 0] = 0.0
+    return F.cross_entropy(z.masked_fill(z > 5, 5.0), t)
+
+
+APART: dict[str, Criterion] = {
+    "cross entropy": F.cross_entropy,
+    "smoothed": lambda z, t: F.cross_entropy(z, t, label_smoothing=0.1),
+    "focal": focal,
+    "dice of samples": dice,
+    "divergence": lambda z, t: F.kl_div(z.log_softmax(1), F.one_hot(t, 3) * 0.7 + 0.1, reduction="batchmean"),
+    "gaussian": lambda z, t: F.gaussian_nll_loss(z[:, 0], t.double(), z[:, 1].exp()),
+    "hinge": lambda z, t: F.multi_margin_loss(z, t),
+    "huber": lambda z, t: F.smooth_l1_loss(z, F.one_hot(t, 3).double()),
+    "shifted by the largest of the batch": lambda z, t: F.cross_entropy(z - z.amax(), t),
+    "flooded": lambda z, t: (F.cross_entropy(z, t) - 0.9).abs() + 0.9,
+    "products, of which each sample's own count": lambda z, _: torch.diag(z @ z.T).mean(),
+    "products, masked": lambda z, _: (z @ z.T * torch.eye(len(z))).sum() / len(z),
+    "a statistic, switched off": lambda z, t: F.cross_entropy(z, t) + 0.0 * z.mean(0).square().sum(),
+    "a statistic, as a number": lambda z, t: F.cross_entropy(z, t) + 0 * z.mean(0).square().sum().detach(),
+    "heads": lambda z, t: F.cross_entropy(z, t) + 0.3 * (z[:, :1] - t[:, None]).square().mean() + z.abs().mean(),
+    "scaled up and down": lambda z, t: F.cross_entropy(z * 1024, t) / 1024,
+    "written in place": written_in_place,
+    "normalised": lambda z, t: F.cross_entropy(5 * F.normalize(z), t),
+    "quantiles": lambda z, t: F.relu(z.sort(1).values - t[:, None]).mean(),
+    "a derivative": lambda z, t: (
+        torch.autograd.grad(F.cross_entropy(z, t, reduction="sum"), z, create_graph=True)[0].square().sum(1).mean()
+    ),
+    "energies": lambda z, t: (z.logsumexp(1) - z.gather(1, t[:, None])[:, 0]).mean() + 0.1 * z.logsumexp(1).mean(),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_loss_whose_samples_are_apart_stays_exact(name: str) -> None:
+    for model in (make(), residual()):
+        came = follow(model, [data(n) for n in (8, 6, 5, 7)], lambda m, b: APART[name](m(b[0]), b[1]))
+        assert came.exact
+        assert not came.warned
+
+
+def two_heads() -> Net:
+    return Net(
+        lambda m, x: ((h := torch.tanh(m.a(x))), m.b(h), m.c(x))[1:],
+        a=nn.Linear(4, 5),
+        b=nn.Linear(5, 3),
+        c=nn.Linear(4, 3),
+    )
+
+
+def test_layers_behind_other_outputs_stay_exact() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        coupled, apart = model(batch[0])
+        return coupled.mean(0).square().sum() + F.cross_entropy(apart, batch[1])
+
+    came = follow(two_heads(), [data(n) for n in (6, 7, 8)], loss)
+    assert set(came.refused) == {"a", "b"}
+
+
+@pytest.mark.parametrize("model", [make, residual])
+def test_it_begins_to_couple_later(model: Callable[[], nn.Module]) -> None:
+    """A weight that grows from zero: seen at the next look, also where only the loss is looked at."""
+    steps: list[int] = []
+
+    def loss(m: nn.Module, batch: Any) -> Tensor:
+        z = m(batch[0])
+        return F.cross_entropy(z, batch[1]) + 0.1 * (len(steps) > 2) * z.mean(0).square().sum()
+
+    came = follow(model(), [data(n) for n in (6, 7, 8, 6)], loss, after=lambda: steps.append(1))
+    assert came.refused
+    assert all("couples the samples" in reason for reason in came.refused.values())
+
+
+def test_batch_normalisation_in_the_loss_is_told_of_as_in_the_model() -> None:
+    critic = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+    for training in (True, False):
+        critic.train(training)
+        model = residual()
+        with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                critic(model(data(6)[0])).square().mean().backward()
+            assert probe.fisher_diagonal()
+        assert any("batch normalisation" in str(w.message) for w in seen) is training
+
+
+def test_a_strict_probe_raises_at_once() -> None:
+    model = residual()
+    with CurvatureProbe(model, reduction="mean", strict=True), pytest.raises(AttributionError, match="couples"):
+        info_nce(model(data(6)[0]), data(6)[1]).backward()
+
+
+def test_a_look_at_the_loss_calls_no_hook_and_leaves_nothing() -> None:
+    entry = torch.autograd._engine_run_backward
+    model, calls = residual(), []
+    with CurvatureProbe(model, reduction="mean"):
+        x, t = data(6)
+        model(x)  # and no backward
+        for _ in range(2):
+            z = model(x).clone()
+            z.retain_grad()
+            z.register_hook(lambda g: calls.append(g))
+            F.cross_entropy(z, t).backward()
+            assert z.grad is not None
+            torch.testing.assert_close(z.grad, calls[-1])
+        assert torch.autograd._engine_run_backward is entry
+        kept = model(x)
+        del kept
+    assert len(calls) == 2
+    assert torch.autograd._engine_run_backward is entry
+
+
+def test_rows_of_positions_and_samples_in_another_dimension() -> None:
+    """Tokens that are coupled within a sample are apart; across samples they are not."""
+
+    def sequences(m: Net, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(x)).cumsum(0))
+
+    for coupled in (False, True):
+        model = Net(sequences, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+        with CurvatureProbe(model, reduction="mean", sample_dim=1) as probe, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for _ in range(2):
+                z = model(torch.randn(7, 6, 4))
+                ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
+            assert bool(untold(probe._fisher)) is coupled
