@@ -42,7 +42,7 @@ class Memory:
 class Block:
     """Each sample's Hessian in one tensor: Σ_k w_k u_k v_kᵀ + Σ_j s_j r_j r_jᵀ + diag(d), or a matrix, or its diagonal.
 
-    What comes before a step lies in ``memory``, where the next steps overwrite it; some do so with what they start from.
+    What comes before a step lies in ``memory``, where the next steps overwrite it; some overwrite what they start from.
 
     Attributes:
         u: shape (N, K, size).
