@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
 
-__all__ = ["CurvatureProbe", "NoLayerError", "layers_to_look_at", "require_one_kind"]
+__all__ = ["CurvatureProbe", "NoLayerError"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -168,7 +168,7 @@ class CurvatureProbe:
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
-        selected = layers_to_look_at(model, layer_types, layers, frozen=frozen)
+        selected = _layers_to_look_at(model, layer_types, layers, frozen=frozen)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
         if decay is not None:
@@ -211,7 +211,7 @@ class CurvatureProbe:
             raise InvalidArgumentError(
                 'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
             )
-        require_one_kind(ranks, selected)
+        _require_one_kind(ranks, selected)
         self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
@@ -1049,7 +1049,7 @@ class CurvatureProbe:
         synchronize(self._fisher, group)
 
 
-def layers_to_look_at(
+def _layers_to_look_at(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None = None, *, frozen: bool = False
 ) -> list[Layer]:
     """The layers that match, of which something is trained unless frozen ones are asked for.
@@ -1076,7 +1076,7 @@ def layers_to_look_at(
     return selected
 
 
-def require_one_kind(ranks: Ranks | None, layers: Sequence[Layer]) -> None:
+def _require_one_kind(ranks: Ranks | None, layers: Sequence[Layer]) -> None:
     """Raise if some layers are sharded over ranks, and others are not.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The documented functions: one-shot diagonals per layer, as those of :class:`~secorder.CurvatureProbe`."""
+"""The documented functions: one-shot diagonals per layer, thin facades over :class:`~secorder.CurvatureProbe`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from .._keywords import tells_renamed_keywords
-from ..layers.selection import LayerTypes, ranks_of
+from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
 from ..oneshot.hessian.budget import HessianMethod
-from ..oneshot.subject import Subject, fisher_of, hessian_of
-from ..online.samples import check_sample_dim
-from ..probe import NoLayerError, layers_to_look_at, require_one_kind
+from ..probe import CurvatureProbe, NoLayerError
 from ..results import Diagonals
 
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
@@ -74,24 +72,24 @@ def per_layer_hessian_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in hessian.items()}
         {'0': (220,), '2': (21,)}
     """
-    subject = _subject(model, layer_types, sample_dim)
-    if subject is None:
+    probe = _probe(model, layer_types, sample_dim)
+    if probe is None:
         return Diagonals([], {}, {})
-    return hessian_of(
-        subject,
-        loss_fn,
-        inputs,
-        targets,
-        method=method,
-        num_draws=num_draws,
-        rtol=rtol,
-        max_draws=max_draws,
-        max_hvps=max_hvps,
-        generator=generator,
-        create_graph=create_graph,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
+    with probe:
+        return probe.hessian_diagonal(
+            loss_fn,
+            inputs,
+            targets,
+            method=method,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            max_hvps=max_hvps,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
 
 
 @tells_renamed_keywords
@@ -147,32 +145,28 @@ def per_layer_fisher_diagonal(
         >>> {name: tuple(diagonal.shape) for name, diagonal in fisher.items()}
         {'0': (55,), '2': (18,)}
     """
-    subject = _subject(model, layer_types, sample_dim)
-    if subject is None:
+    probe = _probe(model, layer_types, sample_dim)
+    if probe is None:
         return Diagonals([], {}, {})
-    return fisher_of(
-        subject,
-        loss_fn,
-        inputs,
-        targets,
-        fisher_type=fisher_type,
-        num_draws=num_draws,
-        rtol=rtol,
-        max_draws=max_draws,
-        generator=generator,
-        create_graph=create_graph,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
+    with probe:
+        return probe.fisher_diagonal(
+            loss_fn,
+            inputs,
+            targets,
+            fisher_type=fisher_type,
+            num_draws=num_draws,
+            rtol=rtol,
+            max_draws=max_draws,
+            generator=generator,
+            create_graph=create_graph,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
 
 
-def _subject(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> Subject | None:
-    """The layers of a model; None where none matches."""
+def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> CurvatureProbe | None:
+    """A probe for one measurement; None where no layer matches."""
     try:
-        layers = layers_to_look_at(model, layer_types)
+        return CurvatureProbe(model, layer_types, sample_dim=sample_dim, accumulate="trace")  # no sums are needed
     except NoLayerError:
         return None
-    check_sample_dim(sample_dim)
-    ranks = ranks_of(model, layers)
-    require_one_kind(ranks, layers)
-    return Subject(model, layers, ranks, sample_dim if isinstance(sample_dim, int) else 0)

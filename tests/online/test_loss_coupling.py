@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
-from secorder.online.reading import untold
+from secorder.online.reading import unreadable
 
 from ..helpers import Net, data, make
 from .loops import follow
@@ -225,4 +225,4 @@ def test_rows_of_positions_and_samples_in_another_dimension() -> None:
             for _ in range(2):
                 z = model(torch.randn(7, 6, 4))
                 ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
-            assert bool(untold(probe._fisher)) is coupled
+            assert bool(unreadable(probe._fisher)) is coupled
