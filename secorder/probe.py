@@ -776,7 +776,7 @@ class CurvatureProbe:
 
         Returns:
             layer name, or parameter name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met.
-            An eigenvalue of higher multiplicity is told once.
+            An eigenvalue of higher multiplicity may be told once only.
 
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, ``tolerance`` below 0, ``which`` no end;

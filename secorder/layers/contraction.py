@@ -149,7 +149,7 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
     rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
-    # patches are copied out, of as many samples as stay in the cache
+    # Patches are copied out, of as many samples as stay in the cache.
     few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
     memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):

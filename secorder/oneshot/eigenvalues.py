@@ -214,11 +214,11 @@ def lanczos_steps(
         *overlap, beta = torch.cat([overlaps, w.norm()[None]]).tolist()  # the one look at the device
         alphas.append(overlap[-1])
         skew = max(skew, math.dist(overlap[:-1], [0.0] * (step - 2) + betas[-1:]))
-        values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
-        size = values.abs().max().item()
-        exhausted = beta <= 1e-12 * max(size, 1e-300)
+        exhausted = beta <= 1e-12 * max(1e-300, *map(abs, alphas), *betas)
         last = step == iterations or exhausted
         if last or (step >= FEWEST and start.numel() > SMALL):
+            values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+            size = values.abs().max().item()
             above, below = _asked(values.tolist(), count, which)
             ends = vectors[-1, above + below].abs().max().item()
             lack, bound = skew if skew > rounding(start.dtype) * size else 0.0, tolerance * size

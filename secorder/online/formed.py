@@ -1,8 +1,8 @@
 """Squares that are formed apart from the sums, and wait to be added together: what is small is asked of all at once.
 
-Squares of several positions are formed before they are added, so that they tell themselves whether they are finite:
-it is no batch that counts where they are not. They wait until they take memory that counts, and at most until the
-backward ends.
+Squares over several positions are formed before they are added, so that they tell themselves whether they are finite;
+where they are not, the batch does not count for their layer. They wait until they take memory that counts, and at most
+until the backward ends.
 """
 
 from collections.abc import Mapping, Sequence

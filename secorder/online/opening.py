@@ -50,7 +50,8 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     scheduled, known = looks.scheduled(), looks.known()
     count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
-    needed = known is None or count is None or (known.provisional and count != 0)
+    unknown = count is None and (known is None or scheduled or not known.undecided)
+    needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not looks.certain() and count is not None and count > 1
     empty = _empty(shapes)
     if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
@@ -86,13 +87,13 @@ def _opened(
         tell_coupled(fisher.troubles, list(fisher.sums), known, shapes)
         return None
     if known is None or count is None:
+        fisher.troubles.mark(fisher.sums if known and known.undecided else (), f"{known and known.undecided}.")
         return None
     if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
     args, kwargs = arguments
-    # Of a chain of torch's own layers nothing is ever run again.
-    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)
+    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)  # what is run again, if any
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
@@ -197,8 +198,7 @@ def _look(
         fisher.troubles.saw("listed" if found.undecided == LISTED else "one sample")
         return None
     if found.undecided:
-        fisher.troubles.mark(names, f"{found.undecided}.")
-        return None
+        return found
     if found.alternative is not None and not fisher.assumed:
         usual = next(dim for dim in found.dims if dim is not None)
         fisher.assumed = (

@@ -5,6 +5,7 @@ import torch
 
 from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
+from secorder.layers.patches import Patches
 from secorder.layers.per_sample import Outer, Rows, with_cotangents
 
 from .forms import NAMES, SIZE, N, form, written_out
@@ -54,6 +55,19 @@ def test_one_sample_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) 
     found = contract(differentiable, v, numel=SIZE)
     torch.testing.assert_close(found, expected)
     assert found.requires_grad
+
+
+@pytest.mark.parametrize("cached", [1, 2 * 2 * 9 * 18, 1 << 18])
+def test_patches_of_some_samples_at_a_time(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one, of two, of all."""
+    monkeypatch.setattr(contraction, "ALONE_ELEMENTS", 1)
+    monkeypatch.setattr(contraction, "CACHED_ELEMENTS", cached)
+    a = Patches(torch.randn(5, 4, 6, 6), (3, 3), (2, 2), (1, 1), 2, (5, 2, 9, 18), (1, 1))
+    u, v = (Outer(a, torch.randn(5, 2, 9, 3)) for _ in range(2))
+    each = [torch.matmul(part.g.transpose(2, 3), a[:]).flatten(1) for part in (u, v)]
+    size = 2 * 3 * 18
+    torch.testing.assert_close(contract(u, v, numel=size), (each[0] * each[1]).sum(0))
+    torch.testing.assert_close(contract(u, numel=size), (each[0] ** 2).sum(0))
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,17 @@
 """What a forward that begins is recorded as, or why it is not."""
 
+import itertools
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder.online.opening import open_record
 
-from ..helpers import data, mlp, step
+from ..helpers import Net, data, mlp, step
 
 
 def test_a_record_of_a_batch() -> None:
@@ -46,3 +48,22 @@ def test_batches_that_cannot_be_told_are_warned_of_once() -> None:
             for _ in range(3):
                 step(model, batch)
     assert [one.category for one in told] == [CurvatureWarning]
+
+
+def test_a_model_of_which_nothing_can_be_told_is_not_looked_at_at_each_step() -> None:
+    runs = itertools.count()
+
+    def forward(m: Any, text: str) -> Tensor:
+        next(runs)
+        return m.a(torch.full((1, 4), float(len(text))))
+
+    model = Net(forward, a=nn.Linear(4, 3))
+    with CurvatureProbe(model) as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for steps in (8, 8):
+            for _ in range(steps):
+                model("ab").sum().backward()
+            with pytest.raises(AttributionError, match="called with str and no tensor"):
+                probe.fisher_diagonal()
+            probe.reset()
+    assert next(runs) <= 16 + 2 * 5  # batches 1, 2, 4, 8 and 16

@@ -42,7 +42,7 @@ class Memory:
 class Block:
     """Each sample's Hessian in one tensor: Σ_k w_k u_k v_kᵀ + Σ_j s_j r_j r_jᵀ + diag(d), or a matrix, or its diagonal.
 
-    What comes before a step lies in ``memory``, where the next steps overwrite it, and what it was computed from.
+    What comes before a step lies in ``memory``, where the next steps overwrite it; some overwrite what they start from.
 
     Attributes:
         u: shape (N, K, size).
@@ -125,8 +125,7 @@ class Block:
             return Block(only=only if self.d is None else only.addmm_(self.d, back * back), memory=self.memory)
         parts = [] if self.rows is None else [(self.rows[0] @ back, self.rows[1])]
         parts += [] if self.d is None else [(back, self.d)]
-        rows = (torch.cat([r for r, _ in parts]), torch.cat([s for _, s in parts], 1)) if len(parts) > 1 else None
-        rows = rows or next(iter(parts), None)
+        rows = (torch.cat([r for r, _ in parts]), torch.cat([s for _, s in parts], 1)) if parts else None
         if rows is None or factored:
             return Block(first, second, self.w, rows=rows, memory=self.memory, formed=True)
         return Block(matrix=self._matrix(first, second, *rows), memory=self.memory)

@@ -249,7 +249,7 @@ def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
-        if step.last:
+        if step.last and not step.whole:
             break
         sizes = [_size(shape, task) for shape in (step.segment.shape, step.segment.shape_before)]
         second |= step.second is not None
