@@ -33,13 +33,13 @@ class _Entry:
         self.entered = entered
 
     @never_compiled
-    def __call__(self, tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("accumulate_grad"):  # and not torch.autograd.grad
-            for key, work in list(_waiting.items()):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("accumulate_grad") and len(args) > 1:  # and not torch.autograd.grad
+            for key, work in _waiting.copy().items():
                 owner = key()
-                if owner is None or work(owner, tensors, gradients):
+                if owner is None or work(owner, args[0], args[1]):
                     _forget(key)
-        return self.entered(tensors, gradients, *args, **kwargs)
+        return self.entered(*args, **kwargs)
 
 
 def tells_beginnings() -> bool:
@@ -52,7 +52,7 @@ def before_backward(owner: Any, work: Work) -> None:
 
     Args:
         owner: what is kept alive by the graph, such as by a hook on it, and not here.
-        work: what is called; it raises nothing.
+        work: what is called; what it raises, the user's backward does.
     """
     if not tells_beginnings():
         return
