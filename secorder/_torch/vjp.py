@@ -1,5 +1,6 @@
 """Vector-Jacobian and Hessian-vector products of many vectors at once, in chunks of bounded memory."""
 
+import random
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -195,14 +196,17 @@ def check_chunk_size(chunk_size: int | None) -> None:
         require_integer("chunk_size", chunk_size, 1)
 
 
+#: Of generators of our own: the operating system's, that no seed of the user's is drawn from.
+seeds: random.Random = random.SystemRandom()
+
+
 def fresh_generator(device: torch.device | None = None) -> torch.Generator:
     """A generator seeded by the operating system: the global random state is not ours to advance.
 
     On a CUDA device where that is given, so that what is drawn need not be copied there; else on the CPU.
     """
     generator = torch.Generator(device if device is not None and device.type == "cuda" else torch.device("cpu"))
-    generator.seed()
-    return generator
+    return generator.manual_seed(seeds.getrandbits(63))
 
 
 def zero_tether(model: nn.Module) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.vjp import fresh_generator
 from ..layers.side_by_side import Frame, frame_of
 from .constants import Constants
 
@@ -53,9 +54,8 @@ class Directions:
     """Random numbers, drawn once and looked at from random places: a private stream that costs nothing."""
 
     def __init__(self) -> None:
-        self._places = random.Random()
-        self._generator = torch.Generator("cpu")
-        self._generator.seed()
+        self._generator = fresh_generator()
+        self._places = random.Random(self._generator.initial_seed())
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
         self.constants = Constants()
