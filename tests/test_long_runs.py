@@ -154,7 +154,7 @@ PLACES: dict[str, Any] = {
     "begin": Attachment,
     "end": Attachment,
     "register": Attachment,
-    "due": Looks,
+    "scheduled": Looks,
     "look": Looks,
     "deliver": delivery,
     "_gradients": delivery,
