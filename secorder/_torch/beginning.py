@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .compile import never_compiled
 
-__all__ = ["before_backward", "tells_beginnings"]
+__all__ = ["before_backward", "tells_beginnings", "wait_no_more"]
 
 #: What is called with its owner, the tensors that the pass begins at and the gradients on these, and tells whether that
 #: was the pass that it waited for.
@@ -22,7 +22,8 @@ Work = Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], bool]
 
 _NAME = "_engine_run_backward"
 
-_waiting: "dict[ref[Any], Work]" = {}
+#: By its owner: the work, and the ``id`` of that for which it is done.
+_waiting: "dict[ref[Any], tuple[Work, int]]" = {}
 _CHANGING = threading.RLock()
 
 
@@ -35,7 +36,7 @@ class _Entry:
     @never_compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("accumulate_grad") and len(args) > 1:  # and not torch.autograd.grad
-            for key, work in _waiting.copy().items():
+            for key, (work, _) in _waiting.copy().items():
                 owner = key()
                 if owner is None or work(owner, args[0], args[1]):
                     _forget(key)
@@ -47,20 +48,27 @@ def tells_beginnings() -> bool:
     return hasattr(torch.autograd, _NAME)
 
 
-def before_backward(owner: Any, work: Work) -> None:
+def before_backward(owner: Any, work: Work, of: Any) -> None:
     """Call ``work`` before backward passes that accumulate, until it returns True, or its owner is gone.
 
     Args:
         owner: what is kept alive by the graph, such as by a hook on it, and not here.
         work: what is called; what it raises, the user's backward does.
+        of: for :func:`wait_no_more`; not kept alive.
     """
     if not tells_beginnings():
         return
     with _CHANGING:
-        _waiting[ref(owner, _forget)] = work
+        _waiting[ref(owner, _forget)] = work, id(of)
         now = getattr(torch.autograd, _NAME)
         if not isinstance(now, _Entry):
             setattr(torch.autograd, _NAME, _Entry(now))
+
+
+def wait_no_more(of: Any) -> None:
+    """Take back all that waits for it."""
+    for key in [key for key, (_, number) in _waiting.copy().items() if number == id(of)]:
+        _forget(key)
 
 
 def _forget(key: "ref[Any]") -> None:

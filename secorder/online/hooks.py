@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from .._torch.beginning import wait_no_more
 from .._torch.compile import (
     EagerSection,
     being_compiled,
@@ -84,8 +85,8 @@ class Attachment:
         self._handles = [
             self.model.register_forward_pre_hook(begin, prepend=True, with_kwargs=True),
             self.model.register_forward_hook(end, always_call=True, with_kwargs=True),
+            kept_out_of_copies(self.model, OwnHook),
         ]
-        self._handles.append(kept_out_of_copies(self.model, OwnHook))
 
     def detach(self) -> bool:
         """Remove every hook; backward passes of forwards that were recorded before are ignored from now on.
@@ -98,11 +99,11 @@ class Attachment:
         self.pauses += 1
         if self._aside is not None:
             self._aside.remove()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._handles:
+            self._handles.pop().remove()
         for thread in list(self._running):
             self._drop(thread)
+        wait_no_more(self)
         let_go(self.fisher, list(self.fisher.backwards.values()))
         return True
 

@@ -87,7 +87,7 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
             held[id(attachment), id(record), number] = Output(layout, size or 1.0)
             known = True
     if known:
-        before_backward(record, partial(_begins, ref(attachment)))
+        before_backward(record, partial(_begins, ref(attachment)), attachment)
 
 
 def _begins(

@@ -30,7 +30,7 @@ def test_the_next_backward_is_told_of_with_its_graph_and_no_other() -> None:
         assert torch.equal(ends[0].grad_fn.next_functions[0][0]._saved_self, x)  # not freed yet
         return len(seen) == 2
 
-    before_backward(owner, work)
+    before_backward(owner, work, None)
     torch.autograd.grad(x.square().sum(), x)  # accumulates nothing
     assert not seen
     for _ in range(3):
@@ -42,7 +42,7 @@ def test_the_next_backward_is_told_of_with_its_graph_and_no_other() -> None:
 
 def test_what_waits_ends_with_its_owner() -> None:
     entry, owner = torch.autograd._engine_run_backward, Owner()
-    before_backward(owner, lambda *_: pytest.fail("nobody waits"))
+    before_backward(owner, lambda *_: pytest.fail("nobody waits"), None)
     assert torch.autograd._engine_run_backward is not entry
     del owner
     gc.collect()
@@ -52,7 +52,7 @@ def test_what_waits_ends_with_its_owner() -> None:
 
 def test_another_that_takes_the_place_meanwhile_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     owner, calls = Owner(), []
-    before_backward(owner, lambda *_: bool(calls.append("ours")) or True)
+    before_backward(owner, lambda *_: bool(calls.append("ours")) or True, None)
     ours = torch.autograd._engine_run_backward
 
     def theirs(*args: Any, **kwargs: Any) -> Any:
@@ -65,6 +65,6 @@ def test_another_that_takes_the_place_meanwhile_stays_there(monkeypatch: pytest.
     assert calls == ["theirs", "ours", "theirs"]
     assert torch.autograd._engine_run_backward is theirs
     monkeypatch.setattr(torch.autograd, "_engine_run_backward", ours)
-    before_backward(owner, lambda *_: True)
+    before_backward(owner, lambda *_: True, None)
     torch.randn(2, requires_grad=True).sum().backward()
     assert torch.autograd._engine_run_backward is not ours

@@ -212,6 +212,16 @@ def test_a_look_at_the_loss_calls_no_hook_and_leaves_nothing() -> None:
     assert torch.autograd._engine_run_backward is entry
 
 
+def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
+    entry, model, batch = torch.autograd._engine_run_backward, make(), data()
+    probe = CurvatureProbe(model, reduction="mean")
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    assert torch.autograd._engine_run_backward is not entry
+    probe.detach()
+    assert torch.autograd._engine_run_backward is entry
+    loss.backward()
+
+
 def test_rows_of_positions_and_samples_in_another_dimension() -> None:
     """Tokens that are coupled within a sample are apart; across samples they are not."""
 
