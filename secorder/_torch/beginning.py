@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .compile import never_compiled
+from .compile import never_compiled, uncompiled
 
 __all__ = ["before_backward", "tells_beginnings", "wait_no_more"]
 
@@ -33,14 +33,20 @@ class _Entry:
     def __init__(self, entered: Callable[..., Any]) -> None:
         self.entered = entered
 
-    @never_compiled
+    @uncompiled  # but hooks that the engine calls are, where they were before
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("accumulate_grad") and len(args) > 1:  # and not torch.autograd.grad
-            for key, (work, _) in _waiting.copy().items():
-                owner = key()
-                if owner is None or work(owner, args[0], args[1]):
-                    _forget(key)
+            _tell(args[0], args[1])
         return self.entered(*args, **kwargs)
+
+
+@never_compiled
+def _tell(ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """A backward pass begins: do what waits for it."""
+    for key, (work, _) in _waiting.copy().items():
+        owner = key()
+        if owner is None or work(owner, ends, gradients):
+            _forget(key)
 
 
 def tells_beginnings() -> bool:

@@ -52,6 +52,7 @@ def test_what_waits_ends_with_its_owner() -> None:
 
 def test_another_that_takes_the_place_meanwhile_stays_there(monkeypatch: pytest.MonkeyPatch) -> None:
     owner, calls = Owner(), []
+    monkeypatch.setattr(torch.autograd, "_engine_run_backward", torch.autograd._engine_run_backward)  # put back at last
     before_backward(owner, lambda *_: bool(calls.append("ours")) or True, None)
     ours = torch.autograd._engine_run_backward
 

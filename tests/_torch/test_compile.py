@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from secorder._torch.beginning import before_backward
 from secorder._torch.compile import (
     EagerSection,
     being_compiled,
@@ -78,9 +79,20 @@ def uncompiled_hook(g: Tensor) -> Tensor:
     return doubled(g)
 
 
+class Owner:
+    pass
+
+
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize(("hook", "graphs"), [(compiled_hook, 2), (uncompiled_hook, 1)])
-def test_hooks_that_the_engine_calls_are_compiled_or_never(hook: Callable[[Tensor], Tensor], graphs: int) -> None:
+def test_hooks_that_the_engine_calls_are_compiled_or_never(
+    hook: Callable[[Tensor], Tensor], graphs: int, waits: bool
+) -> None:
+    """Also while something waits for a backward pass to begin."""
+    owner = Owner()
+    if waits:
+        before_backward(owner, lambda *_: False, None)
     # On other devices the engine calls hooks in a thread of its own, where nothing is compiled.
     x = torch.ones(2, device="cpu", requires_grad=True)
     loss = (x * 3).sum()
