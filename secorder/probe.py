@@ -1,7 +1,7 @@
 """CurvatureProbe: attach to a live model, accumulate Fisher diagonals while it trains, ask for Hessians at any time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -15,23 +15,24 @@ from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import PRECISIONS, Precision
 from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
+from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, check_which, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget
+from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
+from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
-from .oneshot.measurement import Measurement
+from .oneshot.measurement import Measurement, measure, whole_layers
 from .oneshot.operators import Curvature, check_curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
-from .oneshot.subject import Subject, fisher_of, hessian_of
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
-from .oneshot.warn import warn_if_estimated, warn_if_inexact
+from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher, check_accumulate
 from .online.hooks import Attachment
@@ -50,6 +51,7 @@ from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
+from .parallel.all_reduce import raised_on_all
 from .parallel.ranks import Ranks
 from .results import Diagonals
 
@@ -338,6 +340,7 @@ class CurvatureProbe:
         synchronize: bool = False,
     ) -> Diagonals: ...
 
+    @takes_data_sets(by_sample=lambda options: True)
     @tells_renamed_keywords
     def fisher_diagonal(
         self,
@@ -422,21 +425,22 @@ class CurvatureProbe:
             found = diagonals(self._fisher, missing)
             self._tell_assumed()
             return found
-        return fisher_of(
-            self._subject(),
-            loss_fn,
-            inputs,
-            targets,
-            fisher_type=fisher_type,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-            synchronize=synchronize,
-        )
+        check_fisher_type(fisher_type, num_draws)
+        budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
+        with raised_on_all() if synchronize else nullcontext():
+            fisher = self._measure(
+                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
+                loss_fn,
+                inputs,
+                targets,
+                by_sample=True,
+                generator=generator,
+                create_graph=create_graph,
+                chunk_size=chunk_size,
+                progress=progress,
+            )
+            warn_if_not_finite(fisher, "Fisher")
+        return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def _tell_assumed(self) -> None:
         """Warn once of the reduction that was assumed, where it was neither told nor verified."""
@@ -580,6 +584,7 @@ class CurvatureProbe:
         self._verified = bool(found)
         return found
 
+    @takes_data_sets(by_sample=lambda options: False)
     @tells_renamed_keywords
     def hessian_diagonal(
         self,
@@ -646,21 +651,24 @@ class CurvatureProbe:
             >>> hessian["0"].shape, hessian.info["0"].strategy
             (torch.Size([15]), 'chain')
         """
-        return hessian_of(
-            self._subject(),
+        budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
+        if create_graph and method == "hutchinson":
+            raise InvalidArgumentError('create_graph=True needs method="exact".')
+        hessian = self._measure(
+            lambda task: hessian_diagonal(task, budget),
             loss_fn,
             inputs,
             targets,
-            method=method,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            max_hvps=max_hvps,
             generator=generator,
             create_graph=create_graph,
             chunk_size=chunk_size,
             progress=progress,
         )
+        if method == "auto":
+            warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
+        warn_if_not_finite(hessian, "Hessian")
+        warn_if_inexact(self._fisher.layers)
+        return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
     @tells_renamed_keywords
@@ -931,7 +939,12 @@ class CurvatureProbe:
         **options: Any,
     ) -> Result:
         """``work`` on the isolated model."""
-        return self._subject().measure(work, loss_fn, inputs, targets, by_sample=by_sample, **options)
+        self._attached()
+        batch = loss_fn, inputs, targets
+        with whole_layers(self._model, self._fisher.layers, self._fisher.ranks) as layers:
+            return measure(
+                work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
+            )
 
     # ---- watching
 
@@ -1003,14 +1016,13 @@ class CurvatureProbe:
 
     @property
     def data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
-        """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets."""
-        return self._model, self._one_shot_dim, self._told
+        """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets.
 
-    def _subject(self) -> Subject:
-        """What one-shot measurements are taken of."""
+        Raises:
+            ProbeStateError: the probe is detached.
+        """
         self._attached()
-        fisher = self._fisher
-        return Subject(self._model, fisher.layers, fisher.ranks, self._one_shot_dim, self._told)
+        return self._model, self._one_shot_dim, self._told
 
     # ---- checkpoints
 

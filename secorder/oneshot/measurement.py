@@ -1,8 +1,8 @@
 """One measurement: the isolated model, the loss, the batch, and the options."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -23,9 +23,11 @@ from ..batch import (
     take_samples,
 )
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
-from ..layers.selection import Layer
+from ..layers.selection import Layer, present
 from ..layers.structure import independent_by_structure, pure_by_structure
 from ..owners import Owned, take_owned
+from ..parallel.fsdp import gathered
+from ..parallel.ranks import Ranks
 from .isolation import IsolatedModel, Result, isolate, run_isolated
 from .known_losses import known_loss
 from .loss import check_loss, explains_missing_targets, require_loss_function
@@ -33,7 +35,7 @@ from .overwriting import LossOverwrites, on_copies, versions
 from .provenance import Traced
 from .recording import RecordingFailed
 
-__all__ = ["Measurement", "measure"]
+__all__ = ["Measurement", "measure", "whole_layers"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -323,3 +325,32 @@ def _require_present(model: nn.Module, layer: Layer) -> None:
         raise InvalidArgumentError(
             f"layer {layer.name!r} has its weights on the meta device, where there are no numbers: load them first."
         )
+
+
+@contextmanager
+def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None) -> Iterator[Sequence[Layer]]:
+    """Layers for passes of our own: under ``fully_shard`` with their parameters gathered.
+
+    Args:
+        model: the model.
+        layers: of it.
+        ranks: that parameters lie over, if any do.
+
+    Raises:
+        InvalidArgumentError: parts of layers lie over ranks.
+    """
+    if ranks is not None and ranks.tensor:
+        raise InvalidArgumentError(
+            "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
+            "measure a copy of the model that is not cut, or read what training accumulates."
+        )
+    if not any(layer.sharded for layer in layers):
+        yield [present(layer) for layer in layers]
+        return
+    with gathered(model):
+        yield [
+            replace(
+                layer, parameters={name: layer.module.get_parameter(name) for name in layer.parameters}, spread=None
+            )
+            for layer in layers
+        ]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import secorder
-from secorder import per_layer_fisher_diagonal, per_layer_hessian_diagonal
+from secorder import CurvatureProbe, ProbeStateError, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "per_layer_curvature.rst"
 SHARED = Path(__file__).parents[3] / "shared" / "per_layer_curvature.rst"
@@ -64,3 +64,21 @@ def test_positional_arguments_and_layer_types() -> None:
         assert list(measure(model, nn.MSELoss(), *batch, [nn.LayerNorm])) == ["1"]
         assert list(measure(model, nn.MSELoss(), *batch, (nn.Linear, nn.LayerNorm), False)) == ["0", "1"]
         assert measure(model, nn.MSELoss(), *batch, nn.Linear, True)["0"].requires_grad
+
+
+def test_numbers_are_those_of_a_probe_which_takes_no_batch_once_detached() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 3))
+    batch = nn.functional.cross_entropy, torch.randn(4, 3), torch.randint(3, (4,))
+    with CurvatureProbe(model) as probe:
+        pairs = [
+            (per_layer_fisher_diagonal(model, *batch), probe.fisher_diagonal(*batch)),
+            (per_layer_hessian_diagonal(model, *batch, method="exact"), probe.hessian_diagonal(*batch, method="exact")),
+        ]
+    for one, other in pairs:
+        assert list(one) == list(other) == ["0", "2"]
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    data = iter([batch[1:]])
+    for measure in (probe.fisher_diagonal, probe.hessian_diagonal):
+        with pytest.raises(ProbeStateError):
+            measure(batch[0], data)
+    assert len(list(data)) == 1
