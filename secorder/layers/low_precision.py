@@ -32,11 +32,10 @@ from .contraction import added, contract_sum, kept
 from .patches import Patches, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low", "rounded"]
+__all__ = ["Precision", "contract_sum_low", "is_low", "rounded"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 LOW = torch.bfloat16
 

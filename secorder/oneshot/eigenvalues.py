@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
@@ -22,7 +21,6 @@ __all__ = [
     "Eigenvalues",
     "Which",
     "blocks_of",
-    "check_which",
     "eigenvalues",
     "lanczos",
     "lanczos_steps",
@@ -119,16 +117,6 @@ def start_of(task: Measurement, layer: Layer, product: Operator, block: slice) -
     gradient = product.gradient[block].to(start)
     direction = (gradient / gradient.norm()).nan_to_num(0.0, 0.0, 0.0)  # at a minimum, there is none
     return start.div_(start.norm()).add_(direction)
-
-
-def check_which(which: str) -> None:
-    """Raise unless it is an end.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
-    if which not in get_args(Which):
-        raise InvalidArgumentError(f'which must be "both", "largest", "top" or "bottom", got {which!r}.')
 
 
 def nothing(count: int, which: Which = "both") -> Eigenvalues:
