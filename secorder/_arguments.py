@@ -48,7 +48,9 @@ def require_integer(name: str, value: Any, least: int) -> None:
         InvalidArgumentError: it is too small.
     """
     try:
-        index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        index(value)
     except TypeError:
         raise InvalidTypeError(f"{name} must be an integer, got {value!r}.") from None
     if value < least:
