@@ -160,7 +160,6 @@ def with_entries_of(
     """Arguments with other entries of the lists that hold one a sample, and the same rows of tensors of one a sample.
 
     Args:
-        arguments: of the model.
         count: how many samples there are.
         chosen: by sample, whose entry is to be in its place.
     """

@@ -26,8 +26,7 @@ def add_products(
 
     Args:
         totals: at least one.
-        parts: as many.
-        factors: as many.
+        parts, factors: as many.
         alpha: that all are multiplied by.
     """
     # alpha times a part might be infinite, and that times zero no number

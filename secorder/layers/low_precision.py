@@ -76,10 +76,7 @@ def contract_sum_low(
         parts: each layer's per-sample gradients of the parameter; in other forms than one outer product of float32
             they are contracted as they are.
         numel: number of the parameter's elements.
-        out: as for :func:`~secorder.layers.contraction.contract`.
-        beta: as for :func:`~secorder.layers.contraction.contract`.
-        alpha: as for :func:`~secorder.layers.contraction.contract`.
-        keep: as for :func:`~secorder.layers.contraction.contract`.
+        out, beta, alpha, keep: as for :func:`~secorder.layers.contraction.contract`.
     """
     part = parts[0]
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:

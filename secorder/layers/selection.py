@@ -243,7 +243,6 @@ def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters
     Args:
         managed: by ``id`` of a parameter of FSDP2's, how many dimensions of its mesh are FSDP2's own.
         name: of the layer.
-        module: the layer.
         parameters: its parameters, one at least of which is distributed.
 
     Raises:

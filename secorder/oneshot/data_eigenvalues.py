@@ -47,7 +47,6 @@ def eigenvalues_of_data(
     Args:
         measure: runs work on a batch.
         probe: what tells the model, and how its loss reduces samples.
-        loss_fn: the loss.
         data: batches.
         of: which curvature.
         by: blocks of layers, or of parameters.
@@ -55,7 +54,6 @@ def eigenvalues_of_data(
         which: at which end.
         tolerance: on residuals, relative to the largest eigenvalue in modulus.
         max_iterations: passes through the data at most.
-        progress: show a progress bar.
     """
     model, dim, told = probe.data_context
     data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data

@@ -272,8 +272,6 @@ def find_reduction(
     """How a loss reduces samples, by its definition, or from its value on a batch and on the batch's two parts.
 
     Args:
-        model: the model.
-        loss_fn: the loss.
         first: inputs, targets and their number of samples.
         dim: where samples are in the inputs.
         following: another batch: where the first holds one sample, or two alike, these two are the parts of one.

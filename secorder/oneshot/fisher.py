@@ -101,7 +101,6 @@ def fisher_diagonal(
     See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
 
     Args:
-        task: the measurement.
         fisher_type: which.
         num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
@@ -262,7 +261,6 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
     """Raise unless no sample influences another one's output.
 
     Args:
-        task: the measurement.
         output: of the batch.
 
     Raises:

@@ -50,7 +50,6 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     """What a Fisher will take, layer by layer.
 
     Args:
-        task: the measurement.
         fisher_type: which Fisher.
         num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.

@@ -31,7 +31,6 @@ def second_order_columns(
     """Pairs of which Σ_c u_c v_cᵀ is every sample's ∂²ℓ_n/∂f_n², or has it as its expectation.
 
     Args:
-        task: the measurement.
         output_gradients: of Σ_n ℓ_n in ``points``, differentiable.
         points: samples in dim 0.
         fisher_type: ``"type-2"`` or ``"mc"``.

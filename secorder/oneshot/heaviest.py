@@ -125,10 +125,7 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     tell what the error is relative to.
 
     Args:
-        root: as of :func:`by_weight`.
-        budget: as of :func:`by_weight`.
-        contract: as of :func:`by_weight`.
-        generator: as of :func:`by_weight`.
+        root, budget, contract, generator: as of :func:`by_weight`.
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     columns: Columns = root if some is None else some

@@ -67,8 +67,6 @@ def outputs_independent(
     not stand in another order (sorted by length), there are more.
 
     Args:
-        isolated: the isolated model.
-        inputs: the batch.
         count: its number of samples.
         sample_dim: where they are in the inputs.
         forward: how to run the model on inputs; by default as a one-shot call does.

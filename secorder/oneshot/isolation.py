@@ -214,7 +214,6 @@ def isolate(
     """Isolate a model and its loss for passes of our own.
 
     Args:
-        model: the model.
         loss_fn: the loss; its state is protected too, wherever it keeps it.
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
@@ -290,7 +289,6 @@ def _own_settings(
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
-        model: the model.
         state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
         training: whether it is in the middle of the user's.

@@ -71,8 +71,6 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
     A sum over elements or samples has c = 1, a mean over as many of them in each sample c = 1/N.
 
     Args:
-        loss_fn: the loss.
-        output: the model's.
         targets: what the loss takes second.
         count: the number N of samples, in dim 0.
 
@@ -107,7 +105,6 @@ def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | No
     """Whether a loss of PyTorch's own is a mean or a sum over samples; None where its definition does not tell.
 
     Args:
-        loss_fn: the loss.
         targets: what it takes second: labels that do not count are among them, perhaps.
     """
     if not loss_of_rows(loss_fn) or not isinstance(targets, Tensor):

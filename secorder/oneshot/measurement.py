@@ -228,16 +228,13 @@ def measure(
 
     Args:
         work: what to do.
-        model: the model.
         layers: the layers to measure.
-        loss_fn: the loss.
         inputs: what the model takes.
         targets: what the loss takes second.
         by_sample: whether the quantity is made of samples, so that inputs and targets must agree on them.
         generator: random numbers of draws and checks.
         create_graph: whether results are to be differentiable.
         chunk_size: products batched at most.
-        progress: whether to show progress bars.
         sample_dim: where the samples are in the inputs.
 
     Raises:
@@ -332,7 +329,6 @@ def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None)
     """Layers for passes of our own: under ``fully_shard`` with their parameters gathered.
 
     Args:
-        model: the model.
         layers: of it.
         ranks: that parameters lie over, if any do.
 

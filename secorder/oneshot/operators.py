@@ -50,7 +50,6 @@ def operators(task: Measurement, of: Curvature) -> Blocks:
     """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed.
 
     Args:
-        task: the measurement.
         of: which curvature.
     """
     return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)

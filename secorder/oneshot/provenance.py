@@ -99,7 +99,6 @@ class Traced:
     """A forward of which the calls are watched, perhaps with inputs that require gradients.
 
     Args:
-        isolated: the isolated model.
         dimension: tells where a tensor's samples are.
         count: the number of samples.
         inputs: whether the inputs are to require gradients, so that the graph tells what depends on them.

@@ -130,8 +130,6 @@ def contract_pairs(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
-        pairs: the cotangents.
         certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
         generator: for the random factors.
         chunk_size: vjps batched at most.
@@ -139,7 +137,6 @@ def contract_pairs(
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
-        advance: of the progress bar.
         plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
 
     Returns:
@@ -186,7 +183,6 @@ def contract_settled(
     Args:
         model_outputs: output tensors, samples in dim 0.
         layers: layers with recorded calls; of those without layouts there is no result.
-        pairs: the cotangents.
         plain: where there is one pair alone, its u pulled back, if that was done already.
         chunk_size: vjps batched at most.
         create_graph: make the results differentiable.
@@ -233,7 +229,6 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
     """
     count = model_outputs[0].shape[0]
     if count == 1 or not layers:
@@ -267,7 +262,6 @@ def settle_layouts(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
         mixture: a cotangent on the outputs, shape (1, N, C).
         generator: for the random factors.
         create_graph: make what is returned differentiable.
@@ -310,7 +304,6 @@ def scales(
     """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
 
     Args:
-        leaves: the leaves.
         layouts: for each where its samples are.
         plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
         weighted: the same for cotangents that are weighted sample by sample.

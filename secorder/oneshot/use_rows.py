@@ -41,7 +41,6 @@ def follow_uses(
     """The uses of each layer, once no operation is left that owns no samples; None where they cannot be followed.
 
     Args:
-        users: the graph.
         parameters: by layer and name, as the graph has them.
         evidence: of where samples are.
         routes: by layer, those that are followed; further ones are entered.

@@ -64,7 +64,6 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
 
     Args:
         fisher: with the layers.
-        backward: that begins.
         record: of the first forward that it runs through.
         fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """

@@ -43,8 +43,6 @@ def rows_of_layers(
 
     Args:
         seen: the layers with their calls in one forward.
-        layers: the layers.
-        arguments: of the model.
         forward: the model on its arguments, from one and the same state.
         chosen: where samples are in the arguments.
         graph: of the one forward.
@@ -165,7 +163,6 @@ def _rounding(
     the exponent stay.
 
     Args:
-        leaves: the leaves.
         plain: their gradients by ``id(leaf)``.
         pull_back: the same for cotangents times a number.
     """

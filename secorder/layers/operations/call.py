@@ -18,7 +18,6 @@ class OperationCall:
     """An operation as its node of the autograd graph knows it, while a backward has come to it.
 
     Args:
-        node: of the graph.
         gradients: on each of its outputs; None where the loss does not depend on it.
         layouts: where the samples are in each of them.
         count: number of samples.

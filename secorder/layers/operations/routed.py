@@ -77,7 +77,6 @@ def through_rows(
     """What a node makes of owned rows for some of its inputs; None where rows may meet, or nothing is known of it.
 
     Args:
-        node: of the graph.
         given: gradients on its outputs.
         wanted: numbers of inputs.
     """

@@ -239,7 +239,6 @@ def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
     """Samples that are carried together: all of them where segments have products of their own.
 
     Args:
-        task: the measurement.
         steps: from the output backwards.
         top: columns at the output.
     """

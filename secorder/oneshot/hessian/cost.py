@@ -92,7 +92,6 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
 
     Args:
-        task: the measurement.
         budget: how exact, how expensive.
         reduce: of stacked diagonals by parameter, what is wanted.
     """
@@ -135,7 +134,6 @@ def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
     """Memory besides products, about.
 
     Args:
-        task: the measurement.
         outputs: numbers of the model's output.
         passed: numbers that are kept of a forward.
     """

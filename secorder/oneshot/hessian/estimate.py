@@ -77,7 +77,6 @@ def average(
         like: zeros of the shapes of one draw.
         budget: how many draws, or how exact.
         size: draws at a time.
-        advance: of the progress bar.
         known: what is known exactly and added to the mean.
         seconds: when they are over, no more draws are made than the least number.
         groups: of several layers at once, how many values each has: the worst of them counts.

@@ -43,7 +43,6 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     """Find out the facts, choose, and run; nothing here is differentiable.
 
     Args:
-        task: the measurement.
         budget: how exact, how expensive.
         reduce: of a stack of diagonals by parameter, each ``(k, numel)``, what is wanted.
     """
