@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, collection_paused, operation_of, shape_of
+from .graph import Node, collection_paused, operation_of, shape_of, signed
 
 __all__ = [
-    "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes",
+    "ELEMENTWISE", "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves",
+    "samples_in_nodes",
 ]  # fmt: skip
 
 #: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
@@ -24,6 +25,16 @@ SHARED = 0
 
 #: By node, and the number of its output, the inner size of the samples in it; None where the graph does not tell.
 InnerSizes = Mapping[tuple[Node, int], int | None]
+
+#: Functions of each element, of tensors that are broadcast against one another, by the names of their nodes.
+ELEMENTWISE = frozenset({
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10", "Sqrt", "Rsqrt",
+    "Reciprocal", "Abs", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Atan2", "Asinh", "Acosh",
+    "Atanh", "Erf", "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus",
+    "Elu", "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "PreluKernel", "Clamp", "ClampMin", "ClampMax", "Where",
+    "MaskedFill", "Clone", "ToCopy", "Alias", "NativeDropout", "Minimum", "Maximum", "Addcmul", "Addcdiv", "Lerp",
+    "Expand",
+})  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -154,8 +165,8 @@ def place_of(shape: Shape, inner: int, count: int) -> Place | None:
 
 
 def _dim(value: int, size: int) -> int:
-    """A dimension as a node saves it: negative ones as unsigned numbers of 64 bits."""
-    return (value - (1 << 64) if value >= 1 << 63 else value) % size
+    """A dimension that a node has saved, counted from the first."""
+    return signed(value) % size
 
 
 # ---- rules
@@ -274,13 +285,7 @@ def _names(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 _RULES: dict[str, Rule] = {
-    **_names(
-        _elementwise,
-        "Add Sub Rsub Mul Div Neg Pow Exp Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Abs Sin Cos Tan Sinh Cosh "
-        "Asin Acos Atan Atan2 Asinh Acosh Atanh Erf Erfc Tanh Sigmoid LogSigmoid Relu Threshold Gelu Silu Mish "
-        "Softplus Elu LeakyRelu Hardtanh Hardswish Hardsigmoid PreluKernel Clamp ClampMin ClampMax Where MaskedFill "
-        "Clone ToCopy Alias NativeDropout Minimum Maximum Addcmul Addcdiv Lerp Expand",
-    ),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **_names(_reshaped, "View UnsafeView ReshapeAlias Squeeze Unsqueeze"),
     **_names(_transposed, "Transpose"),
     **_names(_matrix_transposed, "T"),

@@ -107,7 +107,7 @@ def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tenso
     found = {}
     with closing(_blocks(task, of)) as blocks:
         for layer, product in blocks:
-            total = sum(p.numel() for p in layer.parameters.values())
+            total = sum(layer.sizes())
             for name, block in blocks_of(layer, by).items():
                 if name in vectors and product is not None:
                     own = product if len(vectors[name]) == total else restricted(product, block, total)

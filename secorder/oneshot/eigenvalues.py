@@ -92,7 +92,7 @@ def _of_layer(
 ) -> dict[str, Eigenvalues]:
     """Of one layer's block, or of its parameters'."""
     found: dict[str, Eigenvalues] = {}
-    total = sum(p.numel() for p in layer.parameters.values())
+    total = sum(layer.sizes())
     blocks = blocks_of(layer, by)
     for name, block in blocks.items():
         size = block.stop - block.start
@@ -127,7 +127,7 @@ def nothing(count: int, which: Which = "both") -> Eigenvalues:
 
 def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
     """The blocks of a layer by name, and where their elements are among the layer's."""
-    sizes = [p.numel() for p in layer.parameters.values()]
+    sizes = layer.sizes()
     if by == "layer":
         return {layer.name: slice(0, sum(sizes))}
     starts = [sum(sizes[:index]) for index in range(len(sizes))]

@@ -58,7 +58,7 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     inside = 0.0
     with closing(operators(task, "hessian")) as blocks:
         for layer, product in blocks:
-            numel = sum(p.numel() for p in layer.parameters.values())
+            numel = sum(layer.sizes())
             sizes[layer.name] = Facts(layer.name, numel, output_elements=numel, parameter_elements=numel)
             if product is None:
                 timed[layer.name] = Strategy.UNUSED, 0.0

@@ -65,7 +65,7 @@ class RecordedLayer:
     @property
     def numel(self) -> int:
         """Number of the layer's parameter elements."""
-        return sum(p.numel() for p in self.layer.parameters.values())
+        return sum(self.layer.sizes())
 
     def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
         """Per-sample gradients of K stacked cotangents on the layer's calls."""
@@ -219,7 +219,7 @@ def contract_settled(
 
 def parts_of_one(layer: Layer) -> list[Tensor]:
     """A part for each parameter of one vector, with anything in it, which is then the layer's without a copy."""
-    sizes = [p.numel() for p in layer.parameters.values()]
+    sizes = layer.sizes()
     device = next(p.device for p in layer.parameters.values())
     return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, will_accumulate
-from .._torch.norms import norms_of
+from .._torch.several import norms_of
 from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms

@@ -145,7 +145,7 @@ def attached(
 
 
 def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
-    numel = sum(p.numel() for p in layer.parameters.values())
+    numel = sum(layer.sizes())
     z = sum(leaf.numel() for leaf in recording.leaves.get(layer.name, []))
     return Facts(
         layer.name,
