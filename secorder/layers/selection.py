@@ -238,15 +238,10 @@ def special_option(module: nn.Module) -> str | None:
 
 
 def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters: Mapping[str, Any]) -> Spread:
-    """How a layer's parameters lie over the ranks.
+    """How a layer's parameters, one at least of which is distributed, lie over the ranks.
 
-    Args:
-        managed: by ``id`` of a parameter of FSDP2's, how many dimensions of its mesh are FSDP2's own.
-        name: of the layer.
-        parameters: its parameters, one at least of which is distributed.
-
-    Raises:
-        InvalidArgumentError: in a way that is not known.
+    Raises :class:`InvalidArgumentError` where that is in a way that is not known. ``managed`` tells by ``id`` of a
+    parameter of FSDP2's how many dimensions of its mesh are FSDP2's own.
     """
     spreads = {(managed.get(id(p), 0), p.device_mesh.ndim) if is_distributed(p) else None for p in parameters.values()}
     if len(spreads) > 1:

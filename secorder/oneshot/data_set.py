@@ -85,10 +85,6 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
 
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
 
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
-
     Raises:
         InvalidTypeError: the data yields something else.
     """
@@ -109,11 +105,7 @@ def _inputs_and_targets(batch: Any) -> Batch:
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
-    """The first batch that holds samples, and how many there are.
-
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
+    """The first batch that holds samples, and how many batches there are.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.

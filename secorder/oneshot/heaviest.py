@@ -60,14 +60,10 @@ class Heaviest:
 
 
 def heaviest(root: Root, share: float) -> Heaviest:
-    """As many columns, by falling weight, as leave at most this share of the whole weight to the rest.
+    """As many columns, by falling weight, as leave at most this share (0 to 1) of the whole weight to the rest.
 
-    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``. Each sample has its own
-    order, and all of them as many columns.
-
-    Args:
-        root: whose weights are known.
-        share: between 0 and 1.
+    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``, which the root must
+    know. Each sample has its own order, and all of them as many columns.
     """
     assert root.weights is not None
     weights, order = root.weights().abs().double().sort(dim=1, descending=True)

@@ -147,11 +147,7 @@ class IsolatedModel:
 
     @contextmanager
     def loss_once_more(self, seed: int | None = None) -> Iterator[None]:
-        """Inside, the loss runs from the state in which it ran at first: its own, and that of random numbers.
-
-        Args:
-            seed: of other random numbers.
-        """
+        """Inside, the loss runs from the state in which it ran at first, but for random numbers of another seed."""
         self.loss_writes()
         state = get_random_state(self._cuda)
         try:

@@ -236,12 +236,7 @@ def _carried_over(
 
 
 def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
-    """Samples that are carried together: all of them where segments have products of their own.
-
-    Args:
-        steps: from the output backwards.
-        top: columns at the output.
-    """
+    """Samples that are carried together: all of them where segments have products of their own."""
     u = top.u
     assert u is not None
     columns, largest, second = u.shape[1], u.shape[1], False

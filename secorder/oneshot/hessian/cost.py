@@ -131,12 +131,7 @@ def _investigated(task: Measurement, budget: Budget) -> None:
 
 
 def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
-    """Memory besides products, about.
-
-    Args:
-        outputs: numbers of the model's output.
-        passed: numbers that are kept of a forward.
-    """
+    """Memory besides products, about, by the numbers of the model's output, and those that are kept of a forward."""
     parameters = [p for layer in task.layers for p in layer.parameters.values()]
     size = max(p.element_size() for p in parameters)
     return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))
