@@ -1,10 +1,11 @@
 """Where the samples of a layer's input and output are."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .._torch.sample_graph import inner_size
 
 __all__ = ["DIM_ZERO", "Layout", "candidate_layouts", "layouts_of"]
 
@@ -26,10 +27,9 @@ class Layout(NamedTuple):
         """The number of samples in a tensor of this layout."""
         return tensor.shape[self.dim] // self.rows
 
-    def inner_size(self, tensor: Tensor) -> int:
-        """Elements, in row-major order, between two samples that follow each other."""
-        behind = math.prod(tensor.shape[self.dim + 1 :])
-        return behind * self.rows if self.sample_major else behind
+    def inner_size(self, shape: Sequence[int]) -> int:
+        """Elements, in row-major order, between two samples that follow each other in a tensor."""
+        return inner_size(shape, self.dim, self.rows if self.sample_major else 1)
 
     def split(self, tensor: Tensor) -> Tensor:
         """The tensor as ``(N, ...)``, a view where it can be."""

@@ -276,9 +276,8 @@ def _choose(
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            parameters = {
-                local: p for local, p in module.named_parameters() if "." not in local or _is_parametrization(local)
-            }
+            every = module.named_parameters()
+            parameters = {local: p for local, p in every if "." not in local or local.startswith("parametrizations.")}
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
             parameters = dict(module.named_parameters(recurse=rule_for(module) is None))
@@ -287,10 +286,6 @@ def _choose(
         if parameters:
             chosen[name] = (module, parameters)
     return chosen
-
-
-def _is_parametrization(local: str) -> bool:
-    return local.startswith("parametrizations.")
 
 
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:

@@ -186,7 +186,7 @@ def _over(
                 if kind == "sum":
                     running.mean = [m / sample[2] for m in running.mean]
             running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
-            kept.append(_kept(found))
+            kept.append(found.info if isinstance(found, Diagonals) else found)
             seen += count
             advance(1)
     if first is None:
@@ -203,10 +203,6 @@ def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
     return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
-
-
-def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:
-    return found.info if isinstance(found, Diagonals) else found
 
 
 def _rebuilt(

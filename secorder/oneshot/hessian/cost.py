@@ -95,7 +95,8 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         budget: how exact, how expensive.
         reduce: of stacked diagonals by parameter, what is wanted.
     """
-    _investigated(task, budget)  # what happens the first time alone
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:  # what happens the first time alone
+        investigate(task, recording, budget, columns=True)
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
@@ -123,11 +124,6 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         overhead += 3 * found.seconds  # another forward and gradient
     most = max(found.facts.values(), key=lambda f: f.passed)
     return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
-
-
-def _investigated(task: Measurement, budget: Budget) -> None:
-    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        investigate(task, recording, budget, columns=True)
 
 
 def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
