@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Node, operation_of, shape_of
-from .sample_graph import InnerSizes, samples_in_nodes
+from .graph import Node, operation_of, shape_of, signed
+from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
 
 __all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
 
@@ -55,13 +55,8 @@ class Segment:
 
 
 #: Functions of each element of one tensor, by the names of their nodes.
-_ELEMENTWISE = frozenset({
-    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10", "Sqrt", "Rsqrt",
-    "Reciprocal", "Abs", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh", "Erf",
-    "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus", "Elu",
-    "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax", "Where", "MaskedFill",
-    "Clone", "Alias", "NativeDropout", "Addcmul", "Addcdiv", "Expand",
-})  # fmt: skip
+_ELEMENTWISE = ELEMENTWISE - {"Atan2", "PreluKernel", "ToCopy", "Minimum", "Maximum", "Lerp"}
+
 #: Those of them that have no second derivative, as autograd has it.
 _PIECEWISE_LINEAR = frozenset({
     "Add", "Sub", "Rsub", "Neg", "Abs", "Relu", "Threshold", "LeakyRelu", "Hardtanh", "Clamp", "ClampMin", "ClampMax",
@@ -180,7 +175,7 @@ def _adds_nothing(node: Node, name: str, leads: set[Node], shape: tuple[int, ...
 
 
 def _is_identity(dims: Sequence[int]) -> bool:
-    return all((d - (1 << 64) if d >= 1 << 63 else d) in (k, k - len(dims)) for k, d in enumerate(dims))
+    return all(signed(d) in (k, k - len(dims)) for k, d in enumerate(dims))
 
 
 def _is_elementwise(node: Node, leads: set[Node], shape: tuple[int, ...]) -> bool:

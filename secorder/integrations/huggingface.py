@@ -1,7 +1,4 @@
-"""A callback for Hugging Face's ``Trainer``: curvature of the layers of a model that it trains.
-
-Needs ``pip install secorder[transformers]``.
-"""
+"""A callback for Hugging Face's ``Trainer``: curvature of the layers of a model that it trains."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +20,7 @@ try:
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
-        "secorder.integrations.huggingface needs transformers: pip install secorder[transformers]"
+        "secorder.integrations.huggingface needs transformers: pip install transformers accelerate"
     ) from error
 
 __all__ = ["CurvatureCallback"]

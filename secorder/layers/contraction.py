@@ -251,10 +251,7 @@ def contract_sum(
     Args:
         parts: each layer's per-sample gradients of the parameter.
         numel: number of the parameter's elements.
-        out: as for :func:`contract`.
-        beta: as for :func:`contract`.
-        alpha: as for :func:`contract`.
-        keep: as for :func:`contract`.
+        out, beta, alpha, keep: as for :func:`contract`.
     """
     first, *rest = parts if len(parts) == 1 else sum_in_forms(parts, numel)
     out = contract(first, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)

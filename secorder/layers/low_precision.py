@@ -32,23 +32,16 @@ from .contraction import added, contract_sum, kept
 from .patches import Patches, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low", "rounded"]
+__all__ = ["Precision", "contract_sum_low", "is_low", "rounded"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 LOW = torch.bfloat16
 
 
 def is_low(precision: Precision, device: torch.device, computed_in: torch.dtype | None) -> bool:
-    """Whether factors are rounded.
-
-    Args:
-        precision: as it was asked for.
-        device: of the layer.
-        computed_in: the dtype that the layer computes in, under autocast or by its parameters.
-    """
+    """Whether factors are rounded, by what was asked and the dtype that the layer computes in (perhaps autocast's)."""
     if precision == "auto":
         return device.type != "cpu" and computed_in in (torch.bfloat16, torch.float16)
     return precision == "bfloat16"
@@ -77,10 +70,7 @@ def contract_sum_low(
         parts: each layer's per-sample gradients of the parameter; in other forms than one outer product of float32
             they are contracted as they are.
         numel: number of the parameter's elements.
-        out: as for :func:`~secorder.layers.contraction.contract`.
-        beta: as for :func:`~secorder.layers.contraction.contract`.
-        alpha: as for :func:`~secorder.layers.contraction.contract`.
-        keep: as for :func:`~secorder.layers.contraction.contract`.
+        out, beta, alpha, keep: as for :func:`~secorder.layers.contraction.contract`.
     """
     part = parts[0]
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:

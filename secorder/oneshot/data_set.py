@@ -85,10 +85,6 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
 
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
 
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
-
     Raises:
         InvalidTypeError: the data yields something else.
     """
@@ -109,11 +105,7 @@ def _inputs_and_targets(batch: Any) -> Batch:
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
-    """The first batch that holds samples, and how many there are.
-
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
+    """The first batch that holds samples, and how many batches there are.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.
@@ -194,7 +186,7 @@ def _over(
                 if kind == "sum":
                     running.mean = [m / sample[2] for m in running.mean]
             running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
-            kept.append(_kept(found))
+            kept.append(found.info if isinstance(found, Diagonals) else found)
             seen += count
             advance(1)
     if first is None:
@@ -211,10 +203,6 @@ def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
     return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
-
-
-def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:
-    return found.info if isinstance(found, Diagonals) else found
 
 
 def _rebuilt(
@@ -272,8 +260,6 @@ def find_reduction(
     """How a loss reduces samples, by its definition, or from its value on a batch and on the batch's two parts.
 
     Args:
-        model: the model.
-        loss_fn: the loss.
         first: inputs, targets and their number of samples.
         dim: where samples are in the inputs.
         following: another batch: where the first holds one sample, or two alike, these two are the parts of one.

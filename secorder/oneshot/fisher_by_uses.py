@@ -39,8 +39,6 @@ def by_uses(
     """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
 
     Args:
-        task: the measurement.
-        layers: the layers.
         pairs: the cotangents on the model's output.
         model_outputs: of a forward that used the layers' own parameters, samples in dim 0; by default it runs again.
         inner_sizes: what its graph tells of samples.

@@ -293,8 +293,7 @@ class Audit:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
         Args:
-            name: of the layer.
-            parameters: of the layer.
+            name, parameters: of the layer.
             gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.

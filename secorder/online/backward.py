@@ -141,7 +141,6 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
 
     Args:
         fisher: with the layers.
-        backward: that begins.
         record: of a forward that it runs through.
         fresh: see :func:`_fresh`.
     """

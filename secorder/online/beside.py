@@ -107,9 +107,7 @@ def coupling(
     """Of the tensors that a forward has made beside outputs of samples, those that are no sums over samples.
 
     Args:
-        model: the model.
         forward: the model on its arguments, from one and the same state.
-        arguments: of the model.
         hypothesis: where the samples are in the arguments.
         base: what the forward made of them.
     """

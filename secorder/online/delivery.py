@@ -56,8 +56,6 @@ def bring(
 
     Args:
         fisher: what they are added to.
-        record: of the forward.
-        layer: the layer.
         index: the call's number in the forward.
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
         total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
@@ -151,8 +149,6 @@ def _told(
 
     Args:
         fisher: that the norms are for.
-        record: of the forward.
-        layer: the layer.
         gradients: of its parameters.
         calls: what the gradients are made of, where they are by the layer's rule.
     """
@@ -177,8 +173,6 @@ def _parts(
 
     Args:
         fisher: that they are added to.
-        record: of the forward.
-        layer: the layer.
         gradients: of its parameters.
         products: the audit's numbers of them.
         squares: where they are formed already, those of all parameters.

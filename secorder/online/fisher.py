@@ -19,7 +19,7 @@ from .._torch.fsdp import local
 from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import versions
-from ..errors import InvalidArgumentError, NonFiniteError
+from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
@@ -38,7 +38,7 @@ from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
-__all__ = ["Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
+__all__ = ["Accumulate", "OnlineFisher", "quietly"]
 
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
@@ -326,18 +326,6 @@ class OnlineFisher:
         for name in (*record.norms, *zeros):
             self.sums[name].batches += 1
         return counted
-
-
-def check_accumulate(accumulate: str, penalty: str | None) -> None:
-    """Refuse what cannot be accumulated.
-
-    Raises:
-        InvalidArgumentError: no such quantity, or norms where a penalty is to be added to each sample's gradient.
-    """
-    if accumulate not in ("diagonal", "trace"):
-        raise InvalidArgumentError(f'accumulate must be "diagonal" or "trace", got {accumulate!r}.')
-    if accumulate == "trace" and penalty is not None:
-        raise InvalidArgumentError('penalty="shared" goes with accumulate="diagonal".')
 
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:

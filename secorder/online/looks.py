@@ -28,7 +28,6 @@ class Looks:
     """Attributions of one model's layers.
 
     Args:
-        model: the model.
         sample_dim: where the samples are in the arguments, if it is told.
     """
 
@@ -78,9 +77,7 @@ class Looks:
         """Look at a batch; what it tells of the layers is kept for the modes of now.
 
         Args:
-            layers: the layers.
-            args: of the forward.
-            kwargs: of the forward.
+            args, kwargs: of the forward.
             reduction: what is told of a loss that the model returns, and is to be looked at; None: it is not.
         """
         mode = self._mode()

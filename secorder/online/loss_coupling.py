@@ -68,7 +68,6 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
     """Look at the loss once a backward pass begins that leads to what a forward has returned, and mark its layers.
 
     Args:
-        attachment: of the probe.
         record: of the forward, of a batch that is looked at.
         output: of the forward.
     """

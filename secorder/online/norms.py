@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, will_accumulate
-from .._torch.norms import norms_of
+from .._torch.several import norms_of
 from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
@@ -64,7 +64,6 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
 
     Args:
         fisher: with the layers.
-        backward: that begins.
         record: of the first forward that it runs through.
         fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """

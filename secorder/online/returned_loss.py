@@ -113,7 +113,6 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
 
     Args:
-        attachment: of the probe.
         record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
         output: of it.
     """

@@ -121,7 +121,6 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
     Behind these come the entries of a list, and the graphs of a vector of indices; packed sequences stand alone.
 
     Args:
-        arguments: of the model.
         outputs: its tensors.
         dim: the dimension, where it was told, or ``"list"``.
     """
@@ -196,7 +195,6 @@ def separates(
 
     Args:
         forward: the model on its arguments, from one and the same state.
-        arguments: of the model.
         base: the floating-point outputs for them.
         hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
@@ -265,7 +263,6 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     Args:
         forward: the model on its arguments.
-        arguments: of the model.
         hypothesis: where the samples are in them.
         mask: which samples are changed, bool, shape (N,).
         alike: give them those of the first sample, as they are, where a dimension holds samples.

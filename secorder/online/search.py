@@ -77,7 +77,6 @@ def attribute(
     """Find and verify where samples are in each layer.
 
     Args:
-        model: the model.
         layers: the layers to find samples in.
         args: positional arguments of one forward.
         kwargs: keyword arguments of it.

@@ -58,12 +58,9 @@ def run(
     """Of each layer the Gauss-Newton part, which is all there is where the model is piecewise linear after it.
 
     Args:
-        task: the measurement.
         side: the loss as a function of the output.
-        graphs: of the layers.
         budget: how many draws, or how exact.
         reduce: of stacked diagonals by parameter, what is wanted.
-        advance: of the progress bar.
         seconds: that draws may take, where an error is asked for.
     """
     known = settled(task, side, graphs)

@@ -42,9 +42,7 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     they do not give (nothing, after which the model is piecewise linear). Where they do not, none is served.
 
     Args:
-        task: the measurement.
         side: the loss as a function of the output.
-        graphs: of the layers.
     """
     root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
     known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))

@@ -107,7 +107,6 @@ def deflated(
         tried: a pilot in it.
         known: what is known exactly already.
         budget: how many draws, or how exact.
-        advance: of the progress bar.
     """
     planned = _planned(tried, known, budget)
     count, size = tried.products.shape[1:]

@@ -74,7 +74,6 @@ def investigate(
     """Run the model once, and find out what the choice of strategies depends on.
 
     Args:
-        task: the measurement.
         recording: of the layers that have a rule; the forward is run in it.
         budget: how exact, how expensive: what cannot matter is not looked at.
         columns: whether columns, and the chain, may be used.
@@ -123,7 +122,6 @@ def attached(
     """Run the model once, and find out which layers are used, and which of them by their recorded calls alone.
 
     Args:
-        task: the measurement.
         recording: of the layers that have a rule; the forward is run in it.
         forward: how to run the model on the inputs; as it is by default.
         with_gradients: whether gradients in z are taken, to be differentiated.
@@ -147,7 +145,7 @@ def attached(
 
 
 def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
-    numel = sum(p.numel() for p in layer.parameters.values())
+    numel = sum(layer.sizes())
     z = sum(leaf.numel() for leaf in recording.leaves.get(layer.name, []))
     return Facts(
         layer.name,

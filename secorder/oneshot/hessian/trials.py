@@ -50,7 +50,6 @@ def learn_seconds(
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
-        task: the measurement.
         found: whose facts to complete.
         budget: how exact, how expensive.
         draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this.
@@ -96,7 +95,8 @@ def _draw_some(
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
     gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
     together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
-    limit, expected = seconds_of_draws(budget, chosen), {}
+    limit = seconds_of_draws(budget, chosen)
+    expected: dict[str, float] = {}
     told = [name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)]
     for name, choice in chosen.items():
         facts, names = found.facts[name], [name]
@@ -115,9 +115,7 @@ def _draw_some(
         by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit, part)
         if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
-        for each in names:
-            found.learn(each, seconds_by_draw=by_draw / len(names))
-            expected[each] = seconds / len(names)
+        expected |= dict.fromkeys(names, seconds / len(names))
     return expected
 
 
