@@ -1,4 +1,4 @@
-"""Checks of the numbers that users pass."""
+"""Checks of what users pass: numbers, devices, dtypes, words."""
 
 from collections.abc import Sequence
 from numbers import Real

@@ -140,14 +140,7 @@ def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
 
 
 def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Sequence[int]) -> Any:
-    """What belongs to some samples, in this order, of some or all of the arguments.
-
-    Args:
-        tree: any structure of arguments.
-        owned: whose their tensors are.
-        tensors: those of all arguments.
-        chosen: which samples.
-    """
+    """What belongs to some samples, in this order, in a structure of arguments; ``tensors`` are all arguments'."""
     if owned.grouping.place is None:
         return _entries(tree, owned.num_samples, chosen, of_tensors=True)
     nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
@@ -159,9 +152,7 @@ def with_entries_of(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with other entries of the lists that hold one a sample, and the same rows of tensors of one a sample.
 
-    Args:
-        count: how many samples there are.
-        chosen: by sample, whose entry is to be in its place.
+    ``chosen`` tells by sample whose entry is to be in its place.
     """
 
     def row(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 import torch
@@ -412,15 +413,10 @@ class CurvatureProbe:
         budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
         with raised_on_all() if synchronize else nullcontext():
             fisher = self._measure(
-                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
-                loss_fn,
-                inputs,
-                targets,
+                partial(fisher_diagonal, fisher_type=fisher_type, num_draws=num_draws, budget=budget),
+                *(loss_fn, inputs, targets),
                 by_sample=True,
-                generator=generator,
-                create_graph=create_graph,
-                chunk_size=chunk_size,
-                progress=progress,
+                **_options(generator, chunk_size, progress, create_graph),
             )
             warn_if_not_finite(fisher, "Fisher")
         return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
@@ -633,16 +629,8 @@ class CurvatureProbe:
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
-        hessian = self._measure(
-            lambda task: hessian_diagonal(task, budget),
-            loss_fn,
-            inputs,
-            targets,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        options = _options(generator, chunk_size, progress, create_graph)
+        hessian = self._measure(partial(hessian_diagonal, budget=budget), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
         warn_if_not_finite(hessian, "Hessian")
@@ -704,16 +692,8 @@ class CurvatureProbe:
         """
         _check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
-        found = self._measure(
-            lambda task: traces(task, budget, of=of, by=by),
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=of != "hessian",
-            generator=generator,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        options = {"by_sample": of != "hessian", **_options(generator, chunk_size, progress)}
+        found = self._measure(partial(traces, budget=budget, of=of, by=by), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
         if of == "hessian":
@@ -777,34 +757,18 @@ class CurvatureProbe:
         require_integer("count", count, 1)
         require_integer("max_iterations", max_iterations, 1)
         require_number("tolerance", tolerance, zero=True)
+        asked: dict[str, Any] = {"of": of, "by": by, "count": count, "which": which}
+        asked |= {"tolerance": tolerance, "max_iterations": max_iterations}
+        options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
         if is_data_set(inputs, targets):
-            options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
             with random_state_kept(self._model):
                 return eigenvalues_of_data(
                     lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                    self,
-                    loss_fn,
-                    inputs,
-                    of=of,
-                    by=by,
-                    count=count,
-                    which=which,
-                    tolerance=tolerance,
-                    max_iterations=max_iterations,
+                    *(self, loss_fn, inputs),
+                    **asked,
                     progress=progress,
                 )
-        return self._measure(
-            lambda task: eigenvalues(
-                task, of=of, by=by, count=count, which=which, tolerance=tolerance, max_iterations=max_iterations
-            ),
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=of != "hessian",
-            generator=generator,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        return self._measure(partial(eigenvalues, **asked), loss_fn, inputs, targets, **options, progress=progress)
 
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
@@ -1045,6 +1009,13 @@ def _check_ranks(ranks: Ranks | None, layers: Sequence[Layer], penalty: str | No
         raise InvalidArgumentError(
             "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
         )
+
+
+def _options(
+    generator: torch.Generator | None, chunk_size: int | None, progress: bool = False, create_graph: bool = False
+) -> dict[str, Any]:
+    """How to measure, as :func:`.measure` takes it."""
+    return {"generator": generator, "chunk_size": chunk_size, "progress": progress, "create_graph": create_graph}
 
 
 def _check_curvature(of: Curvature, by: By) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that users pass."""
+"""Numbers, devices, dtypes and words that users pass."""
 
 from typing import Any
 

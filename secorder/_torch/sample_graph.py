@@ -64,19 +64,11 @@ def inner_size(shape: Sequence[int], dim: int, step: int = 1) -> int:
 def samples_in_graph(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], leaves: Sequence[Tensor], count: int
 ) -> dict[int, int | None]:
-    """Where samples lie in the leaves of a graph, for outputs in which they are known to.
+    """Where samples lie in leaves, for outputs of known inner sizes: ``id(leaf)`` → its inner size, None if not told.
 
-    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone. It does
-    not see hooks on the nodes, which may change gradients as they like.
-
-    Args:
-        outputs: tensors of the graph.
-        inner_sizes: of each output.
-        leaves: leaves of the graph.
-        count: the number N of samples, at least 2.
-
-    Returns:
-        ``id(leaf)`` → its inner size; None where it is not told. A leaf without influence is missing.
+    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone; a leaf
+    without influence is missing. It does not see hooks on the nodes, which may change gradients as they like. There are
+    at least two samples.
     """
     return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
 

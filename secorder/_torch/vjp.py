@@ -174,13 +174,7 @@ def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
 
 
 def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> int:
-    """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES`.
-
-    Args:
-        elements: elements that one product touches (activations, parameters).
-        like: a tensor of the dtype and on the device of the work.
-        chunk_size: the user's bound, or None.
-    """
+    """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES` if each has these elements."""
     if chunk_size is not None:
         return chunk_size
     budget = CHUNK_BYTES.get(like.device.type, ACCELERATOR_CHUNK_BYTES)

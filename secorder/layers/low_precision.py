@@ -41,13 +41,7 @@ LOW = torch.bfloat16
 
 
 def is_low(precision: Precision, device: torch.device, computed_in: torch.dtype | None) -> bool:
-    """Whether factors are rounded.
-
-    Args:
-        precision: as it was asked for.
-        device: of the layer.
-        computed_in: the dtype that the layer computes in, under autocast or by its parameters.
-    """
+    """Whether factors are rounded, by what was asked and the dtype that the layer computes in (perhaps autocast's)."""
     if precision == "auto":
         return device.type != "cpu" and computed_in in (torch.bfloat16, torch.float16)
     return precision == "bfloat16"

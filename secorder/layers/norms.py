@@ -46,15 +46,10 @@ FEW_POSITIONS = 128
 
 
 def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int], *, low: bool = False) -> Tensor:
-    """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n.
+    """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n: shape ``(N,)``, in the per-sample gradients' dtype.
 
-    Args:
-        parts_of: for each parameter of a layer its per-sample gradients: one, or one of each layer that shares it.
-        sizes: for each parameter the number of its elements.
-        low: whether the factors of matrix products are rounded to bfloat16.
-
-    Returns:
-        shape ``(N,)``, in the dtype of the per-sample gradients.
+    Of each parameter there are its per-sample gradients, one or one of each layer that shares it, and its number of
+    elements. With ``low``, factors of matrix products are rounded to bfloat16.
     """
     if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
         weight, bias = parts_of[0][0], parts_of[1][0]

@@ -81,14 +81,9 @@ class Patches:
         return groups == 1 and image.shape[1] >= 16 and positions >= 48
 
     def weight_gradients(self, rows: slice, g: Tensor) -> Tensor:
-        """Per-sample gradients of some samples as one convolution with a group for each, no patches copied.
+        """Gradients ``(n · groups, out, in)`` of some samples, for a cotangent factor ``(N, groups, positions, out)``.
 
-        Args:
-            rows: the samples.
-            g: cotangent factor, shape ``(N, groups, positions, out)``.
-
-        Returns:
-            shape ``(n · groups, out, in)``.
+        By one convolution with a group for each, no patches copied.
         """
         image, spatial = self.image[rows], len(self.kernel)
         factor = g[rows].transpose(2, 3)

@@ -238,15 +238,10 @@ def special_option(module: nn.Module) -> str | None:
 
 
 def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters: Mapping[str, Any]) -> Spread:
-    """How a layer's parameters lie over the ranks.
+    """How a layer's parameters, one at least of which is distributed, lie over the ranks.
 
-    Args:
-        managed: by ``id`` of a parameter of FSDP2's, how many dimensions of its mesh are FSDP2's own.
-        name: of the layer.
-        parameters: its parameters, one at least of which is distributed.
-
-    Raises:
-        InvalidArgumentError: in a way that is not known.
+    Raises :class:`InvalidArgumentError` where that is in a way that is not known. ``managed`` tells by ``id`` of a
+    parameter of FSDP2's how many dimensions of its mesh are FSDP2's own.
     """
     spreads = {(managed.get(id(p), 0), p.device_mesh.ndim) if is_distributed(p) else None for p in parameters.values()}
     if len(spreads) > 1:
@@ -281,9 +276,8 @@ def _choose(
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            parameters = {
-                local: p for local, p in module.named_parameters() if "." not in local or _is_parametrization(local)
-            }
+            every = module.named_parameters()
+            parameters = {local: p for local, p in every if "." not in local or local.startswith("parametrizations.")}
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
             parameters = dict(module.named_parameters(recurse=rule_for(module) is None))
@@ -292,10 +286,6 @@ def _choose(
         if parameters:
             chosen[name] = (module, parameters)
     return chosen
-
-
-def _is_parametrization(local: str) -> bool:
-    return local.startswith("parametrizations.")
 
 
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:

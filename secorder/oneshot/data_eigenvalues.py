@@ -10,14 +10,13 @@ from torch import Tensor
 from ..batch import batch_size
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
-from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from .data_set import MeasuresBatches, batches_of
 from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
 from .loss_reduction import LossReduction
 from .measurement import Measurement
-from .operators import Curvature, Operator, ProductOnParameters, operators
+from .operators import Blocks, Curvature, ProductOnParameters, operators
 from .trace import By
 
 __all__ = ["eigenvalues_of_data"]
@@ -106,7 +105,8 @@ def _starts(task: Measurement, by: By) -> dict[str, Tensor]:
 def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of each block of one batch with its vector; those of blocks that are zero are missing."""
     found = {}
-    with closing(_blocks(task, of)) as blocks:
+    # Operators that need no checks of the batch, where there are such.
+    with closing(operators(task, of) if of != "hessian" else _on_parameters(task)) as blocks:
         for layer, product in blocks:
             total = sum(layer.sizes())
             for name, block in blocks_of(layer, by).items():
@@ -116,11 +116,6 @@ def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tenso
     return found
 
 
-def _blocks(task: Measurement, of: Curvature) -> Any:
-    """Operators that need no checks of the batch, where there are such."""
-    return operators(task, of) if of != "hessian" else _on_parameters(task)
-
-
-def _on_parameters(task: Measurement) -> Iterator[tuple[Layer, Operator | None]]:
+def _on_parameters(task: Measurement) -> Blocks:
     for layer, own in on_parameters(task, task.layers):
         yield layer, ProductOnParameters.of(task, layer, own)

@@ -79,10 +79,6 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
 
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
 
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
-
     Raises:
         InvalidTypeError: the data yields something else.
     """
@@ -103,11 +99,7 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
-    """The first batch that holds samples, and how many there are.
-
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
+    """The first batch that holds samples, and how many batches there are.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.
@@ -190,7 +182,7 @@ def _over(
             before = reduction.look(x, t, count)
             running.mean = [m / before for m in running.mean] if before > 1 else running.mean
             running.add([v / count for v in _values(found)] if reduction.summed else _values(found), count)
-            kept.append(_kept(found))
+            kept.append(found.info if isinstance(found, Diagonals) else found)
             seen += count
             advance(1)
     if first is None:
@@ -206,10 +198,6 @@ def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
     return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
-
-
-def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:
-    return found.info if isinstance(found, Diagonals) else found
 
 
 def _rebuilt(

@@ -158,13 +158,7 @@ def lanczos(
 ) -> Eigenvalues:
     """Extreme eigenvalues of a symmetric operator by Lanczos iteration with full reorthogonalisation.
 
-    Args:
-        product: the operator.
-        start: a random vector, of the operator's size.
-        count: how many (of both ends, at each).
-        tolerance: on residuals, relative to the largest eigenvalue in modulus.
-        iterations: products at most.
-        which: of which end.
+    From a random vector, by so many products at most; the tolerance is relative to the largest eigenvalue in modulus.
 
     Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """

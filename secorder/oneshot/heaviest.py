@@ -60,14 +60,10 @@ class Heaviest:
 
 
 def heaviest(root: Root, share: float) -> Heaviest:
-    """As many columns, by falling weight, as leave at most this share of the whole weight to the rest.
+    """As many columns, by falling weight, as leave at most this share (0 to 1) of the whole weight to the rest.
 
-    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``. Each sample has its own
-    order, and all of them as many columns.
-
-    Args:
-        root: whose weights are known.
-        share: between 0 and 1.
+    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``, which the root must
+    know. Each sample has its own order, and all of them as many columns.
     """
     assert root.weights is not None
     weights, order = root.weights().abs().double().sort(dim=1, descending=True)
@@ -100,7 +96,8 @@ def by_weight(
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     count = some.num_columns if some else 0
-    if count + _draws(budget, count) >= root.num_columns:
+    draws = budget.num_draws - (0 if budget.rtol is not None else count)
+    if count + draws >= root.num_columns:
         values = contract(root)
         advance(root.num_columns)
         return [Estimate(parts) for parts in values]
@@ -174,10 +171,6 @@ def _exactly(root: Root, budget: Budget) -> Heaviest | None:
         return Heaviest(root, found.order[:, : max(MAX_COLUMNS, budget.num_draws)])
     count = budget.num_draws // 2 if budget.num_draws >= MIN_DRAWS else 0
     return Heaviest(root, root.weights().abs().topk(count, dim=1).indices) if count else None
-
-
-def _draws(budget: Budget, count: int) -> int:
-    return budget.num_draws if budget.rtol is not None else budget.num_draws - count
 
 
 def _joined(by_layer: Sequence[Sequence[Tensor]]) -> list[Tensor]:

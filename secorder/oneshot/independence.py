@@ -179,11 +179,7 @@ def changed_entries(before: Tensor, after: Tensor) -> Tensor:
 def changed_samples(before: Tensor, after: Tensor, layouts: Sequence[Layout], bound: Tensor) -> list[Tensor]:
     """By layout, which samples hold an entry of :func:`changed_entries`: bool, shape ``(N,)`` each.
 
-    Args:
-        before: of one run.
-        after: of another, of the same shape.
-        layouts: where the samples may be in both.
-        bound: :func:`rounding_in` ``before``, which is the same for many ``after``.
+    The bound is :func:`rounding_in` ``before``, which is the same for many ``after``.
     """
     if not before.is_complex():
         difference = (before - after).abs_()
@@ -218,15 +214,9 @@ def _replaced(mask: Tensor, inputs: Any, count: int, sample_dim: int, *, in_orde
 
 
 def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor, *, in_order: bool = False) -> Tensor:
-    """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too.
+    """Samples of a mask replaced by their neighbours, a little scaled: samples that are all alike must change too.
 
-    Args:
-        mask: which.
-        count: the number of samples.
-        sample_dim: where they are.
-        tensor: of the batch.
-        in_order: replace them by the nearest ones that are kept, before them where there are any: then what is sorted
-            stays so.
+    With ``in_order`` by the nearest ones that are kept, before them where there are any: then what is sorted stays so.
     """
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:

@@ -12,6 +12,7 @@ of a model run again there.
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -74,35 +75,23 @@ LEVELS_OF_ARGUMENTS = 4
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+@dataclass(eq=False)
 class IsolatedModel:
     """An isolated model: runs it again and again from one and the same state."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        replacements: dict[int, Tensor],
-        originals: Sequence[nn.Parameter],
-        restart: Callable[[RandomState | None], None],
-        ambient: AutocastState,
-        cuda: Sequence[int] = (),
-        loss_state: State | None = None,
-        take_loss_state: Callable[[State | None], State] | None = None,
-        values: ParameterValues | None = None,
-        pure: bool = False,
-    ) -> None:
-        self.model = model
-        self._pure = pure
-        self._values = values
-        self._replacements = replacements
-        self._originals = originals
-        self._restart = restart
-        self._ambient = ambient
-        self._cuda = cuda
-        self._loss_state = loss_state
-        self._take_loss_state = take_loss_state
-        self._after: RandomState | None = None
-        self._after_forward: State | None = None  # hooks of the model may write what the loss reads
-        self._loss_writes = False
+    model: nn.Module
+    _replacements: dict[int, Tensor]
+    _originals: Sequence[nn.Parameter]
+    _restart: Callable[[RandomState | None], None]
+    _ambient: AutocastState
+    _cuda: Sequence[int] = ()
+    _loss_state: State | None = None
+    _take_loss_state: Callable[[State | None], State] | None = None
+    _values: ParameterValues | None = None
+    _pure: bool = False
+    _after: RandomState | None = None
+    _after_forward: State | None = None  # hooks of the model may write what the loss reads
+    _loss_writes: bool = False
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
         """The replacement of a parameter of a selected layer: a leaf of our own."""
@@ -147,11 +136,7 @@ class IsolatedModel:
 
     @contextmanager
     def loss_once_more(self, seed: int | None = None) -> Iterator[None]:
-        """Inside, the loss runs from the state in which it ran at first: its own, and that of random numbers.
-
-        Args:
-            seed: of other random numbers.
-        """
+        """Inside, the loss runs from the state in which it ran at first, or with random numbers of another seed."""
         self.loss_writes()
         state = get_random_state(self._cuda)
         try:
@@ -245,7 +230,8 @@ def isolate(
         stack.enter_context(dense_gradients(everything.values()))
         originals = [p for key, p in parameters.items() if key not in themselves]
         if pure:
-            yield IsolatedModel(model, replacements, originals, lambda _: put_copies(buffers), ambient, cuda, pure=True)
+            of_pure = replacements, originals, lambda _: put_copies(buffers), ambient, cuda
+            yield IsolatedModel(model, *of_pure, _pure=True)
             return
         stack.enter_context(_tables_copied(everything.values()))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
@@ -255,22 +241,34 @@ def isolate(
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
         values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
-        states = [state for state in (own, of_code, loss_state, values) if state is not None]
-        for state in states:
-            stack.callback(state.restore)
-        ran = False
+        restore = stack.enter_context(_restored([own, of_code, loss_state, values]))
 
         def restart(random_state: RandomState | None) -> None:
-            nonlocal ran
-            for state in states if ran else ():
-                state.restore()
-            ran = True
+            restore()
             assert start is not None
             set_random_state(random_state or start, cuda)
             put_copies(buffers)
 
         of_loss = loss_state, take_loss_state
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values)
+
+
+@contextmanager
+def _restored(states: Sequence[State | ParameterValues | None]) -> Iterator[Callable[[], None]]:
+    """States that are restored at the end, and by what is yielded; not at its first call, before which nothing ran."""
+    taken = [state for state in states if state is not None]
+    ran = False
+
+    def restore() -> None:
+        nonlocal ran
+        for state in taken if ran else ():
+            state.restore()
+        ran = True
+
+    with ExitStack() as stack:
+        for state in taken:
+            stack.callback(state.restore)
+        yield restore
 
 
 def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:

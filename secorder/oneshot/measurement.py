@@ -121,22 +121,12 @@ class Measurement:
         return output, loss
 
     def traced(self, *, inputs: bool) -> Traced:
-        """How to run the model so that its graph may tell where samples are.
-
-        Args:
-            inputs: whether it is to tell so of the inputs too.
-        """
+        """How to run the model so that its graph may tell where samples are, perhaps also in the inputs."""
         inputs = inputs and not self.autocast  # under which numbers of full precision are compared
         return Traced(self.isolated, self.dimension, self.num_samples, inputs=inputs, known=self.certain)
 
     def loss_again(self, output: Any, targets: Any, seed: int | None = None) -> Tensor:
-        """The loss of an output, from the state in which it ran first.
-
-        Args:
-            output: in place of the model's.
-            targets: in place of the batch's.
-            seed: of other random numbers than at first.
-        """
+        """The loss of another output and targets, from the state in which it ran first, or of another seed."""
         if self.known_loss:
             return self.loss_fn(output, targets)
         with self.isolated.loss_once_more(seed):
@@ -313,10 +303,6 @@ def _require_present(model: nn.Module, layer: Layer) -> None:
 @contextmanager
 def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None) -> Iterator[Sequence[Layer]]:
     """Layers for passes of our own: under ``fully_shard`` with their parameters gathered.
-
-    Args:
-        layers: of it.
-        ranks: that parameters lie over, if any do.
 
     Raises:
         InvalidArgumentError: parts of layers lie over ranks.

@@ -47,11 +47,7 @@ Blocks = Generator[tuple[Layer, Operator | None], None, None]
 
 
 def operators(task: Measurement, of: Curvature) -> Blocks:
-    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed.
-
-    Args:
-        of: which curvature.
-    """
+    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed."""
     return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)
 
 

@@ -24,8 +24,7 @@ _HARMLESS: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 def may_be_overwritten(model: nn.Module, *, anew: bool) -> list[nn.Parameter]:
     """The parameters that a forward may overwrite: none where all modules are PyTorch's own, which overwrite none.
 
-    Args:
-        anew: whether that is to be seen again of a model that did not overwrite any.
+    With ``anew`` that is seen again of a model that did not overwrite any.
     """
     modules = list(model.modules())
     known = not anew and model.training in _HARMLESS.get(model, ())

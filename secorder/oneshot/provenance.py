@@ -176,11 +176,7 @@ class Traced:
     ) -> bool:
         """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone.
 
-        Args:
-            inputs: the model's.
-            inner_sizes: what the graph of its outputs tells of samples.
-            order: for each place the sample that is put there.
-            exchanged: puts them there.
+        ``order`` tells for each place the sample that is put there, which ``exchanged`` does.
         """
         entries, self._entries = self._entries, None
 

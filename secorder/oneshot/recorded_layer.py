@@ -244,7 +244,7 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
 def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | None]) -> bool:
     """Whether layouts of a layer's calls are where the graph shows the samples to be."""
     return all(
-        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf)
+        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf.shape)
         for leaf, layout in zip(z.leaves, layouts, strict=True)
     )
 

@@ -56,12 +56,9 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
 
 
 def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | None:
-    """The root of c (diag p − p pᵀ), p the softmax over one dimension (or all), c a number for each position.
+    """The root of c (diag p − p pᵀ), p the softmax over one dimension, c a number for each position.
 
-    Args:
-        product: with the Hessian.
-        f: the outputs, samples in dim 0.
-        dim: the dimension; None to try each, and all together.
+    Of outputs with samples in dim 0; without a dimension each is tried, and all together.
     """
     flat = f.flatten(1)
     r = _random(flat)
@@ -82,12 +79,7 @@ def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | 
 
 
 def cross_entropy_root(f: Tensor, scale: float) -> Root:
-    """The root of c (diag p − p pᵀ), p the softmax over dim 1, at each position, by definition of the loss.
-
-    Args:
-        f: the outputs, samples in dim 0.
-        scale: c.
-    """
+    """The root of c (diag p − p pᵀ), p the softmax over dim 1, c the scale at each position, by definition."""
     flat = f.flatten(1)
     p = flat.view(len(f), 1, f.shape[1], -1).softmax(2)
     return _root_of_softmax(p, torch.full_like(p[:, :, :1], scale), flat)

@@ -91,7 +91,7 @@ def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: Inn
         if not inner_sizes or (here in inner_sizes and inner is None):
             return None
         # Of what nothing depends on, the usual layout is as good as any.
-        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf) == inner])
+        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf.shape) == inner])
         if not found[-1] and inner != SHARED:
             return None
     return found

@@ -74,11 +74,9 @@ def put_back(call: OperationCall, index: int) -> OwnedRows | None:
 def through_rows(
     node: Node, given: Sequence[OwnedRows | Tensor | None], wanted: Sequence[int]
 ) -> list[PerSample | OwnedRows] | None:
-    """What a node makes of owned rows for some of its inputs; None where rows may meet, or nothing is known of it.
+    """What a node makes of owned rows (``given`` on its outputs) for the inputs that are wanted.
 
-    Args:
-        given: gradients on its outputs.
-        wanted: numbers of inputs.
+    None where rows may meet, or nothing is known of the node.
     """
     rows = [g for g in given if isinstance(g, OwnedRows)]
     if not rows or len(rows) < sum(g is not None for g in given) or any(g.owner is not rows[0].owner for g in rows):

@@ -102,12 +102,9 @@ class Budget:
         return self if self.rtol is None else replace(self, rtol=factor * self.rtol)
 
     def affords(self, num_products: int, elements: int, seconds: float = 0.0) -> bool:
-        """Whether an exact strategy may be taken.
+        """Whether an exact strategy may be taken: so many products, each of which passes through so many elements.
 
-        Args:
-            num_products: its products.
-            elements: numbers that each passes through.
-            seconds: that each takes; 0 if that is not known.
+        ``seconds`` is what each takes; 0 if that is not known.
         """
         if self.method == "exact":
             return True

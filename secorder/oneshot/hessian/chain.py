@@ -142,13 +142,14 @@ def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]
     for index, segment in enumerate(chain.segments):
         size, before = _size(segment.shape, task), _size(segment.shape_before, task)
         inside = [chain.graphs[key] for key in segment.leaves]
+        goes_on = any(following.leaves for following in chain.segments[index + 1 :])
         work = segment.work // task.num_samples
         passed += work
         moved |= segment.kind != Kind.SAME
         if segment.kind == Kind.LINEAR:
             spent += work * (size + before if dense else columns)
         elif segment.kind == Kind.GENERAL:
-            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if _goes_on(chain, index) else 0)
+            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if goes_on else 0)
             spent += basis * (6 * work + size * size)
             dense = True
         elif segment.kind == Kind.ELEMENTWISE:
@@ -164,10 +165,6 @@ def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]
             }
             spent = 0
     return found
-
-
-def _goes_on(chain: Chain, index: int) -> bool:
-    return any(segment.leaves for segment in chain.segments[index + 1 :])
 
 
 # ---- carrying
@@ -236,12 +233,7 @@ def _carried_over(
 
 
 def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
-    """Samples that are carried together: all of them where segments have products of their own.
-
-    Args:
-        steps: from the output backwards.
-        top: columns at the output.
-    """
+    """Samples that are carried together: all of them where segments have products of their own."""
     u = top.u
     assert u is not None
     columns, largest, second = u.shape[1], u.shape[1], False

@@ -97,7 +97,7 @@ def average(
         # One draw tells nothing of its error.
         errors = [(s / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(s, torch.inf) for s in squares]
         total = [m + k for m, k in zip(means, known, strict=True)]
-        error = max(Estimate(total, errors).split(groups or [len(total)], budget), key=_relative).relative_error
+        error = max(x.relative_error for x in Estimate(total, errors).split(groups or [len(total)], budget))
         if budget.rtol is None:
             return Estimate(total, errors, seen, error <= ENOUGH)
         # As many more as fit in the time that is left.
@@ -107,7 +107,3 @@ def average(
         # The error falls with the root of the draws: go most of the way there.
         factor = min(4.0, max(1.2, (error / budget.rtol) ** 2))
         wanted = min(budget.max_draws, math.ceil(seen * factor), int(possible))
-
-
-def _relative(estimate: Estimate) -> float:
-    return estimate.relative_error
