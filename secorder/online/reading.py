@@ -188,8 +188,7 @@ def readable_counts(
     """
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
-        reason = next(iter(troubles.values()))
-        raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
+        raise _troubled(troubles)
     if fisher.assumed:
         fisher.troubles.warn(fisher.assumed)
     counts = counts_of(fisher, stretch)
@@ -206,7 +205,15 @@ def readable_counts(
             chosen[name] = count
         elif missing == "raise":
             raise _unseen(fisher, stretch, name)
+    if not chosen:  # those that have seen samples are marked
+        raise _troubled(troubles)
     return chosen
+
+
+def _troubled(troubles: Mapping[str, str]) -> AttributionError:
+    """What the first layer that cannot be read is told of, and the others of the same reason."""
+    reason = next(iter(troubles.values()))
+    return AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
 
 
 def _unseen(fisher: OnlineFisher, stretch: Stretch, name: str) -> SecorderError:

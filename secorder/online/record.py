@@ -7,7 +7,8 @@ The phases of a record, and what ends it::
                 │            │           ├─ the backward is broken off: the layers that had their gradient are counted,
                 │            │           │  each by itself, and the others are not
                 │            │           └─ a second backward through the same graph: the layers it reaches are marked
-                │            └─ the backward never comes, or is torch.autograd.grad's: dropped with the graph
+                │            ├─ the backward never comes, or is torch.autograd.grad's: dropped with the graph
+                │            └─ it is not known where samples are: the layers are marked once a backward comes
                 └─ an exception, an empty batch, nothing to differentiate: dropped
 
 Records know nothing of one another. Two forwards in flight, train and eval mixed, threads: each fills its own, since a
@@ -241,6 +242,7 @@ class ForwardRecord:
         create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
+        untold: why it is not known where samples are, which is told once a backward comes; else empty.
         unreturned: whether the forward ended without an output: it returned none, or raised.
         eager: the section in which nothing is compiled, while the forward runs.
     """
@@ -292,6 +294,7 @@ class ForwardRecord:
     create_graph: bool = False
     backward: Backward | None = None
     closed: bool = False
+    untold: str = ""
     unreturned: bool = False
     eager: EagerSection | None = None
 
