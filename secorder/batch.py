@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
-from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths
+from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
 __all__ = [
     "BatchMismatch",
     "arguments_of",
     "batch_size",
     "owned_batch",
+    "part_of_batch",
     "preferred_size",
     "require_agreement",
     "sample_dimension",
@@ -154,6 +155,41 @@ def take_samples(
         return taken[id(tensor)]
 
     return [_taken_apart(one, tree, index, count, sample_dim) for tree in trees]
+
+
+def part_of_batch(
+    inputs: Any,
+    targets: Any,
+    count: int,
+    sample_dim: int,
+    index: Sequence[int],
+    *,
+    owned: Owned | None = None,
+    cut: dict[int, Tensor] | None = None,
+) -> tuple[Any, Any]:
+    """Inputs and targets of some samples. One tensor that is both stays one.
+
+    Args:
+        inputs: of the batch.
+        targets: of the batch; they may hold several rows a sample.
+        count: how many samples there are.
+        sample_dim: where they are.
+        index: which samples.
+        owned: whose the inputs are, where no dimension holds the samples.
+        cut: receives by ``id`` what became of each tensor, where a dimension holds them.
+    """
+    rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
+    how: Any = {"rows": rows, "cut": cut}
+    if owned is not None:
+        among, (args, kwargs) = list(tensors_in(inputs)), arguments_of(inputs)
+        args = tuple(take_owned(x, owned, among, index) for x in args)
+        kwargs = {name: take_owned(x, owned, among, index) for name, x in kwargs.items()}
+        return kwargs or args, take_samples([targets], index, count, sample_dim, rows=rows)[0]
+    if isinstance(inputs, (tuple, list)):  # arguments of the model, and no list of samples
+        *taken, of_targets = take_samples([*inputs, targets], index, count, sample_dim, **how)
+        return tuple(taken), of_targets
+    of_inputs, of_targets = take_samples([inputs, targets], index, count, sample_dim, **how)
+    return of_inputs, of_targets
 
 
 def _taken_apart(one: Callable[[Tensor], Tensor], tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:

@@ -11,9 +11,10 @@ from ..batch import batch_size
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
-from .data_set import MeasuresBatches, alike, batches_of, reduction_of
+from .data_set import MeasuresBatches, batches_of
 from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
+from .loss_reduction import LossReduction
 from .measurement import Measurement
 from .operators import Blocks, Curvature, ProductOnParameters, operators
 from .trace import By
@@ -56,17 +57,17 @@ def eigenvalues_of_data(
     """
     model, dim, told = probe.data_context
     data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data
-    sizes, first, following = [], None, None
+    reduction = LossReduction(model, loss_fn, dim, told, None if of == "hessian" else "mean")
+    sizes, first = [], None
     for x, t in batches_of(data, dim):
         sizes.append(batch_size(x, t, dim))
-        if first is not None and (following is None or alike(first[:2], following)):
-            following = x, t
-        first = first or (x, t, sizes[0])
+        first = first or (x, t)
+        reduction.look(x, t, sizes[-1])
     if first is None:
         raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    mean = of != "hessian" or len(sizes) == 1 or reduction_of(model, loss_fn, first, dim, told, following) == "mean"
-    weights = [n / sum(sizes) if mean else 1.0 for n in sizes]
-    layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first[:2])
+    reduction.require()
+    weights = [1.0 if reduction.summed else n / sum(sizes) for n in sizes]
+    layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first)
     steps = {
         name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start)), which)
         for name, start in starts.items()

@@ -18,6 +18,7 @@ from ..batch import (
     arguments_of,
     batch_size,
     owned_batch,
+    part_of_batch,
     require_agreement,
     sample_dimension,
     take_samples,
@@ -25,7 +26,7 @@ from ..batch import (
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer, present
 from ..layers.structure import independent_by_structure, pure_by_structure
-from ..owners import Owned, take_owned
+from ..owners import Owned
 from ..parallel.fsdp import gathered
 from ..parallel.ranks import Ranks
 from .isolation import IsolatedModel, Result, isolate, run_isolated
@@ -156,31 +157,16 @@ class Measurement:
 
         One tensor that is both stays one.
         """
-        rows = any(t.dim() and t.shape[0] > self.num_samples for t in tensors_in(self.targets))
         leaves: dict[int, Tensor] = {}
         cut: dict[int, Tensor] = {}
-        how: Any = {"rows": rows, "cut": cut}
 
         def leaf(tensor: Tensor) -> Tensor:
             if id(tensor) not in leaves:
                 leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
             return leaves[id(tensor)]
 
-        if self.owned is not None:
-            among = list(tensors_in(self.inputs))
-            args, kwargs = arguments_of(self.inputs)
-            args = tuple(take_owned(x, self.owned, among, index) for x in args)
-            kwargs = {name: take_owned(x, self.owned, among, index) for name, x in kwargs.items()}
-            (targets,) = take_samples([self.targets], index, self.num_samples, self.sample_dim, rows=rows)
-            return map_tensors(leaf, kwargs or args), map_tensors(leaf, targets), {}
-        if isinstance(self.inputs, (tuple, list)):  # arguments of the model, and no list of samples
-            parts = [*self.inputs, self.targets]
-            taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
-            inputs: Any = tuple(taken[:-1])
-        else:
-            parts = [self.inputs, self.targets]
-            inputs, *taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
-        inputs, targets = map_tensors(leaf, inputs), map_tensors(leaf, taken[-1])
+        batch = self.inputs, self.targets, self.num_samples, self.sample_dim
+        inputs, targets = (map_tensors(leaf, x) for x in part_of_batch(*batch, index, owned=self.owned, cut=cut))
         return inputs, targets, {key: leaves[id(t)] for key, t in cut.items() if id(t) in leaves}
 
     def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
