@@ -1,4 +1,4 @@
-"""What training multiplies a loss by: seen in batches that are looked at, of one that the model returns, or by a scaler.
+"""What training multiplies a loss by that the model returns, or by a scaler: seen in batches that are looked at.
 
 Where all of the gradient comes through the loss, what comes to it is the number that it was multiplied by. Outputs that
 the loss is computed from get no other gradient then than the loss's.
