@@ -15,7 +15,7 @@ from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
-from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
+from .layers.selection import Layer, LayerTypes, names_layers, present, select_layers, share_of_parameters, trained
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
@@ -81,7 +81,7 @@ class CurvatureProbe:
         layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
-            None, of any type.
+            None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
         frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
             where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
@@ -986,13 +986,14 @@ def _layers_to_look_at(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
     """The layers that match, of which something is trained unless frozen ones are asked for."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers
     selected = select_layers(model, layer_types, layers)
     if not selected:
         raise NoLayerError(
             "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
             "from model.named_modules()."
         )
-    if layers is None and not frozen:
+    if not names_layers(layers) and not frozen:
         selected = trained(selected)
     if layers is None and layer_types is None:
         _tell_share(model, selected)

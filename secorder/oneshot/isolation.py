@@ -42,6 +42,7 @@ from .._torch.random_state import RandomState, cuda_devices, get_random_state, s
 from .._torch.sparse import dense_gradients
 from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
+from .._torch.views import cloned
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -124,7 +125,7 @@ class IsolatedModel:
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(once_each(torch.clone), arguments))
+                result = forward(map_tensors(once_each(cloned), arguments))
         finally:
             given.restore()
         if self._values is not None:
