@@ -144,12 +144,12 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
         a = a.reshape(-1, a.shape[3])
         return torch.mv(a if a.dtype is s.dtype else a.to(s.dtype), s)
     here = slice(vectors.channel, vectors.channel + IN_CHANNELS)
-    seen = a.seen_at(vectors.place)[:, :, here]  # a convolution with one output is many times as slow
+    channels = a.image.unflatten(1, (a.groups, -1))[:, :, here]  # a convolution with one output is many times as slow
     weights = s.view(-1, prod(a.kernel))[here, vectors.place]
-    found = seen[:, :, 0] * weights[0]
+    found = channels[:, :, 0] * weights[0]
     for channel in range(1, len(weights)):
-        found.addcmul_(seen[:, :, channel], weights[channel])
-    return found.flatten(2)
+        found.addcmul_(channels[:, :, channel], weights[channel])
+    return a.seen_at(vectors.place, found).flatten(2)
 
 
 class Explained(NamedTuple):
