@@ -28,6 +28,7 @@ from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
 from .beside import layers_behind
+from .loss_scale import tell_scaler
 from .record import ForwardRecord
 from .samples import floating
 from .troubles import tell_normalised
@@ -69,7 +70,6 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
 
     Args:
         record: of the forward, of a batch that is looked at.
-        output: of the forward.
     """
     found = record.attribution
     if record.num_samples < 2 or found.provisional or found.alternative is not None or not tells_recomputation():
@@ -114,6 +114,8 @@ def _look(
     roots = {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
     outputs = _outputs_behind([node for node, _ in roots], id(attachment), id(record))
     reached.extend(outputs)
+    if reached:
+        tell_scaler(attachment.fisher, [node for node, _ in roots])
     order = nodes_between([node for node, _ in roots], {node for node, _ in outputs})
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
@@ -164,7 +166,6 @@ def couples(
         order: the nodes between the loss and the outputs.
         roots: the gradients that the backward pass begins with.
         outputs: of the model, by where the graph has them.
-        count: of samples.
 
     Raises:
         UnknownNode: what is between them cannot be looked at.
