@@ -141,9 +141,6 @@ def take_samples(
 
     Args:
         trees: any structures.
-        index: which samples.
-        count: how many samples there are.
-        sample_dim: where they are.
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
@@ -172,9 +169,6 @@ def part_of_batch(
     Args:
         inputs: of the batch.
         targets: of the batch; they may hold several rows a sample.
-        count: how many samples there are.
-        sample_dim: where they are.
-        index: which samples.
         owned: whose the inputs are, where no dimension holds the samples.
         cut: receives by ``id`` what became of each tensor, where a dimension holds them.
     """

@@ -55,7 +55,6 @@ def bring(
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
     Args:
-        fisher: what they are added to.
         index: the call's number in the forward.
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
         total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
@@ -148,8 +147,6 @@ def _told(
     """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter.
 
     Args:
-        fisher: that the norms are for.
-        gradients: of its parameters.
         calls: what the gradients are made of, where they are by the layer's rule.
     """
     products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
@@ -172,8 +169,6 @@ def _parts(
     """The squares of a layer's per-sample gradients, or what they are made of.
 
     Args:
-        fisher: that they are added to.
-        gradients: of its parameters.
         products: the audit's numbers of them.
         squares: where they are formed already, those of all parameters.
         seen: numbers that are finite where all that is added is, to be added to.
