@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
-from .owners import Owned, owned_by_entries, owned_by_index, take_owned
+from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
 __all__ = [
     "BatchMismatch",
@@ -71,7 +71,7 @@ def owned_batch(inputs: Any, targets: Any, sample_dim: int = 0) -> Owned | None:
         of_samples = [t.shape[sample_dim : sample_dim + 1] for t, owner in tensors if owner is not None]
         if owned.num_samples in known and any(size != (owned.num_samples,) for size in of_samples):
             return owned
-    for owned in owned_by_index(inputs):
+    for owned in (*owned_by_index(inputs), *owned_by_lengths(arguments_of(inputs))):
         rows = next(len(owner) for owner in owned.owners if isinstance(owner, Tensor))
         if owned.num_samples in known and rows not in known:
             return owned

@@ -533,8 +533,8 @@ class CurvatureProbe:
 
         One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
         the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
-        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and
-        the random state are restored.
+        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers,
+        the random state, and what model and loss keep in Python objects are restored.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.

@@ -28,6 +28,7 @@ from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
 from .beside import layers_behind
+from .loss_scale import tell_scaler
 from .record import ForwardRecord
 from .samples import floating
 from .troubles import tell_normalised
@@ -114,6 +115,8 @@ def _look(
     roots = {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
     outputs = _outputs_behind([node for node, _ in roots], id(attachment), id(record))
     reached.extend(outputs)
+    if reached:
+        tell_scaler(attachment.fisher, [node for node, _ in roots])
     order = nodes_between([node for node, _ in roots], {node for node, _ in outputs})
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):

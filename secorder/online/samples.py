@@ -22,7 +22,15 @@ from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout, layouts_of
 from ..oneshot.independence import changed_entries, changed_samples, rounding_in
-from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owned_by_packing, with_entries_of
+from ..owners import (
+    Owned,
+    changed_rows,
+    owned_by_entries,
+    owned_by_index,
+    owned_by_lengths,
+    owned_by_packing,
+    with_entries_of,
+)
 from ..parallel.spread import is_distributed
 
 __all__ = [
@@ -118,7 +126,8 @@ def from_names(
 def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["list"] | None) -> list[Hypothesis]:
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
 
-    Behind these come the entries of a list, and the graphs of a vector of indices; packed sequences stand alone.
+    Behind these come the entries of a list, the graphs of a vector of indices, and the rows of which a list tells how
+    many each sample has; packed sequences stand alone.
 
     Args:
         outputs: its tensors.
@@ -127,7 +136,9 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
     if dim is None and (packed := owned_by_packing(arguments)):
         return [of_owned(x, arguments) for x in packed]
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
-    owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
+    if dim is None:
+        told = [*owned_by_index(arguments), *owned_by_lengths(arguments)]
+        owned += [x for x in told if any(_may_hold(f, x.num_samples) for f in outputs)]
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
     if dim is None:
         found = [h for h in found if not any(_of_some_entries(h, x, arguments) for x in owned)]
