@@ -12,6 +12,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
 __all__ = [
+    "NO_BATCH",
     "BatchMismatch",
     "arguments_of",
     "batch_size",
@@ -23,6 +24,9 @@ __all__ = [
     "sample_sizes",
     "take_samples",
 ]
+
+#: What is said of data without a sample.
+NO_BATCH = "the data holds no batch: pass at least one sample."
 
 
 class BatchMismatch(InvalidArgumentError):
@@ -141,9 +145,6 @@ def take_samples(
 
     Args:
         trees: any structures.
-        index: which samples.
-        count: how many samples there are.
-        sample_dim: where they are.
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
@@ -172,9 +173,6 @@ def part_of_batch(
     Args:
         inputs: of the batch.
         targets: of the batch; they may hold several rows a sample.
-        count: how many samples there are.
-        sample_dim: where they are.
-        index: which samples.
         owned: whose the inputs are, where no dimension holds the samples.
         cut: receives by ``id`` what became of each tensor, where a dimension holds them.
     """

@@ -104,14 +104,14 @@ class CurvatureProbe:
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
             gradient that training puts on it. It is divided out of every gradient. By default it is taken to be one;
-            where a model returns a loss that is multiplied by another number, the layers are not told.
+            where a model returns a loss that is multiplied by another number, reading raises.
         forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
             its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
             rollout), whose gradients are added before they are squared. By default they are separate where their
-            numbers of samples differ, and where these are the same, the layers are not told.
+            numbers of samples differ, and where these are the same, reading raises.
         penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
-            gradient then belongs to each ℓ_n. By default a layer that gets gradient from outside of its calls is not
-            told.
+            gradient then belongs to each ℓ_n. By default reading a layer raises that gets gradient from outside of its
+            calls.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
         precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.

@@ -104,14 +104,21 @@ def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
 def held_parameter(module: nn.Module, name: str) -> Any:
     """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
     if "." not in name:
-        return module._parameters.get(name)
+        return _entry(module._parameters, name)
     *path, last = name.split(".")
     for part in path:
-        found = module._modules.get(part)
+        found = _entry(module._modules, part)
         if found is None:
             return None
         module = found
-    return module._parameters.get(last)
+    return _entry(module._parameters, last)
+
+
+def _entry(table: Any, name: str) -> Any:
+    """What a module's table holds; those of a scripted one are no dicts, and have no ``get``."""
+    if name not in table:
+        return None
+    return table[name]
 
 
 def buffer_places(module: nn.Module) -> list[Place]:

@@ -43,7 +43,8 @@ def per_layer_hessian_diagonal(
         loss_fn: a loss module or callable with a scalar result; its own reduction counts.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
+            others are trained.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         method: ``"auto"``, exact where that is affordable, else an estimate, of which a warning tells; ``"exact"``;
             ``"hutchinson"`` for an unbiased estimate.
@@ -116,7 +117,8 @@ def per_layer_fisher_diagonal(
         loss_fn: a loss module or callable with a scalar result; ℓ_n is its value on a batch of one.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
+            others are trained.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
         num_draws: draws of ``"mc"``.

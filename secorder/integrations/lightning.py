@@ -46,7 +46,7 @@ class CurvatureCallback(pl.Callback):
             and with ``logger=False`` the ``recorder.history`` alone.
         self_log: patterns of the names that are logged by ``self.log`` too, for ``EarlyStopping`` and
             ``ModelCheckpoint`` to monitor (``"model/fisher_trace"``, ``"fisher_trace/net.0"``).
-        options: further keywords of :class:`secorder.CurvatureProbe` (``every``: each how many batches are recorded)
+        options: further keywords of :class:`secorder.CurvatureProbe` (``every=5`` records each fifth batch)
             and of :class:`secorder.CurvatureRecorder` (``log_every``, ``hessian_every``, ``loss_fn`` …).
 
     Attributes:

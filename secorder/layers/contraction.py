@@ -19,6 +19,7 @@ __all__ = [
     "CONVOLUTION_ELEMENTS",
     "IN_PLACE_ELEMENTS",
     "added",
+    "alike",
     "contract",
     "contract_basis",
     "contract_sum",
@@ -130,7 +131,7 @@ def _accumulate_products(
     rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
     if isinstance(a, Patches) and a.convolves_well:
         few = max(1, CONVOLUTION_ELEMENTS // total.numel())
-        for n in chunks(count, _alike(count, few - few % 2 if few > 1 else 1)):
+        for n in chunks(count, alike(count, few - few % 2 if few > 1 else 1)):
             left = a.weight_gradients(slice(n.start, n.stop), gu)
             right = left if gv is None else a.weight_gradients(slice(n.start, n.stop), gv)
             _add_products(target, left, right, alpha, keep)
@@ -141,7 +142,7 @@ def _accumulate_products(
     if gu.device.type == "cpu" and total.numel() >= ALONE_ELEMENTS and keep is None and not differentiated:
         _add_sample_by_sample(target, a, gu, gv, alpha)
         return
-    for n in chunks(count, _alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
+    for n in chunks(count, alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
@@ -164,7 +165,7 @@ def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: T
                 here.addcmul_(formed[0], formed[-1], value=alpha)
 
 
-def _alike(count: int, most: int) -> int:
+def alike(count: int, most: int) -> int:
     """Samples a piece, at most so many, of pieces that are about as large, and even: two threads share each."""
     size = -(-count // max(1, -(-count // most)))
     return size + 1 if size % 2 and size < most else size

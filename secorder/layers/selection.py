@@ -139,7 +139,7 @@ def select_layers(
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    readers = read_elsewhere(named.values())
+    readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
     managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
@@ -156,10 +156,11 @@ def select_layers(
                 f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
                 "or keep the module that it was made of."
             )
-        option = special_option(module)
+        table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
         if option and not unchecked:
+            what = "is" if table == name else f"has a parameter of {table!r},"
             raise AttributionError(
-                f"layer {name!r} is an embedding with {option}=, whose gradient is not that of a fixed table: "
+                f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
                 "build it without, or leave the layer out with layers=."
             )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
@@ -236,6 +237,12 @@ def special_option(module: nn.Module) -> str | None:
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return next((o for o in ("max_norm", "scale_grad_by_freq") if getattr(module, o)), None)
     return None
+
+
+def _special_tables(named: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
+    """Tables of such embeddings, by ``id``: the module's name and the option."""
+    options = ((name, m, special_option(m)) for name, m in named.items())
+    return {id(m.weight): (name, option) for name, m, option in options if option}
 
 
 def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters: Mapping[str, Any]) -> Spread:

@@ -73,7 +73,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.layer}: " if self.layer else ""
-        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}; told from {self.threshold:.3g} on)"
+        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}, threshold {self.threshold:.3g})"
 
 
 @dataclass(frozen=True)

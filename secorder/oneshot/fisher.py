@@ -101,8 +101,6 @@ def fisher_diagonal(
     See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
 
     Args:
-        fisher_type: which.
-        num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     asked = fisher_type, num_draws

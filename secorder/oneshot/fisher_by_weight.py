@@ -59,7 +59,6 @@ def heaviest_columns(
         model_outputs: output tensors, samples in dim 0.
         root: of the loss's Hessian in them.
         served: layers with recorded calls, of which it is known where samples are.
-        rest: other layers.
         weighted: how exact, and what is wanted; receives the estimates.
         by_graph: whether operations may be followed through the graph: no hook of the model's changes gradients.
     """

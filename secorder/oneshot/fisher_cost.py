@@ -50,8 +50,6 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     """What a Fisher will take, layer by layer.
 
     Args:
-        fisher_type: which Fisher.
-        num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)

@@ -63,7 +63,6 @@ def head_outputs(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        generator: for the cotangent.
     """
     ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1 and z.leaves[0].numel()]
     candidates = [z for z in ruled if any(any(_orders(f.shape, z.leaves[0].shape)) for f in model_outputs)]

@@ -87,7 +87,6 @@ def by_weight(
         budget: ``rtol`` is the rest's share of the trace, and the relative error of each layer that draws go down to;
             without it, half of the columns that are taken in all are the heaviest ones, and half are draws.
         contract: of some columns.
-        generator: of the signs.
         advance: of a progress bar, by columns and draws.
         seconds: that draws may take, where an error is asked for.
 

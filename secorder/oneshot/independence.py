@@ -265,7 +265,6 @@ def block_diagonal(
         output_gradients: differentiable gradients of a scalar with respect to ``points``.
         points: the tensors that the Hessian is taken in.
         layouts: where each one's samples are.
-        generator: for the random v.
     """
     count = layouts[0].size(points[0])
     if count == 1:
@@ -300,7 +299,6 @@ def linear_products(
     Args:
         output_gradients: differentiable gradients of a scalar with respect to ``points``.
         points: the tensors that the Hessian is taken in.
-        generator: for random vectors.
         together: to a 64th of the largest entry in all points: where one's may all be rounding, as those of a bias that
             a normalisation takes off again, and rounding may add up.
     """

@@ -71,7 +71,6 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
     A sum over elements or samples has c = 1, a mean over as many of them in each sample c = 1/N.
 
     Args:
-        targets: what the loss takes second.
         count: the number N of samples, in dim 0.
 
     Returns:

@@ -47,7 +47,6 @@ def losses_by_definition(
     """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient.
 
     Args:
-        loss: the batch's.
         leaves: of the model's graph; where each sample has one cotangent alone, their gradients come in the same pass.
         second_order: whether second derivatives of the loss are to be those of samples too.
     """
@@ -79,7 +78,6 @@ def losses_by_output(
     """The losses of samples, where the batch's is made of them by the model's output alone; else None.
 
     Args:
-        loss: the batch's.
         layers: the recorded ones, from inside of which the loss must take nothing.
         second_order: whether second derivatives of the loss are to be those of samples too.
 

@@ -203,14 +203,7 @@ def measure(
     """Run ``work`` on an isolated model.
 
     Args:
-        work: what to do.
-        layers: the layers to measure.
-        inputs: what the model takes.
-        targets: what the loss takes second.
         by_sample: whether the quantity is made of samples, so that inputs and targets must agree on them.
-        generator: random numbers of draws and checks.
-        create_graph: whether results are to be differentiable.
-        chunk_size: products batched at most.
         sample_dim: where the samples are in the inputs.
 
     Raises:

@@ -40,7 +40,6 @@ def loss_of_output(
 
     Args:
         output: the model's output.
-        targets: what the loss takes second.
         dims: where an output tensor's samples are (see :func:`expose_output`).
         loss: its value on ``output``.
 

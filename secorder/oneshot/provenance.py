@@ -100,7 +100,6 @@ class Traced:
 
     Args:
         dimension: tells where a tensor's samples are.
-        count: the number of samples.
         inputs: whether the inputs are to require gradients, so that the graph tells what depends on them.
         known: whether all that it would tell is known: then nothing is watched.
 

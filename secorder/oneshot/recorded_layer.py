@@ -131,9 +131,6 @@ def contract_pairs(
     Args:
         model_outputs: output tensors, samples in dim 0.
         certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
-        generator: for the random factors.
-        chunk_size: vjps batched at most.
-        create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
@@ -184,8 +181,6 @@ def contract_settled(
         model_outputs: output tensors, samples in dim 0.
         layers: layers with recorded calls; of those without layouts there is no result.
         plain: where there is one pair alone, its u pulled back, if that was done already.
-        chunk_size: vjps batched at most.
-        create_graph: make the results differentiable.
         advance: of a progress bar.
         watch: as for :func:`contract_pairs`.
     """
@@ -263,7 +258,6 @@ def settle_layouts(
     Args:
         model_outputs: output tensors, samples in dim 0.
         mixture: a cotangent on the outputs, shape (1, N, C).
-        generator: for the random factors.
         create_graph: make what is returned differentiable.
         linear: demand that the backward pass be linear, too.
 

@@ -121,7 +121,6 @@ def recorded(
     output, whatever in-place operation overwrites it later.
 
     Args:
-        layers: the layers to record.
         own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
             a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
         bare: whether no hook changes gradients: then nothing is added to an output, and ε stands for it in the graph.

@@ -39,7 +39,6 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
         product: with the Hessian, on vectors of the elements of one sample in one row.
         f: the outputs, samples in dim 0, none of them without curvature; ``(N, K)`` where they are of several tensors.
         num_tensors: of so many tensors, all of them of one shape; 1 where they are of several shapes.
-        chunk_size: products batched at most.
     """
     found = softmax_root(product, f) if num_tensors == 1 else None
     if found is not None:

@@ -129,7 +129,6 @@ class ByCotangents(Evidence):
 
     Args:
         ends: the outputs, and where the samples are in them.
-        count: number of samples.
         generator: of random numbers.
         inner_sizes: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
     """

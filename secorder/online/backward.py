@@ -140,8 +140,6 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any.
 
     Args:
-        fisher: with the layers.
-        record: of a forward that it runs through.
         fresh: see :func:`_fresh`.
     """
     if fisher.penalty is not None:

@@ -66,7 +66,6 @@ def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
 
     Args:
         model: the model, as its forward left it; None for what it returned alone.
-        output: what it returned.
     """
     found = {
         Beside(name, (key, *path)): tensor
@@ -108,7 +107,6 @@ def coupling(
 
     Args:
         forward: the model on its arguments, from one and the same state.
-        hypothesis: where the samples are in the arguments.
         base: what the forward made of them.
     """
     count = hypothesis.num_samples

@@ -211,7 +211,6 @@ class Attachment:
         """The model's forward ended, perhaps by an exception (then without an output).
 
         Args:
-            args, kwargs, output: of the call.
             sections: that of the forward is added to them, to be ended when all here is done.
         """
         thread = threading.get_ident()

@@ -77,7 +77,6 @@ class Looks:
         """Look at a batch; what it tells of the layers is kept for the modes of now.
 
         Args:
-            args, kwargs: of the forward.
             reduction: what is told of a loss that the model returns, and is to be looked at; None: it is not.
         """
         mode = self._mode()

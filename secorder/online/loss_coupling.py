@@ -70,7 +70,6 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
 
     Args:
         record: of the forward, of a batch that is looked at.
-        output: of the forward.
     """
     found = record.attribution
     if record.num_samples < 2 or found.provisional or found.alternative is not None or not tells_recomputation():
@@ -167,7 +166,6 @@ def couples(
         order: the nodes between the loss and the outputs.
         roots: the gradients that the backward pass begins with.
         outputs: of the model, by where the graph has them.
-        count: of samples.
 
     Raises:
         UnknownNode: what is between them cannot be looked at.

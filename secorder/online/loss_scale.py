@@ -101,7 +101,6 @@ def tell_scaler(fisher: "OnlineFisher", roots: Sequence[Node]) -> None:
     """Mark all layers where a ``GradScaler`` has multiplied the loss, and nothing is told of the loss's scale.
 
     Args:
-        fisher: with the layers.
         roots: where the backward pass begins, before it does.
     """
     if fisher.returned is None and any(map(multiplied_by_scaler, roots)):

@@ -63,7 +63,6 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
 
     Args:
-        fisher: with the layers.
         record: of the first forward that it runs through.
         fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
@@ -146,7 +145,6 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     """Add what a record's layers have brought; whether its samples were counted, or will be.
 
     Args:
-        fisher: that it is added to.
         record: of one forward whose backward has ended, or the first of those whose row n is one sample.
         zeros: layers that the loss does not depend on.
         seen: what the samples are counted in, unless no layer was finite; None where they are counted elsewhere.

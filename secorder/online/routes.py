@@ -91,7 +91,6 @@ def layers_of_routed_rows(
 
     Args:
         forward: runs the model on the arguments, and calls its second argument with the copies that the model gets.
-        hypothesis: where samples are in them.
     """
     found: set[str] = set()
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
@@ -122,7 +121,6 @@ def routed_nodes(
 
     Args:
         forward: as for :func:`layers_of_routed_rows`.
-        hypothesis: where samples are in them.
     """
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
     with routes:

@@ -44,8 +44,6 @@ def rows_of_layers(
     Args:
         seen: the layers with their calls in one forward.
         forward: the model on its arguments, from one and the same state.
-        chosen: where samples are in the arguments.
-        graph: of the one forward.
         ranks: that parameters lie over, and do the same together.
     """
     if graph.ends:

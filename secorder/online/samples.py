@@ -207,7 +207,6 @@ def separates(
     Args:
         forward: the model on its arguments, from one and the same state.
         base: the floating-point outputs for them.
-        hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
@@ -274,7 +273,6 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     Args:
         forward: the model on its arguments.
-        hypothesis: where the samples are in them.
         mask: which samples are changed, bool, shape (N,).
         alike: give them those of the first sample, as they are, where a dimension holds samples.
     """

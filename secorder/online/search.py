@@ -77,9 +77,6 @@ def attribute(
     """Find and verify where samples are in each layer.
 
     Args:
-        layers: the layers to find samples in.
-        args: positional arguments of one forward.
-        kwargs: keyword arguments of it.
         sample_dim: where the samples are in the arguments, if it is told.
         before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
             begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.

@@ -27,7 +27,6 @@ class Uncalled:
         """Whether parameters have other values than before, with the number of the layer; nothing is read on the host.
 
         Args:
-            layers: of the probe.
             called: names of those that were called.
         """
         called = set(called)

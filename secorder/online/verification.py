@@ -63,8 +63,6 @@ def verify(
         fisher: of the probe, whose settings are in question; nothing is added to it.
         sample_dim: where the samples are in the arguments, if it is told.
         loss_fn: of the training.
-        inputs: of one batch.
-        targets: what the loss takes second.
         one_shot: the empirical Fisher of the batch.
         num_samples: of the batch.
     """

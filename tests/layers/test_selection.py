@@ -1,11 +1,13 @@
 """Which layers are selected."""
 
 import warnings
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
-from secorder import CurvatureProbe, CurvatureWarning, InvalidTypeError
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning, InvalidTypeError, per_layer_fisher_diagonal
 
 from ..helpers import data, make, reference, step
 from ..reference import assert_all_close
@@ -71,3 +73,38 @@ def test_layers_are_named() -> None:
     for layers in (3, [3], nn.Linear(1, 1)):
         with pytest.raises(InvalidTypeError, match="hold module names"):
             CurvatureProbe(make(), layers=layers)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=["max_norm", "by_freq"])
+def test_tables_of_special_embeddings_in_any_layer_are_refused(option: dict[str, Any]) -> None:
+    """In a layer with all that it contains, and as the weight of a head."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(6, 3, **option), nn.Linear(3, 6)
+            self.head.weight = self.table.weight
+
+    model = nn.ModuleDict({"tied": Tied(), "other": nn.Linear(3, 2)})
+    for layer_types in (None, "all", Tied, nn.Embedding, nn.Linear):
+        with pytest.raises(AttributionError, match=rf"'tied.table'.* with {next(iter(option))}="):
+            CurvatureProbe(model, layer_types)
+    assert CurvatureProbe(model, layers="other").layer_names == ["other"]
+
+
+def test_a_layer_may_contain_scripted_parts() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.scripted = nn.Linear(4, 4), torch.jit.script(nn.Linear(4, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scripted(self.first(x).tanh())  # type: ignore[no-any-return]
+
+    model, batch = Outer(), data()
+    with CurvatureProbe(model, Outer) as probe:
+        step(model, batch)
+        fisher = probe.fisher_diagonal()
+        assert_all_close(fisher.by_parameter(), reference(model, batch))
+    one_shot = per_layer_fisher_diagonal(model, nn.functional.cross_entropy, *batch, layer_types=Outer)
+    assert_all_close(one_shot, fisher)

@@ -20,7 +20,6 @@ class OperationCall:
     Args:
         gradients: on each of its outputs; None where the loss does not depend on it.
         layouts: where the samples are in each of them.
-        count: number of samples.
         dtype: that is computed in.
     """
 

@@ -99,7 +99,6 @@ class Block:
         """That before a product with ``weight`` (in, out): Wᵀ H W.
 
         Args:
-            weight: the matrix.
             diagonal: nothing but the diagonal is wanted.
             factored: d becomes rows, and no matrix is formed.
         """

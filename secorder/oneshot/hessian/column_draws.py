@@ -59,7 +59,6 @@ def run(
 
     Args:
         side: the loss as a function of the output.
-        budget: how many draws, or how exact.
         reduce: of stacked diagonals by parameter, what is wanted.
         seconds: that draws may take, where an error is asked for.
     """

@@ -92,7 +92,6 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
 
     Args:
-        budget: how exact, how expensive.
         reduce: of stacked diagonals by parameter, what is wanted.
     """
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:  # what happens the first time alone

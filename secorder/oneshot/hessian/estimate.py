@@ -73,10 +73,7 @@ def average(
     """Mean of draws and its standard error (Welford's update), until the budget is content.
 
     Args:
-        draw: the draws.
         like: zeros of the shapes of one draw.
-        budget: how many draws, or how exact.
-        size: draws at a time.
         known: what is known exactly and added to the mean.
         seconds: when they are over, no more draws are made than the least number.
         groups: of several layers at once, how many values each has: the worst of them counts.

@@ -57,7 +57,6 @@ def run(
 
     Args:
         graph: of the layer; its layouts tell where samples are.
-        budget: how many draws, or how exact.
         elements: numbers that one product keeps.
         reduce: of draws of the diagonal, what is wanted.
         exact: what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.

@@ -46,7 +46,6 @@ def run(
 
     Args:
         output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
-        budget: how many draws, or how exact.
         elements: numbers that one product keeps.
         reduce: of draws of the diagonal, what is wanted.
         seconds: that it may take, where an error is asked for.

@@ -50,8 +50,6 @@ def learn_seconds(
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
-        found: whose facts to complete.
-        budget: how exact, how expensive.
         draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this.
 
     Returns:
