@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, own_parameters
+from .._torch.modules import holds, is_scripted, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -283,31 +283,15 @@ def _choose(
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            parameters = _parameters(module, under="parametrizations")
+            parameters = parameters_with(module, "parametrizations")
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
-            parameters = _parameters(module, under=None if rule_for(module) is None else "")
+            parameters = dict(module.named_parameters()) if rule_for(module) is None else parameters_with(module)
         else:
             continue
         if parameters:
             chosen[name] = (module, parameters)
     return chosen
-
-
-def _parameters(module: nn.Module, *, under: str | None) -> dict[str, nn.Parameter]:
-    """A module's parameters by name, each once: its own, and those of one submodule, or of all (None).
-
-    ``named_parameters`` would go through all that a container contains, again at each level.
-    """
-    if under is None or is_scripted(module):
-        return dict(module.named_parameters(recurse=under is None))
-    inner = module._modules.get(under)
-    of_inner = {} if inner is None else {f"{under}.{local}": p for local, p in inner.named_parameters()}
-    found = own_parameters(module) | of_inner
-    first: dict[int, str] = {}
-    for local, p in found.items():
-        first.setdefault(id(p), local)
-    return {local: found[local] for local in first.values()}
 
 
 def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
