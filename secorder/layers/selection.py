@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted
+from .._torch.modules import holds, is_scripted, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -130,17 +130,18 @@ def select_layers(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+    named = dict(model.named_modules())
+    if any(isinstance(m, nn.DataParallel) for m in named.values()):
         raise InvalidTypeError(
             "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
             "(model.module) on one device, or use DistributedDataParallel."
         )
-    chosen = _choose(model, layer_types, layers)
+    chosen = _choose(named, layer_types, layers)
     owners: dict[int, int] = {}
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    readers, special = read_elsewhere(model), _special_tables(model)
+    readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
     managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
@@ -228,9 +229,9 @@ def _cut(model: nn.Module) -> tuple[Axis, ...]:
     return ()
 
 
-def read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Modules whose parameters another module reads without calling them, by module."""
-    return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+def read_elsewhere(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Modules of a model whose parameters another one of them reads without calling them, by module."""
+    return {m.out_proj: m for m in modules if isinstance(m, nn.MultiheadAttention)}
 
 
 def special_option(module: nn.Module) -> str | None:
@@ -240,9 +241,9 @@ def special_option(module: nn.Module) -> str | None:
     return None
 
 
-def _special_tables(model: nn.Module) -> dict[int, tuple[str, str]]:
+def _special_tables(named: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
     """Tables of such embeddings, by ``id``: the module's name and the option."""
-    options = ((name, m, special_option(m)) for name, m in model.named_modules())
+    options = ((name, m, special_option(m)) for name, m in named.items())
     return {id(m.weight): (name, option) for name, m, option in options if option}
 
 
@@ -271,10 +272,9 @@ def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters
 
 
 def _choose(
-    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None
+    named: dict[str, nn.Module], layer_types: LayerTypes, layers: str | Iterable[str] | None
 ) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
     """The matching modules with the parameters each one answers for."""
-    named = dict(model.named_modules())
     patterns, left_out = _patterns(named, layers)
     types = _types(layer_types, default=DEFAULT_LAYER_TYPES if patterns is None else "all")
     chosen = {}
@@ -287,11 +287,10 @@ def _choose(
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            every = module.named_parameters()
-            parameters = {local: p for local, p in every if "." not in local or local.startswith("parametrizations.")}
+            parameters = parameters_with(module, "parametrizations")
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
-            parameters = dict(module.named_parameters(recurse=rule_for(module) is None))
+            parameters = dict(module.named_parameters()) if rule_for(module) is None else parameters_with(module)
         else:
             continue
         if parameters:
