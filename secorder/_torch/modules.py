@@ -209,9 +209,9 @@ def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _emptied(tables: list[Any]) -> Iterator[None]:
     """Inside, tables of hooks are empty."""
     kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
     try:
+        for table in tables:
+            table.clear()
         yield
     finally:
         for table, content in zip(tables, kept, strict=True):

@@ -133,6 +133,19 @@ def test_gradient_hooks_are_removed_for_a_while() -> None:
     assert len(calls) == 1
 
 
+def test_gradient_hooks_are_back_where_removing_them_is_broken_off() -> None:
+    class Interrupted(dict[int, Any]):
+        def clear(self) -> None:
+            raise KeyboardInterrupt
+
+    p, broken = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    p.register_hook(print)
+    broken._backward_hooks = Interrupted({0: print})
+    with pytest.raises(KeyboardInterrupt), gradient_hooks_removed([p, broken]):
+        raise AssertionError
+    assert p._backward_hooks
+
+
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])
 @pytest.mark.parametrize("padding", [0, (1, 2), "same", "valid"])
 @pytest.mark.parametrize("changed", [False, True])
