@@ -276,7 +276,7 @@ def _choose(
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            every = module.named_parameters()
+            every = module.named_parameters(recurse=hasattr(module, "parametrizations"))
             parameters = {local: p for local, p in every if "." not in local or local.startswith("parametrizations.")}
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.

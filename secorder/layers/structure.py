@@ -39,6 +39,8 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
 
 
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+#: What every module holds: none of it is a tensor.
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
 def pure_by_structure(model: nn.Module) -> bool:
@@ -53,7 +55,7 @@ def pure_by_structure(model: nn.Module) -> bool:
             return False
         held = vars(module)
         writes = held.get("inplace") or held.get("max_norm") is not None
-        return not writes and not any(isinstance(value, Tensor) for value in held.values())
+        return not writes and not any(isinstance(held[name], Tensor) for name in held.keys() - _OF_EVERY_MODULE)
 
     return not function_modes() and all(pure(module) for module in model.modules())
 
