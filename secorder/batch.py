@@ -12,6 +12,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
 __all__ = [
+    "NO_BATCH",
     "BatchMismatch",
     "arguments_of",
     "batch_size",
@@ -23,6 +24,9 @@ __all__ = [
     "sample_sizes",
     "take_samples",
 ]
+
+#: What is said of data without a sample.
+NO_BATCH = "the data holds no batch: pass at least one sample."
 
 
 class BatchMismatch(InvalidArgumentError):

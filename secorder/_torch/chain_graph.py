@@ -1,7 +1,6 @@
 """A recorded autograd graph as a chain of segments between cuts: tensors that every path to the output contains."""
 
 import heapq
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -13,6 +12,7 @@ from torch.autograd.graph import GradientEdge
 
 from .graph import Node, operation_of, shape_of, signed
 from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
+from .vjp import quiet_vmap
 
 __all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
 
@@ -216,17 +216,14 @@ def edge_gradients(
     out: End, into: Sequence[End], cotangent: Tensor, *, create_graph: bool = False
 ) -> list[Tensor | None]:
     """``torch.autograd.grad`` between tensors of a graph that are named by their edges; the graph is kept."""
-    start: Any = [out]
-    ends: Any = list(into)
-    how = {"retain_graph": True, "allow_unused": True}
-    return list(torch.autograd.grad(start, ends, [cotangent], create_graph=create_graph, **how))
+    return _gradients(out, into, cotangent, create_graph=create_graph)
 
 
 def batched_gradients(out: End, into: Sequence[End], cotangents: Tensor) -> list[Tensor | None]:
     """:func:`edge_gradients` of cotangents that are stacked in dim 0, in one pass."""
-    start: Any = [out]
-    ends: Any = list(into)
-    how = {"retain_graph": True, "allow_unused": True}
-    with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(torch.autograd.grad(start, ends, [cotangents], is_grads_batched=True, **how))
+    with quiet_vmap():
+        return _gradients(out, into, cotangents, is_grads_batched=True)
+
+
+def _gradients(out: Any, into: Sequence[Any], cotangents: Tensor, **how: bool) -> list[Tensor | None]:
+    return list(torch.autograd.grad([out], list(into), [cotangents], retain_graph=True, allow_unused=True, **how))

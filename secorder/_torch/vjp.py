@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ __all__ = [
 CHUNK_BYTES = {"cpu": 1 << 25}
 ACCELERATOR_CHUNK_BYTES = 1 << 28
 PART_OF_FREE_MEMORY = 8
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Inside, vmap does not tell of every operator that it runs in a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 def stacked_vjp(
@@ -67,8 +76,7 @@ def stacked_vjp(
     if count > 1:
         halve = False
         try:
-            with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
-                warnings.filterwarnings("ignore", message="There is a performance drop")
+            with quiet_vmap():
                 results = torch.autograd.grad(
                     reached,
                     _ends(inputs),

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._keywords import tells_renamed_keywords
 from .._torch.random_state import random_state_kept
-from ..batch import batch_size
+from ..batch import NO_BATCH, batch_size
 from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
 from ..layers.selection import LayerTypes
 from ..means import weighted_sum
@@ -133,7 +133,7 @@ def _concluded(
 ) -> Diagnosis:
     """What was added up over the batches, as means where the loss is one, and what stands out."""
     if hessian is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     if not summed:
         hessian, whole_loss = hessian / seen, whole_loss / seen
     fisher = None if fisher is None else fisher / seen

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import batch_size
+from ..batch import NO_BATCH, batch_size
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
@@ -64,7 +64,7 @@ def eigenvalues_of_data(
         first = first or (x, t)
         reduction.look(x, t, sizes[-1])
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     reduction.require()
     weights = [1.0 if reduction.summed else n / sum(sizes) for n in sizes]
     layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._torch.pytree import tensors_in
 from .._torch.random_state import random_state_kept
-from ..batch import batch_size, sample_sizes
+from ..batch import NO_BATCH, batch_size, sample_sizes
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..means import RunningMean, mean_over_ranks
 from ..monitor.progress import progress_bar
@@ -111,7 +111,7 @@ def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int
         )
     first = next(batches_of(data, sample_dim), None)
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     return first, number
 
 
@@ -186,7 +186,7 @@ def _over(
             seen += count
             advance(1)
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     reduction.require()
     if len(kept) > 1 or errors:
         scale = float(seen) if reduction.summed else 1.0

@@ -184,11 +184,10 @@ def _parts(
         seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
         return list(squares.split(layer.sizes()))
     found: list[Tensor | Sequence[PerSample]] = []
-    low = fisher.low(record, layer)
-    contracted = contract_sum_low if low else contract_sum
+    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
-        if layer.sharded or (not low and is_formed(part, numel)):  # before other ranks wait for it
+        if layer.sharded or is_formed(part, numel):  # before other ranks wait for it
             found.append(own := contracted([part], numel=numel))
             seen.append(own.amax() if asked and numel else None)
         else:
