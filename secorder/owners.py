@@ -64,6 +64,8 @@ def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> li
     """
     by_length: dict[int, dict[int, int]] = {}
     args, kwargs = arguments
+    if all(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+        return []
     tensors = list(tensors_in(arguments))
     for tree in (*args, *kwargs.values()):
         for entries in _lists(tree, of_tensors=bool(tensors)):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 import torch
@@ -15,7 +15,16 @@ from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
-from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
+from .layers.selection import (
+    Layer,
+    LayerTypes,
+    names_layers,
+    present,
+    ranks_of,
+    select_layers,
+    share_of_parameters,
+    trained,
+)
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
@@ -81,7 +90,7 @@ class CurvatureProbe:
         layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
-            None, of any type.
+            None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
         frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
             where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
@@ -185,32 +194,37 @@ class CurvatureProbe:
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
-        self._fisher = OnlineFisher(
-            model,
-            selected,
-            reduction=check_reduction(reduction),
-            decay=decay,
-            strict=strict,
-            loss_scale=loss_scale_of(loss_scale),
-            returned=None if loss_scale is None else loss_scale == "returned",
-            on_nonfinite=on_nonfinite,
-            forwards=forwards,
-            penalty=penalty,
-            device=accumulator_device,
-            dtype=accumulator_dtype,
-            accumulate=accumulate,
-            precision=precision,
-        )
-        _check_ranks(self._fisher.ranks, selected, penalty)
+        self._layers = selected
+        self._ranks = ranks_of(model, selected)
+        _check_ranks(self._ranks, selected, penalty)
+        kind = check_reduction(reduction)
+        self._settings: dict[str, Any] = {
+            "reduction": kind,
+            "decay": decay,
+            "strict": strict,
+            "loss_scale": loss_scale_of(loss_scale),
+            "returned": None if loss_scale is None else loss_scale == "returned",
+            "on_nonfinite": on_nonfinite,
+            "forwards": forwards,
+            "penalty": penalty,
+            "device": accumulator_device,
+            "dtype": accumulator_dtype,
+            "accumulate": accumulate,
+            "precision": precision,
+        }
         self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
-        kind = self._fisher.reduction
         self._told: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
         self._log: CurvatureLog | None = None
         self.attach()
 
     # ---- life
+
+    @cached_property
+    def _fisher(self) -> OnlineFisher:
+        """What training accumulates; who measures one batch alone never asks for it."""
+        return OnlineFisher(self._model, self._layers, **self._settings)
 
     def attach(self) -> None:
         """Register the hooks again after :meth:`detach`; what was accumulated is kept.
@@ -264,12 +278,12 @@ class CurvatureProbe:
     @property
     def layer_names(self) -> list[str]:
         """Names of the layers looked at, in ``model.named_modules()`` order."""
-        return [layer.name for layer in self._fisher.layers]
+        return [layer.name for layer in self._layers]
 
     @property
     def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """The parameters of each layer looked at, as they are in the model now."""
-        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._fisher.layers}
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._layers}
 
     @property
     def decay(self) -> float | None:
@@ -303,7 +317,7 @@ class CurvatureProbe:
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"CurvatureProbe({len(self._fisher.layers)} layers, {self.num_samples} samples, {state})"
+        return f"CurvatureProbe({len(self._layers)} layers, {self.num_samples} samples, {state})"
 
     # ---- measurements
 
@@ -634,7 +648,7 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
         warn_if_not_finite(hessian, "Hessian")
-        warn_if_inexact(self._fisher.layers)
+        warn_if_inexact(self._layers)
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
@@ -697,7 +711,7 @@ class CurvatureProbe:
         if method == "auto":
             warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
         if of == "hessian":
-            warn_if_inexact(self._fisher.layers)
+            warn_if_inexact(self._layers)
         return found
 
     def hessian_eigenvalues(
@@ -753,7 +767,7 @@ class CurvatureProbe:
         _check_curvature(of, by)
         require_one_of("which", which, get_args(Which))
         if of == "hessian":
-            warn_if_inexact(self._fisher.layers)
+            warn_if_inexact(self._layers)
         require_integer("count", count, 1)
         require_integer("max_iterations", max_iterations, 1)
         require_number("tolerance", tolerance, zero=True)
@@ -863,7 +877,7 @@ class CurvatureProbe:
         """``work`` on the isolated model."""
         self._attached()
         batch = loss_fn, inputs, targets
-        with whole_layers(self._model, self._fisher.layers, self._fisher.ranks) as layers:
+        with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
                 work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
             )
@@ -898,8 +912,8 @@ class CurvatureProbe:
         if readable and self._fisher.accumulate == "diagonal":
             return str(self.summary())
         traces = self.fisher_trace() if readable else {}
-        lines = [f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers]
-        of = [f", tr F = {traces[x.name].value:.3g}" if readable else "" for x in self._fisher.layers]
+        lines = [f"  {x.name or 'model'}: {x.module}" for x in self._layers]
+        of = [f", tr F = {traces[x.name].value:.3g}" if readable else "" for x in self._layers]
         return "\n".join([repr(self), *map("".join, zip(lines, of, strict=True))])
 
     def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
@@ -986,13 +1000,14 @@ def _layers_to_look_at(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
     """The layers that match, of which something is trained unless frozen ones are asked for."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers
     selected = select_layers(model, layer_types, layers)
     if not selected:
         raise NoLayerError(
             "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
             "from model.named_modules()."
         )
-    if layers is None and not frozen:
+    if not names_layers(layers) and not frozen:
         selected = trained(selected)
     if layers is None and layer_types is None:
         _tell_share(model, selected)

@@ -38,6 +38,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "parameters_with",
     "put_back",
     "put_copies",
     "tables_of",
@@ -93,6 +94,20 @@ def parameter_places(module: nn.Module) -> list[Place]:
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Those that the module itself holds, by name."""
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Parameter]:
+    """What ``named_parameters`` tells of a module itself and of one submodule, without a walk through all of them."""
+    if is_scripted(module):
+        return dict(module.named_parameters(recurse=False))
+    under = module._modules.get(inner)
+    found = own_parameters(module)
+    if under is not None:
+        found |= {f"{inner}.{name}": p for name, p in under.named_parameters()}
+    first: dict[int, str] = {}
+    for name, p in found.items():
+        first.setdefault(id(p), name)
+    return {name: found[name] for name in first.values()}
 
 
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
@@ -194,9 +209,9 @@ def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _emptied(tables: list[Any]) -> Iterator[None]:
     """Inside, tables of hooks are empty."""
     kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
     try:
+        for table in tables:
+            table.clear()
         yield
     finally:
         for table, content in zip(tables, kept, strict=True):

@@ -76,21 +76,20 @@ def per_layer_hessian_diagonal(
     probe = _probe(model, layer_types, sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
-    with probe:
-        return probe.hessian_diagonal(
-            loss_fn,
-            inputs,
-            targets,
-            method=method,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            max_hvps=max_hvps,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+    return probe.hessian_diagonal(
+        loss_fn,
+        inputs,
+        targets,
+        method=method,
+        num_draws=num_draws,
+        rtol=rtol,
+        max_draws=max_draws,
+        max_hvps=max_hvps,
+        generator=generator,
+        create_graph=create_graph,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
 
 
 @tells_renamed_keywords
@@ -150,25 +149,34 @@ def per_layer_fisher_diagonal(
     probe = _probe(model, layer_types, sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
-    with probe:
-        return probe.fisher_diagonal(
-            loss_fn,
-            inputs,
-            targets,
-            fisher_type=fisher_type,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+    return probe.fisher_diagonal(
+        loss_fn,
+        inputs,
+        targets,
+        fisher_type=fisher_type,
+        num_draws=num_draws,
+        rtol=rtol,
+        max_draws=max_draws,
+        generator=generator,
+        create_graph=create_graph,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+
+
+class _Measuring(CurvatureProbe):
+    """A probe for one measurement, of a model that it leaves without hooks: nothing is accumulated in training."""
+
+    def attach(self) -> None:
+        """There is nothing to record."""
+
+    def _attached(self) -> Any:
+        return None
 
 
 def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> CurvatureProbe | None:
     """A probe for one measurement; None where no layer matches."""
     try:
-        return CurvatureProbe(model, layer_types, sample_dim=sample_dim, accumulate="trace")  # no sums are needed
+        return _Measuring(model, layer_types, sample_dim=sample_dim)
     except NoLayerError:
         return None

@@ -61,7 +61,7 @@ def pure_by_structure(model: nn.Module) -> bool:
             return False
         held = vars(module)
         writes = held.get("inplace") or held.get("max_norm") is not None
-        return not writes and not any(isinstance(value, Tensor) for value in held.values())
+        return not writes and True not in [isinstance(value, Tensor) for value in held.values()]
 
     return not function_modes() and all(pure(module) for module in model.modules())
 

@@ -42,6 +42,7 @@ from .._torch.random_state import RandomState, cuda_devices, get_random_state, s
 from .._torch.sparse import dense_gradients
 from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
+from .._torch.views import cloned
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -124,7 +125,7 @@ class IsolatedModel:
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(once_each(torch.clone), arguments))
+                result = forward(map_tensors(once_each(cloned), arguments))
         finally:
             given.restore()
         if self._values is not None:
@@ -244,9 +245,9 @@ def isolate(
         restore = stack.enter_context(_restored([own, of_code, loss_state, values]))
 
         def restart(random_state: RandomState | None) -> None:
-            restore()
-            assert start is not None
-            set_random_state(random_state or start, cuda)
+            if restore() or random_state is not None:
+                assert start is not None
+                set_random_state(random_state or start, cuda)
             put_copies(buffers)
 
         of_loss = loss_state, take_loss_state
@@ -254,16 +255,20 @@ def isolate(
 
 
 @contextmanager
-def _restored(states: Sequence[State | ParameterValues | None]) -> Iterator[Callable[[], None]]:
-    """States that are restored at the end, and by what is yielded; not at its first call, before which nothing ran."""
+def _restored(states: Sequence[State | ParameterValues | None]) -> Iterator[Callable[[], bool]]:
+    """States that are restored at the end, and by what is yielded; not at its first call, before which nothing ran.
+
+    It returns whether anything had.
+    """
     taken = [state for state in states if state is not None]
     ran = False
 
-    def restore() -> None:
+    def restore() -> bool:
         nonlocal ran
-        for state in taken if ran else ():
+        ran, before = True, ran
+        for state in taken if before else ():
             state.restore()
-        ran = True
+        return before
 
     with ExitStack() as stack:
         for state in taken:
@@ -333,10 +338,10 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
-    for p, grad in kept:
-        if grad is not None:
-            p.grad = None
     try:
+        for p, grad in kept:
+            if grad is not None:
+                p.grad = None
         yield
     finally:
         for p, grad in kept:
@@ -349,9 +354,9 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
     frozen = [p for p in parameters if not p.requires_grad]
     with gradient_hooks_removed(parameters):
-        for p in frozen:
-            p.requires_grad_(True)
         try:
+            for p in frozen:
+                p.requires_grad_(True)
             yield
         finally:
             for p in frozen:

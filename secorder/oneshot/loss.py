@@ -1,5 +1,6 @@
 """The loss, checked: is it a finite scalar, does it depend on the model?"""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -78,7 +79,7 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
         raise InvalidArgumentError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
         )
-    if not bool(torch.isfinite(loss.detach())):
+    if not math.isfinite(loss.item()):
         where = _first_non_finite(isolated, inputs)
         raise NonFiniteError(f"the loss is {loss.item()}{where}: there is no curvature to measure here.")
     return loss.reshape(())
@@ -152,8 +153,11 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in isolated.model.named_modules() if name]
+    handles = []
     try:
+        for name, module in isolated.model.named_modules():
+            if name:
+                handles.append(module.register_forward_hook(watch(name)))
         without_gradients(isolated.forward, inputs)
     finally:
         for handle in handles:

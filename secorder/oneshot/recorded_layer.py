@@ -216,7 +216,7 @@ def parts_of_one(layer: Layer) -> list[Tensor]:
     """A part for each parameter of one vector, with anything in it, which is then the layer's without a copy."""
     sizes = layer.sizes()
     device = next(p.device for p in layer.parameters.values())
-    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))
+    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split_with_sizes(sizes))
 
 
 def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:

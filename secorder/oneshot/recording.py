@@ -164,8 +164,10 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 
         return after
 
-    handles = [layer.enclosing.register_forward_hook(hook(layer.name)) for layer in layers]
+    handles = []
     try:
+        for layer in layers:
+            handles.append(layer.enclosing.register_forward_hook(hook(layer.name)))
         yield recording
     finally:
         for handle in handles:
@@ -233,7 +235,7 @@ class _Tap:
         elif self.recomputing() and name in recording.without_graph:
             recording.hidden.add(name)
         if not self.recomputing():
-            tensors = tuple(tensors_in((args, kwargs)))
+            tensors = tuple(tensors_in((args, kwargs) if kwargs else args))
             recording.versions.extend((name, x, version(x)) for x in tensors)
             recording.inputs.setdefault(name, []).append(tensors)
         return map_tensors(partial(self.with_leaf, leaves), output)

@@ -1,5 +1,6 @@
 """Warnings about a result: estimated, inexact, not finite."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -44,7 +45,7 @@ def warn_if_inexact(layers: Sequence[Layer]) -> None:
 
 def _finite(values: Tensor) -> bool:
     """By their sum, which is one pass over them; that of finite ones may overflow."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _some(names: list[str]) -> str:

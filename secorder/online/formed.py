@@ -24,7 +24,7 @@ from .record import ForwardRecord
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["add_formed", "form", "is_formed", "squares_may_wait", "wait_formed"]
+__all__ = ["add_formed", "form", "is_formed", "may_be_later", "squares_may_wait", "wait_formed"]
 
 
 def form(
@@ -57,11 +57,16 @@ def is_formed(part: PerSample, numel: int) -> bool:
 
 
 def squares_may_wait(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
+    """Whether a layer's squares may be added later, together with others."""
+    return may_be_later(fisher, layer, squares, [own for _, own in record.formed[:1]])
+
+
+def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether a layer is added as any other is: here, in one dtype, and whatever other ranks find."""
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
-    dtype, device = squares.dtype, squares.device
-    for other in (*fisher.sums[layer.name].sums, *[own for _, own in record.formed[:1]]):
+    dtype, device = like.dtype, like.device
+    for other in (*others, *fisher.sums[layer.name].sums):
         if other.dtype is not dtype or other.device != device:
             return False
     return True

@@ -19,6 +19,7 @@ from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
+from .carried import carried
 from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
@@ -95,6 +96,7 @@ def _opened(
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)  # what is run again, if any
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
+    record.carried = carried(fisher.model) if known.carries else ()
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
@@ -181,6 +183,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
+    begins, record.carried = [*tensors_in(arguments), *record.carried], ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = True
@@ -191,7 +194,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
+        users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     if fisher.ranks is not None:

@@ -201,6 +201,7 @@ class ForwardRecord:
         verified: whether this very batch was looked at.
         scheduled: whether it is one of those of which the loss is looked at.
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
+        carried: what modules carry from the forward before, while this one runs.
         handles: of the layers' hooks, while the forward runs.
         calls: by layer, the shapes of the outputs of each of its calls.
         hooked: calls, by layer and number, whose gradient will come.
@@ -253,6 +254,7 @@ class ForwardRecord:
     verified: bool
     scheduled: bool = False
     start: Start | None = None
+    carried: Sequence[Tensor] = ()
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
