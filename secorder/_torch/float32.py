@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,7 @@ def products_as_convolutions(device: torch.device) -> Iterator[None]:
         setattr(setting, name, before)
 
 
+@cache
 def _setting(place: tuple[str, str]) -> Any:
     library, operation = place
     return getattr(getattr(torch.backends, library), operation)

@@ -14,7 +14,7 @@ from .constants import Constants
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 
 #: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
-WHOLE_ELEMENTS = 1 << 17
+WHOLE_ELEMENTS = 1 << 18
 BLOCK = 64
 #: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
 OUT_CHANNELS, IN_CHANNELS = 16, 4
