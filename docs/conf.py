@@ -6,6 +6,7 @@ import secorder
 
 project = "secorder"
 author = "the secorder maintainers"
+copyright = "2026, the secorder maintainers"
 release = version = secorder.__version__
 extensions = [
     "myst_parser",

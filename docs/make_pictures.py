@@ -71,8 +71,9 @@ def photograph(logdir: Path) -> None:
     """Pictures of the Custom Scalars and the Images page."""
     from selenium import webdriver
 
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1", "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # By its name alone, which the page shows.
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", logdir.name, "--host", "127.0.0.1", "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=logdir.parent)
     assert server.stderr is not None
     address = next(word for line in server.stderr for word in line.split() if word.startswith("http://127"))
     options = webdriver.ChromeOptions()
@@ -98,5 +99,5 @@ def photograph(logdir: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        train(Path(folder) / "digits")
-        photograph(Path(folder))
+        train(Path(folder) / "runs" / "digits")
+        photograph(Path(folder) / "runs")

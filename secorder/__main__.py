@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import secorder
 
+from .batch import NO_BATCH
 from .core.diagnosis import diagnose
 from .errors import InvalidArgumentError, InvalidTypeError, SecorderError
 from .monitor.findings import Diagnosis
@@ -181,7 +182,7 @@ def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]
     except Exception as error:
         raise InvalidArgumentError(f"the data cannot be read: {_told(error)}") from error
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     if not isinstance(first, (tuple, list)) or len(first) != 2:
         held = f"a {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} parts"
         raise InvalidTypeError(f"the data must yield (inputs, targets), got {held}: wrap it in a generator that does.")

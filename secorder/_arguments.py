@@ -1,5 +1,6 @@
-"""Checks of the numbers that users pass."""
+"""Checks of what users pass: numbers, devices, dtypes, words."""
 
+from collections.abc import Sequence
 from numbers import Real
 from operator import index
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["require_device", "require_floating_dtype", "require_integer", "require_number"]
+__all__ = ["require_device", "require_floating_dtype", "require_integer", "require_number", "require_one_of"]
 
 
 def require_device(name: str, value: Any) -> None:
@@ -40,18 +41,15 @@ def require_floating_dtype(name: str, value: Any) -> None:
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
-    """Raise unless an argument is an integer, and not too small.
-
-    Args:
-        name: of the argument, for the message.
-        value: what was passed.
-        least: the smallest that is allowed.
+    """Raise unless an argument is an integer of at least ``least``.
 
     Raises:
         InvalidTypeError: it is no integer.
         InvalidArgumentError: it is too small.
     """
     try:
+        if isinstance(value, bool):
+            raise TypeError
         index(value)
     except TypeError:
         raise InvalidTypeError(f"{name} must be an integer, got {value!r}.") from None
@@ -60,12 +58,7 @@ def require_integer(name: str, value: Any, least: int) -> None:
 
 
 def require_number(name: str, value: Any, *, zero: bool = False) -> None:
-    """Raise unless an argument is a positive number.
-
-    Args:
-        name: of the argument, for the message.
-        value: what was passed.
-        zero: whether zero is allowed too.
+    """Raise unless an argument is a positive number, or zero where that is allowed.
 
     Raises:
         InvalidTypeError: it is no real number.
@@ -75,3 +68,14 @@ def require_number(name: str, value: Any, *, zero: bool = False) -> None:
         raise InvalidTypeError(f"{name} must be a number, got {value!r}.")
     if not (float(value) > 0 or (zero and float(value) == 0)):
         raise InvalidArgumentError(f"{name} must be {'zero or ' if zero else ''}positive, got {value!r}.")
+
+
+def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
+    """Raise unless an argument is one of some words (or None).
+
+    Raises:
+        InvalidArgumentError: it is another one.
+    """
+    if value not in allowed:
+        *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
+        raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")

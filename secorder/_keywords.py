@@ -16,15 +16,7 @@ RENAMED = {"num_samples": "num_draws", "max_num_samples": "max_draws"}
 
 
 def refuse_renamed(keywords: Iterable[str], function: str) -> None:
-    """Raise if one of the keywords passed to a function is an old name.
-
-    Args:
-        keywords: names of keyword arguments.
-        function: what they were passed to, for the message.
-
-    Raises:
-        InvalidArgumentError: names the new keyword.
-    """
+    """Raise :class:`InvalidArgumentError`, with the new name, if a keyword passed to a function is an old one."""
     for keyword in keywords:
         if keyword in RENAMED:
             raise InvalidArgumentError(f"{function} takes {RENAMED[keyword]}= in place of {keyword}=.")

@@ -9,19 +9,24 @@ from torch import Tensor
 
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
-from .owners import Owned, owned_by_entries, owned_by_index
+from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
 __all__ = [
+    "NO_BATCH",
     "BatchMismatch",
     "arguments_of",
     "batch_size",
     "owned_batch",
+    "part_of_batch",
     "preferred_size",
     "require_agreement",
     "sample_dimension",
     "sample_sizes",
     "take_samples",
 ]
+
+#: What is said of data without a sample.
+NO_BATCH = "the data holds no batch: pass at least one sample."
 
 
 class BatchMismatch(InvalidArgumentError):
@@ -70,7 +75,7 @@ def owned_batch(inputs: Any, targets: Any, sample_dim: int = 0) -> Owned | None:
         of_samples = [t.shape[sample_dim : sample_dim + 1] for t, owner in tensors if owner is not None]
         if owned.num_samples in known and any(size != (owned.num_samples,) for size in of_samples):
             return owned
-    for owned in owned_by_index(inputs):
+    for owned in (*owned_by_index(inputs), *owned_by_lengths(arguments_of(inputs))):
         rows = next(len(owner) for owner in owned.owners if isinstance(owner, Tensor))
         if owned.num_samples in known and rows not in known:
             return owned
@@ -140,9 +145,6 @@ def take_samples(
 
     Args:
         trees: any structures.
-        index: which samples.
-        count: how many samples there are.
-        sample_dim: where they are.
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
@@ -154,6 +156,38 @@ def take_samples(
         return taken[id(tensor)]
 
     return [_taken_apart(one, tree, index, count, sample_dim) for tree in trees]
+
+
+def part_of_batch(
+    inputs: Any,
+    targets: Any,
+    count: int,
+    sample_dim: int,
+    index: Sequence[int],
+    *,
+    owned: Owned | None = None,
+    cut: dict[int, Tensor] | None = None,
+) -> tuple[Any, Any]:
+    """Inputs and targets of some samples. One tensor that is both stays one.
+
+    Args:
+        inputs: of the batch.
+        targets: of the batch; they may hold several rows a sample.
+        owned: whose the inputs are, where no dimension holds the samples.
+        cut: receives by ``id`` what became of each tensor, where a dimension holds them.
+    """
+    rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
+    how: Any = {"rows": rows, "cut": cut}
+    if owned is not None:
+        among, (args, kwargs) = list(tensors_in(inputs)), arguments_of(inputs)
+        args = tuple(take_owned(x, owned, among, index) for x in args)
+        kwargs = {name: take_owned(x, owned, among, index) for name, x in kwargs.items()}
+        return kwargs or args, take_samples([targets], index, count, sample_dim, rows=rows)[0]
+    if isinstance(inputs, (tuple, list)):  # arguments of the model, and no list of samples
+        *taken, of_targets = take_samples([*inputs, targets], index, count, sample_dim, **how)
+        return tuple(taken), of_targets
+    of_inputs, of_targets = take_samples([inputs, targets], index, count, sample_dim, **how)
+    return of_inputs, of_targets
 
 
 def _taken_apart(one: Callable[[Tensor], Tensor], tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:

@@ -11,8 +11,8 @@ from torch.nn.utils.rnn import PackedSequence
 from ._torch.pytree import map_tensors, tensors_in
 
 __all__ = [
-    "Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "owned_by_packing",
-    "take_owned", "with_entries_of",
+    "Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "owned_by_lengths",
+    "owned_by_packing", "take_owned", "with_entries_of",
 ]  # fmt: skip
 
 #: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
@@ -26,15 +26,19 @@ class Grouping(NamedTuple):
         place: of the tensor whose numbers tell the rows' samples; None where samples are the entries of lists.
         tensors: among the arguments; zero for lists, which may have any length.
         packed: whether they are the sequences of a ``PackedSequence``.
+        lengths: whether it is no tensor but a list of how many rows each sample has.
     """
 
     place: int | None
     tensors: int
     packed: bool = False
+    lengths: bool = False
 
     def of(self, arguments: Any) -> "Owned | None":
         """Whose the tensors of a batch are; None where it has nothing of the kind, or more than one."""
-        tell = owned_by_packing if self.packed else owned_by_entries if self.place is None else owned_by_index
+        tell: Callable[[Any], list[Owned]] = owned_by_entries if self.place is None else owned_by_index
+        if self.packed or self.lengths:
+            tell = owned_by_packing if self.packed else owned_by_lengths
         alike = [owned for owned in tell(arguments) if self.place is None or owned.grouping == self]
         return alike[0] if len(alike) == 1 else None
 
@@ -60,6 +64,8 @@ def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> li
     """
     by_length: dict[int, dict[int, int]] = {}
     args, kwargs = arguments
+    if all(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+        return []
     tensors = list(tensors_in(arguments))
     for tree in (*args, *kwargs.values()):
         for entries in _lists(tree, of_tensors=bool(tensors)):
@@ -109,6 +115,36 @@ def _index(tensor: Tensor, rows: Sequence[int]) -> Tensor | None:
     return None
 
 
+def owned_by_lengths(arguments: Any) -> list[Owned]:
+    """Rows of which each sample has so many, one after the other, as a list of integers tells: ``x.split(lengths)``."""
+    tensors = list(tensors_in(arguments))
+    found = []
+    for place, lengths in enumerate(_lists_of_lengths(arguments)):
+        rows = sum(lengths)
+        if any(t.dim() and t.shape[0] == rows for t in tensors):
+            index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            owners = tuple(index.to(t.device) if t.dim() and t.shape[0] == rows else None for t in tensors)
+            found.append(Owned(owners, len(lengths), Grouping(place, len(tensors), lengths=True)))
+    return found
+
+
+def _lists_of_lengths(tree: Any) -> Iterator[list[int]]:
+    if (lengths := _lengths(tree)) is not None:
+        yield lengths
+        return
+    for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
+        yield from _lists_of_lengths(child)
+
+
+def _lengths(tree: Any) -> list[int] | None:
+    """The numbers of a list, a tuple or a NumPy vector of integers, of which none is below zero."""
+    kind = getattr(getattr(tree, "dtype", None), "kind", "")
+    if type(kind) is str and kind and kind in "iu" and getattr(tree, "ndim", 0) == 1:
+        tree = tree.tolist()
+    is_list = type(tree) in (list, tuple) and bool(tree) and all(type(x) is int and x >= 0 for x in tree)
+    return list(tree) if is_list else None
+
+
 def owned_by_packing(arguments: Any) -> list[Owned]:
     """The sequences of a ``PackedSequence``: its rows are those of the longest ones at first, step after step."""
     tensors = list(tensors_in(arguments))
@@ -140,18 +176,33 @@ def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
 
 
 def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Sequence[int]) -> Any:
-    """What belongs to some samples, in this order, of some or all of the arguments.
-
-    Args:
-        tree: any structure of arguments.
-        owned: whose their tensors are.
-        tensors: those of all arguments.
-        chosen: which samples.
-    """
+    """What belongs to some samples, in this order, in a structure of arguments; ``tensors`` are all arguments'."""
     if owned.grouping.place is None:
         return _entries(tree, owned.num_samples, chosen, of_tensors=True)
+    if owned.grouping.lengths:
+        return _of_lengths(tree, owned, chosen)
     nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
     return map_tensors(nodes.take, tree)
+
+
+def _of_lengths(tree: Any, owned: Owned, chosen: Sequence[int]) -> Any:
+    """The rows of some samples, and how many each has."""
+    index = next(owner for owner in owned.owners if isinstance(owner, Tensor)).cpu()
+    lengths = _lengths(tree)
+    if lengths is not None and (len(lengths), sum(lengths)) == (owned.num_samples, len(index)):
+        return type(tree)(tree[n] for n in chosen) if type(tree) in (list, tuple) else tree[list(chosen)]
+    if type(tree) in (list, tuple):
+        return type(tree)(_of_lengths(child, owned, chosen) for child in tree)
+    if type(tree) is dict:
+        return {key: _of_lengths(child, owned, chosen) for key, child in tree.items()}
+    rows = torch.cat([(index == n).nonzero().flatten() for n in chosen])
+    taken = {len(index): rows, owned.num_samples: torch.tensor(list(chosen))}
+
+    def take(tensor: Tensor) -> Tensor:
+        kept = taken.get(tensor.shape[0]) if tensor.dim() else None
+        return tensor if kept is None else tensor[kept.to(tensor.device)]
+
+    return map_tensors(take, tree)
 
 
 def with_entries_of(
@@ -159,10 +210,7 @@ def with_entries_of(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Arguments with other entries of the lists that hold one a sample, and the same rows of tensors of one a sample.
 
-    Args:
-        arguments: of the model.
-        count: how many samples there are.
-        chosen: by sample, whose entry is to be in its place.
+    ``chosen`` tells by sample whose entry is to be in its place.
     """
 
     def row(tensor: Tensor) -> Tensor:

@@ -2,23 +2,33 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, overload
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_device, require_floating_dtype, require_integer, require_number
+from ._arguments import require_device, require_floating_dtype, require_integer, require_number, require_one_of
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
-from .layers.low_precision import PRECISIONS, Precision
-from .layers.selection import Layer, LayerTypes, present, select_layers, share_of_parameters, trained
+from .layers.low_precision import Precision
+from .layers.selection import (
+    Layer,
+    LayerTypes,
+    names_layers,
+    present,
+    ranks_of,
+    select_layers,
+    share_of_parameters,
+    trained,
+)
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, takes_data_sets
-from .oneshot.eigenvalues import Eigenvalues, Which, check_which, eigenvalues
+from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost
@@ -27,26 +37,18 @@ from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
 from .oneshot.isolation import Result
 from .oneshot.measurement import Measurement, measure, whole_layers
-from .oneshot.operators import Curvature, check_curvature
+from .oneshot.operators import Curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .online.checkpoint import load_state, state_of, synchronize
-from .online.fisher import Accumulate, OnlineFisher, check_accumulate
+from .online.fisher import Accumulate, OnlineFisher
 from .online.hooks import Attachment
 from .online.looks import Looks
 from .online.noise import NoiseScales
-from .online.reading import (
-    Missing,
-    diagonals,
-    fisher_traces,
-    noise_scales,
-    num_samples,
-    num_skipped,
-    unreadable,
-)
+from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.verification import Verification, verify
@@ -62,6 +64,8 @@ if TYPE_CHECKING:  # what shows results is loaded when it is asked for
 __all__ = ["CurvatureProbe", "NoLayerError"]
 
 LossFunction = Callable[[Any, Any], Tensor]
+
+Read = TypeVar("Read")
 
 
 class NoLayerError(InvalidArgumentError):
@@ -86,7 +90,7 @@ class CurvatureProbe:
         layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
-            None, of any type.
+            None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
         frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
             where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
@@ -109,14 +113,14 @@ class CurvatureProbe:
             four micro-batches are accumulated), a ``torch.amp.GradScaler`` (or anything with ``get_scale()``), or a
             function that returns the number, or ``"returned"`` for a model that returns its loss: then it is the
             gradient that training puts on it. It is divided out of every gradient. By default it is taken to be one;
-            where a model returns a loss that is multiplied by another number, the layers are not told.
+            where a model returns a loss that is multiplied by another number, reading raises.
         forwards: what several forwards that one backward runs through mean: ``"separate"``, each forward has samples of
             its own (a GAN's real and fake images); ``"joined"``, row n of all of them is one sample (a siamese net, a
             rollout), whose gradients are added before they are squared. By default they are separate where their
-            numbers of samples differ, and where these are the same, the layers are not told.
+            numbers of samples differ, and where these are the same, reading raises.
         penalty: ``"shared"`` where the loss holds a term that is the same for each sample, such as an L2 penalty: its
-            gradient then belongs to each ℓ_n. By default a layer that gets gradient from outside of its calls is not
-            told.
+            gradient then belongs to each ℓ_n. By default reading a layer raises that gets gradient from outside of its
+            calls.
         accumulate: ``"diagonal"``, or ``"trace"`` for the norms of per-sample gradients alone: :meth:`fisher_trace` and
             :meth:`gradient_noise_scale` of every batch, for next to nothing, and no memory of the parameters' size.
         precision: in what the matrix products of diagonal and norms take their factors; sums are in float32.
@@ -177,52 +181,50 @@ class CurvatureProbe:
             require_number("decay", decay, zero=True)
             if not 0.0 < decay < 1.0:
                 raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
-        if on_nonfinite not in ("skip", "raise", "keep"):
-            raise InvalidArgumentError(f'on_nonfinite must be "skip", "raise" or "keep", got {on_nonfinite!r}.')
-        if forwards not in (None, "separate", "joined"):
-            raise InvalidArgumentError(f'forwards must be "separate", "joined" or None, got {forwards!r}.')
-        if penalty not in (None, "shared"):
-            raise InvalidArgumentError(f'penalty must be "shared" or None, got {penalty!r}.')
-        check_accumulate(accumulate, penalty)
-        if precision not in PRECISIONS:
-            raise InvalidArgumentError(f"precision must be one of {PRECISIONS}, got {precision!r}.")
+        require_one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "keep"))
+        require_one_of("forwards", forwards, ("separate", "joined", None))
+        require_one_of("penalty", penalty, ("shared", None))
+        require_one_of("accumulate", accumulate, get_args(Accumulate))
+        if accumulate == "trace" and penalty is not None:
+            raise InvalidArgumentError('penalty="shared" goes with accumulate="diagonal".')
+        require_one_of("precision", precision, get_args(Precision))
         check_sample_dim(sample_dim)
         require_device("accumulator_device", accumulator_device)
         require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model
         self._every = every
         self._sample_dim = sample_dim
-        self._fisher = OnlineFisher(
-            model,
-            selected,
-            reduction=check_reduction(reduction),
-            decay=decay,
-            strict=strict,
-            loss_scale=loss_scale_of(loss_scale),
-            returned=None if loss_scale is None else loss_scale == "returned",
-            on_nonfinite=on_nonfinite,
-            forwards=forwards,
-            penalty=penalty,
-            device=accumulator_device,
-            dtype=accumulator_dtype,
-            accumulate=accumulate,
-            precision=precision,
-        )
-        ranks = self._fisher.ranks
-        if ranks is not None and penalty is not None:
-            raise InvalidArgumentError(
-                'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
-            )
-        _require_one_kind(ranks, selected)
+        self._layers = selected
+        self._ranks = ranks_of(model, selected)
+        _check_ranks(self._ranks, selected, penalty)
+        kind = check_reduction(reduction)
+        self._settings: dict[str, Any] = {
+            "reduction": kind,
+            "decay": decay,
+            "strict": strict,
+            "loss_scale": loss_scale_of(loss_scale),
+            "returned": None if loss_scale is None else loss_scale == "returned",
+            "on_nonfinite": on_nonfinite,
+            "forwards": forwards,
+            "penalty": penalty,
+            "device": accumulator_device,
+            "dtype": accumulator_dtype,
+            "accumulate": accumulate,
+            "precision": precision,
+        }
         self._looks = Looks(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
-        kind = self._fisher.reduction
         self._told: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
         self._log: CurvatureLog | None = None
         self.attach()
 
     # ---- life
+
+    @cached_property
+    def _fisher(self) -> OnlineFisher:
+        """What training accumulates; who measures one batch alone never asks for it."""
+        return OnlineFisher(self._model, self._layers, **self._settings)
 
     def attach(self) -> None:
         """Register the hooks again after :meth:`detach`; what was accumulated is kept.
@@ -276,12 +278,12 @@ class CurvatureProbe:
     @property
     def layer_names(self) -> list[str]:
         """Names of the layers looked at, in ``model.named_modules()`` order."""
-        return [layer.name for layer in self._fisher.layers]
+        return [layer.name for layer in self._layers]
 
     @property
     def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
         """The parameters of each layer looked at, as they are in the model now."""
-        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._fisher.layers}
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._layers}
 
     @property
     def decay(self) -> float | None:
@@ -315,7 +317,7 @@ class CurvatureProbe:
 
     def __repr__(self) -> str:
         state = "attached" if self.attached else "detached"
-        return f"CurvatureProbe({len(self._fisher.layers)} layers, {self.num_samples} samples, {state})"
+        return f"CurvatureProbe({len(self._layers)} layers, {self.num_samples} samples, {state})"
 
     # ---- measurements
 
@@ -420,27 +422,26 @@ class CurvatureProbe:
                     "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
                     "missing= alone: pass loss_fn, inputs and targets to measure a batch."
                 )
-            if synchronize:
-                self.synchronize()
-            found = diagonals(self._fisher, missing)
-            self._tell_assumed()
-            return found
+            return self._read(diagonals, synchronize, missing)
         check_fisher_type(fisher_type, num_draws)
         budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
         with raised_on_all() if synchronize else nullcontext():
             fisher = self._measure(
-                lambda task: fisher_diagonal(task, fisher_type, num_draws, budget),
-                loss_fn,
-                inputs,
-                targets,
+                partial(fisher_diagonal, fisher_type=fisher_type, num_draws=num_draws, budget=budget),
+                *(loss_fn, inputs, targets),
                 by_sample=True,
-                generator=generator,
-                create_graph=create_graph,
-                chunk_size=chunk_size,
-                progress=progress,
+                **_options(generator, chunk_size, progress, create_graph),
             )
             warn_if_not_finite(fisher, "Fisher")
         return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
+
+    def _read(self, of: Callable[[OnlineFisher, Missing], Read], synchronize: bool, missing: Missing) -> Read:
+        """What training accumulated."""
+        if synchronize:
+            self.synchronize()
+        found = of(self._fisher, missing)
+        self._tell_assumed()
+        return found
 
     def _tell_assumed(self) -> None:
         """Warn once of the reduction that was assumed, where it was neither told nor verified."""
@@ -477,11 +478,7 @@ class CurvatureProbe:
             >>> probe.fisher_trace()["0"].num_samples
             8
         """
-        if synchronize:
-            self.synchronize()
-        found = fisher_traces(self._fisher, missing)
-        self._tell_assumed()
-        return found
+        return self._read(fisher_traces, synchronize, missing)
 
     def gradient_noise_scale(self, *, synchronize: bool = False, missing: Missing = "raise") -> NoiseScales:
         """How many samples a batch needs before its gradient is more signal than noise, by layer: ``tr Σ / |G|²``.
@@ -516,11 +513,7 @@ class CurvatureProbe:
             >>> noise["0"].value == noise.total.value > 0
             True
         """
-        if synchronize:
-            self.synchronize()
-        found = noise_scales(self._fisher, missing)
-        self._tell_assumed()
-        return found
+        return self._read(noise_scales, synchronize, missing)
 
     def window(self, *, keep_total: bool = True, synchronize: bool = False) -> Window:
         """Take out what was accumulated since the last call of this method (or the start), and begin a new window.
@@ -554,8 +547,8 @@ class CurvatureProbe:
 
         One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
         the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
-        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers and
-        the random state are restored.
+        that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers,
+        the random state, and what model and loss keep in Python objects are restored.
 
         Args:
             loss_fn: ``loss_fn(model(inputs), targets)`` → scalar: the loss of the training.
@@ -611,11 +604,7 @@ class CurvatureProbe:
         the others; ``info`` says so, and so does a :class:`~secorder.CurvatureWarning`.
 
         Args:
-            loss_fn: ``loss_fn(model(inputs), targets)`` → scalar; a module or any callable.
-            inputs: a tensor, or a tuple (``model(*inputs)``) or dict (``model(**inputs)``) of them; N samples in dim 0.
-                Or, in place of the batch, a data set: any iterable of ``(inputs, targets)``, such as a ``DataLoader``;
-                the result is that of all samples together, with the standard error over batches.
-            targets: what ``loss_fn`` takes second.
+            loss_fn, inputs, targets: as for :meth:`fisher_diagonal`.
             method: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
             num_draws: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
             rtol: draw until a layer's ``‖standard error‖ / ‖diagonal‖`` is at most this; ``"auto"`` asks 0.05 unless
@@ -654,20 +643,12 @@ class CurvatureProbe:
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
-        hessian = self._measure(
-            lambda task: hessian_diagonal(task, budget),
-            loss_fn,
-            inputs,
-            targets,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        options = _options(generator, chunk_size, progress, create_graph)
+        hessian = self._measure(partial(hessian_diagonal, budget=budget), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
         warn_if_not_finite(hessian, "Hessian")
-        warn_if_inexact(self._fisher.layers)
+        warn_if_inexact(self._layers)
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
@@ -696,20 +677,13 @@ class CurvatureProbe:
         of the loss's Hessian, from random signs on its columns, ``Σ_n ‖J_nᵀ S_n v_n‖² / N``, for all layers at once.
 
         Args:
-            loss_fn: as for :meth:`hessian_diagonal`.
-            inputs: as for :meth:`hessian_diagonal`.
-            targets: as for :meth:`hessian_diagonal`.
+            loss_fn, inputs, targets, method, max_draws, max_hvps, progress: as for :meth:`hessian_diagonal`.
             of: ``"hessian"``, ``∂²L/∂θ²``; ``"ggn"``, its generalised Gauss-Newton part ``(1/N) Σ_n J_nᵀ ∂²ℓ_n/∂f_n²
                 J_n`` (the type-2 Fisher); ``"fisher"``, the empirical one ``(1/N) Σ_n ∂ℓ_n/∂θ ∂ℓ_n/∂θᵀ``.
             by: ``"layer"`` for the block of all of a layer's parameters, ``"parameter"`` for each parameter's own.
-            method: as for :meth:`hessian_diagonal`.
             num_draws: draws, 100 by default; with ``rtol`` the least number, 16 by default.
             rtol: draw until the standard error relative to the trace is at most this; ``"auto"`` asks 0.05.
-            max_draws: draws at most, with ``rtol``.
-            max_hvps: as for :meth:`hessian_diagonal`.
-            generator: random numbers.
-            chunk_size: products batched at most.
-            progress: show a ``rich`` progress bar.
+            generator, chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
             layer name, or parameter name → :class:`~secorder.Trace`.
@@ -730,22 +704,14 @@ class CurvatureProbe:
             >>> trace.value > 0, trace.standard_error, trace.num_draws
             (True, 0.0, 0)
         """
-        check_curvature(of, by)
+        _check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
-        found = self._measure(
-            lambda task: traces(task, budget, of=of, by=by),
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=of != "hessian",
-            generator=generator,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        options = {"by_sample": of != "hessian", **_options(generator, chunk_size, progress)}
+        found = self._measure(partial(traces, budget=budget, of=of, by=by), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: trace.num_draws for name, trace in found.items()})
         if of == "hessian":
-            warn_if_inexact(self._fisher.layers)
+            warn_if_inexact(self._layers)
         return found
 
     def hessian_eigenvalues(
@@ -767,11 +733,7 @@ class CurvatureProbe:
         """The largest and smallest eigenvalues of each layer's block of a curvature matrix, by Lanczos iteration.
 
         Args:
-            loss_fn: as for :meth:`hessian_diagonal`.
-            inputs: as for :meth:`hessian_diagonal`.
-            targets: as for :meth:`hessian_diagonal`.
-            of: as for :meth:`hessian_trace`.
-            by: as for :meth:`hessian_trace`.
+            loss_fn, inputs, targets, of, by: as for :meth:`hessian_trace`.
             count: how many; of both ends, at each.
             which: ``"both"`` ends, ``"top"``, ``"bottom"``, or the ``"largest"`` in modulus, which mostly take half the
                 products: eigenvalues at the other end are small, and lie close together.
@@ -802,41 +764,25 @@ class CurvatureProbe:
             >>> len(found.top), found.top[0] >= found.top[1] > 0, found.converged
             (2, True, True)
         """
-        check_curvature(of, by)
-        check_which(which)
+        _check_curvature(of, by)
+        require_one_of("which", which, get_args(Which))
         if of == "hessian":
-            warn_if_inexact(self._fisher.layers)
+            warn_if_inexact(self._layers)
         require_integer("count", count, 1)
         require_integer("max_iterations", max_iterations, 1)
         require_number("tolerance", tolerance, zero=True)
+        asked: dict[str, Any] = {"of": of, "by": by, "count": count, "which": which}
+        asked |= {"tolerance": tolerance, "max_iterations": max_iterations}
+        options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
         if is_data_set(inputs, targets):
-            options: dict[str, Any] = {"by_sample": of != "hessian", "generator": generator, "chunk_size": chunk_size}
             with random_state_kept(self._model):
                 return eigenvalues_of_data(
                     lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                    self,
-                    loss_fn,
-                    inputs,
-                    of=of,
-                    by=by,
-                    count=count,
-                    which=which,
-                    tolerance=tolerance,
-                    max_iterations=max_iterations,
+                    *(self, loss_fn, inputs),
+                    **asked,
                     progress=progress,
                 )
-        return self._measure(
-            lambda task: eigenvalues(
-                task, of=of, by=by, count=count, which=which, tolerance=tolerance, max_iterations=max_iterations
-            ),
-            loss_fn,
-            inputs,
-            targets,
-            by_sample=of != "hessian",
-            generator=generator,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+        return self._measure(partial(eigenvalues, **asked), loss_fn, inputs, targets, **options, progress=progress)
 
     def hessian_facts(
         self, loss_fn: LossFunction, inputs: Any, targets: Any = None, *, chunk_size: int | None = None
@@ -844,10 +790,7 @@ class CurvatureProbe:
         """The facts about each layer by which :func:`secorder.oneshot.hessian.choice.choose` chooses its strategy.
 
         Args:
-            loss_fn: as for :meth:`hessian_diagonal`.
-            inputs: as for :meth:`hessian_diagonal`.
-            targets: as for :meth:`hessian_diagonal`.
-            chunk_size: as for :meth:`hessian_diagonal`.
+            loss_fn, inputs, targets, chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
             layer name → :class:`~secorder.oneshot.hessian.facts.Facts`, to be printed.
@@ -879,19 +822,12 @@ class CurvatureProbe:
         A forward, a backward and the checks are run, and two short trials of each layer's products.
 
         Args:
-            loss_fn: as for :meth:`hessian_diagonal`.
-            inputs: as for :meth:`hessian_diagonal`.
-            targets: as for :meth:`hessian_diagonal`.
+            loss_fn, inputs, targets, method, rtol, max_draws, max_hvps, chunk_size: as for :meth:`hessian_diagonal`.
             quantity: of which measurement: ``"hessian"``, ``"trace"`` (of the Hessian), ``"eigenvalues"`` or
                 ``"fisher"``.
-            method: as for :meth:`hessian_diagonal`.
             num_draws: as for :meth:`hessian_diagonal`, or :meth:`fisher_diagonal`.
-            rtol: as for :meth:`hessian_diagonal`.
-            max_draws: as for :meth:`hessian_diagonal`.
-            max_hvps: as for :meth:`hessian_diagonal`.
             fisher_type: as for :meth:`fisher_diagonal`.
             max_iterations: as for :meth:`hessian_eigenvalues`.
-            chunk_size: as for :meth:`hessian_diagonal`.
 
         Returns:
             layer name → :class:`~secorder.LayerCost`: the strategy, its products, those of the exact one, memory and
@@ -941,7 +877,7 @@ class CurvatureProbe:
         """``work`` on the isolated model."""
         self._attached()
         batch = loss_fn, inputs, targets
-        with whole_layers(self._model, self._fisher.layers, self._fisher.ranks) as layers:
+        with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
                 work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
             )
@@ -959,8 +895,7 @@ class CurvatureProbe:
 
         Args:
             hessian: a Hessian diagonal to show beside the accumulated Fisher.
-            sort_by: see :func:`secorder.report`.
-            depth: see :func:`secorder.report`.
+            sort_by, depth: see :func:`secorder.report`.
 
         Returns:
             a :class:`~secorder.Report` of the accumulated Fisher.
@@ -977,8 +912,8 @@ class CurvatureProbe:
         if readable and self._fisher.accumulate == "diagonal":
             return str(self.summary())
         traces = self.fisher_trace() if readable else {}
-        lines = [f"  {x.name or 'model'}: {x.module}" for x in self._fisher.layers]
-        of = [f", tr F = {traces[x.name].value:.3g}" if readable else "" for x in self._fisher.layers]
+        lines = [f"  {x.name or 'model'}: {x.module}" for x in self._layers]
+        of = [f", tr F = {traces[x.name].value:.3g}" if readable else "" for x in self._layers]
         return "\n".join([repr(self), *map("".join, zip(lines, of, strict=True))])
 
     def log(self, sinks: Any, step: int, *, hessian: Mapping[str, Tensor] | None = None) -> None:
@@ -1062,42 +997,46 @@ class CurvatureProbe:
 
 
 def _layers_to_look_at(
-    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None = None, *, frozen: bool = False
+    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
-    """The layers that match, of which something is trained unless frozen ones are asked for.
-
-    Args:
-        model: any module.
-        layer_types: as for :class:`CurvatureProbe`.
-        layers: as for :class:`CurvatureProbe`.
-        frozen: as for :class:`CurvatureProbe`.
-
-    Raises:
-        NoLayerError: there is none.
-    """
+    """The layers that match, of which something is trained unless frozen ones are asked for."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers
     selected = select_layers(model, layer_types, layers)
     if not selected:
         raise NoLayerError(
             "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
             "from model.named_modules()."
         )
-    if layers is None and not frozen:
+    if not names_layers(layers) and not frozen:
         selected = trained(selected)
     if layers is None and layer_types is None:
         _tell_share(model, selected)
     return selected
 
 
-def _require_one_kind(ranks: Ranks | None, layers: Sequence[Layer]) -> None:
-    """Raise if some layers are sharded over ranks, and others are not.
-
-    Raises:
-        InvalidArgumentError: some are.
-    """
+def _check_ranks(ranks: Ranks | None, layers: Sequence[Layer], penalty: str | None) -> None:
+    """Raise what is not supported where parameters lie over ranks."""
+    if ranks is not None and penalty is not None:
+        raise InvalidArgumentError(
+            'penalty="shared" does not go with parameters that lie over ranks (fully_shard, tensor parallelism).'
+        )
     if ranks is not None and ranks.data and not all(layer.sharded for layer in layers):
         raise InvalidArgumentError(
             "some layers are sharded (fully_shard) and some are not: make a probe for each kind with layers=."
         )
+
+
+def _options(
+    generator: torch.Generator | None, chunk_size: int | None, progress: bool = False, create_graph: bool = False
+) -> dict[str, Any]:
+    """How to measure, as :func:`.measure` takes it."""
+    return {"generator": generator, "chunk_size": chunk_size, "progress": progress, "create_graph": create_graph}
+
+
+def _check_curvature(of: Curvature, by: By) -> None:
+    """Raise unless there is such a matrix, and such a block of it."""
+    require_one_of("of", of, get_args(Curvature))
+    require_one_of("by", by, get_args(By))
 
 
 def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that users pass."""
+"""Numbers, devices, dtypes and words that users pass."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from secorder import InvalidArgumentError, InvalidTypeError
-from secorder._arguments import require_device, require_floating_dtype, require_integer, require_number
+from secorder._arguments import require_device, require_floating_dtype, require_integer, require_number, require_one_of
 
 
 @pytest.mark.parametrize("value", [1, np.int64(3), torch.tensor(2)], ids=str)
@@ -17,7 +17,7 @@ def test_integers(value: Any) -> None:
         require_integer("every", value, 9)
 
 
-@pytest.mark.parametrize("value", [1.0, "1", None, [1]], ids=str)
+@pytest.mark.parametrize("value", [1.0, "1", None, [1], True], ids=str)
 def test_what_is_no_integer(value: Any) -> None:
     with pytest.raises(InvalidTypeError, match="every must be an integer"):
         require_integer("every", value, 1)
@@ -50,3 +50,11 @@ def test_devices_and_dtypes() -> None:
         require_floating_dtype("accumulator_dtype", "float32")
     with pytest.raises(InvalidArgumentError, match="real numbers"):
         require_floating_dtype("accumulator_dtype", torch.int32)
+
+
+def test_words() -> None:
+    require_one_of("penalty", None, ("shared", None))
+    with pytest.raises(InvalidArgumentError, match=r'^missing must be "raise" or "skip", got \[1\]\.$'):
+        require_one_of("missing", [1], ("raise", "skip"))
+    with pytest.raises(InvalidArgumentError, match='forwards must be "separate", "joined" or None, got 3'):
+        require_one_of("forwards", 3, ("separate", "joined", None))

@@ -57,10 +57,8 @@ def tells_beginnings() -> bool:
 def before_backward(owner: Any, work: Work, of: Any) -> None:
     """Call ``work`` before backward passes that accumulate, until it returns True, or its owner is gone.
 
-    Args:
-        owner: what is kept alive by the graph, such as by a hook on it, and not here.
-        work: what is called; what it raises, the user's backward does.
-        of: for :func:`wait_no_more`; not kept alive.
+    The owner is kept alive by the graph, such as by a hook on it, and neither it nor ``of`` (for :func:`wait_no_more`)
+    here. What the work raises, the user's backward does.
     """
     if not tells_beginnings():
         return

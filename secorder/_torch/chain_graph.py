@@ -1,7 +1,6 @@
 """A recorded autograd graph as a chain of segments between cuts: tensors that every path to the output contains."""
 
 import heapq
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .graph import Node, operation_of, shape_of
-from .sample_graph import InnerSizes, samples_in_nodes
+from .graph import Node, operation_of, shape_of, signed
+from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
+from .vjp import quiet_vmap
 
 __all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
 
@@ -55,13 +55,8 @@ class Segment:
 
 
 #: Functions of each element of one tensor, by the names of their nodes.
-_ELEMENTWISE = frozenset({
-    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10", "Sqrt", "Rsqrt",
-    "Reciprocal", "Abs", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Asinh", "Acosh", "Atanh", "Erf",
-    "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus", "Elu",
-    "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "Clamp", "ClampMin", "ClampMax", "Where", "MaskedFill",
-    "Clone", "Alias", "NativeDropout", "Addcmul", "Addcdiv", "Expand",
-})  # fmt: skip
+_ELEMENTWISE = ELEMENTWISE - {"Atan2", "PreluKernel", "ToCopy", "Minimum", "Maximum", "Lerp"}
+
 #: Those of them that have no second derivative, as autograd has it.
 _PIECEWISE_LINEAR = frozenset({
     "Add", "Sub", "Rsub", "Neg", "Abs", "Relu", "Threshold", "LeakyRelu", "Hardtanh", "Clamp", "ClampMin", "ClampMax",
@@ -180,7 +175,7 @@ def _adds_nothing(node: Node, name: str, leads: set[Node], shape: tuple[int, ...
 
 
 def _is_identity(dims: Sequence[int]) -> bool:
-    return all((d - (1 << 64) if d >= 1 << 63 else d) in (k, k - len(dims)) for k, d in enumerate(dims))
+    return all(signed(d) in (k, k - len(dims)) for k, d in enumerate(dims))
 
 
 def _is_elementwise(node: Node, leads: set[Node], shape: tuple[int, ...]) -> bool:
@@ -221,17 +216,14 @@ def edge_gradients(
     out: End, into: Sequence[End], cotangent: Tensor, *, create_graph: bool = False
 ) -> list[Tensor | None]:
     """``torch.autograd.grad`` between tensors of a graph that are named by their edges; the graph is kept."""
-    start: Any = [out]
-    ends: Any = list(into)
-    how = {"retain_graph": True, "allow_unused": True}
-    return list(torch.autograd.grad(start, ends, [cotangent], create_graph=create_graph, **how))
+    return _gradients(out, into, cotangent, create_graph=create_graph)
 
 
 def batched_gradients(out: End, into: Sequence[End], cotangents: Tensor) -> list[Tensor | None]:
     """:func:`edge_gradients` of cotangents that are stacked in dim 0, in one pass."""
-    start: Any = [out]
-    ends: Any = list(into)
-    how = {"retain_graph": True, "allow_unused": True}
-    with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
-        warnings.filterwarnings("ignore", message="There is a performance drop")
-        return list(torch.autograd.grad(start, ends, [cotangents], is_grads_batched=True, **how))
+    with quiet_vmap():
+        return _gradients(out, into, cotangents, is_grads_batched=True)
+
+
+def _gradients(out: Any, into: Sequence[Any], cotangents: Tensor, **how: bool) -> list[Tensor | None]:
+    return list(torch.autograd.grad([out], list(into), [cotangents], retain_graph=True, allow_unused=True, **how))

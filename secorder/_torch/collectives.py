@@ -14,14 +14,9 @@ def has_ranks() -> bool:
 
 
 def all_reduce(tensor: Tensor, *, op: "dist.ReduceOp.RedOpType | None" = None, group: Any = None) -> None:
-    """As ``torch.distributed.all_reduce``, in place, for a tensor on any device.
+    """As ``torch.distributed.all_reduce``, in place, for a tensor on any device; the sum if no ``op`` is given.
 
     NCCL knows nothing of the host's memory, where sums may be kept: they make the way over the group's device.
-
-    Args:
-        tensor: of the same shape on every rank.
-        op: the sum if None.
-        group: a process group; the default group if None.
     """
     op = dist.ReduceOp.SUM if op is None else op
     kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]

@@ -31,12 +31,7 @@ _FULL = ("highest", False)
 
 
 def rounding_of_products(device: torch.device, operation: Operation = "product") -> float:
-    """The relative error that a setting allows in factors of float32; zero where they are taken as they are.
-
-    Args:
-        device: where the operation runs.
-        operation: which.
-    """
+    """The relative error that a setting allows in factors of float32; zero where they are taken as they are."""
     if _BY_OPERATION:
         place = _SETTINGS.get((device.type, operation))
         return 0.0 if place is None else _ROUNDED.get(_setting(place).fp32_precision, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 __all__ = [
     "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "is_builtin", "is_complex",
     "leaves_of", "nodes_behind", "operation_of", "outputs_of", "recomputed", "run_node", "run_node_once", "saved",
-    "shape_of", "tells_recomputation", "users_of",
+    "shape_of", "signed", "tells_recomputation", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -132,6 +132,11 @@ def saved(node: Node, name: str) -> Any:
     """What a node has saved from forward for its backward; a tensor without its history."""
     found = getattr(node, f"_saved_{name}")
     return found.detach() if isinstance(found, Tensor) else found
+
+
+def signed(number: int) -> int:
+    """A number as a node has saved it: of 64 bits without a sign, also where it was negative, such as a dimension."""
+    return number - (1 << 64) if number >= 1 << 63 else number
 
 
 def can_be_run(node: Node) -> bool:

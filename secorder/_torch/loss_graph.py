@@ -51,17 +51,9 @@ def nodes_between(roots: Iterable[Node], ends: Collection[Node]) -> list[Node]:
 
 
 def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Collection[Place]) -> dict[Place, Tensor]:
-    """The gradients on tensors, pulled back to others by the nodes between them; where none comes, there is none.
+    """The gradients on tensors, pulled back to others (``ends``) by the nodes between; where none comes, there is none.
 
-    Differentiable where gradients are enabled.
-
-    Args:
-        order: of :func:`nodes_between`.
-        gradients: on the tensors, by where they are.
-        ends: the others.
-
-    Raises:
-        UnknownNode: a node is not to be run.
+    Differentiable where gradients are enabled. Raises :class:`UnknownNode` where a node is not to be run.
     """
     found = dict(gradients)
     leads = {*order, *(node for node, _ in ends)}

@@ -37,6 +37,7 @@ __all__ = [
     "own_tensors",
     "parameter_places",
     "parameters_replaced",
+    "parameters_with",
     "put_back",
     "put_copies",
     "tables_of",
@@ -94,6 +95,20 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
 
 
+def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Parameter]:
+    """What ``named_parameters`` tells of a module itself and of one submodule, without a walk through all of them."""
+    if is_scripted(module):
+        return dict(module.named_parameters(recurse=False))
+    under = module._modules.get(inner)
+    found = own_parameters(module)
+    if under is not None:
+        found |= {f"{inner}.{name}": p for name, p in under.named_parameters()}
+    first: dict[int, str] = {}
+    for name, p in found.items():
+        first.setdefault(id(p), name)
+    return {name: found[name] for name in first.values()}
+
+
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
@@ -103,14 +118,21 @@ def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
 def held_parameter(module: nn.Module, name: str) -> Any:
     """What a module holds as its parameter of a name now (``"weight"``, ``"0.weight"``); None where it holds none."""
     if "." not in name:
-        return module._parameters.get(name)
+        return _entry(module._parameters, name)
     *path, last = name.split(".")
     for part in path:
-        found = module._modules.get(part)
+        found = _entry(module._modules, part)
         if found is None:
             return None
         module = found
-    return module._parameters.get(last)
+    return _entry(module._parameters, last)
+
+
+def _entry(table: Any, name: str) -> Any:
+    """What a module's table holds; those of a scripted one are no dicts, and have no ``get``."""
+    if name not in table:
+        return None
+    return table[name]
 
 
 def buffer_places(module: nn.Module) -> list[Place]:
@@ -186,9 +208,9 @@ def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _emptied(tables: list[Any]) -> Iterator[None]:
     """Inside, tables of hooks are empty."""
     kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
     try:
+        for table in tables:
+            table.clear()
         yield
     finally:
         for table, content in zip(tables, kept, strict=True):

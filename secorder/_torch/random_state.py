@@ -46,11 +46,7 @@ def get_random_state(cuda: Sequence[int]) -> RandomState:
 
 @contextmanager
 def random_state_kept(model: nn.Module) -> Iterator[None]:
-    """What is drawn inside (by a data loader, say) is put back at the end.
-
-    Args:
-        model: on whose devices, too.
-    """
+    """What is drawn inside (by a data loader, say), also on the model's devices, is put back at the end."""
     cuda = cuda_devices(model)
     state = get_random_state(cuda)
     try:

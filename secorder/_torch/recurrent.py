@@ -14,13 +14,8 @@ PIECE, SAME_LINES = 64, 256
 def kept_gates(node: Node, steps: int, count: int, width: int) -> Tensor | None:
     """The four gates of an LSTM after their activations, shape ``(steps, N, 4, width)``, where they seem to be kept.
 
-    A view of oneDNN's workspace, whose order nothing promises: what is found is to be compared with what was computed.
-
-    Args:
-        node: of the graph, of one layer and direction of ``nn.LSTM`` on a CPU.
-        steps: of time.
-        count: number of samples.
-        width: of the hidden state.
+    A view of the workspace of oneDNN's node of one layer and direction, whose order nothing promises: what is found is
+    to be compared with what was computed.
     """
     outputs, workspace = saved(node, "result0"), saved(node, "result3")
     unit = PIECE // outputs.element_size()

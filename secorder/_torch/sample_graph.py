@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, collection_paused, operation_of, shape_of
+from .graph import Node, collection_paused, operation_of, shape_of, signed
 
 __all__ = [
-    "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves", "samples_in_nodes",
+    "ELEMENTWISE", "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves",
+    "samples_in_nodes",
 ]  # fmt: skip
 
 #: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
@@ -24,6 +25,16 @@ SHARED = 0
 
 #: By node, and the number of its output, the inner size of the samples in it; None where the graph does not tell.
 InnerSizes = Mapping[tuple[Node, int], int | None]
+
+#: Functions of each element, of tensors that are broadcast against one another, by the names of their nodes.
+ELEMENTWISE = frozenset({
+    "Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Pow", "Exp", "Expm1", "Log", "Log1P", "Log2", "Log10", "Sqrt", "Rsqrt",
+    "Reciprocal", "Abs", "Sin", "Cos", "Tan", "Sinh", "Cosh", "Asin", "Acos", "Atan", "Atan2", "Asinh", "Acosh",
+    "Atanh", "Erf", "Erfc", "Tanh", "Sigmoid", "LogSigmoid", "Relu", "Threshold", "Gelu", "Silu", "Mish", "Softplus",
+    "Elu", "LeakyRelu", "Hardtanh", "Hardswish", "Hardsigmoid", "PreluKernel", "Clamp", "ClampMin", "ClampMax", "Where",
+    "MaskedFill", "Clone", "ToCopy", "Alias", "NativeDropout", "Minimum", "Maximum", "Addcmul", "Addcdiv", "Lerp",
+    "Expand",
+})  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -53,19 +64,11 @@ def inner_size(shape: Sequence[int], dim: int, step: int = 1) -> int:
 def samples_in_graph(
     outputs: Sequence[Tensor], inner_sizes: Sequence[int], leaves: Sequence[Tensor], count: int
 ) -> dict[int, int | None]:
-    """Where samples lie in the leaves of a graph, for outputs in which they are known to.
+    """Where samples lie in leaves, for outputs of known inner sizes: ``id(leaf)`` → its inner size, None if not told.
 
-    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone. It does
-    not see hooks on the nodes, which may change gradients as they like.
-
-    Args:
-        outputs: tensors of the graph.
-        inner_sizes: of each output.
-        leaves: leaves of the graph.
-        count: the number N of samples, at least 2.
-
-    Returns:
-        ``id(leaf)`` → its inner size; None where it is not told. A leaf without influence is missing.
+    The answer holds for derivatives: a row of a leaf has an influence on the outputs of its own sample alone; a leaf
+    without influence is missing. It does not see hooks on the nodes, which may change gradients as they like. There are
+    at least two samples.
     """
     return samples_in_leaves(samples_in_nodes(outputs, inner_sizes, count), leaves)
 
@@ -154,8 +157,8 @@ def place_of(shape: Shape, inner: int, count: int) -> Place | None:
 
 
 def _dim(value: int, size: int) -> int:
-    """A dimension as a node saves it: negative ones as unsigned numbers of 64 bits."""
-    return (value - (1 << 64) if value >= 1 << 63 else value) % size
+    """A dimension that a node has saved, counted from the first."""
+    return signed(value) % size
 
 
 # ---- rules
@@ -274,13 +277,7 @@ def _names(rule: Rule, names: str) -> dict[str, Rule]:
 
 
 _RULES: dict[str, Rule] = {
-    **_names(
-        _elementwise,
-        "Add Sub Rsub Mul Div Neg Pow Exp Expm1 Log Log1P Log2 Log10 Sqrt Rsqrt Reciprocal Abs Sin Cos Tan Sinh Cosh "
-        "Asin Acos Atan Atan2 Asinh Acosh Atanh Erf Erfc Tanh Sigmoid LogSigmoid Relu Threshold Gelu Silu Mish "
-        "Softplus Elu LeakyRelu Hardtanh Hardswish Hardsigmoid PreluKernel Clamp ClampMin ClampMax Where MaskedFill "
-        "Clone ToCopy Alias NativeDropout Minimum Maximum Addcmul Addcdiv Lerp Expand",
-    ),
+    **dict.fromkeys(ELEMENTWISE, _elementwise),
     **_names(_reshaped, "View UnsafeView ReshapeAlias Squeeze Unsqueeze"),
     **_names(_transposed, "Transpose"),
     **_names(_matrix_transposed, "T"),

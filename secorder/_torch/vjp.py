@@ -3,6 +3,7 @@
 import random
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ __all__ = [
 CHUNK_BYTES = {"cpu": 1 << 25}
 ACCELERATOR_CHUNK_BYTES = 1 << 28
 PART_OF_FREE_MEMORY = 8
+
+
+@contextmanager
+def quiet_vmap() -> Iterator[None]:
+    """Inside, vmap does not tell of every operator that it runs in a loop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="There is a performance drop")
+        yield
 
 
 def stacked_vjp(
@@ -67,8 +76,7 @@ def stacked_vjp(
     if count > 1:
         halve = False
         try:
-            with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
-                warnings.filterwarnings("ignore", message="There is a performance drop")
+            with quiet_vmap():
                 results = torch.autograd.grad(
                     reached,
                     _ends(inputs),
@@ -174,13 +182,7 @@ def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
 
 
 def default_chunk_size(elements: int, like: Tensor, chunk_size: int | None) -> int:
-    """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES`.
-
-    Args:
-        elements: elements that one product touches (activations, parameters).
-        like: a tensor of the dtype and on the device of the work.
-        chunk_size: the user's bound, or None.
-    """
+    """How many products to batch: ``chunk_size``, or as many as fit :data:`CHUNK_BYTES` if each has these elements."""
     if chunk_size is not None:
         return chunk_size
     budget = CHUNK_BYTES.get(like.device.type, ACCELERATOR_CHUNK_BYTES)

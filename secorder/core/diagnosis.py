@@ -1,7 +1,7 @@
 """One-shot diagnosis: Fisher, Hessian, their statistics, and findings in words."""
 
 import warnings
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -10,16 +10,17 @@ from torch import Tensor, nn
 
 from .._keywords import tells_renamed_keywords
 from .._torch.random_state import random_state_kept
-from ..batch import batch_size
+from ..batch import NO_BATCH, batch_size
 from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
 from ..layers.selection import LayerTypes
 from ..means import weighted_sum
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
-from ..oneshot.data_set import batches_of, find_reduction, is_data_set
+from ..oneshot.data_set import batches_of, is_data_set, number_of_batches
 from ..oneshot.hessian.budget import HessianMethod
 from ..oneshot.loss import losses
+from ..oneshot.loss_reduction import LossReduction
 from ..oneshot.warn import warn_if_estimated
 from ..probe import CurvatureProbe
 from ..results import Diagonals
@@ -85,14 +86,14 @@ def diagnose(
     """
     several = is_data_set(inputs, targets)
     batches: Iterable[tuple[Any, Any]] = batches_of(inputs, sample_dim) if several else [(inputs, targets)]
-    total = len(inputs) if several and isinstance(inputs, Sized) else None
+    total = number_of_batches(inputs) if several else None
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
     drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None
     refused = False
-    seen, whole_loss, first = 0, 0.0, None
+    seen, whole_loss, reduces = 0, 0.0, LossReduction(model, loss_fn, sample_dim, certain=reduction)
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", CurvatureWarning)  # findings, and one warning for all batches
@@ -101,28 +102,25 @@ def diagnose(
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:
             count = batch_size(x, t, sample_dim)
-            if first is None:
-                first = (x, t, count)
-            elif reduction is None:
-                reduction = find_reduction(model, loss_fn, first, sample_dim, (x, t))
-                if reduction == "sum":  # the first batch was weighted as that of a mean
-                    assert hessian is not None
-                    hessian, whole_loss = hessian / first[2], whole_loss / first[2]
+            before = reduces.look(x, t, count)
+            if hessian is not None and before > 1:
+                hessian, whole_loss = hessian / before, whole_loss / before
             loss = losses(model, loss_fn, [(x, t)]).item()
             if not refused:
                 part = _fisher_of_batch(probe, loss_fn, x, t, common)
                 coupled, refused = part if isinstance(part, CouplingError) else None, not isinstance(part, Diagonals)
                 fisher = weighted_sum(fisher, part, count) if isinstance(part, Diagonals) else fisher
-            weight = 1.0 if reduction == "sum" else float(count)
+            weight = 1.0 if reduces.summed else float(count)
             hessian = weighted_sum(
                 hessian, probe.hessian_diagonal(loss_fn, x, t, method=method, **drawn, **common), weight
             )
             whole_loss += weight * loss
             seen += count
             advance(1)
+    reduces.require()
     if method == "auto" and hessian is not None:
         warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
-    return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduction == "sum", coupled)
+    return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduces.summed, coupled)
 
 
 def _concluded(
@@ -135,7 +133,7 @@ def _concluded(
 ) -> Diagnosis:
     """What was added up over the batches, as means where the loss is one, and what stands out."""
     if hessian is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
+        raise InvalidArgumentError(NO_BATCH)
     if not summed:
         hessian, whole_loss = hessian / seen, whole_loss / seen
     fisher = None if fisher is None else fisher / seen

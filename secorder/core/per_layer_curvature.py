@@ -43,7 +43,8 @@ def per_layer_hessian_diagonal(
         loss_fn: a loss module or callable with a scalar result; its own reduction counts.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
+            others are trained.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         method: ``"auto"``, exact where that is affordable, else an estimate, of which a warning tells; ``"exact"``;
             ``"hutchinson"`` for an unbiased estimate.
@@ -75,21 +76,20 @@ def per_layer_hessian_diagonal(
     probe = _probe(model, layer_types, sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
-    with probe:
-        return probe.hessian_diagonal(
-            loss_fn,
-            inputs,
-            targets,
-            method=method,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            max_hvps=max_hvps,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+    return probe.hessian_diagonal(
+        loss_fn,
+        inputs,
+        targets,
+        method=method,
+        num_draws=num_draws,
+        rtol=rtol,
+        max_draws=max_draws,
+        max_hvps=max_hvps,
+        generator=generator,
+        create_graph=create_graph,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
 
 
 @tells_renamed_keywords
@@ -117,7 +117,8 @@ def per_layer_fisher_diagonal(
         loss_fn: a loss module or callable with a scalar result; ℓ_n is its value on a batch of one.
         inputs: a tensor of N samples in dim 0, or a tuple or dict of them; or a data set, any iterable of batches.
         targets: what ``loss_fn`` takes second.
-        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``.
+        layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
+            others are trained.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
         num_draws: draws of ``"mc"``.
@@ -148,25 +149,34 @@ def per_layer_fisher_diagonal(
     probe = _probe(model, layer_types, sample_dim)
     if probe is None:
         return Diagonals([], {}, {})
-    with probe:
-        return probe.fisher_diagonal(
-            loss_fn,
-            inputs,
-            targets,
-            fisher_type=fisher_type,
-            num_draws=num_draws,
-            rtol=rtol,
-            max_draws=max_draws,
-            generator=generator,
-            create_graph=create_graph,
-            chunk_size=chunk_size,
-            progress=progress,
-        )
+    return probe.fisher_diagonal(
+        loss_fn,
+        inputs,
+        targets,
+        fisher_type=fisher_type,
+        num_draws=num_draws,
+        rtol=rtol,
+        max_draws=max_draws,
+        generator=generator,
+        create_graph=create_graph,
+        chunk_size=chunk_size,
+        progress=progress,
+    )
+
+
+class _Measuring(CurvatureProbe):
+    """A probe for one measurement, of a model that it leaves without hooks: nothing is accumulated in training."""
+
+    def attach(self) -> None:
+        """There is nothing to record."""
+
+    def _attached(self) -> Any:
+        return None
 
 
 def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> CurvatureProbe | None:
     """A probe for one measurement; None where no layer matches."""
     try:
-        return CurvatureProbe(model, layer_types, sample_dim=sample_dim, accumulate="trace")  # no sums are needed
+        return _Measuring(model, layer_types, sample_dim=sample_dim)
     except NoLayerError:
         return None

@@ -1,1 +1,1 @@
-"""Callbacks for training libraries; each module needs its library: ``pip install secorder[lightning]`` and so on."""
+"""Callbacks for training libraries; each module needs its library, and is loaded by name."""

@@ -1,7 +1,4 @@
-"""A callback for Hugging Face's ``Trainer``: curvature of the layers of a model that it trains.
-
-Needs ``pip install secorder[transformers]``.
-"""
+"""A callback for Hugging Face's ``Trainer``: curvature of the layers of a model that it trains."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +20,7 @@ try:
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
-        "secorder.integrations.huggingface needs transformers: pip install secorder[transformers]"
+        "secorder.integrations.huggingface needs transformers: pip install transformers accelerate"
     ) from error
 
 __all__ = ["CurvatureCallback"]
@@ -46,7 +43,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
             trainer passes it.
         loss_fn: the loss of the Hessian; by default the model's own, ``lambda output, _: output.loss``.
         batch: the inputs (a dict with labels) that the Hessian is measured on.
-        options: further keywords of :class:`secorder.CurvatureProbe` (``every``: each how many batches are recorded)
+        options: further keywords of :class:`secorder.CurvatureProbe` (``every=5`` records each fifth batch)
             and of :class:`secorder.CurvatureRecorder` (``log_every``, ``hessian_every``, ``on_finding`` …). The scale
             of the loss, where gradients are accumulated or scaled, is found (``loss_scale="returned"``).
 

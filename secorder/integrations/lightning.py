@@ -1,7 +1,4 @@
-"""A callback for Lightning: curvature of the layers of a model that ``Trainer.fit`` trains.
-
-Needs ``pip install secorder[lightning]``.
-"""
+"""A callback for Lightning: curvature of the layers of a model that ``Trainer.fit`` trains."""
 
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
@@ -27,7 +24,7 @@ except ImportError:  # the older name of the package
     try:
         import pytorch_lightning as pl  # type: ignore[no-redef]
     except ImportError as error:
-        raise ImportError("secorder.integrations.lightning needs Lightning: pip install secorder[lightning]") from error
+        raise ImportError("secorder.integrations.lightning needs Lightning: pip install lightning") from error
 
 __all__ = ["CurvatureCallback"]
 
@@ -49,7 +46,7 @@ class CurvatureCallback(pl.Callback):
             and with ``logger=False`` the ``recorder.history`` alone.
         self_log: patterns of the names that are logged by ``self.log`` too, for ``EarlyStopping`` and
             ``ModelCheckpoint`` to monitor (``"model/fisher_trace"``, ``"fisher_trace/net.0"``).
-        options: further keywords of :class:`secorder.CurvatureProbe` (``every``: each how many batches are recorded)
+        options: further keywords of :class:`secorder.CurvatureProbe` (``every=5`` records each fifth batch)
             and of :class:`secorder.CurvatureRecorder` (``log_every``, ``hessian_every``, ``loss_fn`` …).
 
     Attributes:

@@ -1,10 +1,11 @@
 """Where the samples of a layer's input and output are."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .._torch.sample_graph import inner_size
 
 __all__ = ["DIM_ZERO", "Layout", "candidate_layouts", "layouts_of"]
 
@@ -26,10 +27,9 @@ class Layout(NamedTuple):
         """The number of samples in a tensor of this layout."""
         return tensor.shape[self.dim] // self.rows
 
-    def inner_size(self, tensor: Tensor) -> int:
-        """Elements, in row-major order, between two samples that follow each other."""
-        behind = math.prod(tensor.shape[self.dim + 1 :])
-        return behind * self.rows if self.sample_major else behind
+    def inner_size(self, shape: Sequence[int]) -> int:
+        """Elements, in row-major order, between two samples that follow each other in a tensor."""
+        return inner_size(shape, self.dim, self.rows if self.sample_major else 1)
 
     def split(self, tensor: Tensor) -> Tensor:
         """The tensor as ``(N, ...)``, a view where it can be."""
@@ -54,10 +54,7 @@ DIM_ZERO = Layout()
 def layouts_of(shape: Sequence[int], count: int, *, any_dim: bool = True) -> list[Layout]:
     """Every layout that a shape admits for so many samples, the usual first.
 
-    Args:
-        shape: of any tensor.
-        count: the number of samples.
-        any_dim: whether any dimension may hold several rows a sample (flattened tokens), or the first alone.
+    With ``any_dim`` any dimension may hold several rows a sample (flattened tokens), else the first alone.
     """
     found = [Layout(dim) for dim, size in enumerate(shape) if size == count]
     for dim, size in enumerate(shape if any_dim else shape[:1]):
@@ -71,11 +68,7 @@ def candidate_layouts(
 ) -> list[Layout]:
     """Where the samples of a call of a layer with a rule may be, by shape alone; to be verified by the caller.
 
-    Args:
-        inputs: the tensors that the layer was called with.
-        output: what it returned.
-        num_samples: the number of samples.
-        any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
+    In dim 1 only where the layer treats all leading dimensions alike.
     """
     candidates = []
     if output.dim():

@@ -32,23 +32,16 @@ from .contraction import added, contract_sum, kept
 from .patches import Patches, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["PRECISIONS", "Precision", "contract_sum_low", "is_low", "rounded"]
+__all__ = ["Precision", "contract_sum_low", "is_low", "rounded"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]
-PRECISIONS = ("auto", "float32", "bfloat16")
 
 LOW = torch.bfloat16
 
 
 def is_low(precision: Precision, device: torch.device, computed_in: torch.dtype | None) -> bool:
-    """Whether factors are rounded.
-
-    Args:
-        precision: as it was asked for.
-        device: of the layer.
-        computed_in: the dtype that the layer computes in, under autocast or by its parameters.
-    """
+    """Whether factors are rounded, by what was asked and the dtype that the layer computes in (perhaps autocast's)."""
     if precision == "auto":
         return device.type != "cpu" and computed_in in (torch.bfloat16, torch.float16)
     return precision == "bfloat16"
@@ -77,16 +70,16 @@ def contract_sum_low(
         parts: each layer's per-sample gradients of the parameter; in other forms than one outer product of float32
             they are contracted as they are.
         numel: number of the parameter's elements.
-        out: as for :func:`~secorder.layers.contraction.contract`.
-        beta: as for :func:`~secorder.layers.contraction.contract`.
-        alpha: as for :func:`~secorder.layers.contraction.contract`.
-        keep: as for :func:`~secorder.layers.contraction.contract`.
+        out, beta, alpha, keep: as for :func:`~secorder.layers.contraction.contract`.
     """
     part = parts[0]
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:
         return contract_sum(parts, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
-    total = _one_position(part) if part.g.shape[2] == 1 else _positions(part)
-    return added(kept(total.reshape(numel), keep), out, beta, alpha)
+    if part.g.shape[2] == 1:
+        return added(kept(_one_position(part).reshape(numel), keep), out, beta, alpha)
+    if out is not None and beta == 0.0 and alpha == 1.0 and keep is None:
+        return _positions(part, out)
+    return added(kept(_positions(part, part.g.new_empty(numel)), keep), out, beta, alpha)
 
 
 def _one_position(part: Outer) -> Tensor:
@@ -96,16 +89,20 @@ def _one_position(part: Outer) -> Tensor:
     return product_in_float32((g * g).to(LOW).transpose(1, 2), (a * a).to(LOW))
 
 
-def _positions(part: Outer) -> Tensor:
-    """Σ_n (Σ_p g_{n,p} a_{n,p}ᵀ)², a few samples' gradients at a time, ``(groups, out, in)``."""
+def _positions(part: Outer, out: Tensor) -> Tensor:
+    """Write Σ_n (Σ_p g_{n,p} a_{n,p}ᵀ)² to ``out``, in pieces of a few samples' gradients, each passed over once."""
     assert part.a is not None
     count, groups, positions, width = part.g.shape
     fan_in = part.a.shape[-1]
-    total: Tensor | None = None
+    total = out.view(groups, width, fan_in)
+    if not count:
+        return out.zero_()
     for n in chunks(count, max(1, ACCELERATOR_CHUNK_ELEMENTS // (groups * (width + positions) * fan_in))):
         rows = slice(n.start, n.stop)
         left = part.g[rows].to(LOW).flatten(0, 1).transpose(1, 2)
         formed = torch.bmm(left, part.a[rows].to(LOW).flatten(0, 1)).unflatten(0, (-1, groups))
-        squares: Tensor = torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32).square_()  # in one pass over it
-        total = squares if total is None else total.add_(squares)
-    return part.g.new_zeros(groups, width, fan_in) if total is None else total
+        if n.start == 0:
+            torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32, out=total).square_()
+        else:
+            total.add_(torch.linalg.vector_norm(formed, dim=0, dtype=torch.float32).square_())
+    return out

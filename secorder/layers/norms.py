@@ -4,21 +4,23 @@ With g_{n,p} and a_{n,p} the factors of an :class:`~secorder.layers.per_sample.O
 
     ‖Σ_p g_{n,p} a_{n,p}ᵀ‖² = Σ_{p,q} (g_{n,p} · g_{n,q}) (a_{n,p} · a_{n,q})
 
-One position needs no matrix product at all. With P of them the right side costs P² (in + out), and the left, which
-forms one sample's gradient after the other, P · in · out: the cheaper one is taken, by shape.
+One position needs no matrix product at all. With P of them the right side costs P² (in + out), of patches that are a
+pixel apart less (:mod:`.grams`), and the left, which forms one sample's gradient after the other, P · in · out: the
+cheapest form is taken, by shape.
 
 Sources: Goodfellow (2015), "Efficient per-example gradient computations", for one position; Rochette, Manoel, Tramel
 (2019), "Efficient per-example gradient computations in convolutional neural networks", for products of positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
-from .contraction import CONVOLUTION_ELEMENTS
+from .contraction import CONVOLUTION_ELEMENTS, alike
+from .grams import pixel_grams, pixels, row_grams
 from .low_precision import rounded
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import (
@@ -36,6 +38,8 @@ __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 
 #: What an element costs that is written and read again, in multiplications of a matrix product (measured on a CPU).
 TRAFFIC = 16
+#: What a multiplication of a convolution costs, in those of a matrix product (the same).
+CONVOLVED = 0.625
 
 #: Elements of per-sample gradients, and of the patches for them, that are formed at once: in the middle of a backward,
 #: whose peak of memory they are not to raise; a part of what a step of a contraction may form.
@@ -46,15 +50,10 @@ FEW_POSITIONS = 128
 
 
 def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int], *, low: bool = False) -> Tensor:
-    """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n.
+    """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n: shape ``(N,)``, in the per-sample gradients' dtype.
 
-    Args:
-        parts_of: for each parameter of a layer its per-sample gradients: one, or one of each layer that shares it.
-        sizes: for each parameter the number of its elements.
-        low: whether the factors of matrix products are rounded to bfloat16.
-
-    Returns:
-        shape ``(N,)``, in the dtype of the per-sample gradients.
+    Of each parameter there are its per-sample gradients, one or one of each layer that shares it, and its number of
+    elements. With ``low``, factors of matrix products are rounded to bfloat16.
     """
     if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
         weight, bias = parts_of[0][0], parts_of[1][0]
@@ -145,35 +144,46 @@ def _squares(flat: Tensor) -> Tensor:
 
 def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
     """Of an outer product with several positions, a few samples at a time."""
-    count, groups, positions, width = g.shape
-    fan_in = a.shape[-1]
-    copied = positions * fan_in if isinstance(a, Patches) else 0
-    formed = chunk_elements(g.device) // FORMED_PART
-    if positions * positions * (fan_in + width + TRAFFIC) < width * fan_in * (positions + TRAFFIC):
-        few = max(1, formed // (groups * (positions * positions + copied)))
-        found = [_by_products(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
-    else:
-        convolved = isinstance(a, Patches) and a.convolves_well
-        elements = min(CONVOLUTION_ELEMENTS, formed) if convolved else formed
-        few = max(1, elements // max(1, groups * (width * fan_in + (0 if convolved else copied))))
-        found = [_by_gradients(a, g, slice(n.start, n.stop), with_bias) for n in chunks(count, few)]
+    form, elements = _cheaper_form(a, g)
+    few = alike(len(g), max(1, elements))
+    found = [form(a, g, slice(n.start, n.stop), with_bias) for n in chunks(len(g), few)]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor, slice, bool], Tensor], int]:
+    """The cheapest form, by shape, and of how many samples at once."""
+    _, groups, positions, width = g.shape
+    fan_in, most = a.shape[-1], chunk_elements(g.device) // FORMED_PART // max(1, groups)
+    copied = positions * fan_in if isinstance(a, Patches) else 0
+    convolved = isinstance(a, Patches) and a.convolves_well
+    gradients = width * fan_in * (positions * (CONVOLVED if convolved else 1.0) + TRAFFIC)
+    if isinstance(a, Patches) and (of_image := pixels(a)) is not None:
+        pixel, position = of_image
+        passes = 2 + sum([size - 1 for size in a.kernel])
+        if pixel**2 * (a.image.shape[1] // groups + passes * TRAFFIC) + position**2 * width < gradients:
+            return _by_pixels, most // pixel**2
+    elif positions**2 * (fan_in + width + TRAFFIC) < gradients:
+        return _by_products, most // (positions**2 + copied)
+    if convolved:
+        return _by_gradients, min(CONVOLUTION_ELEMENTS, most) // (width * fan_in)
+    return _by_gradients, most // max(1, width * fan_in + copied)
 
 
 def _by_products(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """Σ_{p,q} (g_p · g_q)(a_p · a_q) of some samples."""
-    left, right = g[rows].flatten(0, 1), a[rows].flatten(0, 1)
-    of_a = _grams(right)
+    return _sum_of_products(row_grams(a[rows].flatten(0, 1)), row_grams(g[rows].flatten(0, 1)), g.shape[1], with_bias)
+
+
+def _by_pixels(a: Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
+    """The same of patches, without copies of them."""
+    return _sum_of_products(*pixel_grams(a, g, rows), g.shape[1], with_bias)
+
+
+def _sum_of_products(of_a: Tensor, of_g: Tensor, groups: int, with_bias: bool) -> Tensor:
+    """Σ_{p,q} of both, shape ``(n · groups, positions, positions)``, which are overwritten."""
     if with_bias:
         of_a += 1
-    products = _grams(left).mul_(of_a)
-    return products.view(-1, g.shape[1] * g.shape[2] ** 2).sum(1)
-
-
-def _grams(rows: Tensor) -> Tensor:
-    """Each sample's rows with one another; of bfloat16 in float32, in which nothing is rounded but sums."""
-    columns = rows.transpose(1, 2)
-    return product_in_float32(rows, columns) if rows.dtype is torch.bfloat16 else torch.bmm(rows, columns)
+    return of_g.mul_(of_a).view(-1, groups * of_g.shape[1] ** 2).sum(1)
 
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:

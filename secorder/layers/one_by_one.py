@@ -105,12 +105,7 @@ class OneByOne:
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²``: Σ_n g_n² (a_n²)ᵀ of weights, and Σ_n g_n² of biases.
 
-        Overwrites the squares.
-
-        Args:
-            outs: of each layer the sums by the parameters' names, 1-D.
-            beta: factor of what they held.
-            alpha: factor of what is added.
+        The outs are 1-D, by the parameters' names. Overwrites the squares.
         """
         of_a, of_g = self._squares
         if self._goods is not None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -40,12 +39,11 @@ class Patches:
     shape: tuple[int, int, int, int]
     padding: tuple[int, ...] = ()
 
-    @cached_property
-    def padded(self) -> Tensor:
-        """The images with the zeros that are seen beyond their ends."""
+    def with_zeros(self, images: Tensor) -> Tensor:
+        """Images, or some channels of them, with the zeros that are seen beyond their ends."""
         if not any(self.padding):
-            return self.image
-        return F.pad(self.image, [side for pad in reversed(self.padding) for side in (pad, pad)])
+            return images
+        return F.pad(images, [side for pad in reversed(self.padding) for side in (pad, pad)])
 
     @property
     def sizes(self) -> list[int]:
@@ -57,16 +55,15 @@ class Patches:
             for size, pad, k, step, gap in zip(spatial, around, self.kernel, self.stride, self.dilation, strict=True)
         ]
 
-    def seen_at(self, place: int) -> Tensor:
-        """What each position sees at one place of the kernel, shape ``(N, groups, channels, …)``: a view."""
-        image: Tensor = self.padded.unflatten(1, (self.groups, -1))
-        sizes = self.sizes
+    def seen_at(self, place: int, images: Tensor) -> Tensor:
+        """What each position sees of images, or some channels of them, at one place of the kernel: a view."""
+        images, sizes = self.with_zeros(images), self.sizes
         for dim in reversed(range(len(self.kernel))):
             place, offset = divmod(place, self.kernel[dim])
             first, step = offset * self.dilation[dim], self.stride[dim]
             last = first + step * (sizes[dim] - 1)
-            image = image[(slice(None),) * (3 + dim) + (slice(first, last + 1, step),)]
-        return image
+            images = images[(slice(None),) * (2 + dim) + (slice(first, last + 1, step),)]
+        return images
 
     @property
     def convolves_well(self) -> bool:
@@ -81,14 +78,9 @@ class Patches:
         return groups == 1 and image.shape[1] >= 16 and positions >= 48
 
     def weight_gradients(self, rows: slice, g: Tensor) -> Tensor:
-        """Per-sample gradients of some samples as one convolution with a group for each, no patches copied.
+        """Gradients ``(n · groups, out, in)`` of some samples, for a cotangent factor ``(N, groups, positions, out)``.
 
-        Args:
-            rows: the samples.
-            g: cotangent factor, shape ``(N, groups, positions, out)``.
-
-        Returns:
-            shape ``(n · groups, out, in)``.
+        By one convolution with a group for each, no patches copied.
         """
         image, spatial = self.image[rows], len(self.kernel)
         factor = g[rows].transpose(2, 3)
@@ -108,7 +100,7 @@ class Patches:
     def __getitem__(self, rows: slice) -> Tensor:
         """The patches of some samples (a slice), copied out."""
         spatial = len(self.kernel)
-        a = windows(self.padded[rows], self.kernel, self.stride, self.dilation, [None] * spatial)
+        a = windows(self.with_zeros(self.image[rows]), self.kernel, self.stride, self.dilation, [None] * spatial)
         patches: Tensor = a.unflatten(1, (self.groups, -1)).transpose(2, 3)
         return patches
 

@@ -98,7 +98,6 @@ def per_sample_gradients(
 
     Args:
         rule: the layer type's rule.
-        module: the layer.
         calls: for each call the input tensors and a cotangent of the output's shape.
         layouts: for each call where the samples are; dim 0 by default.
 

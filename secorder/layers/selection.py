@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted
+from .._torch.modules import holds, is_scripted, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -24,6 +24,7 @@ __all__ = [
     "Layer",
     "LayerTypes",
     "MeasuredBy",
+    "names_layers",
     "present",
     "ranks_of",
     "read_elsewhere",
@@ -116,7 +117,8 @@ def select_layers(
         model: any module.
         layer_types: module types, subclasses included; None means ``(nn.Linear, nn.Conv2d)``, or any type where
             ``layers`` names modules; ``"all"`` means every module that owns parameters directly.
-        layers: exact module names or shell-style patterns (``"encoder.*"``).
+        layers: exact module names or shell-style patterns (``"encoder.*"``); those behind an exclamation mark
+            (``"!head"``) are left out, of all others where none is named.
         unchecked: admit layers whose curvature is not defined (special embeddings, complex parameters), where only
             dependence is asked for.
 
@@ -128,17 +130,18 @@ def select_layers(
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+    named = dict(model.named_modules())
+    if any(isinstance(m, nn.DataParallel) for m in named.values()):
         raise InvalidTypeError(
             "nn.DataParallel runs on replicas that hooks cannot follow: attach to the wrapped model "
             "(model.module) on one device, or use DistributedDataParallel."
         )
-    chosen = _choose(model, layer_types, layers)
+    chosen = _choose(named, layer_types, layers)
     owners: dict[int, int] = {}
     for _, parameters in chosen.values():
         for parameter in parameters.values():
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    readers = read_elsewhere(model)
+    readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
     managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
@@ -152,20 +155,21 @@ def select_layers(
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
         if is_scripted(module):
             raise InvalidArgumentError(
-                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
-                "or keep the module that it was made of."
+                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
+                f"layers={'!' + name!r}, or keep the module that it was made of."
             )
-        option = special_option(module)
+        table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
         if option and not unchecked:
+            what = "is" if table == name else f"has a parameter of {table!r},"
             raise AttributionError(
-                f"layer {name!r} is an embedding with {option}=, whose gradient is not that of a fixed table: "
-                "build it without, or leave the layer out with layers=."
+                f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
+                f"build it without, or leave the layer out with layers={'!' + name!r}."
             )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names and not unchecked:
             raise InvalidArgumentError(
                 f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
-                "leave it out with layers=."
+                f"leave it out with layers={'!' + name!r}."
             )
         spread = None
         if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
@@ -225,9 +229,9 @@ def _cut(model: nn.Module) -> tuple[Axis, ...]:
     return ()
 
 
-def read_elsewhere(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """Modules whose parameters another module reads without calling them, by module."""
-    return {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+def read_elsewhere(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:
+    """Modules of a model whose parameters another one of them reads without calling them, by module."""
+    return {m.out_proj: m for m in modules if isinstance(m, nn.MultiheadAttention)}
 
 
 def special_option(module: nn.Module) -> str | None:
@@ -237,17 +241,17 @@ def special_option(module: nn.Module) -> str | None:
     return None
 
 
+def _special_tables(named: Mapping[str, nn.Module]) -> dict[int, tuple[str, str]]:
+    """Tables of such embeddings, by ``id``: the module's name and the option."""
+    options = ((name, m, special_option(m)) for name, m in named.items())
+    return {id(m.weight): (name, option) for name, m, option in options if option}
+
+
 def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters: Mapping[str, Any]) -> Spread:
-    """How a layer's parameters lie over the ranks.
+    """How a layer's parameters, one at least of which is distributed, lie over the ranks.
 
-    Args:
-        managed: by ``id`` of a parameter of FSDP2's, how many dimensions of its mesh are FSDP2's own.
-        name: of the layer.
-        module: the layer.
-        parameters: its parameters, one at least of which is distributed.
-
-    Raises:
-        InvalidArgumentError: in a way that is not known.
+    Raises :class:`InvalidArgumentError` where that is in a way that is not known. ``managed`` tells by ``id`` of a
+    parameter of FSDP2's how many dimensions of its mesh are FSDP2's own.
     """
     spreads = {(managed.get(id(p), 0), p.device_mesh.ndim) if is_distributed(p) else None for p in parameters.values()}
     if len(spreads) > 1:
@@ -268,26 +272,25 @@ def _spread(managed: Mapping[int, int], name: str, module: nn.Module, parameters
 
 
 def _choose(
-    model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None
+    named: dict[str, nn.Module], layer_types: LayerTypes, layers: str | Iterable[str] | None
 ) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
     """The matching modules with the parameters each one answers for."""
-    named = dict(model.named_modules())
-    patterns = _patterns(named, layers)
+    patterns, left_out = _patterns(named, layers)
     types = _types(layer_types, default=DEFAULT_LAYER_TYPES if patterns is None else "all")
     chosen = {}
     for name, module in named.items():
+        if any(fnmatchcase(name, pattern) for pattern in left_out):
+            continue
         if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         if types == "all" and name not in (patterns or ()):
             # Every parameter belongs to the module that holds it; what a parametrization holds, to the layer it serves.
             if "parametrizations" in name.split("."):
                 continue
-            parameters = {
-                local: p for local, p in module.named_parameters() if "." not in local or _is_parametrization(local)
-            }
+            parameters = parameters_with(module, "parametrizations")
         elif types == "all" or isinstance(module, types):
             # A rule covers a module's own parameters; a module without one is a layer with all that it contains.
-            parameters = dict(module.named_parameters(recurse=rule_for(module) is None))
+            parameters = dict(module.named_parameters()) if rule_for(module) is None else parameters_with(module)
         else:
             continue
         if parameters:
@@ -295,23 +298,29 @@ def _choose(
     return chosen
 
 
-def _is_parametrization(local: str) -> bool:
-    return local.startswith("parametrizations.")
-
-
-def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
+def names_layers(layers: str | Iterable[str] | None) -> bool:
+    """Whether ``layers`` names any that are to be looked at, and not only some that are not."""
     if layers is None:
-        return None
+        return False
+    return any(not pattern.startswith("!") for pattern in ([layers] if isinstance(layers, str) else layers))
+
+
+def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> tuple[list[str] | None, list[str]]:
+    """The patterns of names to look at (None for all), and of those that are left out."""
+    if layers is None:
+        return None, []
     if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
         raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
+    given = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in given:
         if not isinstance(pattern, str):
             raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
             known = ", ".join(repr(name) for name in list(named)[:8])
             raise InvalidArgumentError(f"no module is named or matches {pattern!r}; the model has {known}, ….")
-    return patterns
+    wanted = [pattern for pattern in given if not pattern.startswith("!")]
+    left_out = [pattern[1:] for pattern in given if pattern.startswith("!")]
+    return (None if left_out and not wanted else wanted), left_out
 
 
 def _types(

@@ -34,12 +34,7 @@ class Frame(NamedTuple):
 
 
 def frame_of(vectors: Sequence[tuple[Tensor, Tensor]], with_bias: Tensor) -> Frame:
-    """The frame of layers.
-
-    Args:
-        vectors: of each, random numbers for its outputs and its inputs.
-        with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
-    """
+    """The frame of layers, by random numbers for the outputs and the inputs of each, and which of them have a bias."""
     parts = [s for _, s in vectors] + [r for r, _ in vectors]
     last = torch.cat([with_bias, torch.zeros_like(with_bias)])[None]
     blocks = torch.block_diag(*[torch.ones_like(part)[:, None] for part in parts])
@@ -96,13 +91,7 @@ class SideBySide:
         return norms if self._goods is None else norms.div_(self._goods[:, None])  # where it is zero, by zero
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
-        """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n².
-
-        Args:
-            outs: of each layer the sums by the parameters' names, 1-D.
-            beta: factor of what they held.
-            alpha: factor of what is added.
-        """
+        """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n²; 1-D, by parameter."""
         widths, layers = self._frame.widths, len(outs)
         of_g = self._sums.split(widths)[layers:-1]
         biases = [(own["bias"], part) for own, part in zip(outs, of_g, strict=True) if "bias" in own]

@@ -8,15 +8,26 @@ from .._torch.surroundings import function_modes
 
 __all__ = ["independent_by_structure", "linear_by_structure", "pure_by_structure"]
 
-_ROWWISE: tuple[type[nn.Module], ...] = (
-    nn.Sequential, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
+_Types = tuple[type[nn.Module], ...]
+
+_DROPOUTS: _Types = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_BATCH_NORMS: _Types = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+#: Those that treat rows alone and are piecewise linear.
+_BOTH: _Types = (
+    nn.Identity, *_DROPOUTS,
     nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh,
-    nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.LogSigmoid, nn.Softsign,
-    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding,
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh,
     nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
     nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
 )  # fmt: skip
+
+_ROWWISE: _Types = (
+    nn.Sequential, *_BOTH, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Hardswish, nn.LogSigmoid, nn.Softsign, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.Embedding,
+)  # fmt: skip
+
+_PIECEWISE_LINEAR: _Types = (*_BOTH, nn.Flatten, *_BATCH_NORMS)
 
 
 def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
@@ -29,16 +40,13 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
             return False
         if type(module) is nn.Flatten:
             return module.start_dim >= 1
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        if type(module) in _BATCH_NORMS:
             return not module.training and getattr(module, "running_mean", None) is not None
         return type(module) in _ROWWISE
 
     if sample_dim != 0 or backward_hooks_on_all_modules() or not all(map(is_own, hooks_on_all_modules())):
         return False
     return all(rowwise(module) for module in model.modules())
-
-
-_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 def pure_by_structure(model: nn.Module) -> bool:
@@ -49,22 +57,13 @@ def pure_by_structure(model: nn.Module) -> bool:
     """
 
     def pure(module: nn.Module) -> bool:
-        if module.training and isinstance(module, _RANDOM):
+        if module.training and isinstance(module, _DROPOUTS):
             return False
         held = vars(module)
         writes = held.get("inplace") or held.get("max_norm") is not None
-        return not writes and not any(isinstance(value, Tensor) for value in held.values())
+        return not writes and True not in [isinstance(value, Tensor) for value in held.values()]
 
     return not function_modes() and all(pure(module) for module in model.modules())
-
-
-_PIECEWISE_LINEAR: tuple[type[nn.Module], ...] = (
-    nn.Identity, nn.Flatten, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-    nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
-    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
-    nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d,
-)  # fmt: skip
 
 
 def linear_by_structure(model: nn.Module, module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ def tied_layers(model: nn.Module, layers: Sequence[Layer]) -> tuple[list[Layer],
     without a rule that holds it too (and may not use it) is not among them. Both results are empty where nothing is
     tied.
     """
-    elsewhere = read_elsewhere(model)
+    elsewhere = read_elsewhere(model.modules())
     holders: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in model.named_modules():
         if module not in elsewhere and not special_option(module) and rule_for(module) is not None:

@@ -100,8 +100,6 @@ def find_uses(
     """The uses of a layer's parameters, where these routes are followed further.
 
     Args:
-        users: the graph.
-        parameters: of the layer, by name.
         followed: routes of operations that no sample owns.
         passed: operations that are followed, and none of the model's own: no route names them.
 
@@ -164,7 +162,6 @@ def brought(
     """What one of a layer's uses brings, whose gradient is here.
 
     Args:
-        call: the operation's.
         sources: of the use.
         leaves: by the node of each parameter, its name.
         followed: the nodes between.

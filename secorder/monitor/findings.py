@@ -73,7 +73,7 @@ class Finding:
 
     def __str__(self) -> str:
         where = f"{self.layer}: " if self.layer else ""
-        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}; told from {self.threshold:.3g} on)"
+        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}, threshold {self.threshold:.3g})"
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,19 @@ class Diagnosis:
         title = f"{self.num_samples:,} samples, loss {self.loss:.4g}"
         return report(self.fisher, self.hessian, **{"title": title, **options})
 
+    def _sentences(self) -> list[str]:
+        return [str(finding) for finding in self.findings] or ["Nothing stands out."]
+
     def __str__(self) -> str:
-        found = [str(finding) for finding in self.findings] or ["Nothing stands out."]
-        return "\n".join([str(self.report()), *found])
+        return "\n".join([str(self.report()), *self._sentences()])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        found = [Text(f"• {finding}") for finding in self.findings] or [Text("Nothing stands out.")]
-        yield Group(self.report(), *found)
+        mark = "• " if self.findings else ""
+        yield Group(self.report(), *(Text(mark + sentence) for sentence in self._sentences()))
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the table, and what was found."""
-        found = [str(finding) for finding in self.findings] or ["Nothing stands out."]
-        return self.report()._repr_html_() + html_list(found)
+        return self.report()._repr_html_() + html_list(self._sentences())
 
     def to_json(self, **options: Any) -> str:
         """Statistics, findings, sizes and strategies as JSON; ``options`` as for ``json.dumps``."""

@@ -30,7 +30,6 @@ def fitting(
 
     Args:
         width: of what it must fit, in letters.
-        columns: of the table.
         names: layer → how it is called in the first column.
         made: makes the table of columns, names, and a remark about the names, ``""`` for none.
 

@@ -44,9 +44,5 @@ def html_table(
 
 
 def html_list(lines: Sequence[str]) -> str:
-    """A list as HTML.
-
-    Args:
-        lines: plain text.
-    """
+    """Plain lines as a list in HTML."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"

@@ -95,7 +95,8 @@ class CurvatureLog:
         self.given = sinks
         self.history = History()
         self._sinks = sinks_of(sinks)
-        self._opened = [sink for sink, one in zip(self._sinks, _as_list(sinks), strict=True) if sink is not one]
+        given = sinks if isinstance(sinks, (list, tuple)) else [sinks]
+        self._opened = [sink for sink in self._sinks if all(sink is not one for one in given)]
         self._strict = strict
         self._failed: set[int] = set()
         self._drawn: dict[str, int] = {}
@@ -159,7 +160,3 @@ def picture(history: History, statistic: str) -> Any:
     names = list(points[-1][1])
     values = [[row.get(name, float("nan")) for _, row in points] for name in names]
     return heat_map(values, names, [at for at, _ in points], statistic)
-
-
-def _as_list(given: Any) -> list[Any]:
-    return [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]

@@ -49,13 +49,9 @@ def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
 
 
 def norms(tensors: Sequence[Tensor], minus: Sequence[tuple[list[int], Tensor]] | None = None) -> list[float]:
-    """The Euclidean norm of each tensor, or of its difference from what was stacked earlier, in one transfer.
+    """The Euclidean norm of each tensor, or of its difference from what :func:`stacks` gave earlier, in one transfer.
 
     Half precision is summed in float32. Of a ``DTensor`` it is the norm of the whole, and every rank must call this.
-
-    Args:
-        tensors: of any shapes, floating-point dtypes and devices.
-        minus: what :func:`stacks` gave of as many tensors of the same shapes.
     """
     places: list[int] = []
     parts: list[Tensor] = []

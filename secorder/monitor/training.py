@@ -27,13 +27,7 @@ def number_of(name: str, value: Any) -> Any:
 
 
 def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:
-    """The mean of several steps' losses.
-
-    Args:
-        total: their sum.
-        count: how many.
-        together: whether it is of all ranks, each of which must call this.
-    """
+    """The mean of several steps' losses, from their sum; ``together`` of all ranks, each of which must call this."""
     if not together:
         return float(total) / count
     numbers = torch.stack([torch.as_tensor(total, dtype=torch.float64), torch.tensor(count, dtype=torch.float64)])

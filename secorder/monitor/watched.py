@@ -92,11 +92,6 @@ def check_intervals(every: Mapping[str, int | None]) -> None:
 def check_measured(measured: Sequence[str], loss_fn: Any, batch: Any) -> None:
     """Refuse what cannot be measured on.
 
-    Args:
-        measured: which measurements are asked for.
-        loss_fn: of them.
-        batch: inputs and targets.
-
     Raises:
         InvalidArgumentError: a loss or a batch is missing.
         InvalidTypeError: the loss is no function, or the batch no pair.

@@ -34,16 +34,9 @@ def random_numbers(size: int, generator: torch.Generator, like: Tensor) -> Tenso
 def require_linear_backward(
     model_outputs: Sequence[Tensor], ends: Sequence[Tensor], pairs: Columns, generator: torch.Generator
 ) -> None:
-    """Raise unless the backward pass of two cotangents together is the sum of theirs, to rounding.
+    """Raise :class:`AttributionError` unless the backward of two cotangents together is the sum of theirs, to rounding.
 
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-        ends: where the backward pass ends.
-        pairs: the cotangents that are to be pulled back, of which the two are made.
-        generator: of what they are made with.
-
-    Raises:
-        AttributionError: it is not, so that it is not multiplication with a Jacobian.
+    Both are made of those that are to be pulled back. Else it is not multiplication with a Jacobian.
     """
     one = pairs.mixture(generator).detach()
     other = one * -(1.5 + random_numbers(one.shape[1], generator, one).abs())[:, None]

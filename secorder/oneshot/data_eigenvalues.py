@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import batch_size
+from ..batch import NO_BATCH, batch_size
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
-from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
-from .data_set import MeasuresBatches, alike, batches_of, reduction_of
+from .data_set import MeasuresBatches, batches_of
 from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
+from .loss_reduction import LossReduction
 from .measurement import Measurement
-from .operators import Curvature, Operator, ProductOnParameters, operators
+from .operators import Blocks, Curvature, ProductOnParameters, operators
 from .trace import By
 
 __all__ = ["eigenvalues_of_data"]
@@ -47,7 +47,6 @@ def eigenvalues_of_data(
     Args:
         measure: runs work on a batch.
         probe: what tells the model, and how its loss reduces samples.
-        loss_fn: the loss.
         data: batches.
         of: which curvature.
         by: blocks of layers, or of parameters.
@@ -55,21 +54,20 @@ def eigenvalues_of_data(
         which: at which end.
         tolerance: on residuals, relative to the largest eigenvalue in modulus.
         max_iterations: passes through the data at most.
-        progress: show a progress bar.
     """
     model, dim, told = probe.data_context
     data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data
-    sizes, first, following = [], None, None
+    reduction = LossReduction(model, loss_fn, dim, told, None if of == "hessian" else "mean")
+    sizes, first = [], None
     for x, t in batches_of(data, dim):
         sizes.append(batch_size(x, t, dim))
-        if first is not None and (following is None or alike(first[:2], following)):
-            following = x, t
-        first = first or (x, t, sizes[0])
+        first = first or (x, t)
+        reduction.look(x, t, sizes[-1])
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    mean = of != "hessian" or len(sizes) == 1 or reduction_of(model, loss_fn, first, dim, told, following) == "mean"
-    weights = [n / sum(sizes) if mean else 1.0 for n in sizes]
-    layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first[:2])
+        raise InvalidArgumentError(NO_BATCH)
+    reduction.require()
+    weights = [1.0 if reduction.summed else n / sum(sizes) for n in sizes]
+    layers, starts = measure(lambda task: (task.layers, _starts(task, by)), *first)
     steps = {
         name: lanczos_steps(start, count, tolerance, min(max_iterations, len(start)), which)
         for name, start in starts.items()
@@ -107,9 +105,10 @@ def _starts(task: Measurement, by: By) -> dict[str, Tensor]:
 def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of each block of one batch with its vector; those of blocks that are zero are missing."""
     found = {}
-    with closing(_blocks(task, of)) as blocks:
+    # Operators that need no checks of the batch, where there are such.
+    with closing(operators(task, of) if of != "hessian" else _on_parameters(task)) as blocks:
         for layer, product in blocks:
-            total = sum(p.numel() for p in layer.parameters.values())
+            total = sum(layer.sizes())
             for name, block in blocks_of(layer, by).items():
                 if name in vectors and product is not None:
                     own = product if len(vectors[name]) == total else restricted(product, block, total)
@@ -117,11 +116,6 @@ def _products(task: Measurement, of: Curvature, by: By, vectors: dict[str, Tenso
     return found
 
 
-def _blocks(task: Measurement, of: Curvature) -> Any:
-    """Operators that need no checks of the batch, where there are such."""
-    return operators(task, of) if of != "hessian" else _on_parameters(task)
-
-
-def _on_parameters(task: Measurement) -> Iterator[tuple[Layer, Operator | None]]:
+def _on_parameters(task: Measurement) -> Blocks:
     for layer, own in on_parameters(task, task.layers):
         yield layer, ProductOnParameters.of(task, layer, own)

@@ -1,45 +1,34 @@
 """Measurements of a whole data set: batch by batch, weighted by samples, with the standard error over batches."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import wraps
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from .._caution import caution
-from .._torch.pytree import map_tensors, tensors_in
+from .._torch.pytree import tensors_in
 from .._torch.random_state import random_state_kept
-from ..batch import batch_size, sample_dimension, sample_sizes
+from ..batch import NO_BATCH, batch_size, sample_sizes
 from ..errors import CurvatureWarning, InvalidArgumentError, InvalidTypeError
 from ..means import RunningMean, mean_over_ranks
 from ..monitor.progress import progress_bar
 from ..parallel.all_reduce import raised_on_all
 from ..results import Diagonals, joined_info, relative_error
-from .known_losses import defined_reduction
-from .loss import losses
+from .loss_reduction import Kind, LossReduction
 from .trace import Trace
 
 __all__ = [
     "MeasuresBatches",
-    "alike",
     "batches_of",
-    "find_reduction",
     "first_of",
     "is_data_set",
-    "reduction_of",
+    "number_of_batches",
     "takes_data_sets",
 ]
-
-#: How the loss of a batch is made of its samples'.
-Kind = Literal["mean", "sum"]
-
-#: Inputs and targets, and these with the number of their samples.
-Batch = tuple[Any, Any]
-CountedBatch = tuple[Any, Any, int]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,7 +43,7 @@ class MeasuresBatches(Protocol):
 
 
 def is_data_set(inputs: Any, targets: Any) -> bool:
-    """Whether what stands in place of a batch yields batches: a DataLoader, a generator, a list of pairs.
+    """Whether what stands in place of a batch yields batches: a DataLoader, a generator, a list of pairs or dicts.
 
     A structure of tensors is no data set: it is the model's arguments.
 
@@ -67,7 +56,7 @@ def is_data_set(inputs: Any, targets: Any) -> bool:
     if targets is not None and isinstance(inputs, DataLoader):
         raise InvalidArgumentError("a DataLoader yields (inputs, targets): pass no targets beside it.")
     if isinstance(inputs, list) and targets is None and inputs:
-        return all(_pair(x) for x in inputs)
+        return all(_pair(x) for x in inputs) or all(_arguments(x) for x in inputs)
     if targets is not None or isinstance(inputs, (Tensor, tuple, list, Mapping)) or not isinstance(inputs, Iterable):
         return False
     if isinstance(inputs, (Iterator, DataLoader)) or next(tensors_in(inputs), None) is None:
@@ -80,14 +69,15 @@ def _pair(batch: Any) -> bool:
     return isinstance(batch, (tuple, list)) and len(batch) == 2 and next(tensors_in(batch[0]), None) is not None
 
 
+def _arguments(batch: Any) -> bool:
+    """Whether a batch is a dict of the model's arguments, by name."""
+    return isinstance(batch, Mapping) and next(tensors_in(batch), None) is not None
+
+
 def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]]:
     """Inputs and targets, batch by batch; those without samples are left out.
 
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
-
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
 
     Raises:
         InvalidTypeError: the data yields something else.
@@ -98,7 +88,7 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
             yield inputs, targets
 
 
-def _inputs_and_targets(batch: Any) -> Batch:
+def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     pair = isinstance(batch, (tuple, list))
     if pair and len(batch) in (1, 2):
         return batch[0], batch[1] if len(batch) == 2 else None
@@ -109,23 +99,28 @@ def _inputs_and_targets(batch: Any) -> Batch:
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
-    """The first batch that holds samples, and how many there are.
-
-    Args:
-        data: yields them.
-        sample_dim: where samples are in the inputs.
+    """The first batch that holds samples, and how many batches there are.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.
     """
-    if isinstance(data, Iterator) or not isinstance(data, Sized):
+    number = None if isinstance(data, Iterator) else number_of_batches(data)
+    if number is None:
         raise InvalidArgumentError(
-            f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a DataLoader."
+            f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a loader with a length."
         )
     first = next(batches_of(data, sample_dim), None)
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    return first, len(data)
+        raise InvalidArgumentError(NO_BATCH)
+    return first, number
+
+
+def number_of_batches(data: Any) -> int | None:
+    """How many batches there are, where the data tells: a loader of a stream has a length by its type alone."""
+    try:
+        return len(data)
+    except TypeError:
+        return None
 
 
 def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -171,10 +166,10 @@ def _over(
     if options.pop("create_graph", False):
         raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
     model, dim, told = probe.data_context
-    total = len(data) if isinstance(data, Sized) else None
-    running, first, sample = RunningMean([], []), None, None
+    total = number_of_batches(data)
+    running, first = RunningMean([], []), None
     kept: list[Any] = []
-    seen, kind, unknown = 0, "mean" if by_sample else None, None
+    seen, reduction = 0, LossReduction(model, loss_fn, dim, told, "mean" if by_sample else None)
     with progress_bar(options.pop("progress", False), "Data set", total, unit="batches") as advance:
         for x, t in batches_of(data, dim):
             count = batch_size(x, t, dim)
@@ -182,27 +177,19 @@ def _over(
                 if kept:  # what there is to say was said of the first
                     warnings.simplefilter("ignore", CurvatureWarning)
                 found = measure(probe, loss_fn, x, t, **options)
-            if sample is None:
-                running, first, sample = RunningMean.like(_values(found)), found, (x, t, count)
-            elif kind is None:
-                try:
-                    kind = reduction_of(model, loss_fn, sample, dim, told, (x, t))
-                except InvalidArgumentError as error:
-                    if not sample[2] == count == 1:  # of which a mean and a sum are added up in the same way
-                        raise
-                    unknown = error
-                if kind == "sum":
-                    running.mean = [m / sample[2] for m in running.mean]
-            running.add([v / count for v in _values(found)] if kind == "sum" else _values(found), count)
-            kept.append(_kept(found))
+            if first is None:
+                running, first = RunningMean.like(_values(found)), found
+            before = reduction.look(x, t, count)
+            running.mean = [m / before for m in running.mean] if before > 1 else running.mean
+            running.add([v / count for v in _values(found)] if reduction.summed else _values(found), count)
+            kept.append(found.info if isinstance(found, Diagonals) else found)
             seen += count
             advance(1)
     if first is None:
-        raise InvalidArgumentError("the data holds no batch: pass at least one sample.")
-    if kind is None and unknown is not None:
-        raise unknown
+        raise InvalidArgumentError(NO_BATCH)
+    reduction.require()
     if len(kept) > 1 or errors:
-        scale = float(seen) if kind == "sum" else 1.0
+        scale = float(seen) if reduction.summed else 1.0
         first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
     return first, seen
 
@@ -211,10 +198,6 @@ def _values(found: Diagonals | dict[str, Trace]) -> list[Tensor]:
     if isinstance(found, Diagonals):
         return list(found.values())
     return [torch.tensor([trace.value for trace in found.values()], dtype=torch.float64, device="cpu")]
-
-
-def _kept(found: Diagonals | dict[str, Trace]) -> dict[str, Any]:
-    return found.info if isinstance(found, Diagonals) else found
 
 
 def _rebuilt(
@@ -233,103 +216,3 @@ def _rebuilt(
         name: Trace(value, error, sum(k[name].num_draws for k in kept), all(k[name].converged for k in kept))
         for name, value, error in numbers
     }
-
-
-def reduction_of(
-    model: nn.Module, loss_fn: Any, first: CountedBatch, dim: int, told: Kind | None, following: Batch | None = None
-) -> Kind:
-    """As the loss's definition or its values tell, else as it was told.
-
-    Raises:
-        InvalidArgumentError: neither.
-    """
-    try:
-        return find_reduction(model, loss_fn, first, dim, following)
-    except InvalidArgumentError as error:
-        if told is not None:
-            if isinstance(error, NeitherMeanNorSum):
-                caution(f"{NEITHER}: batches are weighted as those of a {told}, as it was told.")
-            return told
-        raise InvalidArgumentError(
-            f"{error} Say it to the probe, or measure batch by batch and take secorder.weighted_mean of the results."
-        ) from error
-
-
-NEITHER = "the loss is neither a mean nor a sum over samples (they are weighted, or padded, or coupled)"
-
-
-class NeitherMeanNorSum(InvalidArgumentError):
-    """The loss of a batch is neither the mean nor the sum of those of its parts."""
-
-
-def find_reduction(
-    model: nn.Module,
-    loss_fn: Callable[[Any, Any], Tensor],
-    first: CountedBatch,
-    dim: int,
-    following: Batch | None = None,
-) -> Kind:
-    """How a loss reduces samples, by its definition, or from its value on a batch and on the batch's two parts.
-
-    Args:
-        model: the model.
-        loss_fn: the loss.
-        first: inputs, targets and their number of samples.
-        dim: where samples are in the inputs.
-        following: another batch: where the first holds one sample, or two alike, these two are the parts of one.
-
-    Raises:
-        InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
-    """
-    inputs, targets, count = first
-
-    def part(tree: Any, start: int, length: int) -> Any:
-        def cut(tensor: Tensor) -> Tensor:
-            at = sample_dimension(tensor, count, dim)
-            return tensor if at is None else tensor.narrow(at, start, length)
-
-        return map_tensors(cut, tree)
-
-    defined = defined_reduction(loss_fn, targets)
-    if defined is not None:
-        return defined
-    cut, both = count // 3 or count // 2, None
-    if cut:
-        sizes, whole = (cut, count - cut), (inputs, targets)
-        both = [(part(inputs, at, n), part(targets, at, n)) for at, n in zip((0, cut), sizes, strict=True)]
-    if count < 3 and following is not None and (not both or alike(*both)):
-        joined = _joined((inputs, targets), following, count, dim)
-        sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
-        whole = joined or whole
-    if both and not (sum(sizes) < 3 and alike(*both)):  # of one class, weights of classes do not show
-        together, one, other = losses(model, loss_fn, [whole, *both])
-        if torch.allclose(together, (sizes[0] * one + sizes[1] * other) / sum(sizes), rtol=1e-3):
-            return "mean"
-        if torch.allclose(together, one + other, rtol=1e-3):
-            return "sum"
-        raise NeitherMeanNorSum(f'{NEITHER}: pass reduction="mean" or "sum", by which batches are weighted.')
-    raise InvalidArgumentError(
-        'it cannot be told whether the loss is a mean or a sum over samples: pass reduction="mean" or "sum".'
-    )
-
-
-def alike(one: Batch, other: Batch) -> bool:
-    """Whether targets are the same."""
-    pairs = list(zip(tensors_in(one[1]), tensors_in(other[1]), strict=False))
-    return bool(pairs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
-
-
-def _joined(one: Batch, other: Batch, count: int, dim: int) -> Batch | None:
-    """Two batches in one; None where their tensors are not of one shape but for the samples."""
-    rest = tensors_in(other)
-
-    def cat(tensor: Tensor) -> Tensor:
-        at = sample_dimension(tensor, count, dim)
-        following = next(rest)
-        return tensor if at is None else torch.cat([tensor, following], at)
-
-    try:
-        joined: Batch = map_tensors(cat, one)
-    except (RuntimeError, StopIteration, IndexError):
-        return None
-    return joined

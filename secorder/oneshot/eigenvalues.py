@@ -4,12 +4,11 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype, rounding
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
@@ -22,7 +21,6 @@ __all__ = [
     "Eigenvalues",
     "Which",
     "blocks_of",
-    "check_which",
     "eigenvalues",
     "lanczos",
     "lanczos_steps",
@@ -94,7 +92,7 @@ def _of_layer(
 ) -> dict[str, Eigenvalues]:
     """Of one layer's block, or of its parameters'."""
     found: dict[str, Eigenvalues] = {}
-    total = sum(p.numel() for p in layer.parameters.values())
+    total = sum(layer.sizes())
     blocks = blocks_of(layer, by)
     for name, block in blocks.items():
         size = block.stop - block.start
@@ -121,16 +119,6 @@ def start_of(task: Measurement, layer: Layer, product: Operator, block: slice) -
     return start.div_(start.norm()).add_(direction)
 
 
-def check_which(which: str) -> None:
-    """Raise unless it is an end.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
-    if which not in get_args(Which):
-        raise InvalidArgumentError(f'which must be "both", "largest", "top" or "bottom", got {which!r}.')
-
-
 def nothing(count: int, which: Which = "both") -> Eigenvalues:
     """Those of a zero."""
     zeros = [0.0] * count
@@ -139,7 +127,7 @@ def nothing(count: int, which: Which = "both") -> Eigenvalues:
 
 def blocks_of(layer: Layer, by: By) -> dict[str, slice]:
     """The blocks of a layer by name, and where their elements are among the layer's."""
-    sizes = [p.numel() for p in layer.parameters.values()]
+    sizes = layer.sizes()
     if by == "layer":
         return {layer.name: slice(0, sum(sizes))}
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -170,13 +158,7 @@ def lanczos(
 ) -> Eigenvalues:
     """Extreme eigenvalues of a symmetric operator by Lanczos iteration with full reorthogonalisation.
 
-    Args:
-        product: the operator.
-        start: a random vector, of the operator's size.
-        count: how many (of both ends, at each).
-        tolerance: on residuals, relative to the largest eigenvalue in modulus.
-        iterations: products at most.
-        which: of which end.
+    From a random vector, by so many products at most; the tolerance is relative to the largest eigenvalue in modulus.
 
     Source: Golub, Van Loan, "Matrix computations", 4th edition, section 10.3.
     """

@@ -96,8 +96,7 @@ class Entries:
 
         Args:
             name: of the function.
-            arguments: of the call.
-            result: of the call.
+            arguments, result: of the call.
             creates: it takes no more of its arguments than the shape.
             asks: it tells nothing of their values.
         """

@@ -22,12 +22,12 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from .._arguments import require_integer
+from .._arguments import require_integer, require_one_of
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
@@ -76,8 +76,7 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
     Raises:
         InvalidArgumentError: it is not.
     """
-    if fisher_type not in ("empirical", "type-2", "mc"):
-        raise InvalidArgumentError(f'fisher_type must be "empirical", "type-2" or "mc", got {fisher_type!r}.')
+    require_one_of("fisher_type", fisher_type, get_args(FisherType))
     require_integer("num_draws", num_draws, 1)
 
 
@@ -102,9 +101,6 @@ def fisher_diagonal(
     See :meth:`secorder.CurvatureProbe.fisher_diagonal`, which this function carries out.
 
     Args:
-        task: the measurement.
-        fisher_type: which.
-        num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     asked = fisher_type, num_draws
@@ -263,7 +259,6 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
     """Raise unless no sample influences another one's output.
 
     Args:
-        task: the measurement.
         output: of the batch.
 
     Raises:

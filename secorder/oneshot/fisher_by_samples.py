@@ -23,9 +23,6 @@ def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, li
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch.
 
     Args:
-        task: the measurement, whose samples are independent.
-        layers: the layers.
-        pairs: the cotangents.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
     """
     model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._torch.graph import is_builtin, outputs_of, users_of
+from .._torch.graph import Users, is_builtin, outputs_of, users_of
 from .._torch.sample_graph import InnerSizes, inner_size, samples_in_nodes
 from ..errors import DoubleBackwardError
 from ..layers.contraction import added, contract, contract_sum
@@ -39,8 +39,6 @@ def by_uses(
     """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
 
     Args:
-        task: the measurement.
-        layers: the layers.
         pairs: the cotangents on the model's output.
         model_outputs: of a forward that used the layers' own parameters, samples in dim 0; by default it runs again.
         inner_sizes: what its graph tells of samples.
@@ -50,18 +48,12 @@ def by_uses(
         return {}
     if model_outputs is None:
         model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
-    users = users_of(model_outputs)
-    parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
     if inner_sizes is None:
         sizes = [inner_size(f.shape, 0) for f in model_outputs]
         inner_sizes = samples_in_nodes(model_outputs, sizes, task.num_samples, tell_shared=True)
     evidence = ByCotangents([(f, DIM_ZERO) for f in model_outputs], task.num_samples, task.generator, inner_sizes)
-    routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
-    try:
-        found = {} if reentrant(users) else follow_uses(users, parameters, evidence, routes, known=False)
-    except DoubleBackwardError:
-        return {}
-    usable = {name: uses for name, uses in found.items() if uses is not None and uses.uses and not hidden(uses)}
+    users = users_of(model_outputs)
+    usable = _followed(task, layers, users, evidence)
     mine = [x for x in layers if x.name in usable]
     if not mine:
         return {}
@@ -83,6 +75,17 @@ def by_uses(
                     total.zero_()
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
+
+
+def _followed(task: Measurement, layers: Sequence[Layer], users: Users, evidence: Evidence) -> dict[str, Uses]:
+    """By layer its uses in a graph, where it is known where samples are in them, and what they saved can be read."""
+    parameters = {x.name: dict(zip(x.parameters, task.isolated.replacements(x), strict=True)) for x in layers}
+    routes: dict[str, frozenset[Route]] = {x.name: frozenset() for x in layers}
+    try:
+        found = {} if reentrant(users) else follow_uses(users, parameters, evidence, routes, known=False)
+    except DoubleBackwardError:
+        return {}
+    return {name: uses for name, uses in found.items() if uses is not None and uses.uses and not hidden(uses)}
 
 
 def _pulled_back(

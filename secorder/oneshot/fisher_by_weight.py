@@ -56,11 +56,9 @@ def heaviest_columns(
     """Of layers whose calls are settled, and of the rest.
 
     Args:
-        task: the measurement, whose samples are independent.
         model_outputs: output tensors, samples in dim 0.
         root: of the loss's Hessian in them.
         served: layers with recorded calls, of which it is known where samples are.
-        rest: other layers.
         weighted: how exact, and what is wanted; receives the estimates.
         by_graph: whether operations may be followed through the graph: no hook of the model's changes gradients.
     """

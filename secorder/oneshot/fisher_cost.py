@@ -50,9 +50,6 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     """What a Fisher will take, layer by layer.
 
     Args:
-        task: the measurement.
-        fisher_type: which Fisher.
-        num_draws: draws of ``"mc"``.
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
@@ -62,7 +59,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     loop = _seconds_of_loop(task, rest, columns) / len(rest) if rest else 0.0
     costs = {}
     for layer in task.layers:
-        numel = sum(p.numel() for p in layer.parameters.values())
+        numel = sum(layer.sizes())
         z = leaves.get(layer.name, 0)
         strategy = timed.strategies.get(layer.name, Strategy.LOOP)
         products = columns * (1 if strategy in (Strategy.RULE, Strategy.UNUSED) else task.num_samples)

@@ -28,15 +28,10 @@ def second_order_columns(
     num_draws: int,
     root: Root | None = None,
 ) -> Columns:
-    """Pairs of which Σ_c u_c v_cᵀ is every sample's ∂²ℓ_n/∂f_n², or has it as its expectation.
+    """Pairs of which Σ_c u_c v_cᵀ is every sample's ∂²ℓ_n/∂f_n² (``"type-2"``), or has it as expectation (``"mc"``).
 
-    Args:
-        task: the measurement.
-        output_gradients: of Σ_n ℓ_n in ``points``, differentiable.
-        points: samples in dim 0.
-        fisher_type: ``"type-2"`` or ``"mc"``.
-        num_draws: draws of ``"mc"``.
-        root: of the Hessian, where it is known.
+    From differentiable gradients of Σ_n ℓ_n in points with samples in dim 0; or by the Hessian's root, where it is
+    known.
     """
     if root is None and task.create_graph:  # a square root is not differentiable where eigenvalues meet
         root = from_hessian(output_hessian(output_gradients, points, task.chunk_size, create_graph=True))

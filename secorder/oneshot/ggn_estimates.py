@@ -18,8 +18,6 @@ def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str
     (:mod:`.heaviest`).
 
     Args:
-        task: the measurement.
-        budget: how many draws, or how exact.
         reduce: of stacked diagonals by parameter, what is wanted: linear in them.
     """
     weighted = ByWeight(budget, reduce)

@@ -63,8 +63,6 @@ def head_outputs(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
-        generator: for the cotangent.
     """
     ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1 and z.leaves[0].numel()]
     candidates = [z for z in ruled if any(any(_orders(f.shape, z.leaves[0].shape)) for f in model_outputs)]
@@ -108,14 +106,7 @@ def known_heads(
 
 
 def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head, root: Root) -> list[Tensor]:
-    """Σ_k contract(u_k, v_k) of a layer whose output is the model's, by parameter.
-
-    Args:
-        z: the layer, one of :func:`known_heads`.
-        model_outputs: output tensors, samples in dim 0.
-        head: how it is one of them.
-        root: of the loss's Hessian in all of them.
-    """
+    """Σ_k contract(u_k, v_k) by parameter, of one of :func:`known_heads`; the root is that of all outputs together."""
     assert root.diagonal is not None
     sizes = [as_samples(f).shape[1] for f in model_outputs]
     of_output = root.diagonal.split(sizes, 1)[head.which].reshape(model_outputs[head.which].shape)

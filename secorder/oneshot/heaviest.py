@@ -60,14 +60,10 @@ class Heaviest:
 
 
 def heaviest(root: Root, share: float) -> Heaviest:
-    """As many columns, by falling weight, as leave at most this share of the whole weight to the rest.
+    """As many columns, by falling weight, as leave at most this share (0 to 1) of the whole weight to the rest.
 
-    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``. Each sample has its own
-    order, and all of them as many columns.
-
-    Args:
-        root: whose weights are known.
-        share: between 0 and 1.
+    A column's weight is its part of the trace of the loss's Hessian in the outputs, ``‖s_k‖²``, which the root must
+    know. Each sample has its own order, and all of them as many columns.
     """
     assert root.weights is not None
     weights, order = root.weights().abs().double().sort(dim=1, descending=True)
@@ -91,7 +87,6 @@ def by_weight(
         budget: ``rtol`` is the rest's share of the trace, and the relative error of each layer that draws go down to;
             without it, half of the columns that are taken in all are the heaviest ones, and half are draws.
         contract: of some columns.
-        generator: of the signs.
         advance: of a progress bar, by columns and draws.
         seconds: that draws may take, where an error is asked for.
 
@@ -100,7 +95,8 @@ def by_weight(
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     count = some.num_columns if some else 0
-    if count + _draws(budget, count) >= root.num_columns:
+    draws = budget.num_draws - (0 if budget.rtol is not None else count)
+    if count + draws >= root.num_columns:
         values = contract(root)
         advance(root.num_columns)
         return [Estimate(parts) for parts in values]
@@ -125,10 +121,7 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     tell what the error is relative to.
 
     Args:
-        root: as of :func:`by_weight`.
-        budget: as of :func:`by_weight`.
-        contract: as of :func:`by_weight`.
-        generator: as of :func:`by_weight`.
+        root, budget, contract, generator: as of :func:`by_weight`.
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     columns: Columns = root if some is None else some
@@ -177,10 +170,6 @@ def _exactly(root: Root, budget: Budget) -> Heaviest | None:
         return Heaviest(root, found.order[:, : max(MAX_COLUMNS, budget.num_draws)])
     count = budget.num_draws // 2 if budget.num_draws >= MIN_DRAWS else 0
     return Heaviest(root, root.weights().abs().topk(count, dim=1).indices) if count else None
-
-
-def _draws(budget: Budget, count: int) -> int:
-    return budget.num_draws if budget.rtol is not None else budget.num_draws - count
 
 
 def _joined(by_layer: Sequence[Sequence[Tensor]]) -> list[Tensor]:

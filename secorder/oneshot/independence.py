@@ -67,8 +67,6 @@ def outputs_independent(
     not stand in another order (sorted by length), there are more.
 
     Args:
-        isolated: the isolated model.
-        inputs: the batch.
         count: its number of samples.
         sample_dim: where they are in the inputs.
         forward: how to run the model on inputs; by default as a one-shot call does.
@@ -181,11 +179,7 @@ def changed_entries(before: Tensor, after: Tensor) -> Tensor:
 def changed_samples(before: Tensor, after: Tensor, layouts: Sequence[Layout], bound: Tensor) -> list[Tensor]:
     """By layout, which samples hold an entry of :func:`changed_entries`: bool, shape ``(N,)`` each.
 
-    Args:
-        before: of one run.
-        after: of another, of the same shape.
-        layouts: where the samples may be in both.
-        bound: :func:`rounding_in` ``before``, which is the same for many ``after``.
+    The bound is :func:`rounding_in` ``before``, which is the same for many ``after``.
     """
     if not before.is_complex():
         difference = (before - after).abs_()
@@ -220,15 +214,9 @@ def _replaced(mask: Tensor, inputs: Any, count: int, sample_dim: int, *, in_orde
 
 
 def with_neighbours(mask: Tensor, count: int, sample_dim: int, tensor: Tensor, *, in_order: bool = False) -> Tensor:
-    """Some samples replaced by their neighbours, a little scaled: samples that are all alike must change too.
+    """Samples of a mask replaced by their neighbours, a little scaled: samples that are all alike must change too.
 
-    Args:
-        mask: which.
-        count: the number of samples.
-        sample_dim: where they are.
-        tensor: of the batch.
-        in_order: replace them by the nearest ones that are kept, before them where there are any: then what is sorted
-            stays so.
+    With ``in_order`` by the nearest ones that are kept, before them where there are any: then what is sorted stays so.
     """
     dim = sample_dimension(tensor, count, sample_dim)
     if dim is None:
@@ -277,7 +265,6 @@ def block_diagonal(
         output_gradients: differentiable gradients of a scalar with respect to ``points``.
         points: the tensors that the Hessian is taken in.
         layouts: where each one's samples are.
-        generator: for the random v.
     """
     count = layouts[0].size(points[0])
     if count == 1:
@@ -312,7 +299,6 @@ def linear_products(
     Args:
         output_gradients: differentiable gradients of a scalar with respect to ``points``.
         points: the tensors that the Hessian is taken in.
-        generator: for random vectors.
         together: to a 64th of the largest entry in all points: where one's may all be rounding, as those of a bias that
             a normalisation takes off again, and rounding may add up.
     """

@@ -12,6 +12,7 @@ of a model run again there.
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,6 +42,7 @@ from .._torch.random_state import RandomState, cuda_devices, get_random_state, s
 from .._torch.sparse import dense_gradients
 from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
+from .._torch.views import cloned
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -74,35 +76,23 @@ LEVELS_OF_ARGUMENTS = 4
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+@dataclass(eq=False)
 class IsolatedModel:
     """An isolated model: runs it again and again from one and the same state."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        replacements: dict[int, Tensor],
-        originals: Sequence[nn.Parameter],
-        restart: Callable[[RandomState | None], None],
-        ambient: AutocastState,
-        cuda: Sequence[int] = (),
-        loss_state: State | None = None,
-        take_loss_state: Callable[[State | None], State] | None = None,
-        values: ParameterValues | None = None,
-        pure: bool = False,
-    ) -> None:
-        self.model = model
-        self._pure = pure
-        self._values = values
-        self._replacements = replacements
-        self._originals = originals
-        self._restart = restart
-        self._ambient = ambient
-        self._cuda = cuda
-        self._loss_state = loss_state
-        self._take_loss_state = take_loss_state
-        self._after: RandomState | None = None
-        self._after_forward: State | None = None  # hooks of the model may write what the loss reads
-        self._loss_writes = False
+    model: nn.Module
+    _replacements: dict[int, Tensor]
+    _originals: Sequence[nn.Parameter]
+    _restart: Callable[[RandomState | None], None]
+    _ambient: AutocastState
+    _cuda: Sequence[int] = ()
+    _loss_state: State | None = None
+    _take_loss_state: Callable[[State | None], State] | None = None
+    _values: ParameterValues | None = None
+    _pure: bool = False
+    _after: RandomState | None = None
+    _after_forward: State | None = None  # hooks of the model may write what the loss reads
+    _loss_writes: bool = False
 
     def replacement(self, parameter: nn.Parameter) -> Tensor:
         """The replacement of a parameter of a selected layer: a leaf of our own."""
@@ -135,7 +125,7 @@ class IsolatedModel:
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(once_each(torch.clone), arguments))
+                result = forward(map_tensors(once_each(cloned), arguments))
         finally:
             given.restore()
         if self._values is not None:
@@ -147,11 +137,7 @@ class IsolatedModel:
 
     @contextmanager
     def loss_once_more(self, seed: int | None = None) -> Iterator[None]:
-        """Inside, the loss runs from the state in which it ran at first: its own, and that of random numbers.
-
-        Args:
-            seed: of other random numbers.
-        """
+        """Inside, the loss runs from the state in which it ran at first, or with random numbers of another seed."""
         self.loss_writes()
         state = get_random_state(self._cuda)
         try:
@@ -214,7 +200,6 @@ def isolate(
     """Isolate a model and its loss for passes of our own.
 
     Args:
-        model: the model.
         loss_fn: the loss; its state is protected too, wherever it keeps it.
         layers: the layers whose parameters get replacement parameters.
         create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
@@ -246,7 +231,8 @@ def isolate(
         stack.enter_context(dense_gradients(everything.values()))
         originals = [p for key, p in parameters.items() if key not in themselves]
         if pure:
-            yield IsolatedModel(model, replacements, originals, lambda _: put_copies(buffers), ambient, cuda, pure=True)
+            of_pure = replacements, originals, lambda _: put_copies(buffers), ambient, cuda
+            yield IsolatedModel(model, *of_pure, _pure=True)
             return
         stack.enter_context(_tables_copied(everything.values()))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
@@ -256,22 +242,38 @@ def isolate(
         take_loss_state = None if simple else partial(State, [loss_fn], [*modules, *tensors])
         loss_state = None if take_loss_state is None else take_loss_state(None)
         values = ParameterValues(model, replacements.values(), anew=loss_fn is None)
-        states = [state for state in (own, of_code, loss_state, values) if state is not None]
-        for state in states:
-            stack.callback(state.restore)
-        ran = False
+        restore = stack.enter_context(_restored([own, of_code, loss_state, values]))
 
         def restart(random_state: RandomState | None) -> None:
-            nonlocal ran
-            for state in states if ran else ():
-                state.restore()
-            ran = True
-            assert start is not None
-            set_random_state(random_state or start, cuda)
+            if restore() or random_state is not None:
+                assert start is not None
+                set_random_state(random_state or start, cuda)
             put_copies(buffers)
 
         of_loss = loss_state, take_loss_state
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values)
+
+
+@contextmanager
+def _restored(states: Sequence[State | ParameterValues | None]) -> Iterator[Callable[[], bool]]:
+    """States that are restored at the end, and by what is yielded; not at its first call, before which nothing ran.
+
+    It returns whether anything had.
+    """
+    taken = [state for state in states if state is not None]
+    ran = False
+
+    def restore() -> bool:
+        nonlocal ran
+        ran, before = True, ran
+        for state in taken if before else ():
+            state.restore()
+        return before
+
+    with ExitStack() as stack:
+        for state in taken:
+            stack.callback(state.restore)
+        yield restore
 
 
 def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> State | None:
@@ -290,7 +292,6 @@ def _own_settings(
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
 
     Args:
-        model: the model.
         state: of random numbers, which it is put back to; None if none are drawn.
         cuda: devices that the model is on.
         training: whether it is in the middle of the user's.
@@ -337,10 +338,10 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
-    for p, grad in kept:
-        if grad is not None:
-            p.grad = None
     try:
+        for p, grad in kept:
+            if grad is not None:
+                p.grad = None
         yield
     finally:
         for p, grad in kept:
@@ -353,9 +354,9 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
     frozen = [p for p in parameters if not p.requires_grad]
     with gradient_hooks_removed(parameters):
-        for p in frozen:
-            p.requires_grad_(True)
         try:
+            for p in frozen:
+                p.requires_grad_(True)
             yield
         finally:
             for p in frozen:

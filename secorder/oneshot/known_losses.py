@@ -71,9 +71,6 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
     A sum over elements or samples has c = 1, a mean over as many of them in each sample c = 1/N.
 
     Args:
-        loss_fn: the loss.
-        output: the model's.
-        targets: what the loss takes second.
         count: the number N of samples, in dim 0.
 
     Returns:
@@ -106,9 +103,7 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
 def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | None:
     """Whether a loss of PyTorch's own is a mean or a sum over samples; None where its definition does not tell.
 
-    Args:
-        loss_fn: the loss.
-        targets: what it takes second: labels that do not count are among them, perhaps.
+    That depends on the targets: labels that do not count may be among them.
     """
     if not loss_of_rows(loss_fn) or not isinstance(targets, Tensor):
         return None
@@ -120,15 +115,10 @@ def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | No
 
 
 def softmax_scale(loss_fn: Any, output: Tensor, targets: Tensor) -> float | None:
-    """The number c for which a sample's loss has the Hessian c (diag p − p pᵀ) at each position of its output.
+    """The c for which a sample's loss has the Hessian c (diag p − p pᵀ) at each position, p a softmax over dim 1.
 
-    Args:
-        loss_fn: a loss of which :func:`share_of_samples` tells the share.
-        output: the model's, classes in dim 1; p is the softmax over them.
-        targets: labels.
-
-    Returns:
-        None where it is no cross entropy of labels, whatever they are smoothed by.
+    Of a loss of which :func:`share_of_samples` tells the share; None where it is no cross entropy of labels, whatever
+    they are smoothed by.
     """
     options, name = _options(loss_fn)
     if name not in ("cross_entropy", "CrossEntropyLoss") or targets.is_floating_point() or output.shape[1] < 2:

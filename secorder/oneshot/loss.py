@@ -1,5 +1,6 @@
 """The loss, checked: is it a finite scalar, does it depend on the model?"""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,18 @@ from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 from .overwriting import on_copies
 
-__all__ = ["check_loss", "explains_missing_targets", "losses", "require_dependence", "require_loss_function"]
+__all__ = [
+    "LossAndGradient",
+    "check_loss",
+    "explains_missing_targets",
+    "losses",
+    "losses_and_gradients",
+    "require_dependence",
+    "require_loss_function",
+]
+
+#: The loss of a batch, and its gradient in each of the model's parameters.
+LossAndGradient = tuple[Tensor, list[Tensor]]
 
 
 def require_loss_function(loss_fn: Any) -> None:
@@ -67,7 +79,7 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
         raise InvalidArgumentError(
             f"loss_fn must return a scalar, got shape {tuple(loss.shape)}: reduce it, for example with .mean()."
         )
-    if not bool(torch.isfinite(loss.detach())):
+    if not math.isfinite(loss.item()):
         where = _first_non_finite(isolated, inputs)
         raise NonFiniteError(f"the loss is {loss.item()}{where}: there is no curvature to measure here.")
     return loss.reshape(())
@@ -89,6 +101,39 @@ def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -
     return torch.stack(found)
 
 
+def losses_and_gradients(
+    model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]], *, evaluation: bool
+) -> list[LossAndGradient]:
+    """The loss on each of several batches, from the same state, and its gradient in each of the model's parameters.
+
+    Without autocast, so that sums of them can be compared.
+
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        batches: inputs and targets.
+        evaluation: in the model's evaluation mode.
+
+    Raises:
+        InvalidTypeError, InvalidArgumentError, NonFiniteError: as of :func:`losses`.
+    """
+    require_loss_function(loss_fn)
+    found, parameters = [], list(model.parameters())
+    with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
+        if evaluation:
+            model.eval()
+        replacements = [isolated.replacement(p) for p in parameters]
+        for x, t in batches:
+            with explains_missing_targets(x, t):
+                loss = check_loss(on_copies(loss_fn)(isolated.forward_in_full_precision(x), t), isolated, x)
+            gradient = gradients(loss, replacements) if loss.requires_grad else [None] * len(replacements)
+            filled = [
+                torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradient, strict=True)
+            ]
+            found.append((loss.detach(), filled))
+    return found
+
+
 def _loss_of_batch(isolated: IsolatedModel, loss_fn: Any, targets: Any, inputs: Any) -> Any:
     return loss_fn(isolated.forward(inputs), targets)
 
@@ -108,8 +153,11 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in isolated.model.named_modules() if name]
+    handles = []
     try:
+        for name, module in isolated.model.named_modules():
+            if name:
+                handles.append(module.register_forward_hook(watch(name)))
         without_gradients(isolated.forward, inputs)
     finally:
         for handle in handles:

@@ -18,6 +18,7 @@ from ..batch import (
     arguments_of,
     batch_size,
     owned_batch,
+    part_of_batch,
     require_agreement,
     sample_dimension,
     take_samples,
@@ -25,7 +26,7 @@ from ..batch import (
 from ..errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from ..layers.selection import Layer, present
 from ..layers.structure import independent_by_structure, pure_by_structure
-from ..owners import Owned, take_owned
+from ..owners import Owned
 from ..parallel.fsdp import gathered
 from ..parallel.ranks import Ranks
 from .isolation import IsolatedModel, Result, isolate, run_isolated
@@ -120,22 +121,12 @@ class Measurement:
         return output, loss
 
     def traced(self, *, inputs: bool) -> Traced:
-        """How to run the model so that its graph may tell where samples are.
-
-        Args:
-            inputs: whether it is to tell so of the inputs too.
-        """
+        """How to run the model so that its graph may tell where samples are, perhaps also in the inputs."""
         inputs = inputs and not self.autocast  # under which numbers of full precision are compared
         return Traced(self.isolated, self.dimension, self.num_samples, inputs=inputs, known=self.certain)
 
     def loss_again(self, output: Any, targets: Any, seed: int | None = None) -> Tensor:
-        """The loss of an output, from the state in which it ran first.
-
-        Args:
-            output: in place of the model's.
-            targets: in place of the batch's.
-            seed: of other random numbers than at first.
-        """
+        """The loss of another output and targets, from the state in which it ran first, or of another seed."""
         if self.known_loss:
             return self.loss_fn(output, targets)
         with self.isolated.loss_once_more(seed):
@@ -166,31 +157,16 @@ class Measurement:
 
         One tensor that is both stays one.
         """
-        rows = any(t.dim() and t.shape[0] > self.num_samples for t in tensors_in(self.targets))
         leaves: dict[int, Tensor] = {}
         cut: dict[int, Tensor] = {}
-        how: Any = {"rows": rows, "cut": cut}
 
         def leaf(tensor: Tensor) -> Tensor:
             if id(tensor) not in leaves:
                 leaves[id(tensor)] = tensor.detach().requires_grad_(tensor.requires_grad)
             return leaves[id(tensor)]
 
-        if self.owned is not None:
-            among = list(tensors_in(self.inputs))
-            args, kwargs = arguments_of(self.inputs)
-            args = tuple(take_owned(x, self.owned, among, index) for x in args)
-            kwargs = {name: take_owned(x, self.owned, among, index) for name, x in kwargs.items()}
-            (targets,) = take_samples([self.targets], index, self.num_samples, self.sample_dim, rows=rows)
-            return map_tensors(leaf, kwargs or args), map_tensors(leaf, targets), {}
-        if isinstance(self.inputs, (tuple, list)):  # arguments of the model, and no list of samples
-            parts = [*self.inputs, self.targets]
-            taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
-            inputs: Any = tuple(taken[:-1])
-        else:
-            parts = [self.inputs, self.targets]
-            inputs, *taken = take_samples(parts, index, self.num_samples, self.sample_dim, **how)
-        inputs, targets = map_tensors(leaf, inputs), map_tensors(leaf, taken[-1])
+        batch = self.inputs, self.targets, self.num_samples, self.sample_dim
+        inputs, targets = (map_tensors(leaf, x) for x in part_of_batch(*batch, index, owned=self.owned, cut=cut))
         return inputs, targets, {key: leaves[id(t)] for key, t in cut.items() if id(t) in leaves}
 
     def random(self, shape: Sequence[int], like: Tensor) -> Tensor:
@@ -227,17 +203,7 @@ def measure(
     """Run ``work`` on an isolated model.
 
     Args:
-        work: what to do.
-        model: the model.
-        layers: the layers to measure.
-        loss_fn: the loss.
-        inputs: what the model takes.
-        targets: what the loss takes second.
         by_sample: whether the quantity is made of samples, so that inputs and targets must agree on them.
-        generator: random numbers of draws and checks.
-        create_graph: whether results are to be differentiable.
-        chunk_size: products batched at most.
-        progress: whether to show progress bars.
         sample_dim: where the samples are in the inputs.
 
     Raises:
@@ -330,11 +296,6 @@ def _require_present(model: nn.Module, layer: Layer) -> None:
 @contextmanager
 def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None) -> Iterator[Sequence[Layer]]:
     """Layers for passes of our own: under ``fully_shard`` with their parameters gathered.
-
-    Args:
-        model: the model.
-        layers: of it.
-        ranks: that parameters lie over, if any do.
 
     Raises:
         InvalidArgumentError: parts of layers lie over ranks.

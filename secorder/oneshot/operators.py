@@ -33,7 +33,7 @@ from .recorded_layer import layout_options
 from .recording import recorded
 from .roots import Single
 
-__all__ = ["Curvature", "Operator", "ProductInZ", "ProductOnParameters", "check_curvature", "operators"]
+__all__ = ["Curvature", "Operator", "ProductInZ", "ProductOnParameters", "operators"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]
@@ -46,25 +46,8 @@ Operator = Callable[[Tensor], Tensor]
 Blocks = Generator[tuple[Layer, Operator | None], None, None]
 
 
-def check_curvature(of: str, by: str) -> None:
-    """Raise unless both are what they may be.
-
-    Raises:
-        InvalidArgumentError: one is not.
-    """
-    if of not in ("hessian", "ggn", "fisher"):
-        raise InvalidArgumentError(f'of must be "hessian", "ggn" or "fisher", got {of!r}.')
-    if by not in ("layer", "parameter"):
-        raise InvalidArgumentError(f'by must be "layer" or "parameter", got {by!r}.')
-
-
 def operators(task: Measurement, of: Curvature) -> Blocks:
-    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed.
-
-    Args:
-        task: the measurement.
-        of: which curvature.
-    """
+    """Each layer with its block as an operator, None where that is zero; to be used while iterated over, and closed."""
     return _hessian_operators(task) if of == "hessian" else _output_operators(task, of)
 
 

@@ -39,9 +39,7 @@ def loss_of_output(
     """The loss once more, on leaves that stand for the model's output; these leaves, and the output made of them.
 
     Args:
-        loss_fn: the loss.
         output: the model's output.
-        targets: what the loss takes second.
         dims: where an output tensor's samples are (see :func:`expose_output`).
         loss: its value on ``output``.
 

@@ -24,9 +24,7 @@ _HARMLESS: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 def may_be_overwritten(model: nn.Module, *, anew: bool) -> list[nn.Parameter]:
     """The parameters that a forward may overwrite: none where all modules are PyTorch's own, which overwrite none.
 
-    Args:
-        model: the model.
-        anew: whether that is to be seen again of a model that did not overwrite any.
+    With ``anew`` that is seen again of a model that did not overwrite any.
     """
     modules = list(model.modules())
     known = not anew and model.training in _HARMLESS.get(model, ())
@@ -54,7 +52,6 @@ class ParameterValues:
     """The values of parameters, as they were when this was made.
 
     Args:
-        model: the model.
         replacements: leaves of the same memory, in which a forward may put other memory (``p.data = …``).
         anew: see :func:`may_be_overwritten`.
     """

@@ -99,9 +99,7 @@ class Traced:
     """A forward of which the calls are watched, perhaps with inputs that require gradients.
 
     Args:
-        isolated: the isolated model.
         dimension: tells where a tensor's samples are.
-        count: the number of samples.
         inputs: whether the inputs are to require gradients, so that the graph tells what depends on them.
         known: whether all that it would tell is known: then nothing is watched.
 
@@ -177,11 +175,7 @@ class Traced:
     ) -> bool:
         """Whether the graph, and what enters it without a gradient, show each output to depend on its sample alone.
 
-        Args:
-            inputs: the model's.
-            inner_sizes: what the graph of its outputs tells of samples.
-            order: for each place the sample that is put there.
-            exchanged: puts them there.
+        ``order`` tells for each place the sample that is put there, which ``exchanged`` does.
         """
         entries, self._entries = self._entries, None
 

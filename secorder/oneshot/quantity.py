@@ -4,11 +4,11 @@ import math
 import time
 from contextlib import closing
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..errors import InvalidArgumentError
+from .._arguments import require_one_of
 from ..results import Strategy
 from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, start_of
 from .fisher_cost import fisher_cost
@@ -41,18 +41,13 @@ def quantity_cost(
     num_draws: int,
     max_iterations: int,
 ) -> Cost:
-    """What a measurement would take, layer by layer.
-
-    Raises:
-        InvalidArgumentError: there is no such measurement.
-    """
+    """What a measurement would take, layer by layer."""
+    require_one_of("quantity", quantity, get_args(Quantity))
     if quantity in ("hessian", "trace"):
         return estimate_cost(task, budget, sums("layer") if quantity == "trace" else whole)
     if quantity == "eigenvalues":
         return _krylov_cost(task, max_iterations)
-    if quantity == "fisher":
-        return fisher_cost(task, fisher_type, num_draws, None if budget.rtol is None else budget)
-    raise InvalidArgumentError(f'quantity must be "hessian", "trace", "eigenvalues" or "fisher", got {quantity!r}.')
+    return fisher_cost(task, fisher_type, num_draws, None if budget.rtol is None else budget)
 
 
 def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
@@ -63,7 +58,7 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     inside = 0.0
     with closing(operators(task, "hessian")) as blocks:
         for layer, product in blocks:
-            numel = sum(p.numel() for p in layer.parameters.values())
+            numel = sum(layer.sizes())
             sizes[layer.name] = Facts(layer.name, numel, output_elements=numel, parameter_elements=numel)
             if product is None:
                 timed[layer.name] = Strategy.UNUSED, 0.0

@@ -65,7 +65,7 @@ class RecordedLayer:
     @property
     def numel(self) -> int:
         """Number of the layer's parameter elements."""
-        return sum(p.numel() for p in self.layer.parameters.values())
+        return sum(self.layer.sizes())
 
     def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
         """Per-sample gradients of K stacked cotangents on the layer's calls."""
@@ -130,16 +130,10 @@ def contract_pairs(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
-        pairs: the cotangents.
         certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
-        generator: for the random factors.
-        chunk_size: vjps batched at most.
-        create_graph: make the results differentiable.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
-        advance: of the progress bar.
         plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
 
     Returns:
@@ -186,10 +180,7 @@ def contract_settled(
     Args:
         model_outputs: output tensors, samples in dim 0.
         layers: layers with recorded calls; of those without layouts there is no result.
-        pairs: the cotangents.
         plain: where there is one pair alone, its u pulled back, if that was done already.
-        chunk_size: vjps batched at most.
-        create_graph: make the results differentiable.
         advance: of a progress bar.
         watch: as for :func:`contract_pairs`.
     """
@@ -223,9 +214,9 @@ def contract_settled(
 
 def parts_of_one(layer: Layer) -> list[Tensor]:
     """A part for each parameter of one vector, with anything in it, which is then the layer's without a copy."""
-    sizes = [p.numel() for p in layer.parameters.values()]
+    sizes = layer.sizes()
     device = next(p.device for p in layer.parameters.values())
-    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split(sizes))
+    return list(torch.empty(sum(sizes), dtype=compute_dtype(layer), device=device).split_with_sizes(sizes))
 
 
 def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:
@@ -233,7 +224,6 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
     """
     count = model_outputs[0].shape[0]
     if count == 1 or not layers:
@@ -249,7 +239,7 @@ def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]
 def _agrees(z: RecordedLayer, layouts: Sequence[Layout], found: dict[int, int | None]) -> bool:
     """Whether layouts of a layer's calls are where the graph shows the samples to be."""
     return all(
-        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf)
+        id(leaf) not in found or found[id(leaf)] == layout.inner_size(leaf.shape)
         for leaf, layout in zip(z.leaves, layouts, strict=True)
     )
 
@@ -267,9 +257,7 @@ def settle_layouts(
 
     Args:
         model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls.
         mixture: a cotangent on the outputs, shape (1, N, C).
-        generator: for the random factors.
         create_graph: make what is returned differentiable.
         linear: demand that the backward pass be linear, too.
 
@@ -310,7 +298,6 @@ def scales(
     """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
 
     Args:
-        leaves: the leaves.
         layouts: for each where its samples are.
         plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
         weighted: the same for cotangents that are weighted sample by sample.

@@ -121,8 +121,6 @@ def recorded(
     output, whatever in-place operation overwrites it later.
 
     Args:
-        isolated: the isolated model.
-        layers: the layers to record.
         own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
             a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
         bare: whether no hook changes gradients: then nothing is added to an output, and ε stands for it in the graph.
@@ -166,8 +164,10 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 
         return after
 
-    handles = [layer.enclosing.register_forward_hook(hook(layer.name)) for layer in layers]
+    handles = []
     try:
+        for layer in layers:
+            handles.append(layer.enclosing.register_forward_hook(hook(layer.name)))
         yield recording
     finally:
         for handle in handles:
@@ -235,7 +235,7 @@ class _Tap:
         elif self.recomputing() and name in recording.without_graph:
             recording.hidden.add(name)
         if not self.recomputing():
-            tensors = tuple(tensors_in((args, kwargs)))
+            tensors = tuple(tensors_in((args, kwargs) if kwargs else args))
             recording.versions.extend((name, x, version(x)) for x in tensors)
             recording.inputs.setdefault(name, []).append(tensors)
         return map_tensors(partial(self.with_leaf, leaves), output)

@@ -35,13 +35,7 @@ def _restored(changed: bool, put: Callable[[], object]) -> bool:
 
 
 def of_variable(get: Callable[[], Any], put: Callable[[Any], object], value: Any) -> Restore:
-    """Of what is assigned: an attribute, a global variable.
-
-    Args:
-        get: tells what it is by then.
-        put: assigns to it.
-        value: what it is now.
-    """
+    """Of what is assigned (an attribute, a global variable) and is this value now."""
     return lambda: _restored(get() is not value, partial(put, value))
 
 

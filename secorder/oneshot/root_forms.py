@@ -39,7 +39,6 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
         product: with the Hessian, on vectors of the elements of one sample in one row.
         f: the outputs, samples in dim 0, none of them without curvature; ``(N, K)`` where they are of several tensors.
         num_tensors: of so many tensors, all of them of one shape; 1 where they are of several shapes.
-        chunk_size: products batched at most.
     """
     found = softmax_root(product, f) if num_tensors == 1 else None
     if found is not None:
@@ -56,12 +55,9 @@ def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | N
 
 
 def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | None:
-    """The root of c (diag p − p pᵀ), p the softmax over one dimension (or all), c a number for each position.
+    """The root of c (diag p − p pᵀ), p the softmax over one dimension, c a number for each position.
 
-    Args:
-        product: with the Hessian.
-        f: the outputs, samples in dim 0.
-        dim: the dimension; None to try each, and all together.
+    Of outputs with samples in dim 0; without a dimension each is tried, and all together.
     """
     flat = f.flatten(1)
     r = _random(flat)
@@ -82,12 +78,7 @@ def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | 
 
 
 def cross_entropy_root(f: Tensor, scale: float) -> Root:
-    """The root of c (diag p − p pᵀ), p the softmax over dim 1, at each position, by definition of the loss.
-
-    Args:
-        f: the outputs, samples in dim 0.
-        scale: c.
-    """
+    """The root of c (diag p − p pᵀ), p the softmax over dim 1, c the scale at each position, by definition."""
     flat = f.flatten(1)
     p = flat.view(len(f), 1, f.shape[1], -1).softmax(2)
     return _root_of_softmax(p, torch.full_like(p[:, :, :1], scale), flat)

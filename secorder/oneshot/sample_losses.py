@@ -69,8 +69,6 @@ def own_losses(task: Measurement, output: Any, ids: range | None = None) -> Tens
     that it holds, and the last sample alone gets the same.
 
     Args:
-        task: the measurement.
-        output: the model's.
         ids: which samples; all of them by default.
 
     Raises:
@@ -170,7 +168,6 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     """The gradient of Σ_n ℓ_n in the batch's points, once it is known that the batch's loss is made of the ℓ_n.
 
     Args:
-        task: the measurement.
         batch: the loss of the batch, which is released.
         second_order: whether the gradient is to be differentiable, and whether second derivatives must be unchanged,
             too, when samples are exchanged.

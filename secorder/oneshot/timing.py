@@ -46,13 +46,7 @@ class Rehearsal:
 
 
 def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:
-    """Seconds of one of many products, batched as they will be.
-
-    Args:
-        trial: makes so many products at once.
-        most: products that are batched at most, or made at all.
-        allowance: seconds that the second trial may take.
-    """
+    """Seconds of one of many products, at most so many at once, by a trial in about the seconds that are allowed."""
     trial(1)  # what happens the first time alone
     one = seconds_of(lambda: trial(1))
     count = max(1, min(most, int(allowance / max(one, 1e-9))))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .._torch.pytree import tensors_in
-from ..layers.selection import Layer
 from .fisher import fisher_diagonal
 from .ggn_estimates import ggn_estimates
 from .hessian.budget import Budget
@@ -57,7 +56,7 @@ def traces(task: Measurement, budget: Budget, *, of: Curvature = "hessian", by: 
         diagonals = fisher_diagonal(task, "type-2" if of == "ggn" else "empirical")
         estimates = {
             layer.name: Estimate(
-                [v[0] for v in sums(by)([part[None] for part in diagonals[layer.name].split(_sizes(layer))])]
+                [v[0] for v in sums(by)([part[None] for part in diagonals[layer.name].split(layer.sizes())])]
             )
             for layer in task.layers
         }
@@ -79,10 +78,6 @@ def _takes_long(task: Measurement, budget: Budget) -> bool:
     seconds = time.perf_counter() - start
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     return not budget.affords(outputs // task.num_samples, outputs, 2 * seconds)
-
-
-def _sizes(layer: Layer) -> list[int]:
-    return [p.numel() for p in layer.parameters.values()]
 
 
 def sums(by: By) -> Reduce:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
-from .._torch.sample_graph import SHARED, InnerSizes, inner_size
+from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout, layouts_of
@@ -41,7 +41,6 @@ def follow_uses(
     """The uses of each layer, once no operation is left that owns no samples; None where they cannot be followed.
 
     Args:
-        users: the graph.
         parameters: by layer and name, as the graph has them.
         evidence: of where samples are.
         routes: by layer, those that are followed; further ones are entered.
@@ -130,7 +129,6 @@ class ByCotangents(Evidence):
 
     Args:
         ends: the outputs, and where the samples are in them.
-        count: number of samples.
         generator: of random numbers.
         inner_sizes: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
     """
@@ -187,7 +185,7 @@ class ByCotangents(Evidence):
         if self.inner_sizes and here not in self.inner_sizes:
             return next(iter(options), None)  # nothing depends on it, such as on the last state of a recurrent layer
         inner = self.inner_sizes.get(here)
-        return next((o for o in options if inner is not None and _inner_size(o, output.shape) == inner), None)
+        return next((o for o in options if inner is not None and o.inner_size(output.shape) == inner), None)
 
     def _shared(self, node: Node, output: Output) -> bool:
         """Whether an operation is followed without a look: so the graph says, or it takes leaves alone."""
@@ -219,10 +217,6 @@ class ByCotangents(Evidence):
 def _of_leaves(node: Node) -> bool:
     """Whether an operation takes leaves alone: where the graph tells no samples, it is followed without a look."""
     return all(hasattr(before, "variable") for before, _ in node.next_functions if before is not None)
-
-
-def _inner_size(layout: Layout, shape: Sequence[int]) -> int:
-    return inner_size(shape, layout.dim, layout.rows if layout.sample_major else 1)
 
 
 def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Tensor:

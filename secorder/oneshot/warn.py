@@ -1,5 +1,6 @@
 """Warnings about a result: estimated, inexact, not finite."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -12,11 +13,7 @@ __all__ = ["warn_if_estimated", "warn_if_inexact", "warn_if_not_finite"]
 
 
 def warn_if_estimated(draws: Mapping[str, int]) -> None:
-    """Warn once of layers that ``method="auto"`` estimated.
-
-    Args:
-        draws: by layer, 0 where it is exact.
-    """
+    """Warn once of layers that ``method="auto"`` estimated, by their draws."""
     drawn = [name for name, count in draws.items() if count]
     if drawn:
         caution(
@@ -26,12 +23,7 @@ def warn_if_estimated(draws: Mapping[str, int]) -> None:
 
 
 def warn_if_not_finite(found: Mapping[str, Tensor], what: str) -> None:
-    """Warn of curvature that is nan or infinite at this point.
-
-    Args:
-        found: by layer.
-        what: it is.
-    """
+    """Warn of curvature, by layer, that is nan or infinite at this point."""
     bad = [name for name, values in found.items() if not _finite(values.detach())]
     if bad:
         caution(
@@ -41,11 +33,7 @@ def warn_if_not_finite(found: Mapping[str, Tensor], what: str) -> None:
 
 
 def warn_if_inexact(layers: Sequence[Layer]) -> None:
-    """Warn of layers of which PyTorch itself has no exact second derivative.
-
-    Args:
-        layers: those that were measured.
-    """
+    """Warn of measured layers of which PyTorch itself has no exact second derivative."""
     bad = [x.name for x in layers if any(map(weight_normalised, x.module.modules()))]
     if bad and not second_derivative_is_exact():
         caution(
@@ -57,7 +45,7 @@ def warn_if_inexact(layers: Sequence[Layer]) -> None:
 
 def _finite(values: Tensor) -> bool:
     """By their sum, which is one pass over them; that of finite ones may overflow."""
-    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+    return math.isfinite(values.sum().item()) or bool(values.isfinite().all())
 
 
 def _some(names: list[str]) -> str:

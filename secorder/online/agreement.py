@@ -57,7 +57,6 @@ def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | N
     """Mark the layers that another rank cannot tell.
 
     Args:
-        fisher: of this rank.
         group: the ranks that parameters lie over, or a process group whose sums are put together.
     """
     marked = fisher.failures.counts.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
@@ -77,7 +76,6 @@ def opened_together(
     """The record of this rank's part of a batch; None on all ranks where one of them has none.
 
     Args:
-        fisher: of this rank.
         ranks: that parameters lie over.
         error: that a look ended in on this rank, to be raised when the others know.
         opened: makes the record.

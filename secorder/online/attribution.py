@@ -46,6 +46,7 @@ class Attribution:
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
         coupling: where the forward makes what couples samples where a loss uses it, beside outputs of samples.
         unreduced: why a loss that the model returns is not made of its samples' as is told, by where it is.
+        carries: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`.
         explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.
     """
 
@@ -73,6 +74,7 @@ class Attribution:
     selections: int = 0
     coupling: frozenset[Beside] = frozenset()
     unreduced: Mapping[Beside, str] = field(default_factory=dict)
+    carries: bool = False
     explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
 
     def holders(self, name: str) -> set[str]:
@@ -126,6 +128,7 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
         reached=before.reached | after.reached,
         coupling=before.coupling | after.coupling,
         unreduced={**before.unreduced, **after.unreduced},
+        carries=before.carries or after.carries,
         explained={},
     )
 

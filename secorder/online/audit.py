@@ -65,8 +65,6 @@ def explained(
     """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the square of the size that its rounding is relative to.
 
     Args:
-        gradient: of one parameter.
-        vectors: the random ones.
         with_bias: of an :class:`~secorder.layers.per_sample.Outer`, with that of the bias that has the same cotangents.
         terms: how many rows an element of a dense gradient is the sum of.
     """
@@ -144,12 +142,12 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
         a = a.reshape(-1, a.shape[3])
         return torch.mv(a if a.dtype is s.dtype else a.to(s.dtype), s)
     here = slice(vectors.channel, vectors.channel + IN_CHANNELS)
-    seen = a.seen_at(vectors.place)[:, :, here]  # a convolution with one output is many times as slow
+    channels = a.image.unflatten(1, (a.groups, -1))[:, :, here]  # a convolution with one output is many times as slow
     weights = s.view(-1, prod(a.kernel))[here, vectors.place]
-    found = seen[:, :, 0] * weights[0]
+    found = channels[:, :, 0] * weights[0]
     for channel in range(1, len(weights)):
-        found.addcmul_(seen[:, :, channel], weights[channel])
-    return found.flatten(2)
+        found.addcmul_(channels[:, :, channel], weights[channel])
+    return a.seen_at(vectors.place, found).flatten(2)
 
 
 class Explained(NamedTuple):
@@ -222,7 +220,6 @@ class Audit:
         """Look at parameters of a layer from now on; the names of those whose gradient is to be seen for it.
 
         Args:
-            parameters: of the layer.
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
             outputs: elements of what it returns.
@@ -296,9 +293,6 @@ class Audit:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
         Args:
-            name: of the layer.
-            parameters: of the layer.
-            gradients: by the parameters' names.
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.
             cotangents: that its per-sample gradients are made of.
@@ -366,8 +360,6 @@ class Audit:
         """Both sides of what is known of a layer's whole gradients.
 
         Args:
-            layer: its number.
-            parameters: of the layer.
             holders: the layers that bring gradients of these, itself among them.
         """
         for parameter in parameters.values():

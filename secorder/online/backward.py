@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from .._torch.collectives import has_ranks
@@ -20,6 +21,7 @@ from .._torch.engine import (
 from .._torch.fsdp import local
 from .._torch.graph import current_node
 from .._torch.surroundings import out_of_sight
+from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
 from .audit import Audit
 from .closing import check_together, close, unrecorded
@@ -32,7 +34,7 @@ from .waiting import add_waiting
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
+__all__ = ["Enters", "EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
 
 #: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
 #: looked at, all of them.
@@ -76,6 +78,38 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     return True
 
 
+class Enters:
+    """A hook on an output of the model: its backward begins."""
+
+    def __init__(self, attachment: "Attachment", record: ForwardRecord, *, returned: bool) -> None:
+        self.attachment, self.record, self.returned = attachment, record, returned
+
+    @never_compiled
+    def __call__(self, g: Tensor) -> None:
+        if inside_transform():
+            return
+        troubles, record = self.attachment.fisher.troubles, self.record
+        if record.untold:
+            troubles.guarded(record, (), _tell, self.attachment.fisher, record.untold)
+            return
+        if self.attachment.pauses:
+            troubles.guarded(record, (), saves_again, self.attachment, record)
+            return
+        record.create_graph = torch.is_grad_enabled()
+        if self.returned and record.backward is None:  # the loss itself: what it is multiplied by in training
+            weights, scale = record.weights, g.detach().double()
+            own = scale.new_ones(record.num_samples) if weights is None else weights.to(scale)
+            record.weights = own / scale
+        troubles.guarded(record, (), enter, self.attachment, record)
+
+
+def _tell(fisher: OnlineFisher, reason: str) -> None:
+    """A gradient has come to a forward of which it is not known where samples are: in a training step, that is told."""
+    own = {id(p): p for layer in fisher.layers for p in layer.parameters.values() if p.requires_grad}
+    if any(will_accumulate(accumulate_node(p)) for p in own.values()):
+        fisher.troubles.mark(fisher.sums, reason)
+
+
 class EntersUnrecorded:
     """A hook on an output of a forward that was not recorded."""
 
@@ -106,9 +140,6 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
     """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any.
 
     Args:
-        fisher: with the layers.
-        backward: that begins.
-        record: of a forward that it runs through.
         fresh: see :func:`_fresh`.
     """
     if fisher.penalty is not None:

@@ -37,15 +37,12 @@ _KINDS = ("mean", "sum", "weights")
 _ACCUMULATED = ("diagonal", "trace")
 
 
-def _settings(fisher: OnlineFisher) -> tuple[int, int]:
-    return _KINDS.index(_kind(fisher)), _ACCUMULATED.index(fisher.accumulate)
-
-
 def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str, Tensor]:
     """See :meth:`secorder.CurvatureProbe.state_dict`."""
     counts = [0, 0] if attachment is None else [attachment.counts[True], attachment.counts[False]]
+    settings = _KINDS.index(_kind(fisher)), _ACCUMULATED.index(fisher.accumulate)
     state = {
-        "header": torch.tensor([VERSION, *_settings(fisher), *counts], device="cpu"),
+        "header": torch.tensor([VERSION, *settings, *counts], device="cpu"),
         "decay": torch.tensor(fisher.decay or 0.0, dtype=torch.float64, device="cpu"),
         "failures": fisher.failures.counts.clone(),
         **_state_of(fisher, fisher, ""),

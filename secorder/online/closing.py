@@ -103,31 +103,43 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
     read_squares(backward)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:
-        captured = {name for record in group for name in record.captured}
-        for layer in group[0].attribution.layers if captured else ():
-            if layer.name in captured:
-                fisher.troubles.guarded(group[0], (layer.name,), deliver, fisher, group, layer)
-        for record in group:
-            add_waiting(fisher, record)
-        for key in dict.fromkeys(name for record in group for name in record.modules):
-            parts = [x for x in (*group[0].fallback, *group[0].attribution.layers) if x.name == key]
-            names = [x.name for x in group[0].parts_of(parts[0])]
-            fisher.troubles.guarded(group[0], names, deliver_module, fisher, group, parts[0])
-        for record in group[1:]:
-            record.closed = True
-        leave_out_unasked(fisher, backward, group[0])
-        fisher.add(group[0])
-    if fisher.penalty is None:
-        _audit(fisher, backward)
-        if fisher.ranks is not None and groups:
-            share_troubles(fisher, fisher.ranks)
-    elif len(groups) == 1 and len(groups[0]) == 1 and groups[0][0].weights is None:
-        record = groups[0][0]
+        _add_group(fisher, backward, group)
+    if fisher.penalty is not None:
+        _add_penalty(fisher, backward, records)
+        return
+    _audit(fisher, backward)
+    if fisher.ranks is not None and groups:
+        share_troubles(fisher, fisher.ranks)
+
+
+def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[ForwardRecord]) -> None:
+    """Add what a forward, or several whose row n is one sample, still hold."""
+    first, *others = group
+    captured = {name for record in group for name in record.captured}
+    for layer in first.attribution.layers if captured else ():
+        if layer.name in captured:
+            fisher.troubles.guarded(first, (layer.name,), deliver, fisher, group, layer)
+    for record in group:
+        add_waiting(fisher, record)
+    for key in dict.fromkeys(name for record in group for name in record.modules):
+        layer = next(x for x in (*first.fallback, *first.attribution.layers) if x.name == key)
+        names = [x.name for x in first.parts_of(layer)]
+        fisher.troubles.guarded(first, names, deliver_module, fisher, group, layer)
+    for record in others:
+        record.closed = True
+    leave_out_unasked(fisher, backward, first)
+    fisher.add(first)
+
+
+def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
+    """Add the gradient of a penalty that is the same for each sample to each sample's."""
+    if len(records) == 1 and records[0].weights is None:
+        record = records[0]
         inverse = float(record.num_samples) if record.mean else 1.0
         alpha = 1.0 if fisher.decay is None else (1 - fisher.decay) / record.num_samples
         scale = fisher.loss_scale_of(backward)
         add_shared(fisher.layers, fisher.sums, backward, record, inverse=inverse, scale=scale, alpha=alpha)
-    elif groups:
+    elif records:
         fisher.troubles.mark(
             fisher.sums,
             'penalty="shared" goes with one forward for each backward, and with reduction="mean" or "sum".',

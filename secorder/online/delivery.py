@@ -54,9 +54,6 @@ def bring(
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
     Args:
-        fisher: what they are added to.
-        record: of the forward.
-        layer: the layer.
         index: the call's number in the forward.
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
         total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
@@ -149,10 +146,6 @@ def _told(
     """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter.
 
     Args:
-        fisher: that the norms are for.
-        record: of the forward.
-        layer: the layer.
-        gradients: of its parameters.
         calls: what the gradients are made of, where they are by the layer's rule.
     """
     products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
@@ -175,10 +168,6 @@ def _parts(
     """The squares of a layer's per-sample gradients, or what they are made of.
 
     Args:
-        fisher: that they are added to.
-        record: of the forward.
-        layer: the layer.
-        gradients: of its parameters.
         products: the audit's numbers of them.
         squares: where they are formed already, those of all parameters.
         seen: numbers that are finite where all that is added is, to be added to.
@@ -194,11 +183,10 @@ def _parts(
         seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
         return list(squares.split(layer.sizes()))
     found: list[Tensor | Sequence[PerSample]] = []
-    low = fisher.low(record, layer)
-    contracted = contract_sum_low if low else contract_sum
+    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
-        if layer.sharded or (not low and is_formed(part, numel)):  # before other ranks wait for it
+        if layer.sharded or is_formed(part, numel):  # before other ranks wait for it
             found.append(own := contracted([part], numel=numel))
             seen.append(own.amax() if asked and numel else None)
         else:

@@ -19,7 +19,7 @@ from .._torch.fsdp import local
 from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import versions
-from ..errors import InvalidArgumentError, NonFiniteError
+from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
@@ -38,7 +38,7 @@ from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 
-__all__ = ["Accumulate", "OnlineFisher", "check_accumulate", "quietly"]
+__all__ = ["Accumulate", "OnlineFisher", "quietly"]
 
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
@@ -139,7 +139,7 @@ class OnlineFisher:
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
-        self.uncalled = Uncalled()
+        self.uncalled = Uncalled(self.layers)
 
     @lasting()
     def renew(self, copied: Sequence[str] = ()) -> None:
@@ -301,7 +301,7 @@ class OnlineFisher:
             audit_early(self, record, index)
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
-                    if p.requires_grad and p.grad is not None:
+                    if p.requires_grad and p.grad is not None and self.uncalled.trained(p):
                         self.troubles.saw_at("uncalled", [name])
                         self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
             zeros.append(name)
@@ -326,18 +326,6 @@ class OnlineFisher:
         for name in (*record.norms, *zeros):
             self.sums[name].batches += 1
         return counted
-
-
-def check_accumulate(accumulate: str, penalty: str | None) -> None:
-    """Refuse what cannot be accumulated.
-
-    Raises:
-        InvalidArgumentError: no such quantity, or norms where a penalty is to be added to each sample's gradient.
-    """
-    if accumulate not in ("diagonal", "trace"):
-        raise InvalidArgumentError(f'accumulate must be "diagonal" or "trace", got {accumulate!r}.')
-    if accumulate == "trace" and penalty is not None:
-        raise InvalidArgumentError('penalty="shared" goes with accumulate="diagonal".')
 
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:

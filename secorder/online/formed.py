@@ -1,8 +1,8 @@
 """Squares that are formed apart from the sums, and wait to be added together: what is small is asked of all at once.
 
 Squares over several positions are formed before they are added, so that they tell themselves whether they are finite;
-where they are not, the batch does not count for their layer. They wait until they take memory that counts, and at most
-until the backward ends.
+where they are not, the batch does not count for their layer. They wait until they take as much memory
+as a step of a contraction may, and at most until the backward ends.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, add_products, multiply_each
-from ..layers.contraction import IN_PLACE_ELEMENTS, contract
+from ..layers.contraction import IN_PLACE_ELEMENTS, contract_sum
 from ..layers.dtypes import compute_dtype
-from ..layers.per_sample import Outer, PerSample, Rows
+from ..layers.low_precision import contract_sum_low
+from ..layers.per_sample import Outer, PerSample, Rows, chunk_elements
 from ..layers.selection import Layer
 from .finite import finite
 from .record import ForwardRecord
@@ -23,10 +24,7 @@ from .record import ForwardRecord
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["add_formed", "form", "is_formed", "squares_may_wait", "wait_formed"]
-
-#: Elements of squares that wait, at most.
-MOST_ELEMENTS = 1 << 20
+__all__ = ["add_formed", "form", "is_formed", "may_be_later", "squares_may_wait", "wait_formed"]
 
 
 def form(
@@ -39,7 +37,7 @@ def form(
     sizes = layer.sizes()
     if fisher.accumulate != "diagonal" or layer.sharded or not 0 < sum(sizes) <= IN_PLACE_ELEMENTS:
         return None
-    if record.attribution.sharing(layer.name) or fisher.low(record, layer):
+    if record.attribution.sharing(layer.name):
         return None
     parts = [gradients[name] for name in layer.parameters]
     formed = [isinstance(x, Tensor) or is_formed(x, size) for x, size in zip(parts, sizes, strict=True)]
@@ -47,8 +45,9 @@ def form(
         return None
     like = next(iter(layer.parameters.values()))
     squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
+    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
     for part, size, out in zip(parts, sizes, squares.split_with_sizes(sizes), strict=True):
-        contract(part, numel=size, out=out, beta=0.0)
+        contracted([part], numel=size, out=out, beta=0.0)
     return squares
 
 
@@ -58,11 +57,16 @@ def is_formed(part: PerSample, numel: int) -> bool:
 
 
 def squares_may_wait(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
+    """Whether a layer's squares may be added later, together with others."""
+    return may_be_later(fisher, layer, squares, [own for _, own in record.formed[:1]])
+
+
+def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether a layer is added as any other is: here, in one dtype, and whatever other ranks find."""
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
-    dtype, device = squares.dtype, squares.device
-    for other in (*fisher.sums[layer.name].sums, *[own for _, own in record.formed[:1]]):
+    dtype, device = like.dtype, like.device
+    for other in (*others, *fisher.sums[layer.name].sums):
         if other.dtype is not dtype or other.device != device:
             return False
     return True
@@ -73,7 +77,7 @@ def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squ
     record.received.add(layer.name)
     record.formed.append((layer, squares))
     record.elements_formed += squares.numel()
-    if record.elements_formed > MOST_ELEMENTS:
+    if record.elements_formed > chunk_elements(squares.device):
         add_formed(fisher, record)
 
 

@@ -78,5 +78,5 @@ class ForwardGraph:
         """Where it shows the samples to be (see :mod:`secorder._torch.sample_graph`); None where hooks pass it by."""
         if self.hooked or not self.ends or self.count == 1:
             return None
-        sizes = [layout.inner_size(f) for f, layout in self.ends]
+        sizes = [layout.inner_size(f.shape) for f, layout in self.ends]
         return samples_in_nodes([f for f, _ in self.ends], sizes, self.count, tell_shared=True)

@@ -30,7 +30,6 @@ from .._torch.compile import (
     is_traced,
     leave_graph,
     may_break_graph,
-    never_compiled,
     uncompiled,
 )
 from .._torch.engine import in_backward
@@ -40,7 +39,7 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .backward import EntersUnrecorded, enter, let_go, saves_again
+from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .fisher import OnlineFisher
 from .looks import Looks
@@ -212,9 +211,6 @@ class Attachment:
         """The model's forward ended, perhaps by an exception (then without an output).
 
         Args:
-            args: of the call.
-            kwargs: of the call.
-            output: of the call.
             sections: that of the forward is added to them, to be ended when all here is done.
         """
         thread = threading.get_ident()
@@ -247,7 +243,7 @@ class Attachment:
             if tensor.requires_grad and tensor.grad_fn is not None:
                 # Opens the backward before any layer is reached: under reentrant checkpoints, layers run inside of it.
                 returned = bool(self.fisher.returned) and not tensor.dim() and tensor.is_floating_point()
-                tensor.register_hook(_Enters(self, record, returned=returned))
+                tensor.register_hook(Enters(self, record, returned=returned))
 
     def _computed_again(self) -> bool:
         """Whether a checkpoint around the model computes a forward again: if it was recorded, its layers are hooked.
@@ -294,27 +290,6 @@ class Attachment:
 def differentiable(model: nn.Module, arguments: Any) -> bool:
     """Whether a backward may follow a forward."""
     return any(t.requires_grad for t in (*model.parameters(), *tensors_in(arguments)))
-
-
-class _Enters:
-    """A hook on an output of the model: its backward begins."""
-
-    def __init__(self, attachment: Attachment, record: ForwardRecord, *, returned: bool) -> None:
-        self.attachment, self.record, self.returned = attachment, record, returned
-
-    @never_compiled
-    def __call__(self, g: Tensor) -> None:
-        if inside_transform():
-            return
-        if self.attachment.pauses:
-            self.attachment.fisher.troubles.guarded(self.record, (), saves_again, self.attachment, self.record)
-            return
-        self.record.create_graph = torch.is_grad_enabled()
-        if self.returned and self.record.backward is None:  # the loss itself: what it is multiplied by in training
-            weights, scale = self.record.weights, g.detach().double()
-            own = scale.new_ones(self.record.num_samples) if weights is None else weights.to(scale)
-            self.record.weights = own / scale
-        self.attachment.fisher.troubles.guarded(self.record, (), enter, self.attachment, self.record)
 
 
 class _Begin(OwnHook):

@@ -12,9 +12,10 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, merged
-from .relation import explain
+from .carried import carried_cut_off
+from .relation import Shape, explain
 from .returned_loss import told_otherwise
-from .samples import SampleDim
+from .samples import SampleDim, shapes_of
 from .schedule import now_and_then
 from .search import attribute
 
@@ -28,7 +29,6 @@ class Looks:
     """Attributions of one model's layers.
 
     Args:
-        model: the model.
         sample_dim: where the samples are in the arguments, if it is told.
     """
 
@@ -36,36 +36,41 @@ class Looks:
         self._model = model
         self._sample_dim = sample_dim
         self._modules = list(model.modules())
-        self._known: dict[tuple[bool, ...], Attribution] = {}
+        #: By modes, and by how many dimensions each of the arguments has; the latest last.
+        self._known: dict[tuple[bool, ...], dict[tuple[int, ...], Attribution]] = {}
         self._batches: dict[tuple[bool, ...], int] = {}
         self._not_followed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_known": {}, "_batches": {}}  # what is known of a model is not carried to its copy
 
-    def known(self) -> Attribution | None:
-        """For the modes of now."""
-        return self._known.get(self._mode())
+    def known(self, shapes: Sequence[Shape]) -> Attribution | None:
+        """For the modes of now, and arguments of these shapes."""
+        known = self._known.get(self._mode(), {})
+        found = known.get(_ranks(shapes))
+        if found is not None or not known:
+            return found
+        latest = list(known.values())[-1]
+        return latest if latest.grouping is not None else None  # of a list, however long, or any graphs
 
     def any_known(self) -> Attribution | None:
         """For any modes."""
-        return next(iter(self._known.values()), None)
+        return next((found for known in self._known.values() for found in known.values()), None)
 
     def _mode(self) -> tuple[bool, ...]:
         return tuple([module.training for module in self._modules])
 
-    def scheduled(self) -> bool:
-        """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then)."""
+    def scheduled(self, found: Attribution | None) -> bool:
+        """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
         mode = self._mode()
-        found = self._known.get(mode)
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
             return True
         return batch & (batch - 1) == 0 or now_and_then(batch, ONE_IN)
 
-    def certain(self) -> bool:
+    def certain(self, found: Attribution | None) -> bool:
         """Whether the model's structure leaves no doubt of what is known: only its loss is to be looked at."""
-        return self.known() is not None and self._sample_dim in (None, 0) and independent_by_structure(self._model, 0)
+        return found is not None and self._sample_dim in (None, 0) and independent_by_structure(self._model, 0)
 
     def look(
         self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], reduction: Any = None
@@ -73,20 +78,20 @@ class Looks:
         """Look at a batch; what it tells of the layers is kept for the modes of now.
 
         Args:
-            layers: the layers.
-            args: of the forward.
-            kwargs: of the forward.
             reduction: what is told of a loss that the model returns, and is to be looked at; None: it is not.
         """
         mode = self._mode()
-        before = self._known.get(mode)
+        known = self._known.setdefault(mode, {})
+        ranks = _ranks(shapes_of((args, kwargs)))
+        before = known.get(ranks) or next((x for x in reversed(known.values()) if not (x.undecided or x.coupled)), None)
         if before is not None and before.provisional:
             before = None
         # The user's backward hooks are for the user's backward.
         with (
             backward_hooks_removed(self._model.modules()),
-            no_autocast(),
-        ):  # what belongs to which sample shows best in full precision
+            carried_cut_off(self._model) as carries,
+            no_autocast(),  # what belongs to which sample shows best in full precision
+        ):
             found = run_isolated(
                 lambda direct: attribute(
                     self._model,
@@ -102,13 +107,15 @@ class Looks:
         if found.unclear or (found.undecided and found.provisional):
             return found
         if reduction is not None and not found.undecided:
-            with no_autocast():
+            with carried_cut_off(self._model), no_autocast():
                 told = told_otherwise(self._model, reduction, found, args, kwargs)
             # Of what is weighted as a function tells, each part has weights of its own.
             as_told = {place for place, reason in told.items() if callable(reduction) and not reason}
             unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
             found = replace(found, unreduced=unreduced, coupling=found.coupling - as_told)
-        self._known[mode] = found if before is None or found.undecided else merged(before, found)
+        found = replace(found, carries=carries)
+        known.pop(ranks, None)
+        known[ranks] = found if before is None or found.undecided else merged(before, found)
         return found
 
     @staticmethod
@@ -150,6 +157,10 @@ class Looks:
         self._modules = list(self._model.modules())
         self._known.clear()
         self._batches.clear()
+
+
+def _ranks(shapes: Sequence[Shape]) -> tuple[int, ...]:
+    return tuple([len(shape) for shape in shapes])
 
 
 def _alike(one: Layer, other: Layer) -> bool:

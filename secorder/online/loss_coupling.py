@@ -5,8 +5,9 @@ Each sample has a loss of its own where the loss L of the batch is a sum of func
 others. Where it is more than rounding (a contrastive loss, a statistic of the batch, the root of a mean), they are
 coupled. It takes the part of the graph between loss and outputs, twice, before the user's backward pass frees it.
 
-What has no second derivative there (sorting, a hinge on a mean), or none that PyTorch knows, is not seen; what other
-samples bring as constants is no coupling (advantages that are normalised, keys without a gradient).
+Choices among samples have no second derivative there: see :mod:`secorder.online.choices`. A hinge on a mean, and what
+PyTorch knows no second derivative of, are not seen; what other samples bring as constants is no coupling (advantages
+that are normalised, keys without a gradient).
 """
 
 import math
@@ -28,6 +29,8 @@ from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
 from .beside import layers_behind
+from .choices import chooses
+from .loss_scale import tell_scaler
 from .record import ForwardRecord
 from .samples import floating
 from .troubles import tell_normalised
@@ -47,8 +50,8 @@ _NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
-    "contrastive loss, a statistic of the batch, the root of a mean), so that no sample has a gradient of its own: use "
-    "a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+    "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
+    "gradient of its own: use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
 )
 
 
@@ -68,9 +71,7 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
     """Look at the loss once a backward pass begins that leads to what a forward has returned, and mark its layers.
 
     Args:
-        attachment: of the probe.
         record: of the forward, of a batch that is looked at.
-        output: of the forward.
     """
     found = record.attribution
     if record.num_samples < 2 or found.provisional or found.alternative is not None or not tells_recomputation():
@@ -115,13 +116,15 @@ def _look(
     roots = {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
     outputs = _outputs_behind([node for node, _ in roots], id(attachment), id(record))
     reached.extend(outputs)
+    if reached:
+        tell_scaler(attachment.fisher, [node for node, _ in roots])
     order = nodes_between([node for node, _ in roots], {node for node, _ in outputs})
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
     try:
         with no_autocast():
-            coupled = couples(order, roots, outputs, record.num_samples)
+            coupled = chooses(order, roots, outputs) or couples(order, roots, outputs, record.num_samples)
     except Exception:  # of what has no second derivative, or is not to be run
         return
     if not coupled:
@@ -165,7 +168,6 @@ def couples(
         order: the nodes between the loss and the outputs.
         roots: the gradients that the backward pass begins with.
         outputs: of the model, by where the graph has them.
-        count: of samples.
 
     Raises:
         UnknownNode: what is between them cannot be looked at.

@@ -1,4 +1,4 @@
-"""What training multiplies a loss by that the model returns: seen in batches that are looked at.
+"""What training multiplies a loss by that the model returns, or by a scaler: seen in batches that are looked at.
 
 Where all of the gradient comes through the loss, what comes to it is the number that it was multiplied by. Outputs that
 the loss is computed from get no other gradient then than the loss's.
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .._torch.compile import never_compiled
-from .._torch.graph import users_of
+from .._torch.grad_scaler import multiplied_by_scaler
+from .._torch.graph import Node, users_of
 from .._torch.pytree import tensors_in
 from .._torch.transforms import inside_transform
 from .record import ForwardRecord
@@ -21,7 +22,7 @@ from .troubles import Troubles
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["fraction", "tell_scale", "watch_scale"]
+__all__ = ["fraction", "tell_scale", "tell_scaler", "watch_scale"]
 
 #: What may be rounding in numbers of half precision.
 TOLERANCE = 1e-2
@@ -93,4 +94,18 @@ def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None
             f"the loss that the model returns is multiplied by {fraction(first)} before backward, and nothing is told "
             'of it: pass loss_scale="returned" where that is no part of the loss (micro-batches whose gradients are '
             "accumulated, a GradScaler), or loss_scale=1 where it is.",
+        )
+
+
+def tell_scaler(fisher: "OnlineFisher", roots: Sequence[Node]) -> None:
+    """Mark all layers where a ``GradScaler`` has multiplied the loss, and nothing is told of the loss's scale.
+
+    Args:
+        roots: where the backward pass begins, before it does.
+    """
+    if fisher.returned is None and any(map(multiplied_by_scaler, roots)):
+        fisher.troubles.mark(
+            fisher.sums,
+            "a GradScaler multiplies the loss before backward, and nothing is told of it: pass loss_scale= with the "
+            "scaler.",
         )

@@ -217,7 +217,6 @@ class NormSums:
         """What batches add to the rows, shape ``(batches, layers, columns)``, and of each layer whether it was finite.
 
         Args:
-            batches: of one kind.
             kind: of these.
             everywhere: of one batch, what makes of the squared norms of this rank's parts those of whole layers.
         """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, will_accumulate
-from .._torch.norms import norms_of
+from .._torch.several import norms_of
 from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
@@ -63,8 +63,6 @@ def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRec
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
 
     Args:
-        fisher: with the layers.
-        backward: that begins.
         record: of the first forward that it runs through.
         fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
@@ -147,7 +145,6 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     """Add what a record's layers have brought; whether its samples were counted, or will be.
 
     Args:
-        fisher: that it is added to.
         record: of one forward whose backward has ended, or the first of those whose row n is one sample.
         zeros: layers that the loss does not depend on.
         seen: what the samples are counted in, unless no layer was finite; None where they are counted elsewhere.

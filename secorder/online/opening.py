@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
-from .._torch.modules import held_parameter, holds
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -20,6 +19,8 @@ from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
+from .carried import carried
+from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
 from .looks import Looks
@@ -30,7 +31,7 @@ from .relation import Shape, explain, whole_call
 from .returned_loss import watch_losses
 from .sample_dimension import LISTED
 from .samples import shapes_of
-from .troubles import OUTSIDE, tell_coupled, tell_normalised
+from .troubles import OUTSIDE, coupled, tell_normalised
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -44,15 +45,16 @@ REMEMBERED = 4096
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
     """The record of a forward that begins; None where there is nothing to record."""
     fisher, looks = attachment.fisher, attachment.looks
-    if not _refresh(fisher, looks):
+    if not refresh(fisher, looks):
         return None
     shapes = shapes_of((args, kwargs) if kwargs else args)
-    scheduled, known = looks.scheduled(), looks.known()
+    known = looks.known(shapes)
+    scheduled = looks.scheduled(known)
     count = None if known is None else known.count((args, kwargs), shapes)
     verified = False
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
-    wanted = scheduled and not looks.certain() and count is not None and count > 1
+    wanted = scheduled and not looks.certain(known) and count is not None and count > 1
     empty = _empty(shapes)
     if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
         someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
@@ -84,11 +86,9 @@ def _opened(
 ) -> ForwardRecord | None:
     """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
-        tell_coupled(fisher.troubles, list(fisher.sums), known, shapes)
-        return None
+        return _untold(fisher, coupled(fisher.troubles, known, shapes))
     if known is None or count is None:
-        fisher.troubles.mark(fisher.sums if known and known.undecided else (), f"{known and known.undecided}.")
-        return None
+        return None if known is None or not known.undecided else _untold(fisher, f"{known.undecided}.")
     if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
@@ -96,6 +96,7 @@ def _opened(
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)  # what is run again, if any
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
+    record.carried = carried(fisher.model) if known.carries else ()
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
@@ -106,60 +107,12 @@ def _opened(
     return record
 
 
-def _as_they_were(fisher: OnlineFisher) -> bool:
-    """Whether the modules hold the parameters that the layers have, where these are counted."""
-    for layer in fisher.layers:
-        here = fisher.sums[layer.name].counts.device
-        if here.type == "meta" or not holds(layer.module, layer.parameters):
-            return False
-        for p in layer.parameters.values():
-            if p.device != here:
-                return False
-    return fisher.norms.device == fisher.sums[fisher.layers[0].name].counts.device
-
-
-def _refresh(fisher: OnlineFisher, looks: Looks) -> bool:
-    """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
-    if _as_they_were(fisher):
-        return True
-    changed = False
-    meta, computed = [], []
-    for index, layer in enumerate(fisher.layers):
-        same, on_meta = True, False
-        for name, p in layer.parameters.items():
-            same = same and held_parameter(layer.module, name) is p
-            on_meta = on_meta or p.is_meta
-        if not same:
-            now = dict(layer.module.named_parameters(remove_duplicate=False))
-            shapes = {name: p.shape for name, p in layer.parameters.items()}
-            found = {name: now[name] for name in shapes if name in now}
-            if {name: p.shape for name, p in found.items()} != shapes:
-                fisher.troubles.mark(
-                    [layer.name],
-                    "its parameters have other names or other shapes now (parametrized, pruned): make a new probe.",
-                )
-                continue
-            if not all(p.is_leaf for p in found.values()):
-                computed.append(layer.name)
-                continue
-            layer = fisher.layers[index] = replace(layer, parameters=found)
-            changed, on_meta = True, any(p.is_meta for p in found.values())
-        if on_meta:
-            meta.append(layer.name)
-    if changed:
-        looks.forget()
-    if computed:
-        fisher.troubles.saw("computed")
-        fisher.troubles.warn(
-            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
-            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
-        )
-        return False
-    if not meta:
-        fisher.follow()
-    else:
-        fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
-    return len(meta) < len(fisher.layers)
+def _untold(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
+    """A forward of which it is not known where samples are: no harm is done unless a backward comes to it."""
+    if fisher.troubles.strict or fisher.ranks is not None:
+        fisher.troubles.mark(fisher.sums, reason)
+        return None
+    return ForwardRecord(Attribution(), 0, (), verified=False, untold=reason)
 
 
 def _empty(shapes: Sequence[Shape]) -> bool:
@@ -223,22 +176,25 @@ def _look(
             "that contains them runs once more a step. That is exact and slow; leave them out with layers= if it is "
             "too slow."
         )
-    return looks.known()
+    return looks.known(shapes_of((args, kwargs)))
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
+    begins, record.carried = [*tensors_in(arguments), *record.carried], ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = True
+        return
+    if record.untold:
         return
     watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
+        users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     if fisher.ranks is not None:

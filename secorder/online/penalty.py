@@ -61,12 +61,9 @@ def add_shared(
     """Add what a penalty adds to the squares of each layer.
 
     Args:
-        layers: of the probe.
-        sums: by layer.
         backward: with the whole gradients.
         record: of the one forward that it runs through.
         inverse: 1 / c_n, the same for every sample.
-        scale: of the loss.
         alpha: weight of the batch in the sums.
     """
     count = record.num_samples

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from .._arguments import require_one_of
 from .._torch.several import divide_each
-from ..errors import AttributionError, InvalidArgumentError, NonFiniteError, ProbeStateError, SecorderError
+from ..errors import AttributionError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
 from ..parallel.fsdp import whole_sum
 from ..results import Diagonals, LayerInfo, Strategy
@@ -185,11 +186,9 @@ def readable_counts(
     Raises:
         SecorderError: there is none, or one is missing that is asked for.
     """
-    if missing not in ("raise", "skip"):
-        raise InvalidArgumentError(f'missing must be "raise" or "skip", got {missing!r}.')
+    require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
-        reason = next(iter(troubles.values()))
-        raise AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
+        raise _troubled(troubles)
     if fisher.assumed:
         fisher.troubles.warn(fisher.assumed)
     counts = counts_of(fisher, stretch)
@@ -206,7 +205,15 @@ def readable_counts(
             chosen[name] = count
         elif missing == "raise":
             raise _unseen(fisher, stretch, name)
+    if not chosen:  # those that have seen samples are marked
+        raise _troubled(troubles)
     return chosen
+
+
+def _troubled(troubles: Mapping[str, str]) -> AttributionError:
+    """What the first layer that cannot be read is told of, and the others of the same reason."""
+    reason = next(iter(troubles.values()))
+    return AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
 
 
 def _unseen(fisher: OnlineFisher, stretch: Stretch, name: str) -> SecorderError:

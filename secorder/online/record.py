@@ -7,7 +7,8 @@ The phases of a record, and what ends it::
                 │            │           ├─ the backward is broken off: the layers that had their gradient are counted,
                 │            │           │  each by itself, and the others are not
                 │            │           └─ a second backward through the same graph: the layers it reaches are marked
-                │            └─ the backward never comes, or is torch.autograd.grad's: dropped with the graph
+                │            ├─ the backward never comes, or is torch.autograd.grad's: dropped with the graph
+                │            └─ it is not known where samples are: the layers are marked once a backward comes
                 └─ an exception, an empty batch, nothing to differentiate: dropped
 
 Records know nothing of one another. Two forwards in flight, train and eval mixed, threads: each fills its own, since a
@@ -201,6 +202,7 @@ class ForwardRecord:
         verified: whether this very batch was looked at.
         scheduled: whether it is one of those of which the loss is looked at.
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
+        carried: what modules carry from the forward before, while this one runs.
         handles: of the layers' hooks, while the forward runs.
         calls: by layer, the shapes of the outputs of each of its calls.
         hooked: calls, by layer and number, whose gradient will come.
@@ -242,6 +244,7 @@ class ForwardRecord:
         create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
         backward: the pass that is running through this forward.
         closed: nothing is to be added any more.
+        untold: why it is not known where samples are, which is told once a backward comes; else empty.
         unreturned: whether the forward ended without an output: it returned none, or raised.
         eager: the section in which nothing is compiled, while the forward runs.
     """
@@ -252,6 +255,7 @@ class ForwardRecord:
     verified: bool
     scheduled: bool = False
     start: Start | None = None
+    carried: Sequence[Tensor] = ()
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
@@ -293,6 +297,7 @@ class ForwardRecord:
     create_graph: bool = False
     backward: Backward | None = None
     closed: bool = False
+    untold: str = ""
     unreturned: bool = False
     eager: EagerSection | None = None
 

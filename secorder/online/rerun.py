@@ -34,8 +34,6 @@ def rerun_gradients(
 
     Args:
         layers: layers that are parts of one module, the one that was called.
-        calls: its calls in one forward of the model.
-        count: number of samples of the batch.
         direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
     """
     kinds = [compute_dtype(layer) for layer in layers for _ in layer.parameters]

@@ -55,8 +55,6 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
         model: the model, which is run in eval mode: with dropout, each part would have another loss.
         reduction: ``"mean"``, ``"sum"`` or a function, as told.
         found: where the samples are in the arguments; what it found to couple samples is looked at, too.
-        args: of one forward.
-        kwargs: of it.
     """
     count = None if found.grouping is not None else found.count((args, kwargs))
     returned = not found.outputs or None in found.outputs
@@ -113,9 +111,7 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
 
     Args:
-        attachment: of the probe.
         record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
-        output: of it.
     """
     fisher, found = attachment.fisher, record.attribution
     watch_scale(fisher, record, output)

@@ -90,10 +90,7 @@ def layers_of_routed_rows(
     """Names of layers whose enclosing module returns rows that no shape tells the samples of.
 
     Args:
-        layers: the layers.
         forward: runs the model on the arguments, and calls its second argument with the copies that the model gets.
-        arguments: of the model.
-        hypothesis: where samples are in them.
     """
     found: set[str] = set()
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
@@ -124,8 +121,6 @@ def routed_nodes(
 
     Args:
         forward: as for :func:`layers_of_routed_rows`.
-        arguments: of the model.
-        hypothesis: where samples are in them.
     """
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
     with routes:

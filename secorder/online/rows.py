@@ -43,11 +43,7 @@ def rows_of_layers(
 
     Args:
         seen: the layers with their calls in one forward.
-        layers: the layers.
-        arguments: of the model.
         forward: the model on its arguments, from one and the same state.
-        chosen: where samples are in the arguments.
-        graph: of the one forward.
         ranks: that parameters lie over, and do the same together.
     """
     if graph.ends:
@@ -93,7 +89,7 @@ def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: Inn
         if not inner_sizes or (here in inner_sizes and inner is None):
             return None
         # Of what nothing depends on, the usual layout is as good as any.
-        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf) == inner])
+        found.append([o for o in choices if here not in inner_sizes or o.inner_size(leaf.shape) == inner])
         if not found[-1] and inner != SHARED:
             return None
     return found
@@ -165,7 +161,6 @@ def _rounding(
     the exponent stay.
 
     Args:
-        leaves: the leaves.
         plain: their gradients by ``id(leaf)``.
         pull_back: the same for cotangents times a number.
     """

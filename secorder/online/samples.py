@@ -22,7 +22,15 @@ from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout, layouts_of
 from ..oneshot.independence import changed_entries, changed_samples, rounding_in
-from ..owners import Owned, changed_rows, owned_by_entries, owned_by_index, owned_by_packing, with_entries_of
+from ..owners import (
+    Owned,
+    changed_rows,
+    owned_by_entries,
+    owned_by_index,
+    owned_by_lengths,
+    owned_by_packing,
+    with_entries_of,
+)
 from ..parallel.spread import is_distributed
 
 __all__ = [
@@ -118,17 +126,19 @@ def from_names(
 def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["list"] | None) -> list[Hypothesis]:
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
 
-    Behind these come the entries of a list, and the graphs of a vector of indices; packed sequences stand alone.
+    Behind these come the entries of a list, the graphs of a vector of indices, and the rows of which a list tells how
+    many each sample has; packed sequences stand alone.
 
     Args:
-        arguments: of the model.
         outputs: its tensors.
         dim: the dimension, where it was told, or ``"list"``.
     """
     if dim is None and (packed := owned_by_packing(arguments)):
         return [of_owned(x, arguments) for x in packed]
     owned = owned_by_entries(arguments) if dim in (None, "list") else []
-    owned += [x for x in owned_by_index(arguments) if any(_may_hold(f, x.num_samples) for f in outputs)] * (dim is None)
+    if dim is None:
+        told = [*owned_by_index(arguments), *owned_by_lengths(arguments)]
+        owned += [x for x in told if any(_may_hold(f, x.num_samples) for f in outputs)]
     found = [] if dim == "list" else _in_dimensions(arguments, outputs, dim)[:4]
     if dim is None:
         found = [h for h in found if not any(_of_some_entries(h, x, arguments) for x in owned)]
@@ -196,9 +206,7 @@ def separates(
 
     Args:
         forward: the model on its arguments, from one and the same state.
-        arguments: of the model.
         base: the floating-point outputs for them.
-        hypothesis: where the samples are in the arguments.
         masks: for each trial the samples to change, bool, shape (N,).
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
@@ -265,8 +273,6 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     Args:
         forward: the model on its arguments.
-        arguments: of the model.
-        hypothesis: where the samples are in them.
         mask: which samples are changed, bool, shape (N,).
         alike: give them those of the first sample, as they are, where a dimension holds samples.
     """

@@ -36,6 +36,7 @@ from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
+from .carried import cut_off
 from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -77,10 +78,6 @@ def attribute(
     """Find and verify where samples are in each layer.
 
     Args:
-        model: the model.
-        layers: the layers to find samples in.
-        args: positional arguments of one forward.
-        kwargs: keyword arguments of it.
         sample_dim: where the samples are in the arguments, if it is told.
         before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
             begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
@@ -98,7 +95,7 @@ def attribute(
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
             return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
-    args, kwargs = map_tensors(once_each(_cut_off), (args, kwargs))
+    args, kwargs = map_tensors(once_each(cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -110,11 +107,6 @@ def attribute(
         if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
             return replace(found, ties=ties)
     return _escalate(asked, layers)
-
-
-def _cut_off(tensor: Tensor) -> Tensor:
-    """An argument without what it was computed from, such as the forward before this one."""
-    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:

@@ -12,7 +12,7 @@ from .record import ForwardRecord
 from .relation import Shape
 from .sample_dimension import LISTED
 
-__all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "sentence", "tell_coupled", "tell_normalised"]
+__all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "coupled", "sentence", "tell_normalised"]
 
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 _OUTSIDE = (
@@ -204,20 +204,23 @@ def tell_normalised(troubles: Troubles, names: Sequence[str]) -> None:
     troubles.warn(message)
 
 
-def tell_coupled(troubles: Troubles, names: Sequence[str], found: Attribution, shapes: Sequence[Shape]) -> None:
-    """Say that samples influence one another, and what may be told."""
+def coupled(troubles: Troubles, found: Attribution, shapes: Sequence[Shape]) -> str:
+    """That samples influence one another, and what may be told.
+
+    Raises:
+        CouplingError: at once, where the probe is strict.
+    """
+    reason = (
+        f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
+        "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
+        "for an argument without samples; for all of them where each call is one sample, such as one graph whose "
+        "nodes are classified), or measure the layers with one-shot calls."
+    )
     if found.separable is not None:
         reason = (
             "the dimension that is told to hold the samples does not separate them in the model, and dim "
             f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
         )
-    else:
-        reason = (
-            f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
-            "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "
-            "for an argument without samples; for all of them where each call is one sample, such as one graph whose "
-            "nodes are classified), or measure the layers with one-shot calls."
-        )
     if troubles.strict:
         raise CouplingError(reason)
-    troubles.mark(names, reason)
+    return reason

@@ -68,9 +68,6 @@ def rows_of_uses(
     Args:
         parameters: by layer and name, as the graph of a forward has them.
         forward: the model on its arguments, from one and the same state.
-        arguments: of the model.
-        chosen: where samples are in the arguments.
-        graph: of one forward.
         routes: by layer, those that were found to be followed before.
         routed: the forward for :func:`~secorder.online.routes.routed_nodes`, where rows may depend on data.
     """

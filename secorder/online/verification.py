@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch.modules import buffer_places, is_scripted, own_tensors, put_back
 from .._torch.pytree import call_model
+from ..oneshot.state import State
 from ..results import Diagonals
 from .fisher import OnlineFisher
 from .hooks import Attachment
@@ -61,8 +63,6 @@ def verify(
         fisher: of the probe, whose settings are in question; nothing is added to it.
         sample_dim: where the samples are in the arguments, if it is told.
         loss_fn: of the training.
-        inputs: of one batch.
-        targets: what the loss takes second.
         one_shot: the empirical Fisher of the batch.
         num_samples: of the batch.
     """
@@ -130,7 +130,7 @@ def _online(
 
 
 def _step(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, scale: float) -> None:
-    with _gradients_kept(model), torch.enable_grad():
+    with _kept(model, loss_fn), torch.enable_grad():
         (loss_fn(call_model(model, inputs), targets) * scale).backward()
 
 
@@ -142,7 +142,7 @@ def _scale_of_training(
     if not parameters:
         return None
     left = torch.cat([p.grad.detach().flatten().double() for p in parameters if p.grad is not None])
-    with _gradients_kept(fisher.model), torch.enable_grad():
+    with _kept(fisher.model, loss_fn), torch.enable_grad():
         loss = loss_fn(call_model(fisher.model, inputs), targets)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     own = torch.cat(
@@ -158,10 +158,17 @@ def _scale_of_training(
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters have no gradient; those they had, buffers and the random state are put back."""
+def _kept(model: nn.Module, loss_fn: Any) -> Iterator[None]:
+    """Inside, parameters have no gradient; those they had are put back, and what a step changes of the model's state.
+
+    Its buffers, the random state, and what model and loss keep in Python objects.
+    """
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    modules = [m for m in model.modules() if not is_scripted(m)]
+    buffers = [place for m in modules for place in buffer_places(m)]
+    values = [place.value.detach().clone() for place in buffers]
+    tensors = [t for m in modules for t in own_tensors(m)]
+    states = State(modules, tensors), State([getattr(loss_fn, "__wrapped__", loss_fn)], [*modules, *tensors])
     with torch.random.fork_rng():
         try:
             for p, _ in gradients:
@@ -170,6 +177,9 @@ def _gradients_kept(model: nn.Module) -> Iterator[None]:
         finally:
             for p, g in gradients:
                 p.grad = g
+            for state in states:
+                state.restore()
+            put_back(buffers)
             with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for place, value in zip(buffers, values, strict=True):
+                    place.value.copy_(value)

@@ -12,7 +12,7 @@ from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne
 from ..layers.side_by_side import SideBySide
 from .directions import Vectors
-from .formed import add_formed
+from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
 from .troubles import OVERWRITTEN
@@ -29,19 +29,13 @@ SMALL_ELEMENTS = 1 << 16
 
 
 def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> bool:
-    """Whether a layer is added as any other is: here, in one dtype, by itself, and whatever other ranks find."""
+    """Whether a layer may be added later, together with others: by itself, without weights, in full precision."""
     layer, like = one.layer, one.cotangents
-    if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
-        return False
     if record.weights is not None or (record.attribution.ties and record.attribution.sharing(layer.name)):
         return False
     if fisher.low(record, layer):
         return False
-    dtype, device = like.dtype, like.device
-    for other in (one.inputs, record.waiting[0].cotangents if record.waiting else like, *fisher.sums[layer.name].sums):
-        if other.dtype is not dtype or other.device != device:
-            return False
-    return True
+    return may_be_later(fisher, layer, like, (one.inputs, record.waiting[0].cotangents if record.waiting else like))
 
 
 def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:

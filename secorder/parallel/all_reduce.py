@@ -16,10 +16,6 @@ __all__ = ["add_up", "largest", "raised_on_all"]
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """Replace each tensor by its sum over the ranks, in place, with one collective for each dtype and device.
 
-    Args:
-        tensors: the same shapes on every rank.
-        group: a process group; the default group if None.
-
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised.
     """
@@ -35,11 +31,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
 
 
 def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
-    """The largest of each element on any rank.
-
-    Args:
-        tensor: of the same shape on every rank.
-        group: a process group; the default group if None.
+    """The largest of each element on any rank, of tensors of one shape.
 
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised.
@@ -55,9 +47,6 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
     """What raises inside on one rank raises on all of them, so that none waits for a sum that never comes.
 
     Each rank must enter it. Where nothing is raised, one number is reduced.
-
-    Args:
-        group: a process group; the default group if None.
 
     Raises:
         ProbeStateError: another rank raised, or ``torch.distributed`` is not initialised.

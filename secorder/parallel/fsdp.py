@@ -46,12 +46,9 @@ def part_of(tensor: Tensor, parameter: Any) -> Tensor:
 
 
 def shard_of_sum(part: Tensor, parameter: Any, spread: Spread) -> Tensor:
-    """This rank's shard, flat, of the sum over ranks with samples of their own of ``part``.
+    """This rank's shard, flat, of the sum over ranks with samples of their own of ``part``, which each computes with.
 
-    Args:
-        part: flat, of what each rank computes with: of the whole parameter's size, or of its part of a cut one.
-        parameter: the parameter.
-        spread: how it lies over its mesh.
+    The part is flat, and that of the whole parameter, or of one that is cut by tensors.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

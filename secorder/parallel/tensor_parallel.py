@@ -62,12 +62,7 @@ def layouts(module: nn.Module, weight: Any, spread: Spread) -> Layouts:
 
 
 def own(tensor: Any, cut: int | None, what: str) -> Tensor:
-    """This rank's part of an input, a cotangent or a gradient.
-
-    Args:
-        tensor: a ``DTensor``, or what each rank has all of.
-        cut: the dimension that is to be cut, or None.
-        what: it is, for the message.
+    """This rank's part, cut in a dimension or not, of an input, a cotangent or a gradient, all of which may be here.
 
     Raises:
         AttributionError: it lies otherwise, as under sequence parallelism.

@@ -23,11 +23,24 @@ from secorder._torch.modules import (
     own_tensors,
     parameter_places,
     parameters_replaced,
+    parameters_with,
     put_back,
     put_copies,
     tables_of,
 )
 from secorder._torch.pytree import tensors_in
+
+
+def test_a_modules_own_parameters_and_those_of_one_part_are_told_once_each() -> None:
+    model: Any = nn.Linear(2, 2)
+    model.again, model.none = model.weight, None  # a second name, and none at all
+    model.part = nn.Sequential(nn.Linear(2, 1), nn.Linear(2, 1, bias=False))
+    model.part.mine, model.other = model.bias, nn.Linear(2, 1)
+    every = dict(model.named_parameters())
+    assert list(parameters_with(model).items()) == [(name, every[name]) for name in ("weight", "bias")]
+    found = [(name, p) for name, p in every.items() if not name.startswith("other.")]
+    assert list(parameters_with(model, "part").items()) == found
+    assert len(found) == 5
 
 
 def test_a_module_holds_its_own_parameters_until_others_take_their_place() -> None:
@@ -118,6 +131,19 @@ def test_gradient_hooks_are_removed_for_a_while() -> None:
     assert not calls
     torch.autograd.grad((2 * p).sum(), p)
     assert len(calls) == 1
+
+
+def test_gradient_hooks_are_back_where_removing_them_is_broken_off() -> None:
+    class Interrupted(dict[int, Any]):
+        def clear(self) -> None:
+            raise KeyboardInterrupt
+
+    p, broken = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    p.register_hook(print)
+    broken._backward_hooks = Interrupted({0: print})
+    with pytest.raises(KeyboardInterrupt), gradient_hooks_removed([p, broken]):
+        raise AssertionError
+    assert p._backward_hooks
 
 
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect"])

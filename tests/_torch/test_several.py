@@ -2,7 +2,15 @@
 
 import torch
 
-from secorder._torch.several import add_each, add_products, divide_each, multiply_each, set_to_zero, square_each
+from secorder._torch.several import (
+    add_each,
+    add_products,
+    divide_each,
+    multiply_each,
+    norms_of,
+    set_to_zero,
+    square_each,
+)
 
 
 def test_each_tensor_by_itself() -> None:
@@ -18,3 +26,20 @@ def test_each_tensor_by_itself() -> None:
     assert [t.tolist() for t in totals] == [[2.25, 6.0, 11.25], [0.0, 0.0], 4.5]
     set_to_zero(totals)
     assert [t.tolist() for t in totals] == [[0.0, 0.0, 0.0], [0.0, 0.0], 0.0]
+
+
+def test_norms_of_tensors_of_any_shape() -> None:
+    tensors = [torch.randn(3, 4), torch.randn(()), torch.randn(2, 0), torch.randn(5, dtype=torch.float32)]
+    found = norms_of(tensors)
+    assert [n.dim() for n in found] == [0, 0, 0, 0]
+    for norm, tensor in zip(found, tensors, strict=True):
+        assert norm.dtype is tensor.dtype
+        assert torch.allclose(norm, tensor.norm())
+
+
+def test_half_precision_neither_overflows_nor_is_rounded_to() -> None:
+    tensors = [torch.full((300,), 6e4, dtype=torch.float16), torch.ones(257, dtype=torch.bfloat16), torch.ones(2)]
+    found = norms_of(tensors)
+    assert [n.dtype for n in found] == [torch.float32, torch.float32, torch.float64]
+    for norm, tensor in zip(found, tensors, strict=True):
+        assert torch.allclose(norm.double(), tensor.double().norm())

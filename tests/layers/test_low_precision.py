@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from secorder import CurvatureProbe, InvalidArgumentError
+from secorder.layers import low_precision
 from secorder.layers.contraction import contract_sum
 from secorder.layers.low_precision import contract_sum_low, is_low
 from secorder.layers.patches import Patches
@@ -66,6 +67,14 @@ def test_positions_are_rounded_once_where_factors_come_in_bfloat16() -> None:
     assert float(((found.double() - exact).abs() / exact).max()) <= BOUND + 1e-4
 
 
+def test_in_how_many_pieces_samples_are_taken_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Outer(torch.randn(7, 1, 3, 5).float(), torch.randn(7, 1, 3, 4).float())
+    whole = contract_sum_low([part], numel=20)
+    monkeypatch.setattr(low_precision, "ACCELERATOR_CHUNK_ELEMENTS", 100)
+    out = torch.full((20,), torch.nan, dtype=torch.float32)
+    assert torch.allclose(contract_sum_low([part], numel=20, out=out, beta=0.0), whole)
+
+
 def test_what_is_added_to_and_left_out() -> None:
     for positions in (1, 3):
         a, g = torch.randn(6, 1, positions, 5).float(), torch.randn(6, 1, positions, 4).float()
@@ -118,5 +127,8 @@ def test_the_online_fisher_in_bfloat16(tokens: tuple[int, ...]) -> None:
             assert not torch.equal(value, expected)
             error = (value - expected).abs()
             assert bool((error <= (BOUND * expected if not tokens else BOUND * expected.max())).all())
+        before = low.fisher_diagonal()
+        model(inputs * torch.inf).square().flatten(1).sum(1).mean().backward()
+        assert all(torch.equal(value, before[name]) for name, value in low.fisher_diagonal().items())
     with pytest.raises(InvalidArgumentError, match="precision must be"):
         CurvatureProbe(model, precision="float16")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from secorder import (
     CurvatureProbe,
@@ -132,6 +132,7 @@ def test_what_passes_for_a_data_set() -> None:
     assert is_data_set(iter([(X, Y)]), None)
     assert is_data_set([(X, Y), (X, Y)], None)
     assert is_data_set(list(DataLoader(TensorDataset(X, Y))), None)
+    assert is_data_set([{"input": X}, {"input": X}], None)
     assert not is_data_set([X, Y], None)
     assert not is_data_set([(X, X), (X, X)], Y)
     assert not any(is_data_set(batch, None) for batch in (X, [X], (X, Y), {"x": X}, Graph(), None))
@@ -191,6 +192,20 @@ def test_batches_without_targets(inputs_alone: Any) -> None:
     with CurvatureProbe(make()) as probe:
         found = probe.fisher_diagonal(loss_fn, iter([inputs_alone(X[:6]), inputs_alone(X[6:])]))
         assert_all_close(found, probe.fisher_diagonal(loss_fn, X))
+
+
+def test_loaders_of_streams_have_no_length() -> None:
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            yield from zip(X, Y, strict=True)
+
+    loader: Any = DataLoader(Stream(), 6)
+    with CurvatureProbe(make()) as probe:
+        found = probe.fisher_diagonal(F.cross_entropy, loader, progress=True)
+        assert_all_close(found, probe.fisher_diagonal(F.cross_entropy, X, Y))
+        with pytest.raises(InvalidArgumentError, match="does not tell how many"):
+            probe.estimate_cost(F.cross_entropy, loader)
+    assert diagnose(make(), F.cross_entropy, loader).num_samples == 20
 
 
 def test_random_numbers_of_a_loader_are_put_back() -> None:

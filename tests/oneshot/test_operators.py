@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import InvalidArgumentError
 from secorder.oneshot.hessian.layer_graph import LayerGraph
 from secorder.oneshot.measurement import Measurement
-from secorder.oneshot.operators import ProductInZ, check_curvature, operators
+from secorder.oneshot.operators import ProductInZ, operators
 
 from ..helpers import Net, Twice, data, make, measured
 from ..reference import assert_close
@@ -91,10 +90,3 @@ def test_a_block_goes_by_its_calls_where_the_rule_is_for_them(monkeypatch: pytes
     gradients = LayerGraph.gradients
     monkeypatch.setattr(LayerGraph, "gradients", lambda self, u: gradients(self, [1.01 * x for x in u]))
     assert measured(strategies, make(), data()) == [False, False]
-
-
-def test_curvatures_and_blocks_that_there_are() -> None:
-    check_curvature("ggn", "parameter")
-    for arguments in (("gauss-newton", "layer"), ("ggn", "element")):
-        with pytest.raises(InvalidArgumentError, match="must be"):
-            check_curvature(*arguments)

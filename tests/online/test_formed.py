@@ -21,11 +21,11 @@ def chain() -> nn.Module:
 
 @pytest.mark.parametrize("decay", [None, 0.9])
 @pytest.mark.parametrize("on_nonfinite", ["skip", "keep", "raise"])
-@pytest.mark.parametrize("most", [formed.MOST_ELEMENTS, 30])
+@pytest.mark.parametrize("most", [formed.chunk_elements(torch.device("cpu")), 30])
 def test_how_many_wait_changes_nothing(
     most: int, on_nonfinite: Literal["skip", "keep", "raise"], decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formed, "MOST_ELEMENTS", most)
+    monkeypatch.setattr(formed, "chunk_elements", lambda device: most)
     model, batches = chain(), [data(5), data(40)]
     with CurvatureProbe(model, "all", on_nonfinite=on_nonfinite, decay=decay) as probe:
         for batch in batches:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder.online.loss_scale import fraction
 
-from ..helpers import Net
+from ..helpers import Net, data, mlp, reference
 from ..reference import assert_all_close
 from .loops import follow
 
@@ -73,3 +73,14 @@ def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
 
 def test_fractions_are_written_as_people_do() -> None:
     assert [fraction(x) for x in (0.25, 1 / 3, 65536.0, 0.3)] == ["1/4", "1/3", "6.554e+04", "0.3"]
+
+
+def test_a_scaler_that_nothing_is_told_of_is_told_of() -> None:
+    net, batch = mlp(), data()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with CurvatureProbe(net, reduction="mean") as probe, CurvatureProbe(net, loss_scale=scaler) as told:
+        with pytest.warns(CurvatureWarning, match="a GradScaler multiplies the loss"):
+            scaler.scale(F.cross_entropy(net(batch[0]), batch[1])).backward()
+        with pytest.raises(AttributionError, match="pass loss_scale= with the scaler"):
+            probe.fisher_diagonal()
+        assert_all_close(told.fisher_diagonal().by_parameter(), reference(net, batch))

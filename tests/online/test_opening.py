@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder.online.looks import Looks
 from secorder.online.opening import open_record
+from secorder.online.reading import unreadable
 
-from ..helpers import Net, data, mlp, step
+from ..helpers import Net, data, mlp, reference, step
+from ..reference import assert_all_close
 
 
 def test_a_record_of_a_batch() -> None:
@@ -67,3 +70,56 @@ def test_a_model_of_which_nothing_can_be_told_is_not_looked_at_at_each_step() ->
                 probe.fisher_diagonal()
             probe.reset()
     assert next(runs) <= 16 + 2 * 5  # batches 1, 2, 4, 8 and 16
+
+
+def acting(model: nn.Module) -> None:
+    """An agent's unbatched call, made with gradients and never differentiated."""
+    model(torch.randn(4)).argmax()
+
+
+def saliency(model: nn.Module) -> None:
+    """A derivative with respect to the input alone."""
+    inputs = torch.randn(4, requires_grad=True)
+    torch.autograd.grad(model(inputs).max(), inputs)
+
+
+@pytest.mark.parametrize("other", [acting, saliency])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_forward_of_which_nothing_is_known_does_no_harm_without_a_backward(other: Any, *, first: bool) -> None:
+    model = mlp()
+    batches = [data(), data(3), data(7)]
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        expected: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            if first or index:
+                other(model)
+            step(model, batch)
+            for name, value in reference(model, batch).items():
+                expected[name] = expected.get(name, 0.0) + value * len(batch[0]) / 16
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+def test_a_forward_of_which_nothing_is_known_is_told_of_once_a_backward_comes() -> None:
+    model = mlp()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, data())
+        output = model(torch.randn(4))
+        assert not unreadable(probe._fisher)
+        with pytest.warns(CurvatureWarning, match="no dimension of the model's arguments"):
+            output.sum().backward()
+        with pytest.raises(AttributionError, match=r"shapes \[\(4,\)\]"):
+            probe.fisher_diagonal()
+
+
+def test_a_loop_that_calls_its_model_in_two_ways_in_turn_is_looked_at_no_more_often(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Net(lambda m, x, y=None: m.fc(x if y is None else x + y), fc=nn.Linear(4, 3))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        looked, look = [], Looks.look
+        monkeypatch.setattr(Looks, "look", lambda *args: (looked.append(index), look(*args))[1])
+        for index in range(1, 17):
+            model(*[data()[0]] * (1 + index % 2)).sum().backward()
+        assert probe.num_samples == 16 * 6
+    assert looked == [1, 2, 4, 8, 16]

@@ -10,7 +10,7 @@ from torch import nn
 from secorder import AttributionError, CurvatureProbe, ProbeStateError
 from secorder.online.reading import diagonals, num_samples, num_skipped, unreadable
 
-from ..helpers import data, make, reference
+from ..helpers import Net, data, make, reference
 from ..reference import assert_all_close
 
 
@@ -50,3 +50,16 @@ def test_layers_that_cannot_be_told_are_raised_for_or_left_out() -> None:
         told = diagonals(probe._fisher, "skip")
         assert set(told) == set(probe.layer_names) - {name}
         assert all(torch.isfinite(value).all() for value in told.values())
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_a_layer_without_samples_is_not_all_that_is_left_to_tell(accumulate: Any) -> None:
+    """All that have seen samples are marked, and every batch is left out of the other one."""
+    batch, ones = data(), torch.ones(1)
+    model = Net(lambda m, x: (m.fc(x), m.scale(ones).sum()), fc=nn.Linear(4, 3), scale=nn.Linear(1, 1))
+    with CurvatureProbe(model, reduction="mean", accumulate=accumulate) as probe:
+        output, scale = model(batch[0])
+        (F.cross_entropy(output * scale, batch[1]) + model.fc.weight.square().sum()).backward()
+        for read in (probe.fisher_trace, *[probe.fisher_diagonal] * (accumulate == "diagonal")):
+            with pytest.raises(AttributionError, match=r"layer 'fc'.*outside of the layer's calls"):
+                read(missing="skip")

@@ -65,6 +65,40 @@ def test_buffers_are_put_back() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_what_model_and_loss_keep_elsewhere_is_put_back() -> None:
+    """A buffer that a forward makes anew, counters and lists, a generator; a loss's centre."""
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+            self.register_buffer("centre", torch.zeros(2))
+            self.calls, self.history = 0, [0]
+            self.generator = torch.Generator().manual_seed(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layer(x)
+            self.centre = 0.9 * self.centre + output.detach().mean(0)
+            self.calls += 1
+            self.history.append(self.calls)
+            return output + 1e-9 * torch.rand(output.shape, generator=self.generator)
+
+    model, kept = Counting(), {"loss": torch.zeros(())}
+
+    def loss_fn(f: Tensor, t: Tensor) -> Tensor:
+        kept["loss"] = F.cross_entropy(f, t)
+        return kept["loss"]
+
+    held, generator = (model.centre, kept["loss"]), model.generator.get_state()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        assert probe.verify(loss_fn, torch.randn(6, 3), torch.arange(6) % 2)
+    assert model.centre is held[0]
+    assert kept["loss"] is held[1]
+    assert not model.centre.any()
+    assert (model.calls, model.history) == (0, [0])
+    assert torch.equal(model.generator.get_state(), generator)
+
+
 def test_a_layer_that_differs_says_why() -> None:
     model, (inputs, targets) = make(), data()
 

@@ -18,10 +18,8 @@ class OperationCall:
     """An operation as its node of the autograd graph knows it, while a backward has come to it.
 
     Args:
-        node: of the graph.
         gradients: on each of its outputs; None where the loss does not depend on it.
         layouts: where the samples are in each of them.
-        count: number of samples.
         dtype: that is computed in.
     """
 
@@ -68,14 +66,9 @@ class OperationCall:
         return split.flatten(1, -2)[:, None] if split.dim() > 2 else split[:, None, None]
 
     def of_samples(self, values: Tensor, shape: Sequence[int]) -> Tensor | None:
-        """Values of the output's shape, summed to those of an input that was broadcast to it, for each sample alone.
+        """Values of the output's shape, summed to that of an input that was broadcast, by sample: ``(N, *shape)``.
 
-        Args:
-            values: with samples where the output has them.
-            shape: of the input.
-
-        Returns:
-            ``(N, *shape)``; None where the input has a row for each row of the samples' dimension.
+        None where the input has a row for each row of the samples' dimension.
         """
         own = [1] * (values.dim() - len(shape)) + list(shape)
         dim, rows, _ = self.layout

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..._torch.graph import Node, saved
+from ..._torch.graph import Node, saved, signed
 from ..per_sample import Outer, PerSample, Rows
 from .registry import parameter_map
 
@@ -45,30 +45,25 @@ def _order(node: Node, dims: int) -> list[int]:
     """For each dimension of the output, that of the input."""
     name = node.name()
     if name == "PermuteBackward0":
-        return [_signed(d) % dims for d in saved(node, "dims")]
+        return [signed(d) % dims for d in saved(node, "dims")]
     order = list(range(dims))
     if dims < 2:
         return order
     one, other = (
-        (0, 1) if name == "TBackward0" else (_signed(saved(node, "dim0")) % dims, _signed(saved(node, "dim1")) % dims)
+        (0, 1) if name == "TBackward0" else (signed(saved(node, "dim0")) % dims, signed(saved(node, "dim1")) % dims)
     )
     order[one], order[other] = order[other], order[one]
     return order
 
 
-def _signed(number: int) -> int:
-    """What is saved as an unsigned number may have been negative."""
-    return number - 2**64 if number >= 2**63 else number
-
-
 @parameter_map("SplitBackward0", "SplitWithSizesBackward0", "UnsafeSplitBackward0", "SliceBackward0")
 def split_off(node: Node, number: int, gradient: PerSample, shape: Shape, before: Shape) -> PerSample | None:
     """A part of the rows, or of another dimension."""
-    dim = _signed(saved(node, "dim")) % len(shape)
+    dim = signed(saved(node, "dim")) % len(shape)
     if node.name() == "SliceBackward0":
         if saved(node, "step") != 1:
             return None
-        start = _signed(saved(node, "start"))
+        start = signed(saved(node, "start"))
         start = min(max(start + before[dim] if start < 0 else start, 0), before[dim])
     elif node.name() == "SplitWithSizesBackward0":
         start = sum(saved(node, "split_sizes")[:number])
@@ -119,8 +114,8 @@ def selected(node: Node, number: int, gradient: PerSample, shape: Shape, before:
     """One of the parts of a parameter that is several in one, such as an expert's matrix."""
     if not isinstance(gradient, Tensor):
         return None
-    dim = _signed(saved(node, "dim")) % len(before)
-    place = _signed(saved(node, "index")) % before[dim] if node.name() == "SelectBackward0" else number
+    dim = signed(saved(node, "dim")) % len(before)
+    place = signed(saved(node, "index")) % before[dim] if node.name() == "SelectBackward0" else number
     whole = gradient.new_zeros(len(gradient), *before)
     whole.select(dim + 1, place).copy_(gradient)
     return whole

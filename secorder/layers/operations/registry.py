@@ -1,6 +1,5 @@
 """The rules by operation, the maps that carry a gradient to a parameter, and the fallback for other operations."""
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.graph import Node, can_be_run, outputs_of, run_node
-from ..._torch.vjp import chunks, default_chunk_size
+from ..._torch.vjp import chunks, default_chunk_size, quiet_vmap
 from ...errors import AttributionError, InvalidArgumentError
 from ..layout import Layout
 from ..per_sample import PerSample
@@ -145,8 +144,7 @@ def _by_its_backward(call: OperationCall, index: int) -> Tensor:
 def each(pull: Callable[..., Tensor], cotangents: Sequence[Tensor]) -> Tensor:
     """A node of the graph run for each of stacked gradients, all at once where that can be."""
     try:
-        with warnings.catch_warnings():  # vmap tells of every operator that it runs in a loop
-            warnings.filterwarnings("ignore", message="There is a performance drop")
+        with quiet_vmap():
             result: Tensor = torch.vmap(pull)(*cotangents)
             return result
     except RuntimeError:  # an operator that vmap cannot run: the loop works, or names the operator

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node, outputs_of, run_node, saved, shape_of
+from ..._torch.graph import Node, outputs_of, run_node, saved, shape_of, signed
 from ..dtypes import cast
 from ..per_sample import Outer, PerSample
 from .call import OperationCall
@@ -56,7 +56,7 @@ def put_back(call: OperationCall, index: int) -> OwnedRows | None:
     scale = 1.0
     if name == "IndexAddBackward0":
         ids, scale = call.saved("index"), float(call.saved("alpha"))
-        if call.saved("dim") not in (0, 2**64 - g.dim()):
+        if signed(call.saved("dim")) % g.dim():
             return None
     else:
         ids, *more = call.saved("indices")
@@ -74,12 +74,9 @@ def put_back(call: OperationCall, index: int) -> OwnedRows | None:
 def through_rows(
     node: Node, given: Sequence[OwnedRows | Tensor | None], wanted: Sequence[int]
 ) -> list[PerSample | OwnedRows] | None:
-    """What a node makes of owned rows for some of its inputs; None where rows may meet, or nothing is known of it.
+    """What a node makes of owned rows (``given`` on its outputs) for the inputs that are wanted.
 
-    Args:
-        node: of the graph.
-        given: gradients on its outputs.
-        wanted: numbers of inputs.
+    None where rows may meet, or nothing is known of the node.
     """
     rows = [g for g in given if isinstance(g, OwnedRows)]
     if not rows or len(rows) < sum(g is not None for g in given) or any(g.owner is not rows[0].owner for g in rows):
@@ -98,7 +95,7 @@ def _through(
     alike = name in BY_ELEMENT and shape == first and own is given[0]
     alike |= name in ("ViewBackward0", "UnsafeViewBackward0") and bool(first) and shape[:1] == first[:1]
     if name in ("SplitBackward0", "SplitWithSizesBackward0"):
-        alike = saved(node, "dim") % 2**64 not in (0, 2**64 - len(first))
+        alike = signed(saved(node, "dim")) % len(first) != 0
     if name in ("AddmmBackward0", "MmBackward0"):
         place = index - (name == "AddmmBackward0")
         if place == 1:

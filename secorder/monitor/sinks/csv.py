@@ -30,9 +30,4 @@ class CSVSink:
             rows = csv.writer(file)
             if new:
                 rows.writerow(("step", "statistic", "layer", "value"))
-            rows.writerows((step, *_parts(name), value) for name, value in numbers.items())
-
-
-def _parts(name: str) -> tuple[str, str]:
-    statistic, _, layer = name.partition("/")
-    return statistic, layer
+            rows.writerows((step, *name.partition("/")[::2], value) for name, value in numbers.items())

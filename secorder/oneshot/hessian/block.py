@@ -19,13 +19,7 @@ class Memory:
     pieces: list[Tensor] = field(default_factory=list)
 
     def room(self, like: Tensor, *shape: int, beside: tuple[Tensor | None, ...] = ()) -> Tensor:
-        """A tensor of a shape, with anything in it, that has nothing in common with those that are in use still.
-
-        Args:
-            like: a tensor of the dtype and on the device.
-            shape: its shape.
-            beside: the tensors in use, besides ``like``.
-        """
+        """A tensor of a shape, with anything in it, without memory in common with ``like`` and others in use."""
         size = torch.Size(shape).numel()
         used = {t.untyped_storage().data_ptr() for t in (like, *beside) if t is not None}
         free = [k for k, t in enumerate(self.pieces) if t.untyped_storage().data_ptr() not in used]
@@ -105,7 +99,6 @@ class Block:
         """That before a product with ``weight`` (in, out): Wᵀ H W.
 
         Args:
-            weight: the matrix.
             diagonal: nothing but the diagonal is wanted.
             factored: d becomes rows, and no matrix is formed.
         """

@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
-from ..._arguments import require_integer, require_number
+from ..._arguments import require_integer, require_number, require_one_of
 from ...errors import InvalidArgumentError
 
 __all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "Budget", "HessianMethod"]
@@ -66,8 +66,7 @@ class Budget:
         Raises:
             InvalidArgumentError: one is out of its range, or they contradict each other.
         """
-        if method not in ("auto", "exact", "hutchinson"):
-            raise InvalidArgumentError(f'method must be "auto", "exact" or "hutchinson", got {method!r}.')
+        require_one_of("method", method, get_args(HessianMethod))
         if num_draws is not None:
             require_integer("num_draws", num_draws, 1)
         if rtol is not None:
@@ -103,12 +102,9 @@ class Budget:
         return self if self.rtol is None else replace(self, rtol=factor * self.rtol)
 
     def affords(self, num_products: int, elements: int, seconds: float = 0.0) -> bool:
-        """Whether an exact strategy may be taken.
+        """Whether an exact strategy may be taken: so many products, each of which passes through so many elements.
 
-        Args:
-            num_products: its products.
-            elements: numbers that each passes through.
-            seconds: that each takes; 0 if that is not known.
+        ``seconds`` is what each takes; 0 if that is not known.
         """
         if self.method == "exact":
             return True

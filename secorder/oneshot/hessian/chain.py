@@ -25,7 +25,6 @@ from ...layers.layout import DIM_ZERO
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
-from ..output_root import output_root
 from ..timing import Pieces, Rehearsal, seconds_of
 from .block import Block
 from .budget import Budget
@@ -142,13 +141,14 @@ def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]
     for index, segment in enumerate(chain.segments):
         size, before = _size(segment.shape, task), _size(segment.shape_before, task)
         inside = [chain.graphs[key] for key in segment.leaves]
+        goes_on = any(following.leaves for following in chain.segments[index + 1 :])
         work = segment.work // task.num_samples
         passed += work
         moved |= segment.kind != Kind.SAME
         if segment.kind == Kind.LINEAR:
             spent += work * (size + before if dense else columns)
         elif segment.kind == Kind.GENERAL:
-            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if _goes_on(chain, index) else 0)
+            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if goes_on else 0)
             spent += basis * (6 * work + size * size)
             dense = True
         elif segment.kind == Kind.ELEMENTWISE:
@@ -164,10 +164,6 @@ def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]
             }
             spent = 0
     return found
-
-
-def _goes_on(chain: Chain, index: int) -> bool:
-    return any(segment.leaves for segment in chain.segments[index + 1 :])
 
 
 # ---- carrying
@@ -197,7 +193,7 @@ def seconds_of_chain(task: Measurement, chain: Chain) -> float:
 def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
     """The steps, and the loss's Hessian in the output."""
     side = chain.side
-    root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    root = side.find_root(task.chunk_size)
     pairs = root.columns(range(root.num_columns))
     u = pairs.u.transpose(0, 1)
     top = Block(u, u if pairs.v is None else pairs.v.transpose(0, 1), None if pairs.sign is None else pairs.sign.T)
@@ -236,13 +232,7 @@ def _carried_over(
 
 
 def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
-    """Samples that are carried together: all of them where segments have products of their own.
-
-    Args:
-        task: the measurement.
-        steps: from the output backwards.
-        top: columns at the output.
-    """
+    """Samples that are carried together: all of them where segments have products of their own."""
     u = top.u
     assert u is not None
     columns, largest, second = u.shape[1], u.shape[1], False

@@ -46,15 +46,7 @@ class Choice:
 
 
 def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
-    """A strategy for every layer.
-
-    Args:
-        facts: what is known of the layers, all of one measurement: columns serve several together.
-        budget: how exact, how expensive.
-
-    Returns:
-        layer name → its strategy.
-    """
+    """By layer, its strategy; all facts are of one measurement, since columns serve several layers together."""
     by_chain = {f.layer for f in _chain_pays(facts, budget)}
     rest = [f for f in facts if f.layer not in by_chain]
     pay = _columns_pay(rest, budget)

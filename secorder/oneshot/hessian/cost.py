@@ -92,11 +92,10 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
 
     Args:
-        task: the measurement.
-        budget: how exact, how expensive.
         reduce: of stacked diagonals by parameter, what is wanted.
     """
-    _investigated(task, budget)  # what happens the first time alone
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:  # what happens the first time alone
+        investigate(task, recording, budget, columns=True)
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
@@ -126,19 +125,8 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
 
 
-def _investigated(task: Measurement, budget: Budget) -> None:
-    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        investigate(task, recording, budget, columns=True)
-
-
 def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
-    """Memory besides products, about.
-
-    Args:
-        task: the measurement.
-        outputs: numbers of the model's output.
-        passed: numbers that are kept of a forward.
-    """
+    """Memory besides products, about, by the numbers of the model's output, and those that are kept of a forward."""
     parameters = [p for layer in task.layers for p in layer.parameters.values()]
     size = max(p.element_size() for p in parameters)
     return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))

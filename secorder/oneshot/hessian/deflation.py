@@ -103,11 +103,8 @@ def deflated(
     """Draws beside some directions, what those give exactly, and how many products that took; None where it won't pay.
 
     Args:
-        space: of the vectors.
         tried: a pilot in it.
         known: what is known exactly already.
-        budget: how many draws, or how exact.
-        advance: of the progress bar.
     """
     planned = _planned(tried, known, budget)
     count, size = tried.products.shape[1:]

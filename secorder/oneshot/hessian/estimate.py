@@ -73,11 +73,7 @@ def average(
     """Mean of draws and its standard error (Welford's update), until the budget is content.
 
     Args:
-        draw: the draws.
         like: zeros of the shapes of one draw.
-        budget: how many draws, or how exact.
-        size: draws at a time.
-        advance: of the progress bar.
         known: what is known exactly and added to the mean.
         seconds: when they are over, no more draws are made than the least number.
         groups: of several layers at once, how many values each has: the worst of them counts.
@@ -98,7 +94,7 @@ def average(
         # One draw tells nothing of its error.
         errors = [(s / (seen - 1) / seen).sqrt() if seen > 1 else torch.full_like(s, torch.inf) for s in squares]
         total = [m + k for m, k in zip(means, known, strict=True)]
-        error = max(Estimate(total, errors).split(groups or [len(total)], budget), key=_relative).relative_error
+        error = max(x.relative_error for x in Estimate(total, errors).split(groups or [len(total)], budget))
         if budget.rtol is None:
             return Estimate(total, errors, seen, error <= ENOUGH)
         # As many more as fit in the time that is left.
@@ -108,7 +104,3 @@ def average(
         # The error falls with the root of the draws: go most of the way there.
         factor = min(4.0, max(1.2, (error / budget.rtol) ** 2))
         wanted = min(budget.max_draws, math.ceil(seen * factor), int(possible))
-
-
-def _relative(estimate: Estimate) -> float:
-    return estimate.relative_error

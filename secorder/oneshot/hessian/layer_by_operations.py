@@ -107,8 +107,6 @@ def layers_by_operations(task: Measurement, output: Any, loss: Tensor) -> list[L
 
     Args:
         task: the measurement, whose model puts no hooks on its tensors, nor checkpoints.
-        output: the model's.
-        loss: its loss.
     """
     layers = [x for x in task.layers if x.rule is None]
     outputs = [t for t in tensors_in(output) if t.requires_grad]

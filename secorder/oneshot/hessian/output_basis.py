@@ -36,10 +36,8 @@ def run(
     """The diagonal, by parameter.
 
     Args:
-        task: the measurement.
         graph: of the layer; its layouts tell where samples are.
         elements: numbers that one product keeps.
-        advance: of the progress bar.
         limit: take so many products only, to see how long they last.
     """
     totals: list[Tensor] = zeros(graph.layer)

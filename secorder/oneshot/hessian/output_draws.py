@@ -56,11 +56,8 @@ def run(
     A few products tell what is easiest to estimate, and whether to take directions of each sample exactly first.
 
     Args:
-        task: the measurement.
         graph: of the layer; its layouts tell where samples are.
-        budget: how many draws, or how exact.
         elements: numbers that one product keeps.
-        advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
         exact: what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
         seconds: that it may take, where an error is asked for.

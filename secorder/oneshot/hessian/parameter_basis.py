@@ -39,11 +39,8 @@ def run(
     """The diagonal, by parameter.
 
     Args:
-        task: the measurement.
-        layer: the layer.
         output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
         elements: numbers that one product keeps.
-        advance: of the progress bar.
         limit: take so many products only, to see how long they last: the diagonal is not whole then.
     """
     replacements = task.isolated.replacements(layer)

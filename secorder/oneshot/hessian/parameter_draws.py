@@ -45,12 +45,8 @@ def run(
     """An estimate.
 
     Args:
-        task: the measurement.
-        layer: the layer.
         output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
-        budget: how many draws, or how exact.
         elements: numbers that one product keeps.
-        advance: of the progress bar.
         reduce: of draws of the diagonal, what is wanted.
         seconds: that it may take, where an error is asked for.
 

@@ -42,10 +42,7 @@ class Outcome:
 def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Outcome]:
     """Find out the facts, choose, and run; nothing here is differentiable.
 
-    Args:
-        task: the measurement.
-        budget: how exact, how expensive.
-        reduce: of a stack of diagonals by parameter, each ``(k, numel)``, what is wanted.
+    ``reduce`` makes what is wanted of a stack of diagonals by parameter, each ``(k, numel)``.
     """
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:

@@ -96,8 +96,7 @@ def _choose_form(steps: Sequence[Step]) -> None:
 def factors_pay(sizes: Sequence[int]) -> bool:
     """Whether factors take fewer multiplications than matrices: of few layers.
 
-    Args:
-        sizes: of one sample before and behind each matrix, from the first one with curvature in its end.
+    By the sizes of one sample before and behind each matrix, from the first one with curvature in its end.
     """
     pairs = list(itertools.pairwise(sizes))
     by_factors = sum(size * a * b for k, size in enumerate(sizes) for a, b in pairs[k + 1 :])

@@ -13,7 +13,6 @@ from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
-from ..output_root import output_root
 from ..recorded_layer import contract_pairs, layout_options
 from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
@@ -50,9 +49,6 @@ def learn_seconds(
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
-        task: the measurement.
-        found: whose facts to complete.
-        budget: how exact, how expensive.
         draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this.
 
     Returns:
@@ -96,7 +92,8 @@ def _draw_some(
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
     gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
     together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
-    limit, expected = seconds_of_draws(budget, chosen), {}
+    limit = seconds_of_draws(budget, chosen)
+    expected: dict[str, float] = {}
     told = [name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)]
     for name, choice in chosen.items():
         facts, names = found.facts[name], [name]
@@ -115,9 +112,7 @@ def _draw_some(
         by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit, part)
         if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
-        for each in names:
-            found.learn(each, seconds_by_draw=by_draw / len(names))
-            expected[each] = seconds / len(names)
+        expected |= dict.fromkeys(names, seconds / len(names))
     return expected
 
 
@@ -210,8 +205,7 @@ def _on_parameters(
 
 def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph], allowance: float) -> float:
     """Of one column, for all layers together."""
-    side.root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
-    root = side.root
+    root = side.find_root(task.chunk_size)
     usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
     if not usual:
         return 0.0

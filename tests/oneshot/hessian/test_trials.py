@@ -14,6 +14,7 @@ from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
 from secorder.oneshot.hessian import deflation, output_draws, trials
 from secorder.oneshot.hessian.budget import Budget
+from secorder.oneshot.hessian.choice import DRAWN, choose
 from secorder.oneshot.hessian.estimate import Estimate
 from secorder.oneshot.hessian.facts import Facts
 from secorder.oneshot.hessian.investigate import Findings, investigate
@@ -50,10 +51,9 @@ def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -
             return found.facts, learn_seconds(task, found, budget, draws=whole)
 
     facts, expected = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
-    first = facts["0"]
-    assert max(first.seconds, first.seconds_by_column, first.seconds_by_draw) > 0
-    drawn = {name for name, f in facts.items() if f.seconds_by_draw}
-    assert set(expected) == drawn
+    assert max(facts["0"].seconds, facts["0"].seconds_by_column, expected.get("0", 0.0)) > 0
+    chosen = choose(list(facts.values()), budget)
+    assert set(expected) == {name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)}
     assert all(0 < seconds < math.inf for seconds in expected.values())
 
 

@@ -1,0 +1,287 @@
+"""Whether a loss is a mean or a sum over the samples of its batch, which decides how batches make up a data set."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._caution import caution
+from .._torch.pytree import map_tensors, tensors_in
+from .._torch.vjp import gradients
+from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension, take_samples
+from ..errors import InvalidArgumentError
+from ..layers.selection import select_layers
+from .independence import without_gradients
+from .isolation import isolate
+from .known_losses import defined_reduction
+from .loss import LossAndGradient, check_loss, losses_and_gradients
+from .overwriting import on_copies
+
+__all__ = ["Kind", "LossReduction"]
+
+#: How the loss of a batch is made of its samples'.
+Kind = Literal["mean", "sum"]
+
+#: Inputs and targets, and these with the number of their samples.
+Batch = tuple[Any, Any]
+CountedBatch = tuple[Any, Any, int]
+
+ADVICE = (
+    'say reduction="mean" or "sum", by which batches are weighted, to the probe (or to diagnose), or measure batch by '
+    "batch and take secorder.weighted_mean of the results."
+)
+
+NEITHER = "the loss is neither a mean nor a sum over samples (they are weighted, or padded, or coupled)"
+
+
+class NeitherMeanNorSum(InvalidArgumentError):
+    """The loss of a batch is neither the mean nor the sum of those of its parts."""
+
+
+class LossReduction:
+    """How a loss reduces the samples of the batches of a data set, of which each is looked at: padding may come late.
+
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        dim: where samples are in the inputs.
+        told: what the user said of the training's loss, for where nothing tells of this one.
+        certain: what needs no look.
+
+    Attributes:
+        kind: found so far; None before the second batch, without which it does not matter.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any, Any], Tensor],
+        dim: int,
+        told: Kind | None = None,
+        certain: Kind | None = None,
+    ) -> None:
+        self.kind = certain
+        self._model, self._loss_fn, self._dim, self._told = model, loss_fn, dim, told
+        self._certain = certain is not None
+        self._first: CountedBatch | None = None
+        self._unknown: InvalidArgumentError | None = None
+
+    @property
+    def summed(self) -> bool:
+        """Whether it is a sum."""
+        return self.kind == "sum"
+
+    def look(self, inputs: Any, targets: Any, count: int) -> int:
+        """Another batch.
+
+        Returns:
+            what to divide by what was added up so far, as of means over samples: of sums, the first batch's samples.
+
+        Raises:
+            InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
+        """
+        if self._certain:
+            return 1
+        found = None
+        if self._first is None:
+            self._first = inputs, targets, count
+        elif self.kind is None:
+            try:
+                found = self.kind = self._found(self._first, (inputs, targets))
+            except InvalidArgumentError as error:
+                if not self._first[2] == count == 1:  # of which a mean and a sum are added up in the same way
+                    raise
+                self._unknown = error
+        if self.kind is not None and self._told is None:
+            self._confirm((inputs, targets, count))
+        return self._first[2] if found == "sum" else 1
+
+    def require(self) -> None:
+        """After the last batch.
+
+        Raises:
+            InvalidArgumentError: there was too little to tell.
+        """
+        if self.kind is None and self._unknown is not None:
+            raise self._unknown
+
+    def _found(self, first: CountedBatch, following: Batch) -> Kind:
+        """As the loss's definition or its values tell, else as it was told."""
+        try:
+            return find_reduction(self._model, self._loss_fn, first, self._dim, following)
+        except InvalidArgumentError as error:
+            if self._told is not None:
+                if isinstance(error, NeitherMeanNorSum):
+                    caution(f"{NEITHER}: batches are weighted as those of a {self._told}, as it was told.")
+                return self._told
+            raise
+
+    def _confirm(self, batch: CountedBatch) -> None:
+        try:
+            found = find_reduction(self._model, self._loss_fn, batch, self._dim)
+        except NeitherMeanNorSum:
+            raise
+        except InvalidArgumentError:  # too few samples
+            return
+        if found != self.kind:
+            raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
+
+
+def find_reduction(
+    model: nn.Module,
+    loss_fn: Callable[[Any, Any], Tensor],
+    first: CountedBatch,
+    dim: int,
+    following: Batch | None = None,
+) -> Kind:
+    """How a loss reduces samples, by its definition, or from a batch and the batch's two parts.
+
+    Args:
+        model: the model.
+        loss_fn: the loss.
+        first: inputs, targets and their number of samples.
+        dim: where samples are in the inputs.
+        following: another batch: where the first holds one sample, or two alike, these two are the parts of one.
+
+    Raises:
+        InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
+    """
+    inputs, targets, count = first
+
+    defined = defined_reduction(loss_fn, targets)
+    if defined is not None:
+        return defined
+    cut, both = count // 3 or count // 2, None
+    if cut:
+        sizes, whole = (cut, count - cut), (inputs, targets)
+        parts, owned = (range(cut), range(cut, count)), owned_batch(inputs, targets, dim)
+        both = [part_of_batch(inputs, targets, count, dim, part, owned=owned) for part in parts]
+    if count < 3 and following is not None and (not both or _alike(*both)):
+        joined = _joined((inputs, targets), following, count, dim)
+        sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
+        whole = joined or whole
+    if both and not (sum(sizes) < 3 and _alike(*both)):  # of one class, weights of classes do not show
+        found = _of_parts(model, loss_fn, whole, both, sizes, dim)
+        if found is not None:
+            return found
+    raise InvalidArgumentError(f"it cannot be told whether the loss is a mean or a sum over samples: {ADVICE}")
+
+
+def _of_parts(
+    model: nn.Module, loss_fn: Any, whole: Batch, both: list[Batch], sizes: tuple[int, int], dim: int
+) -> Kind | None:
+    """Whether loss and gradient of a batch are the mean or the sum of those of its parts; None if nothing tells.
+
+    Raises:
+        NeitherMeanNorSum: of neither.
+    """
+    by_output = partial(_by_output, model, loss_fn, whole, sizes, dim)
+    ways: list[Callable[[], list[LossAndGradient] | None]] = [by_output]
+    # In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.
+    for evaluation in (False, True) if any(m.training for m in model.modules()) else (False,):
+        ways.append(partial(losses_and_gradients, model, loss_fn, [whole, *both], evaluation=evaluation))
+    ran = False
+    for way in ways:
+        try:
+            found = way()
+        except Exception:  # of parts: the whole was measured
+            continue
+        if found is None:
+            continue
+        ran, kinds = True, _kinds(found, sizes)
+        if kinds:
+            return kinds[0] if len(kinds) == 1 else None
+        if way is by_output:
+            break
+    if not ran:
+        return None
+    raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
+
+
+def _kinds(found: Sequence[LossAndGradient], sizes: tuple[int, int]) -> list[Kind]:
+    """What the batch, the first of these, may be of its parts."""
+    weights: dict[Kind, tuple[float, float]] = {
+        "mean": (sizes[0] / sum(sizes), sizes[1] / sum(sizes)),
+        "sum": (1.0, 1.0),
+    }
+    return [kind for kind, of_parts in weights.items() if _is_combination(found[0], found[1:], of_parts)]
+
+
+def _by_output(
+    model: nn.Module, loss_fn: Any, whole: Batch, sizes: tuple[int, int], dim: int
+) -> list[LossAndGradient] | None:
+    """The losses of a batch and its two parts, and their gradients in the model's output on the batch.
+
+    None where the loss goes by more than that, or it is not known whose all of the output is.
+    """
+    (inputs, targets), count = whole, sum(sizes)
+    rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
+    with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
+        replacements = [isolated.replacement(p) for p in model.parameters()]
+        output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
+        points = [t for t in tensors_in(output) if t.is_floating_point()]
+        places = [sample_dimension(t, count, dim) for t in points]
+        if not places or None in places:
+            return None
+        found: list[LossAndGradient] = []
+        for index in (range(count), range(sizes[0]), range(sizes[0], count)):
+            (part,) = take_samples([output], index, count, dim)
+            (own,) = take_samples([targets], index, count, dim, rows=rows)
+            leaves = [t.requires_grad_() for t in tensors_in(part) if t.is_floating_point()]
+            with isolated.loss_once_more() if found else nullcontext():
+                loss = check_loss(on_copies(loss_fn)(part, own), isolated, inputs)
+            slopes = gradients(loss, [*leaves, *replacements]) if loss.requires_grad else [loss]
+            if len(slopes) < len(leaves) or any(g is not None for g in slopes[len(leaves) :]):
+                return None
+            chosen = torch.tensor(index, device=loss.device)
+            whose = zip(points, slopes, places, strict=False)
+            filled = [torch.zeros_like(t) if g is None else _among(t, g, at, chosen) for t, g, at in whose]
+            found.append((loss.detach(), filled))
+    return found
+
+
+def _among(whole: Tensor, part: Tensor, dim: int | None, index: Tensor) -> Tensor:
+    """A part of the samples, and zeros in place of the others."""
+    assert dim is not None
+    return torch.zeros_like(whole).index_copy_(dim, index.to(whole.device), part)
+
+
+def _is_combination(whole: LossAndGradient, parts: Sequence[LossAndGradient], weights: Sequence[float]) -> bool:
+    """Whether loss and gradient of the whole are those of its parts, weighted and added up.
+
+    Losses alone would not tell: those of an untrained model are nearly the same for all samples.
+    """
+    (loss, gradient), (losses, gradients) = whole, zip(*parts, strict=True)
+    near = torch.allclose(loss, sum(w * x for w, x in zip(weights, losses, strict=True)), rtol=1e-3)
+    difference, size = 0.0, 0.0
+    for total, *of_parts in zip(gradient, *gradients, strict=True):
+        terms = [w * g.double() for w, g in zip(weights, of_parts, strict=True)]
+        rounding = torch.finfo(total.dtype).eps ** 0.5
+        difference += float((total - sum(terms)).norm()) ** 2
+        size += (rounding * sum(float(t.norm()) for t in terms)) ** 2
+    return near and difference <= size
+
+
+def _alike(one: Batch, other: Batch) -> bool:
+    """Whether targets are the same."""
+    pairs = list(zip(tensors_in(one[1]), tensors_in(other[1]), strict=False))
+    return bool(pairs) and all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+
+
+def _joined(one: Batch, other: Batch, count: int, dim: int) -> Batch | None:
+    """Two batches in one; None where their tensors are not of one shape but for the samples."""
+    rest = tensors_in(other)
+
+    def cat(tensor: Tensor) -> Tensor:
+        at = sample_dimension(tensor, count, dim)
+        following = next(rest)
+        return tensor if at is None else torch.cat([tensor, following], at)
+
+    try:
+        joined: Batch = map_tensors(cat, one)
+    except (RuntimeError, StopIteration, IndexError):
+        return None
+    return joined

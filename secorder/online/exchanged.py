@@ -1,0 +1,65 @@
+"""Parameters that were exchanged or moved since the layers were chosen: what is recorded follows the model."""
+
+from dataclasses import replace
+
+from .._torch.modules import held_parameter, holds
+from .fisher import OnlineFisher
+from .looks import Looks
+
+__all__ = ["refresh"]
+
+
+def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
+    """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
+    if _as_they_were(fisher):
+        return True
+    changed = False
+    meta, computed = [], []
+    for index, layer in enumerate(fisher.layers):
+        same, on_meta = True, False
+        for name, p in layer.parameters.items():
+            same = same and held_parameter(layer.module, name) is p
+            on_meta = on_meta or p.is_meta
+        if not same:
+            now = dict(layer.module.named_parameters(remove_duplicate=False))
+            shapes = {name: p.shape for name, p in layer.parameters.items()}
+            found = {name: now[name] for name in shapes if name in now}
+            if {name: p.shape for name, p in found.items()} != shapes:
+                fisher.troubles.mark(
+                    [layer.name],
+                    "its parameters have other names or other shapes now (parametrized, pruned): make a new probe.",
+                )
+                continue
+            if not all(p.is_leaf for p in found.values()):
+                computed.append(layer.name)
+                continue
+            layer = fisher.layers[index] = replace(layer, parameters=found)
+            changed, on_meta = True, any(p.is_meta for p in found.values())
+        if on_meta:
+            meta.append(layer.name)
+    if changed:
+        looks.forget()
+    if computed:
+        fisher.troubles.saw("computed")
+        fisher.troubles.warn(
+            f"a forward is left out, since the parameters of the layers {computed} are computed from others in it "
+            "(torch.func.functional_call with adapted ones): per-sample gradients are those of the model's own."
+        )
+        return False
+    if not meta:
+        fisher.follow()
+    else:
+        fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
+    return len(meta) < len(fisher.layers)
+
+
+def _as_they_were(fisher: OnlineFisher) -> bool:
+    """Whether the modules hold the parameters that the layers have, where these are counted."""
+    for layer in fisher.layers:
+        here = fisher.sums[layer.name].counts.device
+        if here.type == "meta" or not holds(layer.module, layer.parameters):
+            return False
+        for p in layer.parameters.values():
+            if p.device != here:
+                return False
+    return fisher.norms.device == fisher.sums[fisher.layers[0].name].counts.device
