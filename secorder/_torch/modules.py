@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
@@ -249,7 +248,9 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_running(module: nn.Module) -> bool:
     """Whether another call of the module, besides the innermost, runs in this thread: it calls itself."""
-    return len(list(islice(_calls(module, sys._getframe(1)), 2))) == 2
+    calls = _calls(module, sys._getframe(1))
+    next(calls, None)
+    return next(calls, None) is not None
 
 
 def threads_running(module: nn.Module) -> set[int]:

@@ -66,6 +66,8 @@ def explain_uses(record: ForwardRecord, layer: Layer, known: Sequence[Verified])
 
 def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
     """Hook the operations of which it is known where the samples are."""
+    if not record.uses:
+        return
     by_name = {layer.name: layer for layer in record.attribution.layers}
     for name, found in record.uses.items():
         if name not in record.layouts or name in record.replaced | record.troubled:
