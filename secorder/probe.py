@@ -27,7 +27,7 @@ from .layers.selection import (
 )
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import first_of, is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, require_one_batch, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -570,6 +570,7 @@ class CurvatureProbe:
             ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
             your loss is a sum: pass reduction="sum".
         """
+        require_one_batch("verify", inputs, targets)
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
@@ -798,6 +799,7 @@ class CurvatureProbe:
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
         """
+        require_one_batch("hessian_facts", inputs, targets)
         return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
     @tells_renamed_keywords

@@ -338,10 +338,10 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
-    for p, grad in kept:
-        if grad is not None:
-            p.grad = None
     try:
+        for p, grad in kept:
+            if grad is not None:
+                p.grad = None
         yield
     finally:
         for p, grad in kept:
@@ -354,9 +354,9 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
     frozen = [p for p in parameters if not p.requires_grad]
     with gradient_hooks_removed(parameters):
-        for p in frozen:
-            p.requires_grad_(True)
         try:
+            for p in frozen:
+                p.requires_grad_(True)
             yield
         finally:
             for p in frozen:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
+from .._torch.modules import batch_normalisation
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -160,7 +161,7 @@ def _look(
             f"sample_dim={found.alternative}."
         )
     if found.normalised:
-        tell_normalised(fisher.troubles, names)
+        tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
