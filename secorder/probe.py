@@ -50,7 +50,7 @@ from .online.looks import Looks
 from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
-from .online.samples import SampleDim, check_sample_dim
+from .online.samples import SampleDim, check_sample_dim, require_one_dimension, told_dimensions
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.all_reduce import raised_on_all
@@ -878,6 +878,8 @@ class CurvatureProbe:
     ) -> Result:
         """``work`` on the isolated model."""
         self._attached()
+        if by_sample:
+            require_one_dimension(self._sample_dim)
         batch = loss_fn, inputs, targets
         with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
@@ -946,8 +948,10 @@ class CurvatureProbe:
     @property
     def _one_shot_dim(self) -> int:
         """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
-        if isinstance(self._sample_dim, int):
-            return self._sample_dim
+        told = told_dimensions(self._sample_dim)
+        if told is not None:
+            others = told - {0}  # dim 0 is looked at besides
+            return others.pop() if len(others) == 1 else 0
         known = self._looks.any_known()
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
@@ -957,8 +961,10 @@ class CurvatureProbe:
 
         Raises:
             ProbeStateError: the probe is detached.
+            InvalidArgumentError: samples are not in one dimension.
         """
         self._attached()
+        require_one_dimension(self._sample_dim)
         return self._model, self._one_shot_dim, self._told
 
     # ---- checkpoints
