@@ -25,6 +25,9 @@ __all__ = ["fisher_cost"]
 #: Columns of the longer trial, at least.
 SOME = 33
 
+#: Seconds from which on a trial is run once.
+LONG = 2.0
+
 #: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
 WHOLE_BATCHES = 3
 
@@ -38,12 +41,14 @@ class _Timed:
         columns: how many there are.
         overhead: seconds without any column.
         seconds: of one column, for all layers together.
+        heads: the layers that take no column.
     """
 
     strategies: dict[str, Strategy]
     columns: int
     overhead: float
     seconds: float
+    heads: frozenset[str] = frozenset()
 
 
 def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
@@ -56,6 +61,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     passed, leaves = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]
     columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
+    by_columns = len(timed.strategies.keys() - timed.heads)
     loop = _seconds_of_loop(task, rest, columns) / len(rest) if rest else 0.0
     costs = {}
     for layer in task.layers:
@@ -63,6 +69,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
         z = leaves.get(layer.name, 0)
         strategy = timed.strategies.get(layer.name, Strategy.LOOP)
         products = columns * (1 if strategy in (Strategy.RULE, Strategy.UNUSED) else task.num_samples)
+        head = layer.name in timed.heads
         facts = Facts(
             layer.name,
             numel,
@@ -71,8 +78,9 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
             output_elements=max(z, passed),
             parameter_elements=numel + 4 * passed,
         )
-        seconds = loop if layer in rest else timed.seconds * columns / len(timed.strategies)
-        costs[layer.name] = layer_cost(task, facts, Choice(strategy, products, products), seconds)
+        choice = Choice(strategy, 0, 0) if head else Choice(strategy, products, products)
+        seconds = loop if layer in rest else 0.0 if head else timed.seconds * columns / by_columns
+        costs[layer.name] = layer_cost(task, facts, choice, seconds)
     return Cost(costs, timed.overhead, base_bytes(task, passed, passed + sum(leaves.values())))
 
 
@@ -89,9 +97,11 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
         return _Timed({}, 0, start, 0.0)
-    first = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
-    if one.of <= 1:
-        return _Timed(strategies, one.of, first, 0.0)
+    heads = frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
+    # Of what takes long, little happens the first time alone.
+    first = start if start > LONG else least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
+    if one.of <= 1 or len(heads) == len(strategies):
+        return _Timed(strategies, one.of, first, 0.0, heads)
 
     def seconds_by(columns: int) -> float:
         longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, Trial(columns)))
@@ -101,7 +111,7 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     more = min(one.of, int(TRIAL_SECONDS / (2 * seconds)))
     if more > SOME:  # few may fit a cache that more of them do not
         seconds = seconds_by(more)
-    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
+    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds, heads)
 
 
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
