@@ -45,17 +45,25 @@ def saved_tensor_hooks_active() -> bool:
 def bytes_saved(work: Callable[[], object], but: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward of what is computed, without those of some tensors' own memory."""
     kept: dict[int, Tensor] = {}  # which no other memory may take the place of
-    others = {t.data_ptr() for t in but if t.layout is torch.strided}
+    others = set(map(_memory, but))
 
     def pack(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor.detach())
-        return tensor.detach()
+        place, same = _memory(tensor), tensor.detach()
+        if place is not None and place not in others:
+            kept.setdefault(place, same)
+        return same
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = work()
-    del result
-    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in others)
+        work()
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def _memory(tensor: Tensor) -> int | None:
+    """Where a tensor's memory begins; None where it has none of its own, as what wraps another one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def checkpoint_section() -> Any:
