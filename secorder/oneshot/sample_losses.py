@@ -234,8 +234,10 @@ def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None
         except SecorderError:
             return None
         of_part = gradients_of_losses(losses, [point], create_graph=False)
-        factor = _multiples(_derivatives(of_part, [point], None), whole, ids)
-        if not bool((factor >= 0).all()):
+        own = _derivatives(of_part, [point], None)
+        counts = own[0][ids.start : ids.stop].any(1)  # a sample that its own loss depends on is in the batch's, too
+        factor = _multiples(own, whole, ids)
+        if not bool(torch.where(counts, factor > 0, factor == 0).all()):
             return None
         found = _sums(found, of_part)
     return found

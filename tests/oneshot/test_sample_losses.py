@@ -173,3 +173,5 @@ def test_cross_entropies_of_rows_are_known_by_their_graph(monkeypatch: pytest.Mo
         per_layer_fisher_diagonal(
             model, lambda f, t: F.cross_entropy(f, torch.where(f[:, 0] > f[:, 0].mean(), 1, 2)), x, y
         )
+    with pytest.raises((InvalidArgumentError, CouplingError)):  # of half of a batch, and of a sample alone
+        per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(*(v[: (len(v) + 1) // 2] for v in (f, t))), x, y)
