@@ -15,10 +15,19 @@ from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
-from .layers.selection import Layer, LayerTypes, present, ranks_of, select_layers, share_of_parameters, trained
+from .layers.selection import (
+    Layer,
+    LayerTypes,
+    names_layers,
+    present,
+    ranks_of,
+    select_layers,
+    share_of_parameters,
+    trained,
+)
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import first_of, is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, require_one_batch, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -42,6 +51,7 @@ from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
+from .online.told_dimensions import require_one_dimension, told_dimensions, with_shared_ones_hidden
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.all_reduce import raised_on_all
@@ -81,7 +91,7 @@ class CurvatureProbe:
         layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
         layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
-            None, of any type.
+            None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
         frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
             where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
@@ -561,6 +571,7 @@ class CurvatureProbe:
             ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
             your loss is a sum: pass reduction="sum".
         """
+        require_one_batch("verify", inputs, targets)
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
@@ -789,6 +800,7 @@ class CurvatureProbe:
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
         """
+        require_one_batch("hessian_facts", inputs, targets)
         return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
     @tells_renamed_keywords
@@ -867,7 +879,9 @@ class CurvatureProbe:
     ) -> Result:
         """``work`` on the isolated model."""
         self._attached()
-        batch = loss_fn, inputs, targets
+        if by_sample:
+            require_one_dimension(self._sample_dim)
+        batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
         with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
                 work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
@@ -935,8 +949,10 @@ class CurvatureProbe:
     @property
     def _one_shot_dim(self) -> int:
         """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
-        if isinstance(self._sample_dim, int):
-            return self._sample_dim
+        told = told_dimensions(self._sample_dim)
+        if told is not None:
+            others = told - {0}  # dim 0 is looked at besides
+            return others.pop() if len(others) == 1 else 0
         known = self._looks.any_known()
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
@@ -946,8 +962,10 @@ class CurvatureProbe:
 
         Raises:
             ProbeStateError: the probe is detached.
+            InvalidArgumentError: samples are not in one dimension.
         """
         self._attached()
+        require_one_dimension(self._sample_dim)
         return self._model, self._one_shot_dim, self._told
 
     # ---- checkpoints
@@ -991,13 +1009,14 @@ def _layers_to_look_at(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
     """The layers that match, of which something is trained unless frozen ones are asked for."""
+    layers = list(layers) if isinstance(layers, Iterator) else layers
     selected = select_layers(model, layer_types, layers)
     if not selected:
         raise NoLayerError(
             "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
             "from model.named_modules()."
         )
-    if layers is None and not frozen:
+    if not names_layers(layers) and not frozen:
         selected = trained(selected)
     if layers is None and layer_types is None:
         _tell_share(model, selected)

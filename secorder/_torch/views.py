@@ -5,12 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["is_view", "joined"]
+__all__ = ["cloned", "is_view", "joined"]
 
 
 def is_view(tensor: Tensor) -> bool:
     """Whether autograd knows it as a part of another tensor: an operation in place then puts new nodes in its place."""
     return tensor._is_view()
+
+
+def cloned(tensor: Tensor) -> Tensor:
+    """A clone that lies in memory as the tensor does: by its strides, operations choose how they compute.
+
+    ``clone`` alone keeps the strides only of what has no gaps, and not of a slice of time steps, say.
+    """
+    copy = tensor.clone()
+    gaps = type(tensor) is Tensor and tensor.layout is torch.strided and copy.stride() != tensor.stride()
+    if not gaps or 0 in tensor.stride():  # what is expanded cannot be written to
+        return copy
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=copy.dtype, device=copy.device).copy_(tensor)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:

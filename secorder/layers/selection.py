@@ -24,6 +24,7 @@ __all__ = [
     "Layer",
     "LayerTypes",
     "MeasuredBy",
+    "names_layers",
     "present",
     "ranks_of",
     "read_elsewhere",
@@ -116,7 +117,8 @@ def select_layers(
         model: any module.
         layer_types: module types, subclasses included; None means ``(nn.Linear, nn.Conv2d)``, or any type where
             ``layers`` names modules; ``"all"`` means every module that owns parameters directly.
-        layers: exact module names or shell-style patterns (``"encoder.*"``).
+        layers: exact module names or shell-style patterns (``"encoder.*"``); those behind an exclamation mark
+            (``"!head"``) are left out, of all others where none is named.
         unchecked: admit layers whose curvature is not defined (special embeddings, complex parameters), where only
             dependence is asked for.
 
@@ -153,21 +155,21 @@ def select_layers(
             raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
         if is_scripted(module):
             raise InvalidArgumentError(
-                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with layers=, "
-                "or keep the module that it was made of."
+                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
+                f"layers={'!' + name!r}, or keep the module that it was made of."
             )
         table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
         if option and not unchecked:
             what = "is" if table == name else f"has a parameter of {table!r},"
             raise AttributionError(
                 f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
-                "build it without, or leave the layer out with layers=."
+                f"build it without, or leave the layer out with layers={'!' + name!r}."
             )
         complex_names = [local for local, p in parameters.items() if p.is_complex()]
         if complex_names and not unchecked:
             raise InvalidArgumentError(
                 f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
-                "leave it out with layers=."
+                f"leave it out with layers={'!' + name!r}."
             )
         spread = None
         if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
@@ -273,10 +275,12 @@ def _choose(
     named: dict[str, nn.Module], layer_types: LayerTypes, layers: str | Iterable[str] | None
 ) -> dict[str, tuple[nn.Module, dict[str, nn.Parameter]]]:
     """The matching modules with the parameters each one answers for."""
-    patterns = _patterns(named, layers)
+    patterns, left_out = _patterns(named, layers)
     types = _types(layer_types, default=DEFAULT_LAYER_TYPES if patterns is None else "all")
     chosen = {}
     for name, module in named.items():
+        if any(fnmatchcase(name, pattern) for pattern in left_out):
+            continue
         if patterns is not None and not any(fnmatchcase(name, pattern) for pattern in patterns):
             continue
         if types == "all" and name not in (patterns or ()):
@@ -294,19 +298,29 @@ def _choose(
     return chosen
 
 
-def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> list[str] | None:
+def names_layers(layers: str | Iterable[str] | None) -> bool:
+    """Whether ``layers`` names any that are to be looked at, and not only some that are not."""
     if layers is None:
-        return None
+        return False
+    return any(not pattern.startswith("!") for pattern in ([layers] if isinstance(layers, str) else layers))
+
+
+def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -> tuple[list[str] | None, list[str]]:
+    """The patterns of names to look at (None for all), and of those that are left out."""
+    if layers is None:
+        return None, []
     if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
         raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
-    patterns = [layers] if isinstance(layers, str) else list(layers)
-    for pattern in patterns:
+    given = [layers] if isinstance(layers, str) else list(layers)
+    for pattern in given:
         if not isinstance(pattern, str):
             raise InvalidTypeError(f"layers must hold module names, got {type(pattern).__name__}.")
-        if not any(fnmatchcase(name, pattern) for name in named):
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
             known = ", ".join(repr(name) for name in list(named)[:8])
             raise InvalidArgumentError(f"no module is named or matches {pattern!r}; the model has {known}, ….")
-    return patterns
+    wanted = [pattern for pattern in given if not pattern.startswith("!")]
+    left_out = [pattern[1:] for pattern in given if pattern.startswith("!")]
+    return (None if left_out and not wanted else wanted), left_out
 
 
 def _types(

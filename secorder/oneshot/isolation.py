@@ -42,6 +42,7 @@ from .._torch.random_state import RandomState, cuda_devices, get_random_state, s
 from .._torch.sparse import dense_gradients
 from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
+from .._torch.views import cloned
 from .._torch.vjp import gradients
 from ..layers.selection import Layer
 from .known_losses import known_loss
@@ -124,7 +125,7 @@ class IsolatedModel:
         given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
         try:
             with autocast(self._ambient if ambient is None else ambient):
-                result = forward(map_tensors(once_each(torch.clone), arguments))
+                result = forward(map_tensors(once_each(cloned), arguments))
         finally:
             given.restore()
         if self._values is not None:
@@ -337,10 +338,10 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
-    for p, grad in kept:
-        if grad is not None:
-            p.grad = None
     try:
+        for p, grad in kept:
+            if grad is not None:
+                p.grad = None
         yield
     finally:
         for p, grad in kept:
@@ -353,9 +354,9 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Frozen parameters too require a gradient, and what hangs on the parameters for theirs does not run."""
     frozen = [p for p in parameters if not p.requires_grad]
     with gradient_hooks_removed(parameters):
-        for p in frozen:
-            p.requires_grad_(True)
         try:
+            for p in frozen:
+                p.requires_grad_(True)
             yield
         finally:
             for p in frozen:

@@ -153,8 +153,11 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
         return hook
 
-    handles = [m.register_forward_hook(watch(name)) for name, m in isolated.model.named_modules() if name]
+    handles = []
     try:
+        for name, module in isolated.model.named_modules():
+            if name:
+                handles.append(module.register_forward_hook(watch(name)))
         without_gradients(isolated.forward, inputs)
     finally:
         for handle in handles:

@@ -1,6 +1,8 @@
 """Whether a loss is a mean or a sum over the samples of its batch, which decides how batches make up a data set."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -8,10 +10,15 @@ from torch import Tensor, nn
 
 from .._caution import caution
 from .._torch.pytree import map_tensors, tensors_in
-from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension
+from .._torch.vjp import gradients
+from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension, take_samples
 from ..errors import InvalidArgumentError
+from ..layers.selection import select_layers
+from .independence import without_gradients
+from .isolation import isolate
 from .known_losses import defined_reduction
-from .loss import LossAndGradient, losses_and_gradients
+from .loss import LossAndGradient, check_loss, losses_and_gradients
+from .overwriting import on_copies
 
 __all__ = ["Kind", "LossReduction"]
 
@@ -157,37 +164,89 @@ def find_reduction(
         sizes, both = (count, batch_size(*following, dim)), None if joined is None else [first[:2], following]
         whole = joined or whole
     if both and not (sum(sizes) < 3 and _alike(*both)):  # of one class, weights of classes do not show
-        found = _of_parts(model, loss_fn, whole, both, sizes)
+        found = _of_parts(model, loss_fn, whole, both, sizes, dim)
         if found is not None:
             return found
     raise InvalidArgumentError(f"it cannot be told whether the loss is a mean or a sum over samples: {ADVICE}")
 
 
-def _of_parts(model: nn.Module, loss_fn: Any, whole: Batch, both: list[Batch], sizes: tuple[int, int]) -> Kind | None:
+def _of_parts(
+    model: nn.Module, loss_fn: Any, whole: Batch, both: list[Batch], sizes: tuple[int, int], dim: int
+) -> Kind | None:
     """Whether loss and gradient of a batch are the mean or the sum of those of its parts; None if nothing tells.
-
-    In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.
 
     Raises:
         NeitherMeanNorSum: of neither.
     """
+    by_output = partial(_by_output, model, loss_fn, whole, sizes, dim)
+    ways: list[Callable[[], list[LossAndGradient] | None]] = [by_output]
+    # In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.
+    for evaluation in (False, True) if any(m.training for m in model.modules()) else (False,):
+        ways.append(partial(losses_and_gradients, model, loss_fn, [whole, *both], evaluation=evaluation))
+    ran = False
+    for way in ways:
+        try:
+            found = way()
+        except Exception:  # of parts: the whole was measured
+            continue
+        if found is None:
+            continue
+        ran, kinds = True, _kinds(found, sizes)
+        if kinds:
+            return kinds[0] if len(kinds) == 1 else None
+        if way is by_output:
+            break
+    if not ran:
+        return None
+    raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
+
+
+def _kinds(found: Sequence[LossAndGradient], sizes: tuple[int, int]) -> list[Kind]:
+    """What the batch, the first of these, may be of its parts."""
     weights: dict[Kind, tuple[float, float]] = {
         "mean": (sizes[0] / sum(sizes), sizes[1] / sum(sizes)),
         "sum": (1.0, 1.0),
     }
-    ran = False
-    for evaluation in (False, True) if any(m.training for m in model.modules()) else (False,):
-        try:
-            found = losses_and_gradients(model, loss_fn, [whole, *both], evaluation=evaluation)
-        except Exception:  # of parts: the whole was measured
-            continue
-        ran = True
-        kinds = [kind for kind, of_parts in weights.items() if _is_combination(found[0], found[1:], of_parts)]
-        if kinds:
-            return kinds[0] if len(kinds) == 1 else None
-    if not ran:
-        return None
-    raise NeitherMeanNorSum(f"{NEITHER}: {ADVICE}")
+    return [kind for kind, of_parts in weights.items() if _is_combination(found[0], found[1:], of_parts)]
+
+
+def _by_output(
+    model: nn.Module, loss_fn: Any, whole: Batch, sizes: tuple[int, int], dim: int
+) -> list[LossAndGradient] | None:
+    """The losses of a batch and its two parts, and their gradients in the model's output on the batch.
+
+    None where the loss goes by more than that, or it is not known whose all of the output is.
+    """
+    (inputs, targets), count = whole, sum(sizes)
+    rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
+    with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
+        replacements = [isolated.replacement(p) for p in model.parameters()]
+        output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
+        points = [t for t in tensors_in(output) if t.is_floating_point()]
+        places = [sample_dimension(t, count, dim) for t in points]
+        if not places or None in places:
+            return None
+        found: list[LossAndGradient] = []
+        for index in (range(count), range(sizes[0]), range(sizes[0], count)):
+            (part,) = take_samples([output], index, count, dim)
+            (own,) = take_samples([targets], index, count, dim, rows=rows)
+            leaves = [t.requires_grad_() for t in tensors_in(part) if t.is_floating_point()]
+            with isolated.loss_once_more() if found else nullcontext():
+                loss = check_loss(on_copies(loss_fn)(part, own), isolated, inputs)
+            slopes = gradients(loss, [*leaves, *replacements]) if loss.requires_grad else [loss]
+            if len(slopes) < len(leaves) or any(g is not None for g in slopes[len(leaves) :]):
+                return None
+            chosen = torch.tensor(index, device=loss.device)
+            whose = zip(points, slopes, places, strict=False)
+            filled = [torch.zeros_like(t) if g is None else _among(t, g, at, chosen) for t, g, at in whose]
+            found.append((loss.detach(), filled))
+    return found
+
+
+def _among(whole: Tensor, part: Tensor, dim: int | None, index: Tensor) -> Tensor:
+    """A part of the samples, and zeros in place of the others."""
+    assert dim is not None
+    return torch.zeros_like(whole).index_copy_(dim, index.to(whole.device), part)
 
 
 def _is_combination(whole: LossAndGradient, parts: Sequence[LossAndGradient], weights: Sequence[float]) -> bool:

@@ -10,16 +10,16 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
-from .known_losses import share_of_samples, softmax_scale
+from .known_losses import made_of_samples, share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
 from .recorded_layer import RecordedLayer
 from .root_forms import cross_entropy_root
 from .roots import Root
-from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
+from .sample_losses import BatchLoss, gradients_of_losses, gradients_of_rows, own_gradients, own_losses
 
-__all__ = ["SampleLosses", "losses_by_definition", "losses_by_output"]
+__all__ = ["SampleLosses", "losses_by_definition", "losses_by_output", "precise_share"]
 
 
 @dataclass
@@ -50,7 +50,7 @@ def losses_by_definition(
         leaves: of the model's graph; where each sample has one cotangent alone, their gradients come in the same pass.
         second_order: whether second derivatives of the loss are to be those of samples too.
     """
-    share = _precise_share(task, output)
+    share = precise_share(task, output)
     if share is None or not output.requires_grad:
         return None
     scale = softmax_scale(task.loss_fn, output, task.targets) if second_order and not task.create_graph else None
@@ -66,7 +66,7 @@ def losses_by_definition(
     return SampleLosses([first], [output], [output], at_leaves)
 
 
-def _precise_share(task: Measurement, output: Any) -> float | None:
+def precise_share(task: Measurement, output: Any) -> float | None:
     """The sample's share in the loss, unless what the loss computes with is half precision."""
     share = None if task.autocast else share_of_samples(task.loss_fn, output, task.targets, task.num_samples)
     return share if share is not None and torch.finfo(output.dtype).bits >= 32 else None
@@ -100,7 +100,7 @@ def losses_by_output(
     if all(g is None for g in batch.gradients):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
     _require_finite(batch.gradients)
-    share = _precise_share(task, output)
+    share = precise_share(task, output)
     if share is None and not (second_order or task.create_graph):
         return SampleLosses(_own_gradients(task, batch, output, loss), batch.points, model_outputs)
     if share is None:
@@ -130,6 +130,13 @@ def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tenso
     Raises:
         SecorderError: they are not; where it is the loss that couples samples, of that.
     """
+    if not made_of_samples(task.loss_fn, batch.output, task.targets):
+        found = gradients_of_rows(task, batch)
+        if found is not None:
+            return found
+        if not batch.loss.requires_grad:  # which was released
+            again = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+            batch = batch if again is None else BatchLoss(*again)
     try:
         return own_gradients(task, batch, second_order=False)
     except SecorderError:

@@ -164,8 +164,10 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 
         return after
 
-    handles = [layer.enclosing.register_forward_hook(hook(layer.name)) for layer in layers]
+    handles = []
     try:
+        for layer in layers:
+            handles.append(layer.enclosing.register_forward_hook(hook(layer.name)))
         yield recording
     finally:
         for handle in handles:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.cross_entropy import is_cross_entropy_of_rows
 from .._torch.failures import is_out_of_memory, is_vmap_failure
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
@@ -23,7 +24,7 @@ from .known_losses import made_of_samples
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled
 
-__all__ = ["BatchLoss", "gradients_of_losses", "own_gradients", "own_losses"]
+__all__ = ["BatchLoss", "gradients_of_losses", "gradients_of_rows", "own_gradients", "own_losses"]
 
 #: What to do about a loss that holds what belongs to the samples.
 HELD = (
@@ -207,6 +208,37 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
         return [None if g is None else g.detach() for g in found]
     del whole, first
     return found or gradients_of_losses(own_losses(task, batch.output), points, create_graph=True)
+
+
+def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None] | None:
+    """:func:`own_gradients` of a loss that its graph shows to be a cross entropy of rows of the output.
+
+    It couples no samples and weighs them by no output, so that first derivatives tell whether it is made of the ℓ_n.
+
+    Args:
+        batch: the loss of the batch, which is released where it is such a one.
+
+    Returns:
+        None where it is another loss, or not seen to be made of them.
+    """
+    (point, *others), count = batch.points, task.num_samples
+    if others or count == 1 or not is_cross_entropy_of_rows(batch.loss, point):
+        return None
+    batch.release()
+    whole, found = _derivatives(batch.gradients, [point], None), list[Tensor | None]()
+    for ids in _parts(task, [point]):
+        try:
+            losses = own_losses(task, batch.output, ids)
+        except SecorderError:
+            return None
+        of_part = gradients_of_losses(losses, [point], create_graph=False)
+        own = _derivatives(of_part, [point], None)
+        counts = own[0][ids.start : ids.stop].any(1)  # a sample that its own loss depends on is in the batch's, too
+        factor = _multiples(own, whole, ids)
+        if not bool(torch.where(counts, factor > 0, factor == 0).all()):
+            return None
+        found = _sums(found, of_part)
+    return found
 
 
 def _parts(task: Measurement, points: Sequence[Tensor]) -> list[range]:

@@ -32,7 +32,8 @@ class Attribution:
         outside: layers whose parameters the model also uses outside of the calls of their enclosing modules.
         reached: layers whose calls the model's output depends on.
         coupled: whether samples influence one another in the model.
-        normalised: whether they do by its batch normalisation alone; the rest is then known for fixed statistics.
+        normalised: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then
+            known for fixed statistics.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
         provisional: whether the batch could not tell where samples are (a batch of one, or nothing changed anything).
         undecided: why it cannot be told which dimension holds the samples; empty where it can.
@@ -46,6 +47,7 @@ class Attribution:
         selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
         coupling: where the forward makes what couples samples where a loss uses it, beside outputs of samples.
         unreduced: why a loss that the model returns is not made of its samples' as is told, by where it is.
+        carries: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`.
         explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.
     """
 
@@ -73,6 +75,7 @@ class Attribution:
     selections: int = 0
     coupling: frozenset[Beside] = frozenset()
     unreduced: Mapping[Beside, str] = field(default_factory=dict)
+    carries: bool = False
     explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
 
     def holders(self, name: str) -> set[str]:
@@ -126,6 +129,7 @@ def merged(before: Attribution, after: Attribution) -> Attribution:
         reached=before.reached | after.reached,
         coupling=before.coupling | after.coupling,
         unreduced={**before.unreduced, **after.unreduced},
+        carries=before.carries or after.carries,
         explained={},
     )
 

@@ -27,7 +27,7 @@ from .samples import Hypothesis, run_changed
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["Beside", "coupling", "layers_behind", "made_beside", "watch_beside"]
+__all__ = ["Beside", "coupling", "inside", "layers_behind", "made_beside", "watch_beside"]
 
 #: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
 UNITS = 128
@@ -71,12 +71,12 @@ def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
         Beside(name, (key, *path)): tensor
         for name, module in (model.named_modules() if model is not None else ())
         for key, value in own_attributes(module).items()
-        for path, tensor in _inside(value)
+        for path, tensor in inside(value)
     }
     return found | {Beside(None, (i,)): t for i, t in enumerate(tensors_in(output)) if _is_made(t)}
 
 
-def _inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+def inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """The differentiable tensors in nested lists, tuples and dicts, each with what leads to it."""
     if isinstance(value, Tensor):
         if _is_made(value):
@@ -87,7 +87,7 @@ def _inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], T
     size = len(value)
     pairs = list(value.items()) if isinstance(value, dict) else [(i - size, x) for i, x in enumerate(value)]
     for key, entry in pairs[-ENTRIES:]:
-        for path, tensor in _inside(entry, depth - 1):
+        for path, tensor in inside(entry, depth - 1):
             yield (key, *path), tensor
 
 

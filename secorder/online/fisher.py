@@ -139,7 +139,7 @@ class OnlineFisher:
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
-        self.uncalled = Uncalled()
+        self.uncalled = Uncalled(self.layers)
 
     @lasting()
     def renew(self, copied: Sequence[str] = ()) -> None:
@@ -301,7 +301,7 @@ class OnlineFisher:
             audit_early(self, record, index)
             if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
                 for p in layer.parameters.values():
-                    if p.requires_grad and p.grad is not None:
+                    if p.requires_grad and p.grad is not None and self.uncalled.trained(p):
                         self.troubles.saw_at("uncalled", [name])
                         self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
             zeros.append(name)

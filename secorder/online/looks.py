@@ -12,6 +12,7 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, merged
+from .carried import carried_cut_off
 from .relation import Shape, explain
 from .returned_loss import told_otherwise
 from .samples import SampleDim, shapes_of
@@ -88,8 +89,9 @@ class Looks:
         # The user's backward hooks are for the user's backward.
         with (
             backward_hooks_removed(self._model.modules()),
-            no_autocast(),
-        ):  # what belongs to which sample shows best in full precision
+            carried_cut_off(self._model) as carries,
+            no_autocast(),  # what belongs to which sample shows best in full precision
+        ):
             found = run_isolated(
                 lambda direct: attribute(
                     self._model,
@@ -105,12 +107,13 @@ class Looks:
         if found.unclear or (found.undecided and found.provisional):
             return found
         if reduction is not None and not found.undecided:
-            with no_autocast():
+            with carried_cut_off(self._model), no_autocast():
                 told = told_otherwise(self._model, reduction, found, args, kwargs)
             # Of what is weighted as a function tells, each part has weights of its own.
             as_told = {place for place, reason in told.items() if callable(reduction) and not reason}
             unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
             found = replace(found, unreduced=unreduced, coupling=found.coupling - as_told)
+        found = replace(found, carries=carries)
         known.pop(ranks, None)
         known[ranks] = found if before is None or found.undecided else merged(before, found)
         return found

@@ -5,8 +5,9 @@ Each sample has a loss of its own where the loss L of the batch is a sum of func
 others. Where it is more than rounding (a contrastive loss, a statistic of the batch, the root of a mean), they are
 coupled. It takes the part of the graph between loss and outputs, twice, before the user's backward pass frees it.
 
-What has no second derivative there (sorting, a hinge on a mean), or none that PyTorch knows, is not seen; what other
-samples bring as constants is no coupling (advantages that are normalised, keys without a gradient).
+Choices among samples have no second derivative there: see :mod:`secorder.online.choices`. A hinge on a mean, and what
+PyTorch knows no second derivative of, are not seen; what other samples bring as constants is no coupling (advantages
+that are normalised, keys without a gradient).
 """
 
 import math
@@ -28,6 +29,7 @@ from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
 from .beside import layers_behind
+from .choices import chooses
 from .loss_scale import tell_scaler
 from .record import ForwardRecord
 from .samples import floating
@@ -48,8 +50,8 @@ _NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
-    "contrastive loss, a statistic of the batch, the root of a mean), so that no sample has a gradient of its own: use "
-    "a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+    "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
+    "gradient of its own: use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
 )
 
 
@@ -120,11 +122,13 @@ def _look(
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
-    try:
-        with no_autocast():
-            coupled = couples(order, roots, outputs, record.num_samples)
-    except Exception:  # of what has no second derivative, or is not to be run
-        return
+    coupled: list[Place] = []
+    for sees in (chooses, partial(couples, count=record.num_samples)):
+        try:
+            with no_autocast():
+                coupled = coupled or sees(order, roots, outputs)
+        except Exception:  # of what has no second derivative, or is not to be run
+            continue
     if not coupled:
         return
     fisher = attachment.fisher

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
+from .._torch.modules import batch_normalisation
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -19,6 +20,7 @@ from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attribution import Attribution
 from .capture import module_called, module_starts
+from .carried import carried
 from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
@@ -95,6 +97,7 @@ def _opened(
     start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)  # what is run again, if any
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
+    record.carried = carried(fisher.model) if known.carries else ()
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"
     if weights is not None:
@@ -158,7 +161,7 @@ def _look(
             f"sample_dim={found.alternative}."
         )
     if found.normalised:
-        tell_normalised(fisher.troubles, names)
+        tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
@@ -181,6 +184,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
+    carried, record.carried = record.carried, ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = True
@@ -191,7 +195,8 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
-        users = users_of(tensors_in(output), tensors_in(arguments))  # not what another forward has computed them by
+        begins = [*tensors_in(arguments), *carried]
+        users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)
     if fisher.ranks is not None:

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -201,6 +202,7 @@ class ForwardRecord:
         verified: whether this very batch was looked at.
         scheduled: whether it is one of those of which the loss is looked at.
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
+        carried: what modules carry from the forward before, while this one runs.
         handles: of the layers' hooks, while the forward runs.
         calls: by layer, the shapes of the outputs of each of its calls.
         hooked: calls, by layer and number, whose gradient will come.
@@ -253,6 +255,7 @@ class ForwardRecord:
     verified: bool
     scheduled: bool = False
     start: Start | None = None
+    carried: Sequence[Tensor] = ()
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
@@ -326,6 +329,10 @@ class ForwardRecord:
         if parameter.grad is None or self.slots is None:
             return False
         return slot(parameter) != self.slots.get(id(parameter))
+
+    def elements(self, layer: Layer) -> int:
+        """Of what the layer's calls have returned."""
+        return sum([prod(shape) for call in self.calls.get(layer.name, ()) for shape in call])
 
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""

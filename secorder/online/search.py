@@ -21,7 +21,14 @@ from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
-from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
+from .._torch.modules import (
+    batch_normalisation,
+    buffer_places,
+    is_scripted,
+    observe_nothing,
+    observers,
+    own_attributes,
+)
 from .._torch.pytree import map_tensors, once_each, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
@@ -36,6 +43,7 @@ from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
+from .carried import cut_off
 from .forward_graph import ForwardGraph, Hooks
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
@@ -94,7 +102,7 @@ def attribute(
         held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
         if held is not None:
             return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
-    args, kwargs = map_tensors(once_each(_cut_off), (args, kwargs))
+    args, kwargs = map_tensors(once_each(cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
         return replace(_escalate(asked, before.layers), ties=before.ties)
@@ -108,11 +116,6 @@ def attribute(
     return _escalate(asked, layers)
 
 
-def _cut_off(tensor: Tensor) -> Tensor:
-    """An argument without what it was computed from, such as the forward before this one."""
-    return tensor if tensor.grad_fn is None else tensor.detach().requires_grad_()
-
-
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
@@ -124,7 +127,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
         found = replace(found, layers=tuple(layers), certain=certain)
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
+        if found.coupled and not asked.fixed and (fixed := (*batch_normalisation(model), *observers(model))):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
@@ -278,6 +281,7 @@ def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
 
     def forward(arguments: Any, begins: Callable[[Any], None] = lambda _: None) -> Any:
         def run(copied: Any) -> Any:
+            observe_nothing(asked.fixed)
             begins(copied)
             return asked.model(*copied[0], **copied[1])
 

@@ -13,15 +13,25 @@ from torch import Tensor
 from .._torch.fsdp import local
 from .._torch.versions import version
 from ..layers.selection import Layer
+from .record import slot
 
 __all__ = ["Uncalled"]
 
 
 class Uncalled:
-    """What the parameters of such layers were when they were last looked at."""
+    """What the parameters of such layers were when they were last looked at.
 
-    def __init__(self) -> None:
+    Args:
+        layers: all that are looked at, before anything is recorded.
+    """
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._left = {id(p): slot(p) for layer in layers for p in layer.parameters.values() if p.grad is not None}
         self._seen: dict[tuple[str, str], tuple[int, Tensor]] = {}
+
+    def trained(self, parameter: Tensor) -> bool:
+        """Whether anything has come into ``.grad`` beside what was left there before."""
+        return slot(parameter) != self._left.get(id(parameter))
 
     def moved(self, layers: Sequence[Layer], called: Iterable[str]) -> list[tuple[int, Tensor]]:
         """Whether parameters have other values than before, with the number of the layer; nothing is read on the host.

@@ -1,4 +1,7 @@
-"""Real architectures at small sizes: a bare training step against one with a probe attached, of each kind of batch."""
+"""Real architectures at small sizes: a bare training step against one with a probe attached, of each kind of batch.
+
+And against a bare step with the products that no probe can do without.
+"""
 
 import warnings
 from collections.abc import Callable
@@ -9,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.layers.contraction import contract
+from secorder.layers.per_sample import Outer
 
 from .timing import Results, alternate
 
@@ -167,7 +172,7 @@ class _Recurrent(nn.Module):
 
 
 def _recurrent(kind: type[nn.RNNBase]) -> Made:
-    ids = torch.randint(WORDS, (16, LENGTH))
+    ids = torch.randint(WORDS, (2 * BATCH, LENGTH))
     return _Recurrent(kind), lambda model: _next_token(model(ids), ids)
 
 
@@ -203,6 +208,44 @@ def _step(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> Callable[[],
     return step
 
 
+def _products(model: nn.Module, count: int, positions: int) -> Callable[[], None]:
+    """Each sample's product for each matrix, squared and added up, of random factors: the work that nothing spares.
+
+    Args:
+        count: number of samples.
+        positions: of each, at which every matrix is taken to be used; tables that are only looked up are left out.
+    """
+    matrices = {
+        id(p): p
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for p in module.parameters(recurse=False)
+        if p.dim() in (2, 4)
+    }
+    shapes = [(p.shape[0], p[0].numel()) for p in matrices.values()]
+    outers = [Outer(*(torch.randn(count, 1, positions, n) for n in (wide, high))) for high, wide in shapes]
+    sums = [torch.zeros(high * wide) for high, wide in shapes]
+
+    def products() -> None:
+        for outer, total in zip(outers, sums, strict=True):
+            contract(outer, numel=total.numel(), out=total, beta=0.0)
+
+    return products
+
+
+def _bare_with_products(name: str, make: Callable[[], Made]) -> Callable[[], None]:
+    """A bare step, and behind it the products of :func:`_products`: what a recorded step can at best come to."""
+    model, loss = make()
+    positions = 50 if "ViT" in name else LENGTH
+    step = _step(model, loss)
+    products = _products(model, 2 * BATCH if isinstance(model, _Recurrent) else BATCH, positions)
+
+    def both() -> None:
+        step(), products()
+
+    return both
+
+
 class _Watched:
     """A model with a probe: steps of which each is a steady one, a batch that is looked at, or the first of all."""
 
@@ -221,7 +264,7 @@ class _Watched:
         """As a batch that is looked at again."""
         looks = self.probe._looks
         scheduled = looks.scheduled
-        looks.scheduled = lambda: scheduled() or True  # type: ignore[method-assign]
+        looks.scheduled = lambda known: scheduled(known) or True  # type: ignore[method-assign]
         try:
             self.step()
         finally:
@@ -245,6 +288,7 @@ def architectures(results: Results, repeats: int, only: str = "") -> None:
             default, steady, looked_at, first = (_Watched(make, types) for types in (None, "all", "all", "all"))
             contestants = {
                 "bare step": bare,
+                "products alone": _bare_with_products(name, make),
                 "default types": default.step,
                 "all": steady.step,
                 "all, looked at": looked_at.checked,

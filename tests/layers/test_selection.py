@@ -5,9 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning, InvalidTypeError, per_layer_fisher_diagonal
+from secorder import (
+    AttributionError,
+    CurvatureProbe,
+    CurvatureWarning,
+    InvalidArgumentError,
+    InvalidTypeError,
+    per_layer_fisher_diagonal,
+)
 
 from ..helpers import data, make, reference, step
 from ..reference import assert_all_close
@@ -19,6 +26,9 @@ def test_selection() -> None:
     assert CurvatureProbe(model, layers="encoder.*").layer_names == ["encoder.0", "encoder.2"]
     assert CurvatureProbe(model, layers=["head", "encoder.0"]).layer_names == ["encoder.0", "head"]
     assert CurvatureProbe(model, nn.LayerNorm).layer_names == ["norm"]
+    assert CurvatureProbe(model, layers="!encoder.*").layer_names == ["head"]
+    assert CurvatureProbe(model, "all", layers=["!encoder.0", "!head"]).layer_names == ["encoder.2", "norm"]
+    assert CurvatureProbe(model, layers=iter(["*", "!norm"])).layer_names == ["encoder.0", "encoder.2", "head"]
     assert CurvatureProbe(model, (nn.Linear, nn.LayerNorm), layers="*").layer_names[-2:] == ["head", "norm"]
     assert CurvatureProbe(model, "all").layer_names == ["encoder.0", "encoder.2", "head", "norm"]
 
@@ -73,6 +83,33 @@ def test_layers_are_named() -> None:
     for layers in (3, [3], nn.Linear(1, 1)):
         with pytest.raises(InvalidTypeError, match="hold module names"):
             CurvatureProbe(make(), layers=layers)  # type: ignore[arg-type]
+
+
+class Mixed(nn.Module):
+    """Parts of which nothing can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complex, self.scripted = nn.Linear(4, 4, dtype=torch.complex64), torch.jit.script(nn.Linear(4, 4))
+        self.table, self.head = nn.Embedding(9, 4, max_norm=1.0), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.scripted(self.complex(x.cfloat()).abs() + self.table.weight[0]))
+
+
+def test_what_cannot_be_told_is_left_out_as_the_error_says() -> None:
+    model, batch = Mixed(), data()
+    left_out: list[str] = []
+    for _ in range(3):
+        with pytest.raises((InvalidArgumentError, AttributionError), match="leave") as told:
+            CurvatureProbe(model, "all", layers=left_out or None)
+        left_out.append(str(told.value).split("layers='")[1].split("'")[0])
+    with CurvatureProbe(model, "all", layers=left_out, reduction="mean") as probe:
+        step(model, batch)
+        assert probe.layer_names == ["head"]
+        assert set(probe.fisher_diagonal()) == {"head"}
+    with pytest.raises(InvalidArgumentError, match="no module is named or matches '!nothing'"):
+        CurvatureProbe(model, layers="!nothing")
 
 
 @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}], ids=["max_norm", "by_freq"])

@@ -82,6 +82,32 @@ def test_half_precision_is_told_to_its_own_rounding() -> None:
     assert per_layer_hessian_diagonal(model.bfloat16(), own, halves).info["0"].num_batches == 4
 
 
+def test_losses_that_go_by_more_than_the_output() -> None:
+    """A loss that the model returns, one that holds its weights, and one of outputs that differ in training mode."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.dropout = nn.Linear(3, 3).double(), nn.Dropout()
+
+        def forward(self, x: Tensor, labels: Tensor | None = None) -> Any:
+            logits = self.layer(self.dropout(x))
+            return F.cross_entropy(logits, labels) if labels is not None else [logits, 2 * logits][: 1 + self.training]
+
+    model, tokens, labels = Model(), TOKENS[:, 0].split(5), LABELS[:, 0].split(5)
+    returned = [{"x": x, "labels": t} for x, t in zip(tokens, labels, strict=True)]
+    pairs = list(zip(tokens, labels, strict=True))
+
+    def penalized(f: Any, t: Tensor) -> Tensor:
+        return F.cross_entropy(f[0], t, reduction="sum") + model.layer.weight.square().sum()
+
+    found = per_layer_hessian_diagonal(model, lambda f, t: f, returned)
+    assert found.info["layer"].num_batches == 4
+    assert per_layer_hessian_diagonal(model, lambda f, t: own(f[0], t) + own(f[1], t), pairs).total > 0
+    with CurvatureProbe(model) as probe, pytest.raises(InvalidArgumentError, match="neither a mean nor a sum"):
+        probe.hessian_diagonal(penalized, pairs)  # which would be added up once for each batch
+
+
 def test_graphs_are_cut_by_their_nodes() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

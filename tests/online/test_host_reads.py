@@ -98,7 +98,7 @@ def test_a_steady_step_reads_nothing(
     with CurvatureProbe(model, "all", decay=decay, **options) as probe:
         for _ in range(3):
             step()
-        monkeypatch.setattr(probe._looks, "scheduled", lambda: False)  # a batch that is not looked at
+        monkeypatch.setattr(probe._looks, "scheduled", lambda known: False)  # a batch that is not looked at
         counts = step().counts
         assert counts == bare, counts
         expected = fisher_by_sample(model, F.cross_entropy, inputs, targets, 6)

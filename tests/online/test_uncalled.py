@@ -75,3 +75,20 @@ def test_layers_that_start_late_or_share_a_trained_weight_are_told() -> None:
             optimizer.step()
             assert "late" not in suspects(probe)
             assert "twin" not in suspects(probe)
+
+
+def test_what_was_left_in_grad_before_is_no_training() -> None:
+    """A head that was trained before the probe came, and is not called any more."""
+    model = Agent()
+    model.get_value(data()[0]).sum().backward()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for _ in range(3):
+            classify(model, data()).backward()
+        assert not suspects(probe)
+        assert not probe.fisher_diagonal()["critic"].any()
+        model.get_value(data()[0]).sum().backward()  # and now it is
+        classify(model, data()).backward()
+        assert suspects(probe) == {"critic"}
+        probe.reset()
+        classify(model, data()).backward()
+        assert not suspects(probe)

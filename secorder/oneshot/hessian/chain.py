@@ -25,7 +25,6 @@ from ...layers.layout import DIM_ZERO
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
-from ..output_root import output_root
 from ..timing import Pieces, Rehearsal, seconds_of
 from .block import Block
 from .budget import Budget
@@ -194,7 +193,7 @@ def seconds_of_chain(task: Measurement, chain: Chain) -> float:
 def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
     """The steps, and the loss's Hessian in the output."""
     side = chain.side
-    root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    root = side.find_root(task.chunk_size)
     pairs = root.columns(range(root.num_columns))
     u = pairs.u.transpose(0, 1)
     top = Block(u, u if pairs.v is None else pairs.v.transpose(0, 1), None if pairs.sign is None else pairs.sign.T)

@@ -9,7 +9,6 @@ from ...layers.layout import DIM_ZERO
 from ...results import Strategy
 from ..heaviest import by_weight
 from ..measurement import Measurement
-from ..output_root import output_root
 from ..recorded_layer import contract_settled, layouts_by_graph
 from ..roots import Columns
 from . import columns
@@ -64,7 +63,7 @@ def run(
     """
     known = settled(task, side, graphs)
     assert known, "columns are drawn where that was known when they were chosen"
-    side.root = root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    root = side.find_root(task.chunk_size)
 
     def contract(some: Columns) -> list[list[Tensor]]:
         found = contract_settled(side.model_outputs, graphs, some, chunk_size=task.chunk_size)

@@ -12,7 +12,6 @@ from ...results import Strategy
 from ..head import Head, contract_head
 from ..measurement import Measurement
 from ..output_hessian import as_samples
-from ..output_root import output_root
 from ..recorded_layer import contract_pairs, layouts_by_graph
 from ..roots import Root
 from .budget import Budget
@@ -44,7 +43,7 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     Args:
         side: the loss as a function of the output.
     """
-    root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+    root = side.find_root(task.chunk_size)
     known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))
     check = None if known else _Bilinear(task, graphs, side, root)
     found: dict[int, list[Tensor] | None] = {}

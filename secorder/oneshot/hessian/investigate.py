@@ -16,11 +16,11 @@ from ...layers.structure import linear_by_structure
 from ...results import Strategy
 from ..head import head_outputs, known_heads
 from ..independence import block_diagonal, linear_products, sample_bits
-from ..known_losses import loss_of_rows
+from ..known_losses import loss_of_rows, softmax_scale
 from ..loss import require_dependence
+from ..losses_by_output import precise_share
 from ..measurement import Measurement
 from ..output_hessian import loss_of_output, loss_separates, output_points
-from ..output_root import output_root
 from ..recorded_layer import layout_options, layouts_by_graph
 from ..recording import Recording, recorded
 from .budget import Budget
@@ -81,8 +81,8 @@ def investigate(
     """
     traced = task.traced(inputs=False)
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
-    second_order = len(known) < len(task.layers)
-    found, output, loss = attached(task, recording, traced, with_gradients=second_order)
+    put_off = columns and task.certain
+    found, output, loss = attached(task, recording, traced, with_gradients=not put_off)
     if not (traced.hooked or traced.packed or task.certain or task.create_graph):
         _attach_by_operations(task, found, output, loss)
     side = _side(task, found, output, loss)
@@ -94,7 +94,7 @@ def investigate(
         _follow_chain(task, found, found.separate)
     if columns and side is not None and _without_chain(found, budget):
         found.output_side = _with_columns(task, found, side, known, budget)
-    if not second_order:
+    if put_off:
         found.put_off = recording, loss
         if not _needs_no_product(found, budget):
             differentiate(task, found)
@@ -109,7 +109,7 @@ def differentiate(task: Measurement, found: Findings) -> None:
     if found.put_off is not None:
         recording, loss = found.put_off
         found.put_off = None
-        _attach(task, found, recording, loss, task.ruled, with_gradients=True)
+        _learn_uses(task, found, recording, loss, with_gradients=True)
 
 
 def attached(
@@ -138,8 +138,11 @@ def attached(
     outputs = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
     passed = outputs + sum(t.numel() for t in tensors_in(list(recording.leaves.values())))
     facts = {x.name: _first_facts(task, recording, x, outputs, passed) for x in task.layers}
-    found = Findings(facts, {}, None, seconds)
-    _attach(task, found, recording, loss, task.ruled, with_gradients=with_gradients)
+    graphs = {
+        x.name: LayerGraph(x, recording.inputs.get(x.name, []), recording.leaves.get(x.name, [])) for x in task.ruled
+    }
+    found = Findings(facts, graphs, None, seconds)
+    _learn_uses(task, found, recording, loss, with_gradients=with_gradients)
     recording.require_seen(loss)
     return found, output, loss
 
@@ -159,38 +162,30 @@ def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs:
     )
 
 
-def _attach(
-    task: Measurement,
-    found: Findings,
-    recording: Recording,
-    loss: Tensor,
-    ruled: Sequence[Layer],
-    *,
-    with_gradients: bool,
+def _learn_uses(
+    task: Measurement, found: Findings, recording: Recording, loss: Tensor, *, with_gradients: bool
 ) -> None:
-    """Read the recorded calls and gradients of the layers: whether they are used, and by their calls alone.
+    """Whether layers are used, and by their recorded calls alone.
 
-    Without gradients it is the graph that tells where they would come from.
+    Gradients in z tell, which are kept to be differentiated; without them the graph, of where they would come from.
     """
+    graphs = [found.graphs[x.name] for x in task.ruled]
     unusable = recording.unusable()
-    ends = [leaf for x in ruled for leaf in recording.leaves.get(x.name, [])]
-    ends += [s for x in ruled for s in task.isolated.replacements(x)]
+    ends = [leaf for graph in graphs for leaf in graph.leaves]
+    ends += [s for graph in graphs for s in task.isolated.replacements(graph.layer)]
     by_leaf: dict[int, Tensor | None] = {}
     if with_gradients and loss.requires_grad:
         by_leaf = dict(zip(map(id, ends), gradients(loss, ends, create_graph=True), strict=True))
     reached = {key for key, g in by_leaf.items() if g is not None} if with_gradients else leaves_of([loss]).keys()
-    if len(ruled) == len(task.layers) and not any(id(x) in reached for x in ends):
+    if len(graphs) == len(task.layers) and not any(id(x) in reached for x in ends):
         require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
-    for layer in ruled:
-        name = layer.name
-        graph = LayerGraph(layer, recording.inputs.get(name, []), recording.leaves.get(name, []))
+    for graph in graphs:
         graph.output_gradients = [by_leaf.get(id(leaf)) for leaf in graph.leaves]
-        found.graphs[name] = graph
-        outside = any(id(s) in reached for s in task.isolated.replacements(layer))
-        told = not outside and name not in unusable
-        found.learn(name, own_use=told and not _feeds_itself(graph))
+        outside = any(id(s) in reached for s in task.isolated.replacements(graph.layer))
+        told = not outside and graph.layer.name not in unusable
+        found.learn(graph.layer.name, own_use=told and not _feeds_itself(graph))
         if told and not any(id(leaf) in reached for leaf in graph.leaves):
-            found.learn(name, used=False)
+            found.learn(graph.layer.name, used=False)
 
 
 def _attach_by_operations(task: Measurement, found: Findings, output: Any, loss: Tensor) -> None:
@@ -238,8 +233,17 @@ def _side(task: Measurement, found: Findings, output: Any, loss: Tensor) -> Outp
     model_outputs = output_points(output, task.dimension)
     live = [i for i, g in enumerate(output_gradients) if g is not None]  # what the loss ignores has no columns
     side = OutputSide([model_outputs[i] for i in live], [points[i] for i in live], [output_gradients[i] for i in live])
-    by_rows = loss_of_rows(task.loss_fn) and task.of_rows(output)
-    return side if live and (by_rows or loss_separates(side.output_gradients, side.points, task.generator)) else None
+    if loss_of_rows(task.loss_fn) and task.of_rows(output):
+        side.scale = _scale_of_softmax(task, output)
+        return side if live else None
+    return side if live and loss_separates(side.output_gradients, side.points, task.generator) else None
+
+
+def _scale_of_softmax(task: Measurement, output: Tensor) -> float | None:
+    """c, where the loss is by its definition a cross entropy with the Hessian c (diag p − p pᵀ) at each position."""
+    share = precise_share(task, output)
+    alone = None if share is None else softmax_scale(task.loss_fn, output, task.targets)
+    return None if share is None or alone is None or task.dimension(output) != 0 else share * alone
 
 
 def _follow_chain(task: Measurement, found: Findings, side: OutputSide | None) -> None:
@@ -275,8 +279,7 @@ def _with_columns(
     if not pays([g.layer.name for g in candidates]):
         return None
     if heads:
-        side.root = output_root(side.output_gradients, side.points, task.chunk_size)
-        side.heads = known_heads(side.model_outputs, candidates, heads, side.root)
+        side.heads = known_heads(side.model_outputs, candidates, heads, side.find_root(task.chunk_size))
     for graph in candidates:
         if graph.layer.name in known or graph.layer.name in side.heads:
             found.learn(graph.layer.name, piecewise_linear=True)
@@ -288,9 +291,9 @@ def _with_columns(
         certified = [g.layer.name for g in rest if found.facts[g.layer.name].piecewise_linear]
         # Draws take the Gauss-Newton part of all candidates from columns.
         if budget.method == "hutchinson" or pays(certified):
-            side.root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
+            number = side.find_root(task.chunk_size).num_columns
             for graph in rest:
-                found.learn(graph.layer.name, num_columns=side.root.num_columns, columns_drawn=drawn)
+                found.learn(graph.layer.name, num_columns=number, columns_drawn=drawn)
     return side
 
 
@@ -341,6 +344,8 @@ def _unverified(found: Findings, budget: Budget) -> list[LayerGraph]:
 def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
     """Find for each layer a layout under which H_z is block diagonal over samples, where a strategy may need it."""
     graphs = _unverified(found, budget)
+    if graphs:
+        differentiate(task, found)
     rest = layouts_by_graph(found.separate.model_outputs, graphs) if found.separate is not None else graphs
     for graph in graphs:
         found.learn(graph.layer.name, samples_independent=graph not in rest)

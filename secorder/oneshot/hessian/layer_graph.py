@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..head import Head
+from ..output_root import output_root
 from ..recorded_layer import RecordedLayer
+from ..root_forms import cross_entropy_root
 from ..roots import Root
 
 __all__ = ["LayerGraph", "OutputSide"]
@@ -34,6 +36,7 @@ class OutputSide:
         model_outputs: the output tensors, samples in dim 0.
         points: leaves in their place.
         output_gradients: of the loss in the leaves, differentiable.
+        scale: c, where the loss's Hessian is c (diag p − p pᵀ) at each position by the loss's definition.
         root: of the loss's Hessian in the leaves, where it was found already.
         heads: layers whose output z is one of these, and whose part needs no columns (see :mod:`..head`).
         by_graph: whether the graph may tell where samples are: no hook of the model's changes gradients.
@@ -42,9 +45,22 @@ class OutputSide:
     model_outputs: list[Tensor]
     points: list[Tensor]
     output_gradients: list[Tensor | None]
+    scale: float | None = None
     root: Root | None = None
     heads: dict[str, Head] = field(default_factory=dict)
     by_graph: bool = False
+
+    def find_root(self, chunk_size: int | None) -> Root:
+        """The root, by definition where that tells it; it is found once.
+
+        Args:
+            chunk_size: products batched at most.
+        """
+        if self.root is None and self.scale is not None:
+            self.root = cross_entropy_root(self.points[0].detach(), self.scale)
+        elif self.root is None:
+            self.root = output_root(self.output_gradients, self.points, chunk_size)
+        return self.root
 
     @property
     def size(self) -> int:

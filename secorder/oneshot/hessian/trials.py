@@ -13,7 +13,6 @@ from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
-from ..output_root import output_root
 from ..recorded_layer import contract_pairs, layout_options
 from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
@@ -206,8 +205,7 @@ def _on_parameters(
 
 def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph], allowance: float) -> float:
     """Of one column, for all layers together."""
-    side.root = side.root or output_root(side.output_gradients, side.points, task.chunk_size)
-    root = side.root
+    root = side.find_root(task.chunk_size)
     usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
     if not usual:
         return 0.0

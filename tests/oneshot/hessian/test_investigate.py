@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder.oneshot.hessian.budget import Budget
-from secorder.oneshot.hessian.investigate import facts, investigate
+from secorder.oneshot.hessian.investigate import Findings, facts, investigate, verify_samples
 from secorder.oneshot.recording import recorded
 
 from ...helpers import Fn, Net, Twice, data, make, measured
@@ -53,3 +53,37 @@ def test_what_cannot_matter_is_not_looked_at() -> None:
     found = measured(work, make(nn.ReLU()), data())
     assert found.output_side is None
     assert all(fact.piecewise_linear is None for fact in found.facts.values())
+
+
+def investigated(task: Any) -> Findings:
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        return investigate(task, recording, Budget("exact"), columns=True)
+
+
+LOSSES: dict[str, tuple[Any, float | None]] = {
+    "mean": (lambda: F.cross_entropy, 1 / 6),
+    "sum": (lambda: nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.2), 1.0),
+    "weighted": (lambda: nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])), None),
+    "a label that does not count": (lambda: nn.CrossEntropyLoss(ignore_index=0), None),
+    "of the user's": (lambda: lambda output, targets: F.cross_entropy(output, targets) * 2, None),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losss_hessian_is_told_by_definition_of_plain_cross_entropies_alone(name: str) -> None:
+    build, scale = LOSSES[name]
+    inputs, _ = data()
+    side = measured(investigated, make(), (inputs, torch.arange(6) % 3), loss_fn=build()).separate
+    assert side is not None
+    assert side.scale == (None if scale is None else pytest.approx(scale))
+
+
+def test_gradients_to_be_differentiated_are_taken_where_products_are() -> None:
+    def work(task: Any) -> tuple[list[bool], list[bool]]:
+        found = investigated(task)
+        before = [g is None for g in found.graphs["0"].output_gradients]
+        found.learn("0", chain_depth=0)  # as where the chain fails
+        verify_samples(task, found, Budget("exact"))
+        return before, [g is None for g in found.graphs["0"].output_gradients]
+
+    assert measured(work, make(), data()) == ([True], [False])
