@@ -1,10 +1,13 @@
 """Diagonals in parameters from each sample's Hessian in z: by all of it, and by its diagonal where that suffices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secorder.layers.layout import DIM_ZERO
+from secorder.layers.per_sample import Outer
 from secorder.layers.selection import select_layers
 from secorder.oneshot.hessian.layer_block import by_basis, by_diagonal, by_diagonal_alone
 from secorder.oneshot.hessian.layer_graph import LayerGraph
@@ -12,15 +15,40 @@ from secorder.oneshot.hessian.layer_graph import LayerGraph
 N = 3
 
 
+class Mixed(nn.Module):
+    """A product with a matrix, of which the outputs are then mixed."""
+
+    mix: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4))
+        self.register_buffer("mix", torch.tensor([[1.0, 2.0], [-1.0, 3.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = x @ self.weight.t() @ self.mix
+        return mixed
+
+
+def rule_of_mixed(module: Mixed, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, Outer]:
+    return {"weight": Outer(inputs[0][:, None, None], (g @ module.mix.t())[:, None, None])}
+
+
 @pytest.mark.parametrize(
     ("module", "shape", "alone"),
-    [(nn.Linear(4, 2), (4,), True), (nn.Linear(4, 2), (3, 4), False), (nn.Conv1d(1, 2, 2), (1, 3), False)],
-    ids=["linear", "tokens", "convolution"],
+    [
+        (nn.Linear(4, 2), (4,), True),
+        (nn.Linear(4, 2), (3, 4), False),
+        (nn.Conv1d(1, 2, 2), (1, 3), False),
+        (Mixed(), (4,), False),
+    ],
+    ids=["linear", "tokens", "convolution", "mixed outputs"],
 )
 def test_both_are_what_the_jacobian_says(module: nn.Module, shape: tuple[int, ...], alone: bool) -> None:
     torch.manual_seed(0)
     module.double()
     (layer,) = select_layers(nn.Sequential(module), "all")
+    layer = replace(layer, rule=layer.rule or rule_of_mixed)
     x = torch.randn(N, *shape)
     z = module(x)
     graph = LayerGraph(layer, [(x,)], [torch.zeros_like(z, requires_grad=True)], [DIM_ZERO])
