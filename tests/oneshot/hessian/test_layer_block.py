@@ -4,34 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from secorder.layers.layout import DIM_ZERO
-from secorder.layers.per_sample import Outer
 from secorder.layers.selection import select_layers
 from secorder.oneshot.hessian.layer_block import by_basis, by_diagonal, by_diagonal_alone
 from secorder.oneshot.hessian.layer_graph import LayerGraph
 
+from ...helpers import Mixed, rule_of_mixed
+
 N = 3
-
-
-class Mixed(nn.Module):
-    """A product with a matrix, of which the outputs are then mixed."""
-
-    mix: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(2, 4))
-        self.register_buffer("mix", torch.tensor([[1.0, 2.0], [-1.0, 3.0]]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        mixed: Tensor = x @ self.weight.t() @ self.mix
-        return mixed
-
-
-def rule_of_mixed(module: Mixed, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, Outer]:
-    return {"weight": Outer(inputs[0][:, None, None], (g @ module.mix.t())[:, None, None])}
 
 
 @pytest.mark.parametrize(
