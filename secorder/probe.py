@@ -27,7 +27,7 @@ from .layers.selection import (
 )
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import first_of, is_data_set, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, require_one_batch, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -51,6 +51,7 @@ from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
+from .online.told_dimensions import require_one_dimension, told_dimensions, with_shared_ones_hidden
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.all_reduce import raised_on_all
@@ -570,6 +571,7 @@ class CurvatureProbe:
             ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
             your loss is a sum: pass reduction="sum".
         """
+        require_one_batch("verify", inputs, targets)
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
         with self.paused():
@@ -798,6 +800,7 @@ class CurvatureProbe:
         Raises:
             SecorderError: as :meth:`hessian_diagonal`.
         """
+        require_one_batch("hessian_facts", inputs, targets)
         return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
     @tells_renamed_keywords
@@ -876,7 +879,9 @@ class CurvatureProbe:
     ) -> Result:
         """``work`` on the isolated model."""
         self._attached()
-        batch = loss_fn, inputs, targets
+        if by_sample:
+            require_one_dimension(self._sample_dim)
+        batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
         with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
                 work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
@@ -944,8 +949,10 @@ class CurvatureProbe:
     @property
     def _one_shot_dim(self) -> int:
         """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
-        if isinstance(self._sample_dim, int):
-            return self._sample_dim
+        told = told_dimensions(self._sample_dim)
+        if told is not None:
+            others = told - {0}  # dim 0 is looked at besides
+            return others.pop() if len(others) == 1 else 0
         known = self._looks.any_known()
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
@@ -955,8 +962,10 @@ class CurvatureProbe:
 
         Raises:
             ProbeStateError: the probe is detached.
+            InvalidArgumentError: samples are not in one dimension.
         """
         self._attached()
+        require_one_dimension(self._sample_dim)
         return self._model, self._one_shot_dim, self._told
 
     # ---- checkpoints

@@ -1,6 +1,7 @@
 """Hooks and ``torch.compile``: which code is traced, and hooks that run outside of a trace or not at all."""
 
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -54,13 +55,9 @@ for _question in (being_compiled, may_break_graph):  # as torch.compiler.assume_
 
 
 def _translator() -> Any:
-    """What traces at this moment; None where nothing does."""
-    try:
-        from torch._dynamo.symbolic_convert import InstructionTranslator
-
-        return InstructionTranslator.current_tx()
-    except (AttributeError, ImportError):  # nothing is traced
-        return None
+    """What traces at this moment; None where nothing does, as where the tracer is not even loaded."""
+    tracer = sys.modules.get("torch._dynamo.symbolic_convert")
+    return getattr(getattr(tracer, "tls", None), "current_tx", None)
 
 
 def hooks_prevent_compiling(module: nn.Module) -> bool:

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
@@ -33,6 +32,8 @@ __all__ = [
     "is_running",
     "is_scripted",
     "kept_out_of_copies",
+    "observe_nothing",
+    "observers",
     "own_attributes",
     "own_parameters",
     "own_tensors",
@@ -247,7 +248,9 @@ def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 def is_running(module: nn.Module) -> bool:
     """Whether another call of the module, besides the innermost, runs in this thread: it calls itself."""
-    return len(list(islice(_calls(module, sys._getframe(1)), 2))) == 2
+    calls = _calls(module, sys._getframe(1))
+    next(calls, None)
+    return next(calls, None) is not None
 
 
 def threads_running(module: nn.Module) -> set[int]:
@@ -356,6 +359,20 @@ def batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that normalise by the statistics of the batch of now, and have running ones."""
     kinds = nn.modules.batchnorm._BatchNorm
     return tuple(m for m in model.modules() if isinstance(m, kinds) and m.training and m.running_mean is not None)
+
+
+def observers(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules of fake quantisation that take its ranges from the batch of now."""
+    flags = [(m, m._buffers.get("observer_enabled")) for m in model.modules()]
+    return tuple(m for m, flag in flags if flag is not None and bool(flag.any()))
+
+
+def observe_nothing(modules: Iterable[nn.Module]) -> None:
+    """Let fake quantisation go by the ranges that it has, where buffers are copies that nobody keeps."""
+    for module in modules:
+        flag = module._buffers.get("observer_enabled")
+        if flag is not None:
+            module._buffers["observer_enabled"] = torch.zeros_like(flag)
 
 
 @contextmanager

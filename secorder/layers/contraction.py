@@ -38,8 +38,9 @@ ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
 #: (measured from 64 to 256 rows and columns, on two threads: 1.1 to 1.5 times as fast).
 TOGETHER_ELEMENTS = 1 << 19
 
-#: Elements of per-sample gradients of one grouped convolution, measured on a CPU from 16 to 256 channels.
-CONVOLUTION_ELEMENTS = 5 << 17
+#: Elements of per-sample gradients of one grouped convolution, measured on a CPU from 16 to 256 channels; of more, it
+#: is a little faster, but where their memory comes anew from the operating system each time, half as fast.
+CONVOLUTION_ELEMENTS = 5 << 15
 
 
 def contract(
@@ -133,7 +134,7 @@ def _accumulate_products(
     target = total.view(groups, width, fan_in)
     # Measured from 64 to 50,000 rows: one piece is best up to 16 MB, and pieces of 4 MB for what is larger.
     rows = width if total.numel() <= 4 * budget else min(width, max(1, budget // (groups * fan_in)))
-    if isinstance(a, Patches) and a.convolves_well:
+    if isinstance(a, Patches) and a.convolves_well(width):
         few = max(1, CONVOLUTION_ELEMENTS // total.numel())
         for n in chunks(count, alike(count, few - few % 2 if few > 1 else 1)):
             left = a.weight_gradients(slice(n.start, n.stop), gu)

@@ -155,7 +155,7 @@ def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor
     _, groups, positions, width = g.shape
     fan_in, most = a.shape[-1], chunk_elements(g.device) // FORMED_PART // max(1, groups)
     copied = positions * fan_in if isinstance(a, Patches) else 0
-    convolved = isinstance(a, Patches) and a.convolves_well
+    convolved = isinstance(a, Patches) and a.convolves_well(width)
     gradients = width * fan_in * (positions * (CONVOLVED if convolved else 1.0) + TRAFFIC)
     if isinstance(a, Patches) and (of_image := pixels(a)) is not None:
         pixel, position = of_image
@@ -188,7 +188,7 @@ def _sum_of_products(of_a: Tensor, of_g: Tensor, groups: int, with_bias: bool) -
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """The norms of some samples' gradients, which are formed."""
-    if isinstance(a, Patches) and a.convolves_well:
+    if isinstance(a, Patches) and a.convolves_well(g.shape[3]):
         formed = a.weight_gradients(rows, g)
     else:
         formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,9 @@ __all__ = ["Patches", "matrix_products", "whole_input", "windows"]
 
 #: Numbers of float32 that fill a register of a CPU: so many columns of a matrix product are made at once.
 LANES = 16
+
+#: Elements of one sample's gradient up to which it is a convolution's.
+CONVOLUTION_MOST = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -65,17 +69,29 @@ class Patches:
             images = images[(slice(None),) * (2 + dim) + (slice(first, last + 1, step),)]
         return images
 
-    @property
-    def convolves_well(self) -> bool:
+    def convolves_well(self, width: int) -> bool:
         """Whether :meth:`weight_gradients` is faster than copies of the patches and a matrix product.
 
-        By shape alone, so that a run can be repeated bit for bit: on oneDNN, measured from 3 to 512 channels and from
-        16 positions on, where there is enough to do at each sample for what a call and its reordering of memory cost.
+        By shape alone, so that a run can be repeated bit for bit: measured on oneDNN with AVX2 and AVX-512, from 1 to
+        512 channels and 1 to 16 groups; where there is enough to do at each sample for what a call and its reordering
+        of memory cost, and a sample's gradient is not so large that the reordering is most of it. A kernel of one
+        pixel has no patches to copy.
+
+        Args:
+            width: output channels of a group.
         """
-        image, (_, groups, positions, _) = self.image, self.shape
+        image, (_, groups, positions, fan_in) = self.image, self.shape
         if image.device.type != "cpu" or image.dtype is not torch.float32 or not torch.backends.mkldnn.enabled:
             return False
-        return groups == 1 and image.shape[1] >= 16 and positions >= 48
+        pixels = prod(self.kernel)
+        if pixels == 1 or positions < 48 or groups * width * fan_in > CONVOLUTION_MOST:
+            return False
+        channels = fan_in // pixels
+        if groups == 1:
+            return channels >= 16 or (pixels >= 49 and positions >= 48 * 48)  # a stem's patches alone fill the cache
+        if channels == width == 1:
+            return groups >= 16 and pixels <= 9
+        return channels % 8 == 0
 
     def weight_gradients(self, rows: slice, g: Tensor) -> Tensor:
         """Gradients ``(n · groups, out, in)`` of some samples, for a cotangent factor ``(N, groups, positions, out)``.

@@ -27,6 +27,7 @@ __all__ = [
     "first_of",
     "is_data_set",
     "number_of_batches",
+    "require_one_batch",
     "takes_data_sets",
 ]
 
@@ -63,6 +64,16 @@ def is_data_set(inputs: Any, targets: Any) -> bool:
         return True
     first = next(iter(inputs), None)  # a loader that keeps its data in tensors, or a batch object such as a graph's
     return _pair(first)
+
+
+def require_one_batch(method: str, inputs: Any, targets: Any) -> None:
+    """Raise where a method of the probe that looks at one batch is given a data set.
+
+    Raises:
+        InvalidTypeError: it is.
+    """
+    if is_data_set(inputs, targets):
+        raise InvalidTypeError(f"{method}() looks at one batch: pass its inputs and targets, as of next(iter(loader)).")
 
 
 def _pair(batch: Any) -> bool:

@@ -10,14 +10,14 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..errors import CouplingError, NonFiniteError, SecorderError
-from .known_losses import share_of_samples, softmax_scale
+from .known_losses import made_of_samples, share_of_samples, softmax_scale
 from .loss import require_dependence
 from .measurement import Measurement
 from .output_hessian import expose_output, filled, loss_of_output, loss_separates, output_points
 from .recorded_layer import RecordedLayer
 from .root_forms import cross_entropy_root
 from .roots import Root
-from .sample_losses import BatchLoss, gradients_of_losses, own_gradients, own_losses
+from .sample_losses import BatchLoss, gradients_of_losses, gradients_of_rows, own_gradients, own_losses
 
 __all__ = ["SampleLosses", "losses_by_definition", "losses_by_output", "precise_share"]
 
@@ -130,6 +130,13 @@ def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tenso
     Raises:
         SecorderError: they are not; where it is the loss that couples samples, of that.
     """
+    if not made_of_samples(task.loss_fn, batch.output, task.targets):
+        found = gradients_of_rows(task, batch)
+        if found is not None:
+            return found
+        if not batch.loss.requires_grad:  # which was released
+            again = loss_of_output(task.loss_again, output, task.targets, task.dimension, loss)
+            batch = batch if again is None else BatchLoss(*again)
     try:
         return own_gradients(task, batch, second_order=False)
     except SecorderError:

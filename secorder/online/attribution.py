@@ -32,7 +32,8 @@ class Attribution:
         outside: layers whose parameters the model also uses outside of the calls of their enclosing modules.
         reached: layers whose calls the model's output depends on.
         coupled: whether samples influence one another in the model.
-        normalised: whether they do by its batch normalisation alone; the rest is then known for fixed statistics.
+        normalised: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then
+            known for fixed statistics.
         unclear: whether the output held nan or inf, so that nothing can be told from this batch.
         provisional: whether the batch could not tell where samples are (a batch of one, or nothing changed anything).
         undecided: why it cannot be told which dimension holds the samples; empty where it can.

@@ -214,22 +214,25 @@ class Audit:
         """Whether no whole gradient has come."""
         return not self._actual
 
-    def watch(self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool) -> list[str]:
+    def watch(
+        self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool, outputs: int
+    ) -> list[str]:
         """Look at parameters of a layer from now on; the names of those whose gradient is to be seen for it.
 
         Args:
             graph: the same as the autograd graph knows them.
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
+            outputs: elements of what it returns.
         """
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
         if not apart and chosen == ["weight", "bias"]:
             weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
             if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
-                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix))
+                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix, outputs))
                 self._home[id(bias)] = id(weight)
                 return chosen
         for name, p in [(name, parameters[name]) for name in chosen]:
-            self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name]))
+            self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name], outputs))
         return chosen
 
     def _has(self, parameter: Tensor) -> bool:

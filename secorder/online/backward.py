@@ -156,7 +156,8 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
-        for name in backward.audit.watch(layer.parameters, parts, apart=apart):
+        outputs = record.elements(layer)
+        for name in backward.audit.watch(layer.parameters, parts, apart=apart, outputs=outputs):
             parameter = layer.parameters[name]
             if id(parameter) in fresh:
                 backward.fresh.append(parameter)

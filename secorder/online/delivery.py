@@ -5,7 +5,6 @@ module that is run again the per-sample gradients of all its parts. What they br
 """
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -305,8 +304,7 @@ def _tell(
         explain(record, layer, gradients)
     elif record.backward is not None:
         audit, low = record.backward.audit, record.autocast_dtype
-        elements = sum(prod(shape) for call in record.calls.get(layer.name, ()) for shape in call)
-        return audit.explain(layer.name, layer.parameters, gradients, low, elements, cotangents)
+        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents)
     return {}
 
 

@@ -13,8 +13,8 @@ from .constants import Constants
 
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 
-#: Elements of a parameter above which only a block of its rows is looked at, and rows of the block.
-WHOLE_ELEMENTS = 1 << 17
+#: Elements of a parameter and its layer's outputs above which only a block of its rows is looked at, and rows of it.
+WHOLE_ELEMENTS = 1 << 19
 BLOCK = 64
 #: Output and input channels of convolutions that are looked at: activations cost more to read than parameters there.
 OUT_CHANNELS, IN_CHANNELS = 16, 4
@@ -85,22 +85,25 @@ class Directions:
             self._kept.clear()
             self._frames.clear()
 
-    def vectors(self, parameter: Tensor) -> Vectors:
-        """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole."""
+    def vectors(self, parameter: Tensor, outputs: int = 0) -> Vectors:
+        """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole.
+
+        Args:
+            parameter: a layer's.
+            outputs: elements of what the layer returns, whose cotangents are read with it.
+        """
+        rows, block = _rows(parameter, outputs)
+        if block < rows:
+            return self._drawn(parameter, outputs)
         key = (parameter.shape, parameter.dtype, parameter.device)
         found = self._kept.get(key)
         if found is None:
-            first = self._drawn(parameter)
-            if not first.whole:
-                return first
-            found = self._kept[key] = [first, *(self._drawn(parameter) for _ in range(IN_TURN - 1))]
+            found = self._kept[key] = [self._drawn(parameter, outputs) for _ in range(IN_TURN)]
         return found[self._passes % IN_TURN]
 
-    def _drawn(self, parameter: Tensor) -> Vectors:
-        rows = parameter.shape[0] if parameter.dim() else 1
+    def _drawn(self, parameter: Tensor, outputs: int = 0) -> Vectors:
+        rows, block = _rows(parameter, outputs)
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
-        block = rows if parameter.numel() <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
-        block = block if parameter.dim() < 3 else min(block, OUT_CHANNELS)
         start, r = self._below(rows - block + 1), self._take(block, parameter)
         if parameter.dim() > 2:
             channels = parameter.shape[1]
@@ -136,3 +139,10 @@ class Directions:
     def some(self, names: Sequence[str], most: int) -> set[str]:
         """So many of the names at most, drawn anew."""
         return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
+
+
+def _rows(parameter: Tensor, outputs: int) -> tuple[int, int]:
+    """Those of a parameter, and of how many in a row its block is."""
+    rows = parameter.shape[0] if parameter.dim() else 1
+    block = rows if parameter.numel() + outputs <= WHOLE_ELEMENTS or parameter.dim() < 2 else min(rows, BLOCK)
+    return rows, block if parameter.dim() < 3 else min(block, OUT_CHANNELS)

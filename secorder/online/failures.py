@@ -73,10 +73,11 @@ class Failures:
         """Where so many numbers are to wait, and from which place on; behind as many of each step before, if any."""
         memory, start = self._numbers, size * len(self._waiting)
         fits = memory is not None and memory.dtype is like.dtype and memory.device == like.device
-        if memory is None or not fits or len(memory) < start + size or (start and 3 * len(self._waiting[0][0]) != size):
+        room = 0 if memory is None or not fits else memory.shape[0]
+        if room < start + size or (start and 3 * len(self._waiting[0][0]) != size):
             self._compare_all()
             start = 0
-        if memory is None or not fits or len(memory) < size:
+        if memory is None or room < size:
             self._numbers = memory = like.new_empty(max(3 * MOST, size))
         return memory, start
 

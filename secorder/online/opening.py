@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .._torch.graph import Users, users_of
+from .._torch.modules import batch_normalisation
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
 from ..layers.layout import Layout
@@ -160,7 +161,7 @@ def _look(
             f"sample_dim={found.alternative}."
         )
     if found.normalised:
-        tell_normalised(fisher.troubles, names)
+        tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
@@ -183,7 +184,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
-    begins, record.carried = [*tensors_in(arguments), *record.carried], ()
+    carried, record.carried = record.carried, ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = True
@@ -194,6 +195,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
+        begins = [*tensors_in(arguments), *carried]
         users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)

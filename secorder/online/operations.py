@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._torch.engine import accumulate_node, current_backward
-from .._torch.graph import Users, current_node
+from .._torch.graph import Users, current_node, outputs_of
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
@@ -66,11 +66,14 @@ def explain_uses(record: ForwardRecord, layer: Layer, known: Sequence[Verified])
 
 def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
     """Hook the operations of which it is known where the samples are."""
+    if not record.uses:
+        return
     by_name = {layer.name: layer for layer in record.attribution.layers}
     for name, found in record.uses.items():
         if name not in record.layouts or name in record.replaced | record.troubled:
             continue
         layer = by_name[name]
+        _note_digits(record, layer, [output.dtype for node in found.followed for output in outputs_of(node)])
         trained = [p for p in layer.parameters.values() if p.requires_grad]
         node = accumulate_node(trained[0]) if len(trained) == 1 else None
         for index, use in enumerate(found.uses):
@@ -78,6 +81,14 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
             received = _UseGradient(attachment, record, layer, index, use, found, node)
             use.node.register_prehook(received)
     record.uses.clear()  # the graph is held by what holds it, and by nothing of ours that it holds
+
+
+def _note_digits(record: ForwardRecord, layer: Layer, dtypes: Sequence[torch.dtype]) -> None:
+    """A part of a model may compute with fewer digits than its parameters have."""
+    kind = compute_dtype(layer)
+    for dtype in dtypes:
+        if dtype is not kind and torch.finfo(dtype).eps > torch.finfo(kind).eps:
+            record.autocast_dtype = record.autocast_dtype or dtype
 
 
 class _UseGradient:
@@ -118,10 +129,8 @@ class _UseGradient:
         if self.total is not None or layer.name not in record.layouts or layer.name in record.troubled:
             return
         self.total = total
+        _note_digits(record, layer, [g.dtype for g in own if g is not None])
         kind = compute_dtype(layer)
-        for g in own:  # a part of a model may compute with fewer digits than its parameters have
-            if g is not None and g.dtype is not kind and torch.finfo(g.dtype).eps > torch.finfo(kind).eps:
-                record.autocast_dtype = record.autocast_dtype or g.dtype
         layouts = record.layouts[layer.name][self.index]
         call = OperationCall(current_node(), own, layouts, record.num_samples, kind)
         several = len(record.calls[layer.name]) > 1

@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -328,6 +329,10 @@ class ForwardRecord:
         if parameter.grad is None or self.slots is None:
             return False
         return slot(parameter) != self.slots.get(id(parameter))
+
+    def elements(self, layer: Layer) -> int:
+        """Of what the layer's calls have returned."""
+        return sum([prod(shape) for call in self.calls.get(layer.name, ()) for shape in call])
 
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""

@@ -74,8 +74,8 @@ def tolerance_of(
         terms: of a product with random numbers, which adds up like a random walk: each rounds by what came before.
     """
     factors = 0.0 if low is None else torch.finfo(low).eps
-    if dtype is torch.float32:
-        factors = max(factors, *(2 * rounding_of_products(value.device, x) for x in operations))
+    for operation in operations if dtype is torch.float32 else ():
+        factors = max(factors, 2 * rounding_of_products(value.device, operation))
     units = max(UNITS, UNITS_OF_WALKS * sqrt(terms))
     return max(units * torch.finfo(dtype).eps, UNITS_OF_FACTORS * factors)
 

@@ -49,7 +49,7 @@ class Question:
     before: Attribution | None
     direct: bool
     not_followed: Collection[str] = ()
-    fixed: tuple[nn.Module, ...] = ()  # batch normalisation that is to go by its running statistics
+    fixed: tuple[nn.Module, ...] = ()  # batch normalisation, fake quantisation: to go by running statistics, ranges
     ranks: Ranks | None = None  # that parameters lie over, and look together
 
     @staticmethod

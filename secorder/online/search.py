@@ -21,7 +21,14 @@ from torch.nn.attention import sdpa_kernel
 
 from .._torch.attention import attention_kernels
 from .._torch.fsdp import local
-from .._torch.modules import batch_normalisation, buffer_places, is_scripted, own_attributes
+from .._torch.modules import (
+    batch_normalisation,
+    buffer_places,
+    is_scripted,
+    observe_nothing,
+    observers,
+    own_attributes,
+)
 from .._torch.pytree import map_tensors, once_each, tensors_in
 from .._torch.versions import version
 from ..errors import InvalidArgumentError
@@ -120,7 +127,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
         found = replace(found, layers=tuple(layers), certain=certain)
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := batch_normalisation(model)):
+        if found.coupled and not asked.fixed and (fixed := (*batch_normalisation(model), *observers(model))):
             without = _escalate(replace(asked, fixed=fixed), first)
             if not (without.coupled or without.unclear or without.undecided):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
@@ -274,6 +281,7 @@ def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
 
     def forward(arguments: Any, begins: Callable[[Any], None] = lambda _: None) -> Any:
         def run(copied: Any) -> Any:
+            observe_nothing(asked.fixed)
             begins(copied)
             return asked.model(*copied[0], **copied[1])
 

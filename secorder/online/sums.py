@@ -201,7 +201,10 @@ def count_samples(seen: Tensor, samples: float | Tensor, goods: Sequence[Tensor]
         seen.add_(samples)
         return
     every = goods[0] if len(goods) == 1 else torch.cat([good.view(-1).to(seen.device) for good in goods])
-    seen.add_(samples * every.any())
+    if isinstance(samples, Tensor):
+        seen.add_(samples * every.any())
+    else:
+        seen.add_(every.any(), alpha=samples)
 
 
 def empty(every: Sequence[LayerSums]) -> None:

@@ -192,12 +192,16 @@ def sentence(names: Sequence[str], reason: str) -> str:
     return f"{which}: {reason}"
 
 
-def tell_normalised(troubles: Troubles, names: Sequence[str]) -> None:
-    """Say that samples are coupled by batch normalisation, whose statistics are taken as they are."""
+def tell_normalised(troubles: Troubles, names: Sequence[str], *, quantised: bool = False) -> None:
+    """Say that samples are coupled by batch normalisation, or fake quantisation, whose statistics are taken as is."""
+    by, what, instead = "batch normalisation in train mode", "statistics", "train with model.eval() statistics"
+    if quantised:
+        by, what = "observers of fake quantisation", "ranges"
+        instead = "call model.apply(torch.ao.quantization.disable_observer) once they have settled"
     message = (
-        "the samples of a batch influence one another by batch normalisation in train mode, so that the per-sample "
-        f"gradients of the layers {list(names)} are those for the statistics of the batch as they are: train with "
-        "model.eval() statistics, or leave the layers out with layers=."
+        f"the samples of a batch influence one another by {by}, so that the per-sample gradients of the layers "
+        f"{list(names)} are those for the {what} of the batch as they are: {instead}, or leave the layers out with "
+        "layers=."
     )
     if troubles.strict:
         raise CouplingError(message)

@@ -19,6 +19,8 @@ from secorder._torch.modules import (
     gradient_hooks_removed,
     holds,
     is_scripted,
+    observe_nothing,
+    observers,
     own_attributes,
     own_tensors,
     parameter_places,
@@ -201,6 +203,19 @@ def test_batch_normalisation_that_goes_by_the_batch_of_now() -> None:
     norm, still = nn.BatchNorm2d(3), nn.BatchNorm1d(3)
     model = nn.Sequential(norm, still.eval(), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3))
     assert batch_normalisation(model) == (norm,)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+def test_fake_quantisation_that_observes() -> None:
+    quantised = torch.ao.quantization.default_fake_quant()
+    model = nn.Sequential(nn.Linear(2, 2), quantised)
+    assert observers(model) == (quantised,)
+    place = next(place for place in buffer_places(quantised) if place.key == "observer_enabled")
+    observe_nothing(model)
+    assert not observers(model)
+    assert bool(place.value)
+    put_back([place])
+    assert observers(model) == (quantised,)
 
 
 def test_a_model_is_evaluated_for_a_while() -> None:

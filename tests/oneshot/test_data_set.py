@@ -169,6 +169,9 @@ def test_misuse_is_told() -> None:
             probe.hessian_diagonal(F.cross_entropy, DataLoader(X), Y)
         with pytest.raises(InvalidArgumentError, match="one batch"):
             probe.fisher_diagonal(F.cross_entropy, batches(), create_graph=True)
+        for one_batch in (probe.verify, probe.hessian_facts):
+            with pytest.raises(InvalidTypeError, match=rf"{one_batch.__name__}\(\) looks at one batch"):
+                one_batch(F.cross_entropy, DataLoader(TensorDataset(X, Y), 6))
 
     def odd(f: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(f, t) * len(t) ** 0.5

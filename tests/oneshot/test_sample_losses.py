@@ -16,6 +16,7 @@ from secorder import (
     per_layer_fisher_diagonal,
 )
 from secorder._torch import vjp
+from secorder.oneshot import sample_losses
 from secorder.oneshot.measurement import Measurement
 from secorder.oneshot.sample_losses import BatchLoss, own_gradients, own_losses
 
@@ -116,9 +117,9 @@ def squares_by_hand(f: Tensor, t: Tensor) -> Tensor:
     ("loss_fn", "kind", "most"),
     [
         (entropy_by_hand, "empirical", 8),
-        (entropy_by_hand, "mc", 11),
+        (entropy_by_hand, "mc", 10),
         (squares_by_hand, "empirical", 10),  # one of them of targets, which are as large as outputs
-        (squares_by_hand, "mc", 13),
+        (squares_by_hand, "mc", 12),
     ],
 )
 def test_wide_outputs_of_a_loss_of_the_users(
@@ -153,3 +154,24 @@ def test_samples_of_wide_outputs_are_taken_in_parts_and_the_numbers_are_the_same
 
     with pytest.raises(CouplingError, match="statistic of the batch"):
         per_layer_fisher_diagonal(model, of_the_batch, x, y)
+
+
+def test_cross_entropies_of_rows_are_known_by_their_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First derivatives tell then; of what was passed otherwise, or is another in each sample, nothing is taken."""
+    model, (x, y) = make(), data()
+    held = y.clone()
+    expected = per_layer_fisher_diagonal(model, nn.CrossEntropyLoss(), x, y)
+    with monkeypatch.context() as patch:
+        patch.setattr(sample_losses, "_require_invariance", None)  # which is not called
+        found = per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(f[:, :], t), x, y)
+    assert_all_close(found, expected)
+    with pytest.raises(InvalidArgumentError, match="closure"):
+        per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(f, held), x, y)
+    with pytest.raises((InvalidArgumentError, CouplingError)):
+        per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(f, held[: len(f)]), x, y)
+    with pytest.raises((InvalidArgumentError, CouplingError)):  # labels that a statistic of the batch decides about
+        per_layer_fisher_diagonal(
+            model, lambda f, t: F.cross_entropy(f, torch.where(f[:, 0] > f[:, 0].mean(), 1, 2)), x, y
+        )
+    with pytest.raises((InvalidArgumentError, CouplingError)):  # of half of a batch, and of a sample alone
+        per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(*(v[: (len(v) + 1) // 2] for v in (f, t))), x, y)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder import CurvatureProbe
 
 from ..helpers import Shared, data, reference, run_again_where_nothing_tells, step
-from ..reference import assert_all_close
+from ..reference import assert_all_close, fisher_by_sample
 
 
 class Words(nn.Module):
@@ -207,3 +207,25 @@ def test_a_batch_of_one_sample_that_holds_several_sequences() -> None:
         found = {name: value.double() for name, value in probe.fisher_diagonal().by_parameter().items()}
     every = [{k: len(x) / 6 * v for k, v in reference(exact, (x.double(), y)).items()} for x, y in batches]
     assert_all_close(found, {name: sum(one[name] for one in every) for name in every[0]}, 1e-4)
+
+
+class Decays(nn.Module):
+    """A state space model's rates, which are computed in float32 whatever the model is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_rates, self.fc = nn.Parameter(torch.rand(4)), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rates = torch.exp(-self.log_rates.float().exp()).to(x.dtype)
+        return self.fc(torch.stack([x, x * rates, x * rates**2]).sum(0))
+
+
+@run_again_where_nothing_tells
+def test_what_is_computed_with_fewer_digits_on_the_way_passes_the_audit() -> None:
+    model, (x, y) = Decays().double(), data()
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            F.cross_entropy(model(x.double()), y).backward()
+        expected = fisher_by_sample(model, F.cross_entropy, x.double(), y, len(x))
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected, 1e-6)  # of float32's digits

@@ -1,7 +1,9 @@
 """Where samples are in a layer's calls: found, verified, or not told; held against a loop over samples."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
 from ..helpers import Net
+from ..reference import assert_all_close, fisher_by_sample
 from .loops import follow, rows
 
 Pair = tuple[Tensor, Tensor]
@@ -607,6 +610,37 @@ def test_batch_normalisation_is_said_and_what_is_around_it_is_found(form: str) -
     classify(model, sequences((3, 7))[0]).backward()
     assert probe.num_samples == 3
     probe.fisher_diagonal()
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+@pytest.mark.parametrize("kind", ["fused", "plain"])
+def test_fake_quantisation_that_observes_its_ranges_is_said(kind: str) -> None:
+    """Per-sample gradients are those for the ranges as they are, from the batch on that they were taken from."""
+    quantisation = torch.ao.quantization
+    weight, activation = quantisation.default_weight_fake_quant, quantisation.default_fake_quant
+    if kind == "fused":
+        weight, activation = quantisation.default_fused_wt_fake_quant, quantisation.default_fused_act_fake_quant
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.after(F.linear(m.before(x), m.of_weight(m.a.weight), m.a.bias)).relu())
+
+    parts = {"before": activation(), "after": activation(), "of_weight": weight()}
+    with torch.random.fork_rng():
+        model = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3), **parts).float()
+    expected: dict[str, Tensor] = {}
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for index, (x, y) in enumerate(vectors(6, 6, 6)):
+            twin = copy.deepcopy(model)
+            with torch.no_grad():
+                twin(x.float())
+            twin.apply(quantisation.disable_observer)
+            for name, value in fisher_by_sample(twin, F.cross_entropy, x.float(), y, len(x)).items():
+                expected[name] = expected.get(name, 0.0) + value / 3
+            with nullcontext() if index else pytest.warns(CurvatureWarning, match="observers of fake quantisation"):
+                classify(model, (x.float(), y)).backward()
+            ranges = {k: v for k, v in twin.state_dict().items() if not k.endswith("observer_enabled")}
+            assert all(torch.equal(model.state_dict()[name], value) for name, value in ranges.items())
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected, 1e-5)  # it is made for float32 alone
 
 
 def test_what_is_refused_is_refused_again_after_a_reset() -> None:

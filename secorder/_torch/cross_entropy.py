@@ -1,0 +1,46 @@
+"""Cross entropies, recognised by the nodes of their graph."""
+
+from torch import Tensor
+
+from .graph import recomputed, saved, shape_of
+from .loss_graph import place_of
+
+__all__ = ["is_cross_entropy_of_rows"]
+
+#: Nodes that take rows out of a tensor, or see them in other dimensions, and change no number.
+_TAKES_ROWS = frozenset({
+    "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SliceBackward0", "SqueezeBackward0",
+    "SqueezeBackward1", "UnsafeViewBackward0", "UnsqueezeBackward0", "ViewBackward0",
+})  # fmt: skip
+
+#: What ``reduction`` says of a mean and of a sum.
+_MEAN, _SUM = 1, 2
+
+
+def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
+    """Whether a loss is a mean or sum of cross entropies of labels, of rows along the last dimension of an output.
+
+    Its gradient in one row is then that of the row's own cross entropy, times a number that depends on no output.
+
+    Args:
+        loss: a scalar.
+        output: a leaf of two dimensions at least.
+    """
+    node = loss.grad_fn
+    while node is not None and node.name() == "ViewBackward0" and shape_of(*node.next_functions[0]) == ():
+        node = node.next_functions[0][0]
+    if node is None or node.name() != "NllLossBackward0" or recomputed(node) is not False or output.dim() < 2:
+        return False
+    if saved(node, "weight") is not None or saved(node, "reduction") not in (_MEAN, _SUM):
+        return False
+    (node, number), last = node.next_functions[0], output.shape[-1]
+    if node is None or node.name() != "LogSoftmaxBackward0" or shape_of(node, number)[1:] != (last,):
+        return False
+    if saved(node, "dim") not in (1, 2**64 - 1):
+        return False
+    place = node.next_functions[0]
+    while place != place_of(output):
+        if place[0] is None or place[0].name() not in _TAKES_ROWS or shape_of(*place)[-1:] != (last,):
+            return False
+        place = place[0].next_functions[0]
+    return True
