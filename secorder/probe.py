@@ -50,7 +50,8 @@ from .online.looks import Looks
 from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
-from .online.samples import SampleDim, check_sample_dim, require_one_dimension, told_dimensions
+from .online.samples import SampleDim, check_sample_dim
+from .online.told_dimensions import require_one_dimension, told_dimensions, with_shared_ones_hidden
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.all_reduce import raised_on_all
@@ -880,7 +881,7 @@ class CurvatureProbe:
         self._attached()
         if by_sample:
             require_one_dimension(self._sample_dim)
-        batch = loss_fn, inputs, targets
+        batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
         with whole_layers(self._model, self._layers, self._ranks) as layers:
             return measure(
                 work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options

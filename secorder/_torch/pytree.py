@@ -10,10 +10,11 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["call_model", "map_tensors", "once_each", "tensors_in"]
+__all__ = ["Shared", "call_model", "map_tensors", "once_each", "tensors_in"]
 
 #: Not to be taken apart.
 _LEAVES = (
@@ -217,10 +218,24 @@ def _copied(tree: Any) -> Any:
         return None
 
 
+class Shared:
+    """An argument that holds no samples, whatever its shape: no structure of tensors until the model is called."""
+
+    def __init__(self, value: Any) -> None:
+        def get() -> Any:  # a function's own tensors are not looked for
+            return map_tensors(once_each(torch.clone), value)
+
+        self.get: Callable[[], Any] = get
+
+
+def _shown(argument: Any) -> Any:
+    return argument.get() if type(argument) is Shared else argument
+
+
 def call_model(model: nn.Module, inputs: Any) -> Any:
     """``model(inputs)``, ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping."""
     if isinstance(inputs, Mapping):
-        return model(**inputs)
+        return model(**{name: _shown(x) for name, x in inputs.items()})
     if isinstance(inputs, (tuple, list)):
-        return model(*inputs)
+        return model(*map(_shown, inputs))
     return model(inputs)

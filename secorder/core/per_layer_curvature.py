@@ -1,6 +1,6 @@
 """The documented functions: one-shot diagonals per layer, thin facades over :class:`~secorder.CurvatureProbe`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
 from ..oneshot.hessian.budget import HessianMethod
+from ..online.samples import SampleDim
 from ..probe import CurvatureProbe, NoLayerError
 from ..results import Diagonals
 
@@ -34,7 +35,7 @@ def per_layer_hessian_diagonal(
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
-    sample_dim: int = 0,
+    sample_dim: int | Mapping[str, int | None] = 0,
 ) -> Diagonals:
     """The diagonal of the Hessian ``∂²L/∂θ²`` of ``L = loss_fn(model(inputs), targets)``, layer by layer.
 
@@ -55,7 +56,8 @@ def per_layer_hessian_diagonal(
         generator: random numbers of the draws and checks.
         chunk_size: Hessian-vector products batched at most.
         progress: show a progress bar.
-        sample_dim: the dimension of the inputs that holds the samples.
+        sample_dim: the dimension of the inputs that holds the samples; or a mapping of argument names to it, None for
+            one that all samples share, such as a mask.
 
     Returns:
         layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
@@ -108,7 +110,7 @@ def per_layer_fisher_diagonal(
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
-    sample_dim: int = 0,
+    sample_dim: int | Mapping[str, int | None] = 0,
 ) -> Diagonals:
     """The diagonal of the Fisher matrix ``(1/N) Σ_n (∂ℓ_n/∂θ)²``, layer by layer: squared *per-sample* gradients.
 
@@ -127,7 +129,8 @@ def per_layer_fisher_diagonal(
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
         progress: show a progress bar.
-        sample_dim: the dimension of the inputs that holds the samples.
+        sample_dim: the dimension of the inputs that holds the samples; or a mapping of argument names to it, None for
+            one that all samples share, such as a mask.
 
     Returns:
         layer name → 1-D tensor, weight flattened first, then bias, in ``model.named_modules()`` order; empty where no
@@ -174,7 +177,7 @@ class _Measuring(CurvatureProbe):
         return None
 
 
-def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: int) -> CurvatureProbe | None:
+def _probe(model: nn.Module, layer_types: LayerTypes, sample_dim: SampleDim) -> CurvatureProbe | None:
     """A probe for one measurement; None where no layer matches."""
     try:
         return _Measuring(model, layer_types, sample_dim=sample_dim)

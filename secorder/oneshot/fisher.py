@@ -274,8 +274,8 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
     ):
         raise CouplingError(
             "the samples of the batch influence one another's outputs (batch normalisation in train mode? samples "
-            "not in dim 0, see sample_dim=?), so that per-sample gradients are not defined: call model.eval() or "
-            "leave the layers before it out; hessian_diagonal stays exact."
+            "not in dim 0, or an argument that they share, see sample_dim=?), so that per-sample gradients are not "
+            "defined: call model.eval() or leave the layers before it out; hessian_diagonal stays exact."
         )
 
 

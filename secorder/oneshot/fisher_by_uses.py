@@ -73,6 +73,7 @@ def by_uses(
                     _add(total, u, v, sign, p.numel(), float(k > 0))
                 elif not k:
                     total.zero_()
+        del left, right  # before the next are computed
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
 

@@ -3,8 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .._torch.pytree import tensors_in
+from .._torch.saved_tensors import bytes_saved
 from ..errors import DoubleBackwardError
 from ..layers.selection import Layer
 from ..results import Strategy
@@ -25,6 +27,12 @@ __all__ = ["fisher_cost"]
 #: Columns of the longer trial, at least.
 SOME = 33
 
+#: The multiple that what is kept for backward takes with the gradients that come of it, of first and of second order.
+FIRST_ORDER, SECOND_ORDER = 3.0, 4.0
+
+#: Seconds from which on a trial is run once: what happens the first time alone takes less.
+LONG = 10.0
+
 #: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
 WHOLE_BATCHES = 3
 
@@ -38,12 +46,14 @@ class _Timed:
         columns: how many there are.
         overhead: seconds without any column.
         seconds: of one column, for all layers together.
+        heads: the layers that take no column.
     """
 
     strategies: dict[str, Strategy]
     columns: int
     overhead: float
     seconds: float
+    heads: frozenset[str] = frozenset()
 
 
 def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
@@ -53,9 +63,10 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
-    passed, leaves = _sizes(task)
+    passed, leaves, kept = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]
     columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
+    by_columns = len(timed.strategies.keys() - timed.heads)
     loop = _seconds_of_loop(task, rest, columns) / len(rest) if rest else 0.0
     costs = {}
     for layer in task.layers:
@@ -63,6 +74,7 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
         z = leaves.get(layer.name, 0)
         strategy = timed.strategies.get(layer.name, Strategy.LOOP)
         products = columns * (1 if strategy in (Strategy.RULE, Strategy.UNUSED) else task.num_samples)
+        head = layer.name in timed.heads
         facts = Facts(
             layer.name,
             numel,
@@ -71,9 +83,11 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
             output_elements=max(z, passed),
             parameter_elements=numel + 4 * passed,
         )
-        seconds = loop if layer in rest else timed.seconds * columns / len(timed.strategies)
-        costs[layer.name] = layer_cost(task, facts, Choice(strategy, products, products), seconds)
-    return Cost(costs, timed.overhead, base_bytes(task, passed, passed + sum(leaves.values())))
+        choice = Choice(strategy, 0, 0) if head else Choice(strategy, products, products)
+        seconds = loop if layer in rest else 0.0 if head else timed.seconds * columns / by_columns
+        costs[layer.name] = layer_cost(task, facts, choice, seconds)
+    of_backward = round(kept * (FIRST_ORDER if fisher_type == "empirical" else SECOND_ORDER))
+    return Cost(costs, timed.overhead, base_bytes(task, passed, 0) + of_backward)
 
 
 def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
@@ -89,9 +103,10 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
         return _Timed({}, 0, start, 0.0)
-    first = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
-    if one.of <= 1:
-        return _Timed(strategies, one.of, first, 0.0)
+    heads = frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
+    first = start if start > LONG else least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
+    if one.of <= 1 or len(heads) == len(strategies):
+        return _Timed(strategies, one.of, first, 0.0, heads)
 
     def seconds_by(columns: int) -> float:
         longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, Trial(columns)))
@@ -101,7 +116,7 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     more = min(one.of, int(TRIAL_SECONDS / (2 * seconds)))
     if more > SOME:  # few may fit a cache that more of them do not
         seconds = seconds_by(more)
-    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds)
+    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds, heads)
 
 
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
@@ -124,13 +139,15 @@ def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Tr
         return {}
 
 
-def _sizes(task: Measurement) -> tuple[int, dict[str, int]]:
-    """Numbers of the model's output, and by layer of z."""
+def _sizes(task: Measurement) -> tuple[int, dict[str, int], int]:
+    """Numbers of the model's output, by layer of z, and bytes that are kept for backward."""
+    found: list[Any] = []
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        output, _ = task.loss()
+        kept = bytes_saved(lambda: found.append(task.loss()), [*task.model.parameters(), *task.model.buffers()])
         recording.close()
-    passed = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
-    return passed, {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
+    passed = sum(t.numel() for t in tensors_in(found[0][0]) if t.requires_grad)
+    by_layer = {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
+    return passed, by_layer, kept
 
 
 def _seconds_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> float:

@@ -60,8 +60,7 @@ def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | 
     Of outputs with samples in dim 0; without a dimension each is tried, and all together.
     """
     flat = f.flatten(1)
-    r = _random(flat)
-    found = product(r[None])[0]
+    found = product(_random(flat)[None])[0]
     dims = [d for d in (1, *range(f.dim() - 1, 1, -1)) if f.dim() > 1 and f.shape[d] > 1]
     shapes = [(1, math.prod(f.shape[1:d]), f.shape[d], math.prod(f.shape[d + 1 :])) for d in dims]
     if dim is not None:
@@ -71,7 +70,7 @@ def softmax_root(product: Product, f: Tensor, dim: int | None = None) -> Root | 
     for _, before, classes, after in shapes:
         shape = (len(f), before, classes, after)
         p = flat.view(shape).softmax(2)
-        scale = _scale_of_softmax(p, r.view(shape), found.view(shape))
+        scale = _scale_of_softmax(p, _random(flat).view(shape), found.view(shape))  # drawn again: as large as f
         if scale is not None:
             return _root_of_softmax(p, scale, flat)
     return None
@@ -85,14 +84,19 @@ def cross_entropy_root(f: Tensor, scale: float) -> Root:
 
 
 def _scale_of_softmax(p: Tensor, r: Tensor, product: Tensor) -> Tensor | None:
-    """c of each position, shape (N, before, 1, after), where the product is c p ⊙ (r − ⟨p, r⟩); else None."""
-    centred = (r - (p * r).sum(2, keepdim=True)).mul_(p)
+    """c of each position, shape (N, before, 1, after), where the product is c p ⊙ (r − ⟨p, r⟩); else None.
+
+    In place of r, which is forgotten: outputs may be wide.
+    """
+    centred = r.sub_((p * r).sum(2, keepdim=True)).mul_(p)
     square = (centred * centred).sum(2, keepdim=True)
     # Of a probability near one, differences cancel to rounding: c is told by the others, however small.
     others = centred.masked_fill(p > 0.5, 0)
     largest = others.abs().amax(2, keepdim=True)
     others.div_(largest)
-    scale = (product / largest * others).sum(2, keepdim=True) / (others * others).sum(2, keepdim=True)
+    size = (others * others).sum(2, keepdim=True)
+    scale = others.mul_(product / largest).sum(2, keepdim=True) / size
+    del others
     scale = scale.masked_fill(largest == 0, 0)
     # And where rounding is more than a product, it is that of other positions.
     eps = torch.finfo(p.dtype).eps

@@ -7,9 +7,8 @@ detached, the second does not.
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -181,9 +180,8 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     if task.num_samples == 1 or made_of_samples(task.loss_fn, batch.output, task.targets):
         batch.release()
         return gradients_of_losses(own_losses(task, batch.output), points, create_graph=second_order)
-    seed = int(torch.randint(2**62, (1,), generator=task.generator, device=task.generator.device))
-    vectors = partial(_vectors, points, seed)  # drawn again and again, for they are as large as the output
-    whole = _derivatives(batch.gradients, points, vectors())
+    vectors = _vectors(points, task.generator)
+    whole = _derivatives(batch.gradients, points, vectors)
     batch.release()
     first = whole[: len(whole) // 2]
     _require_invariance(task, batch.output, whole if second_order else first, vectors if second_order else None)
@@ -193,7 +191,7 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     parts = _parts(task, points)
     for ids in parts:
         of_part = gradients_of_losses(own_losses(task, batch.output, ids), points, create_graph=True)
-        factors.append(_multiples(_derivatives(of_part, points, vectors()), whole, ids))
+        factors.append(_multiples(_derivatives(of_part, points, vectors), whole, ids))
         if len(parts) == 1:
             found = of_part
         elif not second_order:
@@ -234,8 +232,10 @@ def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None
         except SecorderError:
             return None
         of_part = gradients_of_losses(losses, [point], create_graph=False)
-        factor = _multiples(_derivatives(of_part, [point], None), whole, ids)
-        if not bool((factor >= 0).all()):
+        own = _derivatives(of_part, [point], None)
+        counts = own[0][ids.start : ids.stop].any(1)  # a sample that its own loss depends on is in the batch's, too
+        factor = _multiples(own, whole, ids)
+        if not bool(torch.where(counts, factor > 0, factor == 0).all()):
             return None
         found = _sums(found, of_part)
     return found
@@ -274,9 +274,10 @@ def gradients_of_losses(losses: Tensor, points: Sequence[Tensor], *, create_grap
     return gradients(losses.sum(), points, create_graph=create_graph)
 
 
-def _vectors(points: Sequence[Tensor], seed: int) -> list[Tensor]:
-    generator = torch.Generator(device=points[0].device).manual_seed(seed)
-    return [torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) for x in points]
+def _vectors(points: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """Random ones, the same for each sample, so that they take no memory: that no two samples interact is known."""
+    device = generator.device
+    return [torch.randn(x.shape[1:], generator=generator, device=device).to(x).expand(x.shape) for x in points]
 
 
 def _derivatives(
@@ -302,7 +303,7 @@ def _close(found: Sequence[Tensor], expected: Sequence[Tensor], scale: Tensor, f
 
 
 def _require_invariance(
-    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Callable[[], list[Tensor]] | None
+    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Sequence[Tensor] | None
 ) -> None:
     order = [*range(1, task.num_samples), 0]
     why = ""
@@ -330,7 +331,7 @@ def _require_invariance(
 
 
 def _exchanged(
-    task: Measurement, output: Any, order: list[int], rows: bool, vectors: Callable[[], list[Tensor]] | None
+    task: Measurement, output: Any, order: list[int], rows: bool, vectors: Sequence[Tensor] | None
 ) -> list[Tensor]:
     """The derivatives of the loss of samples in another order, in that order."""
     leaves: list[Tensor] = []
@@ -342,7 +343,7 @@ def _exchanged(
     loss = task.loss_again(exposed, targets).reshape(())
     del exposed, targets
     found = gradients(loss, leaves, create_graph=vectors is not None)
-    return _derivatives(found, leaves, None if vectors is None else [v[order] for v in vectors()])
+    return _derivatives(found, leaves, vectors)
 
 
 def _require_any_size(task: Measurement, output: Any) -> None:

@@ -31,8 +31,11 @@ BENT = frozenset({"Abs", "Clamp", "ClampMax", "ClampMin", "Hardtanh", "LeakyRelu
 #: Of two sets of vectors.
 DISTANCES = frozenset({"Cdist"})
 
-#: How many operations of one loss are looked at, and how many numbers of each.
-MOST, NUMBERS = 16, 3
+#: How many operations of one loss are looked at, those next to it, and how many numbers of each.
+MOST, NUMBERS = 6, 3
+
+#: More nodes are no loss but a part of a net, to which the probe is not attached.
+MOST_NODES = 100
 
 
 class HasLayout(Protocol):
@@ -54,6 +57,8 @@ def chooses(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
     Raises:
         UnknownNode: what is between them cannot be looked at.
     """
+    if len(order) > MOST_NODES:
+        return []
     generator = fresh_generator()
     for node in [node for node in order if operation_of(node) in CHOICES | BENT | DISTANCES][:MOST]:
         for place, cotangent in _asked_for(node, roots, generator):

@@ -122,11 +122,13 @@ def _look(
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
-    try:
-        with no_autocast():
-            coupled = chooses(order, roots, outputs) or couples(order, roots, outputs, record.num_samples)
-    except Exception:  # of what has no second derivative, or is not to be run
-        return
+    coupled: list[Place] = []
+    for sees in (chooses, partial(couples, count=record.num_samples)):
+        try:
+            with no_autocast():
+                coupled = coupled or sees(order, roots, outputs)
+        except Exception:  # of what has no second derivative, or is not to be run
+            continue
     if not coupled:
         return
     fisher = attachment.fisher

@@ -184,7 +184,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
     fisher = attachment.fisher
     start, record.start = record.start, None
-    begins, record.carried = [*tensors_in(arguments), *record.carried], ()
+    carried, record.carried = record.carried, ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = True
@@ -195,6 +195,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
     if any(x.by_operations for x in record.attribution.layers):
+        begins = [*tensors_in(arguments), *carried]
         users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
             attachment.looks.give_up_on(record.unfollowed)

@@ -35,7 +35,7 @@ from ..parallel.spread import is_distributed
 
 __all__ = [
     "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
-    "hypotheses", "of_owned", "require_one_dimension", "run_changed", "separates", "shapes_of", "told_dimensions",
+    "hypotheses", "of_owned", "run_changed", "separates", "shapes_of",
 ]  # fmt: skip
 
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
@@ -97,27 +97,6 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
                 'sample_dim must be an integer of at least 0, "list", a mapping of argument names to such integers or '
                 f"None, or None, got {sample_dim!r}."
             )
-
-
-def told_dimensions(sample_dim: SampleDim) -> set[int] | None:
-    """The dimensions that were told to hold samples, of whatever arguments; None where they are to be found."""
-    if isinstance(sample_dim, Mapping):
-        return {dim for dim in sample_dim.values() if dim is not None}
-    return {sample_dim} if isinstance(sample_dim, int) else None
-
-
-def require_one_dimension(sample_dim: SampleDim) -> None:
-    """Raise where samples are not in one dimension of all inputs, as a pass of our own takes them (or in dim 0).
-
-    Raises:
-        InvalidArgumentError: a mapping tells otherwise.
-    """
-    told = told_dimensions(sample_dim)
-    if told is not None and (not told or len(told - {0}) > 1):
-        raise InvalidArgumentError(
-            "a one-shot measurement takes samples from one dimension of the inputs (or from dim 0), and sample_dim is "
-            f"{sample_dim!r}: permute the inputs in the model's forward, or let training accumulate the Fisher."
-        )
 
 
 def from_names(

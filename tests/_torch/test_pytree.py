@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
-from secorder._torch.pytree import call_model, map_tensors, once_each, tensors_in
+from secorder._torch.pytree import Shared, call_model, map_tensors, once_each, tensors_in
 
 Point = namedtuple("Point", "x y")
 
@@ -263,3 +263,18 @@ def test_what_is_one_tensor_stays_one() -> None:
     found = map_tensors(once_each(torch.clone), {"query": x, "key": [x, y]})
     assert found["query"] is found["key"][0] is not x
     assert found["key"][1] is not found["query"]
+
+
+def test_shared_arguments_are_hidden_until_the_model_is_called() -> None:
+    hidden, calls = Shared({"mask": torch.ones(2)}), list[Any]()
+
+    class Model(torch.nn.Module):
+        def forward(self, x: Tensor, other: Any) -> None:
+            calls.append(other["mask"].add_(1))
+
+    x = torch.zeros(1)
+    assert list(tensors_in([x, hidden])) == [x]
+    assert map_tensors(torch.neg, [x, hidden])[1] is hidden
+    call_model(Model(), (x, hidden))
+    call_model(Model(), {"x": x, "other": hidden})
+    assert [c.tolist() for c in calls] == [[2, 2], [2, 2]]  # of copies

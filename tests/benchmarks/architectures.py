@@ -1,4 +1,7 @@
-"""Real architectures at small sizes: a bare training step against one with a probe attached, of each kind of batch."""
+"""Real architectures at small sizes: a bare training step against one with a probe attached, of each kind of batch.
+
+And against a bare step with the products that no probe can do without.
+"""
 
 import warnings
 from collections.abc import Callable

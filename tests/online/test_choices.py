@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder import AttributionError, CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import nodes_between, place_of
 from secorder.layers.layout import Layout
+from secorder.online import loss_coupling
 from secorder.online.choices import chooses
 from secorder.online.loss_coupling import Output
 
@@ -94,3 +95,14 @@ def test_samples_that_are_rows_of_several() -> None:
         roots = {place_of(loss): torch.ones(())}
         found = chooses(nodes_between([n for n, _ in roots], {n for n, _ in places}), roots, places)
         assert bool(found) is coupled
+
+
+def test_what_cannot_be_asked_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one look at the loss fails, the other one is taken."""
+    monkeypatch.setattr(loss_coupling, "chooses", lambda *_: 1 / 0)
+    model, (x, t) = mlp(), data(8)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        with pytest.warns(CurvatureWarning, match="couples the samples"):
+            F.cross_entropy(model(x), t).sqrt().backward()
+        with pytest.raises(AttributionError, match="couples the samples"):
+            probe.fisher_diagonal()

@@ -221,6 +221,7 @@ class Decays(nn.Module):
         return self.fc(torch.stack([x, x * rates, x * rates**2]).sum(0))
 
 
+@run_again_where_nothing_tells
 def test_what_is_computed_with_fewer_digits_on_the_way_passes_the_audit() -> None:
     model, (x, y) = Decays().double(), data()
     with CurvatureProbe(model, "all", reduction="mean") as probe:
