@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError
 from secorder._torch.graph import tells_recomputation
+from secorder.layers.per_sample import Outer, PerSample
 from secorder.layers.selection import select_layers
 from secorder.oneshot.measurement import Measurement, measure
 
@@ -131,6 +132,27 @@ def step(model: nn.Module, batch: tuple[Tensor, Tensor], scale: float = 1.0) -> 
 def reference(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     """Its empirical Fisher by brute force."""
     return fisher_by_sample(model, F.cross_entropy, *batch, len(batch[0]))
+
+
+class Mixed(nn.Module):
+    """A product with a matrix, of which the outputs are then mixed."""
+
+    mix: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 4))
+        self.register_buffer("mix", torch.tensor([[1.0, 2.0], [-1.0, 3.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed: Tensor = x @ self.weight.t() @ self.mix
+        return mixed
+
+
+def rule_of_mixed(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:
+    """Its rule, exact, of which no factor is a cotangent as it is."""
+    assert isinstance(module, Mixed)
+    return {"weight": Outer(inputs[0][:, None, None], (g @ module.mix.t())[:, None, None])}
 
 
 def measured(

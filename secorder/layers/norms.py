@@ -144,14 +144,14 @@ def _squares(flat: Tensor) -> Tensor:
 
 def _of_positions(a: Tensor | Patches, g: Tensor, with_bias: bool) -> Tensor:
     """Of an outer product with several positions, a few samples at a time."""
-    form, elements = _cheaper_form(a, g)
-    few = alike(len(g), max(1, elements))
+    form, most = _cheaper_form(a, g)
+    few = alike(len(g), max(1, most))
     found = [form(a, g, slice(n.start, n.stop), with_bias) for n in chunks(len(g), few)]
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor, slice, bool], Tensor], int]:
-    """The cheapest form, by shape, and of how many samples at once."""
+    """The cheapest form, by shape, and of how many samples at once, at most."""
     _, groups, positions, width = g.shape
     fan_in, most = a.shape[-1], chunk_elements(g.device) // FORMED_PART // max(1, groups)
     copied = positions * fan_in if isinstance(a, Patches) else 0
@@ -165,7 +165,7 @@ def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor
     elif positions**2 * (fan_in + width + TRAFFIC) < gradients:
         return _by_products, most // (positions**2 + copied)
     if convolved:
-        return _by_gradients, min(CONVOLUTION_ELEMENTS, most) // (width * fan_in)
+        return _by_gradients, min(CONVOLUTION_ELEMENTS, most) // max(1, width * fan_in)
     return _by_gradients, most // max(1, width * fan_in + copied)
 
 

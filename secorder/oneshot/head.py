@@ -29,6 +29,9 @@ __all__ = ["Head", "contract_head", "head_outputs", "known_heads"]
 MAX_NUMBERED = 1 << 24
 
 
+#: Its multiples have fractional parts that are all unlike.
+GOLDEN = 5**0.5 / 2 - 0.5
+
 #: Dimensions of an output up to which it may be z with these in other places.
 MAX_DIMS = 5
 
@@ -143,11 +146,27 @@ def _applies(z: RecordedLayer, blocks: Tensor, shape: torch.Size, head: Head) ->
     if len(blocks) > MAX_NUMBERED:
         return False
     z.layouts = [DIM_ZERO]
+
+    def factors(values: Tensor) -> list[Tensor | None]:
+        """Of one sample, what the rule makes of a cotangent for each parameter."""
+        found = z.gradients([head.in_z(values.view(1, *shape[1:]).expand(shape))[None]]).values()
+        return [part.g[0, 0] if isinstance(part, Outer) else None for part in found]
+
     try:
-        numbered = z.gradients([head.in_z(blocks.float().view(1, *shape[1:]).expand(shape))[None]])
+        numbered = factors(blocks.float())
     except AttributionError:  # not a shape that the rule is for
         return False
-    return all(isinstance(places, Outer) and _apart(places.g[0, 0]) for places in numbered.values())
+    if not all(g is not None and _apart(g) for g in numbered):
+        return False
+    unlike = (1 + torch.arange(len(blocks), dtype=torch.float64, device=blocks.device) * GOLDEN % 1).to(z.leaves[0])
+    return all(g is not None and _rearranged(unlike, g) for g in factors(unlike))
+
+
+def _rearranged(values: Tensor, others: Tensor) -> bool:
+    """Whether they are the same numbers in another order: mixtures would have other sums of powers."""
+    values, others = values.double(), others.double()
+    sums = [(values.pow(k).sum(), others.pow(k).sum()) for k in (2, 4)]
+    return all(bool((a - b).abs() <= 1e-10 * a) for a, b in sums)
 
 
 def _apart(numbers: Tensor) -> bool:

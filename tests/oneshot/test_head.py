@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder.layers.rules.registry import RULES, Entry
 
+from ..helpers import Mixed, rule_of_mixed
 from ..reference import assert_all_close, hessian_by_element
 
 N, T = 4, 3
@@ -144,3 +146,13 @@ def test_heads_need_no_columns(name: str) -> None:
     last = {layer for layer in ggn if layer in heads or len(ggn) == 1}
     if name not in ("not the last",):  # of a last layer, the Hessian of a mean is the GGN
         assert_all_close({k: ggn[k] for k in last}, dict(hessian))
+
+
+def test_a_head_whose_rule_mixes_cotangents_takes_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RULES, Mixed, Entry(rule_of_mixed, None, False))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), Mixed()), torch.randn(N, 4)
+    with CurvatureProbe(model, "all") as probe:
+        assert not probe.hessian_facts(F.cross_entropy, x, TARGETS % 2)["2"].last
+        fisher = probe.fisher_diagonal(F.cross_entropy, x, TARGETS % 2, fisher_type="type-2")
+    assert_all_close(fisher.by_parameter(), hessian_by_element(model, F.cross_entropy, x, TARGETS % 2))

@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks
-from ...layers.contraction import contract, contract_basis
+from ...layers.contraction import contract_basis
 from ...layers.layout import DIM_ZERO
+from ...layers.patches import whole_input
 from ...layers.per_sample import Outer
 from ..recorded_layer import parts_of_one
 from ..timing import Pieces
@@ -19,26 +21,36 @@ CHUNK_BYTES = 1 << 25
 
 
 def by_diagonal_alone(graph: LayerGraph) -> bool:
-    """Whether each element of z has parameters of its own, so that the diagonal of H_z gives that of θ."""
+    """Whether each element of z has parameters of its own, so that the diagonal of H_z gives that of θ.
+
+    It has, where the factor of a cotangent is the cotangent as it is, at one position: shown by one of which no two
+    elements are alike.
+    """
     graph.layouts = [DIM_ZERO]
     leaf = graph.leaves[0]
     if leaf.dim() != 2:
         return False
-    parts = graph.gradients([leaf.detach()[None]])
+    count, size = leaf.shape
+    cotangent = torch.arange(1, size + 1, dtype=leaf.dtype, device=leaf.device).sqrt_().expand(1, count, -1)
+    parts = graph.gradients([cotangent]).values()
     return all(
-        isinstance(part, Outer) and part.g.shape[-2] == 1 and part.g.shape[-1] * part.g.shape[-3] == leaf.shape[1]
-        for part in parts.values()
+        isinstance(part, Outer) and part.g.shape[-2] == 1 and torch.equal(part.g.flatten(2), cotangent)
+        for part in parts
     )
 
 
 def by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
-    """By the diagonal (N, size) of H_z, of a layer for which that suffices."""
-    like = graph.leaves[0]
-    u = graph.gradients([diagonal.view(1, *like.shape)])
-    v = graph.gradients([like.new_ones(()).expand(1, *like.shape)])
-    totals = parts_of_one(graph.layer)
-    for total, (name, p) in zip(totals, graph.layer.parameters.items(), strict=True):
-        contract(u[name], v[name], numel=p.numel(), out=total, beta=0.0)
+    """By the diagonal (N, size) of H_z, of a layer for which that suffices: Σ_n diag(H_z)_n ⊙ a_n²."""
+    parts, totals = graph.gradients([diagonal.view(1, *graph.leaves[0].shape)]), parts_of_one(graph.layer)
+    for total, name in zip(totals, graph.layer.parameters, strict=True):
+        part = parts[name]
+        assert isinstance(part, Outer)
+        g = part.g[0, :, :, 0]
+        if part.a is None:
+            torch.sum(g.flatten(1), 0, out=total)
+        else:
+            squares = whole_input(part.a)[:, :, 0].square()
+            torch.bmm(g.permute(1, 2, 0), squares.transpose(0, 1), out=total.view(g.shape[1], g.shape[2], -1))
     return totals
 
 

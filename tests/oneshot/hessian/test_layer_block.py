@@ -1,5 +1,7 @@
 """Diagonals in parameters from each sample's Hessian in z: by all of it, and by its diagonal where that suffices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -9,18 +11,26 @@ from secorder.layers.selection import select_layers
 from secorder.oneshot.hessian.layer_block import by_basis, by_diagonal, by_diagonal_alone
 from secorder.oneshot.hessian.layer_graph import LayerGraph
 
+from ...helpers import Mixed, rule_of_mixed
+
 N = 3
 
 
 @pytest.mark.parametrize(
     ("module", "shape", "alone"),
-    [(nn.Linear(4, 2), (4,), True), (nn.Linear(4, 2), (3, 4), False), (nn.Conv1d(1, 2, 2), (1, 3), False)],
-    ids=["linear", "tokens", "convolution"],
+    [
+        (nn.Linear(4, 2), (4,), True),
+        (nn.Linear(4, 2), (3, 4), False),
+        (nn.Conv1d(1, 2, 2), (1, 3), False),
+        (Mixed(), (4,), False),
+    ],
+    ids=["linear", "tokens", "convolution", "mixed outputs"],
 )
 def test_both_are_what_the_jacobian_says(module: nn.Module, shape: tuple[int, ...], alone: bool) -> None:
     torch.manual_seed(0)
     module.double()
     (layer,) = select_layers(nn.Sequential(module), "all")
+    layer = replace(layer, rule=layer.rule or rule_of_mixed)
     x = torch.randn(N, *shape)
     z = module(x)
     graph = LayerGraph(layer, [(x,)], [torch.zeros_like(z, requires_grad=True)], [DIM_ZERO])
