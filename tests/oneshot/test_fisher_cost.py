@@ -12,7 +12,7 @@ from secorder.oneshot import fisher_cost as module
 from secorder.oneshot.fisher_cost import fisher_cost
 
 from ..benchmarks.memory import peak_memory
-from ..helpers import data, make, measured, seed, seeded
+from ..helpers import data, make, measured, run_again_where_nothing_tells, seed, seeded
 
 MODELS = {"rules": make, "a layer without one": lambda: make(nn.Bilinear(5, 5, 5).requires_grad_(False), nn.Tanh())}
 
@@ -103,7 +103,7 @@ class Recurrent(nn.Module):
         return found
 
 
-@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+@pytest.mark.parametrize("fisher_type", [pytest.param("empirical", marks=run_again_where_nothing_tells), "type-2"])
 def test_memory_that_is_told_of_recurrent_layers_is_that_which_is_spent(fisher_type: Any) -> None:
     model = Recurrent(nn.GRU(16, 32, batch_first=True))
     batch = torch.randn(16, 24, 16), torch.randint(3, (16,))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
-from ..helpers import Net
+from ..helpers import Net, refused_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
 from .loops import follow, rows
 
@@ -613,7 +613,7 @@ def test_batch_normalisation_is_said_and_what_is_around_it_is_found(form: str) -
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
-@pytest.mark.parametrize("kind", ["fused", "plain"])
+@pytest.mark.parametrize("kind", [pytest.param("fused", marks=refused_where_nothing_tells), "plain"])
 def test_fake_quantisation_that_observes_its_ranges_is_said(kind: str) -> None:
     """Per-sample gradients are those for the ranges as they are, from the batch on that they were taken from."""
     quantisation = torch.ao.quantization
