@@ -38,9 +38,9 @@ ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
 #: (measured from 64 to 256 rows and columns, on two threads: 1.1 to 1.5 times as fast).
 TOGETHER_ELEMENTS = 1 << 19
 
-#: Elements of per-sample gradients of one grouped convolution, measured on a CPU from 16 to 256 channels; of more, it
-#: is a little faster, but where their memory comes anew from the operating system each time, half as fast.
-CONVOLUTION_ELEMENTS = 5 << 15
+#: Elements of per-sample gradients of one grouped convolution, measured on a CPU from 16 to 256 channels: of fewer, two
+#: threads have too little to share, and of more, their memory may come anew from the operating system each time.
+CONVOLUTION_ELEMENTS = 5 << 16
 
 
 def contract(
