@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .graph import recomputed, saved, shape_of
+from .graph import recomputed, saved, shape_of, signed
 from .loss_graph import place_of
 
 __all__ = ["is_cross_entropy_of_rows"]
@@ -36,7 +36,7 @@ def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
     (node, number), last = node.next_functions[0], output.shape[-1]
     if node is None or node.name() != "LogSoftmaxBackward0" or shape_of(node, number)[1:] != (last,):
         return False
-    if saved(node, "dim") not in (1, 2**64 - 1):
+    if signed(saved(node, "dim")) not in (1, -1):
         return False
     place = node.next_functions[0]
     while place != place_of(output):

@@ -19,7 +19,7 @@ with factors that come in bfloat16 it is rounded once. Squares and their sums ar
 them for its own, and all else is in float32. With factors that come in bfloat16 nothing is rounded at all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -32,7 +32,7 @@ from .contraction import added, contract_sum, kept
 from .patches import Patches, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["Precision", "contract_sum_low", "is_low", "rounded"]
+__all__ = ["Precision", "contract_sum_low", "contraction", "is_low", "rounded"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -53,6 +53,11 @@ def rounded(part: Outer) -> Outer:
         return part
     a = replace(part.a, image=part.a.image.to(LOW)) if isinstance(part.a, Patches) else part.a.to(LOW)
     return Outer(a, part.g.to(LOW))
+
+
+def contraction(low: bool) -> Callable[..., Tensor]:
+    """The contraction of squares, by matrix products of factors as they are or, with ``low``, in bfloat16."""
+    return contract_sum_low if low else contract_sum
 
 
 def contract_sum_low(

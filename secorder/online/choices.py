@@ -71,7 +71,7 @@ def chooses(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
 def _asked_for(node: Node, roots: Mapping[Place, Tensor], generator: torch.Generator) -> Iterator[tuple[Place, Tensor]]:
     """Places, with cotangents of what some of an operation's numbers are made of: of those that the loss depends on."""
     before = nodes_between([place[0] for place in roots], {node})
-    gradient = roots[node, 0] if (node, 0) in roots else pull_back(before, roots, {(node, 0)}).get((node, 0))
+    gradient = pull_back(before, roots, {(node, 0)}).get((node, 0))
     if gradient is None or not bool(gradient.isfinite().all()):
         return
     operation, dims = operation_of(node), _dims(node)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .._torch.fsdp import local
 from .._torch.versions import versions
-from ..layers.contraction import contract_sum
 from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout
-from ..layers.low_precision import contract_sum_low
+from ..layers.low_precision import contraction
 from ..layers.norms import DenseNorms
 from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, with_cotangents
 from ..layers.rank_one import RankOne, rank_one
@@ -183,7 +182,7 @@ def _parts(
         seen += [squares.amax()] if asked else []  # squares that are formed tell themselves whether they are finite
         return list(squares.split(layer.sizes()))
     found: list[Tensor | Sequence[PerSample]] = []
-    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
+    contracted = contraction(fisher.low(record, layer))
     for name, numel in zip(layer.parameters, layer.sizes(), strict=True):
         part = gradients[name]
         if layer.sharded or is_formed(part, numel):  # before other ranks wait for it

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, add_products, multiply_each
-from ..layers.contraction import IN_PLACE_ELEMENTS, contract_sum
+from ..layers.contraction import IN_PLACE_ELEMENTS
 from ..layers.dtypes import compute_dtype
-from ..layers.low_precision import contract_sum_low
+from ..layers.low_precision import contraction
 from ..layers.per_sample import Outer, PerSample, Rows, chunk_elements
 from ..layers.selection import Layer
 from .finite import finite
@@ -45,7 +45,7 @@ def form(
         return None
     like = next(iter(layer.parameters.values()))
     squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
-    contracted = contract_sum_low if fisher.low(record, layer) else contract_sum
+    contracted = contraction(fisher.low(record, layer))
     for part, size, out in zip(parts, sizes, squares.split_with_sizes(sizes), strict=True):
         contracted([part], numel=size, out=out, beta=0.0)
     return squares

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from .._torch.host_copy import begin_copy, goes_to_host
 from .._torch.several import add_each, add_products, set_to_zero
-from ..layers.contraction import contract_sum
 from ..layers.dtypes import compute_dtype, zeros
-from ..layers.low_precision import contract_sum_low
+from ..layers.low_precision import contraction
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
@@ -131,7 +130,7 @@ class LayerSums:
         Sums of squares that are handed in are overwritten. With ``low``, by matrix products of factors in bfloat16.
         """
         beta = 1.0 if decay is None else decay
-        contract = contract_sum_low if low else contract_sum
+        contract = contraction(low)
         kind = compute_dtype(layer)
         for p, numel, total, parts in zip(layer.parameters.values(), layer.sizes(), self.sums, parts_of, strict=True):
             if isinstance(parts, Tensor):
