@@ -28,11 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
+from .._torch.differentiability import differentiable_zero
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
-from .._torch.vjp import gradients, zero_tether
+from .._torch.vjp import gradients
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
@@ -108,8 +109,8 @@ def fisher_diagonal(
     found = fisher_sums(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
-        tether = zero_tether(task.model)
-        values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
+        zero = differentiable_zero(task.model)
+        values = {name: [v / count + zero for v in parts] for name, (parts, _) in found.items()}
     else:
         values = {name: [v.detach() if v.requires_grad else v for v in parts] for name, (parts, _) in found.items()}
         every = [v for parts in values.values() for v in parts]

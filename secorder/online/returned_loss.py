@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from .._torch.modules import evaluating
 from .._torch.pytree import map_tensors
-from .._torch.random_state import cuda_devices, get_random_state, same_random_state
+from .._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
