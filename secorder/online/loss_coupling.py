@@ -176,9 +176,9 @@ def couples(
     """
     chosen = torch.randperm(count, generator=fresh_generator(), device="cpu") < (count + 1) // 2
     with torch.enable_grad():
-        slopes = pull_back(order, roots, outputs)
+        gradients = pull_back(order, roots, outputs)
         terms = []
-        for place, g in slopes.items():
+        for place, g in gradients.items():
             if g.requires_grad:
                 signs = torch.randn(g.shape, generator=fresh_generator(), device="cpu", dtype=torch.float32).sign()
                 mask = over_samples(chosen[None], g, outputs[place].layout)[0]
@@ -192,7 +192,7 @@ def couples(
     found = []
     for place, change in changes.items():
         by_sample = outputs[place].layout.split(change)
-        bound = rounding(change.dtype) * torch.maximum(change.abs().amax(), slopes[place].detach().abs().amax())
+        bound = rounding(change.dtype) * torch.maximum(change.abs().amax(), gradients[place].detach().abs().amax())
         if bool(change.isfinite().all()) and bool((by_sample[~chosen.to(change.device)].abs() > bound).any()):
             found.append(place)
     return found
