@@ -2,7 +2,8 @@
 
 Where a matrix is sharded by its outputs (``ColwiseParallel``), each rank has the whole input a and its columns of
 the cotangent g; where it is sharded by its inputs (``RowwiseParallel``), its columns of a and the whole g. In both the
-product gᵀ a of what a rank has *is* its part of the per-sample gradient, so that squares are formed and kept where they are::
+product gᵀ a of what a rank has *is* its part of the per-sample gradient, so that squares are formed and kept where they
+are::
 
     weight      input       cotangent
     Shard(0)    Replicate   Shard(-1)
