@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
+from secorder.online.reading import unreadable
 from secorder.online.rounding import UNITS, tolerance_of
 
 from ..helpers import refused_where_nothing_tells
@@ -70,6 +72,30 @@ def test_what_a_normalisation_takes_off_raises_no_false_alarm(second: nn.Module,
                 model(torch.randn(6, 3, 8, 8, dtype=dtype)).square().flatten(1).mean(1).mean().backward()
             found = probe.fisher_diagonal()
             assert float(found["1"].max()) < 1e-6 * float(found["0"].max())
+
+
+class Shifted(nn.Module):
+    """Adds one number to all logits, which a softmax takes off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.shift = nn.Linear(4, 3), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x) + self.shift
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_a_softmax_takes_off_raises_no_false_alarm(dtype: torch.dtype) -> None:
+    """Each sample's gradient is a sum that cancels; what is not zero of it, a penalty say, is seen all the same."""
+    for penalty in (0.0, 1e-4):
+        model = Shifted().to(dtype)
+        with CurvatureProbe(model, reduction="mean", layer_types="all") as probe:
+            for _ in range(4):
+                loss = F.cross_entropy(model(torch.randn(6, 4, dtype=dtype)), torch.randint(3, (6,)))
+                (loss + penalty * model.shift).backward()
+            assert set(unreadable(probe._fisher)) == ({""} if penalty else set())
 
 
 def test_a_penalty_on_a_normalisation_is_seen() -> None:
