@@ -295,7 +295,7 @@ def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], wan
 def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
     """By parameter, the per-sample gradients that all uses bring together: one of each form."""
     forms: dict[str, dict[tuple[Any, ...], list[PerSample]]] = {}
-    later: dict[tuple[object, ...], list[Later]] = {}
+    later: dict[tuple[str, object, frozenset[int]], list[Later]] = {}
     every: list[Piece] = []
     for one in found:
         if isinstance(one, Later):
