@@ -43,8 +43,8 @@ def require_linear_backward(
     """
     one = pairs.mixture(generator).detach()
     other = one * -(1.5 + random_numbers(one.shape[1], generator, one).abs())[:, None]
-    found = [pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
-    require_sum(ends, *found, lambda number: pull_back(model_outputs, ends, number * one, False))
+    first, second, both = [pull_back(model_outputs, ends, stack, False) for stack in (one, other, one + other)]
+    require_sum(ends, first, second, both, lambda number: pull_back(model_outputs, ends, number * one, False))
 
 
 def require_sum(
