@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from .._torch.engine import accumulate_node
 from .._torch.fsdp import local
+from .._torch.random_state import fresh_generator
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator, gradients
+from .._torch.vjp import gradients
 from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
