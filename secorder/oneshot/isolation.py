@@ -54,6 +54,7 @@ __all__ = [
     "IsolatedModel",
     "ReplacementsBypassed",
     "Result",
+    "gradients_put_aside",
     "isolate",
     "run_isolated",
 ]
@@ -221,7 +222,7 @@ def isolate(
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None and not pure:  # else in training, where another thread's backward may be accumulating
-            stack.enter_context(_gradients_put_aside(held))
+            stack.enter_context(gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
@@ -336,7 +337,7 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 
 
 @contextmanager
-def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
     try:

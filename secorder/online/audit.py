@@ -362,12 +362,21 @@ class Audit:
         Args:
             holders: the layers that bring gradients of these, itself among them.
         """
+        sides = []
         for parameter in parameters.values():
             key = id(parameter)
             whole = self._actual.get(key)
             if whole is not None:  # that of a bias may be in its weight's
                 known = [found for name in holders for found in self._explained.get((name, key), ())]
-                yield Comparison(layer, whole, *_sum(known, whole))
+                sides.append((whole, _sum(known, whole)))
+        if not sides:
+            return
+        # What does not matter, as the direction of one element of a normalised weight, gets a gradient that is all
+        # rounding, of what the layer brings elsewhere: all of its parameters tell the size.
+        first, *others = [own.size for _, own in sides]
+        size = sum([x.to(first) for x in others], first)
+        for whole, own in sides:
+            yield Comparison(layer, whole, own.value, size, own.tolerance)
 
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:

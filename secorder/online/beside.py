@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from .._torch.graph import Node, current_node, is_builtin, nodes_behind
 from .._torch.modules import own_attributes
 from .._torch.pytree import attributes_of, tensors_in
+from .._torch.random_state import fresh_generator
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator
 from ..layers.selection import Layer
 from ..oneshot.independence import without_gradients
 from ..oneshot.user_code import is_foreign

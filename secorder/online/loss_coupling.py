@@ -26,7 +26,7 @@ from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
 from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
 from .._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples

@@ -1,5 +1,7 @@
 """What the audit takes for rounding is what rounding can be: no false alarm where sums are long."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +106,36 @@ def test_a_penalty_on_a_normalisation_is_seen() -> None:
         for _ in range(3):
             loss = model(torch.randn(6, 3, 8, 8).float()).square().flatten(1).mean(1).mean()
             (loss + 1e-4 * model[1].weight.square().sum()).backward()
+        with pytest.raises(AttributionError, match="outside"):
+            probe.fisher_diagonal()
+
+
+def with_normalised_weight(new: bool) -> nn.Module:
+    """As the first convolution of a vocoder of one channel, whose directions have one element each."""
+    norm = nn.utils.parametrizations.weight_norm if new else nn.utils.weight_norm
+    return nn.Sequential(norm(nn.Conv1d(1, 8, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(24, 2)).float()
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_directions_of_one_element_raise_no_false_alarm(accumulate: Any, new: bool) -> None:
+    """The normalised weight does not depend on them: of their gradients, rounding is left."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = with_normalised_weight(new)
+        with CurvatureProbe(model, "all", reduction="mean", accumulate=accumulate) as probe:
+            for _ in range(10):
+                model(torch.randn(6, 1, 3).float()).square().sum(1).mean().backward()
+            assert probe.fisher_trace()["0"].value > 0
+
+
+def test_a_penalty_on_directions_alone_is_seen() -> None:
+    torch.manual_seed(0)
+    model = with_normalised_weight(True)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            loss = model(torch.randn(6, 1, 3).float()).square().sum(1).mean()
+            (loss + 1e-4 * model[0].parametrizations.weight.original1.square().sum()).backward()
         with pytest.raises(AttributionError, match="outside"):
             probe.fisher_diagonal()
 
