@@ -70,8 +70,8 @@ class ReplacementsBypassed(Exception):
 #: A trainer that it knows is no state of a forward.
 LEVELS_OF_CODE = 3
 
-#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
-LEVELS_OF_ARGUMENTS = 4
+#: The same of a model's arguments ``(args, kwargs)``: these, what containers and objects among them hold, and so on.
+LEVELS_OF_ARGUMENTS = 6
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -123,7 +123,8 @@ class IsolatedModel:
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
-        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        far = LEVELS_OF_ARGUMENTS
+        given = State([arguments], tensors_in(arguments), levels=far, objects=far)  # a random generator, a state
         try:
             with autocast(self._ambient if ambient is None else ambient):
                 result = forward(map_tensors(once_each(cloned), arguments))

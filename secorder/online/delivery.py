@@ -324,7 +324,8 @@ def _tell(
         explain(record, layer, gradients)
     elif record.backward is not None:
         audit, low = record.backward.audit, record.autocast_dtype
-        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents)
+        sizes = {name: size for (of, name), size in record.sizes.items() if of == layer.name}
+        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents, sizes)
     return {}
 
 

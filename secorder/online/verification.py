@@ -72,6 +72,8 @@ def verify(
     told = float(fisher.loss_scale())
     if scale is not None and abs(scale / told - 1) > TOLERANCE:
         return Verification(False, f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}.")
+    if scale is None and fisher.accumulation.reason:
+        return Verification(False, fisher.accumulation.reason)
     online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)
     ratios = {name: _ratio(online.get(name), value) for name, value in one_shot.items()}
     known = [ratio for ratio in ratios.values() if ratio == ratio]
