@@ -99,6 +99,8 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
         )
+    for record in records:
+        fisher.called.update(record.calls)
     tell_scale(fisher, records)
     read_squares(backward)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
