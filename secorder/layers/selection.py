@@ -1,5 +1,6 @@
 """Which layers of a model are measured: selection by type and by name."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -35,7 +36,6 @@ __all__ = [
 ]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
@@ -137,43 +137,18 @@ def select_layers(
             "(model.module) on one device, or use DistributedDataParallel."
         )
     chosen = _choose(named, layer_types, layers)
-    owners: dict[int, int] = {}
-    for _, parameters in chosen.values():
-        for parameter in parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(p) for _, parameters in chosen.values() for p in parameters.values())
     readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
     managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
     for name, (module, parameters) in chosen.items():
-        lazy = [
-            p
-            for p in (*parameters.values(), *module.buffers())
-            if isinstance(p, (UninitializedParameter, UninitializedBuffer))
-        ]
-        if lazy:
-            raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
-        if is_scripted(module):
-            raise InvalidArgumentError(
-                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
-                f"layers={'!' + name!r}, or keep the module that it was made of."
-            )
-        table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
-        if option and not unchecked:
-            what = "is" if table == name else f"has a parameter of {table!r},"
-            raise AttributionError(
-                f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
-                f"build it without, or leave the layer out with layers={'!' + name!r}."
-            )
-        complex_names = [local for local, p in parameters.items() if p.is_complex()]
-        if complex_names and not unchecked:
-            raise InvalidArgumentError(
-                f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
-                f"leave it out with layers={'!' + name!r}."
-            )
+        _require_hookable(name, module, parameters)
         spread = None
-        if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
-            spread = _spread(managed, name, module, parameters)
+        if not unchecked:
+            _require_dense_real(name, parameters, special)
+            if distributed and any(map(is_distributed, parameters.values())):
+                spread = _spread(managed, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         enclosing = readers.get(module, module)
@@ -181,6 +156,35 @@ def select_layers(
         rule = rule_for(module) if enclosing is module and not shared and not empty else None
         selected.append(Layer(name, module, parameters, rule, enclosing, spread=spread))
     return selected
+
+
+def _require_hookable(name: str, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise :class:`InvalidArgumentError` for a layer that is not initialised, or that no hook can be put on."""
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    if any(isinstance(p, lazy) for p in (*parameters.values(), *module.buffers())):
+        raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
+    if is_scripted(module):
+        raise InvalidArgumentError(
+            f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
+            f"layers={'!' + name!r}, or keep the module that it was made of."
+        )
+
+
+def _require_dense_real(name: str, parameters: Mapping[str, Tensor], special: Mapping[int, tuple[str, str]]) -> None:
+    """Raise for a layer whose gradient is not that of a fixed dense table, or that is complex."""
+    table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
+    if option:
+        what = "is" if table == name else f"has a parameter of {table!r},"
+        raise AttributionError(
+            f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
+            f"build it without, or leave the layer out with layers={'!' + name!r}."
+        )
+    complex_names = [local for local, p in parameters.items() if p.is_complex()]
+    if complex_names:
+        raise InvalidArgumentError(
+            f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
+            f"leave it out with layers={'!' + name!r}."
+        )
 
 
 def present(layer: Layer) -> Layer:

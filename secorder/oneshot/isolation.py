@@ -54,6 +54,7 @@ __all__ = [
     "IsolatedModel",
     "ReplacementsBypassed",
     "Result",
+    "gradients_put_aside",
     "isolate",
     "run_isolated",
 ]
@@ -69,8 +70,8 @@ class ReplacementsBypassed(Exception):
 #: A trainer that it knows is no state of a forward.
 LEVELS_OF_CODE = 3
 
-#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
-LEVELS_OF_ARGUMENTS = 4
+#: The same of a model's arguments ``(args, kwargs)``: these, what containers and objects among them hold, and so on.
+LEVELS_OF_ARGUMENTS = 6
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -122,7 +123,8 @@ class IsolatedModel:
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
-        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        far = LEVELS_OF_ARGUMENTS
+        given = State([arguments], tensors_in(arguments), levels=far, objects=far)  # a random generator, a state
         try:
             with autocast(self._ambient if ambient is None else ambient):
                 result = forward(map_tensors(once_each(cloned), arguments))
@@ -220,7 +222,7 @@ def isolate(
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None and not pure:  # else in training, where another thread's backward may be accumulating
-            stack.enter_context(_gradients_put_aside(held))
+            stack.enter_context(gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
@@ -335,7 +337,7 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 
 
 @contextmanager
-def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
     try:

@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import check_chunk_size, fresh_generator, gradients
+from .._torch.random_state import fresh_generator
+from .._torch.vjp import check_chunk_size, gradients
 from ..batch import (
     BatchMismatch,
     arguments_of,

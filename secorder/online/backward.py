@@ -23,6 +23,7 @@ from .._torch.graph import current_node
 from .._torch.surroundings import out_of_sight
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
+from .accumulation import note_gradients, tell_accumulation
 from .audit import Audit
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
@@ -58,6 +59,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         for other in list(fisher.backwards.values()):  # of another thread: what is in .grad may be either's
             other.alone = backward.alone = False
         fisher.backwards[number] = backward
+        tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     check_together(fisher, backward, record)
@@ -116,6 +118,7 @@ class EntersUnrecorded:
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions:
             unrecorded(self.attachment.fisher)
+            tell_accumulation(self.attachment.fisher)
 
 
 def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
@@ -210,6 +213,7 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
     close(fisher, backward, reached)
+    note_gradients(fisher, reached)
     backward.records.clear()  # which refer to it
 
 

@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_enabled, no_autocast
-from .._torch.fsdp import local
-from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import versions
 from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
+from .accumulation import Accumulation
 from .agreement import agree
 from .audited import Audited
-from .closing import add_tied, audit_early, audit_uncalled
+from .closing import add_tied, audit_early, audit_trained, audit_uncalled
 from .directions import Directions
 from .failures import Failures
 from .finite import all_finite
@@ -142,6 +141,7 @@ class OnlineFisher:
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled(self.layers)
+        self.accumulation = Accumulation()
 
     @lasting()
     def renew(self, copied: Sequence[str] = ()) -> None:
@@ -300,11 +300,7 @@ class OnlineFisher:
                 continue
             sums = self.sums[name]
             audit_early(self, record, index)
-            if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
-                for p in layer.parameters.values():
-                    if p.requires_grad and p.grad is not None and self.uncalled.trained(p):
-                        self.troubles.saw_at("uncalled", [name])
-                        self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
+            audit_trained(self, record, index)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:

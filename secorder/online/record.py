@@ -213,6 +213,8 @@ class ForwardRecord:
         uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
         unfollowed: layers whose operations could not be followed in this forward.
         counting: by layer that is measured by operations, the latest backward that is a training step of it.
+        sizes: by layer that is measured by operations and parameter that the audit looks at, the square of the size of
+            what its per-sample gradients are sums of.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -267,6 +269,7 @@ class ForwardRecord:
     uses: dict[str, Uses] = field(default_factory=dict)
     unfollowed: set[str] = field(default_factory=set)
     counting: dict[str, int] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
@@ -326,11 +329,20 @@ class ForwardRecord:
             if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
         ]
 
+    def way(self, name: str) -> tuple[Any, ...]:
+        """How a layer is measured in this forward."""
+        layer = next(x for x in (*self.fallback, *self.attribution.layers) if x.name == name)
+        return layer.rule, layer.by_operations, layer.enclosing
+
     def moved(self, parameter: Tensor) -> bool:
         """Whether something was accumulated in ``.grad`` since the forward ended."""
         if parameter.grad is None or self.slots is None:
             return False
         return slot(parameter) != self.slots.get(id(parameter))
+
+    def held(self, parameter: Tensor) -> bool:
+        """Whether something was in ``.grad`` when the forward ended."""
+        return self.slots is None or self.slots.get(id(parameter)) is not None
 
     def elements(self, layer: Layer) -> int:
         """Of what the layer's calls have returned."""

@@ -36,9 +36,9 @@ OUTSIDE_CAUSES = {
         "let the model itself return what the loss is the mean of, ",
     ),
     "uncalled": (
-        "a method such as get_value(x) that is called in place of the model, or a weight penalty, since no recorded "
-        "forward has called it",
-        "attach to the module that is called, ",
+        "a method such as get_value(x) that is called in place of the model, a weight penalty, or a running average of "
+        "other weights, since no recorded forward has called it",
+        'attach to the module that is called, say penalty="shared" where it is a penalty that is a term of the loss, ',
     ),
 }
 
