@@ -79,7 +79,7 @@ class Layer:
         return self.spread is not None and bool(self.spread.tensor)
 
     def shape(self, local: str) -> torch.Size:
-        """The shape of what this rank computes with: of a parameter, or of its part of one that is cut by tensors."""
+        """The shape of what this rank computes with: of a parameter, or of its shard under tensor parallelism."""
         p = self.parameters[local]
         return p.shape if self.spread is None else self.spread.shape(p)
 
@@ -213,19 +213,19 @@ def share_of_parameters(model: nn.Module, layers: Sequence[Layer]) -> float:
 
 
 def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
-    """The ranks that the parameters of layers lie over, and those that any parameter of the model is cut over."""
+    """The ranks that shards of the layers lie over, and those of tensor parallelism anywhere in the model."""
     data: tuple[Axis, ...] = ()
     for layer in layers:
         if layer.spread is not None:
             mesh: Any = next(iter(layer.parameters.values()))
             data = tuple((mesh.device_mesh, dim) for dim in layer.spread.data)
             break
-    cut = _cut(model)
-    return Ranks(data, cut) if data or cut else None
+    tensor = _tensor_parallel(model)
+    return Ranks(data, tensor) if data or tensor else None
 
 
-def _cut(model: nn.Module) -> tuple[Axis, ...]:
-    """The dimensions of a mesh that parameters of a model are cut over by tensors."""
+def _tensor_parallel(model: nn.Module) -> tuple[Axis, ...]:
+    """The dimensions of a mesh that tensor parallelism shards parameters of a model over."""
     distributed: list[Any] = [p for p in model.parameters() if is_distributed(p)]
     managed = fsdp_mesh_dims(model) if distributed else {}
     for p in distributed:

@@ -29,7 +29,7 @@ __all__ = [
     "start_of",
 ]
 
-#: At which end of the spectrum: at both, the largest in modulus, the largest, the smallest.
+#: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
 
 #: The usual tolerance.
