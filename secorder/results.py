@@ -114,7 +114,7 @@ class Diagonals(dict[str, Tensor]):
     """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
 
     It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it. Of a model that
-    ``fully_shard`` cuts over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
+    ``fully_shard`` shards over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
     the parameters' own shapes and placements, and :meth:`whole` gathers. A parameter's name (``"fc1.weight"``) gives
     its part, in its shape.
 

@@ -54,7 +54,7 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
-    below = {"monitor", "results", "_caution", "_keywords", "errors"}
+    below = {"monitor", "results", "_arguments", "_caution", "_keywords", "errors"}
     of_ranks = {"_torch.fsdp", "_torch.collectives"}  # parts of a tensor, and what they are together
     for path in (ROOT / "monitor").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path) - of_ranks} <= below

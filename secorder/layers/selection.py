@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
 from .._torch.modules import holds, is_scripted, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
@@ -78,7 +79,7 @@ class Layer:
         return self.spread is not None and bool(self.spread.tensor)
 
     def shape(self, local: str) -> torch.Size:
-        """The shape of what this rank computes with: of a parameter, or of its part of one that is cut by tensors."""
+        """The shape of what this rank computes with: of a parameter, or of its shard under tensor parallelism."""
         p = self.parameters[local]
         return p.shape if self.spread is None else self.spread.shape(p)
 
@@ -212,19 +213,19 @@ def share_of_parameters(model: nn.Module, layers: Sequence[Layer]) -> float:
 
 
 def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
-    """The ranks that the parameters of layers lie over, and those that any parameter of the model is cut over."""
+    """The ranks that shards of the layers lie over, and those of tensor parallelism anywhere in the model."""
     data: tuple[Axis, ...] = ()
     for layer in layers:
         if layer.spread is not None:
             mesh: Any = next(iter(layer.parameters.values()))
             data = tuple((mesh.device_mesh, dim) for dim in layer.spread.data)
             break
-    cut = _cut(model)
-    return Ranks(data, cut) if data or cut else None
+    tensor = _tensor_parallel(model)
+    return Ranks(data, tensor) if data or tensor else None
 
 
-def _cut(model: nn.Module) -> tuple[Axis, ...]:
-    """The dimensions of a mesh that parameters of a model are cut over by tensors."""
+def _tensor_parallel(model: nn.Module) -> tuple[Axis, ...]:
+    """The dimensions of a mesh that tensor parallelism shards parameters of a model over."""
     distributed: list[Any] = [p for p in model.parameters() if is_distributed(p)]
     managed = fsdp_mesh_dims(model) if distributed else {}
     for p in distributed:
@@ -313,7 +314,7 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     """The patterns of names to look at (None for all), and of those that are left out."""
     if layers is None:
         return None, []
-    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+    if isinstance(layers, (nn.Module, Tensor)) or not isinstance(layers, Iterable):
         raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     given = [layers] if isinstance(layers, str) else list(layers)
     for pattern in given:
@@ -334,14 +335,14 @@ def _types(
         return default
     if isinstance(layer_types, str):
         if layer_types != "all":
-            raise InvalidArgumentError(f'layer_types must be module types or "all", got {layer_types!r}.')
+            raise InvalidArgumentError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
         return "all"
     if isinstance(layer_types, type):
         layer_types = (layer_types,)
-    if isinstance(layer_types, nn.Module) or not isinstance(layer_types, Iterable):
-        raise InvalidTypeError(f'layer_types must be module types or "all", got {layer_types!r}.')
+    if isinstance(layer_types, (nn.Module, Tensor)) or not isinstance(layer_types, Iterable):
+        raise InvalidTypeError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
     types = tuple(layer_types)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {kind!r}.")
+            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {shown(kind)}.")
     return types

@@ -256,7 +256,7 @@ def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, 
     if layer.spread is None or not layer.split or not isinstance(part, Rows):
         return gradients
     weight, (dim,) = layer.parameters["weight"], layer.spread.tensor
-    if layer.spread.cut(weight, dim) != 0:
+    if layer.spread.sharded_dim(weight, dim) != 0:
         return gradients
     first, count = layer.spread.part(weight, dim)
     return {"weight": Rows(*own_rows(part.ids, part.g, first, count), count)}

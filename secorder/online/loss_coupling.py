@@ -235,9 +235,9 @@ def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
             half = (own.num_samples + (len(chosen) + 1) % 2) // 2
             chosen[own.group] = torch.randperm(own.num_samples, generator=fresh_generator(), device="cpu") < half
     with torch.enable_grad():
-        slopes = pull_back(order, roots, outputs)
+        gradients = pull_back(order, roots, outputs)
         terms = []
-        for place, g in slopes.items():
+        for place, g in gradients.items():
             if g.requires_grad:
                 signs = torch.randn(g.shape, generator=fresh_generator(), device="cpu", dtype=torch.float32).sign()
                 own = outputs[place]
@@ -252,7 +252,7 @@ def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
     found = []
     for place, change in changes.items():
         by_sample = outputs[place].layout.split(change)
-        bound = rounding(change.dtype) * torch.maximum(change.abs().amax(), slopes[place].detach().abs().amax())
+        bound = rounding(change.dtype) * torch.maximum(change.abs().amax(), gradients[place].detach().abs().amax())
         others = ~chosen[outputs[place].group].to(change.device)
         if bool(change.isfinite().all()) and bool((by_sample[others].abs() > bound).any()):
             found.append(place)

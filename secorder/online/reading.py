@@ -100,7 +100,7 @@ def everything(fisher: OnlineFisher) -> Stretch:
 def unreadable(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number cannot be given, and why."""
     audit_uncalled(fisher)
-    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
+    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.read(), strict=True) if count]
     return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
 
 

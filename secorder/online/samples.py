@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._arguments import shown
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout, layouts_of
@@ -84,14 +85,14 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
     Raises:
         InvalidArgumentError: it is not.
     """
-    if sample_dim == "list":
+    if isinstance(sample_dim, str) and sample_dim == "list":
         return
     dims = list(sample_dim.values()) if isinstance(sample_dim, Mapping) else [sample_dim]
     for dim in dims:
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 0):
             raise InvalidArgumentError(
                 'sample_dim must be an integer of at least 0, "list", a mapping of argument names to such integers or '
-                f"None, or None, got {sample_dim!r}."
+                f"None, or None, got {shown(sample_dim)}."
             )
 
 

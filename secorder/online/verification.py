@@ -31,7 +31,7 @@ class Verification:
     """What :meth:`secorder.CurvatureProbe.verify` found; true where the probe is told right.
 
     Attributes:
-        agrees: whether both ways agree.
+        agrees: whether the Fisher of training and the one-shot one agree.
         message: one sentence: as told, or what to pass.
         ratios: by layer, the online Fisher over the one-shot one, by their traces; nan where one of them cannot be
             told.

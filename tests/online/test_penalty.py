@@ -42,7 +42,7 @@ def expected(model: nn.Module, batches: list[tuple[Tensor, Tensor]], decay: floa
 def test_it_belongs_to_every_sample(options: dict[str, Any], scale: float, keep_gradients: bool) -> None:
     model, batches = make(), [data(), data(3), data()]
     reference = expected(model, batches, options.get("decay"))
-    with CurvatureProbe(model, penalty="shared", **options) as probe:
+    with CurvatureProbe(model, penalty="shared", reduction="mean", **options) as probe:
         for inputs, targets in batches:
             if not keep_gradients:
                 model.zero_grad()

@@ -41,7 +41,7 @@ class Agent(nn.Module):
 def test_a_layer_that_is_trained_by_another_method_is_not_zero(set_to_none: bool, steps: int, kind: Any) -> None:
     model = Agent()
     optimizer = kind(model.parameters(), lr=0.1)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     for _ in range(steps):
         for loss in (lambda: classify(model, data()), lambda: model.get_value(data()[0]).square().mean()):
             optimizer.zero_grad(set_to_none=set_to_none)
