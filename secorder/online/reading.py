@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_one_of
+from .._sharing import counted_once
 from .._torch.several import divide_each
 from ..errors import AttributionError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
@@ -169,7 +170,9 @@ def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | 
     if unknown and (missing == "raise" or len(unknown) == len(found)):
         raise AttributionError(sentence(unknown, NO_NOISE))
     samples = max(rows[name].samples for name in counts)
-    return NoiseScales({name: x for name, x in found.items() if x is not None}, round(samples * ranks(stretch)))
+    known = {name: x for name, x in found.items() if x is not None}
+    counted = counted_once({x.name: list(x.parameters.values()) for x in fisher.layers if x.name in known})
+    return NoiseScales(known, round(samples * ranks(stretch)), counted)
 
 
 def ranks(stretch: Stretch) -> float:
