@@ -593,6 +593,8 @@ class CurvatureProbe:
         with self.paused():
             found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
+        if found:
+            self._fisher.troubles.unseen = ""
         return found
 
     @takes_data_sets(by_sample=lambda options: False)

@@ -95,6 +95,8 @@ class Troubles:
         self.marks: dict[str, str] = {}
         #: By layer, why its batches were left out.
         self.left_out: dict[str, str] = {}
+        #: Why it was not seen whether the loss couples samples, to be said where numbers are read; else empty.
+        self.unseen = ""
         self._causes: set[str] = set()
         self._at: dict[str, set[str]] = {}
         self._warned: set[str] = set()
