@@ -17,7 +17,7 @@ from .reference import assert_all_close
 
 def test_by_parameter_names_and_shapes() -> None:
     model = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, data())
     found = probe.fisher_diagonal()
     assert {k: v.shape for k, v in found.by_parameter().items()} == {k: v.shape for k, v in model.named_parameters()}

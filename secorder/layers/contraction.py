@@ -29,7 +29,6 @@ __all__ = [
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
 
-
 #: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
 #: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
 ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
@@ -79,33 +78,12 @@ def contract(
         return _contract_rows(u, v, numel, out, beta, alpha, keep)
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
-    groups, positions = gu.shape[-3], gu.shape[-2]
+    positions = gu.shape[-2]
     if a is None and positions > 1:
         dense_v = gv.sum(-2) if gv is not gu else None
         return contract(gu.sum(-2), dense_v, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     if positions == 1:
-        # One position: the per-sample gradient is a rank-one product and its square factorises, so that
-        # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
-        pairs = (gu * gv).squeeze(-2)
-        if pairs.dim() == 4:
-            pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
-        if a is None:
-            return added(kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
-        pairs = kept(pairs, keep)
-        a = whole_input(a)
-        if groups == 1 and out is not None:
-            squares = a[:, 0, 0] * a[:, 0, 0]
-            squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
-            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
-            return out
-        squares = (a * a).squeeze(2)
-        squares = squares if keep is None else squares.nan_to_num_()
-        if out is None:
-            total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
-            return total if alpha == 1.0 else total * alpha
-        target = out.view(groups, -1, a.shape[-1])
-        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
-        return out
+        return _contract_one_position(a, (gu * gv).squeeze(-2), numel, out, beta, alpha, keep)
     assert a is not None
     pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
     if out is not None and (beta == 0.0 or numel > IN_PLACE_ELEMENTS):
@@ -117,6 +95,41 @@ def contract(
     for gu_k, gv_k in pairs_of_k:
         _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
     return added(total, out, beta, alpha)
+
+
+def _contract_one_position(
+    a: Tensor | Patches | None,
+    pairs: Tensor,
+    numel: int,
+    out: Tensor | None,
+    beta: float,
+    alpha: float,
+    keep: Tensor | None,
+) -> Tensor:
+    """:func:`contract` of layers with one position, whose per-sample gradients are products of rank one.
+
+    Their products factorise, so that Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
+
+    Args:
+        pairs: u ⊙ v, (N, groups, width), or of K cotangents (K, N, groups, width).
+    """
+    if pairs.dim() == 4:
+        pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
+    if a is None:
+        return added(kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
+    pairs = kept(pairs, keep)
+    a = whole_input(a)
+    squares = (a * a).squeeze(2)
+    squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
+    if out is None:
+        total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
+        return total if alpha == 1.0 else total * alpha
+    if pairs.shape[1] == 1:
+        out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
+    else:
+        target = out.view(pairs.shape[1], -1, a.shape[-1])
+        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+    return out
 
 
 def _accumulate_products(

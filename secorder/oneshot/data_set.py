@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._arguments import require_flag
 from .._torch.pytree import tensors_in
 from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size, sample_sizes
@@ -159,6 +160,7 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
             given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
             if len(args) > len(names) or not is_data_set(given.get("inputs"), given.get("targets")):
                 return measure(*args, **kwargs)
+            require_flag("progress", given.get("progress", False))
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
             synchronize = given.pop("synchronize", False)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..layers.side_by_side import Frame, frame_of
 from .constants import Constants
 
@@ -94,15 +94,14 @@ class Directions:
         """
         rows, block = _rows(parameter, outputs)
         if block < rows:
-            return self._drawn(parameter, outputs)
+            return self._drawn(parameter, rows, block)
         key = (parameter.shape, parameter.dtype, parameter.device)
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = [self._drawn(parameter, outputs) for _ in range(IN_TURN)]
+            found = self._kept[key] = [self._drawn(parameter, rows, block) for _ in range(IN_TURN)]
         return found[self._passes % IN_TURN]
 
-    def _drawn(self, parameter: Tensor, outputs: int = 0) -> Vectors:
-        rows, block = _rows(parameter, outputs)
+    def _drawn(self, parameter: Tensor, rows: int, block: int) -> Vectors:
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
         start, r = self._below(rows - block + 1), self._take(block, parameter)
         if parameter.dim() > 2:
@@ -135,10 +134,6 @@ class Directions:
             frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
             self._frames[key] = frames
         return frames[self._passes % IN_TURN]
-
-    def some(self, names: Sequence[str], most: int) -> set[str]:
-        """So many of the names at most, drawn anew."""
-        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
 
 
 def _rows(parameter: Tensor, outputs: int) -> tuple[int, int]:
