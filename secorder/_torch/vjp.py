@@ -166,7 +166,7 @@ def _written_out(gradient: Tensor) -> Tensor:
 
 def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
     """The library's error for one of autograd's, with the way out where there is one."""
-    reason = str(error).strip().splitlines()[0]
+    reason = str(error).strip().splitlines()[0].partition(". ")[0]
     if "heckpoint" in reason:
         return DoubleBackwardError(
             "the model uses reentrant activation checkpointing, which autograd.grad cannot pass: call "

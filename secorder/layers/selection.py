@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
 from .._torch.modules import holds, is_scripted, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
@@ -313,7 +314,7 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     """The patterns of names to look at (None for all), and of those that are left out."""
     if layers is None:
         return None, []
-    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+    if isinstance(layers, (nn.Module, Tensor)) or not isinstance(layers, Iterable):
         raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     given = [layers] if isinstance(layers, str) else list(layers)
     for pattern in given:
@@ -334,14 +335,14 @@ def _types(
         return default
     if isinstance(layer_types, str):
         if layer_types != "all":
-            raise InvalidArgumentError(f'layer_types must be module types or "all", got {layer_types!r}.')
+            raise InvalidArgumentError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
         return "all"
     if isinstance(layer_types, type):
         layer_types = (layer_types,)
-    if isinstance(layer_types, nn.Module) or not isinstance(layer_types, Iterable):
-        raise InvalidTypeError(f'layer_types must be module types or "all", got {layer_types!r}.')
+    if isinstance(layer_types, (nn.Module, Tensor)) or not isinstance(layer_types, Iterable):
+        raise InvalidTypeError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
     types = tuple(layer_types)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {kind!r}.")
+            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {shown(kind)}.")
     return types

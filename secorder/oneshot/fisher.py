@@ -87,6 +87,7 @@ def fisher_budget(fisher_type: str, rtol: float | None, max_draws: int, *, creat
     Raises:
         InvalidArgumentError: there is no such Fisher.
     """
+    require_integer("max_draws", max_draws, 1)
     if rtol is None:
         return None
     if fisher_type != "type-2" or create_graph:

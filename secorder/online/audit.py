@@ -1,4 +1,4 @@
-"""The audit of each recorded backward: do the captured calls explain the whole gradient of a parameter?
+"""The audit of a recorded backward: do the captured calls explain the whole gradient of a parameter?
 
 Freivalds' check of a matrix identity. For a parameter seen as a matrix and normal random vectors r, s (signs would be
 orthogonal to a constant too often)::

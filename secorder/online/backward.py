@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Enters", "EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
 
-#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
-#: looked at, all of them.
-LEAST, MOST = 3, 24
-
 
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     """A gradient has come to a record's forward; False where that is a second backward, through the same graph."""
@@ -148,13 +144,16 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
         return
-    names = [layer.name for layer in fisher.layers]
-    most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
-    audited = fisher.directions.some(names, most)
-    captured = {name for name, _ in record.hooked}
+    captured = {name for one in backward.records for name, _ in one.hooked}
+    if len(backward.records) == 1:  # what an earlier forward has brought of another layer is not known any more
+        every = record.verified or record.scheduled or fisher.failures.known
+        layers = [layer for layer in fisher.layers if layer.name in captured]
+        backward.audited = fisher.audited.draw(record, layers, every=every)
+    if not backward.audited and len(captured) >= len(fisher.layers):
+        return
     ties = record.attribution.ties
     for layer in fisher.layers:
-        if layer.name not in audited and layer.name in captured:
+        if layer.name not in backward.audited and layer.name in captured:
             continue
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))

@@ -105,6 +105,8 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
         )
+    for record in records:
+        fisher.called.update(record.calls)
     tell_scale(fisher, records)
     read_squares(backward)
     if fisher.penalty is not None and len(records) == 1:

@@ -135,10 +135,6 @@ class Directions:
             self._frames[key] = frames
         return frames[self._passes % IN_TURN]
 
-    def some(self, names: Sequence[str], most: int) -> set[str]:
-        """So many of the names at most, drawn anew."""
-        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
-
 
 def _rows(parameter: Tensor, outputs: int) -> tuple[int, int]:
     """Those of a parameter, and of how many in a row its block is."""

@@ -23,6 +23,7 @@ from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .accumulation import Accumulation
 from .agreement import agree
+from .audited import Audited
 from .closing import add_tied, audit_early, audit_trained, audit_uncalled
 from .directions import Directions
 from .failures import Failures
@@ -134,6 +135,7 @@ class OnlineFisher:
                 record.waiting, record.elements_waiting = [], 0
                 record.formed, record.elements_formed = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
+        self.audited = Audited()
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
@@ -286,7 +288,6 @@ class OnlineFisher:
     def add(self, record: ForwardRecord) -> None:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
-        self.called.update(record.calls)
         self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []

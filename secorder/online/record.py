@@ -123,6 +123,7 @@ class Backward:
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
         unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
+        audited: the layers that it looks at, of those that the first of its forwards has called.
         loss_scale: what the loss was multiplied by; None until it is needed.
     """
 
@@ -141,6 +142,7 @@ class Backward:
         self.norms: dict[int, Tensor | None] = {}
         self.unread: list[Tensor] = []
         self.audit = audit
+        self.audited: set[str] = set()
         self.loss_scale: float | None = None
 
     def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:

@@ -66,11 +66,12 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     vectors = [audit.vectors(one) for one in layers]
     flags = [float("bias" in one.layer.parameters) for one in layers]
     together: SideBySide | OneByOne | None = _side_by_side(fisher, layers, vectors, flags)
-    seen = layers
+    looked = [audit.looks_at(one.layer.parameters["weight"]) for one in layers]
+    seen = layers if True in looked else ()
     if together is None:
         looks = [
-            None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
-            for one, own in zip(layers, vectors, strict=True)
+            Look(own.r, own.s, own.start) if own is not None and here else None
+            for own, here in zip(vectors, looked, strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
