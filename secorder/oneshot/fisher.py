@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
-from .._torch.modules import parameter_places
+from .._torch.modules import modules_in, parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
@@ -336,7 +336,7 @@ def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
     """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
     if not task.certain or task.create_graph:
         return False
-    places = Counter(id(place.value) for m in task.model.modules() for place in parameter_places(m))
+    places = Counter([id(place.value) for m in modules_in(task.model) for place in parameter_places(m)])
     return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))
 
 
