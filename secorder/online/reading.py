@@ -192,8 +192,8 @@ def readable_counts(
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         raise _troubled(troubles)
-    if fisher.assumed:
-        fisher.troubles.warn(fisher.assumed)
+    for assumed in filter(None, (fisher.assumed, fisher.troubles.unseen)):
+        fisher.troubles.warn(assumed)
     counts = counts_of(fisher, stretch)
     if not any(count.samples for count in counts.values()):
         for name in counts:
