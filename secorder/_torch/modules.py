@@ -33,7 +33,6 @@ __all__ = [
     "is_running",
     "is_scripted",
     "kept_out_of_copies",
-    "modules_in",
     "observe_nothing",
     "observers",
     "own_attributes",
@@ -153,23 +152,6 @@ def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> 
         yield
     finally:
         module._parameters.update(own)
-
-
-def modules_in(module: nn.Module) -> list[nn.Module]:
-    """Those of ``module.modules()``, in that order, without the nest of generators that it goes through them by."""
-    found: dict[nn.Module, None] = {}
-    waiting: list[nn.Module | None] = [module]
-    while waiting:
-        here = waiting.pop()
-        if here is not None and here not in found:
-            if type(here).named_modules is not _NAMED_MODULES:  # a kind that tells of others
-                return list(module.modules())
-            found[here] = None
-            waiting.extend(reversed(here._modules.values()))
-    return list(found)
-
-
-_NAMED_MODULES = nn.Module.named_modules
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .modules import forward_hook_dicts, forward_hooks, has_hooks, modules_in
+from .modules import forward_hook_dicts, forward_hooks, has_hooks
+from .walk import modules_in
 
 __all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "is_own", "suspended"]
 

@@ -8,10 +8,10 @@ from .._torch.modules import (
     forward_hooks,
     has_hooks,
     hooks_on_all_modules,
-    modules_in,
 )
 from .._torch.own_hooks import OwnHook, is_own
 from .._torch.surroundings import function_modes
+from .._torch.walk import modules_in
 
 __all__ = ["independent_by_structure", "linear_by_structure", "pure_by_structure"]
 

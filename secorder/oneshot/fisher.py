@@ -29,11 +29,12 @@ from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
-from .._torch.modules import modules_in, parameter_places
+from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
 from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer

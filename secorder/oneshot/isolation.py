@@ -32,7 +32,6 @@ from .._torch.modules import (
     gradient_hooks_removed,
     hooks_on_all_modules,
     is_scripted,
-    modules_in,
     own_tensors,
     parameter_places,
     put_back,
@@ -46,6 +45,7 @@ from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.views import cloned
 from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
