@@ -20,14 +20,16 @@ from .graph import (
     shape_of,
 )
 
-__all__ = ["Place", "UnknownNode", "elements_of", "factors_between", "nodes_between", "place_of", "pull_back"]
+__all__ = [
+    "MEAN", "Place", "UnknownNode", "elements_of", "factors_between", "nodes_between", "place_of", "pull_back",
+]  # fmt: skip
 
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
 Place = tuple[Node, int]
 
 
-#: How nodes of PyTorch's losses have saved ``reduction="sum"``.
-SUM = 2
+#: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
+MEAN, SUM = 1, 2
 
 #: What makes one number of others, and of how many it is asked.
 BETWEEN, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16

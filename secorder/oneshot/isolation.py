@@ -26,6 +26,7 @@ from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
+    Place,
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
@@ -227,7 +228,9 @@ def isolate(
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
-        stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
+        usable = replacements | _usable(held, replacements)
+        places = [place for m in everything.values() for place in parameter_places(m)]
+        stack.enter_context(_holding([(x, usable[id(x.value)]) for x in places if id(x.value) in usable]))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
         stack.callback(put_back, buffers)
         stack.enter_context(dense_gradients(everything.values()))
@@ -236,7 +239,7 @@ def isolate(
             of_pure = replacements, originals, lambda _: put_copies(buffers), ambient, cuda
             yield IsolatedModel(model, *of_pure, _pure=True)
             return
-        stack.enter_context(_tables_copied(everything.values()))
+        stack.enter_context(_holding(_copies_of_tables(everything.values())))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
@@ -370,30 +373,22 @@ def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-@contextmanager
-def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _copies_of_tables(modules: Iterable[nn.Module]) -> list[tuple[Place, Tensor]]:
     """Embeddings with ``max_norm`` overwrite their table in a forward: they get a copy to do it on."""
-    tables = [
-        place
+    return [
+        (place, nn.Parameter(place.value.detach().clone(), requires_grad=False))
         for m in modules
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
         for place in parameter_places(m)
     ]
-    try:
-        for place in tables:
-            place.put(nn.Parameter(place.value.detach().clone(), requires_grad=False))
-        yield
-    finally:
-        put_back(tables)
 
 
 @contextmanager
-def _parameters_swapped(modules: Iterable[nn.Module], replacements: Mapping[int, Tensor]) -> Iterator[None]:
-    """In every module that holds one of the parameters, under whatever name, its replacement takes the place."""
-    places = [place for m in modules for place in parameter_places(m) if id(place.value) in replacements]
+def _holding(values: Sequence[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Inside, other tensors are held in some places of modules."""
     try:
-        for place in places:
-            place.put(replacements[id(place.value)])
+        for place, value in values:
+            place.put(value)
         yield
     finally:
-        put_back(places)
+        put_back(place for place, _ in values)

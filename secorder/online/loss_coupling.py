@@ -25,7 +25,7 @@ from torch import Tensor
 from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
 from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
-from .._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
+from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, place_of, pull_back
 from .._torch.random_state import fresh_generator
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
@@ -34,6 +34,7 @@ from .accumulation import tell_division
 from .beside import layers_behind
 from .choices import chooses
 from .loss_scale import tell_scaler
+from .mean_of_several import MEAN_OF_SEVERAL, takes_mean_of_several
 from .record import ForwardRecord
 from .relation import whole_call
 from .samples import floating
@@ -57,6 +58,12 @@ _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
     "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
     "gradient of its own: {}use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+)
+
+_UNSEEN = (
+    "it cannot be seen whether the loss couples the samples of a batch, since it runs through {} (a custom function, a "
+    "checkpoint, or complex numbers): it was taken to be a mean or a sum over samples; let probe.verify(loss_fn, "
+    "inputs, targets) find out."
 )
 
 _OF_SEVERAL = 'say forwards="joined" if only row n of one forward meets row n of another, '
@@ -147,16 +154,20 @@ def _look(
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
+    fisher = attachment.fisher
     coupled: list[Place] = []
     for sees in (chooses, couples):
         try:
             with no_autocast():
                 coupled = coupled or sees(order, roots, outputs)
-        except Exception:  # of what has no second derivative, or is not to be run
+        except UnknownNode as unknown:
+            fisher.troubles.unseen = _UNSEEN.format(unknown)
+        except Exception:  # of what has no second derivative
             continue
     if not coupled:
+        if _is_mean_of_each(fisher, outputs) and takes_mean_of_several(order, outputs):
+            fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), MEAN_OF_SEVERAL)
         return
-    fisher = attachment.fisher
     names = layers_behind(fisher.layers, [node for node, _ in coupled])
     if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
         tell_normalised(fisher.troubles, names)
@@ -198,6 +209,13 @@ def _in_groups(fisher: "OnlineFisher", by_record: Mapping[int, Mapping[Place, Ou
         for place, own in outputs.items()
         if own is not None
     }
+
+
+def _is_mean_of_each(fisher: "OnlineFisher", outputs: Mapping[Place, Output]) -> bool:
+    """Whether the loss is told, or assumed, to be a mean over the samples of each forward, and nothing of its scale."""
+    same = len({own.num_samples for own in outputs.values()}) == 1
+    untold = fisher.forwards is None and same  # what a sample is, which is asked first
+    return fisher.reduction == "mean" and fisher.returned is None and not untold
 
 
 def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]) -> list[Place]:

@@ -7,18 +7,14 @@ else, the rows that it looks up are.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._arguments import shown
-from .._torch.fsdp import local
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout, layouts_of
@@ -32,7 +28,7 @@ from ..owners import (
     owned_by_packing,
     with_entries_of,
 )
-from ..parallel.spread import is_distributed
+from .integers import ChangedIntegers, mixed
 
 __all__ = [
     "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
@@ -294,20 +290,25 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
         if dim is None:
             return tensor
         if _sparse(tensor):
-            return _mixed(tensor.to_dense(), dim, mask, alike).to_sparse(layout=tensor.layout)
-        return _mixed(tensor, dim, mask, alike)
+            return mixed(tensor.to_dense(), dim, mask, alike=alike).to_sparse(layout=tensor.layout)
+        return mixed(tensor, dim, mask, alike=alike)
 
-    only_integers = _only_integers(arguments, hypothesis)
-    with _OfIntegers(mask, hypothesis, arguments, alike) if only_integers else nullcontext():
+    if not _only_integers(arguments, hypothesis):
+        return forward(map_tensors(changed, arguments))
+    with ChangedIntegers(mask, _rows_changed(arguments, hypothesis, mask), hypothesis.dim or 0, alike=alike):
         return forward(map_tensors(changed, arguments))
 
 
-def _mixed(tensor: Tensor, dim: int, mask: Tensor, alike: bool) -> Tensor:
-    here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    other = tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
-    if not bool(tensor.any()):  # a state that starts at zero
-        other = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
-    return torch.where(here, other, tensor)
+def _rows_changed(arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Mapping[Tensor, tuple[Tensor, int]]:
+    """Of the tensors that hold samples, which rows are those of changed ones, and in which dimension."""
+    found: MutableMapping[Tensor, tuple[Tensor, int]] = WeakTensorKeyDictionary()
+    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
+    for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
+        if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
+            found[tensor] = mask[owner.cpu().long()], 0
+        elif dim is not None:
+            found[tensor] = mask, dim
+    return found
 
 
 def _sparse(tensor: Tensor) -> bool:
@@ -320,53 +321,6 @@ def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
         (dim is not None or owner is not None) and (t.is_floating_point() or t.is_complex())
         for t, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True)
     )
-
-
-class _OfIntegers(TorchFunctionMode):
-    """Changes what is made of some samples' integers (the rows that they look up in a table), in place of them."""
-
-    def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any, alike: bool) -> None:
-        super().__init__()
-        self.dim = hypothesis.dim or 0
-        self.alike = alike
-        #: By tensor, which of its rows are those of changed samples.
-        self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-        owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
-        for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
-            if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
-                self.ours[tensor] = mask[owner.cpu().long()]
-            elif dim is not None:
-                self.ours[tensor] = mask
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = list(tensors_in((args, kwargs)))
-        all_rows = {id(rows): rows for t in given if (rows := self._rows(t)) is not None}
-        if not isinstance(result, Tensor) or len(all_rows) != 1:  # of several entries of a list nothing is known
-            return result
-        (rows,) = all_rows.values()
-        if not result.is_floating_point():
-            self.ours[result] = rows
-            return result
-        if func not in (F.embedding, F.embedding_bag) and any(t.is_floating_point() for t in given):
-            return result
-        # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
-        if result.dim() > self.dim + 1 and result.shape[self.dim] == len(rows):
-            if is_distributed(result):  # rows of a table that lies over ranks, which look it up without a graph
-                part = local(result)
-                part.copy_(_mixed(part, self.dim, rows, self.alike))
-                return result
-            return _mixed(result, self.dim, rows, self.alike)
-        return result
-
-    def _rows(self, tensor: Tensor) -> Tensor | None:
-        """Which rows of a tensor change, if it is one of the integers, or what each rank has of them."""
-        if not is_distributed(tensor) or tensor.is_floating_point():
-            return self.ours.get(tensor)
-        memory = local(tensor).untyped_storage().data_ptr()
-        return next((rows for own, rows in self.ours.items() if memory == own.untyped_storage().data_ptr()), None)
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:
