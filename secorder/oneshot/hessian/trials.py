@@ -243,6 +243,7 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
     usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
     if not usual:
         return 0.0, 0
+    before = [graph.layouts for graph in usual]
 
     def trial(count: int) -> None:
         contract_pairs(
@@ -257,8 +258,8 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
     found = told(trial, min(size, root.num_columns))
-    for graph in usual:
-        graph.layouts = []
+    for graph, layouts in zip(usual, before, strict=True):
+        graph.layouts = layouts  # a trial verifies none
     return found
 
 

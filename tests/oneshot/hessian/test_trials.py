@@ -132,3 +132,13 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
     assert expected
     assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS}
     assert sum(made) == more * deflation.PILOT_DRAWS * len(expected)
+
+
+def test_a_trial_of_columns_leaves_what_was_verified() -> None:
+    """Where a layer is narrower than the outputs, its products are timed after columns, by what is known of rows."""
+    model = nn.Sequential(nn.Linear(100, 8), nn.ReLU(), nn.Linear(8, 100))
+    x, t = torch.randn(4, 100), torch.randn(4, 100)
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(F.mse_loss, x, t, max_hvps=50)
+        hessian = probe.hessian_diagonal(F.mse_loss, x, t, max_hvps=50)
+    assert cost["0"].strategy == hessian.info["0"].strategy == "output-basis"
