@@ -27,6 +27,7 @@ from .._torch.beginning import before_backward
 from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
 from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, place_of, pull_back
 from .._torch.random_state import fresh_generator
+from ..errors import SecorderError
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
@@ -39,6 +40,7 @@ from .record import ForwardRecord
 from .relation import whole_call
 from .samples import floating
 from .troubles import tell_normalised
+from .weighted import weights_of_loss
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -61,10 +63,11 @@ _COUPLED = (
 )
 
 _UNSEEN = (
-    "it cannot be seen whether the loss couples the samples of a batch, since it runs through {} (a custom function, a "
-    "checkpoint, or complex numbers): it was taken to be a mean or a sum over samples; let probe.verify(loss_fn, "
-    "inputs, targets) find out."
+    "it cannot be seen whether the loss couples the samples of a batch, since {}: it was taken to be a mean or a sum "
+    "over samples; let probe.verify(loss_fn, inputs, targets) find out."
 )
+
+_THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
 
 _OF_SEVERAL = 'say forwards="joined" if only row n of one forward meets row n of another, '
 
@@ -128,8 +131,19 @@ def _begins(
     if record.thread != threading.get_ident():
         return False
     reached: list[Place] = []
-    own.fisher.troubles.guarded(None, (), _look, own, record, ends, gradients, reached)
+    own.fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients, reached)
     return bool(reached)
+
+
+def _look_or_say(attachment: "Attachment", *arguments: Any) -> None:
+    """Look at a loss, and have the first read say so where that fails."""
+    try:
+        _look(attachment, *arguments)
+    except SecorderError:  # of a strict probe
+        raise
+    except Exception as error:
+        attachment.fisher.troubles.unseen = _UNSEEN.format(f"looking at it failed ({type(error).__name__}: {error})")
+        raise
 
 
 def _look(
@@ -161,12 +175,11 @@ def _look(
             with no_autocast():
                 coupled = coupled or sees(order, roots, outputs)
         except UnknownNode as unknown:
-            fisher.troubles.unseen = _UNSEEN.format(unknown)
+            fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
         except Exception:  # of what has no second derivative
             continue
     if not coupled:
-        if _is_mean_of_each(fisher, outputs) and takes_mean_of_several(order, outputs):
-            fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), MEAN_OF_SEVERAL)
+        _tell_no_mean(fisher, order, roots, outputs)
         return
     names = layers_behind(fisher.layers, [node for node, _ in coupled])
     if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
@@ -211,11 +224,20 @@ def _in_groups(fisher: "OnlineFisher", by_record: Mapping[int, Mapping[Place, Ou
     }
 
 
-def _is_mean_of_each(fisher: "OnlineFisher", outputs: Mapping[Place, Output]) -> bool:
-    """Whether the loss is told, or assumed, to be a mean over the samples of each forward, and nothing of its scale."""
-    same = len({own.num_samples for own in outputs.values()}) == 1
-    untold = fisher.forwards is None and same  # what a sample is, which is asked first
-    return fisher.reduction == "mean" and fisher.returned is None and not untold
+def _tell_no_mean(
+    fisher: "OnlineFisher", order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]
+) -> None:
+    """Mark layers where the loss is told, or assumed, to be a mean over the samples of each forward, and is not."""
+    if fisher.reduction != "mean":
+        return
+    groups = {own.group: own.num_samples for own in outputs.values()}
+    reason = ""
+    if len(groups) == 1:
+        reason = weights_of_loss(order, roots, outputs, *groups.values())
+    elif fisher.returned is None and (fisher.forwards is not None or len(set(groups.values())) > 1):
+        reason = MEAN_OF_SEVERAL if takes_mean_of_several(order, outputs) else ""
+    if reason:
+        fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), reason)
 
 
 def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]) -> list[Place]:

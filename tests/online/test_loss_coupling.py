@@ -63,6 +63,7 @@ def kernels(z: Tensor, _: Tensor) -> Tensor:
 COUPLING: dict[str, Criterion] = {
     "InfoNCE": info_nce,
     "supervised contrastive": supervised_contrastive,
+    "smoothed": lambda z, _: F.cross_entropy(z @ z.T, torch.arange(len(z)), label_smoothing=0.1),
     "correlations": correlations,
     "partial likelihood": partial_likelihood,
     "kernels": kernels,
