@@ -108,6 +108,6 @@ def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     Raises:
         InvalidArgumentError: it is another one.
     """
-    if not any(value is word or (isinstance(value, str) and value == word) for word in allowed):
+    if value not in allowed if isinstance(value, str) else True not in [value is word for word in allowed]:
         *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
         raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")

@@ -35,7 +35,7 @@ from .layers.selection import (
 )
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import first_of, is_data_set, require_one_batch, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -872,10 +872,10 @@ class CurvatureProbe:
         check_fisher_type(fisher_type, 1 if num_draws is None else num_draws)
         require_integer("max_draws", max_draws, 1)
         require_integer("max_iterations", max_iterations, 1)
-        count = 1
+        count, loading = 1, 0.0
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
-                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
+                (inputs, targets), count, loading = first_of(inputs, self._one_shot_dim)
         if quantity == "fisher":
             budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
         else:
@@ -886,6 +886,12 @@ class CurvatureProbe:
         cost = self._measure(lambda task: quantity_cost(task, *asked), *batch, **how)
         # What it takes to put everything back, once all that happens the first time alone has happened.
         cost.overhead += seconds_of(lambda: self._measure(lambda task: None, *batch, **how))
+        if quantity == "fisher" and count > 1:
+            options: dict[str, Any] = {"fisher_type": fisher_type, "num_draws": num_draws or 1, "rtol": rtol}
+            options |= {"max_draws": max_draws, "chunk_size": chunk_size}
+            of_batches = partial(self.fisher_diagonal, loss_fn, **options)
+            cost.overhead += seconds_besides(of_batches, (inputs, targets), cost.seconds)
+        cost.overhead += loading
         cost.num_batches = count
         return cost
 

@@ -32,6 +32,13 @@ def measured(**options: Any) -> Diagonals:
         return probe.hessian_diagonal(F.cross_entropy, torch.randn(6, 4), torch.arange(6) % 3, **options)
 
 
+def test_without_a_graph() -> None:
+    found = measured(method="exact", create_graph=True)
+    assert all(value.requires_grad for value in found.values())
+    assert not any(value.requires_grad for value in found.detach().values())
+    assert all(torch.equal(value, found[name]) for name, value in found.detach().items())
+
+
 def test_a_parameter_is_an_item() -> None:
     found = measured(method="exact")
     for name, part in found.by_parameter().items():

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.vjp import chunks
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
@@ -32,6 +33,9 @@ IN_PLACE_ELEMENTS = 1 << 22
 #: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
 #: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
 ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
+
+#: The same of a product that oneDNN makes, which puts its factors in an order of its own each time.
+ONEDNN_ELEMENTS = 1 << 20
 
 #: Of inputs that are no patches, twice as many; and elements that are formed of several samples of smaller ones at once
 #: (measured from 64 to 256 rows and columns, on two threads: 1.1 to 1.5 times as fast).
@@ -132,6 +136,17 @@ def _contract_one_position(
     return out
 
 
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
+    """``out ← beta · out + alpha · left @ right`` in place."""
+    differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if differentiated or not multiplied_by_onednn(left, out.numel() * len(right)):
+        out.addmm_(left, right, beta=beta, alpha=alpha)
+        return
+    for r in chunks(len(out), max(1, ONEDNN_ELEMENTS // out.shape[1])):
+        rows = slice(r.start, r.stop)
+        _scaled(out[rows], beta).add_(product_by_onednn(left[rows], right), alpha=alpha)
+
+
 def _accumulate_products(
     total: Tensor,
     a: Tensor | Patches,
@@ -158,31 +173,41 @@ def _accumulate_products(
     image = a.image if isinstance(a, Patches) else a
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gu, gv, image))
     if gu.device.type == "cpu" and keep is None and not differentiated:
-        if total.numel() >= ALONE_ELEMENTS * (1 if isinstance(a, Patches) else 2):
-            _add_sample_by_sample(target, a, gu, gv, alpha)
+        onednn = groups == 1 and multiplied_by_onednn(gu, positions * total.numel())
+        if onednn or total.numel() >= ALONE_ELEMENTS * (1 if isinstance(a, Patches) else 2):
+            _add_sample_by_sample(target, a, gu, gv, alpha, onednn=onednn)
             return
         budget = budget if isinstance(a, Patches) else TOGETHER_ELEMENTS
     for n in chunks(count, alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
-def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float) -> None:
+def _add_sample_by_sample(
+    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float, *, onednn: bool
+) -> None:
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
-    rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
+    rows = min(width, max(1, (ONEDNN_ELEMENTS if onednn else CACHED_ELEMENTS) // (groups * fan_in)))
     # Patches are copied out, of as many samples as stay in the cache.
     few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
-    memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
+    memory = [None if onednn else target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
         inputs = a[n.start : n.stop].unbind()
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
         for r in chunks(width, rows):
-            here, formed = target[:, r.start : r.stop], [own[:, : len(r)] for own in memory]
+            here = target[:, r.start : r.stop]
             of_samples = zip(inputs, *[own[:, :, r.start : r.stop].unbind() for own in factors], strict=True)
             for right, *lefts in of_samples:
-                for left, out in zip(lefts, formed, strict=True):
-                    torch.bmm(left, right, out=out)
+                formed = [_product(left, right, own) for left, own in zip(lefts, memory, strict=True)]
                 here.addcmul_(formed[0], formed[-1], value=alpha)
+                del formed  # so that the next is formed in its memory
+
+
+def _product(left: Tensor, right: Tensor, memory: Tensor | None) -> Tensor:
+    """One sample's products, of its groups, in some memory, or of its only one by oneDNN."""
+    if memory is None:
+        return product_by_onednn(left[0], right[0]).unsqueeze(0)
+    return torch.bmm(left, right, out=memory[:, : left.shape[1]])
 
 
 def alike(count: int, most: int) -> int:

@@ -304,7 +304,7 @@ def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None)
     if ranks is not None and ranks.tensor:
         raise InvalidArgumentError(
             "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
-            "measure a copy of the model that is not cut, or read what training accumulates."
+            "measure a copy of the model that is whole, or read what training accumulates."
         )
     if not any(layer.sharded for layer in layers):
         yield [present(layer) for layer in layers]

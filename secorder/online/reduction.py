@@ -165,7 +165,8 @@ class _TokenWeights:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
-        labels = args[self._labels] if isinstance(self._labels, int) else kwargs.get(self._labels)
+        which = self._labels
+        labels = kwargs.get(which) if isinstance(which, str) else next(iter(args[which:]), None)
         if not isinstance(labels, Tensor) or not labels.dim():
             raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {self._labels!r}.")
         counted = labels if labels.dim() == 1 else labels[:, self._shift :].flatten(1)

@@ -202,8 +202,8 @@ def tell_normalised(troubles: Troubles, names: Sequence[str], *, quantised: bool
         instead = "call model.apply(torch.ao.quantization.disable_observer) once they have settled"
     message = (
         f"the samples of a batch influence one another by {by}, so that the per-sample gradients of the layers "
-        f"{list(names)} are those for the {what} of the batch as they are: {instead}, or leave the layers out with "
-        "layers=."
+        f"{list(names)} are each sample's part of the batch's gradient, with the {what} of the batch as they are: "
+        f"{instead}, or leave the layers out with layers=."
     )
     if troubles.strict:
         raise CouplingError(message)
