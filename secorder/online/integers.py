@@ -158,10 +158,11 @@ def _others(tensor: Tensor, dim: int, *, alike: bool) -> Tensor:
 
 
 def _exchanged(made: Tensor, changed: Tensor, *, alike: bool) -> Tensor:
-    """Real numbers with others in some places: those of the rows beside, where the places are whole rows."""
-    constant = [d for d in range(made.dim()) if bool((changed == changed.narrow(d, 0, 1)).all())]
-    dim = next((d for d in range(made.dim()) if d not in constant), 0)
-    return torch.where(changed, _others(made, dim, alike=alike), made) if made.dim() else made
+    """Real numbers with others in some places: those of the row before, whichever samples are changed."""
+    rows = made.reshape(-1, made.shape[-1]) if made.dim() > 1 else made
+    return (
+        torch.where(changed, _others(rows, 0, alike=alike).expand_as(rows).view_as(made), made) if made.dim() else made
+    )
 
 
 def _along(rows: Tensor, tensor: Tensor, dim: int) -> Tensor:
