@@ -83,8 +83,11 @@ def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts
 
 
 def mark_calls(attachment: object, record: ForwardRecord, name: str, index: int, made: Iterable[Place]) -> None:
-    """Mark what a layer's call has returned, where the loss is to be looked at."""
-    for position, place in enumerate(made if record.scheduled else ()):
+    """Mark what a layer's call has returned, where the loss is to be looked at.
+
+    What is known to couple samples beside the model's outputs is told of by itself: see :mod:`secorder.online.beside`.
+    """
+    for position, place in enumerate(made if record.scheduled and not record.attribution.coupling else ()):
         _put(attachment, record, place, _Call(ref(record), name, index, position))
 
 
