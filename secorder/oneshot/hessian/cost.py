@@ -105,7 +105,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
-        drawn = learn_seconds(task, found, budget, draws=reduce)
+        drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
     carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     by_chain = 0.0
