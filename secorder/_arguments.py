@@ -42,7 +42,7 @@ def require_device(name: str, value: Any) -> None:
         there = torch.empty(0, device=value)
     except (RuntimeError, AssertionError, NotImplementedError):  # of a name, or of a machine, that has none
         raise InvalidArgumentError(f'{name} must be a device of this machine, such as "cpu", got {value!r}.') from None
-    if there.is_meta:
+    if there.device.type == "meta":
         raise InvalidArgumentError(f'{name} must be a device that holds numbers, such as "cpu", got {value!r}.')
 
 
@@ -108,6 +108,6 @@ def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     Raises:
         InvalidArgumentError: it is another one.
     """
-    if not any(value is word or (isinstance(value, str) and value == word) for word in allowed):
+    if value not in allowed if isinstance(value, str) else True not in [value is word for word in allowed]:
         *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
         raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")

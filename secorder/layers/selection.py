@@ -13,7 +13,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, parameters_with
+from .._torch.modules import holds, is_scripted, own_tensors, parameters_with
+from .._torch.walk import modules_in
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -162,7 +163,8 @@ def select_layers(
 def _require_hookable(name: str, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Raise :class:`InvalidArgumentError` for a layer that is not initialised, or that no hook can be put on."""
     lazy = (UninitializedParameter, UninitializedBuffer)
-    if any(isinstance(p, lazy) for p in (*parameters.values(), *module.buffers())):
+    held = [t for m in modules_in(module) for t in own_tensors(m)]
+    if True in [isinstance(t, lazy) for t in (*parameters.values(), *held)]:
         raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
     if is_scripted(module):
         raise InvalidArgumentError(
@@ -226,7 +228,8 @@ def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
 
 def _tensor_parallel(model: nn.Module) -> tuple[Axis, ...]:
     """The dimensions of a mesh that tensor parallelism shards parameters of a model over."""
-    distributed: list[Any] = [p for p in model.parameters() if is_distributed(p)]
+    held = [t for m in modules_in(model) for t in own_tensors(m)]
+    distributed: list[Any] = [t for t in held if is_distributed(t) and isinstance(t, nn.Parameter)]
     managed = fsdp_mesh_dims(model) if distributed else {}
     for p in distributed:
         if p.device_mesh.ndim > managed.get(id(p), 0):

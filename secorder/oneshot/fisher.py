@@ -34,6 +34,7 @@ from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
 from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
@@ -336,7 +337,7 @@ def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
     """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
     if not task.certain or task.create_graph:
         return False
-    places = Counter(id(place.value) for m in task.model.modules() for place in parameter_places(m))
+    places = Counter([id(place.value) for m in modules_in(task.model) for place in parameter_places(m)])
     return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))
 
 

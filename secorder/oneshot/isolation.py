@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
+from .._torch.autocast import AutocastState, autocast, autocast_enabled, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
@@ -45,6 +45,7 @@ from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.views import cloned
 from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
@@ -210,7 +211,7 @@ def isolate(
         pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    whole = list(model.modules())
+    whole = modules_in(model)
     modules = [m for m in whole if not is_scripted(m)]
     everything = {id(m): m for m in (*modules, *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ()))}
     parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
@@ -312,7 +313,8 @@ def _own_settings(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())
-        stack.enter_context(no_autocast())
+        if autocast_enabled():
+            stack.enter_context(no_autocast())
         if state is not None:
             stack.callback(set_random_state, state, cuda)
         if not pure:

@@ -214,6 +214,11 @@ class Audit:
         """Whether no whole gradient has come."""
         return not self._actual
 
+    @property
+    def idle(self) -> bool:
+        """Whether no parameter is looked at."""
+        return not self._numbers
+
     def watch(
         self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool, outputs: int
     ) -> list[str]:

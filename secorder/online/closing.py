@@ -40,8 +40,8 @@ _UNLIKE = (
     "on data): hand the state on as tensors, leave the layer out with layers=, or measure it with a one-shot call."
 )
 _UNRETURNED = (
-    "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
-    "forward that raised): let the model return what the loss is computed from."
+    "its gradient comes from a forward of the model that returned nothing that depends on it (an output that is kept "
+    "on the module, an iterator, or a forward that raised): let the model return what the loss is computed from."
 )
 
 
@@ -169,8 +169,8 @@ def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[F
 
 def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     """Compare the whole gradients of a backward that has ended with what its records explain."""
-    if not backward.alone:
-        return  # what reached the parameters meanwhile may be another thread's
+    if backward.audit.empty or not backward.alone:
+        return  # nothing was looked at, or what reached the parameters meanwhile may be another thread's
     troubled = {name for record in backward.records for name in record.troubled}
     tied = [record.attribution for record in backward.records if record.attribution.ties]
     chosen = [(index, layer) for index, layer in enumerate(fisher.layers) if layer.name not in troubled]

@@ -114,22 +114,25 @@ class Directions:
         s = self._take(columns, parameter) if parameter.dim() > 1 else r.new_ones(1)
         return Vectors(r, s, start, rows)
 
-    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors], flags: Sequence[float]) -> Frame | None:
-        """The frame of several layers, kept as long as their vectors are.
+    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors] | None, flags: Sequence[float]) -> Frame | None:
+        """The frame of several layers, kept as long as their vectors are; None where only a block of one is looked at.
 
         Args:
             parameters: of each the weight, all of one dtype on one device.
-            of: the vectors that it is looked at with; None is returned where these are no longer those of now.
+            of: the vectors that each is looked at with, or None; None is returned where these are not those of now.
             flags: of each, one where it has a bias, else zero.
         """
-        if any(vectors is not self.vectors(p) for p, vectors in zip(parameters, of, strict=True)):
-            return None  # another backward has begun since, or only a block of rows is looked at
+        for p, vectors in zip(parameters, of, strict=True) if of is not None else ():
+            if vectors is not self.vectors(p):
+                return None  # another backward has begun since
         key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
         frames = self._frames.get(key)
         if frames is None:
             if len(self._frames) >= FRAMES:
                 self._frames.clear()
-            with_bias = self.constants.vector(flags, of[0].r)
+            if False in [self.vectors(p).whole for p in parameters]:
+                return None
+            with_bias = self.constants.vector(flags, self.vectors(parameters[0]).r)
             in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
             frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
             self._frames[key] = frames

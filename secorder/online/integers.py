@@ -73,7 +73,7 @@ class ChangedIntegers(TorchFunctionMode):
         if changed is None or not changed.any():
             return made
         if made.is_floating_point():
-            return _exchanged(made, changed, alike=self._alike)
+            return _exchanged(made, changed, self._mask, alike=self._alike)
         self._changed[made] = changed
         return made
 
@@ -142,6 +142,9 @@ class ChangedIntegers(TorchFunctionMode):
         if not is_distributed(tensor) or tensor.is_floating_point():
             return self._spread.get(tensor)
         memory = local(tensor).untyped_storage().data_ptr()
+        for own, changed in self._changed.items():  # copies of the arguments among them, on which models are run
+            if memory == own.untyped_storage().data_ptr() and changed.dim() > self._dim:
+                return changed.movedim(self._dim, 0).flatten(1).any(1) if changed.dim() > 1 else changed
         return next((rows for own, rows in self._spread.items() if memory == own.untyped_storage().data_ptr()), None)
 
 
@@ -157,10 +160,15 @@ def _others(tensor: Tensor, dim: int, *, alike: bool) -> Tensor:
     return tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
 
 
-def _exchanged(made: Tensor, changed: Tensor, *, alike: bool) -> Tensor:
-    """Real numbers with others in some places: those of the rows beside, where the places are whole rows."""
-    constant = [d for d in range(made.dim()) if bool((changed == changed.narrow(d, 0, 1)).all())]
-    dim = next((d for d in range(made.dim()) if d not in constant), 0)
+def _exchanged(made: Tensor, changed: Tensor, mask: Tensor, *, alike: bool) -> Tensor:
+    """Real numbers with others in some places: those of the rows beside, where the places are whole rows.
+
+    Which dimension these are rows of is told by where the places differ; where those of all samples are changed, as
+    elsewhere by the number of samples, so that a sample gets the same numbers whichever others are changed with it.
+    """
+    dims = [d for d in range(made.dim()) if made.shape[d] == len(mask)] or list(range(made.dim()))
+    differing = [] if mask.all() else [d for d in dims if not bool((changed == changed.narrow(d, 0, 1)).all())]
+    dim = next(iter(differing or dims), 0)
     return torch.where(changed, _others(made, dim, alike=alike), made) if made.dim() else made
 
 

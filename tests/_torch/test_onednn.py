@@ -1,8 +1,11 @@
 """Matrix products by oneDNN against those in float64, however the factors lie in memory."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from secorder._torch import onednn
 from secorder._torch.onednn import multiplied_by_onednn, product_by_onednn
@@ -37,6 +40,31 @@ def test_product_of_factors_in_any_layout(left: str, right: str) -> None:
     torch.testing.assert_close(found.double(), a.double() @ b.double(), rtol=1e-5, atol=1e-5)
     assert torch.equal(a, before[0])
     assert torch.equal(b, before[1])
+
+
+class _Seen(TorchDispatchMode):
+    """The right factors of products, transposed, as oneDNN gets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.right: list[Tensor] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "_linear_pointwise" in str(function):
+            self.right.append(args[1])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not has_it(), reason="PyTorch was built without oneDNN, or for another processor")
+@pytest.mark.parametrize("right", LEFT)
+def test_right_factors_are_dense(right: str) -> None:
+    """Of others oneDNN has products that take a thousand times as long; what is dense is not copied."""
+    b = LEFT[right](torch.randn(INNER, COLUMNS, dtype=torch.float32))
+    with _Seen() as seen:
+        product_by_onednn(torch.randn(ROWS, INNER, dtype=torch.float32), b)
+    (given,) = seen.right
+    assert given.is_contiguous() or given.t().is_contiguous()
+    assert (given.data_ptr() == b.data_ptr()) == (right in ("contiguous", "transposed"))
 
 
 def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,7 +84,7 @@ def test_a_penalty_that_comes_late_at_each_seventh_step_is_caught(
     model = mlp()
     probe = CurvatureProbe(model)
     train(model, range(1, 100))
-    train(model, range(100, 300), period=7, penalised=penalised)
+    train(model, range(100, 500), period=7, penalised=penalised)
     assert probe._fisher.failures.known
     assert looked_at[-64:] == [{"0", "2", "4"}] * 64
     assert unreadable(probe._fisher).keys() == set(penalised)
