@@ -36,6 +36,10 @@ __all__ = ["told_otherwise", "watch_losses"]
 #: of two classes that are equally frequent make the part's mean that of the whole.
 SAMPLES, PART = 8, 3
 
+#: What is rounding of a loss for certain, in units in the last place; and how many times that of the same samples, each
+#: of them twice, may be met elsewhere. Losses of an untrained model are nearly alike, whatever weighs its samples.
+UNITS, MEASURED = 32, 64.0
+
 _WEIGHTED = (
     "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
     "a statistic of the batch), or not weighted as reduction= tells: pass reduction= with a function of the model's "
@@ -74,9 +78,9 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
         drawn = drawn or not same_random_state(before, get_random_state(cuda))
         return losses
 
-    def holds(kind: Any, losses: Sequence[float]) -> bool:
+    def holds(kind: Any, losses: Sequence[float], tolerance: float) -> bool:
         told = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
-        return all(_near(model, [losses[0], *losses[i : i + 2]], sum(told[i - 1 : i + 1])) for i in (1, 3))
+        return all(_near([losses[0], *losses[i : i + 2]], sum(told[i - 1 : i + 1]), tolerance) for i in (1, 3))
 
     try:
         with isolate(model, None, []) as isolated, evaluating(model):
@@ -84,15 +88,21 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
             if drawn:
                 return {}
             by_place = {place: [own[place] for own in runs] for place in runs[0]}
-            reasons = {place: "" for place, losses in by_place.items() if holds(reduction, losses)}
-            others = {p: x for p, x in by_place.items() if p not in reasons and not all(_near(model, x, y) for y in x)}
+            bounds = dict.fromkeys(by_place, _rounding(model, UNITS))
+            if any(not holds(reduction, losses, bounds[p]) for p, losses in by_place.items()):
+                twice = isolated.run(run, take(ids.repeat(2)))
+                bounds = {p: _measured(model, losses[0], twice[p]) for p, losses in by_place.items()}
+            reasons = {p: "" for p, losses in by_place.items() if holds(reduction, losses, bounds[p])}
+            others = {
+                p: x for p, x in by_place.items() if p not in reasons and not all(_near(x, y, bounds[p]) for y in x)
+            }
             # The order matters where a generator is in the loss.
             for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
                 again = isolated.run(run, take(order))
-                others = {place: losses for place, losses in others.items() if _near(model, losses, again[place])}
+                others = {p: losses for p, losses in others.items() if _near(losses, again[p], bounds[p])}
             several = sum(place.module is None for place in by_place) > 1
             for place, losses in others.items():
-                summed, mean = holds("sum", losses), holds("mean", losses)
+                summed, mean = (holds(kind, losses, bounds[place]) for kind in ("sum", "mean"))
                 if not summed and not mean:
                     reasons[place] = _WEIGHTED
                 elif not several and not (summed and _has_numbers(args, kwargs)):  # which a sum is divided by
@@ -102,9 +112,15 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
         return {}
 
 
-def _near(model: nn.Module, losses: Sequence[float], other: float) -> bool:
-    """Whether the first of some losses is another number, to rounding."""
-    return abs(other - losses[0]) <= _rounding(model) * sum(map(abs, losses))
+def _near(losses: Sequence[float], other: float, tolerance: float) -> bool:
+    """Whether the first of some losses is another number, to a part of the size of all."""
+    return abs(other - losses[0]) <= tolerance * sum(map(abs, losses))
+
+
+def _measured(model: nn.Module, loss: float, twice: float) -> float:
+    """What may be rounding, by the loss of the same samples, each of them twice: the same one, or twice that."""
+    moved = min(abs(twice - loss), abs(twice - 2 * loss)) / abs(loss) if loss else 0.0
+    return min(_rounding(model, UNITS) + MEASURED * moved, _rounding(model))
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -171,10 +187,15 @@ def _share(kind: Any, take: Callable[[Tensor], Any], ids: Tensor, some: Tensor) 
     return share
 
 
-def _rounding(model: nn.Module) -> float:
-    """That of the least precise of the model's parameters, or of float32, in which models take losses."""
+def _rounding(model: nn.Module, units: int | None = None) -> float:
+    """That of the least precise of the model's parameters, or of float32, in which models take losses.
+
+    Args:
+        units: in the last place; None for all that passes for rounding.
+    """
     kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    return max(map(rounding, kinds))
+    passes = max(map(rounding, kinds))
+    return passes if units is None else min(units * max(torch.finfo(kind).eps for kind in kinds), passes)
 
 
 def _has_numbers(args: Any, kwargs: Any) -> bool:

@@ -116,7 +116,20 @@ def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choic
     owned = None if before.grouping is None else before.grouping.of(asked.arguments)
     known = of_owned(owned, asked.arguments) if owned else Hypothesis(before.dims, count, before.alternative)
     still = separates(forward, asked.arguments, base, known, asked.masks(count, TRIALS))
-    return None if still is None else (known, still.layouts)
+    return None if still is None else (known, _as_before(still.layouts, before.outputs))
+
+
+def _as_before(options: Sequence[Sequence[Layout]], before: Sequence[Layout | None]) -> list[list[Layout]]:
+    """Of the layouts that a short trial leaves open for each output, the one that every pair of samples told first."""
+
+    def differs(found: Layout, known: Layout) -> bool:
+        return (found.dim, found.sample_major) != (known.dim, known.sample_major)
+
+    known = [*before, *(None for _ in options[len(before) :])]
+    return [
+        list(o) if k is None else sorted(o, key=lambda found, k=k: differs(found, k))
+        for o, k in zip(options, known, strict=False)
+    ]
 
 
 def _try_each(

@@ -111,3 +111,55 @@ def test_a_hook_that_couples_gradients_is_seen(hook: Callable[[Tensor], None], s
     came = follow(model, [data(n) for n in range(5, 9)], loss, layer_types="all", after=after)
     assert "embed" in came.refused or (since == 0 and came.warned)
     assert "head" not in came.refused
+
+
+class Saturated(nn.Module):
+    """Outputs of which one is nearly one: what becomes of the other one, which is small, does not show beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm, self.head = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.head(torch.tanh(self.norm(self.fc(x)))))
+
+
+@pytest.mark.filterwarnings("ignore:the samples of a batch influence one another by batch normalisation")
+def test_batch_normalisation_couples_samples_where_saturated_outputs_do_not_show_it() -> None:
+    model = Saturated()
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for index in range(4):
+            if index == 1:
+                nn.init.constant_(model.head.bias, -40.0)
+                nn.init.constant_(model.head.bias[:1], 40.0)
+            model(torch.randn(6, 4)).log().sum(1).mean().backward()
+        assert set(probe.fisher_diagonal()) == {"fc", "norm", "head"}
+
+
+class InTime(nn.Module):
+    """Rows of a text, time by time, that are returned as one list of rows, and grow small where a factor does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.head, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), torch.ones(6, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor = self.head(torch.tanh(self.fc(x))) * self.scale
+        return rows.flatten(0, 1)
+
+
+def test_where_rows_of_outputs_were_is_where_they_are_while_nothing_speaks_against_it() -> None:
+    model, batches = InTime(), [torch.randn(6, 3, 4, dtype=torch.float64) for _ in range(16)]
+
+    def shrink() -> None:
+        model.scale[1:] = 1e-13  # now the rows of the first time alone show what becomes of a sample
+
+    followed = follow(
+        model.double(),
+        batches,
+        lambda m, x: torch.log_softmax(m(x) / model.scale.repeat_interleave(x.shape[1], 0)[:, 0], 1)[:, 0].mean(),
+        lambda x: [x[:, n : n + 1] for n in range(x.shape[1])],
+        after=shrink,
+        sample_dim=1,
+    )
+    assert followed.exact, followed.refused
