@@ -18,6 +18,7 @@ from .._torch.pytree import map_tensors
 from .._torch.random_state import cuda_devices, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
 from .._torch.vjp import fresh_generator
+from ..errors import InvalidArgumentError
 from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
@@ -25,7 +26,7 @@ from .beside import Beside, made_beside, watch_beside
 from .loss_coupling import watch_coupling
 from .loss_scale import watch_scale
 from .record import ForwardRecord
-from .reduction import weights_of
+from .reduction import token_weights, weights_of
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -103,9 +104,10 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
             several = sum(place.module is None for place in by_place) > 1
             for place, losses in others.items():
                 summed, mean = (holds(kind, losses, bounds[place]) for kind in ("sum", "mean"))
-                if not summed and not mean:
+                divided = summed and _has_numbers(args, kwargs)
+                if not (summed or mean) or (divided and reduction == "mean" and _by_tokens(args, kwargs, count)):
                     reasons[place] = _WEIGHTED
-                elif not several and not (summed and _has_numbers(args, kwargs)):  # which a sum is divided by
+                elif not several and not divided:
                     reasons[place] = _SUM if summed else _MEAN
             return reasons
     except Exception:  # such as of a batch that the model does not accept, or that has no such loss
@@ -196,6 +198,20 @@ def _rounding(model: nn.Module, units: int | None = None) -> float:
     kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     passes = max(map(rounding, kinds))
     return passes if units is None else min(units * max(torch.finfo(kind).eps for kind in kinds), passes)
+
+
+def _by_tokens(args: Any, kwargs: Any, count: int) -> bool:
+    """Whether labels, and a number of tokens that the loss is divided by, give samples other weights than a mean does.
+
+    As Hugging Face's ``Trainer`` passes them to a model, of this batch or of several whose gradients are accumulated.
+    """
+    if kwargs.get("num_items_in_batch") is None:
+        return False
+    try:  # a causal language model's loss leaves out the first label
+        told = [weights_of(token_weights(shift=shift), args, kwargs, count) for shift in (0, 1)]
+    except InvalidArgumentError:
+        return False
+    return not any(c is not None and torch.allclose(count * c, torch.ones_like(c), rtol=1e-3) for c in told)
 
 
 def _has_numbers(args: Any, kwargs: Any) -> bool:

@@ -303,7 +303,8 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
 def _mixed(tensor: Tensor, dim: int, mask: Tensor, alike: bool) -> Tensor:
     here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    other = tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
+    neighbours = tensor.detach()  # a sample's own rows get no gradient from where they stand for another's
+    other = neighbours.narrow(dim, 0, 1) if alike else neighbours.roll(1, dim) * 1.03125
     if not bool(tensor.any()):  # a state that starts at zero
         other = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
     return torch.where(here, other, tensor)
