@@ -6,6 +6,7 @@ stay. Where several hold, that one is taken whose samples may be exchanged; wher
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,16 +121,17 @@ def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choic
 
 
 def _as_before(options: Sequence[Sequence[Layout]], before: Sequence[Layout | None]) -> list[list[Layout]]:
-    """Of the layouts that a short trial leaves open for each output, the one that every pair of samples told first."""
+    """Of the layouts that a short trial leaves open for each output, first the one that all pairs of samples told."""
+    found = [list(choices) for choices in options]
+    for choices, known in zip(found, before, strict=False):
+        if known is not None:
+            choices.sort(key=partial(_is_other, known))
+    return found
 
-    def differs(found: Layout, known: Layout) -> bool:
-        return (found.dim, found.sample_major) != (known.dim, known.sample_major)
 
-    known = [*before, *(None for _ in options[len(before) :])]
-    return [
-        list(o) if k is None else sorted(o, key=lambda found, k=k: differs(found, k))
-        for o, k in zip(options, known, strict=False)
-    ]
+def _is_other(known: Layout, found: Layout) -> bool:
+    """Whether samples lie otherwise, however many rows each has."""
+    return (found.dim, found.sample_major) != (known.dim, known.sample_major)
 
 
 def _try_each(

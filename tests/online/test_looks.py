@@ -1,5 +1,6 @@
 """When a batch is looked at."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.oneshot.isolation import IsolatedModel
 from secorder.online import rows
+from secorder.online.looks import Looks
 
 from ..helpers import Net, data, mlp, run_again_where_nothing_tells, step
 from .loops import follow
@@ -163,3 +165,27 @@ def test_where_rows_of_outputs_were_is_where_they_are_while_nothing_speaks_again
         sample_dim=1,
     )
     assert followed.exact, followed.refused
+
+
+class Sorted(nn.Module):
+    """Rows that are sorted by what they hold until they are in a loss: no module's rows tell whose they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        order = x[:, 0].argsort()
+        return F.cross_entropy(torch.tanh(self.hidden(x[order]))[:, :3], t[order]), self.head(x)
+
+
+def test_what_no_look_tells_is_not_looked_for_at_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, looked, look = Sorted(), [], Looks.look
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for batch in range(1, 17):
+            monkeypatch.setattr(Looks, "look", lambda *args, batch=batch: looked.append(batch) or look(*args))
+            loss, out = model(torch.randn(7, 4), torch.arange(7) % 3)
+            (loss + out.square().mean()).backward()
+        assert set(probe.fisher_diagonal(missing="skip")) == {"head"}
+    assert looked == [1, 2, 4, 8, 16]
