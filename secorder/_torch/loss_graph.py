@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, collection_paused, is_complex, recomputed, run_node_once, shape_of
+from .graph import Node, collection_paused, is_complex, operation_of, recomputed, run_node_once, saved, shape_of
 
-__all__ = ["Place", "UnknownNode", "elements_of", "nodes_between", "place_of", "pull_back"]
+__all__ = ["Place", "UnknownNode", "elements_of", "nodes_between", "normalises", "place_of", "pull_back"]
 
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
 Place = tuple[Node, int]
+
+_NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 class UnknownNode(Exception):
@@ -50,10 +52,32 @@ def nodes_between(roots: Iterable[Node], ends: Collection[Node]) -> list[Node]:
     return order[::-1]
 
 
-def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Collection[Place]) -> dict[Place, Tensor]:
+def normalises(node: Node) -> bool:
+    """Whether a node is batch normalisation by the statistics of the batch."""
+    return operation_of(node) in _NORMALISATIONS and bool(saved(node, "training"))
+
+
+def _by_constants(node: Node, g: Tensor) -> Tensor:
+    """The gradient on what batch normalisation is given, as if the statistics of the batch were constants."""
+    scale: Tensor = saved(node, "result2")
+    weight: Tensor | None = saved(node, "weight")
+    scale = scale if weight is None else scale * weight
+    return g * scale.to(g).view(-1, *(1 for _ in range(g.dim() - 2)))
+
+
+def pull_back(
+    order: Sequence[Node],
+    gradients: Mapping[Place, Tensor],
+    ends: Collection[Place],
+    *,
+    statistics_fixed: bool = False,
+) -> dict[Place, Tensor]:
     """The gradients on tensors, pulled back to others (``ends``) by the nodes between; where none comes, there is none.
 
     Differentiable where gradients are enabled. Raises :class:`UnknownNode` where a node is not to be run.
+
+    Args:
+        statistics_fixed: take those of batch normalisation for constants.
     """
     found = dict(gradients)
     leads = {*order, *(node for node, _ in ends)}
@@ -64,7 +88,11 @@ def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Co
         if not callable(node) or is_complex(node) or recomputed(node) is not False:
             raise UnknownNode(node.name())
         wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
-        for k, g in zip(wanted, run_node_once(node, own, wanted), strict=True):
+        if statistics_fixed and wanted == [0] and own[0] is not None and normalises(node):
+            pulled: Sequence[Tensor] = [_by_constants(node, own[0])]
+        else:
+            pulled = run_node_once(node, own, wanted)
+        for k, g in zip(wanted, pulled, strict=True):
             place = node.next_functions[k]
             g = g.to(place[0]._input_metadata[place[1]].dtype)
             found[place] = found[place] + g if place in found else g

@@ -12,7 +12,7 @@ that are normalised, keys without a gradient).
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
-from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
-from .._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
+from .._torch.graph import Node, shape_of, tells_recomputation
+from .._torch.loss_graph import Place, elements_of, nodes_between, normalises, place_of, pull_back
 from .._torch.vjp import fresh_generator
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
@@ -45,8 +45,6 @@ MOST_ELEMENTS, TIMES_OUTPUTS, MOST_NODES = 1 << 22, 16, 1024
 
 #: In a node's metadata, where the outputs are of which record.
 _KEY = "secorder.outputs"
-
-_NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
@@ -122,21 +120,26 @@ def _look(
     sizes = [math.prod(shape_of(*place)) for place in outputs]
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
-    coupled: list[Place] = []
-    for sees in (chooses, partial(couples, count=record.num_samples)):
-        try:
-            with no_autocast():
-                coupled = coupled or sees(order, roots, outputs)
-        except Exception:  # of what has no second derivative, or is not to be run
-            continue
-    if not coupled:
-        return
-    fisher = attachment.fisher
-    names = layers_behind(fisher.layers, [node for node, _ in coupled])
-    if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
-        tell_normalised(fisher.troubles, names)
-    else:
-        fisher.troubles.mark(names, _COUPLED)
+
+    def seen(*ways: Callable[..., list[Place]]) -> list[str]:
+        """The layers behind the outputs that one of these ways of looking sees to be coupled."""
+        for way in ways:
+            try:
+                with no_autocast():
+                    coupled = way(order, roots, outputs)
+            except Exception:  # of what has no second derivative, or is not to be run
+                continue
+            if coupled:
+                return layers_behind(attachment.fisher.layers, [node for node, _ in coupled])
+        return []
+
+    by_values = partial(couples, count=record.num_samples)
+    names = seen(chooses, by_values)
+    if names and any(map(normalises, order)):
+        tell_normalised(attachment.fisher.troubles, names)
+        names = seen(partial(by_values, statistics_fixed=True))  # by something else, besides
+    if names:
+        attachment.fisher.troubles.mark(names, _COUPLED)
 
 
 def _outputs_behind(roots: Sequence[Node], attachment: int, record: int) -> dict[Place, Output]:
@@ -162,7 +165,12 @@ def _outputs_behind(roots: Sequence[Node], attachment: int, record: int) -> dict
 
 
 def couples(
-    order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output], count: int
+    order: Sequence[Node],
+    roots: Mapping[Place, Tensor],
+    outputs: Mapping[Place, Output],
+    count: int,
+    *,
+    statistics_fixed: bool = False,
 ) -> list[Place]:
     """The outputs of which some samples' gradients change with the numbers of others.
 
@@ -170,13 +178,14 @@ def couples(
         order: the nodes between the loss and the outputs.
         roots: the gradients that the backward pass begins with.
         outputs: of the model, by where the graph has them.
+        statistics_fixed: take those of batch normalisation for constants.
 
     Raises:
         UnknownNode: what is between them cannot be looked at.
     """
     chosen = torch.randperm(count, generator=fresh_generator(), device="cpu") < (count + 1) // 2
     with torch.enable_grad():
-        slopes = pull_back(order, roots, outputs)
+        slopes = pull_back(order, roots, outputs, statistics_fixed=statistics_fixed)
         terms = []
         for place, g in slopes.items():
             if g.requires_grad:
@@ -188,7 +197,8 @@ def couples(
         return []
     again = nodes_between([total.grad_fn], {node for node, _ in outputs})
     with torch.no_grad():
-        changes = pull_back(again, {(total.grad_fn, 0): torch.ones_like(total)}, outputs)
+        begins = {(total.grad_fn, 0): torch.ones_like(total)}
+        changes = pull_back(again, begins, outputs, statistics_fixed=statistics_fixed)
     found = []
     for place, change in changes.items():
         by_sample = outputs[place].layout.split(change)
