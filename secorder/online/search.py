@@ -133,6 +133,12 @@ def _normalising(model: nn.Module) -> tuple[nn.Module, ...]:
     return (*batch_normalisation(model), *observers(model))
 
 
+def _unseen(found: Attribution, modules: Sequence[nn.Module]) -> bool:
+    """Whether these have coupled samples, as their buffers tell, so weakly that it shows in gradients alone."""
+    holders = [module._buffers for module in modules]
+    return bool(found.unknown) and any(place.holder is holder for place in found.changing for holder in holders)
+
+
 def _separable(found: Attribution) -> bool:
     return not (found.coupled or found.unclear or found.undecided)
 
@@ -148,7 +154,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
         found = replace(found, layers=tuple(layers), certain=certain)
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := _normalising(model)):
+        if not asked.fixed and (fixed := _normalising(model)) and (found.coupled or _unseen(found, fixed)):
             without = _escalate(replace(asked, fixed=fixed), first)
             if _separable(without):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)

@@ -138,6 +138,32 @@ def test_batch_normalisation_couples_samples_where_saturated_outputs_do_not_show
         assert set(probe.fisher_diagonal()) == {"fc", "norm", "head"}
 
 
+class Slight(nn.Module):
+    """A branch with batch normalisation that is next to nothing in the outputs, as a layer scale begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(x + 1e-15 * self.branch(x))
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:the samples of a batch influence one another by batch normalisation")
+def test_batch_normalisation_couples_samples_where_its_branch_is_next_to_nothing() -> None:
+    model = Slight()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for _ in range(2):
+            step(model, data())
+        known = probe._looks.any_known()
+        assert known is not None
+        assert known.normalised
+        assert all(layer.rule is not None for layer in known.layers)
+        assert set(probe.fisher_diagonal()) == {"branch.0", "branch.3", "head"}
+
+
 class InTime(nn.Module):
     """Rows of a text, time by time, that are returned as one list of rows, and grow small where a factor does."""
 
