@@ -9,7 +9,22 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["require_device", "require_floating_dtype", "require_integer", "require_number", "require_one_of"]
+__all__ = [
+    "require_device", "require_flag", "require_floating_dtype", "require_integer", "require_number", "require_one_of",
+    "shown",
+]  # fmt: skip
+
+#: Characters of a value that a message shows.
+SHOWN = 100
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: on one line, and what has a shape by that."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and not isinstance(value, type):
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def require_device(name: str, value: Any) -> None:
@@ -17,14 +32,31 @@ def require_device(name: str, value: Any) -> None:
 
     Raises:
         InvalidTypeError: it is nothing that names one.
-        InvalidArgumentError: PyTorch knows none of that name.
+        InvalidArgumentError: there is none of that name here, or it holds no numbers.
     """
-    if value is not None and not isinstance(value, (torch.device, str, int)):
-        raise InvalidTypeError(f'{name} must be a device, such as "cpu", got {value!r}.')
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
+        raise InvalidTypeError(f'{name} must be a device, such as "cpu", got {shown(value)}.')
     try:
-        torch.device("cpu" if value is None else value)
-    except RuntimeError:
-        raise InvalidArgumentError(f'{name} must be a device, such as "cpu", got {value!r}.') from None
+        there = torch.empty(0, device=value)
+    except (RuntimeError, AssertionError, NotImplementedError):  # of a name, or of a machine, that has none
+        raise InvalidArgumentError(f'{name} must be a device of this machine, such as "cpu", got {value!r}.') from None
+    if there.is_meta:
+        raise InvalidArgumentError(f'{name} must be a device that holds numbers, such as "cpu", got {value!r}.')
+
+
+def require_flag(name: str, value: Any) -> None:
+    """Raise unless an argument is True or False, or the like: 1, 0, one of NumPy's or of a tensor.
+
+    Raises:
+        InvalidTypeError: it is something else.
+    """
+    if isinstance(value, int) and value in (0, 1):
+        return
+    if str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool" and value.ndim == 0:
+        return
+    raise InvalidTypeError(f"{name} must be True or False, got {shown(value)}.")
 
 
 def require_floating_dtype(name: str, value: Any) -> None:
@@ -35,7 +67,7 @@ def require_floating_dtype(name: str, value: Any) -> None:
         InvalidArgumentError: it is one of integers, say.
     """
     if value is not None and not isinstance(value, torch.dtype):
-        raise InvalidTypeError(f"{name} must be a dtype, such as torch.float32, got {value!r}.")
+        raise InvalidTypeError(f"{name} must be a dtype, such as torch.float32, got {shown(value)}.")
     if value is not None and not value.is_floating_point:
         raise InvalidArgumentError(f"{name} must be a dtype of real numbers, got {value}.")
 
@@ -52,7 +84,7 @@ def require_integer(name: str, value: Any, least: int) -> None:
             raise TypeError
         index(value)
     except TypeError:
-        raise InvalidTypeError(f"{name} must be an integer, got {value!r}.") from None
+        raise InvalidTypeError(f"{name} must be an integer, got {shown(value)}.") from None
     if value < least:
         raise InvalidArgumentError(f"{name} must be at least {least}, got {value}.")
 
@@ -65,7 +97,7 @@ def require_number(name: str, value: Any, *, zero: bool = False) -> None:
         InvalidArgumentError: it is negative or nan, or zero where that is not allowed.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise InvalidTypeError(f"{name} must be a number, got {value!r}.")
+        raise InvalidTypeError(f"{name} must be a number, got {shown(value)}.")
     if not (float(value) > 0 or (zero and float(value) == 0)):
         raise InvalidArgumentError(f"{name} must be {'zero or ' if zero else ''}positive, got {value!r}.")
 
@@ -76,6 +108,6 @@ def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     Raises:
         InvalidArgumentError: it is another one.
     """
-    if value not in allowed:
+    if value not in allowed if isinstance(value, str) else True not in [value is word for word in allowed]:
         *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
-        raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {value!r}.")
+        raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")

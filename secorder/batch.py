@@ -67,8 +67,10 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
 def owned_batch(inputs: Any, targets: Any, sample_dim: int = 0) -> Owned | None:
     """Whose what the model takes is, where its samples are entries of a list, or graphs, one for each target.
 
-    None where a dimension holds them, or may.
+    None where a dimension holds them, or may: of one tensor, which nothing beside it tells of.
     """
+    if isinstance(inputs, Tensor):
+        return None
     known = {len(targets)} if type(targets) is list else {t.shape[0] for t in tensors_in(targets) if t.dim()}
     for owned in owned_by_entries(arguments_of(inputs)):
         tensors = zip(tensors_in(inputs), owned.owners, strict=True)

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
 import torch
 from torch import Tensor, nn
 
-from ._arguments import require_device, require_floating_dtype, require_integer, require_number, require_one_of
+from ._arguments import (
+    require_device,
+    require_flag,
+    require_floating_dtype,
+    require_integer,
+    require_number,
+    require_one_of,
+    shown,
+)
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from ._torch.random_state import random_state_kept
@@ -27,7 +35,7 @@ from .layers.selection import (
 )
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
-from .oneshot.data_set import first_of, is_data_set, require_one_batch, takes_data_sets
+from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
@@ -175,13 +183,15 @@ class CurvatureProbe:
         accumulator_device: torch.device | str | None = None,
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
+        require_flag("frozen", frozen)
         selected = _layers_to_look_at(model, layer_types, layers, frozen=frozen)
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise InvalidArgumentError(f"every must be an integer of at least 1, got {every!r}.")
+            raise InvalidArgumentError(f"every must be an integer of at least 1, got {shown(every)}.")
         if decay is not None:
             require_number("decay", decay, zero=True)
             if not 0.0 < decay < 1.0:
                 raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
+        require_flag("strict", strict)
         require_one_of("on_nonfinite", on_nonfinite, ("skip", "raise", "keep"))
         require_one_of("forwards", forwards, ("separate", "joined", None))
         require_one_of("penalty", penalty, ("shared", None))
@@ -425,19 +435,23 @@ class CurvatureProbe:
                 )
             return self._read(diagonals, synchronize, missing)
         check_fisher_type(fisher_type, num_draws)
+        require_one_of("missing", missing, get_args(Missing))
+        require_flag("synchronize", synchronize)
+        options = _options(generator, chunk_size, progress, create_graph)
         budget = fisher_budget(fisher_type, rtol, max_draws, create_graph=create_graph)
         with raised_on_all() if synchronize else nullcontext():
             fisher = self._measure(
                 partial(fisher_diagonal, fisher_type=fisher_type, num_draws=num_draws, budget=budget),
                 *(loss_fn, inputs, targets),
                 by_sample=True,
-                **_options(generator, chunk_size, progress, create_graph),
+                **options,
             )
             warn_if_not_finite(fisher, "Fisher")
         return mean_over_ranks(fisher, batch_size(inputs, targets, self._one_shot_dim)) if synchronize else fisher
 
     def _read(self, of: Callable[[OnlineFisher, Missing], Read], synchronize: bool, missing: Missing) -> Read:
         """What training accumulated."""
+        require_flag("synchronize", synchronize)
         if synchronize:
             self.synchronize()
         found = of(self._fisher, missing)
@@ -535,6 +549,8 @@ class CurvatureProbe:
         Raises:
             ProbeStateError: ``synchronize`` without ``torch.distributed``. An empty window raises when it is read.
         """
+        require_flag("keep_total", keep_total)
+        require_flag("synchronize", synchronize)
         if synchronize:
             self.synchronize()
         taken = take_window(self._fisher, keep_total=keep_total)
@@ -577,6 +593,8 @@ class CurvatureProbe:
         with self.paused():
             found = verify(self._fisher, self._sample_dim, on_copies(loss_fn), inputs, targets, one_shot, count)
         self._verified = bool(found)
+        if found:
+            self._fisher.troubles.unseen = ""
         return found
 
     @takes_data_sets(by_sample=lambda options: False)
@@ -643,9 +661,9 @@ class CurvatureProbe:
             (torch.Size([15]), 'chain')
         """
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
+        options = _options(generator, chunk_size, progress, create_graph)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
-        options = _options(generator, chunk_size, progress, create_graph)
         hessian = self._measure(partial(hessian_diagonal, budget=budget), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
@@ -767,6 +785,7 @@ class CurvatureProbe:
             (2, True, True)
         """
         _check_curvature(of, by)
+        require_flag("progress", progress)
         require_one_of("which", which, get_args(Which))
         if of == "hessian":
             warn_if_inexact(self._layers)
@@ -849,11 +868,14 @@ class CurvatureProbe:
             >>> cost["0"].strategy, 0 < cost["0"].num_bytes <= cost.num_bytes, cost.seconds < 60
             ('chain', True, True)
         """
-        count = 1
+        require_one_of("quantity", quantity, get_args(Quantity))
+        check_fisher_type(fisher_type, 1 if num_draws is None else num_draws)
+        require_integer("max_draws", max_draws, 1)
+        require_integer("max_iterations", max_iterations, 1)
+        count, loading = 1, 0.0
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
-                (inputs, targets), count = first_of(inputs, self._one_shot_dim)
-        check_fisher_type(fisher_type, num_draws or 1)
+                (inputs, targets), count, loading = first_of(inputs, self._one_shot_dim)
         if quantity == "fisher":
             budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
         else:
@@ -864,6 +886,12 @@ class CurvatureProbe:
         cost = self._measure(lambda task: quantity_cost(task, *asked), *batch, **how)
         # What it takes to put everything back, once all that happens the first time alone has happened.
         cost.overhead += seconds_of(lambda: self._measure(lambda task: None, *batch, **how))
+        if quantity == "fisher" and count > 1:
+            options: dict[str, Any] = {"fisher_type": fisher_type, "num_draws": num_draws or 1, "rtol": rtol}
+            options |= {"max_draws": max_draws, "chunk_size": chunk_size}
+            of_batches = partial(self.fisher_diagonal, loss_fn, **options)
+            cost.overhead += seconds_besides(of_batches, (inputs, targets), cost.seconds)
+        cost.overhead += loading
         cost.num_batches = count
         return cost
 
@@ -1039,6 +1067,8 @@ def _options(
     generator: torch.Generator | None, chunk_size: int | None, progress: bool = False, create_graph: bool = False
 ) -> dict[str, Any]:
     """How to measure, as :func:`.measure` takes it."""
+    require_flag("progress", progress)
+    require_flag("create_graph", create_graph)
     return {"generator": generator, "chunk_size": chunk_size, "progress": progress, "create_graph": create_graph}
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._sharing import held_before
 from ._torch.views import joined
 from .errors import InvalidArgumentError, InvalidTypeError
 from .layers.selection import Layer, MeasuredBy
@@ -114,7 +115,7 @@ class Diagonals(dict[str, Tensor]):
     """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
 
     It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it. Of a model that
-    ``fully_shard`` cuts over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
+    ``fully_shard`` shards over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
     the parameters' own shapes and placements, and :meth:`whole` gathers. A parameter's name (``"fc1.weight"``) gives
     its part, in its shape.
 
@@ -166,6 +167,9 @@ class Diagonals(dict[str, Tensor]):
             layer.name: [(layer.parameter_name(local), p.shape) for local, p in layer.parameters.items()]
             for layer in layers
         }
+        self._repeated = held_before(
+            {x.name: {x.parameter_name(local): p for local, p in x.parameters.items()} for x in layers}
+        )
 
     def __missing__(self, name: str) -> Tensor:
         for layer, parameters in self._parameters.items():
@@ -197,14 +201,14 @@ class Diagonals(dict[str, Tensor]):
 
     @property
     def total(self) -> float:
-        """The sum of all entries of all layers, the trace of the whole matrix (of sharded parameters, gathered)."""
-        return sum(self._traces().values())
+        """The trace of the whole matrix, in which what layers share counts once (gathered, where it is sharded)."""
+        again = [self._of_layer(layer)[name] for layer, names in self._repeated.items() for name in names]
+        return sum(self._traces().values()) - sum(whole(part).detach().double().sum().item() for part in again)
 
     def shares(self) -> dict[str, float]:
-        """Per layer, its part of :attr:`total`."""
-        traces = self._traces()
-        whole = sum(traces.values())
-        return {name: trace / whole if whole else 0.0 for name, trace in traces.items()}
+        """Per layer, its part of :attr:`total`; of layers that share a parameter, each has it in its own."""
+        total = self.total
+        return {name: trace / total if total else 0.0 for name, trace in self._traces().items()}
 
     def _traces(self) -> dict[str, float]:
         sums = [d.detach().double().sum().cpu() for d in self.whole()]
@@ -309,6 +313,7 @@ class Diagonals(dict[str, Tensor]):
             "info": {name: asdict(info) | {"strategy": str(info.strategy)} for name, info in self.info.items()},
             "layer_types": self.layer_types,
             "parameters": {n: [(p, list(shape)) for p, shape in parts] for n, parts in self._parameters.items()},
+            "repeated": self._repeated,
         }
 
     @classmethod
@@ -337,7 +342,7 @@ class Diagonals(dict[str, Tensor]):
             raise InvalidArgumentError(_FOREIGN) from error
         if not whole:
             raise InvalidArgumentError(_FOREIGN)
-        return _rebuild(state["values"], info, errors, state["layer_types"], parameters, {})
+        return _rebuild(state["values"], info, errors, state["layer_types"], parameters, {}, state.get("repeated", {}))
 
     def save(self, file: Any) -> None:
         """Write to a path or an open file; see :meth:`load`.
@@ -374,18 +379,18 @@ class Diagonals(dict[str, Tensor]):
             standard_error: layer name → standard error of every entry.
         """
         errors = None if standard_error is None else dict(standard_error)
-        return _rebuild(dict(values), self.info, errors, self.layer_types, self._parameters, self._shards)
+        parts = self.layer_types, self._parameters, self._shards, self._repeated
+        return _rebuild(dict(values), self.info, errors, *parts)
 
     def __reduce__(self) -> Any:
-        parts = (dict(self), self.info, self.standard_error, self.layer_types, self._parameters, self._shards)
-        return (_rebuild, parts)
+        parts = self.layer_types, self._parameters, self._shards, self._repeated
+        return (_rebuild, (dict(self), self.info, self.standard_error, *parts))
 
 
-def _rebuild(
-    values: dict[str, Tensor], info: Any, standard_error: Any, layer_types: Any, parameters: Any, sharded: Any
-) -> Diagonals:
+def _rebuild(values: dict[str, Tensor], info: Any, standard_error: Any, *parts: Any) -> Diagonals:
     result = Diagonals.__new__(Diagonals)
     dict.update(result, values)
     result.info, result.standard_error = info, standard_error
-    result.layer_types, result._parameters, result._shards = layer_types, parameters, sharded
+    # Pickles of a version before have no parameters that layers share.
+    result.layer_types, result._parameters, result._shards, result._repeated = (*parts, {})[:4]
     return result

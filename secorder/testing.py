@@ -97,7 +97,7 @@ def _require_linear(module: nn.Module, inputs: Any, z: Tensor, tolerance: float)
     except RuleError as error:
         raise RuleError(
             f"{type(module).__name__} is not linear in its parameters ({error}): leave it without a rule; it is "
-            "measured all the same, by its module."
+            "measured all the same, by its operations or its module."
         ) from error
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from secorder._torch import vjp
+from secorder._torch import random_state
 
 from .helpers import seed
 
@@ -50,14 +50,14 @@ def _exact_device(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(autouse=True)
 def _seeded_double(request: pytest.FixtureRequest) -> Iterator[None]:
     seed()
-    of_the_system, vjp.seeds = vjp.seeds, random.Random(0)
+    of_the_system, random_state.seeds = random_state.seeds, random.Random(0)
     torch.set_default_dtype(torch.float64)
     device = request.config.getoption("--device")
     elsewhere = device != "cpu" and request.path.stem in ON_ANY_DEVICE
     if elsewhere:
         torch.set_default_device(device)
     yield
-    vjp.seeds = of_the_system
+    random_state.seeds = of_the_system
     if elsewhere:
         torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)

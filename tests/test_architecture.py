@@ -13,7 +13,7 @@ ROOT = Path(secorder.__file__).parent
 FLOORS = (
     ("__init__",), ("__main__", "integrations"), ("core",), ("probe",), ("online",), ("oneshot",), ("monitor",),
     ("means",), ("results", "testing"), ("layers",), ("parallel", "batch"), ("owners",), ("_torch",),
-    ("_arguments", "_caution", "_keywords"), ("errors",),
+    ("_arguments", "_caution", "_keywords", "_sharing"), ("errors",),
 )  # fmt: skip
 FLOOR = {name: level for level, names in enumerate(FLOORS) for name in names}
 MODULES = sorted(p for p in ROOT.rglob("*.py") if "_alias" not in p.parts)
@@ -54,7 +54,7 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
 
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:
-    below = {"monitor", "results", "_caution", "_keywords", "errors"}
+    below = {"monitor", "results", "_arguments", "_caution", "_keywords", "_sharing", "errors"}
     of_ranks = {"_torch.fsdp", "_torch.collectives"}  # parts of a tensor, and what they are together
     for path in (ROOT / "monitor").rglob("*.py"):
         assert {name.split(".")[0] for name in imports(path) - of_ranks} <= below

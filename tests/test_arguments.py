@@ -5,9 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from secorder import InvalidArgumentError, InvalidTypeError
-from secorder._arguments import require_device, require_floating_dtype, require_integer, require_number, require_one_of
+from secorder._arguments import (
+    require_device,
+    require_flag,
+    require_floating_dtype,
+    require_integer,
+    require_number,
+    require_one_of,
+    shown,
+)
 
 
 @pytest.mark.parametrize("value", [1, np.int64(3), torch.tensor(2)], ids=str)
@@ -44,6 +53,12 @@ def test_devices_and_dtypes() -> None:
         require_floating_dtype("accumulator_dtype", dtype)
     with pytest.raises(InvalidArgumentError, match="such as"):
         require_device("accumulator_device", "nowhere")
+    with pytest.raises(InvalidArgumentError, match="of this machine"):
+        require_device("accumulator_device", "cuda:99")
+    with pytest.raises(InvalidArgumentError, match="holds numbers"):
+        require_device("accumulator_device", "meta")
+    with pytest.raises(InvalidTypeError, match="such as"):
+        require_device("accumulator_device", True)
     with pytest.raises(InvalidTypeError, match="such as"):
         require_device("accumulator_device", torch.float32)
     with pytest.raises(InvalidTypeError, match="such as"):
@@ -58,3 +73,24 @@ def test_words() -> None:
         require_one_of("missing", [1], ("raise", "skip"))
     with pytest.raises(InvalidArgumentError, match='forwards must be "separate", "joined" or None, got 3'):
         require_one_of("forwards", 3, ("separate", "joined", None))
+
+
+@pytest.mark.parametrize(
+    "value",
+    [np.ones(3), torch.randn(6, 3), nn.Sequential(nn.Linear(2, 2), nn.Tanh())],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_told_is_one_line(value: Any) -> None:
+    """Also of what cannot be asked whether it is equal to a word."""
+    assert "\n" not in shown(value)
+    assert len(shown(value)) < 120
+    with pytest.raises(InvalidArgumentError, match="missing must be"):
+        require_one_of("missing", value, ("raise", "skip"))
+
+
+def test_flags() -> None:
+    for value in (True, False, 1, 0, np.bool_(True), torch.tensor(False)):
+        require_flag("progress", value)
+    for wrong in (None, "yes", 2, 1.0, torch.randn(6), np.ones(3, dtype=bool)):
+        with pytest.raises(InvalidTypeError, match="progress must be True or False"):
+            require_flag("progress", wrong)

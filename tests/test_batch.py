@@ -92,7 +92,7 @@ def test_batches_of_any_kind_are_measured(kind: Callable[[Tensor, Tensor], Any])
         for total, g in zip(expected.values(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
             total += g**2 / 6
     batch = kind(x, scale)
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         output = model(**batch) if isinstance(batch, UserDict) else model(batch)
         loss_of(output, targets).backward()
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)

@@ -217,7 +217,7 @@ def test_batch_statistics_have_no_per_sample_gradient() -> None:
 )  # fmt: skip
 def test_arguments_of_a_measurement_without_a_loss(arguments: dict[str, Any]) -> None:
     model, batch = make(), data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         F.cross_entropy(model(batch[0]), batch[1]).backward()
         with pytest.raises(InvalidArgumentError, match="without loss_fn"):
             probe.fisher_diagonal(**arguments)

@@ -186,7 +186,7 @@ def test_a_probed_model_can_be_copied_and_pickled() -> None:
 
 def test_probe_errors_lose_nothing() -> None:
     model, (inputs, targets) = nn.Sequential(nn.Flatten(), nn.Linear(36, 3)), data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         F.cross_entropy(model(inputs), targets).backward()
         before = probe.fisher_diagonal()
         with pytest.raises(NonFiniteError):

@@ -10,17 +10,21 @@ from .helpers import run_after_torch
 
 
 def test_import_loads_nothing_that_shows_results_and_draws_no_random_number() -> None:
+    """Nor does a probe draw any, and every public name is there before it is used."""
     loaded = run_after_torch(
         "import secorder\n"
         "assert random_states() == before\n"
-        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - known}))"
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - known}))\n"
+        "assert set(secorder.__all__) <= set(dir(secorder))\n"
+        "model = torch.nn.Linear(2, 2)\n"
+        "before = random_states()\n"
+        "secorder.CurvatureProbe(model)\n"
+        "assert random_states() == before"
     )
     assert loaded.split() == ["secorder"]
 
 
-def test_every_public_name_is_there_also_before_it_is_used() -> None:
-    missing = run_after_torch("import secorder\nprint(*(set(secorder.__all__) - set(dir(secorder))))")
-    assert not missing.split()
+def test_every_public_name_is_told_where_it_comes_from() -> None:
     for name in secorder.__all__:
         assert getattr(secorder, name).__module__.startswith("secorder.")
     assert secorder.report is secorder.report

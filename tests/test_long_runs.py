@@ -68,7 +68,7 @@ def test_steps_of_everything_that_happens(steps: int) -> None:
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     batch = data()
     expected = reference(model, batch)
-    probe, second = CurvatureProbe(model), CurvatureProbe(model, layers="0")
+    probe, second = CurvatureProbe(model, reduction="mean"), CurvatureProbe(model, layers="0", reduction="mean")
     stop = threading.Event()
     twin_inputs = torch.randn(3, 4)
 

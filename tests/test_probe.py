@@ -6,16 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secorder import CurvatureProbe, ProbeStateError
+from secorder import CurvatureProbe, ProbeStateError, per_layer_hessian_diagonal
 
-from .helpers import data, make, reference, step
+from .helpers import Taking, data, make, reference, step
 from .reference import assert_all_close
 
 
 def test_training_loop_is_left_alone_and_batches_of_different_size_are_averaged_over_samples() -> None:
     model, plain = make(), None
     plain = copy.deepcopy(model)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, plain)]
     total, seen = {}, 0
     for count in (6, 3, 1):
@@ -36,7 +36,7 @@ def test_training_loop_is_left_alone_and_batches_of_different_size_are_averaged_
 
 def test_paused_reset_detach_attach() -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     with probe.paused():
         step(model, batch)
     assert probe.num_samples == 0
@@ -60,7 +60,7 @@ def test_paused_reset_detach_attach() -> None:
 
 def test_two_probes_on_one_model_do_not_see_each_other() -> None:
     model, batch = make(), data()
-    first, second = CurvatureProbe(model), CurvatureProbe(model, layers="0")
+    first, second = CurvatureProbe(model, reduction="mean"), CurvatureProbe(model, layers="0", reduction="mean")
     step(model, batch)
     first.hessian_diagonal(F.cross_entropy, *batch)
     second.fisher_diagonal(F.cross_entropy, *batch)
@@ -69,3 +69,17 @@ def test_two_probes_on_one_model_do_not_see_each_other() -> None:
     step(model, batch)
     assert (first.num_samples, second.num_samples) == (12, 6)
     assert_all_close(first.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_what_is_accumulated_is_logged_with_a_hessian() -> None:
+    model, batch, sink = make(), data(), Taking()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, batch)
+        hessian = per_layer_hessian_diagonal(model, F.cross_entropy, *batch)
+        probe.log(sink, 3, hessian=hessian)
+        probe.log(sink, 4)
+        fisher = probe.fisher_diagonal()
+    assert [step for step, _ in sink.points] == [3, 3, 4]
+    fishers, hessians, later = (numbers for _, numbers in sink.points)
+    assert fishers["fisher_trace/0"] == later["fisher_trace/0"] == pytest.approx(float(fisher["0"].sum()))
+    assert hessians["hessian_trace/0"] == pytest.approx(float(hessian["0"].sum()))

@@ -17,7 +17,7 @@ from .reference import assert_all_close
 
 def test_by_parameter_names_and_shapes() -> None:
     model = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, data())
     found = probe.fisher_diagonal()
     assert {k: v.shape for k, v in found.by_parameter().items()} == {k: v.shape for k, v in model.named_parameters()}
@@ -30,6 +30,13 @@ def measured(**options: Any) -> Diagonals:
     torch.manual_seed(0)
     with CurvatureProbe(make(nn.Tanh())) as probe:
         return probe.hessian_diagonal(F.cross_entropy, torch.randn(6, 4), torch.arange(6) % 3, **options)
+
+
+def test_without_a_graph() -> None:
+    found = measured(method="exact", create_graph=True)
+    assert all(value.requires_grad for value in found.values())
+    assert not any(value.requires_grad for value in found.detach().values())
+    assert all(torch.equal(value, found[name]) for name, value in found.detach().items())
 
 
 def test_a_parameter_is_an_item() -> None:

@@ -138,7 +138,7 @@ def test_only_one_of_them_called() -> None:
             return both["head"](x)
 
     whole = Head()
-    with CurvatureProbe(whole, "all", decay=0.5) as probe:
+    with CurvatureProbe(whole, "all", decay=0.5, reduction="mean") as probe:
         for _ in range(2):
             language_loss(whole(x), y).backward()
         found = probe.fisher_diagonal()
@@ -155,7 +155,7 @@ def test_a_bad_gradient_at_one_of_them_leaves_the_batch_out_of_all() -> None:
     def spoil(_: nn.Module, __: Any, output: Tensor) -> None:
         output.register_hook(lambda g: g * torch.nan)
 
-    with CurvatureProbe(model, layers=["embedding", "head"]) as probe:
+    with CurvatureProbe(model, layers=["embedding", "head"], reduction="mean") as probe:
         for _ in range(2):
             language_loss(model(x), y).backward()
         handle = model.body.register_forward_hook(spoil)
@@ -170,12 +170,12 @@ def test_a_bad_gradient_at_one_of_them_leaves_the_batch_out_of_all() -> None:
 
 def test_states_of_tied_layers_resume() -> None:
     model, (x, y) = Decoder(), batch()
-    with CurvatureProbe(model, layers="*") as probe:
+    with CurvatureProbe(model, layers="*", reduction="mean") as probe:
         language_loss(model(x), y).backward()
         state = probe.state_dict()
         language_loss(model(x), y).backward()
         whole = probe.fisher_diagonal()
-    with CurvatureProbe(model, layers="*") as resumed:
+    with CurvatureProbe(model, layers="*", reduction="mean") as resumed:
         resumed.load_state_dict(state)
         language_loss(model(x), y).backward()
         for name, diagonal in resumed.fisher_diagonal().items():

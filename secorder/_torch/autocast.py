@@ -5,7 +5,7 @@ Vector-Jacobian products and contractions of ours run without it: autocast round
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,9 +28,13 @@ def autocast_state() -> AutocastState:
     return {kind: torch.get_autocast_dtype(kind) for kind in _DEVICE_TYPES if torch.is_autocast_enabled(kind)}
 
 
-@contextmanager
-def autocast(state: AutocastState) -> Iterator[None]:
+def autocast(state: AutocastState) -> AbstractContextManager[None]:
     """Run under a state that was taken."""
+    return _under(state) if state else nullcontext()
+
+
+@contextmanager
+def _under(state: AutocastState) -> Iterator[None]:
     with ExitStack() as stack:
         for kind, dtype in state.items():
             stack.enter_context(torch.autocast(kind, dtype))

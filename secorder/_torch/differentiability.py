@@ -1,12 +1,13 @@
-"""Where the graph of gradients ends although the mathematics goes on."""
+"""Where the graph of gradients ends although the mathematics goes on, and how it is led on."""
 
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from .graph import nodes_behind
 
-__all__ = ["once_differentiable_functions"]
+__all__ = ["differentiable_zero", "once_differentiable_functions"]
 
 
 def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | None:
@@ -23,3 +24,15 @@ def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | Non
         if own is not None and hasattr(own.backward, "__wrapped__"):
             names.add(own.__name__)
     return names if cut else None
+
+
+def differentiable_zero(model: nn.Module) -> Tensor:
+    """A zero that depends on every trainable parameter.
+
+    Added to a diagonal that happens to be constant, it makes its derivative zero rather than an error.
+    """
+    total = torch.zeros((), device="cpu")
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            total = total.to(parameter.device) + parameter.flatten()[:1].sum() * 0
+    return total

@@ -1,6 +1,9 @@
 """Whether a ``torch.amp.GradScaler`` has multiplied a loss: its factor is what an operation of the graph has saved."""
 
 import gc
+import math
+import types
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +35,7 @@ def multiplied_by_scaler(root: Node) -> bool:
 
 def _of_scaler(factor: Tensor | None) -> bool:
     """Whether a number is what a scaler holds."""
-    if factor is None or factor.dim() or factor.dtype != torch.float32 or factor.requires_grad:
+    if factor is None or factor.dim() or factor.is_meta or factor.dtype != torch.float32 or factor.requires_grad:
         return False
     for holder in gc.get_referrers(factor):
         attributes = holder if type(holder) is dict else {}
@@ -40,4 +43,18 @@ def _of_scaler(factor: Tensor | None) -> bool:
             attributes.get("_scale") is factor and "_growth_factor" in attributes
         ):
             return True
-    return False
+    return _is_copy(factor)
+
+
+def _is_copy(factor: Tensor) -> bool:
+    """Whether a number is a scaler's that multiplies several losses at once: by a copy, which no one else holds."""
+    value = float(factor)
+    if math.frexp(value)[0] != 0.5 or not all(map(_of_a_call, gc.get_referrers(factor))):
+        return False  # no power of two, or held
+    scalers = [x for x in gc.get_objects() if issubclass(type(x), torch.amp.GradScaler)]
+    return any(x._scale is not None and float(x._scale) == value for x in scalers)
+
+
+def _of_a_call(holder: Any) -> bool:
+    """Whether it lives as long as a call: a frame, or the copies that a scaler makes, by device."""
+    return type(holder) is types.FrameType or (type(holder) is dict and all(type(x) is torch.device for x in holder))

@@ -9,12 +9,32 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from .graph import Node, collection_paused, is_complex, operation_of, recomputed, run_node_once, saved, shape_of
+from .graph import (
+    Node,
+    collection_paused,
+    is_complex,
+    operation_of,
+    recomputed,
+    run_node,
+    run_node_once,
+    saved,
+    shape_of,
+)
 
-__all__ = ["Place", "UnknownNode", "elements_of", "nodes_between", "normalises", "place_of", "pull_back"]
+__all__ = [
+    "MEAN", "Place", "UnknownNode", "elements_of", "factors_between", "nodes_between", "normalises", "place_of",
+    "pull_back",
+]  # fmt: skip
 
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
 Place = tuple[Node, int]
+
+
+#: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
+MEAN, SUM = 1, 2
+
+#: What makes one number of others, and of how many it is asked.
+BETWEEN, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
 
 _NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
@@ -103,3 +123,36 @@ def elements_of(nodes: Iterable[Node]) -> int:
     """How many numbers nodes have computed."""
     shapes = [shape_of(node, i) for node in nodes for i in range(len(node._input_metadata))]
     return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
+    """The numbers that a loss is multiplied by, the latest first; of a sum that is made a mean, not what divides it.
+
+    Args:
+        root: what computed the loss.
+        ends: what is behind these is not looked at.
+    """
+    found: list[float] = []
+    node = root
+    while node not in ends and operation_of(node) in ("Div", "Mul", "ToCopy") and recomputed(node) is False:
+        before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
+        if len(before) != 1 or shape_of(node, 0) or shape_of(*before[0][1]):
+            break
+        seen = node._input_metadata[0]
+        if operation_of(node) != "ToCopy":
+            found.append(float(run_node(node, [torch.ones((), dtype=seen.dtype, device=seen.device)], before[0][0])))
+        node = before[0][1][0]
+    return found[:-1] if _is_sum(node, ends) else found
+
+
+def _is_sum(node: Node, ends: Collection[Node]) -> bool:
+    """Whether a number is a sum over samples, or made of several such sums."""
+    waiting = [node]
+    for term in waiting:  # which grows
+        if term in ends:
+            continue
+        if operation_of(term) == "Sum" or getattr(term, "_saved_reduction", None) == SUM:
+            return True
+        if operation_of(term) in BETWEEN and not shape_of(term, 0):
+            waiting.extend(x for x, _ in term.next_functions if x is not None and len(waiting) < MOST)
+    return False

@@ -1,11 +1,21 @@
-"""How much memory a device has left."""
+"""How much memory a device has left, and how much work takes."""
 
 import time
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["free_memory"]
+from .pytree import tensors_in
+
+__all__ = ["free_memory", "most_bytes"]
+
+#: By how much what may be alive exceeds the most that was, before it is looked at what is.
+SLACK = 1.05
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -21,3 +31,52 @@ def _told_in(second: int, device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     reserve = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(free + reserve)
+
+
+def most_bytes(work: Callable[[], object]) -> int:
+    """Bytes of the tensors made while ``work`` runs that are alive at once, at most, to some hundredths.
+
+    Those that operations return: what one takes for itself alone is not seen.
+    """
+    with _Alive() as alive:
+        work()
+    most: int = alive.most
+    return most
+
+
+class _Alive(TorchDispatchMode):
+    """Follows the memory of what operations return, by references that keep nothing alive."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.most = self._bound = 0  # the bound counts what may have been freed
+        self._made: dict[int, tuple[Any, int]] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operation, and note what is new."""
+        given = {_memory(t) for t in tensors_in((args, kwargs))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            place = _memory(tensor)
+            if place and place not in given:
+                self._note(place, tensor)
+        return result
+
+    def _note(self, place: int, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self._made[place] = StorageWeakRef(storage), storage.nbytes()
+        self._bound += storage.nbytes()
+        if self._bound > SLACK * self.most:
+            self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+            self._bound = sum(size for _, size in self._made.values())
+            self.most = max(self.most, self._bound)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; 0 where it has none of its own, as what wraps another one."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):
+        return 0

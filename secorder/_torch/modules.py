@@ -26,6 +26,7 @@ __all__ = [
     "forward_hooks",
     "forward_hooks_removed",
     "gradient_hooks_removed",
+    "has_hooks",
     "held_parameter",
     "holds",
     "hooks_on_all_modules",
@@ -151,6 +152,12 @@ def parameters_replaced(module: nn.Module, parameters: Mapping[str, Tensor]) -> 
         yield
     finally:
         module._parameters.update(own)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether the module calls any hook, on what passes or on gradients."""
+    forward, backward = module._forward_hooks or module._forward_pre_hooks, module._backward_hooks
+    return bool(forward or backward or module._backward_pre_hooks)
 
 
 def forward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from .modules import forward_hook_dicts, forward_hooks
+from .modules import forward_hook_dicts, forward_hooks, has_hooks
+from .walk import modules_in
 
 __all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "is_own", "suspended"]
 
@@ -76,7 +77,7 @@ def computes_by_its_hooks(module: nn.Module) -> bool:
 @contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Every owner of hooks on the model, whoever it is, is suspended inside."""
-    hooks = [hook for module in model.modules() for hook in forward_hooks(module)]
+    hooks = [hook for module in modules_in(model) if has_hooks(module) for hook in forward_hooks(module)]
     owners = {id(hook.owner): hook.owner for hook in hooks if isinstance(hook, OwnHook)}
     for owner in owners.values():
         owner.suspensions += 1

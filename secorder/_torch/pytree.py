@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["Shared", "call_model", "map_tensors", "once_each", "tensors_in"]
+__all__ = ["Shared", "attributes_of", "call_model", "map_tensors", "once_each", "tensors_in"]
 
 #: Not to be taken apart.
 _LEAVES = (
@@ -88,6 +88,12 @@ def _mapped(
     for name, value in zip(parts.names, parts.children, strict=True):
         _set(result, name, _mapped(function, value, seen, parts.where))
     return result
+
+
+def attributes_of(tree: Any) -> dict[str, Any]:
+    """What an object holds, by the attributes' names; nothing of a container, a tensor, or a leaf."""
+    parts = None if isinstance(tree, Tensor) else _parts_anywhere(tree)
+    return {} if parts is None or parts.rebuilt is not None else dict(zip(parts.names, parts.children, strict=True))
 
 
 def once_each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

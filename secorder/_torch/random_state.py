@@ -1,4 +1,4 @@
-"""The global random state, taken and set as a whole."""
+"""The global random state, taken and set as a whole, and generators of our own beside it."""
 
 import random
 import sys
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = [
     "RandomState",
     "cuda_devices",
+    "fresh_generator",
     "get_random_state",
     "random_state_kept",
     "same_random_state",
@@ -79,3 +80,16 @@ def set_random_state(state: RandomState, cuda: Sequence[int]) -> None:
     random.setstate(state.python)
     if state.numpy is not None:
         sys.modules["numpy"].random.set_state(state.numpy)
+
+
+#: Of generators of our own: the operating system's, that no seed of the user's is drawn from.
+seeds: random.Random = random.SystemRandom()
+
+
+def fresh_generator(device: torch.device | None = None) -> torch.Generator:
+    """A generator seeded by the operating system: the global random state is not ours to advance.
+
+    On a CUDA device where that is given, so that what is drawn need not be copied there; else on the CPU.
+    """
+    generator = torch.Generator(device if device is not None and device.type == "cuda" else torch.device("cpu"))
+    return generator.manual_seed(seeds.getrandbits(63))

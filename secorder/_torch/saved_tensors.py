@@ -1,7 +1,7 @@
 """Tensors that are kept from forward to backward, as autograd keeps its own."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from .versions import versions
 
 __all__ = [
-    "Kept", "OverwrittenError", "bytes_saved", "checkpoint_section", "keep", "keeps_arguments",
+    "Kept", "OverwrittenError", "checkpoint_section", "keep", "keeps_arguments",
     "saved_tensor_hooks_active", "section_computed_again", "stops_recomputation",
 ]  # fmt: skip
 
@@ -40,30 +40,6 @@ def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
 def saved_tensor_hooks_active() -> bool:
     """Whether something, such as an activation checkpoint, takes the tensors that autograd saves now."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
-def bytes_saved(work: Callable[[], object], but: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd keeps for the backward of what is computed, without those of some tensors' own memory."""
-    kept: dict[int, Tensor] = {}  # which no other memory may take the place of
-    others = set(map(_memory, but))
-
-    def pack(tensor: Tensor) -> Tensor:
-        place, same = _memory(tensor), tensor.detach()
-        if place is not None and place not in others:
-            kept.setdefault(place, same)
-        return same
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        work()
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
-
-
-def _memory(tensor: Tensor) -> int | None:
-    """Where a tensor's memory begins; None where it has none of its own, as what wraps another one."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):
-        return None
 
 
 def checkpoint_section() -> Any:

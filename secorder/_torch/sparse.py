@@ -30,7 +30,7 @@ def looked_up(gradient: Tensor) -> tuple[Tensor, Tensor]:
 @contextmanager
 def dense_gradients(modules: Iterable[Any]) -> Iterator[None]:
     """Inside, tables give dense gradients, which may be differentiated once more; outputs are the same."""
-    tables = [m for m in modules if gives_sparse_gradients(m)]
+    tables = [m for m in modules if isinstance(m, TABLES) and gives_sparse_gradients(m)]
     try:
         for table in tables:
             table.sparse = False

@@ -1,13 +1,12 @@
 """Vector-Jacobian and Hessian-vector products of many vectors at once, in chunks of bounded memory."""
 
-import random
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._arguments import require_integer
@@ -21,11 +20,9 @@ __all__ = [
     "check_chunk_size",
     "chunks",
     "default_chunk_size",
-    "fresh_generator",
     "gradients",
     "placeholder",
     "stacked_vjp",
-    "zero_tether",
 ]
 
 #: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given: what fits
@@ -169,7 +166,7 @@ def _written_out(gradient: Tensor) -> Tensor:
 
 def _double_backward_error(error: RuntimeError) -> DoubleBackwardError:
     """The library's error for one of autograd's, with the way out where there is one."""
-    reason = str(error).strip().splitlines()[0]
+    reason = str(error).strip().splitlines()[0].partition(". ")[0]
     if "heckpoint" in reason:
         return DoubleBackwardError(
             "the model uses reentrant activation checkpointing, which autograd.grad cannot pass: call "
@@ -196,31 +193,6 @@ def check_chunk_size(chunk_size: int | None) -> None:
     """Raise unless it is None or at least 1."""
     if chunk_size is not None:
         require_integer("chunk_size", chunk_size, 1)
-
-
-#: Of generators of our own: the operating system's, that no seed of the user's is drawn from.
-seeds: random.Random = random.SystemRandom()
-
-
-def fresh_generator(device: torch.device | None = None) -> torch.Generator:
-    """A generator seeded by the operating system: the global random state is not ours to advance.
-
-    On a CUDA device where that is given, so that what is drawn need not be copied there; else on the CPU.
-    """
-    generator = torch.Generator(device if device is not None and device.type == "cuda" else torch.device("cpu"))
-    return generator.manual_seed(seeds.getrandbits(63))
-
-
-def zero_tether(model: nn.Module) -> Tensor:
-    """A zero that depends on every trainable parameter.
-
-    Added to a diagonal that happens to be constant, it makes its derivative zero rather than an error.
-    """
-    total = torch.zeros((), device="cpu")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            total = total.to(parameter.device) + parameter.flatten()[:1].sum() * 0
-    return total
 
 
 def chunks(total: int, size: int) -> Iterator[range]:

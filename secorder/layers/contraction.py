@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.vjp import chunks
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
@@ -29,10 +30,12 @@ __all__ = [
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
 
-
 #: Elements of a parameter from which on, on a CPU, one sample's gradient is formed after the other, and of the rows
 #: that are formed: each is added to the sum while it is in the cache (measured: up to 2.3 times as fast as several).
 ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
+
+#: The same of a product that oneDNN makes, which puts its factors in an order of its own each time.
+ONEDNN_ELEMENTS = 1 << 20
 
 #: Of inputs that are no patches, twice as many; and elements that are formed of several samples of smaller ones at once
 #: (measured from 64 to 256 rows and columns, on two threads: 1.1 to 1.5 times as fast).
@@ -79,33 +82,12 @@ def contract(
         return _contract_rows(u, v, numel, out, beta, alpha, keep)
     assert v is None or isinstance(v, Outer)
     a, gu, gv = u.a, u.g, u.g if v is None else v.g
-    groups, positions = gu.shape[-3], gu.shape[-2]
+    positions = gu.shape[-2]
     if a is None and positions > 1:
         dense_v = gv.sum(-2) if gv is not gu else None
         return contract(gu.sum(-2), dense_v, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     if positions == 1:
-        # One position: the per-sample gradient is a rank-one product and its square factorises, so that
-        # Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
-        pairs = (gu * gv).squeeze(-2)
-        if pairs.dim() == 4:
-            pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
-        if a is None:
-            return added(kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
-        pairs = kept(pairs, keep)
-        a = whole_input(a)
-        if groups == 1 and out is not None:
-            squares = a[:, 0, 0] * a[:, 0, 0]
-            squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
-            out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares, beta=beta, alpha=alpha)
-            return out
-        squares = (a * a).squeeze(2)
-        squares = squares if keep is None else squares.nan_to_num_()
-        if out is None:
-            total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
-            return total if alpha == 1.0 else total * alpha
-        target = out.view(groups, -1, a.shape[-1])
-        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
-        return out
+        return _contract_one_position(a, (gu * gv).squeeze(-2), numel, out, beta, alpha, keep)
     assert a is not None
     pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
     if out is not None and (beta == 0.0 or numel > IN_PLACE_ELEMENTS):
@@ -117,6 +99,52 @@ def contract(
     for gu_k, gv_k in pairs_of_k:
         _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
     return added(total, out, beta, alpha)
+
+
+def _contract_one_position(
+    a: Tensor | Patches | None,
+    pairs: Tensor,
+    numel: int,
+    out: Tensor | None,
+    beta: float,
+    alpha: float,
+    keep: Tensor | None,
+) -> Tensor:
+    """:func:`contract` of layers with one position, whose per-sample gradients are products of rank one.
+
+    Their products factorise, so that Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
+
+    Args:
+        pairs: u ⊙ v, (N, groups, width), or of K cotangents (K, N, groups, width).
+    """
+    if pairs.dim() == 4:
+        pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
+    if a is None:
+        return added(kept(pairs.sum(0).reshape(numel), keep), out, beta, alpha)
+    pairs = kept(pairs, keep)
+    a = whole_input(a)
+    squares = (a * a).squeeze(2)
+    squares = squares if keep is None else squares.nan_to_num_()  # times zero, where it does not count
+    if out is None:
+        total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
+        return total if alpha == 1.0 else total * alpha
+    if pairs.shape[1] == 1:
+        out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
+    else:
+        target = out.view(pairs.shape[1], -1, a.shape[-1])
+        target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)
+    return out
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha: float) -> None:
+    """``out ← beta · out + alpha · left @ right`` in place."""
+    differentiated = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    if differentiated or not multiplied_by_onednn(left, out.numel() * len(right)):
+        out.addmm_(left, right, beta=beta, alpha=alpha)
+        return
+    for r in chunks(len(out), max(1, ONEDNN_ELEMENTS // out.shape[1])):
+        rows = slice(r.start, r.stop)
+        _scaled(out[rows], beta).add_(product_by_onednn(left[rows], right), alpha=alpha)
 
 
 def _accumulate_products(
@@ -145,31 +173,41 @@ def _accumulate_products(
     image = a.image if isinstance(a, Patches) else a
     differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gu, gv, image))
     if gu.device.type == "cpu" and keep is None and not differentiated:
-        if total.numel() >= ALONE_ELEMENTS * (1 if isinstance(a, Patches) else 2):
-            _add_sample_by_sample(target, a, gu, gv, alpha)
+        onednn = groups == 1 and multiplied_by_onednn(gu, positions * total.numel())
+        if onednn or total.numel() >= ALONE_ELEMENTS * (1 if isinstance(a, Patches) else 2):
+            _add_sample_by_sample(target, a, gu, gv, alpha, onednn=onednn)
             return
         budget = budget if isinstance(a, Patches) else TOGETHER_ELEMENTS
     for n in chunks(count, alike(count, max(1, budget // (groups * (rows + positions) * fan_in)))):
         _add_matrix_products(target, a, gu, gv, rows, n, alpha, keep)
 
 
-def _add_sample_by_sample(target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float) -> None:
+def _add_sample_by_sample(
+    target: Tensor, a: Tensor | Patches, gu: Tensor, gv: Tensor | None, alpha: float, *, onednn: bool
+) -> None:
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
-    rows = min(width, max(1, CACHED_ELEMENTS // (groups * fan_in)))
+    rows = min(width, max(1, (ONEDNN_ELEMENTS if onednn else CACHED_ELEMENTS) // (groups * fan_in)))
     # Patches are copied out, of as many samples as stay in the cache.
     few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
-    memory = [target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
+    memory = [None if onednn else target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
         inputs = a[n.start : n.stop].unbind()
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
         for r in chunks(width, rows):
-            here, formed = target[:, r.start : r.stop], [own[:, : len(r)] for own in memory]
+            here = target[:, r.start : r.stop]
             of_samples = zip(inputs, *[own[:, :, r.start : r.stop].unbind() for own in factors], strict=True)
             for right, *lefts in of_samples:
-                for left, out in zip(lefts, formed, strict=True):
-                    torch.bmm(left, right, out=out)
+                formed = [_product(left, right, own) for left, own in zip(lefts, memory, strict=True)]
                 here.addcmul_(formed[0], formed[-1], value=alpha)
+                del formed  # so that the next is formed in its memory
+
+
+def _product(left: Tensor, right: Tensor, memory: Tensor | None) -> Tensor:
+    """One sample's products, of its groups, in some memory, or of its only one by oneDNN."""
+    if memory is None:
+        return product_by_onednn(left[0], right[0]).unsqueeze(0)
+    return torch.bmm(left, right, out=memory[:, : left.shape[1]])
 
 
 def alike(count: int, most: int) -> int:

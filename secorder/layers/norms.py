@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS, alike
 from .grams import pixel_grams, pixels, row_grams
@@ -38,8 +39,8 @@ __all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
 
 #: What an element costs that is written and read again, in multiplications of a matrix product (measured on a CPU).
 TRAFFIC = 16
-#: What a multiplication of a convolution costs, in those of a matrix product (the same).
-CONVOLVED = 0.625
+#: What a multiplication of oneDNN's, in a convolution or a large product, costs in those of another (the same).
+BY_ONEDNN = 0.625
 
 #: Elements of per-sample gradients, and of the patches for them, that are formed at once: in the middle of a backward,
 #: whose peak of memory they are not to raise; a part of what a step of a contraction may form.
@@ -156,7 +157,8 @@ def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor
     fan_in, most = a.shape[-1], chunk_elements(g.device) // FORMED_PART // max(1, groups)
     copied = positions * fan_in if isinstance(a, Patches) else 0
     convolved = isinstance(a, Patches) and a.convolves_well(width)
-    gradients = width * fan_in * (positions * (CONVOLVED if convolved else 1.0) + TRAFFIC)
+    onednn = convolved or _formed_by_onednn(a, g)
+    gradients = width * fan_in * (positions * (BY_ONEDNN if onednn else 1.0) + TRAFFIC)
     if isinstance(a, Patches) and (of_image := pixels(a)) is not None:
         pixel, position = of_image
         passes = 2 + sum([size - 1 for size in a.kernel])
@@ -188,12 +190,26 @@ def _sum_of_products(of_a: Tensor, of_g: Tensor, groups: int, with_bias: bool) -
 
 def _by_gradients(a: Tensor | Patches, g: Tensor, rows: slice, with_bias: bool) -> Tensor:
     """The norms of some samples' gradients, which are formed."""
+    norms = _norms_of_formed(a, g, rows)
+    return norms + _squares(g[rows].sum(2, dtype=norms.dtype).flatten(1)) if with_bias else norms
+
+
+def _norms_of_formed(a: Tensor | Patches, g: Tensor, rows: slice) -> Tensor:
+    """:func:`_by_gradients` of the weight alone."""
     if isinstance(a, Patches) and a.convolves_well(g.shape[3]):
         formed = a.weight_gradients(rows, g)
+    elif _formed_by_onednn(a, g):
+        pairs = zip(g[rows].squeeze(1).transpose(1, 2).unbind(), a[rows].squeeze(1).unbind(), strict=True)
+        return torch.stack([torch.linalg.vector_norm(product_by_onednn(*pair)) for pair in pairs]).square()
     else:
         formed = matrix_products(g[rows].flatten(0, 1).transpose(1, 2), a[rows].flatten(0, 1), a)
-    norms = _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
-    return norms + _squares(g[rows].sum(2, dtype=formed.dtype).flatten(1)) if with_bias else norms
+    return _squares(formed.reshape(rows.stop - rows.start, g.shape[1] * g.shape[3] * a.shape[3]))
+
+
+def _formed_by_onednn(a: Tensor | Patches, g: Tensor) -> bool:
+    """Whether one sample's gradient is a product that oneDNN makes."""
+    _, groups, positions, width = g.shape
+    return groups == 1 and multiplied_by_onednn(g, positions * width * a.shape[-1])
 
 
 def _of_rows(part: Rows) -> Tensor:

@@ -1,5 +1,6 @@
 """Which layers of a model are measured: selection by type and by name."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, parameters_with
+from .._torch.modules import holds, is_scripted, own_tensors, parameters_with
+from .._torch.walk import modules_in
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -35,7 +38,6 @@ __all__ = [
 ]
 
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
-
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.
 LayerTypes = type[nn.Module] | Sequence[type[nn.Module]] | Literal["all"] | None
@@ -78,7 +80,7 @@ class Layer:
         return self.spread is not None and bool(self.spread.tensor)
 
     def shape(self, local: str) -> torch.Size:
-        """The shape of what this rank computes with: of a parameter, or of its part of one that is cut by tensors."""
+        """The shape of what this rank computes with: of a parameter, or of its shard under tensor parallelism."""
         p = self.parameters[local]
         return p.shape if self.spread is None else self.spread.shape(p)
 
@@ -137,43 +139,18 @@ def select_layers(
             "(model.module) on one device, or use DistributedDataParallel."
         )
     chosen = _choose(named, layer_types, layers)
-    owners: dict[int, int] = {}
-    for _, parameters in chosen.values():
-        for parameter in parameters.values():
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    owners = Counter(id(p) for _, parameters in chosen.values() for p in parameters.values())
     readers, special = read_elsewhere(named.values()), _special_tables(named)
     distributed = any(is_distributed(p) for _, parameters in chosen.values() for p in parameters.values())
     managed = fsdp_mesh_dims(model) if distributed else {}
     selected = []
     for name, (module, parameters) in chosen.items():
-        lazy = [
-            p
-            for p in (*parameters.values(), *module.buffers())
-            if isinstance(p, (UninitializedParameter, UninitializedBuffer))
-        ]
-        if lazy:
-            raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
-        if is_scripted(module):
-            raise InvalidArgumentError(
-                f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
-                f"layers={'!' + name!r}, or keep the module that it was made of."
-            )
-        table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
-        if option and not unchecked:
-            what = "is" if table == name else f"has a parameter of {table!r},"
-            raise AttributionError(
-                f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
-                f"build it without, or leave the layer out with layers={'!' + name!r}."
-            )
-        complex_names = [local for local, p in parameters.items() if p.is_complex()]
-        if complex_names and not unchecked:
-            raise InvalidArgumentError(
-                f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
-                f"leave it out with layers={'!' + name!r}."
-            )
+        _require_hookable(name, module, parameters)
         spread = None
-        if distributed and any(map(is_distributed, parameters.values())) and not unchecked:
-            spread = _spread(managed, name, module, parameters)
+        if not unchecked:
+            _require_dense_real(name, parameters, special)
+            if distributed and any(map(is_distributed, parameters.values())):
+                spread = _spread(managed, name, module, parameters)
         # A parameter of two selected layers gets its gradient from both: one layer's hooks do not see all of it.
         shared = any(owners[id(p)] > 1 for p in parameters.values())
         enclosing = readers.get(module, module)
@@ -181,6 +158,36 @@ def select_layers(
         rule = rule_for(module) if enclosing is module and not shared and not empty else None
         selected.append(Layer(name, module, parameters, rule, enclosing, spread=spread))
     return selected
+
+
+def _require_hookable(name: str, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Raise :class:`InvalidArgumentError` for a layer that is not initialised, or that no hook can be put on."""
+    lazy = (UninitializedParameter, UninitializedBuffer)
+    held = [t for m in modules_in(module) for t in own_tensors(m)]
+    if True in [isinstance(t, lazy) for t in (*parameters.values(), *held)]:
+        raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
+    if is_scripted(module):
+        raise InvalidArgumentError(
+            f"layer {name!r} is compiled by TorchScript, where nothing can be hooked: leave it out with "
+            f"layers={'!' + name!r}, or keep the module that it was made of."
+        )
+
+
+def _require_dense_real(name: str, parameters: Mapping[str, Tensor], special: Mapping[int, tuple[str, str]]) -> None:
+    """Raise for a layer whose gradient is not that of a fixed dense table, or that is complex."""
+    table, option = next((special[id(p)] for p in parameters.values() if id(p) in special), ("", ""))
+    if option:
+        what = "is" if table == name else f"has a parameter of {table!r},"
+        raise AttributionError(
+            f"layer {name!r} {what} an embedding with {option}=, whose gradient is not that of a fixed table: "
+            f"build it without, or leave the layer out with layers={'!' + name!r}."
+        )
+    complex_names = [local for local, p in parameters.items() if p.is_complex()]
+    if complex_names:
+        raise InvalidArgumentError(
+            f"layer {name!r} has complex parameters {complex_names}, for which curvature is not defined here: "
+            f"leave it out with layers={'!' + name!r}."
+        )
 
 
 def present(layer: Layer) -> Layer:
@@ -208,20 +215,21 @@ def share_of_parameters(model: nn.Module, layers: Sequence[Layer]) -> float:
 
 
 def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
-    """The ranks that the parameters of layers lie over, and those that any parameter of the model is cut over."""
+    """The ranks that shards of the layers lie over, and those of tensor parallelism anywhere in the model."""
     data: tuple[Axis, ...] = ()
     for layer in layers:
         if layer.spread is not None:
             mesh: Any = next(iter(layer.parameters.values()))
             data = tuple((mesh.device_mesh, dim) for dim in layer.spread.data)
             break
-    cut = _cut(model)
-    return Ranks(data, cut) if data or cut else None
+    tensor = _tensor_parallel(model)
+    return Ranks(data, tensor) if data or tensor else None
 
 
-def _cut(model: nn.Module) -> tuple[Axis, ...]:
-    """The dimensions of a mesh that parameters of a model are cut over by tensors."""
-    distributed: list[Any] = [p for p in model.parameters() if is_distributed(p)]
+def _tensor_parallel(model: nn.Module) -> tuple[Axis, ...]:
+    """The dimensions of a mesh that tensor parallelism shards parameters of a model over."""
+    held = [t for m in modules_in(model) for t in own_tensors(m)]
+    distributed: list[Any] = [t for t in held if is_distributed(t) and isinstance(t, nn.Parameter)]
     managed = fsdp_mesh_dims(model) if distributed else {}
     for p in distributed:
         if p.device_mesh.ndim > managed.get(id(p), 0):
@@ -309,7 +317,7 @@ def _patterns(named: dict[str, nn.Module], layers: str | Iterable[str] | None) -
     """The patterns of names to look at (None for all), and of those that are left out."""
     if layers is None:
         return None, []
-    if isinstance(layers, nn.Module) or not isinstance(layers, Iterable):
+    if isinstance(layers, (nn.Module, Tensor)) or not isinstance(layers, Iterable):
         raise InvalidTypeError(f"layers must hold module names, got {type(layers).__name__}.")
     given = [layers] if isinstance(layers, str) else list(layers)
     for pattern in given:
@@ -330,14 +338,14 @@ def _types(
         return default
     if isinstance(layer_types, str):
         if layer_types != "all":
-            raise InvalidArgumentError(f'layer_types must be module types or "all", got {layer_types!r}.')
+            raise InvalidArgumentError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
         return "all"
     if isinstance(layer_types, type):
         layer_types = (layer_types,)
-    if isinstance(layer_types, nn.Module) or not isinstance(layer_types, Iterable):
-        raise InvalidTypeError(f'layer_types must be module types or "all", got {layer_types!r}.')
+    if isinstance(layer_types, (nn.Module, Tensor)) or not isinstance(layer_types, Iterable):
+        raise InvalidTypeError(f'layer_types must be module types or "all", got {shown(layer_types)}.')
     types = tuple(layer_types)
     for kind in types:
         if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {kind!r}.")
+            raise InvalidTypeError(f"layer_types must hold subclasses of torch.nn.Module, got {shown(kind)}.")
     return types

@@ -53,20 +53,22 @@ class SideBySide:
 
     def __init__(self, frame: Frame, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._frame = frame
-        ones = factors[0][0].new_ones(len(factors[0][0]), 1)
+        first, _ = factors[0]
+        ones = first.new_ones(first.shape[0], 1)
         self._columns = torch.cat([a for a, _ in factors] + [g for _, g in factors] + [ones], 1)
         self._squares = self._columns * self._columns
         self._sums = self._squares.sum(0)
         self._goods: Tensor | None = None
+        self._bad: Tensor | None = None  # columns of layers of which a square is not finite
 
     def finite(self) -> Tensor:
         """Of each layer, whether all squares are finite; where they are not, they are zero from now on."""
         owners = self._frame.owners
-        found = torch.mv(owners, ((self._sums - self._sums) != 0).to(owners.dtype))
+        found = torch.mv(owners, (self._sums - self._sums).nan_to_num_(1.0))  # what is finite leaves zero
         self._goods = found == 0
-        self._columns.nan_to_num_(0.0, 0.0, 0.0).mul_(torch.mv(owners.t(), found) == 0)
-        torch.mul(self._columns, self._columns, out=self._squares)
-        self._sums = self._squares.sum(0)
+        self._bad = torch.mv(owners.t(), found) != 0
+        self._squares.masked_fill_(self._bad, 0.0)
+        self._sums.masked_fill_(self._bad, 0.0)
         return self._goods
 
     def explained(self) -> tuple[Tensor, Tensor]:
@@ -74,6 +76,8 @@ class SideBySide:
 
         And the square of what its rounding is relative to, the norms of both factors.
         """
+        if self._bad is not None:  # zeros of other layers do not hide them
+            self._columns.masked_fill_(self._bad, 0.0)
         right, left = torch.mm(self._columns, self._frame.random).chunk(2, 1)
         of_inputs, of_cotangents = torch.mv(self._frame.blocks.t(), self._sums).chunk(2)
         sizes = of_cotangents * of_inputs
@@ -93,13 +97,13 @@ class SideBySide:
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n²; 1-D, by parameter."""
         widths, layers = self._frame.widths, len(outs)
-        of_g = self._sums.split(widths)[layers:-1]
+        of_g = self._sums.split_with_sizes(widths)[layers:-1]
         biases = [(own["bias"], part) for own, part in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)
             if beta != 1.0:
                 multiply_each(totals, beta)
             add_each(totals, found, alpha=alpha)
-        blocks = self._squares.split(widths, 1)
+        blocks = self._squares.split_with_sizes(widths, 1)
         for own, a, g in zip(outs, blocks, blocks[layers:], strict=False):
             own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)

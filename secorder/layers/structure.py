@@ -2,9 +2,16 @@
 
 from torch import Tensor, nn
 
-from .._torch.modules import backward_hooks, backward_hooks_on_all_modules, forward_hooks, hooks_on_all_modules
+from .._torch.modules import (
+    backward_hooks,
+    backward_hooks_on_all_modules,
+    forward_hooks,
+    has_hooks,
+    hooks_on_all_modules,
+)
 from .._torch.own_hooks import OwnHook, is_own
 from .._torch.surroundings import function_modes
+from .._torch.walk import modules_in
 
 __all__ = ["independent_by_structure", "linear_by_structure", "pure_by_structure"]
 
@@ -34,10 +41,12 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
     """Whether samples are in dim 0 and the model is a chain of torch's own layers that all treat its rows alone."""
 
     def rowwise(module: nn.Module) -> bool:
-        if "forward" in module.__dict__ or backward_hooks(module):
+        if "forward" in module.__dict__:
             return False
-        if not all(isinstance(hook, OwnHook) for hook in forward_hooks(module)):
-            return False
+        if has_hooks(module):
+            own = all(isinstance(hook, OwnHook) for hook in forward_hooks(module))
+            if backward_hooks(module) or not own:
+                return False
         if type(module) is nn.Flatten:
             return module.start_dim >= 1
         if type(module) in _BATCH_NORMS:
@@ -46,7 +55,7 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
 
     if sample_dim != 0 or backward_hooks_on_all_modules() or not all(map(is_own, hooks_on_all_modules())):
         return False
-    return all(rowwise(module) for module in model.modules())
+    return all(map(rowwise, modules_in(model)))
 
 
 def pure_by_structure(model: nn.Module) -> bool:
@@ -63,7 +72,7 @@ def pure_by_structure(model: nn.Module) -> bool:
         writes = held.get("inplace") or held.get("max_norm") is not None
         return not writes and True not in [isinstance(value, Tensor) for value in held.values()]
 
-    return not function_modes() and all(pure(module) for module in model.modules())
+    return not function_modes() and all(map(pure, modules_in(model)))
 
 
 def linear_by_structure(model: nn.Module, module: nn.Module) -> bool:

@@ -295,14 +295,16 @@ def _through(node: Node, own: Sequence[Tensor | None], given: Sequence[int], wan
 def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
     """By parameter, the per-sample gradients that all uses bring together: one of each form."""
     forms: dict[str, dict[tuple[Any, ...], list[PerSample]]] = {}
-    later: dict[tuple[str, object], list[Later]] = {}
+    later: dict[tuple[str, object, frozenset[int]], list[Later]] = {}
     every: list[Piece] = []
     for one in found:
         if isinstance(one, Later):
-            later.setdefault((one.operation, TOGETHER[one.operation].alike(one.kept)), []).append(one)
+            # A parameter's transpose has its factors the other way round.
+            turned = frozenset([index for index, (_, transposed) in one.targets.items() if transposed])
+            later.setdefault((one.operation, TOGETHER[one.operation].alike(one.kept), turned), []).append(one)
         else:
             every.append(one)
-    for name, part in itertools.chain(*every, *(_together(name, waiting) for (name, _), waiting in later.items())):
+    for name, part in itertools.chain(*every, *(_together(name, waiting) for (name, *_), waiting in later.items())):
         forms.setdefault(name, {}).setdefault(form_of(part), []).append(part)
     return {name: [merge(parts) for parts in by_form.values()] for name, by_form in forms.items()}
 

@@ -73,11 +73,11 @@ def _of_all_parts(tensors: Sequence[Any], numbers: Tensor) -> Tensor:
     places_of: dict[Any, list[int]] = {}
     for place, tensor in enumerate(tensors):
         if hasattr(tensor, "placements"):
-            cut = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-            places_of.setdefault((tensor.device_mesh, tuple(cut)), []).append(place)
-    for (mesh, cut), alike in places_of.items():
+            sharded = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+            places_of.setdefault((tensor.device_mesh, tuple(sharded)), []).append(place)
+    for (mesh, sharded), alike in places_of.items():
         squares = numbers[alike].square()
-        for dim in cut:
+        for dim in sharded:
             all_reduce(squares, group=mesh.get_group(dim))
         numbers[alike] = squares.sqrt()
     return numbers

@@ -11,6 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._arguments import shown
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .fitting import fitting
@@ -100,7 +101,7 @@ def report(
     if not diagonals:
         raise InvalidArgumentError("a report needs a Fisher or a Hessian diagonal: report(probe.fisher_diagonal()).")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
-        raise InvalidArgumentError(f"depth must be a whole number of at least 1, got {depth!r}.")
+        raise InvalidArgumentError(f"depth must be a whole number of at least 1, got {shown(depth)}.")
     rows = _rows(diagonals) if depth is None else _to_depth(_rows(diagonals), depth)
     return Report(rows, list(diagonals), sort_by=sort_by, group_by=group_by, title=title)
 
@@ -155,7 +156,7 @@ class Report:
         title: str | None = None,
     ) -> None:
         if sort_by is not None and sort_by not in _SORT_KEYS:
-            raise InvalidArgumentError(f"sort_by must be one of {', '.join(_SORT_KEYS)}, got {sort_by!r}.")
+            raise InvalidArgumentError(f"sort_by must be one of {', '.join(_SORT_KEYS)}, got {shown(sort_by)}.")
         self._kinds = list(kinds)
         self._title = title
         rows = list(rows)

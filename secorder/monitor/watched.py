@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from .._arguments import shown
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -86,7 +87,9 @@ def check_intervals(every: Mapping[str, int | None]) -> None:
         whole = isinstance(interval, int) and not isinstance(interval, bool)
         if interval is not None and not (whole and interval >= 1):
             keyword = "log_every" if name == "fisher" else f"{name}_every"
-            raise InvalidArgumentError(f"{keyword} must be a whole number of steps of at least 1, got {interval!r}.")
+            raise InvalidArgumentError(
+                f"{keyword} must be a whole number of steps of at least 1, got {shown(interval)}."
+            )
 
 
 def check_measured(measured: Sequence[str], loss_fn: Any, batch: Any) -> None:
@@ -99,6 +102,6 @@ def check_measured(measured: Sequence[str], loss_fn: Any, batch: Any) -> None:
     if measured and (loss_fn is None or batch is None):
         raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
     if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {loss_fn!r}.")
+        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {shown(loss_fn)}.")
     if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise InvalidTypeError(f"batch must be a pair (inputs, targets), got {type(batch).__name__}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._arguments import require_flag
 from .._torch.pytree import tensors_in
 from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size, sample_sizes
@@ -19,6 +20,7 @@ from ..monitor.progress import progress_bar
 from ..parallel.all_reduce import raised_on_all
 from ..results import Diagonals, joined_info, relative_error
 from .loss_reduction import Kind, LossReduction
+from .timing import SHORT_SECONDS, least_seconds_of, seconds_of
 from .trace import Trace
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "is_data_set",
     "number_of_batches",
     "require_one_batch",
+    "seconds_besides",
     "takes_data_sets",
 ]
 
@@ -109,8 +112,8 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     raise InvalidTypeError(f"the data must yield (inputs, targets), got {got}: wrap it in a generator that does.")
 
 
-def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int]:
-    """The first batch that holds samples, and how many batches there are.
+def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int, float]:
+    """The first batch that holds samples, how many batches there are, and the seconds that it takes to get the next.
 
     Raises:
         InvalidArgumentError: that cannot be told, or not without using up the data.
@@ -120,10 +123,19 @@ def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int
         raise InvalidArgumentError(
             f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a loader with a length."
         )
-    first = next(batches_of(data, sample_dim), None)
+    batches = batches_of(data, sample_dim)
+    first = next(batches, None)
     if first is None:
         raise InvalidArgumentError(NO_BATCH)
-    return first, number
+    return first, number, seconds_of(lambda: next(batches, None))
+
+
+def seconds_besides(measure: Callable[[list[Any]], object], batch: tuple[Any, Any], told: float) -> float:
+    """What a batch takes in a data set besides the seconds that were told, where these are so few that it matters."""
+    if told > SHORT_SECONDS:
+        return 0.0
+    measure([batch])  # what happens the first time alone
+    return max(0.0, least_seconds_of(lambda: measure([batch] * 2)) / 2 - told)
 
 
 def number_of_batches(data: Any) -> int | None:
@@ -148,6 +160,7 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
             given: dict[str, Any] = dict(zip(names, args, strict=False)) | kwargs
             if len(args) > len(names) or not is_data_set(given.get("inputs"), given.get("targets")):
                 return measure(*args, **kwargs)
+            require_flag("progress", given.get("progress", False))
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
             synchronize = given.pop("synchronize", False)

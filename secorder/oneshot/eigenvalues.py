@@ -29,7 +29,7 @@ __all__ = [
     "start_of",
 ]
 
-#: At which end of the spectrum: at both, the largest in modulus, the largest, the smallest.
+#: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
 
 #: The usual tolerance.
@@ -97,7 +97,7 @@ def _of_layer(
     for name, block in blocks.items():
         size = block.stop - block.start
         if product is None or not size:
-            found[name] = nothing(count, which)
+            found[name] = nothing(min(count, size), which)
             continue
         start = start_of(task, layer, product, block)
         part = product if len(blocks) == 1 else restricted(product, block, total)
@@ -184,7 +184,9 @@ def lanczos_steps(
     torch.div(start, start.norm(), out=space[0])
     alphas: list[float] = []
     betas: list[float] = []
-    top, bottom, residual, bound = [0.0] * count, [0.0] * count, math.inf, 0.0
+    top: list[float] = []
+    bottom: list[float] = []
+    residual, bound = math.inf, 0.0
     met = False  # by the product before
     skew = 0.0  # of a symmetric operator, a product has no part in vectors before the last two, and β in the one before
     for step in range(1, iterations + 1):

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
+from .._torch.differentiability import differentiable_zero
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.several import divide_each
-from .._torch.vjp import gradients, zero_tether
+from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
@@ -86,6 +88,7 @@ def fisher_budget(fisher_type: str, rtol: float | None, max_draws: int, *, creat
     Raises:
         InvalidArgumentError: there is no such Fisher.
     """
+    require_integer("max_draws", max_draws, 1)
     if rtol is None:
         return None
     if fisher_type != "type-2" or create_graph:
@@ -108,8 +111,8 @@ def fisher_diagonal(
     found = fisher_sums(task, *asked, weighted)
     count = task.num_samples
     if task.create_graph:
-        tether = zero_tether(task.model)
-        values = {name: [v / count + tether for v in parts] for name, (parts, _) in found.items()}
+        zero = differentiable_zero(task.model)
+        values = {name: [v / count + zero for v in parts] for name, (parts, _) in found.items()}
     else:
         values = {name: [v.detach() if v.requires_grad else v for v in parts] for name, (parts, _) in found.items()}
         every = [v for parts in values.values() for v in parts]
@@ -196,8 +199,8 @@ def _in_batches(
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
         layers = _usable(recording, tapped, with_graph=task.create_graph)
         second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        side = None
-        if not traced.hooked:
+        by_graph, side = not traced.hooked, None  # what is followed through the graph passes by its hooks
+        if by_graph:
             leaves = [leaf for z in layers for leaf in z.leaves]
             side = losses_by_definition(task, output, loss, leaves, second_order=second_order)
         if side is None:
@@ -207,18 +210,14 @@ def _in_batches(
         if side is None:
             return None
         pairs = _pairs(task, side, fisher_type, num_draws)
-        if trial is not None:
-            trial.of = pairs.num_columns
-        if weighted is not None:
-            trial = Trial(1)  # which finds out where samples are
+        some = _some(pairs, trial, weighted)
         found: Found = {}
         inner_sizes = None
-        if followed and not traced.hooked:  # what is followed through the graph passes by its hooks
+        if followed and by_graph:
             inner_sizes = traced.inner_sizes(side.model_outputs)
             found = by_uses(task, followed, pairs, side.model_outputs, inner_sizes, linear=second_order)
         if layers:
-            how: Any = {"linear": second_order, "by_graph": not traced.hooked, "trial": trial, "bare": bare}
-            found |= _by_rules(task, side, pairs, layers, **how)
+            found |= _by_rules(task, side, pairs, some, layers, linear=second_order, by_graph=by_graph, bare=bare)
         recording.require_seen(loss)
         watched.require_seen(loss)
     rest = [x for x in task.layers if x.name not in found and (x.rule is None or x not in followed)]
@@ -226,12 +225,9 @@ def _in_batches(
         require_independent_samples(task, output)
     if weighted is not None and isinstance(pairs, Root):
         served = [z for z in layers if z.layer.name in found and "last" not in found[z.layer.name][1].checks]
-        how = {"by_graph": not traced.hooked}
-        return found | heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, **how)
-    if not followed and rest and not traced.hooked:
-        found |= by_uses(task, rest, _some(pairs, trial), linear=second_order)
-        rest = [layer for layer in rest if layer.name not in found]
-    return found | (by_samples(task, rest, _some(pairs, trial), linear=second_order) if rest else {})
+        columns = heaviest_columns(task, side.model_outputs, pairs, served, rest, weighted, by_graph=by_graph)
+        return found | columns
+    return found | _without_rules(task, rest, some, by_graph=by_graph and not followed, linear=second_order)
 
 
 def _usable(recording: Recording, layers: Sequence[Layer], *, with_graph: bool) -> list[RecordedLayer]:
@@ -290,19 +286,22 @@ def _by_rules(
     task: Measurement,
     side: SampleLosses,
     pairs: Columns,
+    columns: Columns,
     layers: Sequence[RecordedLayer],
     *,
     linear: bool,
     by_graph: bool,
-    trial: Trial | None,
     bare: bool,
 ) -> Found:
-    """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone."""
+    """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone.
+
+    Args:
+        columns: those of the pairs that are run.
+    """
     model_outputs = side.model_outputs
     alone = list(layers) if bare else _used_alone(task, model_outputs, layers)
     heads = _heads(task, model_outputs, alone, pairs)
     alone = [z for z in alone if z.layer.name not in heads]
-    columns = _some(pairs, trial)
     with progress_bar(task.progress and bool(alone), "Fisher", columns.num_columns, unit="vjps") as advance:
         found = contract_pairs(
             model_outputs,
@@ -325,11 +324,20 @@ def _by_rules(
     }
 
 
+def _without_rules(
+    task: Measurement, layers: Sequence[Layer], columns: Columns, *, by_graph: bool, linear: bool
+) -> Found:
+    """By the uses of their parameters, where the graph is followed and tells them; else sample by sample."""
+    found = by_uses(task, layers, columns, linear=linear) if layers and by_graph else {}
+    rest = [x for x in layers if x.name not in found]
+    return found | (by_samples(task, rest, columns, linear=linear) if rest else {})
+
+
 def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
     """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
     if not task.certain or task.create_graph:
         return False
-    places = Counter(id(place.value) for m in task.model.modules() for place in parameter_places(m))
+    places = Counter([id(place.value) for m in modules_in(task.model) for place in parameter_places(m)])
     return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))
 
 
@@ -349,8 +357,14 @@ def _used_alone(
     return [z for z in layers if not any(id(s) in used for s in task.isolated.replacements(z.layer))]
 
 
-def _some(pairs: Columns, trial: Trial | None) -> Columns:
-    return pairs if trial is None else First(pairs, min(trial.columns, pairs.num_columns))
+def _some(pairs: Columns, trial: Trial | None, weighted: ByWeight | None) -> Columns:
+    """The columns that are run: all, those of a trial, or one, which finds out where samples are."""
+    if weighted is not None:
+        return First(pairs, min(1, pairs.num_columns))
+    if trial is None:
+        return pairs
+    trial.of = pairs.num_columns
+    return First(pairs, min(trial.columns, pairs.num_columns))
 
 
 def _heads(

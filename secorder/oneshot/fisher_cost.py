@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
+from .._torch.memory import most_bytes
 from .._torch.pytree import tensors_in
-from .._torch.saved_tensors import bytes_saved
+from .._torch.vjp import default_chunk_size
 from ..errors import DoubleBackwardError
 from ..layers.selection import Layer
 from ..results import Strategy
@@ -16,7 +17,7 @@ from .fisher_by_weight import ByWeight
 from .fisher_pairs import FisherType, Found
 from .hessian.budget import Budget
 from .hessian.choice import Choice
-from .hessian.cost import Cost, base_bytes, layer_cost
+from .hessian.cost import Cost, layer_cost
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .recording import recorded
@@ -26,9 +27,6 @@ __all__ = ["fisher_cost"]
 
 #: Columns of the longer trial, at least.
 SOME = 33
-
-#: The multiple that what is kept for backward takes with the gradients that come of it, of first and of second order.
-FIRST_ORDER, SECOND_ORDER = 3.0, 4.0
 
 #: Seconds from which on a trial is run once: what happens the first time alone takes less.
 LONG = 10.0
@@ -46,6 +44,7 @@ class _Timed:
         columns: how many there are.
         overhead: seconds without any column.
         seconds: of one column, for all layers together.
+        num_bytes: memory of a trial, by its number of columns.
         heads: the layers that take no column.
     """
 
@@ -53,7 +52,16 @@ class _Timed:
     columns: int
     overhead: float
     seconds: float
+    num_bytes: dict[int, int]
     heads: frozenset[str] = frozenset()
+
+    def bytes_of(self, at_once: int) -> int:
+        """Memory with so many columns at once, in proportion to those of the trials."""
+        few, some = min(self.num_bytes), max(self.num_bytes)
+        least, most = self.num_bytes[few], self.num_bytes[some]
+        if some == few or some >= at_once:
+            return most
+        return most + (at_once - some) * max(0, most - least) // (some - few)
 
 
 def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
@@ -63,11 +71,13 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
         budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
     """
     timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
-    passed, leaves, kept = _sizes(task)
+    passed, leaves = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]
     columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
     by_columns = len(timed.strategies.keys() - timed.heads)
-    loop = _seconds_of_loop(task, rest, columns) / len(rest) if rest else 0.0
+    loop, of_loop = _cost_of_loop(task, rest, columns) if rest else (0.0, 0)
+    at_once = default_chunk_size(passed + sum(leaves.values()), next(task.model.parameters()), task.chunk_size)
+    num_bytes = max(timed.bytes_of(min(columns, at_once)), of_loop)
     costs = {}
     for layer in task.layers:
         numel = sum(layer.sizes())
@@ -84,10 +94,10 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
             parameter_elements=numel + 4 * passed,
         )
         choice = Choice(strategy, 0, 0) if head else Choice(strategy, products, products)
-        seconds = loop if layer in rest else 0.0 if head else timed.seconds * columns / by_columns
-        costs[layer.name] = layer_cost(task, facts, choice, seconds)
-    of_backward = round(kept * (FIRST_ORDER if fisher_type == "empirical" else SECOND_ORDER))
-    return Cost(costs, timed.overhead, base_bytes(task, passed, 0) + of_backward)
+        seconds = loop / len(rest) if layer in rest else 0.0 if head else timed.seconds * columns / by_columns
+        found = layer_cost(task, facts, choice, seconds)
+        costs[layer.name] = replace(found, num_bytes=min(found.num_bytes, num_bytes))
+    return Cost(costs, timed.overhead, num_bytes - max(cost.num_bytes for cost in costs.values()))
 
 
 def num_columns(fisher_type: FisherType, num_draws: int, outputs: int) -> int:
@@ -99,37 +109,49 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     """By a trial of one column, which tells what is done anyway, and one of as many as are made at a time, or so."""
     found: Found = {}
     one = Trial(1)
-    start = seconds_of(lambda: found.update(_tried(task, fisher_type, num_draws, one)))
+    num_bytes: dict[int, int] = {}
+
+    def first_time() -> None:
+        num_bytes[1] = most_bytes(lambda: found.update(_tried(task, fisher_type, num_draws, one)))
+
+    start = seconds_of(first_time)
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
-        return _Timed({}, 0, start, 0.0)
+        return _Timed({}, 0, start, 0.0, num_bytes)
     heads = frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
     first = start if start > LONG else least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
     if one.of <= 1 or len(heads) == len(strategies):
-        return _Timed(strategies, one.of, first, 0.0, heads)
+        return _Timed(strategies, one.of, first, 0.0, num_bytes, heads)
 
     def seconds_by(columns: int) -> float:
-        longer = least_seconds_of(lambda: _tried(task, fisher_type, num_draws, Trial(columns)))
-        return max(longer - first, 1e-9) / (columns - 1)
+        def work() -> Found:
+            return _tried(task, fisher_type, num_draws, Trial(columns))
+
+        num_bytes[columns] = most_bytes(work)
+        return max(least_seconds_of(work) - first, 1e-9) / (columns - 1)
 
     seconds = seconds_by(min(SOME, one.of))
     more = min(one.of, int(TRIAL_SECONDS / (2 * seconds)))
     if more > SOME:  # few may fit a cache that more of them do not
         seconds = seconds_by(more)
-    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds, heads)
+    return _Timed(strategies, one.of, max(first - seconds, 0.0), seconds, num_bytes, heads)
 
 
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
     """By a few columns and draws."""
-    weighted, found = ByWeight(budget, forecast=True), {}
-    try:
-        found = in_batches(task, "type-2", 1, weighted=weighted)
-    except DoubleBackwardError:  # of the checks; the definition needs one derivative
-        return _Timed({}, 0, 0.0, 0.0)
+    weighted, found = ByWeight(budget, forecast=True), Found()
+
+    def forecast() -> None:
+        with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
+            found.update(in_batches(task, "type-2", 1, weighted=weighted))
+
+    num_bytes = {1: most_bytes(forecast)}
+    if not found:
+        return _Timed({}, 0, 0.0, 0.0, num_bytes)
     columns, seconds = weighted.told
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     first = least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
-    return _Timed(strategies, columns, first, seconds / max(1, columns))
+    return _Timed(strategies, columns, first, seconds / max(1, columns), num_bytes)
 
 
 def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial) -> Found:
@@ -139,21 +161,21 @@ def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Tr
         return {}
 
 
-def _sizes(task: Measurement) -> tuple[int, dict[str, int], int]:
-    """Numbers of the model's output, by layer of z, and bytes that are kept for backward."""
-    found: list[Any] = []
+def _sizes(task: Measurement) -> tuple[int, dict[str, int]]:
+    """Numbers of the model's output, and by layer of z."""
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        kept = bytes_saved(lambda: found.append(task.loss()), [*task.model.parameters(), *task.model.buffers()])
+        output, _ = task.loss()
         recording.close()
-    passed = sum(t.numel() for t in tensors_in(found[0][0]) if t.requires_grad)
-    by_layer = {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
-    return passed, by_layer, kept
+    passed = sum(t.numel() for t in tensors_in(output) if t.requires_grad)
+    return passed, {name: sum(math.prod(x.shape) for x in leaves) for name, leaves in recording.leaves.items()}
 
 
-def _seconds_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> float:
-    """The model and the loss on the whole batch, for the checks, and on one sample after the other."""
+def _cost_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> tuple[float, int]:
+    """Seconds and bytes: the model and the loss on the whole batch, for the checks, and on one sample after another."""
     trial = trial_of_loop(task, layers)
+    whole = list(range(task.num_samples))
+    num_bytes = most_bytes(lambda: trial(whole))  # with what happens the first time alone
     trial([0])
     sample = least_seconds_of(lambda: trial([0]))
-    batch = least_seconds_of(lambda: trial(list(range(task.num_samples))))
-    return task.num_samples * sample * columns + WHOLE_BATCHES * batch
+    batch = least_seconds_of(lambda: trial(whole))
+    return task.num_samples * sample * columns + WHOLE_BATCHES * batch, num_bytes

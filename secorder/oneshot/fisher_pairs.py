@@ -34,7 +34,7 @@ def second_order_columns(
     known.
     """
     if root is None and task.create_graph:  # a square root is not differentiable where eigenvalues meet
-        root = from_hessian(output_hessian(output_gradients, points, task.chunk_size, create_graph=True))
+        root = from_hessian(output_hessian(output_gradients, points, task.chunk_size))
     elif root is None:
         root = output_root(output_gradients, points, task.chunk_size)
     return root if fisher_type == "type-2" else Draws.of(root, num_draws, task.generator)

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch.autocast import AutocastState, autocast, autocast_state, no_autocast
+from .._torch.autocast import AutocastState, autocast, autocast_enabled, autocast_state, no_autocast
 from .._torch.checkpoint import plain_checkpoints
 from .._torch.composite_norms import CompositeNorms
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.float32 import full_float32
 from .._torch.modules import (
+    Place,
     buffer_places,
     forward_hooks,
     gradient_hooks_removed,
@@ -44,6 +45,7 @@ from .._torch.stance import eager
 from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
 from .._torch.views import cloned
 from .._torch.vjp import gradients
+from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .parameter_values import ParameterValues
@@ -54,6 +56,7 @@ __all__ = [
     "IsolatedModel",
     "ReplacementsBypassed",
     "Result",
+    "gradients_put_aside",
     "isolate",
     "run_isolated",
 ]
@@ -69,8 +72,8 @@ class ReplacementsBypassed(Exception):
 #: A trainer that it knows is no state of a forward.
 LEVELS_OF_CODE = 3
 
-#: The same of a model's arguments ``(args, kwargs)``: these, and what containers among them hold.
-LEVELS_OF_ARGUMENTS = 4
+#: The same of a model's arguments ``(args, kwargs)``: these, what containers and objects among them hold, and so on.
+LEVELS_OF_ARGUMENTS = 6
 
 #: Models of which it was found out that replacement parameters do not reach all that uses the parameters.
 _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
@@ -122,7 +125,8 @@ class IsolatedModel:
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
-        given = State([arguments], tensors_in(arguments), levels=LEVELS_OF_ARGUMENTS)  # a random generator, say
+        far = LEVELS_OF_ARGUMENTS
+        given = State([arguments], tensors_in(arguments), levels=far, objects=far)  # a random generator, a state
         try:
             with autocast(self._ambient if ambient is None else ambient):
                 result = forward(map_tensors(once_each(cloned), arguments))
@@ -207,7 +211,7 @@ def isolate(
         pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
     """
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
-    whole = list(model.modules())
+    whole = modules_in(model)
     modules = [m for m in whole if not is_scripted(m)]
     everything = {id(m): m for m in (*modules, *(loss_fn.modules() if isinstance(loss_fn, nn.Module) else ()))}
     parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
@@ -220,12 +224,14 @@ def isolate(
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None and not pure:  # else in training, where another thread's backward may be accumulating
-            stack.enter_context(_gradients_put_aside(held))
+            stack.enter_context(gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
             key: p if key in themselves else _as_leaf(p) for key, p in parameters.items()
         }
-        stack.enter_context(_parameters_swapped(everything.values(), replacements | _usable(held, replacements)))
+        usable = replacements | _usable(held, replacements)
+        places = [place for m in everything.values() for place in parameter_places(m)]
+        stack.enter_context(_holding([(x, usable[id(x.value)]) for x in places if id(x.value) in usable]))
         buffers = [place for m in everything.values() for place in buffer_places(m)]
         stack.callback(put_back, buffers)
         stack.enter_context(dense_gradients(everything.values()))
@@ -234,7 +240,7 @@ def isolate(
             of_pure = replacements, originals, lambda _: put_copies(buffers), ambient, cuda
             yield IsolatedModel(model, *of_pure, _pure=True)
             return
-        stack.enter_context(_tables_copied(everything.values()))
+        stack.enter_context(_holding(_copies_of_tables(everything.values())))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
         stack.callback(_restore_modes, [(m, m.training) for m in modules])
@@ -307,7 +313,8 @@ def _own_settings(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(eager())
-        stack.enter_context(no_autocast())
+        if autocast_enabled():
+            stack.enter_context(no_autocast())
         if state is not None:
             stack.callback(set_random_state, state, cuda)
         if not pure:
@@ -335,7 +342,7 @@ def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) ->
 
 
 @contextmanager
-def _gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def gradients_put_aside(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """What a backward of the model's own accumulates inside is forgotten."""
     kept = [(p, p.grad) for p in parameters]
     try:
@@ -368,30 +375,22 @@ def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
         module.training = training
 
 
-@contextmanager
-def _tables_copied(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _copies_of_tables(modules: Iterable[nn.Module]) -> list[tuple[Place, Tensor]]:
     """Embeddings with ``max_norm`` overwrite their table in a forward: they get a copy to do it on."""
-    tables = [
-        place
+    return [
+        (place, nn.Parameter(place.value.detach().clone(), requires_grad=False))
         for m in modules
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
         for place in parameter_places(m)
     ]
-    try:
-        for place in tables:
-            place.put(nn.Parameter(place.value.detach().clone(), requires_grad=False))
-        yield
-    finally:
-        put_back(tables)
 
 
 @contextmanager
-def _parameters_swapped(modules: Iterable[nn.Module], replacements: Mapping[int, Tensor]) -> Iterator[None]:
-    """In every module that holds one of the parameters, under whatever name, its replacement takes the place."""
-    places = [place for m in modules for place in parameter_places(m) if id(place.value) in replacements]
+def _holding(values: Sequence[tuple[Place, Tensor]]) -> Iterator[None]:
+    """Inside, other tensors are held in some places of modules."""
     try:
-        for place in places:
-            place.put(replacements[id(place.value)])
+        for place, value in values:
+            place.put(value)
         yield
     finally:
-        put_back(places)
+        put_back(place for place, _ in values)

@@ -233,11 +233,13 @@ def _by_output(
             leaves = [t.requires_grad_() for t in tensors_in(part) if t.is_floating_point()]
             with isolated.loss_once_more() if found else nullcontext():
                 loss = check_loss(on_copies(loss_fn)(part, own), isolated, inputs)
-            slopes = gradients(loss, [*leaves, *replacements]) if loss.requires_grad else [loss]
-            if len(slopes) < len(leaves) or any(g is not None for g in slopes[len(leaves) :]):
+            if not loss.requires_grad:
+                return None
+            by_leaf = gradients(loss, [*leaves, *replacements])
+            if any(g is not None for g in by_leaf[len(leaves) :]):
                 return None
             chosen = torch.tensor(index, device=loss.device)
-            whose = zip(points, slopes, places, strict=False)
+            whose = zip(points, by_leaf, places, strict=False)
             filled = [torch.zeros_like(t) if g is None else _among(t, g, at, chosen) for t, g, at in whose]
             found.append((loss.detach(), filled))
     return found

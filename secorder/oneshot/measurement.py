@@ -12,7 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .._torch.autocast import autocast_state, under_autocast
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.vjp import check_chunk_size, fresh_generator, gradients
+from .._torch.random_state import fresh_generator
+from .._torch.vjp import check_chunk_size, gradients
 from ..batch import (
     BatchMismatch,
     arguments_of,
@@ -303,7 +304,7 @@ def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None)
     if ranks is not None and ranks.tensor:
         raise InvalidArgumentError(
             "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "
-            "measure a copy of the model that is not cut, or read what training accumulates."
+            "measure a copy of the model that is whole, or read what training accumulates."
         )
     if not any(layer.sharded for layer in layers):
         yield [present(layer) for layer in layers]

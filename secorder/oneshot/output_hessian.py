@@ -74,14 +74,8 @@ def filled(gradients: Sequence[Tensor | None], points: Sequence[Tensor]) -> list
     return [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, points, strict=True)]
 
 
-def output_hessian(
-    gradients: Sequence[Tensor | None],
-    points: Sequence[Tensor],
-    chunk_size: int | None = None,
-    *,
-    create_graph: bool = False,
-) -> Tensor:
-    """The loss's Hessian in the outputs, sample by sample, shape ``(N, C, C)``."""
+def output_hessian(gradients: Sequence[Tensor | None], points: Sequence[Tensor], chunk_size: int | None) -> Tensor:
+    """The loss's Hessian in the outputs, sample by sample, differentiable, of shape ``(N, C, C)``."""
     count = points[0].shape[0]
     sizes = [x[0].numel() for x in points]
     total = sum(sizes)
@@ -93,7 +87,7 @@ def output_hessian(
             part[:, None].expand(-1, count, -1).reshape(-1, *x.shape)
             for part, x in zip(basis.split(sizes, 1), points, strict=True)
         ]
-        products = stacked_vjp(gradients, points, vectors, create_graph=create_graph)
+        products = stacked_vjp(gradients, points, vectors, create_graph=True)
         rows.append(torch.cat([u.reshape(len(ids), count, math.prod(u.shape[2:])) for u in products], 2))
     return torch.cat(rows).permute(1, 0, 2)
 

@@ -281,7 +281,11 @@ def settle_layouts(
     if linear:
         # Of opposite signs, since what keeps positive gradients alone (guided backpropagation) is linear in those.
         both = pull_back(model_outputs, leaves, mixture.detach() * (1 - 2 * weights)[:, None], False)
-        require_sum(leaves, plain, {key: -2 * g for key, g in scaled.items()}, both)
+        opposite = {key: -2 * g for key, g in scaled.items()}
+        stack = mixture.detach()
+        require_sum(
+            leaves, plain, opposite, both, lambda number: pull_back(model_outputs, leaves, number * stack, False)
+        )
     for z, choices in zip(layers, options, strict=True):
         z.layouts = next(iter(choices), [])
     return plain

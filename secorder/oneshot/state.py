@@ -55,6 +55,7 @@ class State:
         base: an earlier state of the same roots, whose copies of tensors will do.
         levels: how far from the roots containers are looked at, and other objects only next to the roots; by default
             both are however far they are.
+        objects: with ``levels``, how far from the roots other objects are looked at.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class State:
         base: "State | None" = None,
         *,
         levels: int | None = None,
+        objects: int = OBJECTS,
     ) -> None:
         self._base = base
         self._few = levels is not None
@@ -81,7 +83,7 @@ class State:
             if isinstance(here, _ATOMS) or id(here) in self._seen:
                 continue
             self._seen[id(here)] = here
-            further = self._taken(here, objects=levels is None or level < OBJECTS)
+            further = self._taken(here, objects=levels is None or level < objects)
             waiting.extend([(x, level + 1) for x in further] if levels is None or level < levels else [])
 
     def restore(self) -> bool:

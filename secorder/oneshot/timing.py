@@ -5,9 +5,13 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
+from .._torch.memory import most_bytes
 from .._torch.vjp import chunks
 
-__all__ = ["TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "seconds_of", "seconds_per_product"]
+__all__ = [
+    "SHORT_SECONDS", "TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "seconds_and_bytes", "seconds_of",
+    "seconds_per_product",
+]  # fmt: skip
 
 #: What the trials of all layers may take together, about, beyond one product of each.
 TRIAL_SECONDS = 0.5
@@ -48,9 +52,24 @@ class Rehearsal:
 def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:
     """Seconds of one of many products, at most so many at once, by a trial in about the seconds that are allowed."""
     trial(1)  # what happens the first time alone
+    return _seconds_of_some(trial, most, allowance)[0]
+
+
+def seconds_and_bytes(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
+    """:func:`seconds_per_product`, and the memory of so many at once; 0 where a single one takes longer than that."""
+    one = most_bytes(lambda: trial(1))
+    seconds, count = _seconds_of_some(trial, most, allowance)
+    if count == 1:
+        return seconds, one if most == 1 else 0
+    some = most_bytes(lambda: trial(count))
+    return seconds, some + (most - count) * max(0, some - one) // (count - 1)
+
+
+def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
+    """Seconds of a product, and how many of them told."""
     one = seconds_of(lambda: trial(1))
     count = max(1, min(most, int(allowance / max(one, 1e-9))))
-    return one if count == 1 else seconds_of(lambda: trial(count)) / count
+    return (one if count == 1 else seconds_of(lambda: trial(count)) / count), count
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -1,4 +1,4 @@
-"""The audit of each recorded backward: do the captured calls explain the whole gradient of a parameter?
+"""The audit of a recorded backward: do the captured calls explain the whole gradient of a parameter?
 
 Freivalds' check of a matrix identity. For a parameter seen as a matrix and normal random vectors r, s (signs would be
 orthogonal to a constant too often)::
@@ -214,6 +214,11 @@ class Audit:
         """Whether no whole gradient has come."""
         return not self._actual
 
+    @property
+    def idle(self) -> bool:
+        """Whether no parameter is looked at."""
+        return not self._numbers
+
     def watch(
         self, parameters: Mapping[str, Tensor], graph: Mapping[str, Tensor], *, apart: bool, outputs: int
     ) -> list[str]:
@@ -224,7 +229,7 @@ class Audit:
             apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
             outputs: elements of what it returns.
         """
-        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self._has(p)]
+        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self.looks_at(p)]
         if not apart and chosen == ["weight", "bias"]:
             weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
             if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
@@ -235,8 +240,8 @@ class Audit:
             self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name], outputs))
         return chosen
 
-    def _has(self, parameter: Tensor) -> bool:
-        """Whether a parameter is looked at."""
+    def looks_at(self, parameter: Tensor) -> bool:
+        """Whether a parameter is looked at, alone or with its weight."""
         return id(parameter) in self._numbers or id(parameter) in self._home
 
     def _vectors_of(self, parameter: Tensor) -> Vectors | None:
@@ -289,6 +294,7 @@ class Audit:
         low: torch.dtype | None,
         elements: int = 0,
         cotangents: Sequence[Tensor] = (),
+        sizes: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
@@ -296,6 +302,7 @@ class Audit:
             low: the dtype that autocast computes in, where it does.
             elements: of the layer's outputs.
             cotangents: that its per-sample gradients are made of.
+            sizes: of what dense ones are sums of, by parameter: their squares, where they are known.
         """
         brought = {}
         for local, p in parameters.items():
@@ -309,7 +316,9 @@ class Audit:
             same = bias is not None and _same_cotangents(part, gradients.get("bias"))
             value, size = explained(part, vectors, with_bias=same, terms=elements / max(1, p.numel()))
             brought[local] = value
-            before = before_sums(cotangents, part) if isinstance(part, Tensor) else None
+            before = None if sizes is None else sizes.get(local)
+            if before is None and isinstance(part, Tensor):
+                before = before_sums(cotangents, part)
             if before is not None:
                 size = torch.maximum(size, before.to(size))
             if same:
@@ -318,10 +327,6 @@ class Audit:
             found = Explained(value, size, tolerance_of(value, p.dtype, low, operations_of(part), widest))
             self._explained.setdefault((name, home or id(p)), []).append(found)
         return brought
-
-    def looks_at(self, weight: Tensor) -> bool:
-        """Whether a weight is looked at, alone or with its bias."""
-        return id(weight) in self._numbers
 
     def vectors(self, one: RankOne) -> Vectors | None:
         """The random vectors of a layer, looked at or not; None where its weight and bias are not one number.
@@ -334,7 +339,7 @@ class Audit:
             return None
         if number is not None:
             return number.vectors if number.bias is bias else None
-        taken = self._has(weight) or (bias is not None and self._has(bias))
+        taken = self.looks_at(weight) or (bias is not None and self.looks_at(bias))
         return None if taken else self._directions.vectors(weight)
 
     def explain_weights(
@@ -362,12 +367,21 @@ class Audit:
         Args:
             holders: the layers that bring gradients of these, itself among them.
         """
+        sides = []
         for parameter in parameters.values():
             key = id(parameter)
             whole = self._actual.get(key)
             if whole is not None:  # that of a bias may be in its weight's
                 known = [found for name in holders for found in self._explained.get((name, key), ())]
-                yield Comparison(layer, whole, *_sum(known, whole))
+                sides.append((whole, _sum(known, whole)))
+        if not sides:
+            return
+        # What does not matter, as the direction of one element of a normalised weight, gets a gradient that is all
+        # rounding, of what the layer brings elsewhere: all of its parameters tell the size.
+        first, *others = [own.size for _, own in sides]
+        size = sum([x.to(first) for x in others], first)
+        for whole, own in sides:
+            yield Comparison(layer, whole, own.value, size, own.tolerance)
 
 
 def _same_cotangents(weight: PerSample | None, bias: PerSample | None) -> bool:

@@ -23,6 +23,7 @@ from .._torch.graph import current_node
 from .._torch.surroundings import out_of_sight
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
+from .accumulation import note_gradients, tell_accumulation
 from .audit import Audit
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
     from .hooks import Attachment
 
 __all__ = ["Enters", "EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
-
-#: Layers that one audit looks at, at least and at most; else half of them, drawn anew each time. Where the batch was
-#: looked at, all of them.
-LEAST, MOST = 3, 24
 
 
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
@@ -62,6 +59,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         for other in list(fisher.backwards.values()):  # of another thread: what is in .grad may be either's
             other.alone = backward.alone = False
         fisher.backwards[number] = backward
+        tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     check_together(fisher, backward, record)
@@ -120,6 +118,7 @@ class EntersUnrecorded:
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions:
             unrecorded(self.attachment.fisher)
+            tell_accumulation(self.attachment.fisher)
 
 
 def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
@@ -145,13 +144,16 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
         return
-    names = [layer.name for layer in fisher.layers]
-    most = len(names) if record.verified else min(MOST, max(LEAST, len(names) // 2))
-    audited = fisher.directions.some(names, most)
-    captured = {name for name, _ in record.hooked}
+    captured = {name for one in backward.records for name, _ in one.hooked}
+    if len(backward.records) == 1:  # what an earlier forward has brought of another layer is not known any more
+        every = record.verified or record.scheduled or fisher.failures.known
+        layers = [layer for layer in fisher.layers if layer.name in captured]
+        backward.audited = fisher.audited.draw(record, layers, every=every)
+    if not backward.audited and len(captured) >= len(fisher.layers):
+        return
     ties = record.attribution.ties
     for layer in fisher.layers:
-        if layer.name not in audited and layer.name in captured:
+        if layer.name not in backward.audited and layer.name in captured:
             continue
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
@@ -211,6 +213,7 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
     close(fisher, backward, reached)
+    note_gradients(fisher, reached)
     backward.records.clear()  # which refer to it
 
 

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from .._torch.graph import Node, current_node, is_builtin, nodes_behind
 from .._torch.modules import own_attributes
-from .._torch.pytree import tensors_in
+from .._torch.pytree import attributes_of, tensors_in
+from .._torch.random_state import fresh_generator
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator
 from ..layers.selection import Layer
 from ..oneshot.independence import without_gradients
+from ..oneshot.user_code import is_foreign
 from .samples import Hypothesis, run_changed
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _COUPLED = (
     "none has one of its own: leave the term out of the loss, or these layers with layers=."
 )
 
-#: How deep lists and dicts on a module are gone through, and how many of their entries.
+#: How deep lists, dicts and the user's own objects on a module are gone through, and how many of their entries.
 DEPTH, ENTRIES = 3, 256
 
 
@@ -47,8 +48,9 @@ class Beside(NamedTuple):
 
     Attributes:
         module: the name of the module that keeps it; None where the model returns it.
-        path: the attribute, and what leads to it there: keys, or places counted from a list's end, which may have held
-            others before; of what is returned, its number among the output's tensors.
+        path: the attribute, and what leads to it there: keys, attributes of an object with a dot before them, or places
+            counted from a list's end, which may have held others before; of what is returned, its number among the
+            output's tensors.
     """
 
     module: str | None
@@ -58,7 +60,7 @@ class Beside(NamedTuple):
         if self.module is None:
             return f"tensor {self.path[0]} of its output"
         name = f"{self.module}.{self.path[0]}".lstrip(".")
-        return name + "".join(f"[{key!r}]" for key in self.path[1:])
+        return name + "".join(key if _is_attribute(key) else f"[{key!r}]" for key in self.path[1:])
 
 
 def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
@@ -77,18 +79,27 @@ def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
 
 
 def inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """The differentiable tensors in nested lists, tuples and dicts, each with what leads to it."""
+    """The differentiable tensors in nested lists, tuples, dicts and objects, each with what leads to it."""
     if isinstance(value, Tensor):
         if _is_made(value):
             yield (), value
         return
-    if not depth or not isinstance(value, (list, tuple, dict)):
-        return
-    size = len(value)
-    pairs = list(value.items()) if isinstance(value, dict) else [(i - size, x) for i, x in enumerate(value)]
-    for key, entry in pairs[-ENTRIES:]:
+    for key, entry in _entries(value)[-ENTRIES:] if depth else ():
         for path, tensor in inside(entry, depth - 1):
             yield (key, *path), tensor
+
+
+def _entries(value: Any) -> list[tuple[Any, Any]]:
+    """What a container, or an object of the user's own, holds, with what leads to it."""
+    if isinstance(value, dict):
+        return list(value.items())
+    if isinstance(value, (list, tuple)):
+        return [(i - len(value), x) for i, x in enumerate(value)]
+    return [] if is_foreign(type(value)) else [(f".{name}", x) for name, x in attributes_of(value).items()]
+
+
+def _is_attribute(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(".")
 
 
 def _is_made(tensor: Tensor) -> bool:
@@ -151,7 +162,8 @@ def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
         if place.module is not None:
             found = own_attributes(model.get_submodule(place.module))
         for key in place.path:
-            found = found[key]
+            is_container = isinstance(found, (dict, list, tuple))
+            found = found[key] if is_container or not _is_attribute(key) else getattr(found, key[1:])
     except (AttributeError, LookupError, TypeError):
         return None
     return found if isinstance(found, Tensor) else None

@@ -35,8 +35,9 @@ def carried_cut_off(model: nn.Module) -> Iterator[bool]:
         for module in model.modules():
             held = [Place(vars(module), name, value) for name, value in own_attributes(module).items()]
             places += [p for p in (*held, *buffer_places(module)) if next(inside(p.value), None) is not None]
-    for place in places:
-        place.put(map_tensors(cut, place.value))
+    held_by_all = map_tensors(cut, [place.value for place in places])  # what two modules share stays one
+    for place, value in zip(places, held_by_all, strict=True):
+        place.put(value)
     try:
         yield bool(places)
     finally:

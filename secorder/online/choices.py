@@ -6,15 +6,16 @@ that are bent (a hinge, an absolute value) and distances, whose second derivativ
 one by one: what one number of theirs depends on, pulled back to the model's outputs, must belong to one sample.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node, operation_of, signed
+from .._torch.graph import Node, operation_of, shape_of, signed
 from .._torch.loss_graph import Place, nodes_between, pull_back
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..layers.dtypes import rounding
 from ..layers.layout import Layout
 
@@ -45,6 +46,10 @@ class HasLayout(Protocol):
     def layout(self) -> Layout:
         """Where its samples are."""
 
+    @property
+    def group(self) -> int:
+        """The same number for outputs whose row n is one sample."""
+
 
 def chooses(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout]) -> list[Place]:
     """The outputs of which samples are chosen from, or compared with one another.
@@ -61,6 +66,9 @@ def chooses(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
         return []
     generator = fresh_generator()
     for node in [node for node in order if operation_of(node) in CHOICES | BENT | DISTANCES][:MOST]:
+        whole = operation_of(node) in BENT and not math.prod(shape_of(node, 0)) > 1
+        if whole and _all_goes_through(node, order, roots, outputs):
+            continue  # on both sides of the bend the same loss, up to a factor
         for place, cotangent in _asked_for(node, roots, generator):
             found = _samples_behind(place, cotangent, outputs, generator)
             if len(set().union(*found.values())) > 1:
@@ -75,7 +83,8 @@ def _asked_for(node: Node, roots: Mapping[Place, Tensor], generator: torch.Gener
     if gradient is None or not bool(gradient.isfinite().all()):
         return
     operation, dims = operation_of(node), _dims(node)
-    if operation in BENT and gradient.numel() == 1:  # of the whole batch: on both sides the same loss, up to a factor
+    if operation in BENT and gradient.numel() == 1:  # a hinge on a mean, on whichever side it is
+        yield from [(x, torch.ones_like(gradient)) for x in node.next_functions if x[0] is not None and gradient != 0]
         return
     if operation == "Sort" and bool((gradient.diff(dim=dims[0]) == 0).all()):  # the order makes no difference
         return
@@ -96,6 +105,22 @@ def _asked_for(node: Node, roots: Mapping[Place, Tensor], generator: torch.Gener
             yield place, cotangent
 
 
+def _all_goes_through(
+    node: Node, order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout]
+) -> bool:
+    """Whether a loss depends on the model's outputs through an operation alone."""
+    ends = {end for end, _ in outputs}
+    leads, waiting = {*order, *ends} - {node}, [root for root, _ in roots if root is not node]
+    while waiting:
+        here = waiting.pop()
+        if here in ends:
+            return False
+        if here in leads:
+            leads.remove(here)
+            waiting.extend(x for x, _ in here.next_functions if x is not None)
+    return True
+
+
 def _dims(node: Node) -> list[int]:
     """Along which an operation chooses; none where among all."""
     dims = getattr(node, "_saved_dim", ())
@@ -104,8 +129,8 @@ def _dims(node: Node) -> list[int]:
 
 def _samples_behind(
     place: Place, cotangent: Tensor, outputs: Mapping[Place, HasLayout], generator: torch.Generator
-) -> dict[Place, set[int]]:
-    """By output of the model, the samples in it that numbers depend on."""
+) -> dict[Place, set[tuple[int, int]]]:
+    """By output of the model, the samples in it that numbers depend on: their group, and their number in it."""
     order = nodes_between([place[0]], {node for node, _ in outputs})
     factors = torch.rand(cotangent.shape, generator=generator, device="cpu") + 0.5  # so that nothing cancels
     with torch.no_grad():
@@ -114,5 +139,5 @@ def _samples_behind(
     for output, g in reached.items():
         samples = (outputs[output].layout.split(g).flatten(1) != 0).any(1).nonzero().flatten().tolist()
         if samples:
-            found[output] = set(samples)
+            found[output] = {(outputs[output].group, n) for n in samples}
     return found

@@ -14,7 +14,7 @@ from .audit import Comparison
 from .delivery import deliver, deliver_module
 from .loss_scale import tell_scale
 from .norms import read_squares
-from .penalty import add_shared
+from .penalty import add_shared, explains_all, keep_early
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
 
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
 __all__ = [
-    "add_tied", "audit_early", "audit_uncalled", "check_together", "close", "second_backward", "unrecorded",
+    "add_tied", "audit_early", "audit_trained", "audit_uncalled", "check_together", "close", "second_backward",
+    "unrecorded",
 ]  # fmt: skip
 
 _SECOND = (
@@ -32,6 +33,11 @@ _SECOND = (
 _NOT_ASKED_FOR = (
     "its gradient is left out of the backward, which was called with inputs= and not all of its parameters among them: "
     "name them all, or call backward without inputs=, or leave the layer out with layers=."
+)
+_UNLIKE = (
+    "one backward runs through several forwards, in which it was measured in different ways, so that what row n of "
+    "each brings cannot be added up (a state that objects in lists hand from one forward to the next, rows that depend "
+    "on data): hand the state on as tensors, leave the layer out with layers=, or measure it with a one-shot call."
 )
 _UNRETURNED = (
     "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
@@ -99,8 +105,12 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
         )
+    for record in records:
+        fisher.called.update(record.calls)
     tell_scale(fisher, records)
     read_squares(backward)
+    if fisher.penalty is not None and len(records) == 1:
+        keep_early(backward, records[0], fisher.layers)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
     for group in groups:
         _add_group(fisher, backward, group)
@@ -115,6 +125,8 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
 def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[ForwardRecord]) -> None:
     """Add what a forward, or several whose row n is one sample, still hold."""
     first, *others = group
+    if others:
+        _leave_out_unlike(fisher, group)
     captured = {name for record in group for name in record.captured}
     for layer in first.attribution.layers if captured else ():
         if layer.name in captured:
@@ -129,6 +141,15 @@ def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[Forwa
         record.closed = True
     leave_out_unasked(fisher, backward, first)
     fisher.add(first)
+
+
+def _leave_out_unlike(fisher: "OnlineFisher", group: Sequence[ForwardRecord]) -> None:
+    """Leave the batch out of layers that the forwards are not measured alike at."""
+    names = dict.fromkeys(name for record in group for name in record.calls)
+    unlike = [x for x in names if len({record.way(x) for record in group if x in record.calls}) > 1]
+    owners = dict.fromkeys(own for name in unlike for record in group for own in record.attribution.owners(name))
+    fisher.troubles.leave_out(group[0], owners, _UNLIKE)
+    group[0].troubled.update(unlike)
 
 
 def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
@@ -148,8 +169,8 @@ def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[F
 
 def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     """Compare the whole gradients of a backward that has ended with what its records explain."""
-    if not backward.alone:
-        return  # what reached the parameters meanwhile may be another thread's
+    if backward.audit.empty or not backward.alone:
+        return  # nothing was looked at, or what reached the parameters meanwhile may be another thread's
     troubled = {name for record in backward.records for name in record.troubled}
     tied = [record.attribution for record in backward.records if record.attribution.ties]
     chosen = [(index, layer) for index, layer in enumerate(fisher.layers) if layer.name not in troubled]
@@ -172,6 +193,8 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
     layer, backward = fisher.layers[index], record.backward
     if layer.name in record.troubled or (backward is not None and layer.name in record.received and not backward.early):
         return
+    if fisher.penalty is not None and explains_all(record, layer):
+        return
     records = [record] if backward is None else backward.records
     reached = any(layer.name in one.received for one in records)
     for p in layer.parameters.values() if not layer.sharded else ():
@@ -180,6 +203,17 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
         )
         if unseen and p.grad is not None and record.moved(p):
             fisher.failures.counts[index].add_((entries(local(p.grad)) != 0).any())
+
+
+def audit_trained(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+    """Whether a layer that no forward has called is trained all the same: then that is by other calls."""
+    layer = fisher.layers[index]
+    if layer.name in fisher.called or (fisher.penalty is not None and explains_all(record, layer)):
+        return
+    for p in layer.parameters.values():
+        if p.requires_grad and p.grad is not None and fisher.uncalled.trained(p):
+            fisher.troubles.saw_at("uncalled", [layer.name])
+            fisher.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
 
 
 def audit_uncalled(fisher: "OnlineFisher") -> None:

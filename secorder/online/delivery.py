@@ -98,41 +98,62 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     ]
     if not came:
         return
-    calls, layouts = [call for call, _, _ in came], [layout for _, layout, _ in came]
+    calls, layouts, totals = zip(*came, strict=True)
     forms = pieces(calls) if layer.by_operations else {}
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
-        _deliver_pieces(fisher, record, layer, forms, [total for _, _, total in came if total is not None])
+        _deliver_pieces(fisher, record, layer, forms, [total for total in totals if total is not None])
         return
-    totals: list[Tensor | None] = []
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
-        gradients = gradients or _gradients(layer, calls, layouts)
-        one = rank_one(layer, gradients) if len(came) == 1 and fisher.ranks is None else None
-        if one is not None and may_wait(fisher, record, one):
-            wait(fisher, record, one)
-            return
-        gradients, products = _told(fisher, record, layer, gradients, () if layer.by_operations else calls)
-        squares = form(fisher, record, layer, gradients)
-        if squares is not None and squares_may_wait(fisher, record, layer, squares):
-            wait_formed(fisher, record, layer, squares)
-            return
-        if squares is None and fisher.accumulate == "diagonal":
-            totals += [
-                *_multiplied_by(record),
-                *(total_of(local(call[1])) if own is None else own for call, _, own in came),
-            ]
-        parts = _parts(fisher, record, layer, gradients, products, squares, totals)
+        gradients = gradients or _gradients(layer, calls, list(layouts))
+        found = _squares(fisher, record, layer, gradients, calls, totals)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
             give_up(fisher.ranks, layer.name)
         raise
+    if found is None:
+        return
     record.received.add(layer.name)
     if fisher.accumulate == "diagonal":
-        good = fisher.good(layer, totals)
+        parts, numbers = found
+        good = fisher.good(layer, numbers)
         if layer.name in record.parts:
             record.parts[layer.name] = (record.parts[layer.name][0], good)
         else:
             fisher.add_squares(record, layer, parts, good)
+
+
+def _squares(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    gradients: Mapping[str, PerSample],
+    calls: Sequence[Call],
+    totals: Sequence[Tensor | None],
+) -> tuple[list[Tensor | Sequence[PerSample]], list[Tensor | None]] | None:
+    """The squares of per-sample gradients, one form a parameter, or what they are made of; None where they wait.
+
+    Args:
+        calls: what the gradients are made of.
+        totals: of each call, the sum of its cotangent's elements, as far as it is known.
+
+    Returns:
+        those of each parameter, and numbers that are finite where all of them are.
+    """
+    one = rank_one(layer, gradients) if len(calls) == 1 and fisher.ranks is None else None
+    if one is not None and may_wait(fisher, record, one):
+        wait(fisher, record, one)
+        return None
+    gradients, products = _told(fisher, record, layer, gradients, () if layer.by_operations else calls)
+    squares = form(fisher, record, layer, gradients)
+    if squares is not None and squares_may_wait(fisher, record, layer, squares):
+        wait_formed(fisher, record, layer, squares)
+        return None
+    numbers: list[Tensor | None] = []
+    if squares is None and fisher.accumulate == "diagonal":
+        numbers += _multiplied_by(record)
+        numbers += [total_of(local(c[1])) if own is None else own for c, own in zip(calls, totals, strict=True)]
+    return _parts(fisher, record, layer, gradients, products, squares, numbers), numbers
 
 
 def _told(
@@ -212,7 +233,7 @@ def _deliver_pieces(
     fisher.add_gradients(record, layer, [parts.get(name, []) for name in layer.parameters], good)
 
 
-def _gradients(layer: Layer, calls: list[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
+def _gradients(layer: Layer, calls: Sequence[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
     """Per-sample gradients of a layer with a rule."""
     assert layer.rule is not None
     kind = compute_dtype(layer)
@@ -235,7 +256,7 @@ def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, 
     if layer.spread is None or not layer.split or not isinstance(part, Rows):
         return gradients
     weight, (dim,) = layer.parameters["weight"], layer.spread.tensor
-    if layer.spread.cut(weight, dim) != 0:
+    if layer.spread.sharded_dim(weight, dim) != 0:
         return gradients
     first, count = layer.spread.part(weight, dim)
     return {"weight": Rows(*own_rows(part.ids, part.g, first, count), count)}
@@ -303,7 +324,8 @@ def _tell(
         explain(record, layer, gradients)
     elif record.backward is not None:
         audit, low = record.backward.audit, record.autocast_dtype
-        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents)
+        sizes = {name: size for (of, name), size in record.sizes.items() if of == layer.name}
+        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents, sizes)
     return {}
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..layers.side_by_side import Frame, frame_of
 from .constants import Constants
 
@@ -94,15 +94,14 @@ class Directions:
         """
         rows, block = _rows(parameter, outputs)
         if block < rows:
-            return self._drawn(parameter, outputs)
+            return self._drawn(parameter, rows, block)
         key = (parameter.shape, parameter.dtype, parameter.device)
         found = self._kept.get(key)
         if found is None:
-            found = self._kept[key] = [self._drawn(parameter, outputs) for _ in range(IN_TURN)]
+            found = self._kept[key] = [self._drawn(parameter, rows, block) for _ in range(IN_TURN)]
         return found[self._passes % IN_TURN]
 
-    def _drawn(self, parameter: Tensor, outputs: int = 0) -> Vectors:
-        rows, block = _rows(parameter, outputs)
+    def _drawn(self, parameter: Tensor, rows: int, block: int) -> Vectors:
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
         start, r = self._below(rows - block + 1), self._take(block, parameter)
         if parameter.dim() > 2:
@@ -115,30 +114,29 @@ class Directions:
         s = self._take(columns, parameter) if parameter.dim() > 1 else r.new_ones(1)
         return Vectors(r, s, start, rows)
 
-    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors], flags: Sequence[float]) -> Frame | None:
-        """The frame of several layers, kept as long as their vectors are.
+    def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors] | None, flags: Sequence[float]) -> Frame | None:
+        """The frame of several layers, kept as long as their vectors are; None where only a block of one is looked at.
 
         Args:
             parameters: of each the weight, all of one dtype on one device.
-            of: the vectors that it is looked at with; None is returned where these are no longer those of now.
+            of: the vectors that each is looked at with, or None; None is returned where these are not those of now.
             flags: of each, one where it has a bias, else zero.
         """
-        if any(vectors is not self.vectors(p) for p, vectors in zip(parameters, of, strict=True)):
-            return None  # another backward has begun since, or only a block of rows is looked at
+        for p, vectors in zip(parameters, of, strict=True) if of is not None else ():
+            if vectors is not self.vectors(p):
+                return None  # another backward has begun since
         key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
         frames = self._frames.get(key)
         if frames is None:
             if len(self._frames) >= FRAMES:
                 self._frames.clear()
-            with_bias = self.constants.vector(flags, of[0].r)
+            if False in [self.vectors(p).whole for p in parameters]:
+                return None
+            with_bias = self.constants.vector(flags, self.vectors(parameters[0]).r)
             in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
             frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
             self._frames[key] = frames
         return frames[self._passes % IN_TURN]
-
-    def some(self, names: Sequence[str], most: int) -> set[str]:
-        """So many of the names at most, drawn anew."""
-        return set(names) if len(names) <= most else set(self._places.sample(list(names), most))
 
 
 def _rows(parameter: Tensor, outputs: int) -> tuple[int, int]:

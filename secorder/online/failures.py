@@ -4,18 +4,19 @@ Whoever asks has all of them compared before, so that nothing is told later than
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .._torch.host_copy import begin_copy
 from .audit import Comparison
 from .constants import Constants
 
 __all__ = ["Failures"]
 
-#: Comparisons that wait, at most.
-MOST = 128
+#: Comparisons that wait, at most, and backward passes whose comparisons do.
+MOST, MOST_PASSES = 128, 32
 
 
 class Failures:
@@ -23,13 +24,19 @@ class Failures:
 
     Args:
         counts: shape ``(layers,)``, integers.
+
+    Attributes:
+        known: whether an audit has failed, as far as the host knows: on an accelerator, some passes later.
     """
 
     def __init__(self, counts: Tensor) -> None:
         self._counts = counts
-        self._numbers: Tensor | None = None  # the sides and sizes of comparisons that wait, one step after the other
+        self.known = False
+        self._numbers: Tensor | None = None  # both sides and the size of each comparison that waits, one after another
         self._waiting: list[tuple[Sequence[int], Sequence[float]]] = []  # numbers of layers, and tolerances
+        self._told = 0  # comparisons that wait
         self._constants = Constants()
+        self._arrives: Callable[[], Tensor] | None = None  # the numbers, on their way to the host
 
     def __getstate__(self) -> Tensor:
         return self.counts
@@ -44,42 +51,56 @@ class Failures:
             self._compare_all()
         return self._counts
 
+    def read(self) -> list[int]:
+        """The numbers on the host, which waits for them."""
+        found: list[int] = self.counts.tolist()
+        self.known = any(found)
+        return found
+
     def _compare_all(self) -> None:
-        waiting, self._waiting = self._waiting, []
+        waiting, count = self._waiting, self._told
+        self._waiting, self._told = [], 0
         if not waiting:
             return
         assert self._numbers is not None
-        size = len(waiting[0][0])
-        numbers = self._numbers[: 3 * size * len(waiting)].view(len(waiting), 3, size)
-        whole, value, square = (side.flatten() for side in numbers.unbind(1))
+        whole, value, square = self._numbers[: 3 * count].view(-1, 3).unbind(1)
         difference = whole - value
         bounds = square * self._constants.vector([x for _, own in waiting for x in own], whole).square()
         failed = (difference * difference > bounds) & (whole - whole == 0)
         index = self._constants.vector([i for own, _ in waiting for i in own], self._counts)
         self._counts.index_add_(0, index, failed.to(self._counts))
+        self._tell_host()
+
+    def _tell_host(self) -> None:
+        """Let the host know whether an audit has failed; of an accelerator, by a copy that is read the next time."""
+        if self._counts.device.type == "cpu":
+            self.known = any(self._counts.tolist())
+        elif self._counts.is_cuda:
+            self.known = self.known or (self._arrives is not None and any(self._arrives().tolist()))
+            self._arrives = begin_copy(self._counts)
 
     def compare(self, found: Sequence[Comparison]) -> None:
         """Compare these, now or later."""
         if not found:
             return
         indices, wholes, values, sizes, tolerances = zip(*found, strict=True)
-        numbers = _alike([*wholes, *values, *sizes])
+        numbers = _alike([x for three in zip(wholes, values, sizes, strict=True) for x in three])
         with COMPARING:
-            memory, start = self._memory(numbers[0], len(numbers))
-            torch.stack(numbers, out=memory[start : start + len(numbers)])
+            memory = self._memory(numbers[0], len(numbers))
+            torch.stack(numbers, out=memory)
             self._waiting.append((indices, tolerances))
+            self._told += len(found)
 
-    def _memory(self, like: Tensor, size: int) -> tuple[Tensor, int]:
-        """Where so many numbers are to wait, and from which place on; behind as many of each step before, if any."""
-        memory, start = self._numbers, size * len(self._waiting)
+    def _memory(self, like: Tensor, size: int) -> Tensor:
+        """Where so many numbers are to wait, behind those that do."""
+        memory = self._numbers
         fits = memory is not None and memory.dtype is like.dtype and memory.device == like.device
         room = 0 if memory is None or not fits else memory.shape[0]
-        if room < start + size or (start and 3 * len(self._waiting[0][0]) != size):
+        if room < 3 * self._told + size or len(self._waiting) >= MOST_PASSES:
             self._compare_all()
-            start = 0
         if memory is None or room < size:
             self._numbers = memory = like.new_empty(max(3 * MOST, size))
-        return memory, start
+        return memory.narrow(0, 3 * self._told, size)
 
     def to(self, device: torch.device) -> "Failures":
         """The same on another device."""

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import autocast_enabled, no_autocast
-from .._torch.fsdp import local
-from .._torch.sparse import entries
 from .._torch.surroundings import lasting
 from .._torch.versions import versions
 from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
+from .accumulation import Accumulation
 from .agreement import agree
-from .closing import add_tied, audit_early, audit_uncalled
+from .audited import Audited
+from .closing import add_tied, audit_early, audit_trained, audit_uncalled
 from .directions import Directions
 from .failures import Failures
 from .finite import all_finite
@@ -135,11 +135,13 @@ class OnlineFisher:
                 record.waiting, record.elements_waiting = [], 0
                 record.formed, record.elements_formed = [], 0
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
+        self.audited = Audited()
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
         self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled(self.layers)
+        self.accumulation = Accumulation()
 
     @lasting()
     def renew(self, copied: Sequence[str] = ()) -> None:
@@ -286,7 +288,6 @@ class OnlineFisher:
     def add(self, record: ForwardRecord) -> None:
         """Close a record whose backward has ended: tied layers, zeros, counts."""
         record.closed = True
-        self.called.update(record.calls)
         self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []
@@ -299,11 +300,7 @@ class OnlineFisher:
                 continue
             sums = self.sums[name]
             audit_early(self, record, index)
-            if name not in self.called:  # nor has any forward before: where it is trained, that is by other calls
-                for p in layer.parameters.values():
-                    if p.requires_grad and p.grad is not None and self.uncalled.trained(p):
-                        self.troubles.saw_at("uncalled", [name])
-                        self.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
+            audit_trained(self, record, index)
             zeros.append(name)
             if self.accumulate == "diagonal":
                 with ADDING:

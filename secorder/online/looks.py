@@ -8,6 +8,7 @@ from torch import nn
 
 from .._torch.autocast import no_autocast
 from .._torch.modules import backward_hooks_removed
+from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
@@ -35,7 +36,7 @@ class Looks:
     def __init__(self, model: nn.Module, sample_dim: SampleDim) -> None:
         self._model = model
         self._sample_dim = sample_dim
-        self._modules = list(model.modules())
+        self._modules = modules_in(model)
         #: By modes, and by how many dimensions each of the arguments has; the latest last.
         self._known: dict[tuple[bool, ...], dict[tuple[int, ...], Attribution]] = {}
         self._batches: dict[tuple[bool, ...], int] = {}

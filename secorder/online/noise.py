@@ -14,7 +14,7 @@ sufficient to predict gradient noise scale in transformers".
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .norm_sums import Row
@@ -51,14 +51,19 @@ class NoiseScales(dict[str, NoiseScale]):
         num_samples: of the batches that they were estimated from.
     """
 
-    def __init__(self, scales: Mapping[str, NoiseScale], num_samples: int) -> None:
+    def __init__(
+        self, scales: Mapping[str, NoiseScale], num_samples: int, counted: Iterable[str] | None = None
+    ) -> None:
+        """Of these layers, of which some together hold every parameter once; all of them by default."""
         super().__init__(scales)
         self.num_samples = num_samples
+        self._counted = [name for name in scales if counted is None or name in counted]
 
     @property
     def total(self) -> NoiseScale:
-        """That of all layers' parameters together; those that layers share count in each."""
-        return NoiseScale.of(sum(x.squared_norm for x in self.values()), sum(x.variance for x in self.values()))
+        """That of all layers' parameters together; a layer all of whose parameters others hold counts in these."""
+        parts = [self[name] for name in self._counted]
+        return NoiseScale.of(sum(x.squared_norm for x in parts), sum(x.variance for x in parts))
 
 
 def noise_of(row: Row) -> NoiseScale | None:

@@ -137,7 +137,6 @@ def _look(
             f"({type(cause).__name__}: {cause}); the next one is looked at."
         )
         return None
-    names = [layer.name for layer in fisher.layers]
     if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
         fisher.troubles.saw("not finite")
         if fisher.on_nonfinite == "raise":
@@ -153,14 +152,23 @@ def _look(
         return None
     if found.undecided:
         return found
+    shapes = shapes_of((args, kwargs))
+    _tell(fisher, looks, before, found, shapes)
+    return looks.known(shapes)
+
+
+def _tell(
+    fisher: OnlineFisher, looks: Looks, before: Attribution | None, found: Attribution, shapes: Sequence[Shape]
+) -> None:
+    """Say what was found that is not as a user would expect: another dimension, coupled samples, moved rows, reruns."""
     if found.alternative is not None and not fisher.assumed:
         usual = next(dim for dim in found.dims if dim is not None)
         fisher.assumed = (
-            f"dim {usual} of the model's arguments, of shapes {list(shapes_of((args, kwargs)))}, was taken to hold the "
-            f"samples, and dim {found.alternative} would do as well: pass sample_dim={usual} or "
-            f"sample_dim={found.alternative}."
+            f"dim {usual} of the model's arguments, of shapes {list(shapes)}, was taken to hold the samples, and dim "
+            f"{found.alternative} would do as well: pass sample_dim={usual} or sample_dim={found.alternative}."
         )
     if found.normalised:
+        names = [layer.name for layer in fisher.layers]
         tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
     if before is not None and not found.coupled:
         fisher.troubles.mark(
@@ -177,7 +185,6 @@ def _look(
             "that contains them runs once more a step. That is exact and slow; leave them out with layers= if it is "
             "too slow."
         )
-    return looks.known(shapes_of((args, kwargs)))
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:

@@ -13,7 +13,7 @@ from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
 from ..layers.operations import OperationCall
 from ..layers.selection import Layer
-from ..layers.uses import Use, Uses, brought, find_uses, hidden, reentrant
+from ..layers.uses import Later, Piece, Use, Uses, brought, find_uses, hidden, reentrant
 from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
@@ -23,6 +23,7 @@ from .finite import total_of
 from .fisher import quietly
 from .record import ForwardRecord
 from .relation import Verified, explain
+from .rounding import before_sums
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -91,6 +92,17 @@ def _note_digits(record: ForwardRecord, layer: Layer, dtypes: Sequence[torch.dty
             record.autocast_dtype = record.autocast_dtype or dtype
 
 
+def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: Sequence[Tensor]) -> None:
+    """Keep the size of what dense per-sample gradients are sums of, which may cancel: rounding is relative to that."""
+    assert record.backward is not None
+    for name, part in found:
+        if isinstance(part, Tensor) and record.backward.audit.looks_at(layer.parameters[name]):
+            size = before_sums(cotangents, part)
+            if size is not None:
+                before = record.sizes.get((layer.name, name))
+                record.sizes[layer.name, name] = size if before is None else before + size
+
+
 class _UseGradient:
     """What the gradients on an operation's outputs do."""
 
@@ -135,6 +147,8 @@ class _UseGradient:
         call = OperationCall(current_node(), own, layouts, record.num_samples, kind)
         several = len(record.calls[layer.name]) > 1
         found = brought(call, self.sources, self.leaves, self.followed, several=several)
+        if not isinstance(found, Later):
+            _note_sizes(record, layer, found, [g for g in own if g is not None])
         bring(fisher, record, layer, self.index, found, total)
 
     def _counts(self) -> bool:

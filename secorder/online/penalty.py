@@ -19,7 +19,7 @@ from ..layers.selection import Layer
 from .record import Backward, ForwardRecord
 from .sums import LayerSums
 
-__all__ = ["add_shared", "explain", "watch"]
+__all__ = ["add_shared", "explain", "explains_all", "keep_early", "watch"]
 
 
 def watch(backward: Backward, layers: list[Layer]) -> None:
@@ -37,6 +37,21 @@ def _keep(backward: Backward, parameter: Tensor, node: Any, gradient: Tensor) ->
         before = backward.whole.get(id(parameter))
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         backward.whole[id(parameter)] = gradient.detach().clone() if before is None else before + gradient.detach()
+
+
+def keep_early(backward: Backward, record: ForwardRecord, layers: Sequence[Layer]) -> None:
+    """Keep whole gradients that came before the backward reached the forward: those of a penalty alone."""
+    for layer in layers:
+        for p in layer.parameters.values() if not layer.sharded else ():
+            if id(p) not in backward.whole and p.grad is not None and record.moved(p) and not record.held(p):
+                backward.whole[id(p)] = (p.grad.to_dense() if p.grad.is_sparse else p.grad).detach()
+
+
+def explains_all(record: ForwardRecord, layer: Layer) -> bool:
+    """Whether all that came to a layer's parameters in a backward is known: what no call brings is the penalty's."""
+    backward = record.backward
+    moved = [p for p in layer.parameters.values() if record.moved(p)]
+    return backward is not None and all(id(p) in backward.whole for p in moved)
 
 
 def explain(record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]) -> None:

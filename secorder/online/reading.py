@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._arguments import require_one_of
+from .._sharing import counted_once
 from .._torch.several import divide_each
 from ..errors import AttributionError, NonFiniteError, ProbeStateError, SecorderError
 from ..oneshot.trace import Trace
@@ -100,7 +101,7 @@ def everything(fisher: OnlineFisher) -> Stretch:
 def unreadable(fisher: OnlineFisher) -> dict[str, str]:
     """The layers whose number cannot be given, and why."""
     audit_uncalled(fisher)
-    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.counts.tolist(), strict=True) if count]
+    failed = [layer.name for layer, count in zip(fisher.layers, fisher.failures.read(), strict=True) if count]
     return {**{name: fisher.troubles.outside(name) for name in failed}, **fisher.troubles.marks}
 
 
@@ -169,7 +170,9 @@ def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | 
     if unknown and (missing == "raise" or len(unknown) == len(found)):
         raise AttributionError(sentence(unknown, NO_NOISE))
     samples = max(rows[name].samples for name in counts)
-    return NoiseScales({name: x for name, x in found.items() if x is not None}, round(samples * ranks(stretch)))
+    known = {name: x for name, x in found.items() if x is not None}
+    counted = counted_once({x.name: list(x.parameters.values()) for x in fisher.layers if x.name in known})
+    return NoiseScales(known, round(samples * ranks(stretch)), counted)
 
 
 def ranks(stretch: Stretch) -> float:
@@ -189,8 +192,8 @@ def readable_counts(
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         raise _troubled(troubles)
-    if fisher.assumed:
-        fisher.troubles.warn(fisher.assumed)
+    for assumed in filter(None, (fisher.assumed, fisher.troubles.unseen)):
+        fisher.troubles.warn(assumed)
     counts = counts_of(fisher, stretch)
     if not any(count.samples for count in counts.values()):
         for name in counts:

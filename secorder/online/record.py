@@ -123,6 +123,7 @@ class Backward:
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
         unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
+        audited: the layers that it looks at, of those that the first of its forwards has called.
         loss_scale: what the loss was multiplied by; None until it is needed.
     """
 
@@ -141,6 +142,7 @@ class Backward:
         self.norms: dict[int, Tensor | None] = {}
         self.unread: list[Tensor] = []
         self.audit = audit
+        self.audited: set[str] = set()
         self.loss_scale: float | None = None
 
     def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
@@ -211,6 +213,8 @@ class ForwardRecord:
         uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
         unfollowed: layers whose operations could not be followed in this forward.
         counting: by layer that is measured by operations, the latest backward that is a training step of it.
+        sizes: by layer that is measured by operations and parameter that the audit looks at, the square of the size of
+            what its per-sample gradients are sums of.
         layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
         replaced: the names of these: what their own calls bring is not to be counted.
@@ -265,6 +269,7 @@ class ForwardRecord:
     uses: dict[str, Uses] = field(default_factory=dict)
     unfollowed: set[str] = field(default_factory=set)
     counting: dict[str, int] = field(default_factory=dict)
+    sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
     layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
     fallback: list[Layer] = field(default_factory=list)
     replaced: set[str] = field(default_factory=set)
@@ -324,11 +329,20 @@ class ForwardRecord:
             if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
         ]
 
+    def way(self, name: str) -> tuple[Any, ...]:
+        """How a layer is measured in this forward."""
+        layer = next(x for x in (*self.fallback, *self.attribution.layers) if x.name == name)
+        return layer.rule, layer.by_operations, layer.enclosing
+
     def moved(self, parameter: Tensor) -> bool:
         """Whether something was accumulated in ``.grad`` since the forward ended."""
         if parameter.grad is None or self.slots is None:
             return False
         return slot(parameter) != self.slots.get(id(parameter))
+
+    def held(self, parameter: Tensor) -> bool:
+        """Whether something was in ``.grad`` when the forward ended."""
+        return self.slots is None or self.slots.get(id(parameter)) is not None
 
     def elements(self, layer: Layer) -> int:
         """Of what the layer's calls have returned."""

@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._arguments import shown
 from ..errors import InvalidArgumentError
 
 __all__ = [
@@ -36,14 +37,14 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     Raises:
         InvalidArgumentError: it is neither a positive number nor tells one.
     """
-    if given is None or given == "returned":  # then it is found in each backward
+    if given is None or (isinstance(given, str) and given == "returned"):  # then it is found in each backward
         return _Constant(1.0)
     if hasattr(given, "get_scale"):
         return given.get_scale
     if callable(given):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
-        raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {given!r}.")
+        raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {shown(given)}.")
     return _Constant(float(given))
 
 
@@ -80,7 +81,7 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
     if isinstance(given, type):
         raise InvalidArgumentError(f"reduction is the class {given.__name__}, not made yet: pass {given.__name__}().")
     kind = getattr(given, "reduction", None) if isinstance(given, nn.Module) else given
-    if kind in ("mean", "sum"):
+    if isinstance(kind, str) and kind in ("mean", "sum"):
         if kind == "mean" and isinstance(given, nn.Module) and _is_weighted(given):
             raise InvalidArgumentError(
                 f"{type(given).__name__} with weight= or ignored targets weights samples by their targets, which the "
@@ -92,7 +93,7 @@ def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
         return given
     raise InvalidArgumentError(
         'reduction must be "mean", "sum", a loss module with one of these, or a function of the model\'s arguments '
-        f"that returns the weights of the samples' losses, got {given!r}."
+        f"that returns the weights of the samples' losses, got {shown(given)}."
     )
 
 
@@ -164,7 +165,8 @@ class _TokenWeights:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """The weights of one batch, shape ``(N,)``, zero for a sample without a token."""
-        labels = args[self._labels] if isinstance(self._labels, int) else kwargs.get(self._labels)
+        which = self._labels
+        labels = kwargs.get(which) if isinstance(which, str) else next(iter(args[which:]), None)
         if not isinstance(labels, Tensor) or not labels.dim():
             raise InvalidArgumentError(f"token_weights found no labels: the model has no argument {self._labels!r}.")
         counted = labels if labels.dim() == 1 else labels[:, self._shift :].flatten(1)

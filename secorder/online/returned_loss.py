@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from .._torch.modules import evaluating
 from .._torch.pytree import map_tensors
-from .._torch.random_state import cuda_devices, get_random_state, same_random_state
+from .._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
@@ -66,63 +65,97 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
     if count is None or count < 2 or found.coupled or not (returned or found.coupling):
         return {}
     ids = torch.randperm(count, generator=fresh_generator(), device="cpu")[:SAMPLES]
-    first = PART if len(ids) > PART + 1 else 1
-    # Parts that happen to have about the same loss tell nothing: two divisions are asked.
-    parts = [part for order in (ids, ids.roll(first)) for part in order.split([first, len(ids) - first])]
     take = partial(_samples, found, count, (args, kwargs))
-    drawn, cuda = False, cuda_devices(model)
+    cuda = cuda_devices(model)
 
-    def run(copied: Any) -> dict[Beside, float]:
-        nonlocal drawn
+    def run(arguments: Any) -> tuple[dict[Beside, float], bool]:
         before = get_random_state(cuda)
-        losses = _losses(model, model(*copied[0], **copied[1]), found.coupling)
-        drawn = drawn or not same_random_state(before, get_random_state(cuda))
-        return losses
-
-    def holds(kind: Any, losses: Sequence[float], tolerance: float) -> bool:
-        told = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
-        return all(_near([losses[0], *losses[i : i + 2]], sum(told[i - 1 : i + 1]), tolerance) for i in (1, 3))
+        losses = _losses(model, model(*arguments[0], **arguments[1]), found.coupling)
+        return losses, not same_random_state(before, get_random_state(cuda))
 
     try:
         with isolate(model, None, []) as isolated, evaluating(model):
-            runs = [isolated.run(run, take(some)) for some in (ids, *parts)]
-            if drawn:
-                return {}
-            by_place = {place: [own[place] for own in runs] for place in runs[0]}
-            bounds = dict.fromkeys(by_place, _rounding(model, UNITS))
-            if any(not holds(reduction, losses, bounds[p]) for p, losses in by_place.items()):
-                twice = isolated.run(run, take(ids.repeat(2)))
-                bounds = {p: _measured(model, losses[0], twice[p]) for p, losses in by_place.items()}
-            reasons = {p: "" for p, losses in by_place.items() if holds(reduction, losses, bounds[p])}
-            others = {
-                p: x for p, x in by_place.items() if p not in reasons and not all(_near(x, y, bounds[p]) for y in x)
-            }
-            # The order matters where a generator is in the loss.
-            for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
-                again = isolated.run(run, take(order))
-                others = {p: losses for p, losses in others.items() if _near(losses, again[p], bounds[p])}
-            several = sum(place.module is None for place in by_place) > 1
-            for place, losses in others.items():
-                summed, mean = (holds(kind, losses, bounds[place]) for kind in ("sum", "mean"))
-                divided = summed and _has_numbers(args, kwargs)
-                if not (summed or mean) or (divided and reduction == "mean" and _by_tokens(args, kwargs, count)):
-                    reasons[place] = _WEIGHTED
-                elif not several and not divided:
-                    reasons[place] = _SUM if summed else _MEAN
-            return reasons
+            return _reasons(
+                reduction,
+                lambda some: isolated.run(run, take(some)),
+                take,
+                ids,
+                (_rounding(model, UNITS), _rounding(model)),
+                divided=_has_numbers(args, kwargs),
+                by_tokens=_by_tokens(args, kwargs, count),
+            )
     except Exception:  # such as of a batch that the model does not accept, or that has no such loss
         return {}
 
 
-def _near(losses: Sequence[float], other: float, tolerance: float) -> bool:
-    """Whether the first of some losses is another number, to a part of the size of all."""
-    return abs(other - losses[0]) <= tolerance * sum(map(abs, losses))
+def _reasons(
+    reduction: Any,
+    run: Callable[[Tensor], tuple[dict[Beside, float], bool]],
+    take: Callable[[Tensor], Any],
+    ids: Tensor,
+    bounds: tuple[float, float],
+    *,
+    divided: bool,
+    by_tokens: bool,
+) -> dict[Beside, str]:
+    """:func:`told_otherwise`, of some samples.
+
+    Args:
+        run: the model on some samples: its losses, and whether it drew random numbers.
+        take: the model's arguments for some samples.
+        ids: the samples.
+        bounds: what is rounding for certain, and all that passes for it, as parts of the size of losses.
+        divided: whether the loss may be divided by a number that the model is called with.
+        by_tokens: whether that is one of tokens, of which samples have other shares than in a mean over samples.
+    """
+    parts = _two_divisions(ids)
+    runs = [run(some) for some in (ids, *parts)]
+    if any(drew for _, drew in runs):
+        return {}
+    by_place = {place: [losses[place] for losses, _ in runs] for place in runs[0][0]}
+
+    rtol = dict.fromkeys(by_place, bounds[0])
+
+    def holds(kind: Any, place: Beside) -> bool:
+        losses = by_place[place]
+        shared = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
+        return all(_near([losses[0], *losses[i : i + 2]], sum(shared[i - 1 : i + 1]), rtol[place]) for i in (1, 3))
+
+    if not all(holds(reduction, place) for place in by_place):
+        twice, _ = run(ids.repeat(2))
+        rtol = {place: _measured(losses[0], twice[place], *bounds) for place, losses in by_place.items()}
+    as_told = {place for place in by_place if holds(reduction, place)}
+    others = {p: x for p, x in by_place.items() if p not in as_told and not all(_near(x, y, rtol[p]) for y in x)}
+    # The order matters where a generator is in the loss.
+    for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
+        again, _ = run(order)
+        others = {place: losses for place, losses in others.items() if _near(losses, again[place], rtol[place])}
+    several = sum(place.module is None for place in by_place) > 1
+    reasons = dict.fromkeys(as_told, "")
+    for place in others:
+        summed, mean = holds("sum", place), holds("mean", place)
+        if not (summed or mean) or (summed and reduction == "mean" and by_tokens):
+            reasons[place] = _WEIGHTED
+        elif not several and not (summed and divided):
+            reasons[place] = _SUM if summed else _MEAN
+    return reasons
 
 
-def _measured(model: nn.Module, loss: float, twice: float) -> float:
+def _two_divisions(ids: Tensor) -> list[Tensor]:
+    """Two divisions of the samples in two parts: parts that happen to have about the same loss tell nothing."""
+    first = PART if len(ids) > PART + 1 else 1
+    return [part for order in (ids, ids.roll(first)) for part in order.split([first, len(ids) - first])]
+
+
+def _near(losses: Sequence[float], other: float, rtol: float) -> bool:
+    """Whether the first of some losses is another number, to rounding."""
+    return abs(other - losses[0]) <= rtol * sum(map(abs, losses))
+
+
+def _measured(loss: float, twice: float, certain: float, passes: float) -> float:
     """What may be rounding, by the loss of the same samples, each of them twice: the same one, or twice that."""
     moved = min(abs(twice - loss), abs(twice - 2 * loss)) / abs(loss) if loss else 0.0
-    return min(_rounding(model, UNITS) + MEASURED * moved, _rounding(model))
+    return min(certain + MEASURED * moved, passes)
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:

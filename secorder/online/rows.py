@@ -8,12 +8,14 @@ from torch import Tensor, nn
 
 from .._torch.engine import accumulate_node
 from .._torch.fsdp import local
+from .._torch.random_state import fresh_generator
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.transforms import inside_transform
-from .._torch.vjp import fresh_generator, gradients
+from .._torch.vjp import gradients
 from ..errors import DoubleBackwardError
 from ..layers.layout import Layout
 from ..layers.selection import Layer
+from ..oneshot.cotangents import measured_rounding
 from ..oneshot.independence import changed_entries, over_samples, separating_masks
 from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
 from ..parallel.ranks import Ranks
@@ -22,9 +24,6 @@ from .samples import Hypothesis, any_layout, floating, run_changed
 
 __all__ = ["Rows", "rows_of_layers"]
 
-
-#: A weight for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
-ALIKE, MEASURED = 1.7, 64.0
 
 #: By layer the calls with their layouts, the layers without, the layers that the output depends on.
 Rows = tuple[dict[str, list[tuple[Layout, Tensor]]], set[str], set[str]]
@@ -121,7 +120,7 @@ def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], gr
     options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
     unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
     if unsettled:
-        noise = _rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
+        noise = measured_rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
         for i in unsettled:
             options[i] = _that_scale(layers[i], candidates[i], plain, draws, noise)
     known, unknown, reached = _none_yet()
@@ -149,30 +148,6 @@ def _that_scale(
         [o for o in choices if all(scales([leaf], [o], plain, scaled, weights, noise) for weights, scaled in draws)]
         for leaf, choices in zip(z.leaves, candidates, strict=True)
     ]
-
-
-def _rounding(
-    leaves: Sequence[Tensor], plain: dict[int, Tensor], pull_back: Callable[[float], dict[int, Tensor]]
-) -> dict[int, Tensor]:
-    """What may be rounding in the gradients of leaves, by ``id(leaf)``, where it is more than their size tells.
-
-    What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
-    Weighting all samples alike shows that, and nothing else, where the backward pass is linear: times two, all bits but
-    the exponent stay.
-
-    Args:
-        plain: their gradients by ``id(leaf)``.
-        pull_back: the same for cotangents times a number.
-    """
-    alike, twice = pull_back(ALIKE), pull_back(2.0)
-    noise = {}
-    for leaf in leaves:
-        g = plain[id(leaf)]
-        linear = bool(torch.equal(twice[id(leaf)], 2 * g))
-        noise[id(leaf)] = (
-            MEASURED * (alike[id(leaf)] - ALIKE * g).abs().amax() if linear and leaf.numel() else g.new_zeros(())
-        )
-    return noise
 
 
 def _none_yet() -> Rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._torch.modules import batch_normalisation, evaluating
 from .._torch.pytree import tensors_in
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..layers.layout import Layout
 from ..layers.structure import independent_by_structure
 from ..oneshot.independence import separating_masks

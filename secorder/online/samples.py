@@ -7,17 +7,14 @@ else, the rows that it looks up are.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch.fsdp import local
+from .._arguments import shown
 from .._torch.pytree import map_tensors, tensors_in
 from ..errors import InvalidArgumentError
 from ..layers.layout import Layout, layouts_of
@@ -31,7 +28,7 @@ from ..owners import (
     owned_by_packing,
     with_entries_of,
 )
-from ..parallel.spread import is_distributed
+from .integers import ChangedIntegers, mixed
 
 __all__ = [
     "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
@@ -88,14 +85,14 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
     Raises:
         InvalidArgumentError: it is not.
     """
-    if sample_dim == "list":
+    if isinstance(sample_dim, str) and sample_dim == "list":
         return
     dims = list(sample_dim.values()) if isinstance(sample_dim, Mapping) else [sample_dim]
     for dim in dims:
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int) or dim < 0):
             raise InvalidArgumentError(
                 'sample_dim must be an integer of at least 0, "list", a mapping of argument names to such integers or '
-                f"None, or None, got {sample_dim!r}."
+                f"None, or None, got {shown(sample_dim)}."
             )
 
 
@@ -273,7 +270,7 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     Args:
         forward: the model on its arguments.
-        mask: which samples are changed, bool, shape (N,).
+        mask: which samples are changed, bool, shape (N,); where none is, the graph is like that of changed ones.
         alike: give them those of the first sample, as they are, where a dimension holds samples.
     """
     whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
@@ -293,21 +290,28 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
         if dim is None:
             return tensor
         if _sparse(tensor):
-            return _mixed(tensor.to_dense(), dim, mask, alike).to_sparse(layout=tensor.layout)
-        return _mixed(tensor, dim, mask, alike)
+            return mixed(tensor.to_dense(), dim, mask, alike=alike).to_sparse(layout=tensor.layout)
+        return mixed(tensor, dim, mask, alike=alike)
 
-    only_integers = _only_integers(arguments, hypothesis)
-    with _OfIntegers(mask, hypothesis, arguments, alike) if only_integers else nullcontext():
+    if not _only_integers(arguments, hypothesis):
+        return forward(map_tensors(changed, arguments))
+    nothing = not bool(mask.any())
+    followed = torch.ones_like(mask) if nothing else mask
+    rows = _rows_changed(arguments, hypothesis, followed)
+    with ChangedIntegers(followed, rows, hypothesis.dim or 0, alike=alike, unchanged=nothing):
         return forward(map_tensors(changed, arguments))
 
 
-def _mixed(tensor: Tensor, dim: int, mask: Tensor, alike: bool) -> Tensor:
-    here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    neighbours = tensor.detach()  # a sample's own rows get no gradient from where they stand for another's
-    other = neighbours.narrow(dim, 0, 1) if alike else neighbours.roll(1, dim) * 1.03125
-    if not bool(tensor.any()):  # a state that starts at zero
-        other = torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
-    return torch.where(here, other, tensor)
+def _rows_changed(arguments: Any, hypothesis: Hypothesis, mask: Tensor) -> Mapping[Tensor, tuple[Tensor, int]]:
+    """Of the tensors that hold samples, which rows are those of changed ones, and in which dimension."""
+    found: MutableMapping[Tensor, tuple[Tensor, int]] = WeakTensorKeyDictionary()
+    owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
+    for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
+        if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
+            found[tensor] = mask[owner.cpu().long()], 0
+        elif dim is not None:
+            found[tensor] = mask, dim
+    return found
 
 
 def _sparse(tensor: Tensor) -> bool:
@@ -320,53 +324,6 @@ def _only_integers(arguments: Any, hypothesis: Hypothesis) -> bool:
         (dim is not None or owner is not None) and (t.is_floating_point() or t.is_complex())
         for t, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True)
     )
-
-
-class _OfIntegers(TorchFunctionMode):
-    """Changes what is made of some samples' integers (the rows that they look up in a table), in place of them."""
-
-    def __init__(self, mask: Tensor, hypothesis: Hypothesis, arguments: Any, alike: bool) -> None:
-        super().__init__()
-        self.dim = hypothesis.dim or 0
-        self.alike = alike
-        #: By tensor, which of its rows are those of changed samples.
-        self.ours: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
-        owners = hypothesis.dims if hypothesis.owned is None else hypothesis.owned.owners
-        for tensor, dim, owner in zip(tensors_in(arguments), hypothesis.dims, owners, strict=True):
-            if isinstance(owner, Tensor):  # entries of a list are changed whole, elsewhere
-                self.ours[tensor] = mask[owner.cpu().long()]
-            elif dim is not None:
-                self.ours[tensor] = mask
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = list(tensors_in((args, kwargs)))
-        all_rows = {id(rows): rows for t in given if (rows := self._rows(t)) is not None}
-        if not isinstance(result, Tensor) or len(all_rows) != 1:  # of several entries of a list nothing is known
-            return result
-        (rows,) = all_rows.values()
-        if not result.is_floating_point():
-            self.ours[result] = rows
-            return result
-        if func not in (F.embedding, F.embedding_bag) and any(t.is_floating_point() for t in given):
-            return result
-        # Elsewhere a dimension of that size may be that of positions, whose rows all samples share.
-        if result.dim() > self.dim + 1 and result.shape[self.dim] == len(rows):
-            if is_distributed(result):  # rows of a table that lies over ranks, which look it up without a graph
-                part = local(result)
-                part.copy_(_mixed(part, self.dim, rows, self.alike))
-                return result
-            return _mixed(result, self.dim, rows, self.alike)
-        return result
-
-    def _rows(self, tensor: Tensor) -> Tensor | None:
-        """Which rows of a tensor change, if it is one of the integers, or what each rank has of them."""
-        if not is_distributed(tensor) or tensor.is_floating_point():
-            return self.ours.get(tensor)
-        memory = local(tensor).untyped_storage().data_ptr()
-        return next((rows for own, rows in self.ours.items() if memory == own.untyped_storage().data_ptr()), None)
 
 
 def shapes_of(arguments: Any) -> tuple[tuple[int, ...], ...]:

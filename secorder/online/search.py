@@ -122,8 +122,7 @@ def _again(asked: Question, before: Attribution) -> Attribution:
     Statistics of the batch that coupled samples still do, whatever a short trial shows of outputs that are saturated.
     """
     if before.normalised and (fixed := _normalising(asked.model)):
-        found = _escalate(replace(asked, fixed=fixed), before.layers)
-        if _separable(found):
+        if _separable(found := _escalate(replace(asked, fixed=fixed), before.layers)):
             return replace(found, coupled=True, normalised=True, changing=before.changing)
     return _escalate(asked, before.layers)
 
@@ -135,8 +134,8 @@ def _normalising(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def _unseen(found: Attribution, modules: Sequence[nn.Module]) -> bool:
     """Whether these have coupled samples, as their buffers tell, so weakly that it shows in gradients alone."""
-    holders = [module._buffers for module in modules]
-    return bool(found.unknown) and any(place.holder is holder for place in found.changing for holder in holders)
+    holders = {id(place.holder) for module in modules for place in buffer_places(module)}
+    return bool(found.unknown) and any(id(place.holder) in holders for place in found.changing)
 
 
 def _separable(found: Attribution) -> bool:
@@ -193,12 +192,12 @@ def _by_operations(asked: Question, layer: Layer) -> Layer:
 
 
 def _has_slower(layer: Layer, model: nn.Module) -> bool:
-    """Whether a layer can be measured in a slower way than now: the slowest is by the whole model."""
+    """Whether there is a slower strategy for a layer than its own: the slowest is by the whole model."""
     return layer.by_operations or layer.rule is not None or layer.enclosing is not model
 
 
 def _slower(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
-    """The layer measured in the next slower way: by its rule, by operations, by its module, by one around that."""
+    """The layer by the next slower strategy: by its rule, by operations, by its module, by one around that."""
     if layer.by_operations:
         return replace(layer, by_operations=False)
     if layer.rule is not None and (followed := _by_operations(asked, layer)) is not layer:
@@ -263,10 +262,7 @@ def _attribute(
             found = rows_of_layers(*given) if layers else _NONE
             if found is None:
                 return Attribution(dims=hypothesis.dims, coupled=True, changing=changing), None
-        before = asked.before
-        same = before is not None and before.layers == tuple(every) and before.selections == selections.count
-        routable = ranks is None and not same
-        routable = routable and bool(selections.count or any(unowned_arguments(arguments, hypothesis)))
+        routable = _may_route(asked, every, selections.count, hypothesis)
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
@@ -279,6 +275,16 @@ def _attribute(
         selections=selections.count,
         coupling=coupled,
     ), choice
+
+
+def _may_route(asked: Question, every: Sequence[Layer], selections: int, hypothesis: Hypothesis) -> bool:
+    """Whether the model may send rows elsewhere by data, in another way than an earlier look has seen."""
+    before = asked.before
+    if asked.ranks is not None:
+        return False
+    if before is not None and before.layers == tuple(every) and before.selections == selections:
+        return False
+    return bool(selections) or any(unowned_arguments(asked.arguments, hypothesis))
 
 
 def _watched(

@@ -36,9 +36,9 @@ OUTSIDE_CAUSES = {
         "let the model itself return what the loss is the mean of, ",
     ),
     "uncalled": (
-        "a method such as get_value(x) that is called in place of the model, or a weight penalty, since no recorded "
-        "forward has called it",
-        "attach to the module that is called, ",
+        "a method such as get_value(x) that is called in place of the model, a weight penalty, or a running average of "
+        "other weights, since no recorded forward has called it",
+        'attach to the module that is called, say penalty="shared" where it is a penalty that is a term of the loss, ',
     ),
 }
 
@@ -95,6 +95,8 @@ class Troubles:
         self.marks: dict[str, str] = {}
         #: By layer, why its batches were left out.
         self.left_out: dict[str, str] = {}
+        #: Why it was not seen whether the loss couples samples, to be said where numbers are read; else empty.
+        self.unseen = ""
         self._causes: set[str] = set()
         self._at: dict[str, set[str]] = {}
         self._warned: set[str] = set()
@@ -200,8 +202,8 @@ def tell_normalised(troubles: Troubles, names: Sequence[str], *, quantised: bool
         instead = "call model.apply(torch.ao.quantization.disable_observer) once they have settled"
     message = (
         f"the samples of a batch influence one another by {by}, so that the per-sample gradients of the layers "
-        f"{list(names)} are those for the {what} of the batch as they are: {instead}, or leave the layers out with "
-        "layers=."
+        f"{list(names)} are each sample's part of the batch's gradient, with the {what} of the batch as they are: "
+        f"{instead}, or leave the layers out with layers=."
     )
     if troubles.strict:
         raise CouplingError(message)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._torch.graph import Node, Output, users_of
 from .._torch.pytree import tensors_in
-from .._torch.vjp import fresh_generator
+from .._torch.random_state import fresh_generator
 from ..errors import DoubleBackwardError
 from ..layers.layout import Layout, layouts_of
 from ..layers.uses import Route, find_uses, hidden

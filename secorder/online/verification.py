@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .._torch.modules import buffer_places, is_scripted, own_tensors, put_back
 from .._torch.pytree import call_model
+from .._torch.random_state import random_state_kept
+from ..oneshot.isolation import gradients_put_aside
 from ..oneshot.state import State
 from ..results import Diagonals
 from .fisher import OnlineFisher
@@ -29,7 +31,7 @@ class Verification:
     """What :meth:`secorder.CurvatureProbe.verify` found; true where the probe is told right.
 
     Attributes:
-        agrees: whether both ways agree.
+        agrees: whether the Fisher of training and the one-shot one agree.
         message: one sentence: as told, or what to pass.
         ratios: by layer, the online Fisher over the one-shot one, by their traces; nan where one of them cannot be
             told.
@@ -70,6 +72,8 @@ def verify(
     told = float(fisher.loss_scale())
     if scale is not None and abs(scale / told - 1) > TOLERANCE:
         return Verification(False, f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}.")
+    if scale is None and fisher.accumulation.reason:
+        return Verification(False, fisher.accumulation.reason)
     online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)
     ratios = {name: _ratio(online.get(name), value) for name, value in one_shot.items()}
     known = [ratio for ratio in ratios.values() if ratio == ratio]
@@ -130,7 +134,7 @@ def _online(
 
 
 def _step(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, scale: float) -> None:
-    with _kept(model, loss_fn), torch.enable_grad():
+    with _state_kept(model, loss_fn), torch.enable_grad():
         (loss_fn(call_model(model, inputs), targets) * scale).backward()
 
 
@@ -142,7 +146,7 @@ def _scale_of_training(
     if not parameters:
         return None
     left = torch.cat([p.grad.detach().flatten().double() for p in parameters if p.grad is not None])
-    with _kept(fisher.model, loss_fn), torch.enable_grad():
+    with _state_kept(fisher.model, loss_fn), torch.enable_grad():
         loss = loss_fn(call_model(fisher.model, inputs), targets)
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
     own = torch.cat(
@@ -158,25 +162,20 @@ def _scale_of_training(
 
 
 @contextmanager
-def _kept(model: nn.Module, loss_fn: Any) -> Iterator[None]:
+def _state_kept(model: nn.Module, loss_fn: Any) -> Iterator[None]:
     """Inside, parameters have no gradient; those they had are put back, and what a step changes of the model's state.
 
     Its buffers, the random state, and what model and loss keep in Python objects.
     """
-    gradients = [(p, p.grad) for p in model.parameters()]
     modules = [m for m in model.modules() if not is_scripted(m)]
     buffers = [place for m in modules for place in buffer_places(m)]
     values = [place.value.detach().clone() for place in buffers]
     tensors = [t for m in modules for t in own_tensors(m)]
     states = State(modules, tensors), State([getattr(loss_fn, "__wrapped__", loss_fn)], [*modules, *tensors])
-    with torch.random.fork_rng():
+    with random_state_kept(model), gradients_put_aside(list(model.parameters())):
         try:
-            for p, _ in gradients:
-                p.grad = None
             yield
         finally:
-            for p, g in gradients:
-                p.grad = g
             for state in states:
                 state.restore()
             put_back(buffers)

@@ -51,11 +51,13 @@ def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
     add_formed(fisher, record)
     waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
-    layers = [one for one in waiting if one.layer.name not in record.troubled]
-    overwritten = [one.layer.name for one in layers if one.overwritten()]
+    layers: list[RankOne] = []
+    overwritten: list[RankOne] = []
+    for one in waiting:
+        if one.layer.name not in record.troubled:
+            (overwritten if one.overwritten() else layers).append(one)
     if overwritten:
-        fisher.troubles.leave_out(record, overwritten, OVERWRITTEN)
-        layers = [one for one in layers if one.layer.name not in overwritten]
+        fisher.troubles.leave_out(record, [one.layer.name for one in overwritten], OVERWRITTEN)
     if layers:
         fisher.troubles.guarded(record, [one.layer.name for one in layers], _add, fisher, record, layers)
 
@@ -63,14 +65,14 @@ def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
 def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
     assert record.backward is not None
     audit, low = record.backward.audit, record.autocast_dtype
-    vectors = [audit.vectors(one) for one in layers]
+    vectors = None if audit.idle else [audit.vectors(one) for one in layers]
     flags = [float("bias" in one.layer.parameters) for one in layers]
     together: SideBySide | OneByOne | None = _side_by_side(fisher, layers, vectors, flags)
-    seen = layers
+    seen = () if vectors is None else layers
     if together is None:
         looks = [
             None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
-            for one, own in zip(layers, vectors, strict=True)
+            for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
         ]
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
@@ -80,7 +82,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         goods = together.finite()  # norms tell by themselves, unless layers are in one matrix
     if seen:
         audit.explain_weights(seen, *together.explained(), low)
-    for one, own in zip(layers, vectors, strict=True):
+    for one, own in zip(layers, vectors, strict=True) if vectors is not None else ():
         if own is None:
             audit.explain(one.layer.name, one.layer.parameters, one.gradients, low)
     if takes_norms(record):
@@ -90,13 +92,25 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
 
 
 def _side_by_side(
-    fisher: "OnlineFisher", layers: Sequence[RankOne], vectors: Sequence[Vectors | None], flags: Sequence[float]
+    fisher: "OnlineFisher",
+    layers: Sequence[RankOne],
+    vectors: Sequence[Vectors | None] | None,
+    flags: Sequence[float],
 ) -> SideBySide | None:
-    """The factors of small layers side by side; None where they are not, or a number that is none is to be kept."""
+    """The factors of small layers side by side; None where they are not, or a number that is none is to be kept.
+
+    Args:
+        vectors: that the layers are looked at with; None where none is.
+        flags: of each, one where it has a bias, else zero.
+    """
     if fisher.on_nonfinite != "skip" or sum([one.elements for one in layers]) > SMALL_ELEMENTS:
         return None
-    known = [own for own in vectors if own is not None]
-    if len(known) < len(layers):
+    weights = [one.layer.parameters["weight"] for one in layers]
+    for one, weight in zip(layers, weights, strict=True) if vectors is None else ():
+        if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:
+            return None
+    known = None if vectors is None else [own for own in vectors if own is not None]
+    if known is not None and len(known) < len(layers):
         return None
-    frame = fisher.directions.frame([one.layer.parameters["weight"] for one in layers], known, flags)
+    frame = fisher.directions.frame(weights, known, flags)
     return None if frame is None else SideBySide(frame, [one.factors for one in layers])

@@ -48,7 +48,7 @@ def part_of(tensor: Tensor, parameter: Any) -> Tensor:
 def shard_of_sum(part: Tensor, parameter: Any, spread: Spread) -> Tensor:
     """This rank's shard, flat, of the sum over ranks with samples of their own of ``part``, which each computes with.
 
-    The part is flat, and that of the whole parameter, or of one that is cut by tensors.
+    The part is flat, and that of the whole parameter, or of one that tensor parallelism shards.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 

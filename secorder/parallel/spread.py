@@ -20,23 +20,23 @@ class Spread(NamedTuple):
     tensor: tuple[int, ...]
 
     def shape(self, parameter: Any) -> torch.Size:
-        """The shape of the part of a parameter that this rank computes with: cut by tensors, gathered by FSDP2."""
+        """The shape of the part of a parameter that this rank computes with: FSDP2 gathers its shards."""
         shape = list(parameter.shape)
         for dim in self.tensor:
-            cut = self.cut(parameter, dim)
-            if cut is not None:
-                shape[cut] = self.part(parameter, dim)[1]
+            sharded = self.sharded_dim(parameter, dim)
+            if sharded is not None:
+                shape[sharded] = self.part(parameter, dim)[1]
         return torch.Size(shape)
 
     @staticmethod
-    def cut(parameter: Any, dim: int) -> int | None:
-        """Which dimension of a parameter is cut along one of the mesh; None where all of it is on each rank."""
+    def sharded_dim(parameter: Any, dim: int) -> int | None:
+        """Which dimension of a parameter is sharded along one of the mesh; None where all of it is on each rank."""
         placement = parameter.placements[dim]
         found: int | None = None if placement.is_replicate() else placement.dim
         return found
 
     def part(self, parameter: Any, dim: int) -> tuple[int, int]:
-        """Of what is cut along a dimension of the mesh: where this rank's part begins, and how much it is."""
+        """Of what is sharded along a dimension of the mesh: where this rank's part begins, and how much it is."""
         size = parameter.shape[parameter.placements[dim].dim]
         most = -(-size // parameter.device_mesh.size(dim))
         first = min(most * parameter.device_mesh.get_local_rank(dim), size)
@@ -52,10 +52,10 @@ class Spread(NamedTuple):
         if len(placements) != len(self.tensor) or any(placement.is_partial() for placement in placements):
             return None
         for placement, dim in zip(placements, self.tensor, strict=True):
-            cut = self.cut(parameter, dim)
-            if cut is not None and placement.is_replicate():
-                found = found.narrow(cut, *self.part(parameter, dim))
-            elif not placement.is_replicate() and placement.dim != cut:
+            sharded = self.sharded_dim(parameter, dim)
+            if sharded is not None and placement.is_replicate():
+                found = found.narrow(sharded, *self.part(parameter, dim))
+            elif not placement.is_replicate() and placement.dim != sharded:
                 return None
         return found
 

@@ -1,16 +1,17 @@
 """Tensor parallelism: the parts of a layer that a rank computes with, and what lies there of inputs and gradients.
 
-Where a matrix is cut by its outputs (``ColwiseParallel``), each rank has the whole input a and its columns of the
-cotangent g; where it is cut by its inputs (``RowwiseParallel``), its columns of a and the whole g. In both the product
-gᵀ a of what a rank has *is* its part of the per-sample gradient, so that squares are formed and kept where they are::
+Where a matrix is sharded by its outputs (``ColwiseParallel``), each rank has the whole input a and its columns of
+the cotangent g; where it is sharded by its inputs (``RowwiseParallel``), its columns of a and the whole g. In both the
+product gᵀ a of what a rank has *is* its part of the per-sample gradient, so that squares are formed and kept where they
+are::
 
     weight      input       cotangent
     Shard(0)    Replicate   Shard(-1)
     Shard(1)    Shard(-1)   Replicate
     Replicate   Replicate   Replicate
 
-An embedding's rows are cut by the first, its columns by the second: of ids each rank looks up its own. Anything else is
-refused in words: by :func:`check` before training, by :func:`own` where a call brings it.
+An embedding's rows are sharded by the first, its columns by the second: of ids each rank looks up its own. Anything
+else is refused in words: by :func:`check` before training, by :func:`own` where a call brings it.
 
 Source: Shoeybi, Patwary, Puri, LeGresley, Casper, Catanzaro (2019), "Megatron-LM: training multi-billion parameter
 language models using model parallelism".
@@ -26,24 +27,24 @@ from .spread import Spread
 
 __all__ = ["Layouts", "check", "layouts", "own", "own_rows"]
 
-#: Of what lies over the ranks: None, all of it on each; else the dimension that is cut.
+#: Of what lies over the ranks: None, all of it on each; else the dimension that is sharded.
 Layouts = tuple[int | None, int | None]
 
 
 def check(name: str, module: nn.Module, parameters: Mapping[str, Any], spread: Spread) -> None:
-    """Refuse what is cut in a way that is not known.
+    """Refuse what is sharded in a way that is not known.
 
     Raises:
         InvalidArgumentError: the type of the layer, the dimension, or a mesh of several dimensions.
     """
-    cut = {
+    sharded = {
         local: [p.placements[dim].dim for dim in spread.tensor if not p.placements[dim].is_replicate()]
         for local, p in parameters.items()
     }
     known = isinstance(module, (nn.Linear, nn.Embedding)) and len(spread.tensor) == 1
     partial = any(p.placements[dim].is_partial() for p in parameters.values() for dim in spread.tensor)
-    one_dim = all(dims in ([], [0], [1]) for dims in cut.values())
-    if partial or (any(cut.values()) and not (known and one_dim)):
+    one_dim = all(dims in ([], [0], [1]) for dims in sharded.values())
+    if partial or (any(sharded.values()) and not (known and one_dim)):
         raise InvalidArgumentError(
             f"layer {name!r} ({type(module).__name__}) lies over the ranks in a way that is not known: tensor "
             "parallelism is, of nn.Linear and nn.Embedding by ColwiseParallel or RowwiseParallel over one dimension "
@@ -52,7 +53,7 @@ def check(name: str, module: nn.Module, parameters: Mapping[str, Any], spread: S
 
 
 def layouts(module: nn.Module, weight: Any, spread: Spread) -> Layouts:
-    """Where a layer's input and the cotangent of its output are to lie, by how its weight is cut."""
+    """Where a layer's input and the cotangent of its output are to lie, by how its weight is sharded."""
     placement = weight.placements[spread.tensor[0]]
     if placement.is_replicate():
         return None, None
@@ -61,8 +62,8 @@ def layouts(module: nn.Module, weight: Any, spread: Spread) -> Layouts:
     return (None, -1) if placement.dim == 0 else (-1, None)
 
 
-def own(tensor: Any, cut: int | None, what: str) -> Tensor:
-    """This rank's part, cut in a dimension or not, of an input, a cotangent or a gradient, all of which may be here.
+def own(tensor: Any, sharded: int | None, what: str) -> Tensor:
+    """This rank's part, sharded or not, of an input, a cotangent or a gradient, all of which may be here.
 
     Raises:
         AttributionError: it lies otherwise, as under sequence parallelism.
@@ -72,9 +73,9 @@ def own(tensor: Any, cut: int | None, what: str) -> Tensor:
     else:
         (placement, *more) = tensor.placements
         tensor = tensor.detach()
-        if more or placement.is_partial() or (placement.is_shard() and placement.dim != _positive(cut, tensor)):
+        if more or placement.is_partial() or (placement.is_shard() and placement.dim != _positive(sharded, tensor)):
             raise _otherwise(what, placement)
-    if (placement is None or placement.is_replicate()) != (cut is None):
+    if (placement is None or placement.is_replicate()) != (sharded is None):
         raise _otherwise(what, placement)
     found: Tensor = tensor if placement is None else tensor.to_local()
     return found

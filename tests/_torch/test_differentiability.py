@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from secorder._torch.differentiability import once_differentiable_functions
+from secorder._torch.differentiability import differentiable_zero, once_differentiable_functions
 
 
 class Square(torch.autograd.Function):
@@ -38,3 +38,12 @@ def test_one_that_the_graph_does_not_tell_the_name_of_is_found() -> None:
     x = torch.ones(3, requires_grad=True)
     y = Once.apply(x).exp().sum()  # type: ignore[no-untyped-call]
     assert once_differentiable_functions(torch.autograd.grad(y, [x], create_graph=True)) == set()
+
+
+def test_a_zero_has_a_graph_to_all_that_is_trained() -> None:
+    model = nn.Linear(2, 3)
+    model.bias.requires_grad_(False)
+    zero = differentiable_zero(model)
+    assert zero == 0
+    (found,) = torch.autograd.grad(zero, [model.weight])
+    assert not found.any()

@@ -22,13 +22,23 @@ class Scaler(torch.amp.GradScaler):
         (lambda scaler, loss: scaler.scale(loss) / 4, True),
         (lambda scaler, loss: loss.exp() + scaler.scale(loss), True),
         (lambda scaler, loss: loss * 1024.0, False),
-        (lambda scaler, loss: loss * torch.tensor(1024.0), False),
+        (lambda scaler, loss: loss * torch.tensor(2048.0), False),
+        (lambda scaler, loss: scaler.scale([loss, loss.exp()])[1], True),
+        (lambda scaler, loss: sum(scaler.scale((loss, loss.exp()))), True),
         (lambda scaler, loss: loss, False),
     ],
-    ids=["scaled", "divided", "summed", "number", "tensor", "plain"],
+    ids=["scaled", "divided", "summed", "number", "tensor", "list", "summed list", "plain"],
 )
 def test_its_factor_is_known(kind: Any, scaled: Callable[[Any, Tensor], Tensor], *, expected: bool) -> None:
     scaler = kind("cpu", init_scale=1024.0)
     loss = torch.ones(3, requires_grad=True).square().mean()
     scaler.scale(loss)  # makes its factor
     assert multiplied_by_scaler(scaled(scaler, loss).grad_fn) is expected
+
+
+def test_a_number_that_somebody_holds_is_no_scalers() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loss = torch.ones(3, requires_grad=True).square().mean()
+    scaler.scale(loss)  # makes its factor
+    held = [torch.tensor(1024.0)]
+    assert not multiplied_by_scaler((loss * held[0]).grad_fn)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder._torch.graph import tells_recomputation
-from secorder._torch.loss_graph import UnknownNode, elements_of, nodes_between, place_of, pull_back
+from secorder._torch.loss_graph import UnknownNode, elements_of, factors_between, nodes_between, place_of, pull_back
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -72,3 +72,23 @@ def test_a_custom_function_is_not_run() -> None:
     order = nodes_between([loss.grad_fn], [z.grad_fn])
     with pytest.raises(UnknownNode, match="Doubled"):
         pull_back(order, {place_of(loss): torch.ones_like(loss)}, [place_of(z)])
+
+
+@pytest.mark.parametrize(
+    ("scaled", "expected"),
+    [
+        (lambda z: z.square().mean() / 4, [0.25]),
+        (lambda z: 0.5 * (z.square().mean() / 4).float(), [0.5, 0.25]),
+        (lambda z: z.square().sum() / 6 / 4, [0.25]),
+        (lambda z: (z.exp().sum() + z.square().sum()) / 6, []),
+        (lambda z: F.mse_loss(z, torch.ones(6), reduction="sum") / 6, []),
+        (lambda z: (z / 4).mean(), []),
+        (lambda z: z.mean() * z.exp().mean(), []),
+    ],
+    ids=["divided", "twice", "a mean of a sum", "of two sums", "of a sum of PyTorch's", "elements", "a product"],
+)
+def test_factors_of_a_loss(scaled: Callable[[Tensor], Tensor], expected: list[float]) -> None:
+    z = torch.ones(6, requires_grad=True).clone()
+    assert factors_between(scaled(z).grad_fn, [z.grad_fn]) == expected
+    whole = z.square().mean() / 4
+    assert factors_between((whole / 2).grad_fn, [whole.grad_fn]) == [0.5]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from secorder._torch import memory
-from secorder._torch.memory import free_memory
+from secorder._torch.memory import free_memory, most_bytes
 
 
 def test_of_the_cpu_it_is_not_told() -> None:
@@ -20,3 +20,27 @@ def test_what_pytorch_holds_in_reserve_is_free(monkeypatch: pytest.MonkeyPatch) 
     assert free_memory(torch.device("cuda", 0)) == 120  # in the same second
     monkeypatch.setattr(memory.time, "monotonic", lambda: -3.5)
     assert free_memory(torch.device("cuda", 0)) == 20
+
+
+def test_the_most_that_is_alive_at_once() -> None:
+    """Of a chain of tensors two at a time; views and what is overwritten count once; what was there does not count."""
+    x = torch.randn(1000, dtype=torch.float32)
+
+    def work() -> None:
+        y = x
+        for _ in range(5):
+            y = y.exp()
+        y.view(10, 100).t().mul_(2)
+
+    assert most_bytes(work) == 2 * 4000
+    assert most_bytes(lambda: x.view(10, 100).add_(1)) == 0
+    assert most_bytes(lambda: [x.exp() for _ in range(5)]) == 5 * 4000
+
+
+def test_what_backward_keeps_and_frees_counts() -> None:
+    x = torch.randn(1000, dtype=torch.float32, requires_grad=True)
+
+    def work() -> None:
+        x.exp().exp().sum().backward()  # which keeps what both return, and makes a gradient of each at a time
+
+    assert 3 * 4000 <= most_bytes(work) <= 5 * 4000

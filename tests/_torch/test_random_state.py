@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from secorder._torch.random_state import cuda_devices, get_random_state, same_random_state, set_random_state
+from secorder._torch.random_state import (
+    cuda_devices,
+    fresh_generator,
+    get_random_state,
+    same_random_state,
+    set_random_state,
+)
 
 
 def draw() -> tuple[float, float, float]:
@@ -42,3 +48,10 @@ def test_a_draw_on_a_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert same_random_state(state, get_random_state([0]))
     on_device += 1
     assert not same_random_state(state, get_random_state([0]))
+
+
+def test_generators_of_our_own_draw_apart_from_it() -> None:
+    state = get_random_state([])
+    one, other = fresh_generator(), fresh_generator()
+    assert torch.rand(3, generator=one).tolist() != torch.rand(3, generator=other).tolist()
+    assert same_random_state(state, get_random_state([]))

@@ -36,6 +36,7 @@ def test_a_batch() -> None:
     assert_all_close(found.fisher.by_parameter(), fisher_by_sample(model, F.cross_entropy, *batch, 10))
     assert found.statistics["hessian"]["2"]["mean"] == pytest.approx(found.hessian["2"].mean().item())
     assert json.loads(found.to_json())["num_samples"] == 10
+    assert "<table" in found._repr_html_()
     assert "tr F" in str(found)
 
 

@@ -1,8 +1,11 @@
 """The contraction against per-sample gradients that are written out, multiplied and summed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from secorder._torch import onednn
 from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.patches import Patches
@@ -68,6 +71,37 @@ def test_patches_of_some_samples_at_a_time(cached: int, monkeypatch: pytest.Monk
     size = 2 * 3 * 18
     torch.testing.assert_close(contract(u, v, numel=size), (each[0] * each[1]).sum(0))
     torch.testing.assert_close(contract(u, numel=size), (each[0] ** 2).sum(0))
+
+
+@pytest.mark.parametrize("pieces", [4, 1 << 20])
+@pytest.mark.parametrize("name", ["one_position", "positions", "groups"])
+def test_products_by_onednn(name: str, pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is large and in single precision, in pieces of one row and as a whole; also where it is differentiated."""
+    u = form(name)
+    v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)
+    expected, squares = ((written_out(u) * written_out(other)).sum(0) for other in (v, u))
+    u, v = (Outer(u.a.float(), other.g.float()) for other in (u, v))
+    monkeypatch.setattr(onednn, "ALONE", 1)
+    monkeypatch.setattr(contraction, "ONEDNN_ELEMENTS", pieces)
+    for start in (1.0, torch.nan):  # which is forgotten
+        out, beta = torch.full((SIZE,), start, dtype=torch.float32), 0.5 if start == 1.0 else 0.0
+        contract(u, v, numel=SIZE, out=out, beta=beta, alpha=3.0)
+        torch.testing.assert_close(out.double(), beta + 3 * expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(contract(u, numel=SIZE).double(), squares, rtol=1e-5, atol=1e-5)
+    differentiable = with_cotangents(u, lambda g: g.clone().requires_grad_())
+    out = torch.zeros(SIZE, dtype=torch.float32)
+    assert contract(differentiable, numel=SIZE, out=out).requires_grad
+
+
+def test_patches_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "ALONE", 1)
+    monkeypatch.setattr(contraction, "CACHED_ELEMENTS", 2 * 9 * 36)  # patches of two samples
+    image = torch.randn(5, 4, 6, 6)
+    a = Patches(image, (3, 3), (2, 2), (1, 1), 1, (5, 1, 9, 36), (1, 1))
+    u, v = (Outer(a, torch.randn(5, 1, 9, 3)) for _ in range(2))
+    expected = contract(u, v, numel=3 * 36)
+    u, v = (Outer(replace(a, image=image.float()), own.g.float()) for own in (u, v))
+    torch.testing.assert_close(contract(u, v, numel=3 * 36).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,10 @@ def test_the_online_fisher_in_bfloat16(tokens: tuple[int, ...]) -> None:
     torch.set_default_dtype(torch.float32)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     inputs = torch.randn(32, *tokens, 6)
-    with CurvatureProbe(model, reduction="mean", precision="bfloat16") as low, CurvatureProbe(model) as full:
+    with (
+        CurvatureProbe(model, reduction="mean", precision="bfloat16") as low,
+        CurvatureProbe(model, reduction="mean") as full,
+    ):
         model(inputs).square().flatten(1).sum(1).mean().backward()
         for name, value in low.fisher_diagonal().items():
             expected = full.fisher_diagonal()[name]
@@ -131,4 +134,4 @@ def test_the_online_fisher_in_bfloat16(tokens: tuple[int, ...]) -> None:
         model(inputs * torch.inf).square().flatten(1).sum(1).mean().backward()
         assert all(torch.equal(value, before[name]) for name, value in low.fisher_diagonal().items())
     with pytest.raises(InvalidArgumentError, match="precision must be"):
-        CurvatureProbe(model, precision="float16")  # type: ignore[arg-type]
+        CurvatureProbe(model, precision="float16", reduction="mean")  # type: ignore[arg-type]

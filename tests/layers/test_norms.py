@@ -2,11 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from secorder._torch import onednn
 from secorder.layers import norms, per_sample
 from secorder.layers.norms import DenseNorms, squared_norm_of_sum, squared_norms
 from secorder.layers.patches import Patches, whole_input
@@ -40,6 +42,21 @@ def test_products_of_positions_and_gradients(groups: int, monkeypatch: pytest.Mo
             sizes = [groups * fan_in * width, groups * width]
             check([[Outer(a, g)], [Outer(None, g)]], sizes)
             check([[Outer(a, g), Outer(a.flip(0), g + 1)], [Outer(None, g)]], sizes)
+
+
+def test_gradients_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, of an input that is a tensor and of patches."""
+    image = torch.randn(5, 3, 9, 9)
+    patches = Patches(image, (3, 3), (1, 1), (1, 1), 1, (5, 1, 49, 27))
+    for a in (torch.randn(5, 1, 49, 27), patches):
+        g = torch.randn(5, 1, 49, 2)
+        parts_of, sizes = [[Outer(a, g)], [Outer(None, g)]], [54, 2]
+        expected = squared_norms(parts_of, sizes)
+        single = replace(patches, image=image.float()) if isinstance(a, Patches) else a.float()
+        with monkeypatch.context() as patch:
+            patch.setattr(onednn, "ALONE", 1)
+            found = squared_norms([[Outer(single, g.float())], [Outer(None, g.float())]], sizes)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_rows_that_are_looked_up_more_than_once() -> None:

@@ -38,14 +38,14 @@ def test_subclasses_of_the_default_types_are_included() -> None:
         pass
 
     model, batch = nn.Sequential(Mine(4, 3)), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_model_that_is_itself_a_layer() -> None:
     model, batch = nn.Linear(4, 3), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert probe.layer_names == [""]
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
@@ -139,7 +139,7 @@ def test_a_layer_may_contain_scripted_parts() -> None:
             return self.scripted(self.first(x).tanh())  # type: ignore[no-any-return]
 
     model, batch = Outer(), data()
-    with CurvatureProbe(model, Outer) as probe:
+    with CurvatureProbe(model, Outer, reduction="mean") as probe:
         step(model, batch)
         fisher = probe.fisher_diagonal()
         assert_all_close(fisher.by_parameter(), reference(model, batch))

@@ -22,6 +22,8 @@ from secorder.layers.uses import (
     reentrant,
 )  # fmt: skip
 
+from ..helpers import Doubled
+
 
 def routes(z: Tensor, followed: set[tuple[str, ...]], **parameters: Tensor) -> list[tuple[str, ...]] | None:
     found = find_uses(users_of([z]), parameters, followed)
@@ -70,16 +72,6 @@ def test_pieces_of_one_form_are_put_together() -> None:
     found = pieces([[("w", outer(1)), ("b", torch.ones(2, 3))], [("w", outer(2)), ("b", torch.ones(2, 3))]])
     assert [part.g.shape[2] for part in found["w"]] == [3]
     assert torch.equal(found["b"][0], torch.full((2, 3), 2.0))
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:
-        return 2 * g
 
 
 def test_a_function_of_the_users_own_cannot_be_asked() -> None:

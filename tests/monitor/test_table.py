@@ -101,7 +101,7 @@ def test_files(tmp_path: Path) -> None:
 
 def test_print_of_a_probe() -> None:
     model, inputs, targets = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     assert "Conv2d(1, 2" in str(probe)
     assert "0 samples" in str(probe)
     F.cross_entropy(model(inputs), targets).backward()

@@ -43,3 +43,14 @@ def test_a_backward_that_clamps_has_no_jacobian() -> None:
         else:
             with pytest.raises(AttributionError, match="not linear"):
                 require_linear_backward([function(x)], [x], pair, seeded())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_nearly_cancels_is_rounded_more_and_is_linear(seed: int) -> None:
+    """A normalisation of two elements, and another behind it, leave of a gradient what is far below it."""
+    torch.manual_seed(seed)
+    first, second = nn.Linear(3, 2).double(), nn.Linear(2, 2).double()
+    x = torch.randn(6, 3).double()
+    free = torch.zeros(6, 2, dtype=torch.float64, requires_grad=True)
+    f = F.layer_norm(second(F.layer_norm(F.elu(first(x)) + free, [2])), [2])
+    require_linear_backward([f], [free], Single(torch.randn(6, 2).double()), seeded())

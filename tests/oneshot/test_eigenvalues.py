@@ -313,3 +313,11 @@ def test_what_may_be_asked() -> None:
     penalty = lambda f, t: F.cross_entropy(f, t) + probe._model[0].weight.square().sum()  # noqa: E731
     with pytest.raises(InvalidArgumentError, match='of="hessian"'):
         probe.hessian_eigenvalues(penalty, *data(), of="ggn")
+
+
+def test_many_more_than_there_are_are_those_that_there_are() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    x, t = torch.randn(4, 2), torch.randint(2, (4,))
+    with CurvatureProbe(model) as probe:
+        found = probe.hessian_eigenvalues(F.cross_entropy, x, t, count=10**12)["0"]
+    assert 0 < len(found.top) == len(found.bottom) <= 6

@@ -92,3 +92,24 @@ def test_a_matrix_from_the_right_is_one_from_the_left_transposed(kind: Any) -> N
             found.append(probe.fisher_diagonal(signed, x, targets, **options).by_parameter())
     expected = {"0.w": found[0]["0.weight"].view(4, 3).t().flatten(), "0.b": found[0]["0.bias"].flatten()}
     assert_all_close({name: found[1][name].flatten() for name in expected}, expected)
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_a_matrix_that_is_used_as_it_is_and_transposed(width: int) -> None:
+    """Of samples that are the rows, whose products are gone through together: also of a square one."""
+    seed()
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, width))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(torch.tanh(x @ self.w), self.w)
+
+    model, inputs, targets = Tied().double(), torch.randn(5, 4).double(), torch.randn(5, 4).double()
+    expected = fisher_by_sample(model, F.mse_loss, inputs, targets, 5)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        assert_all_close(probe.fisher_diagonal(F.mse_loss, inputs, targets).by_parameter(), expected)
+        F.mse_loss(model(inputs), targets).backward()
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)

@@ -91,8 +91,18 @@ def test_columns_and_draws_down_to_an_error_are_told(outputs: int) -> None:
         probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", rtol=0.1)
 
 
+class Block(nn.TransformerEncoderLayer):
+    """Attention and a small net, which returns a tuple as recurrent layers do."""
+
+    def __init__(self) -> None:
+        super().__init__(32, 4, 64, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        return (super().forward(x),)
+
+
 class Recurrent(nn.Module):
-    """A core without a rule, of which much more is kept for backward than it returns."""
+    """A core of which much more is kept for backward than it returns, and a head on the last step."""
 
     def __init__(self, core: nn.Module) -> None:
         super().__init__()
@@ -103,11 +113,28 @@ class Recurrent(nn.Module):
         return found
 
 
+def convolutions() -> nn.Module:
+    """Patches are formed of them, and little is kept."""
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Tanh(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.Flatten(), nn.Linear(256, 3)
+    )
+
+
+MEMORY = {
+    "rnn": (lambda: Recurrent(nn.RNN(16, 32, batch_first=True)), (16, 24, 16)),
+    "gru": (lambda: Recurrent(nn.GRU(16, 32, batch_first=True)), (16, 24, 16)),
+    "block": (lambda: Recurrent(Block()), (8, 24, 32)),
+    "convolutions": (convolutions, (16, 3, 14, 14)),
+    "mlp": (lambda: nn.Sequential(nn.Linear(100, 64), nn.Tanh(), nn.Linear(64, 3)), (64, 100)),
+}
+
+
 @pytest.mark.parametrize("fisher_type", [pytest.param("empirical", marks=run_again_where_nothing_tells), "type-2"])
-def test_memory_that_is_told_of_recurrent_layers_is_that_which_is_spent(fisher_type: Any) -> None:
-    model = Recurrent(nn.GRU(16, 32, batch_first=True))
-    batch = torch.randn(16, 24, 16), torch.randint(3, (16,))
+@pytest.mark.parametrize("name", MEMORY)
+def test_memory_that_is_told_is_that_which_is_spent(name: str, fisher_type: Any) -> None:
+    make_model, shape = MEMORY[name]
+    model, batch = make_model(), (torch.randn(shape), torch.randint(3, shape[:1]))
     with CurvatureProbe(model, "all") as probe:
         told = probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", fisher_type=fisher_type).num_bytes
         spent = peak_memory(lambda: probe.fisher_diagonal(F.cross_entropy, *batch, fisher_type=fisher_type))
-    assert told / 3 < spent < 1.5 * told
+    assert told / 1.5 < spent < 1.5 * told

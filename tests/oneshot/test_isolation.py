@@ -1,4 +1,4 @@
-"""A borrowed model runs from one state again and again, and goes back as it was."""
+"""An isolated model runs from one state again and again, and goes back as it was."""
 
 from typing import Any
 

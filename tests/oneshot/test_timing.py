@@ -1,8 +1,15 @@
 """How long products take, by a clock of our own."""
 
 import pytest
+import torch
 
-from secorder.oneshot.timing import Rehearsal, least_seconds_of, seconds_of, seconds_per_product
+from secorder.oneshot.timing import (
+    Rehearsal,
+    least_seconds_of,
+    seconds_and_bytes,
+    seconds_of,
+    seconds_per_product,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +28,24 @@ def test_two_trials_tell_what_one_product_takes(
 
     assert seconds_per_product(trial, most, allowance) == 2.0
     assert made == batches
+
+
+@pytest.mark.parametrize(
+    ("allowance", "most", "num_bytes"),
+    [(10.0, 50, 800 + 50 * 4000), (10.0, 3, 800 + 3 * 4000), (0.0, 50, 0), (0.0, 1, 4800)],
+)
+def test_memory_of_many_products_is_told_by_that_of_some(
+    monkeypatch: pytest.MonkeyPatch, allowance: float, most: int, num_bytes: int
+) -> None:
+    """A product takes two seconds and a thousand numbers, and a run two hundred besides."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def trial(count: int) -> None:
+        now[0] += 2 * count
+        _besides, _products = [torch.zeros(n, dtype=torch.float32) for n in (200, 1000 * count)]
+
+    assert seconds_and_bytes(trial, most, allowance) == (2.0, num_bytes)
 
 
 def test_seconds_of_work() -> None:

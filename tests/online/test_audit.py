@@ -55,7 +55,7 @@ def test_what_explains_the_gradient_of_a_convolution(convolution: nn.Conv2d, sha
     part = rule(convolution, (images,), g)["weight"]
     looked_at = torch.zeros(convolution.weight[0].numel(), dtype=torch.bool)
     for _ in range(200):
-        vectors = Directions()._drawn(convolution.weight)
+        vectors = Directions().vectors(convolution.weight)
         value, square = explained(part, vectors)
         assert (actual(whole, vectors) - value).abs() <= UNITS * torch.finfo(torch.float64).eps * square.sqrt()
         looked_at |= vectors.s != 0
@@ -77,7 +77,7 @@ def test_rows_that_are_nearly_alike_round_as_much_where_they_are_orthogonal_to_w
     weight, bias = Outer(a, g), Outer(None, g)
     directions = Directions()
     for _ in range(2000):
-        vectors = directions._drawn(torch.zeros(48, 96, dtype=torch.float32))
+        vectors = directions._drawn(torch.zeros(48, 96, dtype=torch.float32), rows=48, block=48)
         assert explained(weight, vectors)[1].sqrt() > 0.05 * a.norm() * g.norm()
         assert explained(weight, vectors, with_bias=True)[1].sqrt() > 0.05 * a.norm() * g.norm()
         assert explained(bias, vectors)[1].sqrt() > 0.05 * g.norm() * 512**0.5

@@ -82,7 +82,7 @@ def test_hooks_on_parameters_do_not_change_the_fisher() -> None:
     model[2].weight.register_hook(lambda g: g * 0.0)
     model[0].weight.register_hook(lambda g: g.clamp(-1e-3, 1e-3))
     model[0].bias.register_hook(lambda g: g + 1)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     expected: dict[str, Tensor] = {}
     for step in range(3):
         if step == 1:
@@ -121,7 +121,7 @@ def test_hooks_on_activations_are_followed(hook: Callable[[Tensor], Tensor], whe
         return m.b(torch.tanh(hidden))
 
     model = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     expected = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for step in range(3):
         at["step"] = step
@@ -375,7 +375,7 @@ def test_no_false_alarm(kind: str, precision: str) -> None:
     random = torch.Generator().manual_seed(5)
     dtype = {"float64": torch.float64, "bfloat16": torch.bfloat16}.get(precision, torch.float32)
     model = MODELS[kind]().to(dtype)
-    probe = CurvatureProbe(model, layer_types="all")
+    probe = CurvatureProbe(model, layer_types="all", loss_scale=1.0)  # whatever the loss is multiplied by
     alarms = []
     for step in range(60 if precision == "float32" else 20):
         count = int(torch.randint(2, 40, (), generator=random))
@@ -443,7 +443,7 @@ def test_a_shared_row_where_only_a_loss_is_returned() -> None:
 
 def test_what_is_suspect_is_said_when_it_is_read() -> None:
     model = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     with warnings.catch_warnings():
         warnings.simplefilter("error", CurvatureWarning)  # training goes on in silence
         (classify(model, data()) + model[0].weight.square().sum()).backward()

@@ -25,7 +25,7 @@ def test_hooks_are_on_parameters_only_while_a_backward_runs() -> None:
 @pytest.mark.parametrize("at", [0, 1, 4])
 def test_a_penalty_at_any_one_step_is_seen(at: int) -> None:
     model, batch = mlp(), data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         for index in range(5):
             loss = F.cross_entropy(model(batch[0]), batch[1])
             (loss + 1e-3 * model[2].weight.square().sum() if index == at else loss).backward()

@@ -30,6 +30,6 @@ def test_an_input_that_is_overwritten_before_backward_is_refused() -> None:
 def test_calls_with_keywords_and_several_calls() -> None:
     model = Net(lambda m, x: m.fc(input=torch.tanh(m.fc(x))), fc=nn.Linear(4, 4))
     batch = data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         step(model, batch)
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))

@@ -40,6 +40,43 @@ class InDict(Spiking):
         return self.b(torch.tanh(torch.stack(self.states["v"]).sum(0)))
 
 
+class Held:
+    """A state of the user's own making."""
+
+    def __init__(self) -> None:
+        self.v: Any = 0.0
+
+
+class Slotted:
+    """One without a dictionary."""
+
+    __slots__ = ("v",)
+
+    def __init__(self) -> None:
+        self.v: Any = 0.0
+
+
+class InObject(Spiking):
+    """The state in an object in a list, which a part of the model holds, too."""
+
+    made: Any = Held
+
+    def reset(self) -> None:
+        self.states = [self.made()]
+        vars(self.a)["shared"] = self.states
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = vars(self.a)["shared"][0]
+        state.v = state.v * 0.5 + self.a(x)
+        return self.b(torch.sigmoid(self.states[0].v))
+
+
+class InSlots(InObject):
+    """The same in an object with slots."""
+
+    made = Slotted
+
+
 class InBuffer(Spiking):
     """A state that moves with the model."""
 
@@ -61,7 +98,7 @@ class Recurrent(Spiking):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kind", [Spiking, InDict, InBuffer, Recurrent])
+@pytest.mark.parametrize("kind", [Spiking, InDict, InObject, InSlots, InBuffer, Recurrent])
 def test_a_state_that_a_module_carries_through_a_rollout(kind: type[Spiking], *, last: bool) -> None:
     """Reset for each batch, whose size changes; row n of all forwards is one sample."""
 
@@ -104,3 +141,52 @@ def test_what_was_carried_is_not_kept() -> None:
         assert probe._attachment is not None
         assert not any(record.carried for record in probe._attachment._running.values())
         assert state.next_functions
+
+
+class Given(nn.Module):
+    """A state that comes as an object among the arguments, and is changed there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, states: list[Any]) -> Tensor:
+        states[0].v = torch.tanh(states[0].v + self.a(x))
+        return self.b(states[0].v)
+
+
+@pytest.mark.parametrize("kind", [Held, Slotted])
+def test_a_state_in_an_object_among_the_arguments(kind: Any) -> None:
+    """What a look makes of it is taken back, so that training goes on from the user's."""
+
+    def loss(m: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        states = [kind()]
+        return sum((F.cross_entropy(m(x, states), batch[1]) for x in batch[0].unbind(1)), torch.zeros(()))
+
+    model = Given().double()
+    batches = [(torch.randn(n, 3, 4).double(), torch.randint(3, (n,))) for n in (5, 3)]
+    expected = [loss(model, batch) for batch in batches]
+    with CurvatureProbe(model, reduction="mean"):
+        assert [loss(model, batch) for batch in batches] == expected
+    assert follow(model, batches, loss, forwards="joined").exact
+
+
+def test_what_is_measured_in_different_ways_in_two_forwards_is_left_out() -> None:
+    """A cache that the look cannot cut off: the rows of the second forward are those of the first, too."""
+
+    class Cached(Given):
+        def forward(self, x: Tensor, states: Any) -> Tensor:
+            states.v[0].v = torch.cat([*states.v[0].v, self.a(x)[:, None]], 1) if states.v[0].v else self.a(x)[:, None]
+            states.v[0].v = [states.v[0].v]
+            return self.b(torch.tanh(states.v[0].v[0]).mean(1))
+
+    def loss(m: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+        states = Held()
+        states.v = [Held()]
+        states.v[0].v = []
+        return sum((F.cross_entropy(m(x, states), batch[1]) for x in batch[0].unbind(1)), torch.zeros(()))
+
+    came = follow(Cached().double(), [(torch.randn(5, 3, 4).double(), torch.randint(3, (5,)))], loss, forwards="joined")
+    assert came.refused.keys() == {"a"}
+    assert any("measured in different ways" in warned for warned in came.warned)
+    assert not any("failed" in warned for warned in came.warned)

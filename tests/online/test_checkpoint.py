@@ -10,7 +10,7 @@ from ..helpers import data, mlp, step
 
 def test_a_state_is_tensors_alone_and_comes_back() -> None:
     model, batch = mlp(), data()
-    with CurvatureProbe(model, decay=0.9) as probe:
+    with CurvatureProbe(model, decay=0.9, reduction="mean") as probe:
         step(model, batch)
         state = probe.state_dict()
         assert all(isinstance(value, torch.Tensor) for value in state.values())

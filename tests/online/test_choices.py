@@ -47,6 +47,9 @@ CHOOSING: dict[str, Criterion] = {
     "nearest neighbours": lambda z, _: (z[:, None] - z).abs().sum(-1).add(9 * torch.eye(len(z))).amin(1).mean(),
     "kernels of distances": lambda z, _: torch.exp(-torch.cdist(z, z)).mean(),
     "a hinge on means of features": lambda z, _: (z.mean(0) - 3).abs().mean(),
+    "a hinge on a mean, beside": lambda z, t: F.cross_entropy(z, t) + (z.mean() + 9).relu(),
+    "a hinge on a mean that is not met": lambda z, t: F.cross_entropy(z, t) + (z.mean() - 9).relu(),
+    "free bits of the batch": lambda z, t: F.cross_entropy(z, t) + z.square().sum(1).mean().clamp(min=0.1),
 }
 
 
@@ -76,6 +79,8 @@ WITHIN: dict[str, Criterion] = {
     "shifted by the largest": shifted,
     "distances to codes": lambda z, _: torch.cdist(z, torch.eye(3).to(z)).min(1).values.mean(),
     "flooded": lambda z, t: (F.cross_entropy(z, t) - 0.9).abs(),
+    "bounded": lambda z, t: F.cross_entropy(z, t).clamp(max=9.0) / 2,
+    "free bits of samples": lambda z, t: F.cross_entropy(z, t) + z.square().sum(1).clamp(min=0.1).mean(),
 }
 
 
@@ -91,7 +96,7 @@ def test_samples_that_are_rows_of_several() -> None:
     z = torch.randn(6, 2, requires_grad=True) * 1.0
     layout = Layout(rows=2)
     for loss, coupled in ((z.unflatten(0, (3, 2)).amax(1).sum(), False), (z.unflatten(0, (2, 3)).amax(1).sum(), True)):
-        places = {place_of(z): Output(layout, 1.0)}
+        places = {place_of(z): Output(layout, 1.0, 3)}
         roots = {place_of(loss): torch.ones(())}
         found = chooses(nodes_between([n for n, _ in roots], {n for n, _ in places}), roots, places)
         assert bool(found) is coupled

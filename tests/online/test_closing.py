@@ -21,7 +21,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 def test_a_second_backward_through_one_forward(same: bool) -> None:
     """The same loss once more changes nothing; another one is to be told of."""
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     outputs = model(batch[0])
     F.cross_entropy(outputs, batch[1]).backward(retain_graph=True)
     (F.cross_entropy(outputs, batch[1]) if same else outputs.square().sum()).backward()
@@ -51,7 +51,7 @@ def test_a_backward_through_a_forward_that_is_not_recorded() -> None:
 
 def test_a_layer_that_the_loss_does_not_reach_has_zeros_and_counts_its_samples() -> None:
     model = Net(lambda m, x: (m.a(x), m.b(x))[0], a=nn.Linear(4, 3), b=nn.Linear(4, 2))
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     loss_of(model, data()).backward()
     found = probe.fisher_diagonal()
     assert not found["b"].any()
@@ -72,7 +72,7 @@ def test_layers_that_a_backward_is_not_asked_for_are_not_told(asked: str) -> Non
     names, untold = ASKED_FOR[asked]
     model, batch = mlp(), data()
     inputs = [p for name, p in model.named_parameters() if name in names or name.partition(".")[0] in names]
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     for _ in range(3):
         loss_of(model, batch).backward(inputs=inputs)
     expected = reference(model, batch)
@@ -90,7 +90,7 @@ def test_tied_layers_are_put_together() -> None:
         lambda m, x: m.c(torch.tanh(m.b(torch.tanh(m.a(x))))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 3)
     )
     model.b.weight = model.a.weight
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     batch = data()
     loss_of(model, batch).backward()
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))

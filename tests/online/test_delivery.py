@@ -50,7 +50,7 @@ def by_all_ways() -> nn.Module:
 def test_each_way_brings_the_same_numbers_and_keeps_no_call() -> None:
     model, batch = by_all_ways(), data()
     closed: list[ForwardRecord] = []
-    with CurvatureProbe(model, layer_types="all") as probe:
+    with CurvatureProbe(model, layer_types="all", reduction="mean") as probe:
         add = probe._fisher.add
 
         def watched(record: ForwardRecord) -> None:
@@ -84,7 +84,7 @@ def test_a_call_of_one_sample_without_a_dimension_for_it() -> None:
         lambda m, x: m.b(torch.stack([torch.tanh(m.a(row)) for row in x])), a=nn.Linear(4, 5), b=nn.Linear(5, 3)
     )
     x, y = data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     for row in range(2):
         model.zero_grad()
         F.cross_entropy(model(x[row : row + 1]), y[row : row + 1]).backward()

@@ -7,7 +7,7 @@ import torch
 
 from secorder.online import failures
 from secorder.online.audit import Comparison
-from secorder.online.failures import Failures
+from secorder.online.failures import MOST_PASSES, Failures
 
 
 def found(layer: int, difference: float, kind: torch.dtype = torch.float32) -> Comparison:
@@ -31,3 +31,12 @@ def test_each_is_compared_before_it_is_told(most: int, monkeypatch: pytest.Monke
     assert audits.counts.tolist() == [0, 1, 5]
     audits.compare([found(0, torch.inf)])
     assert audits.to(torch.device("cpu")).counts.tolist() == [1, 1, 5]
+
+
+def test_the_host_knows_of_a_failure_before_anybody_asks() -> None:
+    audits = Failures(torch.zeros(3, dtype=torch.long))
+    for step in range(MOST_PASSES + 1):
+        audits.compare([found(0, 0.05), found(1, 0.5)] if step == 3 else [found(1, 0.05)])
+    assert audits.known
+    audits.compare([found(0, 0.5)])
+    assert audits.read() == [1, 1, 0]

@@ -34,7 +34,7 @@ def test_the_loss_scale_is_divided_out(given: Any) -> None:
     model, batch = make(), data()
     if isinstance(given, torch.amp.GradScaler):
         given.scale(torch.ones(()))  # its scale is made at the first use
-    probe = CurvatureProbe(model, loss_scale=given)
+    probe = CurvatureProbe(model, loss_scale=given, reduction="mean")
     step(model, batch, 0.25)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
@@ -43,7 +43,7 @@ def test_the_loss_scale_is_asked_for_once_in_a_backward() -> None:
     """On an accelerator, a scaler waits for all that was launched."""
     asked = []
     model, batch = make(), data()
-    with CurvatureProbe(model, loss_scale=lambda: asked.append(1) or 0.25) as probe:
+    with CurvatureProbe(model, loss_scale=lambda: asked.append(1) or 0.25, reduction="mean") as probe:
         for number in (1, 2, 3):
             step(model, batch, 0.25)
             assert len(asked) == number
@@ -53,7 +53,7 @@ def test_the_loss_scale_is_asked_for_once_in_a_backward() -> None:
 def test_a_loss_scale_that_nothing_can_be_divided_by() -> None:
     model, batch = make(), data()
     told = iter([1.0, 0.0, float("nan"), float("inf"), 1.0])
-    with CurvatureProbe(model, loss_scale=lambda: next(told)) as probe:
+    with CurvatureProbe(model, loss_scale=lambda: next(told), reduction="mean") as probe:
         for _ in range(5):
             step(model, batch)
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(make(), batch))
@@ -69,7 +69,7 @@ def test_a_loss_scale_that_is_none(given: Any) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_batch_is_skipped_and_counted(bad: float) -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     step(model, (batch[0] * bad, batch[1]))
     step(model, batch)
@@ -81,28 +81,28 @@ def test_a_bad_batch_is_skipped_and_counted(bad: float) -> None:
 def test_a_bad_batch_raises_or_is_kept() -> None:
     model, batch = make(), data()
     bad = batch[0] * float("nan"), batch[1]
-    with CurvatureProbe(model, on_nonfinite="raise") as probe:
+    with CurvatureProbe(model, on_nonfinite="raise", reduction="mean") as probe:
         step(model, batch)
         with pytest.raises(NonFiniteError, match="layer '2'"):
             step(model, bad)
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
-    with CurvatureProbe(model, on_nonfinite="keep") as probe:
+    with CurvatureProbe(model, on_nonfinite="keep", reduction="mean") as probe:
         step(model, batch)
         step(model, bad)
         assert probe.fisher_diagonal()["0"].isnan().any()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         step(model, bad)
         assert probe.num_skipped == {"0": 1, "2": 1}
         with pytest.raises(ProbeStateError, match="nothing is accumulated"):
             probe.fisher_diagonal()
     with pytest.raises(InvalidArgumentError, match="on_nonfinite"):
-        CurvatureProbe(model, on_nonfinite="ignore")  # type: ignore[arg-type]
+        CurvatureProbe(model, on_nonfinite="ignore", reduction="mean")  # type: ignore[arg-type]
 
 
 def test_accumulators_of_another_dtype() -> None:
     model, batch = make().float(), data()
     batch = batch[0].float(), batch[1]
-    probe = CurvatureProbe(model, accumulator_dtype=torch.float64, accumulator_device="cpu")
+    probe = CurvatureProbe(model, accumulator_dtype=torch.float64, accumulator_device="cpu", reduction="mean")
     step(model, batch)
     found = probe.fisher_diagonal()
     assert found["0"].dtype == torch.float64
@@ -152,11 +152,11 @@ def test_a_run_that_was_killed_and_resumed_is_bit_for_bit_the_same(tmp_path: Pat
 
 def test_the_state_is_flat_tensors_for_safetensors_and_distributed_checkpoints(tmp_path: Path) -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     state = probe.state_dict()
     assert all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
-    other = CurvatureProbe(model)
+    other = CurvatureProbe(model, reduction="mean")
     safetensors = pytest.importorskip("safetensors.torch")
     safetensors.save_file(state, tmp_path / "probe.safetensors")
     other.load_state_dict(safetensors.load_file(tmp_path / "probe.safetensors"))
@@ -167,9 +167,9 @@ def test_the_state_is_flat_tensors_for_safetensors_and_distributed_checkpoints(t
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save({"probe": state}, checkpoint_id=tmp_path / "dcp")
-        empty = {"probe": CurvatureProbe(model).state_dict()}
+        empty = {"probe": CurvatureProbe(model, reduction="mean").state_dict()}
         dcp.load(empty, checkpoint_id=tmp_path / "dcp")
-    third = CurvatureProbe(model)
+    third = CurvatureProbe(model, reduction="mean")
     third.load_state_dict(empty["probe"])
     assert_all_close(third.fisher_diagonal(), probe.fisher_diagonal(), 0.0)
 
@@ -188,7 +188,7 @@ def test_steps_that_a_grad_scaler_skips_are_counted() -> None:
     model, batch = make(Overflows()), data()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with CurvatureProbe(model, layers="0", loss_scale=scaler) as probe:
+    with CurvatureProbe(model, layers="0", loss_scale=scaler, reduction="mean") as probe:
         skipped = 0
         for _ in range(10):
             optimizer.zero_grad()
@@ -205,7 +205,7 @@ def test_steps_that_a_grad_scaler_skips_are_counted() -> None:
 
 def test_decay_is_a_bias_corrected_moving_average() -> None:
     model = make()
-    probe = CurvatureProbe(model, decay=0.9)
+    probe = CurvatureProbe(model, decay=0.9, reduction="mean")
     average, weight = {}, 0.0
     for count in (6, 3, 4):
         batch = data(count)
@@ -218,12 +218,12 @@ def test_decay_is_a_bias_corrected_moving_average() -> None:
 
 def test_state_dict_survives_a_checkpoint() -> None:
     model = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, data())
     buffer = io.BytesIO()
     torch.save(probe.state_dict(), buffer)
     buffer.seek(0)
-    resumed = CurvatureProbe(model)
+    resumed = CurvatureProbe(model, reduction="mean")
     resumed.load_state_dict(torch.load(buffer, weights_only=True))
     probe.detach()
     assert resumed.num_samples == 6
@@ -236,17 +236,19 @@ def test_state_dict_survives_a_checkpoint() -> None:
 @pytest.mark.parametrize("other", ["layers", "shape", "decay", "garbage"])
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(other: str) -> None:
     model = make()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, data())
     before = probe.fisher_diagonal()
     if other == "garbage":
         state = {"a": 1}
     elif other == "layers":
-        state = CurvatureProbe(nn.Sequential(nn.Linear(4, 5))).state_dict()  # without layer 2
+        state = CurvatureProbe(nn.Sequential(nn.Linear(4, 5)), reduction="mean").state_dict()  # without layer 2
     elif other == "decay":
-        state = CurvatureProbe(model, decay=0.5).state_dict()
+        state = CurvatureProbe(model, decay=0.5, reduction="mean").state_dict()
     else:
-        state = CurvatureProbe(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))).state_dict()
+        state = CurvatureProbe(
+            nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)), reduction="mean"
+        ).state_dict()
     with pytest.raises(InvalidArgumentError):
         probe.load_state_dict(state)
     assert_all_close(probe.fisher_diagonal(), before, 0.0)
@@ -255,7 +257,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(other: str) ->
 def test_layer_not_reached_by_the_loss_has_zeros() -> None:
     parts = {name: nn.Linear(4, 3) for name in ("used", "unused", "cut")}
     model, batch = Net(lambda m, x: m.used(x) + m.cut(x).detach(), **parts), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     found = probe.fisher_diagonal()
     assert found["unused"].abs().max() == found["cut"].abs().max() == 0
@@ -267,7 +269,7 @@ def test_half_precision_is_accumulated_in_float32(dtype: torch.dtype) -> None:
     model, batch = make(), data()
     expected = reference(model, batch)
     model.to(dtype)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, (batch[0].to(dtype), batch[1]))
     found = probe.fisher_diagonal()
     assert {d.dtype for d in found.values()} == {torch.float32}
@@ -285,7 +287,7 @@ def test_sums_that_hold_a_part_of_a_batch_are_not_told(
     def breaks_off(*_: Any, **__: Any) -> None:
         raise interrupt
 
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         step(model, batch)
         state = probe.state_dict()
         monkeypatch.setattr(SideBySide if at == "add_to" else fisher, at, breaks_off)
@@ -309,7 +311,7 @@ def test_large_parameters_are_added_to_piece_by_piece(monkeypatch: pytest.Monkey
     model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.Tanh(), nn.Flatten(2), nn.Linear(4, 3), nn.Flatten())
     inputs, targets = torch.randn(6, 2, 3, 3), torch.randint(9, (6,))
     for options in ({}, {"decay": 0.5}, {"loss_scale": 1.0}):
-        with CurvatureProbe(model, **options) as probe:
+        with CurvatureProbe(model, reduction="mean", **options) as probe:
             for _ in range(2):
                 step(model, (inputs, targets))
             assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (inputs, targets)))

@@ -27,7 +27,7 @@ def test_how_many_wait_changes_nothing(
 ) -> None:
     monkeypatch.setattr(formed, "chunk_elements", lambda device: most)
     model, batches = chain(), [data(5), data(40)]
-    with CurvatureProbe(model, "all", on_nonfinite=on_nonfinite, decay=decay) as probe:
+    with CurvatureProbe(model, "all", on_nonfinite=on_nonfinite, decay=decay, reduction="mean") as probe:
         for batch in batches:
             step(model, batch)
         few, many = (reference(model, batch) for batch in batches)
@@ -43,7 +43,7 @@ def test_squares_of_one_layer_that_are_no_numbers_are_left_out_of_it_alone(place
     name = {"first": "layers.0", "last": "layers.4"}[place]
     layer = model.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         step(model, batch)
         expected = reference(model, batch)
         with torch.no_grad():  # what comes out of it is as it was, and its squares are too large
@@ -76,7 +76,7 @@ class Mixed(nn.Module):
 @pytest.mark.parametrize("with_table", [True, False])
 def test_parts_of_a_layer_of_several_forms(with_table: bool) -> None:
     model, batches = Mixed(with_table), [data(5), data(7)]
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         for batch in batches:
             step(model, batch)
         few, many = (reference(model, batch) for batch in batches)
@@ -91,7 +91,7 @@ def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> N
     def fails(_: Tensor) -> None:
         raise ValueError("half-way")
 
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         step(model, batch)
         handle = model.get_submodule("layers.0").register_full_backward_pre_hook(lambda *_: fails(torch.ones(1)))
         with pytest.raises(ValueError, match="half-way"):

@@ -56,7 +56,7 @@ def test_a_probe_that_a_compiled_model_ignores_says_so() -> None:
 
 def test_every_records_each_kth_forward_from_the_first() -> None:
     model = make()
-    probe = CurvatureProbe(model, every=3)
+    probe = CurvatureProbe(model, every=3, reduction="mean")
     batches = [data() for _ in range(5)]
     for batch in batches:
         with torch.no_grad():
@@ -71,7 +71,7 @@ def test_every_records_each_kth_forward_from_the_first() -> None:
 @pytest.mark.parametrize("again", ["backward", "grad"])
 def test_a_second_backward_of_one_graph_counts_once(again: str) -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     loss = F.cross_entropy(model(batch[0]), batch[1])
     loss.backward(retain_graph=True)
     if again == "backward":
@@ -84,7 +84,7 @@ def test_a_second_backward_of_one_graph_counts_once(again: str) -> None:
 
 def test_autograd_grad_is_no_training_step() -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     loss = F.cross_entropy(model(batch[0]), batch[1])
     torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
     torch.autograd.grad(loss, [model[2].weight], retain_graph=True)
@@ -95,7 +95,7 @@ def test_autograd_grad_is_no_training_step() -> None:
 
 def test_backward_with_create_graph_records_once_and_leaves_no_graph() -> None:
     model, batch = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     expected = reference(model, batch)
     F.cross_entropy(model(batch[0]), batch[1]).backward(create_graph=True)
     found = probe.fisher_diagonal()
@@ -132,14 +132,14 @@ def test_a_graph_recorded_before_detach_is_ignored_after_it() -> None:
 def test_module_used_twice_sums_over_its_uses_before_squaring() -> None:
     siamese = Net(lambda m, x: m.shared(x[:, :2]) * torch.tanh(m.shared(x[:, 2:])), shared=nn.Linear(2, 3))
     model, batch = siamese, data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_inplace_activation() -> None:
     model, batch = make(nn.ReLU(inplace=True)), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
@@ -147,14 +147,14 @@ def test_inplace_activation() -> None:
 def test_frozen_layer_behind_a_trainable_one() -> None:
     model, batch = make(), data()
     model[2].requires_grad_(False)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_two_forwards_in_one_backward_are_refused_where_it_is_not_told_what_a_sample_is() -> None:
     model, (inputs, targets) = make(), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     loss = F.cross_entropy(model(inputs), targets) + F.cross_entropy(model(inputs * 2), targets)
     with pytest.warns(CurvatureWarning, match="several forwards"):
         loss.backward()
@@ -169,7 +169,7 @@ def test_two_forwards_in_one_backward_are_refused_where_it_is_not_told_what_a_sa
 def test_heads_in_separate_backwards_are_refused_not_zero() -> None:
     heads = {name: nn.Linear(4, 3) for name in "ab"}
     model, (inputs, targets) = Net(lambda m, x: (m.a(x), m.b(x)), **heads), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     a, b = model(inputs)
     F.cross_entropy(a, targets).backward()
     with pytest.warns(CurvatureWarning, match="second backward"):
@@ -190,7 +190,7 @@ def test_error_in_the_middle_of_a_step_leaves_the_accumulators_right() -> None:
 
     failing = Fails()
     model, batch = make(nn.Tanh(), failing), data()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     failing.fail = True
     with pytest.raises(ValueError, match="forward"):
@@ -221,7 +221,7 @@ def test_activation_checkpointing(use_reentrant: bool) -> None:
     model, batch = Net(forward, first=nn.Linear(4, 4), block=make()), data()
     expected = fisher_by_sample(nn.Sequential(model.first, *model.block), F.cross_entropy, *batch, 6)
     names = {"0": "first", "1": "block.0", "3": "block.2"}
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     found = probe.fisher_diagonal().by_parameter()
     for name, value in expected.items():

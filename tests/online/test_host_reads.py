@@ -95,7 +95,7 @@ def test_a_steady_step_reads_nothing(
         return reads
 
     bare = step().counts
-    with CurvatureProbe(model, "all", decay=decay, **options) as probe:
+    with CurvatureProbe(model, "all", decay=decay, **{"reduction": reduction, **options}) as probe:
         for _ in range(3):
             step()
         monkeypatch.setattr(probe._looks, "scheduled", lambda known: False)  # a batch that is not looked at

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from secorder import AttributionError, CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder.online.reading import unreadable
 
@@ -233,6 +234,45 @@ def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
     loss.backward()
 
 
+def pairwise_sigmoid(a: Tensor, b: Tensor) -> Tensor:
+    """Zhai et al. (2023): bilinear in two embeddings, so that neither alone has a second derivative across samples."""
+    return -F.logsigmoid((2 * torch.eye(len(a), len(b)) - 1) * (a @ b.T)).sum() / len(a)
+
+
+#: Losses of two forwards, and by what is told of these, whether samples are apart.
+OF_TWO: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], list[str]]] = {
+    "pairs of samples": (pairwise_sigmoid, []),
+    "rows that meet": (lambda a, b: (1 - F.cosine_similarity(a, b)).mean(), ["joined"]),
+    "rows that are compared": (lambda a, b: (1 - a + b).relu().mean(), ["joined"]),
+    "all that are compared": (lambda a, b: (1 - a[:, :1] + b[:, 0]).relu().mean(), []),
+    "apart": (lambda a, b: F.softplus(-a).mean() + F.softplus(b).mean(), ["separate"]),
+}
+
+
+@pytest.mark.parametrize("told", ["joined", "separate"])
+@pytest.mark.parametrize("name", OF_TWO)
+def test_samples_of_several_forwards(name: str, told: str) -> None:
+    """Joined, rows that are apart are a sample's affair, too; only the sum of both means is not one over samples."""
+    loss, apart = OF_TWO[name]
+    for model in (make(), residual()):
+        with CurvatureProbe(model, reduction="mean", forwards=told) as probe, warnings.catch_warnings():  # type: ignore[arg-type]
+            warnings.simplefilter("ignore")
+            loss(model(torch.randn(6, 4)), model(torch.randn(6, 4))).backward()
+            refused = unreadable(probe._fisher)
+        assert bool(refused) is (told not in apart and name != "apart")
+        assert all(("forwards=" in reason) is (told == "separate") for reason in refused.values())
+
+
+def test_forwards_of_other_sizes_that_the_loss_couples() -> None:
+    """Nothing needs to be told of them, and they are not apart all the same; one sample each is enough."""
+    for sizes in ((6, 9), (1, 1)):
+        model = make()
+        with CurvatureProbe(model, reduction="mean", forwards="separate", sample_dim=0) as probe:
+            with pytest.warns(CurvatureWarning, match="couples the samples"):
+                pairwise_sigmoid(*[model(torch.randn(n, 4)) for n in sizes]).backward()
+            assert len(unreadable(probe._fisher)) == len(probe.layer_names)
+
+
 def test_rows_of_positions_and_samples_in_another_dimension() -> None:
     """Tokens that are coupled within a sample are apart; across samples they are not."""
 
@@ -247,3 +287,39 @@ def test_rows_of_positions_and_samples_in_another_dimension() -> None:
                 z = model(torch.randn(7, 6, 4))
                 ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
             assert bool(unreadable(probe._fisher)) is coupled
+
+
+class Doubled(torch.autograd.Function):
+    """A sum over samples, of which that cannot be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+UNSEEN: dict[str, Criterion] = {
+    "a custom function": lambda z, t: F.cross_entropy(Doubled.apply(z), t),
+    "a checkpoint": lambda z, t: checkpoint(F.cross_entropy, z, t, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_where_a_loss_cannot_be_looked_at_the_first_read_says_so(name: str) -> None:
+    came = follow(make(), [data(n) for n in (6, 7)], lambda m, b: UNSEEN[name](m(b[0]), b[1]))
+    assert came.exact
+    (warned,) = came.warned
+    assert "cannot be seen whether the loss couples" in warned
+
+
+def test_what_a_check_has_found_is_not_assumed_any_more() -> None:
+    model, batch = make(), data(6)
+    with CurvatureProbe(model) as probe:
+        UNSEEN["a custom function"](model(batch[0]), batch[1]).backward()
+        assert probe.verify(UNSEEN["a custom function"], *batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CurvatureWarning)
+            assert probe.fisher_diagonal()

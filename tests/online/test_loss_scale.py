@@ -80,7 +80,10 @@ def test_fractions_are_written_as_people_do() -> None:
 def test_a_scaler_that_nothing_is_told_of_is_told_of() -> None:
     net, batch = mlp(), data()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with CurvatureProbe(net, reduction="mean") as probe, CurvatureProbe(net, loss_scale=scaler) as told:
+    with (
+        CurvatureProbe(net, reduction="mean") as probe,
+        CurvatureProbe(net, loss_scale=scaler, reduction="mean") as told,
+    ):
         with pytest.warns(CurvatureWarning, match="a GradScaler multiplies the loss"):
             scaler.scale(F.cross_entropy(net(batch[0]), batch[1])).backward()
         with pytest.raises(AttributionError, match="pass loss_scale= with the scaler"):

@@ -51,7 +51,7 @@ def test_a_language_model_over_a_text_with_its_state_carried() -> None:
     model, columns, steps = LanguageModel(), 4, 6
     text = torch.randint(11, (23, columns))
     hidden = (torch.zeros(2, columns, 5), torch.zeros(2, columns, 5))
-    probe = CurvatureProbe(model, layer_types="all")
+    probe = CurvatureProbe(model, layer_types="all", reduction="mean")
     expected: dict[str, Tensor] = {}
     count = 0
     for start in range(0, len(text) - 1, steps):
@@ -81,7 +81,7 @@ def test_a_generative_adversarial_network() -> None:
     critic = nn.Sequential(nn.Linear(4, 6), nn.LeakyReLU(0.2), nn.Linear(6, 1))
     generator = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4))
     ones, zeros = torch.ones, torch.zeros
-    of_critic, of_generator = CurvatureProbe(critic), CurvatureProbe(generator)
+    of_critic, of_generator = CurvatureProbe(critic, reduction="mean"), CurvatureProbe(generator, reduction="mean")
     critic_squares: dict[str, Tensor] = {}
     generator_squares: dict[str, Tensor] = {}
     count = 6
@@ -121,7 +121,7 @@ def test_a_generative_adversarial_network() -> None:
     # The discriminator's losses added: the samples of each forward are its own, where it is said.
     of_critic.detach()
     for forwards in ("separate", None):
-        with CurvatureProbe(critic, forwards=forwards) as probe:
+        with CurvatureProbe(critic, forwards=forwards, reduction="mean") as probe:
             real, fake = torch.randn(count, 4), torch.randn(count, 4)
             total: dict[str, Tensor] = {}
             with probe.paused():
@@ -278,7 +278,7 @@ def test_a_small_gpt_with_gradient_accumulation() -> None:
     """Four micro-batches a step, each loss divided by four; evaluation and generation in between."""
     for layer_types in (None, "all"):
         model = Nano()
-        probe = CurvatureProbe(model, layer_types=layer_types, loss_scale=1 / 4)
+        probe = CurvatureProbe(model, layer_types=layer_types, loss_scale=1 / 4, reduction="mean")
         expected: dict[str, Tensor] = {}
         count = 0
         for _ in range(3):

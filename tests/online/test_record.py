@@ -41,7 +41,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 @pytest.mark.parametrize("size", [6, 3, 1])
 def test_an_eval_forward_between_forward_and_backward(model: nn.Module, grad: bool, size: int) -> None:
     first, other = data(), data(size)
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         loss = loss_of(model, first)
         model.eval()
         with torch.set_grad_enabled(grad):
@@ -58,7 +58,7 @@ def test_forwards_in_flight_are_counted_by_their_own_backwards(
     model: nn.Module, order: tuple[int, ...], sizes: tuple[int, ...]
 ) -> None:
     batches = [data(size) for size in sizes]
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         losses = [loss_of(model, batch) for batch in batches]
         for index in order:
             losses[index].backward()
@@ -70,7 +70,7 @@ def test_forwards_in_flight_are_counted_by_their_own_backwards(
 
 def test_a_backward_that_never_comes_is_nothing(model: nn.Module) -> None:
     kept, batch = [], data()
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         kept.append(loss_of(model, data()))
         loss_of(model, data())
         step(model, batch)
@@ -82,7 +82,7 @@ def test_a_backward_that_never_comes_is_nothing(model: nn.Module) -> None:
 @pytest.mark.parametrize("retained", [False, True])
 def test_the_same_loss_backward_again(model: nn.Module, retained: bool) -> None:
     batch = data()
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         loss = loss_of(model, batch)
         loss.backward(retain_graph=True)
         step(model, batch)  # another forward in between
@@ -93,7 +93,7 @@ def test_the_same_loss_backward_again(model: nn.Module, retained: bool) -> None:
 
 def test_another_loss_through_the_same_forward_is_refused_when_read(model: nn.Module) -> None:
     (inputs, targets), others = data(), torch.randint(3, (6,))
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         output = model(inputs)
         F.cross_entropy(output, targets).backward(retain_graph=True)
         (F.cross_entropy(output, others) * 2).backward()
@@ -131,7 +131,7 @@ def test_what_breaks_off_half_way_leaves_the_numbers_right(where: str, kind: typ
     breaks, whole, broken = Breaks(kind), data(), data(5)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), breaks, nn.Linear(5, 3))
     before = traces(model)
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         if not first:
             step(model, whole)
         breaks.where = where if where == "forward" else ""
@@ -190,7 +190,7 @@ def test_an_interrupt_in_the_forward_of_a_layer() -> None:
     model, batch = branches(), data()
     interrupt = model.b.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     before = traces(model)
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         with pytest.raises(KeyboardInterrupt):
             model(batch[0])
         interrupt.remove()
@@ -215,7 +215,7 @@ def test_forwards_of_several_threads(name: str) -> None:
         except BaseException as error:
             failures.append(error)
 
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         step(model, batches[0])
         probe.reset()
         threads = [threading.Thread(target=work, args=(batch,)) for batch in batches]
@@ -243,7 +243,7 @@ def test_forwards_of_several_threads(name: str) -> None:
 
 def test_a_backward_in_another_thread_than_the_forward(model: nn.Module) -> None:
     batch = data()
-    with CurvatureProbe(model, "all") as probe:
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
         loss = loss_of(model, batch)
         thread = threading.Thread(target=loss.backward)
         thread.start()
@@ -273,7 +273,7 @@ def test_everything_in_turn_is_bit_for_bit_as_without_a_probe() -> None:
 
 def test_nothing_is_told_of_a_forward_that_was_recorded_before_reset_or_detach() -> None:
     model, batch = mlp(), data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         before = loss_of(model, batch)
         probe.detach()
         probe.attach()
@@ -290,7 +290,7 @@ def test_nothing_is_told_of_a_forward_that_was_recorded_before_reset_or_detach()
 def test_a_model_that_is_called_within_its_own_backward() -> None:
     """A hook on the output that runs the model, such as for a metric, is no part of the forward on its way."""
     model, batch = make(), data()
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         output = model(batch[0])
         output.register_hook(lambda g: model(batch[0][:2]).sum() * 0 + g)
         F.cross_entropy(output, batch[1]).backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secorder import CurvatureProbe, InvalidArgumentError
+from secorder import CurvatureProbe, InvalidArgumentError, token_weights
 from secorder.online.reduction import check_reduction, loss_scale_of, weights_of
 
 from ..helpers import data, mlp, step
@@ -34,6 +34,12 @@ def test_weights_are_one_a_sample() -> None:
         weights_of(lambda x: x, (torch.ones(3, 2),), {}, 3)
     with pytest.raises(InvalidArgumentError, match=r"reduction= raised TypeError: .* called as the model is"):
         weights_of(lambda x, labels: labels, (torch.ones(3, 2),), {}, 3)
+
+
+@pytest.mark.parametrize(("labels", "given"), [("labels", {"x": torch.ones(3)}), (1, {}), ("labels", {"labels": None})])
+def test_token_weights_without_labels(labels: Any, given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"no argument {labels!r}"):
+        token_weights(labels)(torch.ones(3, 2), **given)
 
 
 @pytest.mark.parametrize("accumulate", ["diagonal", "trace"])

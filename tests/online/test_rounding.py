@@ -1,10 +1,14 @@
 """What the audit takes for rounding is what rounding can be: no false alarm where sums are long."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
+from secorder.online.reading import unreadable
 from secorder.online.rounding import UNITS, tolerance_of
 
 from ..helpers import refused_where_nothing_tells
@@ -72,12 +76,66 @@ def test_what_a_normalisation_takes_off_raises_no_false_alarm(second: nn.Module,
             assert float(found["1"].max()) < 1e-6 * float(found["0"].max())
 
 
+class Shifted(nn.Module):
+    """Adds one number to all logits, which a softmax takes off again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.shift = nn.Linear(4, 3), nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x) + self.shift
+        return logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_a_softmax_takes_off_raises_no_false_alarm(dtype: torch.dtype) -> None:
+    """Each sample's gradient is a sum that cancels; what is not zero of it, a penalty say, is seen all the same."""
+    for penalty in (0.0, 1e-4):
+        model = Shifted().to(dtype)
+        with CurvatureProbe(model, reduction="mean", layer_types="all") as probe:
+            for _ in range(4):
+                loss = F.cross_entropy(model(torch.randn(6, 4, dtype=dtype)), torch.randint(3, (6,)))
+                (loss + penalty * model.shift).backward()
+            assert set(unreadable(probe._fisher)) == ({""} if penalty else set())
+
+
 def test_a_penalty_on_a_normalisation_is_seen() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU()).float()
     with CurvatureProbe(model, reduction="mean", layer_types="all") as probe:
         for _ in range(3):
             loss = model(torch.randn(6, 3, 8, 8).float()).square().flatten(1).mean(1).mean()
             (loss + 1e-4 * model[1].weight.square().sum()).backward()
+        with pytest.raises(AttributionError, match="outside"):
+            probe.fisher_diagonal()
+
+
+def with_normalised_weight(new: bool) -> nn.Module:
+    """As the first convolution of a vocoder of one channel, whose directions have one element each."""
+    norm = nn.utils.parametrizations.weight_norm if new else nn.utils.weight_norm
+    return nn.Sequential(norm(nn.Conv1d(1, 8, 1)), nn.Tanh(), nn.Flatten(), nn.Linear(24, 2)).float()
+
+
+@pytest.mark.parametrize("new", [False, True])
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_directions_of_one_element_raise_no_false_alarm(accumulate: Any, new: bool) -> None:
+    """The normalised weight does not depend on them: of their gradients, rounding is left."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = with_normalised_weight(new)
+        with CurvatureProbe(model, "all", reduction="mean", accumulate=accumulate) as probe:
+            for _ in range(10):
+                model(torch.randn(6, 1, 3).float()).square().sum(1).mean().backward()
+            assert probe.fisher_trace()["0"].value > 0
+
+
+def test_a_penalty_on_directions_alone_is_seen() -> None:
+    torch.manual_seed(0)
+    model = with_normalised_weight(True)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            loss = model(torch.randn(6, 1, 3).float()).square().sum(1).mean()
+            (loss + 1e-4 * model[0].parametrizations.weight.original1.square().sum()).backward()
         with pytest.raises(AttributionError, match="outside"):
             probe.fisher_diagonal()
 

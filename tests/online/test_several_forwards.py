@@ -93,7 +93,7 @@ def losses(model: nn.Module, sets: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 @pytest.mark.parametrize("sizes", [(4, 3), (5, 3, 1), (4, 4), (3, 3, 4)])
 def test_separate(model: nn.Module, options: Any, sizes: tuple[int, ...]) -> None:
     """Each forward's samples are its own: D(real) + D(fake), two sets of points."""
-    probe = CurvatureProbe(model, layer_types="all", **options)
+    probe = CurvatureProbe(model, layer_types="all", reduction="mean", **options)
     for _ in range(3):
         sets = two(*sizes)
         with probe.paused():
@@ -114,7 +114,7 @@ def test_separate(model: nn.Module, options: Any, sizes: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("count", [2, 3])
 def test_joined(model: nn.Module, count: int) -> None:
     """Row n of all forwards is one sample: a siamese net, a rollout."""
-    probe = CurvatureProbe(model, layer_types="all", forwards="joined")
+    probe = CurvatureProbe(model, layer_types="all", forwards="joined", reduction="mean")
 
     def loss(sets: Sequence[Tensor], y: Tensor) -> Tensor:
         return F.cross_entropy(sum(torch.tanh(model(x)) * (i + 1) for i, x in enumerate(sets)), y)
@@ -134,7 +134,7 @@ def test_joined_where_the_loss_takes_of_a_forward_what_it_likes(parts: tuple[int
     """A forward whose output the loss does not depend on, or through some of its layers only."""
     heads = {name: nn.Linear(4, 3) for name in ("a", "b")}
     model = Net(lambda m, x: (torch.tanh(m.stem(x)), m.a(torch.tanh(m.stem(x))), m.b(x)), stem=nn.Linear(4, 4), **heads)
-    probe = CurvatureProbe(model, forwards="joined")
+    probe = CurvatureProbe(model, forwards="joined", reduction="mean")
 
     def loss(x: Tensor, other: Tensor, y: Tensor) -> Tensor:
         first, second = model(x), model(other)
@@ -190,7 +190,7 @@ def test_a_forward_of_another_mode_that_is_not_recorded() -> None:
 def test_micro_batches_that_add_up_in_one_backward() -> None:
     """Losses of four micro-batches, and one backward: each a forward with samples of its own."""
     model = recurrent()
-    probe = CurvatureProbe(model, layer_types="all", forwards="separate", loss_scale=1 / 4)
+    probe = CurvatureProbe(model, layer_types="all", forwards="separate", loss_scale=1 / 4, reduction="mean")
     sets = two(3, 3, 3, 3)
     with probe.paused():
         expected = squares(
@@ -239,7 +239,7 @@ def test_policy_gradients_of_one_episode() -> None:
 @pytest.mark.parametrize("drop", ["second", "first"])
 def test_a_forward_that_has_no_part_in_the_backward(drop: str) -> None:
     model = mlp()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     (x, y), (other, _) = two(4, 4)
     with probe.paused():
         expected = squares(model, [F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(4)])
@@ -256,7 +256,7 @@ def test_a_forward_that_has_no_part_in_the_backward(drop: str) -> None:
 def test_forwards_of_two_steps_in_flight() -> None:
     """Each has a backward of its own, in another order."""
     model = mlp()
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     (x, y), (other, z) = two(4, 3)
     with probe.paused():
         pairs = [(a[n : n + 1], b[n : n + 1]) for a, b in ((x, y), (other, z)) for n in range(len(a))]

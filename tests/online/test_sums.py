@@ -52,7 +52,7 @@ def test_what_is_on_its_way_to_the_host_is_waited_for(monkeypatch: pytest.Monkey
 
     def trained(**options: object) -> CurvatureProbe:
         model = mlp()
-        with CurvatureProbe(model, accumulator_dtype=torch.float32, **options) as probe:
+        with CurvatureProbe(model, accumulator_dtype=torch.float32, reduction="mean", **options) as probe:
             for count in (4, 6, 5):
                 step(model, data(count))
         return probe

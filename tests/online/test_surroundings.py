@@ -104,7 +104,7 @@ def test_a_counter_of_operations_around_the_step(build: Callable[[], nn.Module])
     model, (x, y) = build(), data()
     with FlopCounterMode(display=False) as plain:
         F.cross_entropy(model(x), y).backward()
-    with CurvatureProbe(model, "all") as probe, FlopCounterMode(display=False) as probed:
+    with CurvatureProbe(model, "all", reduction="mean") as probe, FlopCounterMode(display=False) as probed:
         F.cross_entropy(model(x), y).backward()
     assert probed.get_total_flops() == plain.get_total_flops()
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (x, y)))

@@ -41,7 +41,7 @@ class Agent(nn.Module):
 def test_a_layer_that_is_trained_by_another_method_is_not_zero(set_to_none: bool, steps: int, kind: Any) -> None:
     model = Agent()
     optimizer = kind(model.parameters(), lr=0.1)
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     for _ in range(steps):
         for loss in (lambda: classify(model, data()), lambda: model.get_value(data()[0]).square().mean()):
             optimizer.zero_grad(set_to_none=set_to_none)
@@ -92,3 +92,45 @@ def test_what_was_left_in_grad_before_is_no_training() -> None:
         probe.reset()
         classify(model, data()).backward()
         assert not suspects(probe)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "by hand"])
+def test_weight_decay_alone_is_no_training(kind: str, dtype: torch.dtype) -> None:
+    """Of a layer that nothing calls, whose gradient is zero or none."""
+    model = Agent().to(dtype)
+    optimizers = {"AdamW": torch.optim.AdamW, "SGD": torch.optim.SGD}
+    optimizer = optimizers.get(kind, torch.optim.SGD)(model.parameters(), lr=0.05, weight_decay=0.1)
+    probe = CurvatureProbe(model, reduction="mean")
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for _ in range(20):
+        optimizer.zero_grad(set_to_none=kind == "by hand")
+        x, t = data()
+        F.cross_entropy(model(x.to(dtype)), t).backward()
+        optimizer.step()
+        with torch.no_grad():
+            for p in model.parameters() if kind == "by hand" else ():
+                p.mul_(0.99)
+    assert not suspects(probe)
+    assert not probe.fisher_diagonal()["critic"].any()
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [
+        lambda m: m.critic.weight.data.lerp_(m.actor.weight.data[:1], 0.01),
+        lambda m: m.critic.bias.data.mul_(0.9),  # one number is a multiple of any other
+        lambda m: m.critic.weight.data.sub_(1e-4 * torch.randn(1, 4)),
+    ],
+    ids=["an average", "one number", "a small step"],
+)
+def test_what_moves_otherwise_is_told_of(moves: Any) -> None:
+    model = Agent().float()
+    probe = CurvatureProbe(model, reduction="mean")
+    for _ in range(2):
+        x, t = data()
+        F.cross_entropy(model(x.float()), t).backward()
+        moves(model)
+        model.zero_grad()
+    assert suspects(probe) == {"critic"}

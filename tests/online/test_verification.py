@@ -112,6 +112,16 @@ def test_a_layer_that_differs_says_why() -> None:
     assert "2" not in found.differing
 
 
+def test_a_loss_of_another_scale_differs_alike_in_every_layer() -> None:
+    model, (inputs, targets) = make(), data()
+    per_sample = nn.CrossEntropyLoss(reduction="none")
+    with CurvatureProbe(model, reduction="mean") as probe:
+        found = probe.verify(lambda f, t: per_sample(f, t).sum() / (len(f) if len(f) == 1 else 2), inputs, targets)
+    assert not found
+    assert found.message.startswith(f"the online Fisher is {(len(inputs) / 2) ** 2:.3g} times")
+    assert all("times the one-shot one" in reason for reason in found.differing.values())
+
+
 def test_samples_that_the_loss_weights_say_what_to_pass() -> None:
     model, (inputs, targets) = make(), data()
     weighted = nn.CrossEntropyLoss(torch.linspace(0.2, 3.0, 3))

@@ -24,7 +24,10 @@ def test_how_many_wait_changes_nothing(most: str, monkeypatch: pytest.MonkeyPatc
     if most != "none":
         monkeypatch.setattr(waiting, most, 0)
     model, batches = chain(), [data(5), data(40)]
-    with CurvatureProbe(model) as probe, CurvatureProbe(model, accumulate="trace") as traced:
+    with (
+        CurvatureProbe(model, reduction="mean") as probe,
+        CurvatureProbe(model, accumulate="trace", reduction="mean") as traced,
+    ):
         for batch in batches:
             step(model, batch)
         few, many = (reference(model, batch) for batch in batches)
@@ -42,7 +45,7 @@ def test_an_input_that_is_overwritten_while_its_layer_waits() -> None:
     def overwrite(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(lambda g: output.detach().zero_() * 0 + g)
 
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         step(model, batch)
         expected = reference(model, batch)
         model[3].register_forward_hook(overwrite)  # the input of the last layer, whose gradient has come
@@ -57,7 +60,7 @@ def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> N
     def fails(_: Tensor) -> None:
         raise ValueError("half-way")
 
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         handle = model[0].weight.register_hook(fails)
         with pytest.raises(ValueError, match="half-way"):
             step(model, data(3))
@@ -71,7 +74,7 @@ def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> N
 def test_a_batch_whose_squares_are_no_numbers_is_left_out(accumulate: Literal["diagonal", "trace"]) -> None:
     """It is not taken for one whose gradients come from outside of the layers either."""
     model, batch = chain(), data()
-    with CurvatureProbe(model, accumulate=accumulate) as probe:
+    with CurvatureProbe(model, accumulate=accumulate, reduction="mean") as probe:
         step(model, batch)
         (model(batch[0]).sum() * 1e200).backward()
         model.zero_grad()
@@ -94,7 +97,7 @@ def test_layers_of_which_a_part_is_frozen_are_explained(
     model, batch = chain(), data(40)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained in name)
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         for _ in range(3):
             step(model, batch)
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))

@@ -593,7 +593,7 @@ def test_batch_normalisation_is_said_and_what_is_around_it_is_found(form: str) -
         return m.b(torch.tanh(m.norm(hidden.transpose(1, 2)).transpose(1, 2)).mean(1))
 
     model = Net(forward, a=nn.Linear(4, 5), norm=nn.BatchNorm1d(5), b=nn.Linear(5, 3))
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     x, y = sequences((4, 7))[0]
     seen: list[Tensor] = []
     with probe.paused():

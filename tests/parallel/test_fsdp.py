@@ -76,7 +76,7 @@ def test_shards_and_sums(alone: nn.Sequential) -> None:
 
 def test_a_whole_life(alone: nn.Sequential) -> None:
     batch = data()
-    with CurvatureProbe(alone) as probe:
+    with CurvatureProbe(alone, reduction="mean") as probe:
         step(alone, batch)
         found, saved = probe.fisher_diagonal(), io.BytesIO()
         torch.save(probe.state_dict(), saved)

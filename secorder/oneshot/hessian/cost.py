@@ -4,12 +4,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
 from .budget import Budget
-from .chain import CHAIN_BYTES, seconds_of_chain, shortened
+from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose
 from .facts import Facts
 from .investigate import investigate
@@ -94,8 +95,12 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     Args:
         reduce: of stacked diagonals by parameter, what is wanted.
     """
-    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:  # what happens the first time alone
-        investigate(task, recording, budget, columns=True)
+
+    def first_time() -> None:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            investigate(task, recording, budget, columns=True)
+
+    kept = most_bytes(first_time)  # with what happens the first time alone
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
@@ -105,7 +110,11 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     by_chain = 0.0
     if carried and found.chain is not None:
-        by_chain = seconds_of_chain(task, shortened(found.chain, carried)) / len(carried)
+        chain = shortened(found.chain, carried)
+        of_chain = most_bytes(lambda: seconds_of_chain(task, chain))
+        by_chain = seconds_of_chain(task, chain) / len(carried)
+        for name in carried:
+            found.learn(name, num_bytes=of_chain)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
@@ -121,8 +130,8 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
-    most = max(found.facts.values(), key=lambda f: f.passed)
-    return Cost(costs, overhead, base_bytes(task, most.passed_by_column, most.passed))
+    results = sum(p.numel() * p.element_size() for layer in task.layers for p in layer.parameters.values())
+    return Cost(costs, overhead, kept + results)
 
 
 def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
@@ -133,13 +142,11 @@ def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:
-    """The cost of what was chosen, with the memory of one batch of products."""
+    """The cost of what was chosen, with the memory of one batch of products: as a trial told, else by their size."""
     in_z = choice.strategy in _IN_Z
     elements = facts.output_elements if in_z else facts.parameter_elements
     layer = next(x for x in task.layers if x.name == facts.layer)
     like = next(iter(layer.parameters.values()))
     batch = min(max(choice.products, 1), default_chunk_size(elements, like, task.chunk_size))
-    num_bytes = 4 * batch * elements * like.element_size()
-    if choice.strategy == Strategy.CHAIN:
-        num_bytes = max(num_bytes, min(CHAIN_BYTES, 3 * task.num_samples * facts.outputs**2 * like.element_size()))
+    num_bytes = facts.num_bytes or 4 * batch * elements * like.element_size()
     return LayerCost(choice.strategy, choice.products, choice.exact_products, num_bytes, seconds)

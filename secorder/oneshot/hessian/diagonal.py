@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from ..._torch.vjp import gradients, zero_tether
+from ..._torch.differentiability import differentiable_zero
+from ..._torch.vjp import gradients
 from ...layers.dtypes import zeros
 from ...results import Diagonals, LayerInfo
 from ..measurement import Measurement
@@ -58,9 +59,9 @@ def differentiable_hessian_diagonal(task: Measurement) -> Diagonals:
         if any(g is not None for g in own):
             values[layer.name] = parameter_basis.run(task, layer, own, elements, lambda _: None)
     # A diagonal that happens to be constant must still be differentiable: its gradient is zero, not an error.
-    tether = zero_tether(task.model)
+    zero = differentiable_zero(task.model)
     info = {
         x.name: LayerInfo(chosen[x.name].strategy, chosen[x.name].products, found.facts[x.name].checks)
         for x in task.layers
     }
-    return Diagonals(task.layers, {name: [v + tether for v in parts] for name, parts in values.items()}, info)
+    return Diagonals(task.layers, {name: [v + zero for v in parts] for name, parts in values.items()}, info)

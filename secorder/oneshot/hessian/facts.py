@@ -43,6 +43,7 @@ class Facts:
         parameter_elements: numbers that a product on the parameters keeps at a time, about.
         seconds: that a product of the cheapest exact strategy took in a short trial; 0 where none was made.
         seconds_by_column: that a column took, for all layers together; likewise.
+        num_bytes: memory of as many products as are made at a time, by trials; likewise.
     """
 
     layer: str
@@ -65,6 +66,7 @@ class Facts:
     parameter_elements: int = 0
     seconds: float = 0.0
     seconds_by_column: float = 0.0
+    num_bytes: int = 0
 
     @property
     def checks(self) -> dict[str, bool]:

@@ -15,6 +15,7 @@ from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
 from .investigate import Findings, differentiate, investigate, verify_samples
+from .layer_graph import LayerGraph
 from .on_parameters import on_parameters
 from .output_draws import Reduce
 from .trials import learn_seconds, matters
@@ -88,9 +89,8 @@ def _columns(
 ) -> dict[str, Estimate]:
     """Finish the layers that columns serve; returns what they give of those that are drawn."""
     side = found.output_side
-    known: dict[str, Estimate] = {}
     if side is None:
-        return known
+        return {}
     chosen = choose(list(found.facts.values()), budget)
     strategies = {name: choice.strategy for name, choice in chosen.items()}
     gauss_newton = {
@@ -100,16 +100,8 @@ def _columns(
     }
     few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
     served = [g for name, g in found.graphs.items() if strategies[name] == Strategy.COLUMNS or name in few]
-    lost, before = False, [graph.layouts for graph in served]
-    given = columns.run(task, side, served) if served else []
-    for graph, values, layouts in zip(served, given, before, strict=True):
-        name = graph.layer.name
-        if values is None:
-            graph.layouts = layouts  # which others go by
-            found.learn(name, num_columns=0, columns_drawn=False)
-            lost |= strategies[name] == Strategy.COLUMNS
-        else:
-            known[name] = Estimate(_whole(reduce, values))
+    known = _all_columns(task, found, served, reduce)
+    lost = any(strategies[g.layer.name] == Strategy.COLUMNS and g.layer.name not in known for g in served)
     many = {name for name in gauss_newton - few if found.facts[name].columns_drawn}
     drawn = [g for name, g in found.graphs.items() if strategies[name] == Strategy.COLUMN_DRAWS or name in many]
     if drawn:
@@ -125,6 +117,24 @@ def _columns(
         outcomes[name] = Outcome(strategies[name], known.pop(name), checks, found.graphs[name].num_hvps)
     if lost:
         verify_samples(task, found, budget)
+    return known
+
+
+def _all_columns(
+    task: Measurement, found: Findings, served: Sequence[LayerGraph], reduce: Reduce
+) -> dict[str, Estimate]:
+    """What all columns give of these layers; one that they turn out not to serve is missing, and learns so."""
+    assert found.output_side is not None
+    before = [graph.layouts for graph in served]
+    given = columns.run(task, found.output_side, served) if served else []
+    known = {}
+    for graph, values, layouts in zip(served, given, before, strict=True):
+        name = graph.layer.name
+        if values is None:
+            graph.layouts = layouts  # which others go by
+            found.learn(name, num_columns=0, columns_drawn=False)
+        else:
+            known[name] = Estimate(_whole(reduce, values))
     return known
 
 

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
 from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
@@ -15,7 +16,7 @@ from ...results import Strategy
 from ..measurement import Measurement
 from ..recorded_layer import contract_pairs, layout_options
 from ..roots import First
-from ..timing import TRIAL_SECONDS, seconds_of, seconds_per_product
+from ..timing import TRIAL_SECONDS, seconds_and_bytes, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
 from .choice import DRAWN, cheapest, choose, seconds_of_draws
@@ -30,6 +31,9 @@ __all__ = ["learn_seconds", "matters"]
 
 #: Draws whose spread tells how many there will be, at most.
 PILOT_DRAWS = 16
+
+#: And at least, however long one takes: fewer have no spread.
+LEAST_DRAWS = 2
 
 #: Forwards that a Hessian-vector product takes as long as, about.
 FORWARDS = 5
@@ -49,7 +53,8 @@ def learn_seconds(
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
-        draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this.
+        draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this, and look
+            at how much memory products take.
 
     Returns:
         by layer, the seconds that its draws are to take, where draws were made.
@@ -58,11 +63,12 @@ def learn_seconds(
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
     asked = [name for name in asked if chosen[name].strategy != Strategy.CHAIN]
     allowance = TRIAL_SECONDS / max(1, len(asked))
+    told = _told_seconds if draws is None else seconds_and_bytes
     by_columns = [found.graphs[name] for name in asked if columns.applies(found.facts[name])]
     if found.output_side is not None and by_columns:
-        seconds = _of_columns(task, found.output_side, by_columns, TRIAL_SECONDS)
+        seconds, num_bytes = _of_columns(task, found.output_side, by_columns, partial(told, allowance=TRIAL_SECONDS))
         for graph in by_columns:
-            found.learn(graph.layer.name, seconds_by_column=seconds)
+            found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
         verify_samples(task, found, budget)  # where columns take too long
     chosen = choose(list(found.facts.values()), budget)
     asked = [name for name in asked if chosen[name].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
@@ -70,16 +76,17 @@ def learn_seconds(
     for name in asked:
         facts = found.facts[name]
         if cheapest(facts, budget) is output_basis:
-            seconds = _in_z(task, found.graphs[name], facts, allowance)
-            found.learn(name, seconds=seconds)
+            seconds, num_bytes = _in_z(task, found.graphs[name], facts, partial(told, allowance=allowance))
+            found.learn(name, seconds=seconds, num_bytes=num_bytes)
         else:
             by_parameters.append(next(x for x in task.layers if x.name == name))
     gradients = {}
     for layer, own in on_parameters(task, by_parameters):
         if any(g is not None for g in own):
             gradients[layer.name] = own
-            seconds = _on_parameters(task, layer, own, found.facts[layer.name], allowance)
-            found.learn(layer.name, seconds=seconds)
+            how = partial(told, allowance=allowance)
+            seconds, num_bytes = _on_parameters(task, layer, own, found.facts[layer.name], how)
+            found.learn(layer.name, seconds=seconds, num_bytes=num_bytes)
     verify_samples(task, found, budget)
     return _draw_some(task, found, budget, gradients, draws) if draws else {}
 
@@ -94,6 +101,7 @@ def _draw_some(
     together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
     limit = seconds_of_draws(budget, chosen)
     expected: dict[str, float] = {}
+    layers = {layer.name: layer for layer in task.layers}
     told = [name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)]
     for name, choice in chosen.items():
         facts, names = found.facts[name], [name]
@@ -101,8 +109,8 @@ def _draw_some(
             elements = facts.output_elements + facts.numel
             work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
         elif choice.strategy == Strategy.PARAMETER_DRAWS:
-            layer = next(x for x in task.layers if x.name == name)
-            work = partial(_drawn_on_parameters, task, layer, gradients[name], facts.parameter_elements, reduce)
+            elements = facts.parameter_elements
+            work = partial(_drawn_on_parameters, task, layers[name], gradients[name], elements, reduce)
         elif choice.strategy == Strategy.COLUMN_DRAWS and name not in expected and found.output_side is not None:
             work = partial(_drawn_columns, task, found.output_side, together, reduce)
             names = [graph.layer.name for graph in together]
@@ -110,6 +118,9 @@ def _draw_some(
             continue
         part = TRIAL_SECONDS * len(names) / max(1, len(told))
         by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit, part)
+        if choice.strategy != Strategy.COLUMN_DRAWS:
+            size = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
+            found.learn(name, num_bytes=_bytes_of_draws(work, budget, size, part / max(by_draw, 1e-9)))
         if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
         expected |= dict.fromkeys(names, seconds / len(names))
@@ -165,50 +176,74 @@ def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: flo
     def seconds_of_some(count: int) -> float:
         return seconds_of(lambda: work(replace(budget, num_draws=count, rtol=None), limit))
 
-    count = min(budget.num_draws, PILOT_DRAWS)
+    one = seconds_of_some(1)  # with what happens the first time alone
+    count = min(budget.num_draws, PILOT_DRAWS, max(LEAST_DRAWS, int(allowance / max(one, 1e-9))))
     few = -(-count // 4)
-    seconds_of_some(1)  # what happens the first time alone
     some, more = seconds_of_some(few), seconds_of_some(count)
     by_draw = more / count if more <= some else (more - some) / (count - few)  # each run does something besides
     if budget.rtol is None:
         return by_draw, more + (budget.num_draws - count) * by_draw
     told: list[Estimate] = []
-    seconds = seconds_of(lambda: told.extend(work(budget, min(limit, allowance))))
+    tried = replace(budget, num_draws=count)
+    seconds = seconds_of(lambda: told.extend(work(tried, min(limit, allowance))))
     worst = max(told, key=lambda estimate: estimate.relative_error)
-    if worst.converged or not worst.errors:
+    if not worst.errors:
         return by_draw, seconds
     error, norm = (torch.cat([v.flatten() for v in x]).double().norm().item() for x in (worst.errors, worst.values))
     known = norm**2 - error**2  # the errors of what was drawn are in it
     wanted = worst.num_draws * error**2 / (known * budget.rtol**2) if known > 0 else math.inf
-    rest = max(0.0, min(budget.max_draws, wanted) - worst.num_draws) * by_draw
-    return by_draw, seconds + min(rest, max(0.0, limit - seconds))
+    wanted = max(budget.num_draws, worst.num_draws if worst.converged else min(budget.max_draws, wanted))
+    return by_draw, seconds + min(max(0.0, wanted - worst.num_draws) * by_draw, max(0.0, limit - seconds))
 
 
-def _in_z(task: Measurement, graph: LayerGraph, facts: Facts, allowance: float) -> float:
+def _bytes_of_draws(work: _Draws, budget: Budget, size: int, possible: float) -> int:
+    """Memory of as many draws as are made at a time; 0 where there is no time for some."""
+    most = min(size, budget.num_draws)
+    count = min(most, PILOT_DRAWS, int(possible))
+    if count < LEAST_DRAWS:
+        return 0
+
+    def bytes_of(count: int) -> int:
+        return most_bytes(lambda: work(replace(budget, num_draws=count, rtol=None), math.inf))
+
+    some, few = bytes_of(count), bytes_of(1)
+    return some + (most - count) * max(0, some - few) // (count - 1)
+
+
+#: ``told(trial, most)``: seconds of one product, and the memory of so many at once.
+_Told = Callable[[Callable[[int], object], int], tuple[float, int]]
+
+
+def _told_seconds(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
+    return seconds_per_product(trial, most, allowance), 0
+
+
+def _in_z(task: Measurement, graph: LayerGraph, facts: Facts, told: _Told) -> tuple[float, int]:
     def trial(count: int) -> None:
         output_basis.run(task, graph, facts.output_elements, _nothing, count)
 
     size = default_chunk_size(facts.output_elements, graph.leaves[0], task.chunk_size)
-    return seconds_per_product(trial, min(size, facts.outputs), allowance)
+    return told(trial, min(size, facts.outputs))
 
 
 def _on_parameters(
-    task: Measurement, layer: Layer, own: Sequence[Tensor | None], facts: Facts, allowance: float
-) -> float:
+    task: Measurement, layer: Layer, own: Sequence[Tensor | None], facts: Facts, told: _Told
+) -> tuple[float, int]:
     def trial(count: int) -> None:
         parameter_basis.run(task, layer, own, facts.parameter_elements, _nothing, count)
 
     like = task.isolated.replacements(layer)[0]
     size = default_chunk_size(facts.parameter_elements, like, task.chunk_size)
-    return seconds_per_product(trial, min(size, facts.numel), allowance)
+    return told(trial, min(size, facts.numel))
 
 
-def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph], allowance: float) -> float:
+def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph], told: _Told) -> tuple[float, int]:
     """Of one column, for all layers together."""
     root = side.find_root(task.chunk_size)
     usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
     if not usual:
-        return 0.0
+        return 0.0, 0
+    before = [graph.layouts for graph in usual]
 
     def trial(count: int) -> None:
         contract_pairs(
@@ -222,10 +257,10 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
 
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
-    seconds = seconds_per_product(trial, min(size, root.num_columns), allowance)
-    for graph in usual:
-        graph.layouts = []
-    return seconds
+    found = told(trial, min(size, root.num_columns))
+    for graph, layouts in zip(usual, before, strict=True):
+        graph.layouts = layouts  # a trial verifies none
+    return found
 
 
 def _nothing(_: int) -> None:

@@ -8,6 +8,7 @@ from secorder.errors import AttributionError, InvalidArgumentError
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.layers.operations import OPERATIONS, OperationCall, operation_rule, parameter_map, per_sample_gradient
 
+from ...helpers import Doubled
 from .by_sample import assert_exact
 
 
@@ -36,16 +37,6 @@ def test_a_rule_is_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
         operation_rule()
     with pytest.raises(InvalidArgumentError, match="TBackward0 has a rule already"):
         parameter_map("TBackward0")
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: object, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: object, g: Tensor) -> Tensor:
-        return 2 * g
 
 
 def test_a_backward_of_the_users_own_is_not_run() -> None:

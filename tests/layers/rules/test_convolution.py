@@ -54,7 +54,7 @@ def test_a_convolution_whose_settings_are_changed_after_it_was_made(padding: tup
         model[0].dilation = (2, 1)
     batch = (torch.randn(4, 1, 6, 5), torch.randint(3, (4,)))
     model(batch[0])
-    probe = CurvatureProbe(model)
+    probe = CurvatureProbe(model, reduction="mean")
     step(model, batch)
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
     hessian = probe.hessian_diagonal(F.cross_entropy, *batch, method="exact").by_parameter()

@@ -1,8 +1,10 @@
 """What a Hessian will take is what it then takes."""
 
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -13,7 +15,8 @@ from secorder.oneshot.hessian.cost import estimate_cost, layer_cost
 from secorder.oneshot.hessian.facts import Facts
 from secorder.results import Strategy
 
-from ...helpers import data, make, measured, mlp
+from ...benchmarks.memory import peak_memory
+from ...helpers import data, make, measured, mlp, seed
 
 
 @pytest.mark.parametrize("budget", [Budget("exact"), Budget("hutchinson", num_draws=7)])
@@ -40,3 +43,19 @@ def test_memory_is_that_of_a_chunk_of_products() -> None:
     assert bytes_of(Strategy.OUTPUT_BASIS, 5, 2) == 4 * 2 * 50 * 8
     assert bytes_of(Strategy.PARAMETER_BASIS, 5, None) == 4 * 5 * 1000 * 8
     assert dataclasses.replace(facts, numel=1).layer == "0"
+
+
+@pytest.mark.parametrize(
+    "how", [{"method": "exact"}, {"method": "hutchinson", "num_draws": 20}], ids=lambda how: how["method"]
+)
+@pytest.mark.parametrize(("width", "samples"), [(64, 64), (24, 8)])
+def test_memory_that_is_told_is_that_which_is_spent(how: dict[str, Any], width: int, samples: int) -> None:
+    seed()
+    model = nn.Sequential(
+        nn.Linear(50, width), nn.Tanh(), nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, 5)
+    )
+    batch = torch.randn(samples, 50), torch.randint(5, (samples,))
+    with CurvatureProbe(model, "all") as probe:
+        told = probe.estimate_cost(F.cross_entropy, *batch, **how).num_bytes
+        spent = peak_memory(lambda: probe.hessian_diagonal(F.cross_entropy, *batch, **how))
+    assert told / 1.5 < spent < 1.5 * told

@@ -69,9 +69,27 @@ def test_how_many_draws_there_will_be(monkeypatch: pytest.MonkeyPatch, limit: fl
         return 1.6
 
     monkeypatch.setattr(trials, "seconds_of", timed)
-    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit, 0.5)
+    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=0.1), limit, 100.0)
     assert found == (pytest.approx(0.1), pytest.approx(seconds))
-    assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit, 0.5)[1] == pytest.approx(10.0)
+    assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit, 100.0)[1] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(("rtol", "made"), [(None, [1, 1, 2]), (0.1, [1, 1, 2, 2])])
+def test_of_draws_that_take_long_a_few_are_made(
+    monkeypatch: pytest.MonkeyPatch, rtol: float | None, made: list[int]
+) -> None:
+    """Two tell what all take, of which there are as many as the budget asks for at least."""
+    now, runs = [0.0], []
+
+    def work(budget: Budget, seconds: float) -> list[Estimate]:
+        now[0] += 5.0 * budget.num_draws
+        runs.append(budget.num_draws)
+        return [Estimate([torch.tensor([2.0])], [torch.tensor([0.1])], budget.num_draws)]
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    found = trials._seconds_of_draws(work, Budget("hutchinson", 16, rtol=rtol), math.inf, 0.5)
+    assert found == (pytest.approx(5.0), pytest.approx(16 * 5.0))
+    assert runs == made
 
 
 def test_what_each_run_does_besides_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,7 +102,7 @@ def test_what_each_run_does_besides_is_counted_once(monkeypatch: pytest.MonkeyPa
         return []
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    by_draw, seconds = trials._seconds_of_draws(work, Budget("hutchinson", 60), math.inf, 0.5)
+    by_draw, seconds = trials._seconds_of_draws(work, Budget("hutchinson", 60), math.inf, 1000.0)
     assert (by_draw, seconds) == (pytest.approx(0.1), pytest.approx(1.0 + 6.0))
 
 
@@ -114,3 +132,13 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
     assert expected
     assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS}
     assert sum(made) == more * deflation.PILOT_DRAWS * len(expected)
+
+
+def test_a_trial_of_columns_leaves_what_was_verified() -> None:
+    """Where a layer is narrower than the outputs, its products are timed after columns, by what is known of rows."""
+    model = nn.Sequential(nn.Linear(100, 8), nn.ReLU(), nn.Linear(8, 100))
+    x, t = torch.randn(4, 100), torch.randn(4, 100)
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(F.mse_loss, x, t, max_hvps=50)
+        hessian = probe.hessian_diagonal(F.mse_loss, x, t, max_hvps=50)
+    assert cost["0"].strategy == hessian.info["0"].strategy == "output-basis"

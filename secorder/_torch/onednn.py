@@ -1,0 +1,46 @@
+"""Matrix products of float32 on a CPU by oneDNN, which knows the vector units of whatever processor it runs on.
+
+PyTorch multiplies matrices by MKL, which makes no use of AVX-512 on processors of other makers than its own: on one of
+AMD's, oneDNN is twice as fast. It is reached by the operator that ``torch.compile`` puts in place of a linear layer,
+which can't be differentiated.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+__all__ = ["multiplied_by_onednn", "product_by_onednn"]
+
+#: Multiplications from which on one product is worth a call of its own: what oneDNN gains is more than a call costs,
+#: and two threads have enough to share (measured from 64 to 4,608 rows and columns, on one thread and on two).
+ALONE = 1 << 22
+
+
+def multiplied_by_onednn(like: Tensor, multiplications: int) -> bool:
+    """Whether a product of two matrices of a tensor's kind, of so many multiplications, is for oneDNN.
+
+    By shape alone, so that a run can be repeated bit for bit.
+    """
+    if multiplications < ALONE or like.device.type != "cpu" or like.dtype is not torch.float32:
+        return False
+    return bool(torch.backends.mkldnn.enabled) and _has_operator()
+
+
+def product_by_onednn(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right`` of matrices of float32, which nothing is differentiated through; in new memory.
+
+    Of a right one whose rows are apart from each other, as are a sample's of a sequence that has its steps first,
+    oneDNN has no fast product, but one that takes a thousand times as long: that is copied.
+    """
+    if not (right.is_contiguous() or right.t().is_contiguous()):
+        right = right.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(left, right.t(), None, "none", [], "")
+    return product
+
+
+@cache
+def _has_operator() -> bool:
+    """Whether this PyTorch was built with it; on other processors than those with AVX2 nothing was measured."""
+    capable = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    return capable and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -1,0 +1,70 @@
+"""Which layers the audit of a backward looks at: all of them at first, and then as many as a step pays for.
+
+What an audit costs is mostly the calls of small operations, which are next to nothing beside a layer's own products of
+matrices where these are large. Where they are small, only some of the backward passes are audited, drawn anew each
+time by random numbers of its own, since penalties may be periodic. Once a layer has failed, all are looked at again.
+"""
+
+import random
+from collections.abc import Sequence
+
+from ..layers.selection import Layer
+from .record import ForwardRecord
+
+__all__ = ["Audited", "share_of"]
+
+#: How often a layer is looked at whenever it takes part, before passes and layers are drawn.
+FIRST = 16
+#: Then the layers that are looked at together, at least and at most; else half of those that take part.
+LEAST, MOST = 3, 24
+#: Multiplications of a layer's forward beside which its audit is a fortieth of its step (measured on two cores, without
+#: and with several positions a sample), and the least share of the passes that are audited: of the smallest layers, an
+#: audit is a quarter of a step.
+WORK, SHARE = 3 << 25, 0.125
+
+
+class Audited:
+    """Draws the layers that are looked at; every run of a program draws alike, and so does each rank."""
+
+    def __init__(self) -> None:
+        self._random = random.Random(0)
+        self._looks: dict[str, int] = {}
+        self._shares: dict[object, float] = {}
+
+    def draw(self, record: ForwardRecord, layers: Sequence[Layer], *, every: bool) -> set[str]:
+        """The names of those that a backward's audit looks at.
+
+        Args:
+            record: of the first forward that it runs through.
+            layers: that take part in it.
+            every: whether all of them are to be looked at.
+        """
+        looks, names = self._looks, [layer.name for layer in layers]
+        chosen = set(names) if every else self._some(record, layers, names)
+        for name in names:
+            if looks.get(name, 0) < FIRST:
+                looks[name] = looks.get(name, 0) + 1
+                chosen.add(name)
+        return chosen
+
+    def _some(self, record: ForwardRecord, layers: Sequence[Layer], names: Sequence[str]) -> set[str]:
+        share = self._shares.get(record.shapes)
+        if share is None:
+            if len(self._shares) >= MOST:
+                self._shares.clear()
+            share = self._shares[record.shapes] = share_of(record, layers)
+        if self._random.random() >= share:
+            return set()
+        most = min(MOST, max(LEAST, len(names) // 2))
+        return set(names) if len(names) <= most else set(self._random.sample(names, most))
+
+
+def share_of(record: ForwardRecord, layers: Sequence[Layer]) -> float:
+    """The share of a model's backward passes that are audited, by the multiplications of its layers' forwards."""
+    work = 0
+    for layer in layers:
+        inputs = max(
+            [p.numel() // p.shape[0] for p in layer.parameters.values() if p.dim() > 1 and p.numel()], default=1
+        )
+        work += record.elements(layer) * inputs
+    return min(1.0, max(SHARE, work / (WORK * max(1, len(layers)))))
