@@ -121,9 +121,9 @@ def _again(asked: Question, before: Attribution) -> Attribution:
 
     Statistics of the batch that coupled samples still do, whatever a short trial shows of outputs that are saturated.
     """
-    if before.normalised and (fixed := _normalising(asked.model)):
-        if _separable(found := _escalate(replace(asked, fixed=fixed), before.layers)):
-            return replace(found, coupled=True, normalised=True, changing=before.changing)
+    fixed = _normalising(asked.model) if before.normalised else ()
+    if fixed and _separable(found := _escalate(replace(asked, fixed=fixed), before.layers)):
+        return replace(found, coupled=True, normalised=True, changing=before.changing)
     return _escalate(asked, before.layers)
 
 
