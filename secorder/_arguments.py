@@ -42,7 +42,7 @@ def require_device(name: str, value: Any) -> None:
         there = torch.empty(0, device=value)
     except (RuntimeError, AssertionError, NotImplementedError):  # of a name, or of a machine, that has none
         raise InvalidArgumentError(f'{name} must be a device of this machine, such as "cpu", got {value!r}.') from None
-    if there.is_meta:
+    if there.device.type == "meta":
         raise InvalidArgumentError(f'{name} must be a device that holds numbers, such as "cpu", got {value!r}.')
 
 

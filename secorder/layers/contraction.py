@@ -192,11 +192,13 @@ def _add_sample_by_sample(
     few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
     memory = [None if onednn else target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
-        inputs = a[n.start : n.stop].unbind()
+        inputs = a[n.start : n.stop]
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
+        if onednn:  # of one group, whose dimension would cost each product three views
+            inputs, factors = inputs[:, 0], [own[:, 0] for own in factors]
         for r in chunks(width, rows):
-            here = target[:, r.start : r.stop]
-            of_samples = zip(inputs, *[own[:, :, r.start : r.stop].unbind() for own in factors], strict=True)
+            here = target[0, r.start : r.stop] if onednn else target[:, r.start : r.stop]
+            of_samples = zip(inputs.unbind(), *[own[..., r.start : r.stop, :].unbind() for own in factors], strict=True)
             for right, *lefts in of_samples:
                 formed = [_product(left, right, own) for left, own in zip(lefts, memory, strict=True)]
                 here.addcmul_(formed[0], formed[-1], value=alpha)
@@ -204,9 +206,9 @@ def _add_sample_by_sample(
 
 
 def _product(left: Tensor, right: Tensor, memory: Tensor | None) -> Tensor:
-    """One sample's products, of its groups, in some memory, or of its only one by oneDNN."""
+    """One sample's products, of its groups, in some memory; without any, its only one by oneDNN."""
     if memory is None:
-        return product_by_onednn(left[0], right[0]).unsqueeze(0)
+        return product_by_onednn(left, right)
     return torch.bmm(left, right, out=memory[:, : left.shape[1]])
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "lanczos_steps",
     "nothing",
     "restricted",
+    "rows_of_basis",
     "start_of",
 ]
 
@@ -34,6 +35,9 @@ Which = Literal["both", "largest", "top", "bottom"]
 
 #: The usual tolerance.
 TOLERANCE = 1e-3
+
+#: Vectors that there is room for at first; for twice as many when it is full.
+FIRST_ROWS = 16
 
 #: Products before which nothing passes for converged: a start that has next to nothing of the largest eigenvector looks
 #: as if it had found others.
@@ -180,7 +184,7 @@ def lanczos_steps(
     Two products in turn must meet the tolerance: one may do so without an extreme eigenvalue, of whose vector the start
     had next to nothing, and which the next one mostly shows.
     """
-    space = start.new_empty(min(iterations, 16), start.numel())  # the basis, with room to grow
+    space = start.new_empty(min(iterations, FIRST_ROWS), start.numel())  # the basis, with room to grow
     torch.div(start, start.norm(), out=space[0])
     alphas: list[float] = []
     betas: list[float] = []
@@ -216,6 +220,14 @@ def lanczos_steps(
         torch.div(w, beta, out=space[step])
         betas.append(beta)
     return Eigenvalues(top, bottom, residual, len(alphas), residual <= bound)
+
+
+def rows_of_basis(iterations: int) -> int:
+    """Vectors that so many iterations have room for at once, at most: with more room, what is there is copied."""
+    room, before = FIRST_ROWS, 0
+    while room < iterations:
+        room, before = 2 * room, room
+    return room + before
 
 
 def _asked(values: Sequence[float], count: int, which: Which) -> tuple[list[int], list[int]]:

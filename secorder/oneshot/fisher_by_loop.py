@@ -21,7 +21,7 @@ from .measurement import Measurement
 from .output_hessian import loss_of_output, output_points
 from .recording import seen
 
-__all__ = ["by_loop", "trial_of_loop"]
+__all__ = ["by_loop", "trials_of_loop"]
 
 
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
@@ -113,10 +113,16 @@ def _of_samples(task: Measurement, index: list[int]) -> tuple[Any, Tensor]:
     return output, loss
 
 
-def trial_of_loop(task: Measurement, layers: Sequence[Layer]) -> Callable[[list[int]], None]:
-    """What :func:`by_loop` does with a batch of some samples, of which it makes many, for the time that it takes."""
+def trials_of_loop(
+    task: Measurement, layers: Sequence[Layer]
+) -> tuple[Callable[[list[int]], None], Callable[[], None]]:
+    """What :func:`by_loop` does with a batch of some samples, of which it makes many, and what it checks at the end.
+
+    For the time that it takes, and the memory.
+    """
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
     sketch = _Sketch(replacements, task.num_samples, task.autocast)
+    seeded = torch.Generator(device="cpu").manual_seed(0)
 
     def trial(index: list[int]) -> None:
         _, loss = _of_samples(task, index)
@@ -125,7 +131,12 @@ def trial_of_loop(task: Measurement, layers: Sequence[Layer]) -> Callable[[list[
         for u in g:
             u.mul(u)
 
-    return trial
+    def check() -> None:
+        shape = task.num_samples, min(sketch.numel, sketch.size)
+        own = torch.rand(shape, generator=seeded, dtype=torch.float64, device="cpu").to(replacements[0].device)
+        sketch.combines(own.mean(0), torch.stack(list(own)))
+
+    return trial, check
 
 
 def _which(index: list[int]) -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 from .._torch.memory import most_bytes
 from .._torch.pytree import tensors_in
@@ -12,7 +13,7 @@ from ..errors import DoubleBackwardError
 from ..layers.selection import Layer
 from ..results import Strategy
 from .fisher import Trial, in_batches
-from .fisher_by_loop import trial_of_loop
+from .fisher_by_loop import trials_of_loop
 from .fisher_by_weight import ByWeight
 from .fisher_pairs import FisherType, Found
 from .hessian.budget import Budget
@@ -172,10 +173,14 @@ def _sizes(task: Measurement) -> tuple[int, dict[str, int]]:
 
 def _cost_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> tuple[float, int]:
     """Seconds and bytes: the model and the loss on the whole batch, for the checks, and on one sample after another."""
-    trial = trial_of_loop(task, layers)
+    made: list[Any] = []
+    kept = most_bytes(lambda: made.append(trials_of_loop(task, layers)))
+    trial, check = made[0]
     whole = list(range(task.num_samples))
-    num_bytes = most_bytes(lambda: trial(whole))  # with what happens the first time alone
+    # With what happens the first time alone.
+    num_bytes = kept + max(most_bytes(lambda: trial(whole)), most_bytes(check))
     trial([0])
     sample = least_seconds_of(lambda: trial([0]))
     batch = least_seconds_of(lambda: trial(whole))
-    return task.num_samples * sample * columns + WHOLE_BATCHES * batch, num_bytes
+    results = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters.values())
+    return task.num_samples * sample * columns + WHOLE_BATCHES * batch + seconds_of(check), num_bytes + results

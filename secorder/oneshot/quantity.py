@@ -4,18 +4,20 @@ import math
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from .._arguments import require_one_of
+from .._torch.memory import most_bytes
 from ..results import Strategy
-from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, start_of
+from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, rows_of_basis, start_of
 from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
 from .hessian.choice import Choice
-from .hessian.cost import Cost, LayerCost, base_bytes, estimate_cost, layer_cost
+from .hessian.cost import Cost, LayerCost, estimate_cost, layer_cost
 from .hessian.facts import Facts
 from .hessian.output_draws import whole
 from .measurement import Measurement
@@ -54,6 +56,13 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     """Of the iterations that a short trial tells of, for one eigenvalue at each end to the usual tolerance."""
     sizes: dict[str, Facts] = {}
     timed: dict[str, tuple[Strategy, float]] = {}
+    bytes_of: dict[str, int] = {}
+
+    def opened() -> None:
+        with closing(operators(task, "hessian")) as blocks:
+            next(blocks, None)
+
+    kept = most_bytes(opened)
     start = time.perf_counter()
     inside = 0.0
     with closing(operators(task, "hessian")) as blocks:
@@ -65,7 +74,10 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
                 continue
             vector = start_of(task, layer, product, slice(0, numel))
             before = time.perf_counter()
-            seconds = _seconds_of_lanczos(product, vector, max_iterations, TRIAL_SECONDS / len(task.layers))
+            allowance = TRIAL_SECONDS / len(task.layers)
+            of_product = most_bytes(partial(product, vector))  # with what happens the first time alone
+            seconds, wanted = _cost_of_lanczos(product, vector, max_iterations, allowance)
+            bytes_of[layer.name] = of_product + rows_of_basis(wanted) * vector.numel() * vector.element_size()
             inside += time.perf_counter() - before
             timed[layer.name] = Strategy.PARAMETER_PRODUCTS, seconds
             if isinstance(product, ProductInZ):
@@ -79,28 +91,28 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
         products = 0 if strategy == Strategy.UNUSED else min(max_iterations, sizes[name].numel)
         exact = 0 if strategy == Strategy.UNUSED else sizes[name].numel
         found = layer_cost(task, sizes[name], Choice(strategy, products, exact), seconds)
-        like = next(iter(next(x for x in task.layers if x.name == name).parameters.values()))
-        kept = 2 * products * sizes[name].numel * like.element_size()  # Lanczos' vectors
-        return replace(found, num_bytes=found.num_bytes + kept)
+        return replace(found, num_bytes=bytes_of.get(name, 0))
 
-    passed = sum(facts.output_elements for facts in sizes.values())
-    return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead, base_bytes(task, passed, passed))
+    return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead, kept)
 
 
-def _seconds_of_lanczos(product: Operator, start: Tensor, most: int, allowance: float) -> float:
-    """How long it takes to converge, by the iterations that there is time for; residuals fall geometrically, about."""
+def _cost_of_lanczos(product: Operator, start: Tensor, most: int, allowance: float) -> tuple[float, int]:
+    """How long it takes to converge, and how many iterations, by those that there is time for.
+
+    Residuals fall geometrically, about.
+    """
     most, count = min(most, len(start)), _FIRST
     told: list[Eigenvalues] = []
-    product(start)  # what happens the first time alone
     begun = time.perf_counter()
     while True:
         seconds = seconds_of(lambda: told.append(lanczos(product, start, 1, TOLERANCE, min(count, most))))  # noqa: B023
         found = told[-1]
         if found.converged or count >= most:
-            return seconds
+            return seconds, found.num_hvps
         if time.perf_counter() - begun > allowance:
             break
         count *= 2
     fallen = math.log(found.residual / max(abs(found.top[0]), abs(found.bottom[0]), 1e-300))
     wanted = found.num_hvps * math.log(TOLERANCE) / fallen if fallen < 0 else most
-    return seconds * min(most, max(wanted, found.num_hvps)) / found.num_hvps
+    wanted = min(most, max(wanted, found.num_hvps))
+    return seconds * wanted / found.num_hvps, math.ceil(wanted)

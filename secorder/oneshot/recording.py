@@ -41,6 +41,7 @@ class Recording:
         with_others: layers that were called with other parameters than their own, which may be made of these.
         without_graph: layers that were called where no gradients were wanted.
         hidden: layers of these that ran again, with gradients, inside of a backward pass.
+        pauses: whether forwards run that are not to be recorded.
     """
 
     def __init__(self) -> None:
@@ -51,6 +52,7 @@ class Recording:
         self.with_others: set[str] = set()
         self.without_graph: set[str] = set()
         self.hidden: set[str] = set()
+        self.pauses = False
 
     @property
     def open(self) -> bool:
@@ -61,6 +63,15 @@ class Recording:
     def differentiated(self) -> set[str]:
         """Layers through which the model took a derivative itself."""
         return self.watch.differentiated
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, forwards run as they are, also where a checkpoint runs them again in their backward passes."""
+        self.pauses = True
+        try:
+            yield
+        finally:
+            self.pauses = False
 
     def close(self) -> None:
         """The forward and the loss ran: what is differentiated, or called, from now on is work of ours."""
@@ -194,7 +205,7 @@ class _Tap:
 
     def idle(self) -> bool:
         """Whether the calls are of no interest any more: such as those of a loss that is computed once more."""
-        return not self.recording.open and not self.recomputing()
+        return self.recording.pauses or (not self.recording.open and not self.recomputing())
 
     def before(self, module: nn.Module, _: Any) -> None:
         """Detached parameters take the place of the replacement parameters."""

@@ -149,12 +149,9 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
         every = record.verified or record.scheduled or fisher.failures.known
         layers = [layer for layer in fisher.layers if layer.name in captured]
         backward.audited = fisher.audited.draw(record, layers, every=every)
-    if not backward.audited and len(captured) >= len(fisher.layers):
-        return
+    watched = [x for x in fisher.layers if x.name in backward.audited or x.name not in captured]
     ties = record.attribution.ties
-    for layer in fisher.layers:
-        if layer.name not in backward.audited and layer.name in captured:
-            continue
+    for layer in watched:
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph

@@ -14,8 +14,8 @@ from ..parallel.fsdp import Shard, part_of
 from .agreement import share_troubles
 from .fisher import OnlineFisher
 from .norm_sums import COLUMNS, NormSums
-from .stretch import Stretch, put_aside
 from .sums import LayerSums
+from .window_sums import WindowSums, put_aside
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -50,12 +50,12 @@ def state_of(fisher: OnlineFisher, attachment: "Attachment | None") -> dict[str,
     return state if fisher.earlier is None else {**state, **_state_of(fisher, fisher.earlier, EARLIER)}
 
 
-def _state_of(fisher: OnlineFisher, stretch: "OnlineFisher | Stretch", prefix: str) -> dict[str, Tensor]:
-    """Of what one stretch of training has brought."""
-    numbers = [stretch.seen, *(stretch.seen.new_tensor(x) for x in (stretch.elsewhere, stretch.batches))]
-    state = {f"{prefix}seen": torch.stack(numbers), f"{prefix}norms": stretch.norms.table.clone()}
+def _state_of(fisher: OnlineFisher, window: "OnlineFisher | WindowSums", prefix: str) -> dict[str, Tensor]:
+    """Of what one window of training has brought."""
+    numbers = [window.seen, *(window.seen.new_tensor(x) for x in (window.elsewhere, window.batches))]
+    state = {f"{prefix}seen": torch.stack(numbers), f"{prefix}norms": window.norms.table.clone()}
     for layer in fisher.layers:
-        sums = stretch.sums[layer.name]
+        sums = window.sums[layer.name]
         state[f"{prefix}counts/{layer.name}"] = torch.cat(
             [sums.counts, sums.counts.new_tensor([sums.batches, sums.decays])]
         )
@@ -78,8 +78,8 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
         if own != other:
             raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
     _require_same_parameters(fisher, state)
-    now = _stretch_of(fisher, state, "")
-    earlier = _stretch_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
+    now = _window_of(fisher, state, "")
+    earlier = _window_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
     fisher.reset()
     fisher.sums, fisher.batches, fisher.elsewhere = now.sums, now.batches, now.elsewhere
     fisher.norms = now.norms
@@ -90,7 +90,7 @@ def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Map
         attachment.counts[True], attachment.counts[False] = counts
 
 
-def _stretch_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -> Stretch:
+def _window_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) -> WindowSums:
     """What :func:`_state_of` told."""
     loaded = {}
     for layer in fisher.layers:
@@ -105,8 +105,8 @@ def _stretch_of(fisher: OnlineFisher, state: Mapping[str, Tensor], prefix: str) 
         sums.batches, sums.decays = (round(number) for number in numbers[3:].tolist())
     seen, elsewhere, batches = state[f"{prefix}seen"].tolist()
     norms = NormSums(state[f"{prefix}norms"].to(fisher.norms.table, copy=True), round(batches))
-    stretch = Stretch(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches), norms)
-    return put_aside(stretch) if prefix else stretch
+    window = WindowSums(loaded, fisher.seen.new_tensor(seen), elsewhere, round(batches), norms)
+    return put_aside(window) if prefix else window
 
 
 def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:
@@ -143,8 +143,8 @@ def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) 
     add_up([divided], group)
     if float(divided):  # on some rank a window was looked at: then all of them add up what came before apart
         fresh = fisher.fresh()
-        earlier = fisher.earlier or Stretch(fresh.sums, fresh.seen, 0.0, 0, fresh.norms)
-        earlier = Stretch(
+        earlier = fisher.earlier or WindowSums(fresh.sums, fresh.seen, 0.0, 0, fresh.norms)
+        earlier = WindowSums(
             {name: sums.to(fisher.sums[name].counts.device, copy=True) for name, sums in earlier.sums.items()},
             earlier.seen.to(fisher.seen, copy=True),
             earlier.elsewhere,
@@ -156,19 +156,19 @@ def synchronize(fisher: OnlineFisher, group: "dist.ProcessGroup | None" = None) 
     _share(fisher, group)
 
 
-def _share(stretch: "OnlineFisher | Stretch", group: "dist.ProcessGroup | None") -> None:
+def _share(window: "OnlineFisher | WindowSums", group: "dist.ProcessGroup | None") -> None:
     """Leave each rank its share of what all have: a later call then adds what came since."""
-    every = list(stretch.sums.values())
+    every = list(window.sums.values())
     kept = [sums.counts[:2].clone() for sums in every]
-    table = stretch.norms.table
+    table = window.norms.table
     columns = [i for name, i in COLUMNS.items() if name not in ("batches", "kept")]  # of this rank alone
     shared = table[:, columns]
-    add_up([stretch.seen, shared, *kept, *(total for sums in every for total in sums.sums)], group)
+    add_up([window.seen, shared, *kept, *(total for sums in every for total in sums.sums)], group)
     ranks = dist.get_world_size(group)
     table[:, columns] = shared / ranks
     for sums, counts in zip(every, kept, strict=True):
         sums.counts[:2] = counts / ranks
         for total in sums.sums:
             total.div_(ranks)
-    stretch.elsewhere = float(stretch.seen) * (1 - 1 / ranks)
-    stretch.seen.div_(ranks)
+    window.elsewhere = float(window.seen) * (1 - 1 / ranks)
+    window.seen.div_(ranks)

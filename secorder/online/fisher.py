@@ -33,10 +33,10 @@ from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
 from .reduction import Weights, usable_scale
 from .schedule import now_and_then
-from .stretch import Stretch
 from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
+from .window_sums import WindowSums
 
 __all__ = ["Accumulate", "OnlineFisher", "quietly"]
 
@@ -137,7 +137,7 @@ class OnlineFisher:
         self.failures = Failures(self.seen.new_zeros(len(self.layers), dtype=torch.long))
         self.audited = Audited()
         self.troubles = Troubles([layer.name for layer in self.layers], self._strict)
-        self.earlier: Stretch | None = None  # what was accumulated before the last look at a window
+        self.earlier: WindowSums | None = None  # what was accumulated before the last look at a window
         self.called: set[str] = set()  # layers, in some recorded forward
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled(self.layers)

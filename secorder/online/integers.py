@@ -82,7 +82,7 @@ class ChangedIntegers(TorchFunctionMode):
         if changed is None or not changed.any():
             return made
         if made.is_floating_point():
-            return _exchanged(made, changed, alike=self._alike, unchanged=self._unchanged)
+            return _exchanged(made, changed, self._mask, alike=self._alike, unchanged=self._unchanged)
         self._changed[made] = changed
         return made
 
@@ -167,10 +167,15 @@ def _others(tensor: Tensor, dim: int, *, alike: bool) -> Tensor:
     return tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
 
 
-def _exchanged(made: Tensor, changed: Tensor, *, alike: bool, unchanged: bool) -> Tensor:
-    """Real numbers with others in some places: those of the rows beside, where the places are whole rows."""
-    constant = [d for d in range(made.dim()) if bool((changed == changed.narrow(d, 0, 1)).all())]
-    dim = next((d for d in range(made.dim()) if d not in constant), 0)
+def _exchanged(made: Tensor, changed: Tensor, mask: Tensor, *, alike: bool, unchanged: bool) -> Tensor:
+    """Real numbers with others in some places: those of the rows beside, where the places are whole rows.
+
+    Which dimension these are rows of is told by where the places differ; where those of all samples are changed, as
+    elsewhere by the number of samples, so that a sample gets the same numbers whichever others are changed with it.
+    """
+    dims = [d for d in range(made.dim()) if made.shape[d] == len(mask)] or list(range(made.dim()))
+    differing = [] if mask.all() else [d for d in dims if not bool((changed == changed.narrow(d, 0, 1)).all())]
+    dim = next(iter(differing or dims), 0)
     here = torch.zeros_like(changed) if unchanged else changed
     return torch.where(here, _others(made, dim, alike=alike), made) if made.dim() else made
 

@@ -260,7 +260,7 @@ class NormSums:
 
 
 def together_norms(earlier: NormSums, later: NormSums) -> NormSums:
-    """What two stretches have brought, one after the other; where the later one is."""
+    """What two windows have brought, one after the other; where the later one is."""
     kept = later.table[:, COLUMNS["kept"], None] ** later.table.new_tensor(POWERS)
     before = earlier.table.to(later.table) * kept
     table = before + later.table

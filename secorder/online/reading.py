@@ -17,9 +17,9 @@ from ..results import Diagonals, LayerInfo, Strategy
 from .closing import audit_uncalled
 from .fisher import OnlineFisher
 from .noise import NoiseScales, noise_of
-from .stretch import Stretch, joined
 from .trace import effective_samples, trace_of
 from .troubles import sentence
+from .window_sums import WindowSums, joined
 
 __all__ = [
     "Missing",
@@ -35,8 +35,8 @@ __all__ = [
 #: What to do where a layer's number cannot be given.
 Missing = Literal["raise", "skip"]
 
-#: What is read: a stretch of training, and the layers whose numbers cannot be given for it, with the reason.
-Read = tuple[Stretch, Mapping[str, str]]
+#: What is read: a window of training, and the layers whose numbers cannot be given for it, with the reason.
+Read = tuple[WindowSums, Mapping[str, str]]
 
 _NOT_FINITE = 'lower the learning rate or the loss scale, or pass on_nonfinite="keep" to see them.'
 
@@ -54,11 +54,11 @@ def num_samples(fisher: OnlineFisher) -> int:
 
 def num_skipped(fisher: OnlineFisher) -> dict[str, int]:
     """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
-    stretches: list[OnlineFisher | Stretch] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
+    windows: list[OnlineFisher | WindowSums] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
     skipped = dict.fromkeys(fisher.sums, 0)
-    for stretch in stretches:
-        for name, count in counts_of(fisher, stretch).items():
-            skipped[name] += stretch.sums[name].batches - round(count.batches)
+    for window in windows:
+        for name, count in counts_of(fisher, window).items():
+            skipped[name] += window.sums[name].batches - round(count.batches)
     return {name: count for name, count in skipped.items() if count}
 
 
@@ -76,12 +76,12 @@ class Counts(NamedTuple):
     batches: float
 
 
-def counts_of(fisher: OnlineFisher, stretch: OnlineFisher | Stretch) -> dict[str, Counts]:
+def counts_of(fisher: OnlineFisher, window: OnlineFisher | WindowSums) -> dict[str, Counts]:
     """What is in the sums of each layer."""
     if fisher.accumulate == "diagonal":
-        table = on_host([sums.counts for sums in stretch.sums.values()])
-        return {name: Counts(*row) for name, row in zip(stretch.sums, table, strict=True)}
-    rows = zip(stretch.sums, stretch.norms.rows(), strict=True)
+        table = on_host([sums.counts for sums in window.sums.values()])
+        return {name: Counts(*row) for name, row in zip(window.sums, table, strict=True)}
+    rows = zip(window.sums, window.norms.rows(), strict=True)
     return {name: Counts(row.samples, row.weight, row.batches) for name, row in rows}
 
 
@@ -92,9 +92,9 @@ def on_host(tensors: Sequence[Tensor]) -> list[Any]:
     return found
 
 
-def everything(fisher: OnlineFisher) -> Stretch:
+def everything(fisher: OnlineFisher) -> WindowSums:
     """All that was accumulated: before the last look at a window, and since."""
-    now = Stretch(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
+    now = WindowSums(fisher.sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms)
     return now if fisher.earlier is None else joined(fisher.earlier, now, fisher.decay)
 
 
@@ -111,17 +111,17 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
     Args:
         fisher: what was accumulated, and how.
         missing: what to do where a layer's number cannot be given.
-        read: of which stretch of training, and which layers cannot be read; by default of all of it.
+        read: of which window of training, and which layers cannot be read; by default of all of it.
     """
     if fisher.accumulate != "diagonal":
         raise ProbeStateError(
             f'the probe accumulates {fisher.accumulate!r}, no diagonal: make one with accumulate="diagonal", or pass '
             "loss_fn, inputs and targets to measure a batch."
         )
-    stretch, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, stretch, troubles, missing)
+    window, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, window, troubles, missing)
     chosen = [layer for layer in fisher.layers if layer.name in counts]
-    totals = {layer.name: stretch.sums[layer.name].sums for layer in chosen}
+    totals = {layer.name: window.sums[layer.name].sums for layer in chosen}
     unknown = LayerInfo(Strategy.ONLINE)
     infos = {by: replace(unknown, measured_by=by) for by in set(fisher.measured_by.values())}
     known = {name: infos[by] for name, by in fisher.measured_by.items()}
@@ -132,11 +132,11 @@ def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | Non
 
 def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> dict[str, Trace]:
     """See :meth:`secorder.CurvatureProbe.fisher_trace`; arguments as of :func:`diagonals`."""
-    stretch, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, stretch, troubles, missing)
-    rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
-    found, share = {}, ranks(stretch)
-    traces = _traces(fisher, stretch, list(counts)) if fisher.accumulate == "diagonal" else {}
+    window, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, window, troubles, missing)
+    rows = dict(zip(window.sums, window.norms.rows(), strict=True))
+    found, share = {}, ranks(window)
+    traces = _traces(fisher, window, list(counts)) if fisher.accumulate == "diagonal" else {}
     for name, count in counts.items():
         row, value = rows[name], None
         if fisher.accumulate == "diagonal":
@@ -148,11 +148,11 @@ def fisher_traces(fisher: OnlineFisher, missing: Missing = "raise", read: Read |
     return found
 
 
-def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dict[str, float]:
+def _traces(fisher: OnlineFisher, window: WindowSums, names: Sequence[str]) -> dict[str, float]:
     """The sums of the squares of these layers, read at once."""
     held = {layer.name: layer.parameters.values() for layer in fisher.layers}
     parts = [
-        (name, whole_sum(own, p)) for name in names for own, p in zip(stretch.sums[name].sums, held[name], strict=True)
+        (name, whole_sum(own, p)) for name in names for own, p in zip(window.sums[name].sums, held[name], strict=True)
     ]
     found = dict.fromkeys(names, 0.0)
     for (name, _), value in zip(parts, on_host([part for _, part in parts]), strict=True):
@@ -162,9 +162,9 @@ def _traces(fisher: OnlineFisher, stretch: Stretch, names: Sequence[str]) -> dic
 
 def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> NoiseScales:
     """See :meth:`secorder.CurvatureProbe.gradient_noise_scale`; arguments as of :func:`diagonals`."""
-    stretch, troubles = read or (everything(fisher), unreadable(fisher))
-    counts = readable_counts(fisher, stretch, troubles, missing)
-    rows = dict(zip(stretch.sums, stretch.norms.rows(), strict=True))
+    window, troubles = read or (everything(fisher), unreadable(fisher))
+    counts = readable_counts(fisher, window, troubles, missing)
+    rows = dict(zip(window.sums, window.norms.rows(), strict=True))
     found = {name: noise_of(rows[name]) for name in counts}
     unknown = [name for name, scale in found.items() if scale is None]
     if unknown and (missing == "raise" or len(unknown) == len(found)):
@@ -172,17 +172,17 @@ def noise_scales(fisher: OnlineFisher, missing: Missing = "raise", read: Read | 
     samples = max(rows[name].samples for name in counts)
     known = {name: x for name, x in found.items() if x is not None}
     counted = counted_once({x.name: list(x.parameters.values()) for x in fisher.layers if x.name in known})
-    return NoiseScales(known, round(samples * ranks(stretch)), counted)
+    return NoiseScales(known, round(samples * ranks(window)), counted)
 
 
-def ranks(stretch: Stretch) -> float:
+def ranks(window: WindowSums) -> float:
     """How many times as many samples are behind what is told as this rank counts."""
-    seen = float(stretch.seen)
-    return 1 + stretch.elsewhere / seen if seen else 1.0
+    seen = float(window.seen)
+    return 1 + window.elsewhere / seen if seen else 1.0
 
 
 def readable_counts(
-    fisher: OnlineFisher, stretch: Stretch, troubles: Mapping[str, str], missing: Missing
+    fisher: OnlineFisher, window: WindowSums, troubles: Mapping[str, str], missing: Missing
 ) -> dict[str, Counts]:
     """The layers whose number can be given, and how many samples are in it.
 
@@ -194,12 +194,12 @@ def readable_counts(
         raise _troubled(troubles)
     for assumed in filter(None, (fisher.assumed, fisher.troubles.unseen)):
         fisher.troubles.warn(assumed)
-    counts = counts_of(fisher, stretch)
+    counts = counts_of(fisher, window)
     if not any(count.samples for count in counts.values()):
         for name in counts:
             if name in fisher.troubles.left_out:
-                raise _unseen(fisher, stretch, name)
-        if any(sums.batches for sums in stretch.sums.values()):
+                raise _unseen(fisher, window, name)
+        if any(sums.batches for sums in window.sums.values()):
             raise ProbeStateError(f"nothing is accumulated yet: every gradient so far held nan or inf: {_NOT_FINITE}")
         raise ProbeStateError(fisher.troubles.nothing_accumulated())
     chosen = {}
@@ -207,7 +207,7 @@ def readable_counts(
         if count.samples and name not in troubles:
             chosen[name] = count
         elif missing == "raise":
-            raise _unseen(fisher, stretch, name)
+            raise _unseen(fisher, window, name)
     if not chosen:  # those that have seen samples are marked
         raise _troubled(troubles)
     return chosen
@@ -219,10 +219,10 @@ def _troubled(troubles: Mapping[str, str]) -> AttributionError:
     return AttributionError(sentence([name for name, other in troubles.items() if other == reason], reason))
 
 
-def _unseen(fisher: OnlineFisher, stretch: Stretch, name: str) -> SecorderError:
+def _unseen(fisher: OnlineFisher, window: WindowSums, name: str) -> SecorderError:
     """Why a layer has seen no sample that counts."""
     reason = fisher.troubles.left_out.get(name)
-    if stretch.sums[name].batches and reason is None:
+    if window.sums[name].batches and reason is None:
         return NonFiniteError(f"every gradient of layer {name!r} so far held nan or inf: {_NOT_FINITE}")
     if reason is None:
         reason = (

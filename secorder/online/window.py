@@ -13,8 +13,8 @@ from ..results import Diagonals
 from .fisher import OnlineFisher
 from .noise import NoiseScales
 from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, unreadable
-from .stretch import Stretch, add_behind, put_aside, small
 from .sums import ADDING
+from .window_sums import WindowSums, add_behind, put_aside, small
 
 __all__ = ["Window", "take_window"]
 
@@ -98,7 +98,7 @@ def take_window(fisher: OnlineFisher, *, keep_total: bool) -> Window:
         troubles = unreadable(fisher)
         vectors = small(fisher.sums)
         sums = fisher.sums if vectors is None else {**fisher.sums, **vectors.layers(fisher.sums)}
-        taken = Stretch(sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms, vectors)
+        taken = WindowSums(sums, fisher.seen, fisher.elsewhere, fisher.batches, fisher.norms, vectors)
         fisher.renew(() if vectors is None else vectors.names)
     earlier = fisher.earlier
     if not keep_total:

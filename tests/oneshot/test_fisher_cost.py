@@ -138,3 +138,14 @@ def test_memory_that_is_told_is_that_which_is_spent(name: str, fisher_type: Any)
         told = probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", fisher_type=fisher_type).num_bytes
         spent = peak_memory(lambda: probe.fisher_diagonal(F.cross_entropy, *batch, fisher_type=fisher_type))
     assert told / 1.5 < spent < 1.5 * told
+
+
+def test_memory_of_batches_of_one_is_that_which_is_spent() -> None:
+    seed()
+    model = nn.Sequential(nn.Linear(60, 64), nn.Tanh(), nn.Linear(64, 3))
+    batch = torch.randn(16, 60), torch.arange(16) % 3
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(penalised(model), *batch, quantity="fisher")
+        spent = peak_memory(lambda: probe.fisher_diagonal(penalised(model), *batch))
+    assert {c.strategy for c in cost.values()} == {"loop"}
+    assert cost.num_bytes / 1.5 < spent < 1.5 * cost.num_bytes

@@ -1,12 +1,16 @@
 """What each measurement would take."""
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
 
-from secorder import InvalidArgumentError, Strategy
+from secorder import CurvatureProbe, InvalidArgumentError, Strategy
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.quantity import quantity_cost
 
-from ..helpers import data, measured, mlp
+from ..benchmarks.memory import peak_memory
+from ..helpers import data, measured, mlp, seed, seeded
 
 
 def cost(quantity: str, **options: object) -> object:
@@ -20,6 +24,17 @@ def test_products_are_those_of_what_was_asked() -> None:
     assert {c.strategy for c in cost("eigenvalues").values()} == {Strategy.OUTPUT_PRODUCTS}
     assert {c.num_hvps for c in cost("eigenvalues", max_iterations=10**6).values()} == {30, 35, 18}  # of the parameters
     assert cost("trace") == cost("hessian")
+
+
+def test_memory_of_eigenvalues_is_that_which_is_spent() -> None:
+    """Of as many vectors as it takes to converge, not as may be made."""
+    seed()
+    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 3))
+    batch = torch.randn(32, 40), torch.arange(32) % 3
+    with CurvatureProbe(model) as probe:
+        told = probe.estimate_cost(F.cross_entropy, *batch, quantity="eigenvalues").num_bytes
+        spent = peak_memory(lambda: probe.hessian_eigenvalues(F.cross_entropy, *batch, generator=seeded()))
+    assert told / 1.5 < spent < 1.5 * told
 
 
 def test_others_are_refused() -> None:

@@ -71,6 +71,24 @@ def test_those_of_changed_samples_alone_are_changed() -> None:
     assert torch.equal(x, torch.arange(1, 7).view(3, 2))
 
 
+@pytest.mark.parametrize("alike", [True, False])
+@pytest.mark.parametrize("length", [3, 4])
+def test_a_sample_gets_the_same_numbers_whichever_others_are_changed(length: int, alike: bool) -> None:
+    """Also where a first position, that all samples share, is not changed: by which the effects of two parts add up."""
+    x, table = torch.randint(7, (4, length)), torch.randn(7, 5)
+    part = torch.tensor([True, False, False, True])
+    found = []
+    for mask in (part, ~part, torch.ones_like(part)):
+        rows = WeakTensorKeyDictionary()
+        rows[x] = mask, 0
+        with ChangedIntegers(mask, rows, 0, alike=alike):
+            later = torch.zeros_like(x)
+            later[:, 1:] = x[:, :-1]
+            found.append(F.embedding(later, table))
+    first, second, both = found
+    assert torch.equal(both, torch.where(part[:, None, None], first, second))
+
+
 def test_other_numbers() -> None:
     x, mask = torch.arange(1.0, 7.0).view(2, 3), torch.tensor([True, False, False])
     assert torch.equal(mixed(x, 1, mask, alike=True), x)

@@ -15,7 +15,7 @@ from ..helpers import data, make, step
 from ..reference import assert_close
 
 
-def test_stretches_are_put_together_as_if_they_were_one() -> None:
+def test_windows_are_put_together_as_if_they_were_one() -> None:
     whole, parts = NormSums.empty(2, torch.device("cpu")), [NormSums.empty(2, torch.device("cpu")) for _ in range(2)]
     for index in (0, 0, 1, 1, 1):
         increments = torch.rand(2, len(COLUMNS), dtype=torch.float64)

@@ -17,7 +17,7 @@ from .investigate import investigate
 from .output_draws import Reduce, whole
 from .trials import learn_seconds
 
-__all__ = ["Cost", "LayerCost", "base_bytes", "estimate_cost", "layer_cost"]
+__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
-        drawn = learn_seconds(task, found, budget, draws=reduce)
+        drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
     carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
     by_chain = 0.0
@@ -132,13 +132,6 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         overhead += 3 * found.seconds  # another forward and gradient
     results = sum(p.numel() * p.element_size() for layer in task.layers for p in layer.parameters.values())
     return Cost(costs, overhead, kept + results)
-
-
-def base_bytes(task: Measurement, outputs: int, passed: int) -> int:
-    """Memory besides products, about, by the numbers of the model's output, and those that are kept of a forward."""
-    parameters = [p for layer in task.layers for p in layer.parameters.values()]
-    size = max(p.element_size() for p in parameters)
-    return size * (10 * outputs + 4 * passed + 3 * sum(p.numel() for p in parameters))
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:

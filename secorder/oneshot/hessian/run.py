@@ -50,7 +50,7 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
         found = investigate(task, recording, budget, columns=True)
         _chain(task, found, budget, reduce, outcomes)
         if matters(found, budget):
-            learn_seconds(task, found, budget)
+            learn_seconds(task, found, budget, recording)
         known = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
         _in_z(task, found, chosen, budget, reduce, known, outcomes)

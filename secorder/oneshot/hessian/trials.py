@@ -15,6 +15,7 @@ from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recorded_layer import contract_pairs, layout_options
+from ..recording import Recording
 from ..roots import First
 from ..timing import TRIAL_SECONDS, seconds_and_bytes, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
@@ -48,11 +49,12 @@ def matters(found: Findings, budget: Budget) -> bool:
 
 
 def learn_seconds(
-    task: Measurement, found: Findings, budget: Budget, *, draws: Reduce | None = None
+    task: Measurement, found: Findings, budget: Budget, recording: Recording, *, draws: Reduce | None = None
 ) -> dict[str, float]:
     """Time a few products of every layer, and enter into the facts how long they take.
 
     Args:
+        recording: of the layers' calls, which goes on.
         draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this, and look
             at how much memory products take.
 
@@ -81,23 +83,30 @@ def learn_seconds(
         else:
             by_parameters.append(next(x for x in task.layers if x.name == name))
     gradients = {}
-    for layer, own in on_parameters(task, by_parameters):
-        if any(g is not None for g in own):
-            gradients[layer.name] = own
-            how = partial(told, allowance=allowance)
-            seconds, num_bytes = _on_parameters(task, layer, own, found.facts[layer.name], how)
-            found.learn(layer.name, seconds=seconds, num_bytes=num_bytes)
+    with recording.paused():
+        for layer, own in on_parameters(task, by_parameters):
+            if any(g is not None for g in own):
+                gradients[layer.name] = own
+                how = partial(told, allowance=allowance)
+                seconds, num_bytes = _on_parameters(task, layer, own, found.facts[layer.name], how)
+                found.learn(layer.name, seconds=seconds, num_bytes=num_bytes)
     verify_samples(task, found, budget)
-    return _draw_some(task, found, budget, gradients, draws) if draws else {}
+    return _draw_some(task, found, budget, recording, gradients, draws) if draws else {}
 
 
 def _draw_some(
-    task: Measurement, found: Findings, budget: Budget, gradients: dict[str, list[Tensor | None]], reduce: Reduce
+    task: Measurement,
+    found: Findings,
+    budget: Budget,
+    recording: Recording,
+    gradients: dict[str, list[Tensor | None]],
+    reduce: Reduce,
 ) -> dict[str, float]:
     """Draw as many times as tells how long it takes; returns the seconds that all of a layer's draws are to take."""
     chosen = choose(list(found.facts.values()), budget)
     drawn = [layer for layer in task.layers if chosen[layer.name].strategy == Strategy.PARAMETER_DRAWS]
-    gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
+    with recording.paused():
+        gradients |= {x.name: own for x, own in on_parameters(task, [x for x in drawn if x.name not in gradients])}
     together = [found.graphs[name] for name, choice in chosen.items() if choice.strategy == Strategy.COLUMN_DRAWS]
     limit = seconds_of_draws(budget, chosen)
     expected: dict[str, float] = {}
@@ -110,7 +119,7 @@ def _draw_some(
             work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
         elif choice.strategy == Strategy.PARAMETER_DRAWS:
             elements = facts.parameter_elements
-            work = partial(_drawn_on_parameters, task, layers[name], gradients[name], elements, reduce)
+            work = partial(_drawn_on_parameters, task, recording, layers[name], gradients[name], elements, reduce)
         elif choice.strategy == Strategy.COLUMN_DRAWS and name not in expected and found.output_side is not None:
             work = partial(_drawn_columns, task, found.output_side, together, reduce)
             names = [graph.layer.name for graph in together]
@@ -147,6 +156,7 @@ def _drawn_in_z(
 
 def _drawn_on_parameters(
     task: Measurement,
+    recording: Recording,
     layer: Layer,
     own: list[Tensor | None],
     elements: int,
@@ -154,7 +164,8 @@ def _drawn_on_parameters(
     budget: Budget,
     seconds: float,
 ) -> list[Estimate]:
-    return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
+    with recording.paused():
+        return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
 
 
 def _drawn_columns(

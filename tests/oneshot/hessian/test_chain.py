@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_made_for_all_samples_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = iter([1.0, 0.01])  # the loss's Hessian in the outputs, and one sample carried
+    told = cycle([1.0, 0.01])  # the loss's Hessian in the outputs, and one sample carried
 
     def seconds(work: Callable[[], Any]) -> float:
         work()

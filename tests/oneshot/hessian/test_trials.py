@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
@@ -48,7 +49,7 @@ def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -
     def work(task: Measurement) -> tuple[dict[str, Facts], dict[str, float]]:
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
             found = investigate(task, recording, budget, columns=True)
-            return found.facts, learn_seconds(task, found, budget, draws=whole)
+            return found.facts, learn_seconds(task, found, budget, recording, draws=whole)
 
     facts, expected = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
     assert max(facts["0"].seconds, facts["0"].seconds_by_column, expected.get("0", 0.0)) > 0
@@ -119,7 +120,7 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
             budget = Budget("hutchinson", num_draws=draws)
             found = investigate(task, recording, budget, columns=True)
-            return learn_seconds(task, found, budget, draws=whole)
+            return learn_seconds(task, found, budget, recording, draws=whole)
 
     monkeypatch.setattr(output_draws, "pilot", pilot)
     layers = select_layers(model, None)
@@ -142,3 +143,28 @@ def test_a_trial_of_columns_leaves_what_was_verified() -> None:
         cost = probe.estimate_cost(F.mse_loss, x, t, max_hvps=50)
         hessian = probe.hessian_diagonal(F.mse_loss, x, t, max_hvps=50)
     assert cost["0"].strategy == hessian.info["0"].strategy == "output-basis"
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_a_layer_that_a_checkpoint_calls_twice_is_timed_as_it_runs(method: Any) -> None:
+    """In trials of products on the parameters, whose forward is not recorded, nor are its parts that run again."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def inner(self, x: Tensor) -> Tensor:
+            return self.b(self.b(x).tanh()).tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = checkpoint(self.inner, self.a(x).tanh(), use_reentrant=False)
+            return self.c(found)
+
+    model, x, y = Twice(), torch.randn(8, 4), torch.arange(8) % 3
+    with CurvatureProbe(model) as probe:
+        cost = probe.estimate_cost(F.cross_entropy, x, y, method=method)
+        info = probe.hessian_diagonal(F.cross_entropy, x, y, method=method).info
+    assert cost["b"].strategy == info["b"].strategy
+    assert str(cost["b"].strategy).startswith("parameter")
+    assert cost["b"].seconds > 0

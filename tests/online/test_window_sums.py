@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
-from secorder.online import stretch
+from secorder.online import window_sums
 
 from ..reference import assert_all_close
 
@@ -52,7 +52,7 @@ def test_a_vector_of_small_layers_tells_what_each_layer_tells(
     decay: float | None, resumed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = looks(decay, resumed)
-    monkeypatch.setattr(stretch, "MANY", 10**6)
+    monkeypatch.setattr(window_sums, "MANY", 10**6)
     for one, other in zip(found, looks(decay, resumed), strict=True):
         assert_all_close(one, other)
 

@@ -1,4 +1,4 @@
-"""What stretches of training bring, each by itself; put together, one after the other, where both are asked for.
+"""What windows of training bring, each by itself; put together, one after the other, where both are asked for.
 
 A look takes out what has come since the one before. A thousand small layers are a few thousand small tensors, and to
 make, divide and add as many takes longer than a step of training, so that those of small layers are taken out as
@@ -16,7 +16,7 @@ from .._torch.several import add_each
 from .norm_sums import NormSums, together_norms
 from .sums import LayerSums
 
-__all__ = ["Stretch", "add_behind", "joined", "put_aside", "small", "together"]
+__all__ = ["WindowSums", "add_behind", "joined", "put_aside", "small", "together"]
 
 #: Elements of the largest sum of a layer that is small.
 SMALL = 2**14
@@ -63,8 +63,8 @@ def small(every: Mapping[str, LayerSums]) -> Small | None:
 
 
 @dataclass
-class Stretch:
-    """What one stretch of training has brought.
+class WindowSums:
+    """What one window of training has brought.
 
     Attributes:
         sums: by layer.
@@ -84,16 +84,16 @@ class Stretch:
 
 
 def together(earlier: LayerSums, later: LayerSums, decay: float | None) -> LayerSums:
-    """What two stretches have brought of a layer, one after the other; where the later one is."""
+    """What two windows have brought of a layer, one after the other; where the later one is."""
     kept = 1.0 if decay is None else decay**later.decays
     sums = [torch.add(new, old.to(new), alpha=kept) for old, new in zip(earlier.sums, later.sums, strict=True)]
     counts = earlier.counts.to(later.counts) * later.counts.new_tensor([1.0, kept, 1.0]) + later.counts
     return LayerSums(sums, counts, earlier.batches + later.batches, earlier.decays + later.decays)
 
 
-def joined(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
-    """What two stretches of training have brought, one after the other."""
-    return Stretch(
+def joined(earlier: WindowSums, later: WindowSums, decay: float | None) -> WindowSums:
+    """What two windows have brought, one after the other."""
+    return WindowSums(
         {name: together(earlier.sums[name], sums, decay) for name, sums in later.sums.items()},
         earlier.seen.to(later.seen) + later.seen,
         earlier.elsewhere + later.elsewhere,
@@ -102,24 +102,24 @@ def joined(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
     )
 
 
-def put_aside(stretch: Stretch, *, copy: bool = False) -> Stretch:
+def put_aside(window: WindowSums, *, copy: bool = False) -> WindowSums:
     """The same in the host's memory: an accelerator's is for what is added to.
 
     Args:
-        stretch: what was taken out.
+        window: what was taken out.
         copy: of what is in the host's memory already, too, to be added to.
     """
-    vectors = stretch.small or small(stretch.sums)
+    vectors = window.small or small(window.sums)
     if vectors is not None:
         vectors = vectors._replace(sums=vectors.sums.to("cpu", copy=copy), counts=vectors.counts.to("cpu", copy=copy))
-    parts = {} if vectors is None else vectors.layers(stretch.sums)
-    sums = {name: parts.get(name) or own.to("cpu", copy=copy) for name, own in stretch.sums.items()}
-    norms = stretch.norms.to("cpu", copy=copy)
-    return Stretch(sums, stretch.seen.to("cpu", copy=copy), stretch.elsewhere, stretch.batches, norms, vectors)
+    parts = {} if vectors is None else vectors.layers(window.sums)
+    sums = {name: parts.get(name) or own.to("cpu", copy=copy) for name, own in window.sums.items()}
+    norms = window.norms.to("cpu", copy=copy)
+    return WindowSums(sums, window.seen.to("cpu", copy=copy), window.elsewhere, window.batches, norms, vectors)
 
 
-def add_behind(earlier: Stretch, later: Stretch, decay: float | None) -> Stretch:
-    """What two stretches have brought, one after the other; the earlier one's sums are added to.
+def add_behind(earlier: WindowSums, later: WindowSums, decay: float | None) -> WindowSums:
+    """What two windows have brought, one after the other; the earlier one's sums are added to.
 
     Args:
         earlier: what was put aside.
