@@ -205,6 +205,11 @@ class Diagonals(dict[str, Tensor]):
         again = [self._of_layer(layer)[name] for layer, names in self._repeated.items() for name in names]
         return sum(self._traces().values()) - sum(whole(part).detach().double().sum().item() for part in again)
 
+    @property
+    def repeated(self) -> list[str]:
+        """The layers all of whose parameters layers before them hold, such as a head that is tied to its embedding."""
+        return [name for name, again in self._repeated.items() if len(again) == len(self._parameters[name])]
+
     def shares(self) -> dict[str, float]:
         """Per layer, its part of :attr:`total`; of layers that share a parameter, each has it in its own."""
         total = self.total
@@ -227,11 +232,8 @@ class Diagonals(dict[str, Tensor]):
         return self._mapped(lambda t: t.detach())
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Diagonals":
-        errors = self.standard_error
-        return self.replaced(
-            {name: change(d) for name, d in self.items()},
-            None if errors is None else {name: change(e) for name, e in errors.items()},
-        )
+        errors = None if self.standard_error is None else {n: change(e) for n, e in self.standard_error.items()}
+        return self.replaced({name: change(d) for name, d in self.items()}, errors)
 
     # ---- arithmetic
 

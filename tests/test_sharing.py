@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, Diagonals
+from secorder import CurvatureProbe, CurvatureRecorder, Diagonals, report
 from secorder._sharing import counted_once, held_before
 
 from .helpers import seed
@@ -59,5 +59,22 @@ def test_totals_of_a_model_with_a_tied_head(accumulate: Any, bias: bool) -> None
         assert told.total == pytest.approx(trace, rel=1e-9)
     assert (hessian + hessian).total == pytest.approx(2 * trace, rel=1e-9)
     assert hessian.shares()["hidden"] == pytest.approx(float(hessian["hidden"].sum()) / trace, rel=1e-9)
+    last = str(report(hessian=hessian, depth=1)).splitlines()[-2:]
+    number = sum(p.numel() for p in model.parameters()) + (15 if bias else 0)  # a head with a bias of its own counts
+    assert any(line.replace("│", " ").split()[:2] == ["total", str(number)] for line in last)
     if accumulate == "diagonal":
         assert probe.fisher_diagonal().total == pytest.approx(float(each), rel=1e-9)
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_what_is_logged_of_the_whole_model(accumulate: Any) -> None:
+    seed()
+    model, ids, targets = LanguageModel(bias=True).double(), torch.randint(5, (6, 4)), torch.randint(5, (6,))
+    gradients = gradients_by_sample(model, F.cross_entropy, ids, targets, 6)
+    trace = float(sum(gradients[name].square().sum() for name, _ in model.named_parameters())) / 6
+    with CurvatureProbe(model, "all", reduction="mean", accumulate=accumulate) as probe:
+        recorder = CurvatureRecorder(probe, [], log_every=1)
+        F.cross_entropy(model(ids), targets).backward()
+        recorder.step()
+    ((_, told),) = recorder.history.points("model")
+    assert told["fisher_trace"] == pytest.approx(trace, rel=1e-9)

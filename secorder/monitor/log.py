@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from .._caution import caution
+from ..results import Diagonals
 from .heat_map import heat_map
 from .history import History
 from .names import WHOLE_MODEL, Numbers, flat, shown
@@ -121,7 +122,8 @@ class CurvatureLog:
     def diagonals(self, kind: str, diagonals: Mapping[str, Tensor], step: int) -> None:
         """Log diagonals: see :func:`log_diagonals`."""
         numbers = numbers_of(kind, layer_statistics(diagonals))
-        whole = {f"{kind}_trace": sum(numbers[f"{kind}_trace"].values())}
+        again = set(map(shown, diagonals.repeated)) if isinstance(diagonals, Diagonals) else set()
+        whole = {f"{kind}_trace": sum(x for name, x in numbers[f"{kind}_trace"].items() if name not in again)}
         self.numbers({**numbers, WHOLE_MODEL: whole}, step)
         self.histograms(kind, diagonals, step)
 

@@ -16,7 +16,7 @@ from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
-from .statistics import layer_statistics
+from .statistics import layer_statistics, whole_trace
 from .training import learning_rates, mean_loss, number_of
 from .watched import Watched, check_intervals, check_measured, measurement_options
 
@@ -269,14 +269,14 @@ class CurvatureRecorder:
                 name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
                 for name, value in traces.items()
             }
-            point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": sum(traces.values())}})
+            point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": whole_trace(self._probe, traces)}})
             self._see_noise(source, point)
             return None
         fisher = source.fisher_diagonal(missing="skip")
         statistics = layer_statistics(fisher)
         point.fisher = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("fisher", statistics)
-        point.add({**numbers, WHOLE_MODEL: {"fisher_trace": sum(numbers["fisher_trace"].values())}})
+        point.add({**numbers, WHOLE_MODEL: {"fisher_trace": whole_trace(self._probe, numbers["fisher_trace"])}})
         self._see_noise(source, point)
         return fisher
 
@@ -312,14 +312,14 @@ class CurvatureRecorder:
         statistics = layer_statistics(hessian)
         point.hessian = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("hessian", statistics)
-        point.add({**numbers, WHOLE_MODEL: {"hessian_trace": sum(numbers["hessian_trace"].values())}})
+        point.add({**numbers, WHOLE_MODEL: {"hessian_trace": whole_trace(self._probe, numbers["hessian_trace"])}})
         return hessian
 
     def _see_traces(self, point: Observation) -> None:
         traces = self._measure("hessian_trace", point, "traces")
         errors = {shown(name): t.standard_error for name, t in traces.items() if t.num_draws}
         values = {shown(name): t.value for name, t in traces.items()}
-        whole = {WHOLE_MODEL: {"hessian_trace": sum(values.values())}}
+        whole = {WHOLE_MODEL: {"hessian_trace": whole_trace(self._probe, values)}}
         point.add({"hessian_trace": values, "hessian_trace_standard_error": errors, **whole})
 
     def _see_eigenvalues(self, point: Observation) -> None:

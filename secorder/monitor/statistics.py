@@ -7,11 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._sharing import counted_once
 from ..errors import InvalidTypeError
 from ..results import Diagonals
+from .names import shown
 from .stacks import stacks
+from .watched import Watched
 
-__all__ = ["BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "merged", "summarize"]
+__all__ = [
+    "BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "merged", "summarize",
+    "whole_trace",
+]  # fmt: skip
 
 #: What is told of every diagonal. ``negative`` is the share of negative entries, ``zero`` and ``nonfinite`` likewise.
 STATISTICS = ("mean", "std", "max", "min", "trace", "negative", "zero", "nonfinite")
@@ -276,3 +282,15 @@ def _histograms(values: Tensor) -> Tensor:
     ends = torch.stack([low, high], 1)
     ends = torch.where(ends.isfinite(), ends, torch.nan)
     return torch.cat([ends, kept.sum(1, True), (kept**2).sum(1, True), bins], 1)
+
+
+def whole_trace(probe: Watched, traces: Mapping[str, float]) -> float:
+    """That of all layers together, without those whose parameters others hold.
+
+    Args:
+        probe: of these layers.
+        traces: by the name that a layer is shown by.
+    """
+    parameters = probe.layer_parameters
+    again = set(map(shown, parameters.keys() - set(counted_once(parameters))))
+    return sum(trace for name, trace in traces.items() if name not in again)

@@ -74,8 +74,9 @@ def report(
 ) -> "Report":
     """A table of layers: name, type, shape, parameters, and of each curvature trace, mean, std, max, histogram.
 
-    The last row is of all layers together. Where training measures a layer by anything but a rule for its type, a
-    column tells by what (:attr:`secorder.LayerInfo.measured_by`).
+    The last row is of all layers together, one whose parameters another holds (a tied head) left out. Where training
+    measures a layer by anything but a rule for its type, a column tells by what
+    (:attr:`secorder.LayerInfo.measured_by`).
 
     Args:
         fisher: layer name → Fisher diagonal.
@@ -102,8 +103,11 @@ def report(
         raise InvalidArgumentError("a report needs a Fisher or a Hessian diagonal: report(probe.fisher_diagonal()).")
     if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
         raise InvalidArgumentError(f"depth must be a whole number of at least 1, got {shown(depth)}.")
-    rows = _rows(diagonals) if depth is None else _to_depth(_rows(diagonals), depth)
-    return Report(rows, list(diagonals), sort_by=sort_by, group_by=group_by, title=title)
+    every = _rows(diagonals)
+    rows = every if depth is None else _to_depth(every, depth)
+    again = {name for d in diagonals.values() if isinstance(d, Diagonals) for name in d.repeated}
+    counted = [row for row in every if row.name not in again]
+    return Report(rows, list(diagonals), counted=counted, sort_by=sort_by, group_by=group_by, title=title)
 
 
 def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
@@ -151,6 +155,7 @@ class Report:
         rows: Sequence[_Row],
         kinds: Sequence[str],
         *,
+        counted: Sequence[_Row],
         sort_by: SortKey | None = None,
         group_by: Literal["type"] | Callable[[str], str] | None = None,
         title: str | None = None,
@@ -158,6 +163,7 @@ class Report:
         if sort_by is not None and sort_by not in _SORT_KEYS:
             raise InvalidArgumentError(f"sort_by must be one of {', '.join(_SORT_KEYS)}, got {shown(sort_by)}.")
         self._kinds = list(kinds)
+        self._counted = counted
         self._title = title
         rows = list(rows)
         if sort_by is not None:
@@ -210,9 +216,8 @@ class Report:
 
     @cached_property
     def _total(self) -> _Row | None:
-        """All layers as one row; None of fewer than two."""
-        rows = self._rows
-        return replace(_together(TOTAL, rows), kind="") if len(rows) > 1 else None
+        """All layers as one row, parameters that a layer has from another one once; None of fewer than two."""
+        return replace(_together(TOTAL, self._counted), kind="") if len(self._rows) > 1 else None
 
     def _table(self, columns: Sequence[_Column], names: Mapping[str, str], told: str = "") -> Table:
         """The table of these columns, with these names of the layers."""
