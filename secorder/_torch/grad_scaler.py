@@ -33,9 +33,15 @@ def multiplied_by_scaler(root: Node) -> bool:
     return False
 
 
-def _of_scaler(factor: Tensor | None) -> bool:
+def _of_scaler(factor: Tensor | float | None) -> bool:
     """Whether a number is what a scaler holds."""
-    if factor is None or factor.dim() or factor.is_meta or factor.dtype != torch.float32 or factor.requires_grad:
+    if (
+        not isinstance(factor, Tensor)
+        or factor.dim()
+        or factor.is_meta
+        or factor.dtype != torch.float32
+        or factor.requires_grad
+    ):
         return False
     for holder in gc.get_referrers(factor):
         attributes = holder if type(holder) is dict else {}

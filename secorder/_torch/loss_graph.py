@@ -4,6 +4,7 @@ No hook is called, nothing is accumulated, and nothing that nodes have saved is 
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ from .graph import (
     recomputed,
     run_node,
     run_node_once,
+    saved,
     shape_of,
+    signed,
 )
 
 __all__ = [
-    "MEAN", "Place", "UnknownNode", "elements_of", "factors_between", "nodes_between", "place_of", "pull_back",
+    "MEAN", "Place", "Targets", "UnknownNode", "divisor_of_sum", "elements_of", "factors_between", "mean_over_targets",
+    "nodes_between", "place_of", "pull_back",
 ]  # fmt: skip
 
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
@@ -108,11 +112,62 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
         before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
         if len(before) != 1 or shape_of(node, 0) or shape_of(*before[0][1]):
             break
-        seen = node._input_metadata[0]
         if operation_of(node) != "ToCopy":
-            found.append(float(run_node(node, [torch.ones((), dtype=seen.dtype, device=seen.device)], before[0][0])))
+            found.append(_factor(node, before[0][0]))
         node = before[0][1][0]
+    if found and (count := summed(node)) and count * found[-1] < 1:  # divided by more than there is
+        return [*found[:-1], count * found[-1]]
     return found[:-1] if _is_sum(node, ends) else found
+
+
+class Targets(NamedTuple):
+    """What a mean over targets has saved.
+
+    Attributes:
+        by_class: the weights of the classes, or None.
+        ignored: which targets do not count.
+        classes: how many there are.
+    """
+
+    by_class: Tensor | None
+    ignored: Tensor
+    classes: int
+
+
+def mean_over_targets(node: Node) -> Targets | None:
+    """Of a node that is the mean of losses of targets among classes; None for another."""
+    if operation_of(node) not in ("NllLoss", "NllLoss2D") or node._saved_reduction != MEAN:
+        return None
+    ignored = saved(node, "target") == signed(node._saved_ignore_index)
+    return Targets(saved(node, "weight"), ignored, shape_of(*node.next_functions[0])[-1 if ignored.dim() < 2 else 1])
+
+
+def divisor_of_sum(node: Node) -> tuple[float, int]:
+    """What a sum is divided by, and how many numbers it has, where that is all that a node does; else zeros."""
+    before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
+    if operation_of(node) != "Div" or len(before) != 1 or recomputed(node) is not False:
+        return 0.0, 0
+    index, (source, _) = before[0]
+    count = summed(source)
+    return (1 / _factor(node, index), count) if index == 0 and count > 1 and not shape_of(node, 0) else (0.0, 0)
+
+
+def summed(node: Node) -> int:
+    """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
+    if shape_of(node, 0):
+        return 0
+    if operation_of(node) == "Sum":
+        return torch.Size(shape_of(*node.next_functions[0])).numel()
+    if getattr(node, "_saved_reduction", None) == SUM and hasattr(node, "_saved_target"):
+        target: Tensor = node._saved_target
+        return target.numel()
+    return 0
+
+
+def _factor(node: Node, index: int) -> float:
+    """What a node multiplies one number by."""
+    seen = node._input_metadata[0]
+    return float(run_node(node, [torch.ones((), dtype=seen.dtype, device=seen.device)], index))
 
 
 def _is_sum(node: Node, ends: Collection[Node]) -> bool:

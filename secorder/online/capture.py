@@ -18,6 +18,7 @@ from .._torch.engine import (
     will_accumulate,
 )
 from .._torch.fsdp import local, local_shape
+from .._torch.loss_graph import place_of
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
 from .._torch.transforms import inside_transform
@@ -29,6 +30,7 @@ from .closing import second_backward
 from .delivery import bring, bring_rank_one
 from .finite import total_of
 from .fisher import quietly
+from .marks import mark_calls
 from .record import ForwardRecord, ModuleCall, Start
 from .relation import Shape
 from .samples import floating
@@ -60,6 +62,7 @@ def layer_called(
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     made_by = output.grad_fn
     assert made_by is not None
+    mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
     node = accumulates_into(record.parameters(layer).values(), made_by)
     made_by.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends))
 
@@ -139,6 +142,7 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
     arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
     call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
     gradient = _ModuleGradient(attachment, record, layer, call, kept)
+    mark_calls(attachment, record, layer.name, index, [place_of(t) for t in tensors if t.requires_grad])
     for position, tensor in enumerate(tensors):
         if tensor.requires_grad:
             assert tensor.grad_fn is not None

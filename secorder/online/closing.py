@@ -40,8 +40,8 @@ _UNLIKE = (
     "on data): hand the state on as tensors, leave the layer out with layers=, or measure it with a one-shot call."
 )
 _UNRETURNED = (
-    "its gradient comes from a forward of the model that returned nothing (an output that is kept on the module, or a "
-    "forward that raised): let the model return what the loss is computed from."
+    "its gradient comes from a forward of the model that returned nothing that depends on it (an output that is kept "
+    "on the module, an iterator, or a forward that raised): let the model return what the loss is computed from."
 )
 
 

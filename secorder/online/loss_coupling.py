@@ -11,12 +11,11 @@ derivative of, such as a custom function, is not seen; what other samples bring 
 that are normalised, keys without a gradient).
 """
 
-import itertools
 import math
 import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
@@ -27,18 +26,18 @@ from .._torch.beginning import before_backward
 from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
 from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, place_of, pull_back
 from .._torch.random_state import fresh_generator
+from ..errors import SecorderError
 from ..layers.dtypes import rounding
-from ..layers.layout import Layout
 from ..oneshot.independence import over_samples
 from .accumulation import tell_division
 from .beside import layers_behind
 from .choices import chooses
 from .loss_scale import tell_scaler
+from .marks import Output, in_groups, mark_outputs, outputs_behind
 from .mean_of_several import MEAN_OF_SEVERAL, takes_mean_of_several
 from .record import ForwardRecord
-from .relation import whole_call
-from .samples import floating
 from .troubles import tell_normalised
+from .weighted import weights_of_loss
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -46,11 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["couples", "watch_coupling"]
 
-#: Numbers between loss and outputs, at most: so many, or so many times those of the outputs; and nodes.
-MOST_ELEMENTS, TIMES_OUTPUTS, MOST_NODES = 1 << 22, 16, 1024
-
-#: In a node's metadata, where the outputs are of which record.
-_KEY = "secorder.outputs"
+#: Numbers between loss and outputs, at most: so many, or so many times those of the outputs.
+MOST_ELEMENTS, TIMES_OUTPUTS = 1 << 22, 16
 
 _NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
@@ -61,28 +57,13 @@ _COUPLED = (
 )
 
 _UNSEEN = (
-    "it cannot be seen whether the loss couples the samples of a batch, since it runs through {} (a custom function, a "
-    "checkpoint, or complex numbers): it was taken to be a mean or a sum over samples; let probe.verify(loss_fn, "
-    "inputs, targets) find out."
+    "it cannot be seen whether the loss couples the samples of a batch, since {}: it was taken to be a mean or a sum "
+    "over samples; let probe.verify(loss_fn, inputs, targets) find out."
 )
 
+_THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
+
 _OF_SEVERAL = 'say forwards="joined" if only row n of one forward meets row n of another, '
-
-
-class Output(NamedTuple):
-    """An output of the model that holds samples.
-
-    Attributes:
-        layout: where they are.
-        size: of its numbers, about.
-        num_samples: how many there are.
-        group: the same number for outputs whose row n is one sample.
-    """
-
-    layout: Layout
-    size: float
-    num_samples: int
-    group: int = 0
 
 
 def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -93,29 +74,8 @@ def watch_coupling(attachment: "Attachment", record: ForwardRecord, output: Any)
     """
     found = record.attribution
     told = not found.provisional and found.alternative is None
-    known = False
-    for tensor, layout in itertools.zip_longest(floating(output), found.outputs if told else ()):
-        if tensor is None or tensor.grad_fn is None or not tells_recomputation():
-            continue
-        if record.num_samples == 1 and tensor.dim():
-            layout = whole_call(tuple(tensor.shape))
-        node, number = place_of(tensor)
-        held = node.metadata.setdefault(_KEY, {})
-        held[id(attachment), id(record), number] = _output(tensor, layout, record.num_samples)
-        known = True
-    if known:
+    if tells_recomputation() and mark_outputs(attachment, record, output, found.outputs if told else ()):
         before_backward(record, partial(_begins, ref(attachment)), attachment)
-
-
-def _output(tensor: Tensor, layout: Layout | None, count: int) -> Output | None:
-    """What is known of an output; None where that is not enough to look at the loss for it."""
-    if layout is None or tensor.is_complex():
-        return None
-    if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != count * layout.rows:
-        return None
-    finite = tensor.detach()[tensor.detach().isfinite()]
-    size = float(finite.double().square().mean().sqrt()) if finite.numel() else 0.0
-    return Output(layout, size or 1.0, count)
 
 
 def _begins(
@@ -128,8 +88,19 @@ def _begins(
     if record.thread != threading.get_ident():
         return False
     reached: list[Place] = []
-    own.fisher.troubles.guarded(None, (), _look, own, record, ends, gradients, reached)
+    own.fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients, reached)
     return bool(reached)
+
+
+def _look_or_say(attachment: "Attachment", *arguments: Any) -> None:
+    """Look at a loss, and have the first read say so where that fails."""
+    try:
+        _look(attachment, *arguments)
+    except SecorderError:  # of a strict probe
+        raise
+    except Exception as error:
+        attachment.fisher.troubles.unseen = _UNSEEN.format(f"looking at it failed ({type(error).__name__}: {error})")
+        raise
 
 
 def _look(
@@ -141,13 +112,13 @@ def _look(
 ) -> None:
     pairs = [(t, g) for t, g in zip(ends, gradients, strict=True) if t.grad_fn is not None]
     roots = {place_of(t): torch.ones_like(t) if g is None else g.detach() for t, g in pairs}
-    by_record = _outputs_behind([node for node, _ in roots], id(attachment))
+    by_record = outputs_behind([node for node, _ in roots], attachment)
     reached.extend(by_record.get(id(record), ()))
     if not reached:
         return
     tell_scaler(attachment.fisher, [node for node, _ in roots])
     tell_division(attachment.fisher, roots, {node for places in by_record.values() for node, _ in places})
-    outputs = _in_groups(attachment.fisher, by_record)
+    outputs = in_groups(by_record, joined=attachment.fisher.forwards == "joined")
     if sum(group.num_samples for group in {own.group: own for own in outputs.values()}.values()) < 2:
         return
     order = nodes_between([node for node, _ in roots], {node for node, _ in outputs})
@@ -161,12 +132,11 @@ def _look(
             with no_autocast():
                 coupled = coupled or sees(order, roots, outputs)
         except UnknownNode as unknown:
-            fisher.troubles.unseen = _UNSEEN.format(unknown)
+            fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
         except Exception:  # of what has no second derivative
             continue
     if not coupled:
-        if _is_mean_of_each(fisher, outputs) and takes_mean_of_several(order, outputs):
-            fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), MEAN_OF_SEVERAL)
+        _tell_no_mean(fisher, order, roots, outputs)
         return
     names = layers_behind(fisher.layers, [node for node, _ in coupled])
     if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
@@ -176,46 +146,20 @@ def _look(
         fisher.troubles.mark(names, _COUPLED.format(_OF_SEVERAL if several else ""))
 
 
-def _outputs_behind(roots: Sequence[Node], attachment: int) -> dict[int, dict[Place, Output | None]]:
-    """The outputs of records that a graph leads to, by record; none where it is too large to be looked at.
-
-    What is behind those of which enough is known is not looked for.
-    """
-    found: dict[int, dict[Place, Output | None]] = {}
-    seen, waiting = set(roots), list(roots)
-    while waiting:
-        node = waiting.pop()
-        held = getattr(node, "metadata", {}).get(_KEY, {})
-        keys = [key for key in held if key[0] == attachment]
-        for key in keys:
-            found.setdefault(key[1], {})[node, key[2]] = held[key]
-        if any(held[key] is not None for key in keys):
-            continue
-        new = {x for x, _ in node.next_functions if x is not None} - seen
-        seen |= new
-        waiting.extend(new)
-        if len(seen) > MOST_NODES:
-            return {}
-    return found
-
-
-def _in_groups(fisher: "OnlineFisher", by_record: Mapping[int, Mapping[Place, Output | None]]) -> dict[Place, Output]:
-    """The outputs of which enough is known; row n of all of one group is one sample."""
-    counts = {own.num_samples for outputs in by_record.values() for own in outputs.values() if own is not None}
-    joined = fisher.forwards == "joined" and len(counts) == 1
-    return {
-        place: own._replace(group=0 if joined else group)
-        for group, outputs in enumerate(by_record.values())
-        for place, own in outputs.items()
-        if own is not None
-    }
-
-
-def _is_mean_of_each(fisher: "OnlineFisher", outputs: Mapping[Place, Output]) -> bool:
-    """Whether the loss is told, or assumed, to be a mean over the samples of each forward, and nothing of its scale."""
-    same = len({own.num_samples for own in outputs.values()}) == 1
-    untold = fisher.forwards is None and same  # what a sample is, which is asked first
-    return fisher.reduction == "mean" and fisher.returned is None and not untold
+def _tell_no_mean(
+    fisher: "OnlineFisher", order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]
+) -> None:
+    """Mark layers where the loss is told, or assumed, to be a mean over the samples of each forward, and is not."""
+    if fisher.reduction != "mean":
+        return
+    groups = {own.group: own.num_samples for own in outputs.values()}
+    reason = ""
+    if len(groups) == 1:
+        reason = weights_of_loss(order, roots, outputs, *groups.values())
+    elif fisher.returned is None and (fisher.forwards is not None or len(set(groups.values())) > 1):
+        reason = MEAN_OF_SEVERAL if takes_mean_of_several(order, outputs) else ""
+    if reason:
+        fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), reason)
 
 
 def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]) -> list[Place]:

@@ -194,7 +194,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     carried, record.carried = record.carried, ()
     if not any(t.requires_grad for t in tensors_in(output)):
         fisher.troubles.saw("no gradient")
-        record.closed = True
+        record.closed = record.unreturned = True
         return
     if record.untold:
         return

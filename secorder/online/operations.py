@@ -21,6 +21,7 @@ from .closing import second_backward
 from .delivery import bring
 from .finite import total_of
 from .fisher import quietly
+from .marks import mark_calls
 from .record import ForwardRecord
 from .relation import Verified, explain
 from .rounding import before_sums
@@ -81,6 +82,7 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
             record.hooked.add((name, index))
             received = _UseGradient(attachment, record, layer, index, use, found, node)
             use.node.register_prehook(received)
+            mark_calls(attachment, record, name, index, [(use.node, output.number) for output in use.outputs])
     record.uses.clear()  # the graph is held by what holds it, and by nothing of ours that it holds
 
 

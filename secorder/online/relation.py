@@ -64,7 +64,9 @@ def _explained(seen: Verified, shape: Shape, arguments: tuple[Shape, ...], num_s
     if layout.rows == 1:
         return layout if shape[dim] == num_samples else None
     rows, rest = divmod(shape[dim], num_samples)
-    return layout._replace(rows=rows) if not rest and rows in _rows(seen, arguments) else None
+    if rest or rows not in _rows(seen, arguments):
+        return None
+    return layout._replace(rows=rows, sample_major=layout.sample_major or rows == 1)  # of one row, in either order
 
 
 def whole_call(shape: Shape) -> Layout | None:

@@ -13,12 +13,12 @@ from .._torch.pytree import call_model
 from .._torch.random_state import random_state_kept
 from ..oneshot.isolation import gradients_put_aside
 from ..oneshot.state import State
-from ..results import Diagonals
 from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
 from .loss_scale import fraction
 from .reading import diagonals, unreadable
+from .troubles import sentence
 
 __all__ = ["Verification", "verify"]
 
@@ -95,7 +95,8 @@ def verify(
             f"of L = Σ_n c_n ℓ_n."
         )
         return Verification(False, message, ratios, differing)
-    told_of = "; ".join(f"{name!r}: {reason}" for name, reason in differing.items())
+    by_reason = {reason: [name for name in differing if differing[name] == reason] for reason in differing.values()}
+    told_of = "; ".join(sentence(names, reason.rstrip(".")) for reason, names in by_reason.items())
     return Verification(False, f"some layers differ ({told_of}).", ratios, differing)
 
 
@@ -120,7 +121,7 @@ def _difference(ratio: float) -> str:
 
 def _online(
     fisher: OnlineFisher, sample_dim: Any, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any
-) -> tuple[Diagonals, dict[str, str]]:
+) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
     trial = fisher.fresh("diagonal")
     attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim), 1)
@@ -129,8 +130,8 @@ def _online(
         _step(fisher.model, loss_fn, inputs, targets, float(fisher.loss_scale()))
     finally:
         attachment.detach()
-    reasons = {**trial.troubles.left_out, **unreadable(trial)}
-    return diagonals(trial, "skip"), reasons
+    reasons = {**trial.troubles.left_out, **(untold := unreadable(trial))}
+    return {} if len(untold) == len(trial.layers) else diagonals(trial, "skip"), reasons
 
 
 def _step(model: nn.Module, loss_fn: Callable[[Any, Any], Tensor], inputs: Any, targets: Any, scale: float) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from secorder._torch.grad_scaler import multiplied_by_scaler
@@ -26,8 +27,9 @@ class Scaler(torch.amp.GradScaler):
         (lambda scaler, loss: scaler.scale([loss, loss.exp()])[1], True),
         (lambda scaler, loss: sum(scaler.scale((loss, loss.exp()))), True),
         (lambda scaler, loss: loss, False),
+        (lambda scaler, loss: F.cross_entropy(loss.expand(2, 3), torch.zeros(2).long(), label_smoothing=0.1), False),
     ],
-    ids=["scaled", "divided", "summed", "number", "tensor", "list", "summed list", "plain"],
+    ids=["scaled", "divided", "summed", "number", "tensor", "list", "summed list", "plain", "by numbers"],
 )
 def test_its_factor_is_known(kind: Any, scaled: Callable[[Any, Tensor], Tensor], *, expected: bool) -> None:
     scaler = kind("cpu", init_scale=1024.0)

@@ -14,7 +14,7 @@ from secorder._torch.loss_graph import nodes_between, place_of
 from secorder.layers.layout import Layout
 from secorder.online import loss_coupling
 from secorder.online.choices import chooses
-from secorder.online.loss_coupling import Output
+from secorder.online.marks import Output
 
 from ..helpers import data, mlp
 from .loops import follow

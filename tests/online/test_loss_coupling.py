@@ -63,6 +63,7 @@ def kernels(z: Tensor, _: Tensor) -> Tensor:
 COUPLING: dict[str, Criterion] = {
     "InfoNCE": info_nce,
     "supervised contrastive": supervised_contrastive,
+    "smoothed": lambda z, _: F.cross_entropy(z @ z.T, torch.arange(len(z)), label_smoothing=0.1),
     "correlations": correlations,
     "partial likelihood": partial_likelihood,
     "kernels": kernels,
@@ -140,6 +141,34 @@ def test_a_loss_whose_samples_are_apart_stays_exact(name: str) -> None:
         came = follow(model, [data(n) for n in (8, 6, 5, 7)], lambda m, b: APART[name](m(b[0]), b[1]))
         assert came.exact
         assert not came.warned
+
+
+def features(kept: dict[str, Tensor]) -> nn.Module:
+    """A hook of the user's keeps what a part returned."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[1].register_forward_hook(lambda _, args, output: kept.update(h=output))
+    return model
+
+
+#: Of the samples' features, what a loss takes beside the outputs.
+OF_FEATURES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "decorrelated": (lambda h: (h.T @ h / len(h)).square().sum(), True),
+    "a contrast": (lambda h: F.cross_entropy(h @ h.T, torch.arange(len(h))), True),
+    "small": (lambda h: h.square().sum(1).mean(), False),
+}
+
+
+@pytest.mark.parametrize("name", OF_FEATURES)
+def test_features_that_a_loss_takes_past_what_the_model_returns(name: str) -> None:
+    """Of those that it couples, the layers before them are refused, and no others."""
+    beside, coupled = OF_FEATURES[name]
+    kept: dict[str, Tensor] = {}
+
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1]) + 0.1 * beside(kept["h"])
+
+    came = follow(features(kept), [data(n) for n in (6, 7)], loss)
+    assert came.refused.keys() == ({"0"} if coupled else set())
 
 
 def two_heads() -> Net:

@@ -6,6 +6,7 @@ from secorder.layers.layout import Layout
 from secorder.online.relation import Verified, explain, whole_call
 
 ROWS = Verified(Layout(0, 3, True), 0, (18, 4), ((6, 3, 4),), 6)
+MAJOR = Verified(Layout(0, 3, False), 0, (18, 4), ((6, 3, 4),), 6)
 COLUMN = Verified(Layout(1), 0, (3, 6, 4), ((6, 3, 4),), 6)
 
 
@@ -17,6 +18,8 @@ COLUMN = Verified(Layout(1), 0, (3, 6, 4), ((6, 3, 4),), 6)
         (ROWS, (30, 4), ((6, 5, 4),), 6, Layout(0, 5, True)),  # longer sequences
         (ROWS, (12, 4), ((6, 3, 4),), 6, None),  # as many samples, other rows: they depend on data
         (ROWS, (12, 4), ((6, 5, 4),), 6, None),  # two rows a sample, and nothing has the size two
+        (MAJOR, (30, 4), ((6, 5, 4),), 6, Layout(0, 5, False)),
+        (MAJOR, (6, 4), ((6, 1, 4),), 6, Layout(0)),  # of one position, rows are those of samples in either order
         (COLUMN, (3, 4, 4), ((4, 3, 4),), 4, Layout(1)),
         (COLUMN, (3, 5, 4), ((4, 3, 4),), 4, None),
         (COLUMN, (12, 4), ((4, 3, 4),), 4, None),

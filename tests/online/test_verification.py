@@ -116,9 +116,9 @@ def test_a_loss_of_another_scale_differs_alike_in_every_layer() -> None:
     model, (inputs, targets) = make(), data()
     per_sample = nn.CrossEntropyLoss(reduction="none")
     with CurvatureProbe(model, reduction="mean") as probe:
-        found = probe.verify(lambda f, t: per_sample(f, t).sum() / (len(f) if len(f) == 1 else 2), inputs, targets)
+        found = probe.verify(lambda f, t: per_sample(f, t).sum() / (len(f) if len(f) == 1 else 2.5), inputs, targets)
     assert not found
-    assert found.message.startswith(f"the online Fisher is {(len(inputs) / 2) ** 2:.3g} times")
+    assert found.message.startswith(f"the online Fisher is {(len(inputs) / 2.5) ** 2:.3g} times")
     assert all("times the one-shot one" in reason for reason in found.differing.values())
 
 
@@ -128,7 +128,9 @@ def test_samples_that_the_loss_weights_say_what_to_pass() -> None:
     with CurvatureProbe(model) as probe:
         found = probe.verify(weighted, inputs, targets)
     assert not found
+    assert found.differing.keys() == {"0", "2"}
     assert all("such as secorder.token_weights" in reason for reason in found.differing.values())
+    assert found.message.count("class weights") == 1
 
 
 class Tagger(nn.Module):

@@ -148,6 +148,15 @@ def test_recurrent_networks_time_first(kind: str) -> None:
     assert follow(model, batches, classify, alone, layer_types="all").exact
 
 
+def test_sequences_of_one_position_are_in_either_order() -> None:
+    """Attention keeps its rows by positions; where there is one, they are those of the samples."""
+    model = Net(lambda m, x: m.head(m.attention(x, x, x)[0]), head=nn.Linear(4, 3),
+                attention=nn.MultiheadAttention(4, 2, batch_first=True))  # fmt: skip
+    batches = [(torch.randn(n, t, 4), torch.randint(3, (n, t))) for n, t in ((4, 3), (3, 1), (5, 2), (4, 1))]
+    loss = lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten())  # noqa: E731
+    assert follow(model, batches, loss, layer_types="all").exact
+
+
 def test_a_transformer_time_first() -> None:
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, 0.0), 1, enable_nested_tensor=False)
     model = Net(lambda m, x: m.head(m.encoder(x)), encoder=encoder, head=nn.Linear(4, 3))

@@ -1,0 +1,152 @@
+"""What the graph of a forward is marked with where its loss is to be looked at: whose rows tensors have.
+
+Marks are in the nodes' metadata, which ends with the graph. A loss begins at what the model returned; where it takes
+something else that the forward made (features that a hook has kept, say), at what the layers before that returned.
+"""
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+from weakref import ref
+
+from torch import Tensor
+
+from .._torch.graph import Node
+from .._torch.loss_graph import Place, place_of
+from ..layers.layout import Layout
+from .record import ForwardRecord
+from .relation import whole_call
+from .samples import floating
+
+__all__ = ["Output", "in_groups", "mark_calls", "mark_outputs", "outputs_behind"]
+
+#: More nodes than these are not gone through.
+MOST_NODES = 1024
+
+#: In a node's metadata, by attachment, record, and which of its outputs it is.
+_KEY = "secorder.outputs"
+
+
+class Output(NamedTuple):
+    """An output of the model, or of a layer in it, that holds samples.
+
+    Attributes:
+        layout: where they are.
+        size: of its numbers, about.
+        num_samples: how many there are.
+        group: the same number for outputs whose row n is one sample.
+    """
+
+    layout: Layout
+    size: float
+    num_samples: int
+    group: int = 0
+
+
+class _Call(NamedTuple):
+    """Of what a layer's call has returned, which of its tensors it is; where samples are in it is told later."""
+
+    record: "ref[ForwardRecord]"
+    name: str
+    call: int
+    position: int
+
+    def output(self) -> Output | None:
+        """What is known of it by now."""
+        record = self.record()
+        layouts = [] if record is None else record.layouts.get(self.name, [])
+        if record is None or self.call >= len(layouts) or self.position >= len(layouts[self.call]):
+            return None
+        return Output(layouts[self.call][self.position], 1.0, record.num_samples)
+
+
+#: None for an output of the model of which too little is known.
+_Mark = Output | _Call | None
+
+
+def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts: Sequence[Layout | None]) -> bool:
+    """Mark what the model has returned; whether there is anything that a loss can be computed from.
+
+    Args:
+        attachment: whose marks they are.
+        record: of the forward.
+        layouts: where samples are in each tensor, as far as it is known.
+    """
+    marked = False
+    for tensor, layout in itertools.zip_longest(floating(output), layouts):
+        if tensor is None or tensor.grad_fn is None:
+            continue
+        known = whole_call(tuple(tensor.shape)) if record.num_samples == 1 and tensor.dim() else layout
+        _put(attachment, record, place_of(tensor), _output(tensor, known, record.num_samples))
+        marked = True
+    return marked
+
+
+def mark_calls(attachment: object, record: ForwardRecord, name: str, index: int, made: Iterable[Place]) -> None:
+    """Mark what a layer's call has returned, where the loss is to be looked at.
+
+    What is known to couple samples beside the model's outputs is told of by itself: see :mod:`secorder.online.beside`.
+    """
+    for position, place in enumerate(made if record.scheduled and not record.attribution.coupling else ()):
+        _put(attachment, record, place, _Call(ref(record), name, index, position))
+
+
+def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -> None:
+    held: dict[Any, _Mark] = place[0].metadata.setdefault(_KEY, {})
+    held[id(attachment), id(record), place[1]] = mark
+
+
+def _output(tensor: Tensor, layout: Layout | None, count: int) -> Output | None:
+    if layout is None or tensor.is_complex():
+        return None
+    if tensor.dim() <= layout.dim or tensor.shape[layout.dim] != count * layout.rows:
+        return None
+    finite = tensor.detach()[tensor.detach().isfinite()]
+    size = float(finite.double().square().mean().sqrt()) if finite.numel() else 0.0
+    return Output(layout, size or 1.0, count)
+
+
+def outputs_behind(roots: Sequence[Node], attachment: object) -> dict[int, dict[Place, Output | None]]:
+    """The outputs of records that a graph leads to, by ``id`` of the record; none where there is too much to look at.
+
+    What is behind those of which enough is known is not looked for. Behind others, such as a loss that the model
+    returned, what layers returned is a part of the model.
+    """
+    found: dict[int, dict[Place, Output | None]] = {}
+    seen, inside = set(roots), set[Node]()
+    waiting = list(roots)
+    while waiting:
+        node = waiting.pop(0)
+        held = getattr(node, "metadata", {}).get(_KEY, {})
+        known: dict[tuple[int, Place], Output | None] = {}
+        for (owner, record, number), mark in held.items():
+            if owner == id(attachment) and not (isinstance(mark, _Call) and node in inside):
+                known[record, (node, number)] = mark.output() if isinstance(mark, _Call) else mark
+        for (record, place), output in known.items():
+            found.setdefault(record, {})[place] = output
+        if any(output is not None for output in known.values()):
+            continue
+        new = {x for x, _ in node.next_functions if x is not None} - seen
+        if known or node in inside:
+            inside |= new
+        seen |= new
+        waiting.extend(new)
+        if len(seen) > MOST_NODES:
+            return {}
+    return found
+
+
+def in_groups(by_record: Mapping[int, Mapping[Place, Output | None]], *, joined: bool) -> dict[Place, Output]:
+    """The outputs of which enough is known; row n of all of one group is one sample.
+
+    Args:
+        by_record: what :func:`outputs_behind` found.
+        joined: whether row n of all forwards of as many samples is one.
+    """
+    counts = {own.num_samples for outputs in by_record.values() for own in outputs.values() if own is not None}
+    return {
+        place: own._replace(group=0 if joined and len(counts) == 1 else group)
+        for group, outputs in enumerate(by_record.values())
+        for place, own in outputs.items()
+        if own is not None
+    }
