@@ -6,7 +6,7 @@ Of the others the model is run once more as far as the last of them enters, with
 the operand must be the same as before, or have its rows exchanged likewise, where the graph has the samples.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -102,11 +102,11 @@ class Entries:
         """
         self._calls += 1
         self._names.append(name)
-        given = list(tensors_of(arguments))
+        given = tensors_of(arguments)
         graph = any(t.requires_grad for t in given)
         dirty = [(i, t) for i, t in enumerate(given) if not t.requires_grad and not self._is_clean(t)]
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNMENTS
-        results = list(tensors_of(result))
+        results = tensors_of(result)
         if not dirty or creates:
             for t in results if creates or not (graph or dirty) else ():
                 self._keep(t)
@@ -243,13 +243,15 @@ def _aligned(name: str, index: int) -> tuple[bool, int] | None:
     return (False, 0) if name in _BROADCAST else None
 
 
-def tensors_of(arguments: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+def tensors_of(arguments: Any, depth: int = _DEPTH) -> list[Tensor]:
     """The tensors among a call's arguments."""
     if isinstance(arguments, Tensor):
-        yield arguments
-    elif depth and isinstance(arguments, (tuple, list)):
-        for x in arguments:
-            yield from tensors_of(x, depth - 1)
-    elif depth and isinstance(arguments, dict):
-        for x in arguments.values():
-            yield from tensors_of(x, depth - 1)
+        return [arguments]
+    found: list[Tensor] = []
+    if depth and isinstance(arguments, (tuple, list, dict)):
+        for x in arguments.values() if isinstance(arguments, dict) else arguments:
+            if isinstance(x, Tensor):  # at once: a forward has thousands
+                found.append(x)
+            elif isinstance(x, (tuple, list, dict)):
+                found += tensors_of(x, depth - 1)
+    return found

@@ -83,7 +83,7 @@ def _has_gradient(arguments: Any) -> bool:
         arguments = arguments.values()
     elif not isinstance(arguments, (tuple, list)):
         return False
-    return any(_has_gradient(x) for x in arguments)
+    return any(map(_has_gradient, arguments))
 
 
 def _all_have_gradients(result: Any, name: str) -> bool:

@@ -142,6 +142,9 @@ class ChangedIntegers(TorchFunctionMode):
         if not is_distributed(tensor) or tensor.is_floating_point():
             return self._spread.get(tensor)
         memory = local(tensor).untyped_storage().data_ptr()
+        for own, changed in self._changed.items():  # copies of the arguments among them, on which models are run
+            if memory == own.untyped_storage().data_ptr() and changed.dim() > self._dim:
+                return changed.movedim(self._dim, 0).flatten(1).any(1) if changed.dim() > 1 else changed
         return next((rows for own, rows in self._spread.items() if memory == own.untyped_storage().data_ptr()), None)
 
 
