@@ -129,7 +129,7 @@ def _contract_one_position(
         total = torch.bmm(pairs.permute(1, 2, 0), squares.transpose(0, 1)).reshape(numel)
         return total if alpha == 1.0 else total * alpha
     if pairs.shape[1] == 1:
-        out.view(-1, a.shape[-1]).addmm_(pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
+        _add_product(out.view(-1, a.shape[-1]), pairs[:, 0].t(), squares[:, 0], beta=beta, alpha=alpha)
     else:
         target = out.view(pairs.shape[1], -1, a.shape[-1])
         target.baddbmm_(pairs.permute(1, 2, 0), squares.transpose(0, 1), beta=beta, alpha=alpha)

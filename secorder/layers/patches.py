@@ -20,7 +20,7 @@ LANES = 16
 
 #: Elements of one sample's gradient up to which it is a convolution's, and up to which it is where oneDNN multiplies
 #: matrices, too: from there on products are 1.1 to 2 times as fast, the copies of the patches included.
-CONVOLUTION_MOST, CONVOLUTION_BEFORE_ONEDNN = 1 << 20, 1 << 17
+CONVOLUTION_MOST, CONVOLUTION_BEFORE_ONEDNN = 1 << 20, 1 << 18
 
 
 @dataclass(frozen=True)
