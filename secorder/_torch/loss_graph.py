@@ -163,8 +163,10 @@ class Targets(NamedTuple):
 
 
 def mean_over_targets(node: Node) -> Targets | None:
-    """Of a node that is the mean of losses of targets among classes; None for another."""
+    """Of a node that is the mean of losses of targets among classes; None for another, or one in a checkpoint."""
     if operation_of(node) not in ("NllLoss", "NllLoss2D") or node._saved_reduction != MEAN:
+        return None
+    if recomputed(node) is not False:  # to ask for what it has saved would compute it again
         return None
     ignored = saved(node, "target") == signed(node._saved_ignore_index)
     return Targets(saved(node, "weight"), ignored, shape_of(*node.next_functions[0])[-1 if ignored.dim() < 2 else 1])
@@ -186,8 +188,8 @@ def summed(node: Node) -> int:
         return 0
     if operation_of(node) == "Sum":
         return torch.Size(shape_of(*node.next_functions[0])).numel()
-    if getattr(node, "_saved_reduction", None) == SUM and hasattr(node, "_saved_target"):
-        target: Tensor = node._saved_target
+    if getattr(node, "_saved_reduction", None) == SUM and recomputed(node) is False:
+        target: Tensor = getattr(node, "_saved_target", torch.empty(0))
         return target.numel()
     return 0
 
