@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graph import Node, operation_of
+from .graph import Node, operation_of, recomputed
 
 __all__ = ["multiplied_by_scaler"]
 
@@ -25,7 +25,7 @@ def multiplied_by_scaler(root: Node) -> bool:
     """
     waiting = [root]
     for node in waiting:  # which grows
-        if operation_of(node) not in _BETWEEN:
+        if operation_of(node) not in _BETWEEN or recomputed(node) is not False:
             continue
         if operation_of(node) == "Mul" and _of_scaler(node._saved_other):
             return True

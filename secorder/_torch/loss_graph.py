@@ -25,7 +25,7 @@ from .graph import (
 
 __all__ = [
     "MEAN", "Place", "Targets", "UnknownNode", "divisor_of_sum", "elements_of", "factors_between", "mean_over_targets",
-    "nodes_between", "place_of", "pull_back",
+    "nodes_between", "normalises", "place_of", "pull_back",
 ]  # fmt: skip
 
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
@@ -37,6 +37,8 @@ MEAN, SUM = 1, 2
 
 #: What makes one number of others, and of how many it is asked.
 BETWEEN, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
+
+_NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 
 class UnknownNode(Exception):
@@ -72,10 +74,32 @@ def nodes_between(roots: Iterable[Node], ends: Collection[Node]) -> list[Node]:
     return order[::-1]
 
 
-def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Collection[Place]) -> dict[Place, Tensor]:
+def normalises(node: Node) -> bool:
+    """Whether a node is batch normalisation by the statistics of the batch."""
+    return operation_of(node) in _NORMALISATIONS and bool(saved(node, "training"))
+
+
+def _by_constants(node: Node, g: Tensor) -> Tensor:
+    """The gradient on what batch normalisation is given, as if the statistics of the batch were constants."""
+    scale: Tensor = saved(node, "result2")
+    weight: Tensor | None = saved(node, "weight")
+    scale = scale if weight is None else scale * weight
+    return g * scale.to(g).view(-1, *(1 for _ in range(g.dim() - 2)))
+
+
+def pull_back(
+    order: Sequence[Node],
+    gradients: Mapping[Place, Tensor],
+    ends: Collection[Place],
+    *,
+    statistics_fixed: bool = False,
+) -> dict[Place, Tensor]:
     """The gradients on tensors, pulled back to others (``ends``) by the nodes between; where none comes, there is none.
 
     Differentiable where gradients are enabled. Raises :class:`UnknownNode` where a node is not to be run.
+
+    Args:
+        statistics_fixed: take those of batch normalisation for constants.
     """
     found = dict(gradients)
     leads = {*order, *(node for node, _ in ends)}
@@ -86,7 +110,11 @@ def pull_back(order: Sequence[Node], gradients: Mapping[Place, Tensor], ends: Co
         if not callable(node) or is_complex(node) or recomputed(node) is not False:
             raise UnknownNode(node.name())
         wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
-        for k, g in zip(wanted, run_node_once(node, own, wanted), strict=True):
+        if statistics_fixed and wanted == [0] and own[0] is not None and normalises(node):
+            pulled: Sequence[Tensor] = [_by_constants(node, own[0])]
+        else:
+            pulled = run_node_once(node, own, wanted)
+        for k, g in zip(wanted, pulled, strict=True):
             place = node.next_functions[k]
             g = g.to(place[0]._input_metadata[place[1]].dtype)
             found[place] = found[place] + g if place in found else g
@@ -135,8 +163,10 @@ class Targets(NamedTuple):
 
 
 def mean_over_targets(node: Node) -> Targets | None:
-    """Of a node that is the mean of losses of targets among classes; None for another."""
+    """Of a node that is the mean of losses of targets among classes; None for another, or one in a checkpoint."""
     if operation_of(node) not in ("NllLoss", "NllLoss2D") or node._saved_reduction != MEAN:
+        return None
+    if recomputed(node) is not False:  # to ask for what it has saved would compute it again
         return None
     ignored = saved(node, "target") == signed(node._saved_ignore_index)
     return Targets(saved(node, "weight"), ignored, shape_of(*node.next_functions[0])[-1 if ignored.dim() < 2 else 1])
@@ -158,8 +188,8 @@ def summed(node: Node) -> int:
         return 0
     if operation_of(node) == "Sum":
         return torch.Size(shape_of(*node.next_functions[0])).numel()
-    if getattr(node, "_saved_reduction", None) == SUM and hasattr(node, "_saved_target"):
-        target: Tensor = node._saved_target
+    if getattr(node, "_saved_reduction", None) == SUM and recomputed(node) is False:
+        target: Tensor = getattr(node, "_saved_target", torch.empty(0))
         return target.numel()
     return 0
 

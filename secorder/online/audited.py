@@ -1,4 +1,4 @@
-"""Which layers the audit of a backward looks at: all of them at first, and then as many as a step pays for.
+"""Which layers the audit of a backward looks at: all of them at first, and later as many as a step pays for.
 
 What an audit costs is mostly the calls of small operations, which are next to nothing beside a layer's own products of
 matrices where these are large. Where they are small, only some of the backward passes are audited, drawn anew each
@@ -13,10 +13,12 @@ from .record import ForwardRecord
 
 __all__ = ["Audited", "share_of"]
 
-#: How often a layer is looked at whenever it takes part, before passes and layers are drawn.
+#: How often a layer is looked at whenever it takes part, before layers are drawn.
 FIRST = 16
 #: Then the layers that are looked at together, at least and at most; else half of those that take part.
 LEAST, MOST = 3, 24
+#: Passes that are all audited, before passes are drawn: short runs have no other to be caught in.
+EACH = 256
 #: Multiplications of a layer's forward beside which its audit is a fortieth of its step (measured on two cores, without
 #: and with several positions a sample), and the least share of the passes that are audited: of the smallest layers, an
 #: audit is a quarter of a step.
@@ -28,6 +30,7 @@ class Audited:
 
     def __init__(self) -> None:
         self._random = random.Random(0)
+        self._passes = 0
         self._looks: dict[str, int] = {}
         self._shares: dict[object, float] = {}
 
@@ -39,6 +42,7 @@ class Audited:
             layers: that take part in it.
             every: whether all of them are to be looked at.
         """
+        self._passes += 1
         looks, names = self._looks, [layer.name for layer in layers]
         chosen = set(names) if every else self._some(record, layers, names)
         for name in names:
@@ -48,15 +52,18 @@ class Audited:
         return chosen
 
     def _some(self, record: ForwardRecord, layers: Sequence[Layer], names: Sequence[str]) -> set[str]:
+        if self._passes > EACH and self._random.random() >= self._share(record, layers):
+            return set()
+        most = min(MOST, max(LEAST, len(names) // 2))
+        return set(names) if len(names) <= most else set(self._random.sample(names, most))
+
+    def _share(self, record: ForwardRecord, layers: Sequence[Layer]) -> float:
         share = self._shares.get(record.shapes)
         if share is None:
             if len(self._shares) >= MOST:
                 self._shares.clear()
             share = self._shares[record.shapes] = share_of(record, layers)
-        if self._random.random() >= share:
-            return set()
-        most = min(MOST, max(LEAST, len(names) // 2))
-        return set(names) if len(names) <= most else set(self._random.sample(names, most))
+        return share
 
 
 def share_of(record: ForwardRecord, layers: Sequence[Layer]) -> float:

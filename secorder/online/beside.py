@@ -132,7 +132,8 @@ def coupling(
         return {p: t.detach().double() for p, t in held.items() if t is not None and t.shape == base[p].shape}
 
     before = {place: t.detach().double() for place, t in base.items()}
-    eps = max((torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()), default=0.0)
+    kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}  # float32: of many losses
+    eps = max(torch.finfo(kind).eps for kind in kinds)
     found: set[Beside] = set()
     untold = set(base)
     for alike in (True, False):  # what is not finite where many samples are one may be so of neighbours

@@ -32,11 +32,20 @@ class ChangedIntegers(TorchFunctionMode):
         rows: of the tensors that hold samples, which rows are those of changed ones, and in which dimension.
         dim: that of the first argument that has samples.
         alike: give them the numbers of the first row, as they are.
+        unchanged: leave all numbers what they are, in a graph like that of numbers that are changed.
     """
 
-    def __init__(self, mask: Tensor, rows: Mapping[Tensor, tuple[Tensor, int]], dim: int, *, alike: bool) -> None:
+    def __init__(
+        self,
+        mask: Tensor,
+        rows: Mapping[Tensor, tuple[Tensor, int]],
+        dim: int,
+        *,
+        alike: bool,
+        unchanged: bool = False,
+    ) -> None:
         super().__init__()
-        self._mask, self._dim, self._alike = mask, dim, alike
+        self._mask, self._dim, self._alike, self._unchanged = mask, dim, alike, unchanged
         #: By tensor, which of its elements are those of changed samples.
         self._changed: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         #: By tensor, which of its rows are, where it lies over ranks.
@@ -73,7 +82,7 @@ class ChangedIntegers(TorchFunctionMode):
         if changed is None or not changed.any():
             return made
         if made.is_floating_point():
-            return _exchanged(made, changed, self._mask, alike=self._alike)
+            return _exchanged(made, changed, self._mask, alike=self._alike, unchanged=self._unchanged)
         self._changed[made] = changed
         return made
 
@@ -155,12 +164,13 @@ def mixed(tensor: Tensor, dim: int, mask: Tensor, *, alike: bool) -> Tensor:
 
 
 def _others(tensor: Tensor, dim: int, *, alike: bool) -> Tensor:
+    tensor = tensor.detach()  # a sample's rows get no gradient from where they stand for another's
     if not bool(tensor.any()):  # a state that starts at zero
         return torch.linspace(0.5, 1.5, tensor.numel(), device=tensor.device).to(tensor.dtype).view_as(tensor)
     return tensor.narrow(dim, 0, 1) if alike else tensor.roll(1, dim) * 1.03125
 
 
-def _exchanged(made: Tensor, changed: Tensor, mask: Tensor, *, alike: bool) -> Tensor:
+def _exchanged(made: Tensor, changed: Tensor, mask: Tensor, *, alike: bool, unchanged: bool) -> Tensor:
     """Real numbers with others in some places: those of the rows beside, where the places are whole rows.
 
     Which dimension these are rows of is told by where the places differ; where those of all samples are changed, as
@@ -169,7 +179,8 @@ def _exchanged(made: Tensor, changed: Tensor, mask: Tensor, *, alike: bool) -> T
     dims = [d for d in range(made.dim()) if made.shape[d] == len(mask)] or list(range(made.dim()))
     differing = [] if mask.all() else [d for d in dims if not bool((changed == changed.narrow(d, 0, 1)).all())]
     dim = next(iter(differing or dims), 0)
-    return torch.where(changed, _others(made, dim, alike=alike), made) if made.dim() else made
+    here = torch.zeros_like(changed) if unchanged else changed
+    return torch.where(here, _others(made, dim, alike=alike), made) if made.dim() else made
 
 
 def _along(rows: Tensor, tensor: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,7 @@ that are normalised, keys without a gradient).
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .._torch.autocast import no_autocast
 from .._torch.beginning import before_backward
-from .._torch.graph import Node, operation_of, saved, shape_of, tells_recomputation
-from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, place_of, pull_back
+from .._torch.graph import Node, shape_of, tells_recomputation
+from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, normalises, place_of, pull_back
 from .._torch.random_state import fresh_generator
 from ..errors import SecorderError
 from ..layers.dtypes import rounding
@@ -47,8 +47,6 @@ __all__ = ["couples", "watch_coupling"]
 
 #: Numbers between loss and outputs, at most: so many, or so many times those of the outputs.
 MOST_ELEMENTS, TIMES_OUTPUTS = 1 << 22, 16
-
-_NORMALISATIONS = ("NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm")
 
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
@@ -126,24 +124,39 @@ def _look(
     if not order or elements_of(order) > max(MOST_ELEMENTS, TIMES_OUTPUTS * sum(sizes)):
         return
     fisher = attachment.fisher
-    coupled: list[Place] = []
-    for sees in (chooses, couples):
+    coupled = _seen(fisher, order, roots, outputs, (chooses, couples))
+    if not coupled:
+        _tell_no_mean(fisher, order, roots, outputs)
+        return
+    if any(map(normalises, order)):
+        tell_normalised(fisher.troubles, layers_behind(fisher.layers, [node for node, _ in coupled]))
+        coupled = _seen(fisher, order, roots, outputs, (partial(couples, statistics_fixed=True),))  # and besides
+    several = len({own.group for own in outputs.values()}) > 1
+    if coupled:
+        names = layers_behind(fisher.layers, [node for node, _ in coupled])
+        fisher.troubles.mark(names, _COUPLED.format(_OF_SEVERAL if several else ""))
+
+
+def _seen(
+    fisher: "OnlineFisher",
+    order: Sequence[Node],
+    roots: Mapping[Place, Tensor],
+    outputs: Mapping[Place, Output],
+    ways: Sequence[Callable[..., list[Place]]],
+) -> list[Place]:
+    """The outputs whose samples the first of some ways of looking sees to be coupled, if any does."""
+    for sees in ways:
         try:
             with no_autocast():
-                coupled = coupled or sees(order, roots, outputs)
+                coupled = sees(order, roots, outputs)
         except UnknownNode as unknown:
             fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
         except Exception:  # of what has no second derivative
             continue
-    if not coupled:
-        _tell_no_mean(fisher, order, roots, outputs)
-        return
-    names = layers_behind(fisher.layers, [node for node, _ in coupled])
-    if any(operation_of(node) in _NORMALISATIONS and saved(node, "training") for node in order):
-        tell_normalised(fisher.troubles, names)
-    else:
-        several = len({own.group for own in outputs.values()}) > 1
-        fisher.troubles.mark(names, _COUPLED.format(_OF_SEVERAL if several else ""))
+        else:
+            if coupled:
+                return coupled
+    return []
 
 
 def _tell_no_mean(
@@ -162,13 +175,20 @@ def _tell_no_mean(
         fisher.troubles.mark(layers_behind(fisher.layers, [node for node, _ in outputs]), reason)
 
 
-def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, Output]) -> list[Place]:
+def couples(
+    order: Sequence[Node],
+    roots: Mapping[Place, Tensor],
+    outputs: Mapping[Place, Output],
+    *,
+    statistics_fixed: bool = False,
+) -> list[Place]:
     """The outputs of which some samples' gradients change with the numbers of others.
 
     Args:
         order: the nodes between the loss and the outputs.
         roots: the gradients that the backward pass begins with.
         outputs: of the model, by where the graph has them.
+        statistics_fixed: take those of batch normalisation for constants.
 
     Raises:
         UnknownNode: what is between them cannot be looked at.
@@ -179,7 +199,7 @@ def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
             half = (own.num_samples + (len(chosen) + 1) % 2) // 2
             chosen[own.group] = torch.randperm(own.num_samples, generator=fresh_generator(), device="cpu") < half
     with torch.enable_grad():
-        gradients = pull_back(order, roots, outputs)
+        gradients = pull_back(order, roots, outputs, statistics_fixed=statistics_fixed)
         terms = []
         for place, g in gradients.items():
             if g.requires_grad:
@@ -192,7 +212,8 @@ def couples(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mappi
         return []
     again = nodes_between([total.grad_fn], {node for node, _ in outputs})
     with torch.no_grad():
-        changes = pull_back(again, {(total.grad_fn, 0): torch.ones_like(total)}, outputs)
+        begins = {(total.grad_fn, 0): torch.ones_like(total)}
+        changes = pull_back(again, begins, outputs, statistics_fixed=statistics_fixed)
     found = []
     for place, change in changes.items():
         by_sample = outputs[place].layout.split(change)

@@ -212,7 +212,9 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     _require_present(fisher, record)
     unexplained = _explain(record, record.attribution)
     if unexplained and start is not None:
-        found = record.attribution if record.verified else _look_again(attachment, start)
+        found: Attribution | None = record.attribution
+        if not record.verified:
+            found = _look_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
             if users:
@@ -248,6 +250,12 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
     leave_out_together(fisher, ranks, record)
     if error is not None:
         raise error
+
+
+def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
+    """Whether another look may tell of layers: of one that is not refused anyway, and is not looked for in vain."""
+    in_vain = {x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model}
+    return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
 
 
 def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:

@@ -17,6 +17,7 @@ from .._torch.modules import evaluating
 from .._torch.pytree import map_tensors
 from .._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
 from .._torch.transforms import inside_transform
+from ..errors import InvalidArgumentError
 from ..layers.dtypes import rounding
 from ..oneshot.isolation import isolate
 from .attribution import Attribution
@@ -24,7 +25,7 @@ from .beside import Beside, made_beside, watch_beside
 from .loss_coupling import watch_coupling
 from .loss_scale import watch_scale
 from .record import ForwardRecord
-from .reduction import weights_of
+from .reduction import token_weights, weights_of
 
 if TYPE_CHECKING:
     from .hooks import Attachment
@@ -34,6 +35,10 @@ __all__ = ["told_otherwise", "watch_losses"]
 #: So many samples are looked at, at most, and so many of them are one of the parts: an odd number, of which no weights
 #: of two classes that are equally frequent make the part's mean that of the whole.
 SAMPLES, PART = 8, 3
+
+#: What is rounding of a loss for certain, in units in the last place; and how many times that of the same samples, each
+#: of them twice, may be met elsewhere. Losses of an untrained model are nearly alike, whatever weighs its samples.
+UNITS, MEASURED = 32, 64.0
 
 _WEIGHTED = (
     "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
@@ -75,8 +80,9 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
                 lambda some: isolated.run(run, take(some)),
                 take,
                 ids,
-                _rounding(model),
-                _has_numbers(args, kwargs),
+                (_rounding(model, UNITS), _rounding(model)),
+                divided=_has_numbers(args, kwargs),
+                by_tokens=_by_tokens(args, kwargs, count),
             )
     except Exception:  # such as of a batch that the model does not accept, or that has no such loss
         return {}
@@ -87,8 +93,10 @@ def _reasons(
     run: Callable[[Tensor], tuple[dict[Beside, float], bool]],
     take: Callable[[Tensor], Any],
     ids: Tensor,
-    rtol: float,
+    bounds: tuple[float, float],
+    *,
     divided: bool,
+    by_tokens: bool,
 ) -> dict[Beside, str]:
     """:func:`told_otherwise`, of some samples.
 
@@ -96,7 +104,9 @@ def _reasons(
         run: the model on some samples: its losses, and whether it drew random numbers.
         take: the model's arguments for some samples.
         ids: the samples.
+        bounds: what is rounding for certain, and all that passes for it, as parts of the size of losses.
         divided: whether the loss may be divided by a number that the model is called with.
+        by_tokens: whether that is one of tokens, of which samples have other shares than in a mean over samples.
     """
     parts = _two_divisions(ids)
     runs = [run(some) for some in (ids, *parts)]
@@ -104,21 +114,27 @@ def _reasons(
         return {}
     by_place = {place: [losses[place] for losses, _ in runs] for place in runs[0][0]}
 
-    def holds(kind: Any, losses: Sequence[float]) -> bool:
-        shared = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
-        return all(_near([losses[0], *losses[i : i + 2]], sum(shared[i - 1 : i + 1]), rtol) for i in (1, 3))
+    rtol = dict.fromkeys(by_place, bounds[0])
 
-    as_told = {place for place, losses in by_place.items() if holds(reduction, losses)}
-    others = {p: x for p, x in by_place.items() if p not in as_told and not all(_near(x, y, rtol) for y in x)}
+    def holds(kind: Any, place: Beside) -> bool:
+        losses = by_place[place]
+        shared = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
+        return all(_near([losses[0], *losses[i : i + 2]], sum(shared[i - 1 : i + 1]), rtol[place]) for i in (1, 3))
+
+    if not all(holds(reduction, place) for place in by_place):
+        twice, _ = run(ids.repeat(2))
+        rtol = {place: _measured(losses[0], twice[place], *bounds) for place, losses in by_place.items()}
+    as_told = {place for place in by_place if holds(reduction, place)}
+    others = {p: x for p, x in by_place.items() if p not in as_told and not all(_near(x, y, rtol[p]) for y in x)}
     # The order matters where a generator is in the loss.
     for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
         again, _ = run(order)
-        others = {place: losses for place, losses in others.items() if _near(losses, again[place], rtol)}
+        others = {place: losses for place, losses in others.items() if _near(losses, again[place], rtol[place])}
     several = sum(place.module is None for place in by_place) > 1
     reasons = dict.fromkeys(as_told, "")
-    for place, losses in others.items():
-        summed, mean = holds("sum", losses), holds("mean", losses)
-        if not summed and not mean:
+    for place in others:
+        summed, mean = holds("sum", place), holds("mean", place)
+        if not (summed or mean) or (summed and reduction == "mean" and by_tokens):
             reasons[place] = _WEIGHTED
         elif not several and not (summed and divided):
             reasons[place] = _SUM if summed else _MEAN
@@ -134,6 +150,12 @@ def _two_divisions(ids: Tensor) -> list[Tensor]:
 def _near(losses: Sequence[float], other: float, rtol: float) -> bool:
     """Whether the first of some losses is another number, to rounding."""
     return abs(other - losses[0]) <= rtol * sum(map(abs, losses))
+
+
+def _measured(loss: float, twice: float, certain: float, passes: float) -> float:
+    """What may be rounding, by the loss of the same samples, each of them twice: the same one, or twice that."""
+    moved = min(abs(twice - loss), abs(twice - 2 * loss)) / abs(loss) if loss else 0.0
+    return min(certain + MEASURED * moved, passes)
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -200,10 +222,29 @@ def _share(kind: Any, take: Callable[[Tensor], Any], ids: Tensor, some: Tensor) 
     return share
 
 
-def _rounding(model: nn.Module) -> float:
-    """That of the least precise of the model's parameters, or of float32, in which models take losses."""
+def _rounding(model: nn.Module, units: int | None = None) -> float:
+    """That of the least precise of the model's parameters, or of float32, in which models take losses.
+
+    Args:
+        units: in the last place; None for all that passes for rounding.
+    """
     kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    return max(map(rounding, kinds))
+    passes = max(map(rounding, kinds))
+    return passes if units is None else min(units * max(torch.finfo(kind).eps for kind in kinds), passes)
+
+
+def _by_tokens(args: Any, kwargs: Any, count: int) -> bool:
+    """Whether labels, and a number of tokens that the loss is divided by, give samples other weights than a mean does.
+
+    As Hugging Face's ``Trainer`` passes them to a model, of this batch or of several whose gradients are accumulated.
+    """
+    if kwargs.get("num_items_in_batch") is None:
+        return False
+    try:  # a causal language model's loss leaves out the first label
+        told = [weights_of(token_weights(shift=shift), args, kwargs, count) for shift in (0, 1)]
+    except InvalidArgumentError:
+        return False
+    return not any(c is not None and torch.allclose(count * c, torch.ones_like(c), rtol=1e-3) for c in told)
 
 
 def _has_numbers(args: Any, kwargs: Any) -> bool:

@@ -6,6 +6,7 @@ stay. Where several hold, that one is taken whose samples may be exchanged; wher
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,7 +117,21 @@ def _still_holds(asked: Question, forward: Any, base: Sequence[Tensor]) -> Choic
     owned = None if before.grouping is None else before.grouping.of(asked.arguments)
     known = of_owned(owned, asked.arguments) if owned else Hypothesis(before.dims, count, before.alternative)
     still = separates(forward, asked.arguments, base, known, asked.masks(count, TRIALS))
-    return None if still is None else (known, still.layouts)
+    return None if still is None else (known, _as_before(still.layouts, before.outputs))
+
+
+def _as_before(options: Sequence[Sequence[Layout]], before: Sequence[Layout | None]) -> list[list[Layout]]:
+    """Of the layouts that a short trial leaves open for each output, first the one that all pairs of samples told."""
+    found = [list(choices) for choices in options]
+    for choices, known in zip(found, before, strict=False):
+        if known is not None:
+            choices.sort(key=partial(_is_other, known))
+    return found
+
+
+def _is_other(known: Layout, found: Layout) -> bool:
+    """Whether samples lie otherwise, however many rows each has."""
+    return (found.dim, found.sample_major) != (known.dim, known.sample_major)
 
 
 def _try_each(

@@ -270,7 +270,7 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     Args:
         forward: the model on its arguments.
-        mask: which samples are changed, bool, shape (N,).
+        mask: which samples are changed, bool, shape (N,); where none is, the graph is like that of changed ones.
         alike: give them those of the first sample, as they are, where a dimension holds samples.
     """
     whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
@@ -295,7 +295,10 @@ def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: 
 
     if not _only_integers(arguments, hypothesis):
         return forward(map_tensors(changed, arguments))
-    with ChangedIntegers(mask, _rows_changed(arguments, hypothesis, mask), hypothesis.dim or 0, alike=alike):
+    nothing = not bool(mask.any())
+    followed = torch.ones_like(mask) if nothing else mask
+    rows = _rows_changed(arguments, hypothesis, followed)
+    with ChangedIntegers(followed, rows, hypothesis.dim or 0, alike=alike, unchanged=nothing):
         return forward(map_tensors(changed, arguments))
 
 

@@ -105,7 +105,7 @@ def attribute(
     args, kwargs = map_tensors(once_each(cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
     if before is not None:
-        return replace(_escalate(asked, before.layers), ties=before.ties)
+        return replace(_again(asked, before), ties=before.ties)
     layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
     together, ties = tied_layers(model, layers)
     if ties:
@@ -114,6 +114,32 @@ def attribute(
         if found.unclear or all(x.rule is not None for x in found.layers if x.name in members):
             return replace(found, ties=ties)
     return _escalate(asked, layers)
+
+
+def _again(asked: Question, before: Attribution) -> Attribution:
+    """Attribution of what was looked at before.
+
+    Statistics of the batch that coupled samples still do, whatever a short trial shows of outputs that are saturated.
+    """
+    fixed = _normalising(asked.model) if before.normalised else ()
+    if fixed and _separable(found := _escalate(replace(asked, fixed=fixed), before.layers)):
+        return replace(found, coupled=True, normalised=True, changing=before.changing)
+    return _escalate(asked, before.layers)
+
+
+def _normalising(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that go by statistics of the batch, or by its ranges, and could go by those that they have."""
+    return (*batch_normalisation(model), *observers(model))
+
+
+def _unseen(found: Attribution, modules: Sequence[nn.Module]) -> bool:
+    """Whether these have coupled samples, as their buffers tell, so weakly that it shows in gradients alone."""
+    holders = {id(place.holder) for module in modules for place in buffer_places(module)}
+    return bool(found.unknown) and any(id(place.holder) in holders for place in found.changing)
+
+
+def _separable(found: Attribution) -> bool:
+    return not (found.coupled or found.unclear or found.undecided)
 
 
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
@@ -127,9 +153,9 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
         found = replace(found, layers=tuple(layers), certain=certain)
         if found.unclear or found.undecided:
             return found
-        if found.coupled and not asked.fixed and (fixed := (*batch_normalisation(model), *observers(model))):
+        if not asked.fixed and (fixed := _normalising(model)) and (found.coupled or _unseen(found, fixed)):
             without = _escalate(replace(asked, fixed=fixed), first)
-            if not (without.coupled or without.unclear or without.undecided):
+            if _separable(without):
                 return replace(without, coupled=True, normalised=True, changing=found.changing)
         if found.coupled or asked.ranks is not None:
             return found

@@ -77,7 +77,8 @@ def rows_of_uses(
     elif graph.ends:
         evidence = ByCotangents(graph.ends, chosen.num_samples, fresh_generator(), graph.inner_sizes)
     else:
-        graph = replace(graph, output=forward(arguments), leaves=())  # as those are that samples are changed in
+        nothing = torch.zeros(chosen.num_samples, dtype=torch.bool)  # in a graph of those that samples are changed in
+        graph = replace(graph, output=run_changed(forward, arguments, chosen, nothing), leaves=())
         evidence = _ByChange(graph.output, forward, arguments, chosen)
     result = UseRows(routes={name: frozenset(routes.get(name, ())) for name in parameters})
     try:

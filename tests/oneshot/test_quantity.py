@@ -26,9 +26,10 @@ def test_products_are_those_of_what_was_asked() -> None:
     assert cost("trace") == cost("hessian")
 
 
-def test_memory_of_eigenvalues_is_that_which_is_spent() -> None:
+def test_memory_of_eigenvalues_is_that_which_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of as many vectors as it takes to converge, not as may be made."""
     seed()
+    monkeypatch.setattr("secorder.oneshot.quantity.TRIAL_SECONDS", 600.0)  # however slow the machine
     model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 3))
     batch = torch.randn(32, 40), torch.arange(32) % 3
     with CurvatureProbe(model) as probe:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
+from secorder.online import audited
 from secorder.online import backward as passes
 from secorder.online.attribution import Attribution
 from secorder.online.audited import FIRST, SHARE, share_of
@@ -31,7 +32,8 @@ def train(model: nn.Module, steps: range, *, period: int = 1, penalised: tuple[s
 
 @pytest.fixture
 def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """The layers that each backward's audit looks at."""
+    """The layers that each backward's audit looks at, of passes that are drawn once each layer was looked at."""
+    monkeypatch.setattr(audited, "EACH", FIRST)
     found: list[set[str]] = []
     intact = passes._leave
 
@@ -74,6 +76,14 @@ def test_the_more_work_the_larger_the_share_of_the_passes(rows: int, width: int,
     record = ForwardRecord(Attribution(), rows, (), verified=False)
     record.calls = {"0": [((rows, width),)], "2": [((rows, 10),)]}
     assert share_of(record, layers) == share
+
+
+def test_a_penalty_at_each_twentieth_step_is_caught_at_the_first_of_them() -> None:
+    """In a short run each pass is looked at."""
+    model = mlp()
+    probe = CurvatureProbe(model)
+    train(model, range(1, 21), period=20, penalised=("0", "2", "4"))
+    assert unreadable(probe._fisher).keys() == {"0", "2", "4"}
 
 
 @pytest.mark.parametrize("penalised", [("0", "2", "4"), ("2",)])

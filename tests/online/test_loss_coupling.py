@@ -216,6 +216,17 @@ def test_batch_normalisation_in_the_loss_is_told_of_as_in_the_model() -> None:
         assert any("batch normalisation" in str(w.message) for w in seen) is training
 
 
+@pytest.mark.filterwarnings("ignore:the samples of a batch influence one another by batch normalisation")
+def test_what_couples_samples_behind_batch_normalisation_is_refused() -> None:
+    """A correlation of outputs that are normalised first: by their statistics as they are, it couples samples still."""
+    model = residual()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        z = F.batch_norm(model(data(6)[0]), None, None, training=True)
+        (z.T @ z / len(z) - torch.eye(z.shape[1])).square().sum().backward()
+        with pytest.raises(AttributionError, match="couples the samples"):
+            probe.fisher_diagonal()
+
+
 def test_a_strict_probe_raises_at_once() -> None:
     model = residual()
     with CurvatureProbe(model, reduction="mean", strict=True), pytest.raises(AttributionError, match="couples"):

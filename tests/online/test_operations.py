@@ -230,3 +230,25 @@ def test_what_is_computed_with_fewer_digits_on_the_way_passes_the_audit() -> Non
             F.cross_entropy(model(x.double()), y).backward()
         expected = fisher_by_sample(model, F.cross_entropy, x.double(), y, len(x))
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected, 1e-6)  # of float32's digits
+
+
+class Tied(nn.Module):
+    """A language model whose table of words is its last layer, too, that returns its loss alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places, self.mix = nn.Embedding(5, 4), nn.Embedding(9, 4), nn.Linear(4, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids[:, :-1]) + self.places(torch.arange(ids.shape[1] - 1))
+        return F.cross_entropy((torch.tanh(self.mix(x)) @ self.words.weight.t()).transpose(1, 2), ids[:, 1:])
+
+
+def test_a_table_that_is_used_twice_for_a_loss_alone_costs_no_run_of_its_own() -> None:
+    model = Tied()
+    with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = torch.randint(5, (6, 8))
+        model(ids).backward()
+        found = probe.fisher_diagonal().by_parameter()
+    assert_all_close(found, fisher_by_sample(model, lambda loss, _: loss, ids, None, 6))

@@ -164,6 +164,46 @@ def test_a_number_that_the_loss_is_divided_by_is_no_weight() -> None:
     probe.detach()
 
 
+@pytest.mark.parametrize(
+    ("ignored", "items", "exact"),
+    [(0, 36, True), (1, 24, True), (1, 36, False), (0, 72, False), (None, 30, False)],
+    ids=["all", "but the first", "of which the first counts", "of two batches", "padded"],
+)
+def test_a_number_of_tokens_with_labels_tells_weights(ignored: int | None, items: int, exact: bool) -> None:
+    """As a trainer passes them: a sum over tokens, divided by how many it has counted."""
+
+    def forward(m: Net, x: Tensor, *, labels: Tensor, num_items_in_batch: int) -> Tensor:
+        return F.cross_entropy(m.a(x).transpose(1, 2), labels, reduction="sum") / num_items_in_batch
+
+    labels = torch.arange(36).view(12, 3) % 5
+    for n in range(12 if ignored is None else 0):
+        labels[n, : n % 2] = -100
+    labels[:, : ignored or 0] = -100
+    model = Net(forward, a=nn.Linear(4, 5))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        model(torch.randn(12, 3, 4), labels=labels, num_items_in_batch=items).backward()
+        if exact:
+            assert probe.fisher_diagonal()
+        else:
+            with pytest.raises(AttributionError, match="padding, class weights"):
+                probe.fisher_diagonal()
+
+
+def test_weights_are_seen_where_the_losses_of_samples_are_nearly_alike() -> None:
+    """As those of a model that is not trained yet."""
+
+    def forward(m: Net, x: Tensor, t: Tensor) -> Tensor:
+        logits = m.a(x).float()  # as many models do
+        return F.cross_entropy(2e-3 * logits, t, weight=WEIGHTS.to(logits))
+
+    model = Net(forward, a=nn.Linear(4, 3))
+    for _ in range(4):
+        with CurvatureProbe(model, reduction="mean") as probe:
+            model(*batch()).backward()
+            with pytest.raises(AttributionError, match="class weights"):
+                probe.fisher_diagonal()
+
+
 def several(m: Net, x: Tensor, t: Tensor) -> dict[str, Tensor]:
     """A loss, a balance that couples samples, a sum over samples, and a number that is none of their losses."""
     logits = m.a(x)
