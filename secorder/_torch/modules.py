@@ -370,14 +370,14 @@ def batch_normalisation(model: nn.Module) -> tuple[nn.Module, ...]:
 
 def observers(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules of fake quantisation that take its ranges from the batch of now."""
-    flags = [(m, m._buffers.get("observer_enabled")) for m in model.modules()]
+    flags = [(m, _entry(m._buffers, "observer_enabled")) for m in model.modules()]
     return tuple(m for m, flag in flags if flag is not None and bool(flag.any()))
 
 
 def observe_nothing(modules: Iterable[nn.Module]) -> None:
     """Let fake quantisation go by the ranges that it has, where buffers are copies that nobody keeps."""
     for module in modules:
-        flag = module._buffers.get("observer_enabled")
+        flag = _entry(module._buffers, "observer_enabled")
         if flag is not None:
             module._buffers["observer_enabled"] = torch.zeros_like(flag)
 
