@@ -58,6 +58,6 @@ def _differ(
 ) -> bool:
     """Whether samples have different numbers of targets: the gradient on the classes of one that is ignored is zero."""
     with torch.no_grad():
-        slopes = pull_back(order, roots, outputs)
-    counts = [(outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in slopes.items()]
+        gradients = pull_back(order, roots, outputs)
+    counts = [(outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in gradients.items()]
     return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
