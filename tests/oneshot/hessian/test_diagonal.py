@@ -118,7 +118,7 @@ def test_large_vocabulary_is_estimated_in_bounded_memory() -> None:
     import resource
 
     torch.set_default_dtype(torch.float32)
-    model, tokens = Decoder(16_000), torch.randint(16_000, (2, 32))
+    model, tokens = Decoder(16_000), torch.randint(16_000, (2, 64))
     probe = CurvatureProbe(model, "all")
     cost = probe.estimate_cost(next_token, tokens, tokens, num_draws=2)
     assert {c.strategy for c in cost.values()} <= {"column-draws", "output-draws", "parameter-basis", "columns"}
@@ -128,7 +128,7 @@ def test_large_vocabulary_is_estimated_in_bounded_memory() -> None:
     found = probe.hessian_diagonal(next_token, tokens, tokens, num_draws=2)
     assert found.standard_error is not None
     assert all(d.isfinite().all() for d in (*found.values(), *found.standard_error.values()))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # kB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
 
 
 N = 6
