@@ -25,7 +25,7 @@ def multiplied_by_scaler(root: Node) -> bool:
     """
     waiting = [root]
     for node in waiting:  # which grows
-        if operation_of(node) not in _BETWEEN or recomputed(node) is not False:
+        if operation_of(node) not in _BETWEEN or recomputed(node):  # to be asked, it would be computed again
             continue
         if operation_of(node) == "Mul" and _of_scaler(node._saved_other):
             return True

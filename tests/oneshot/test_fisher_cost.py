@@ -12,7 +12,7 @@ from secorder.oneshot import fisher_cost as module
 from secorder.oneshot.fisher_cost import fisher_cost
 
 from ..benchmarks.memory import peak_memory
-from ..helpers import data, make, measured, run_again_where_nothing_tells, seed, seeded
+from ..helpers import data, make, measured, seed, seeded
 
 MODELS = {"rules": make, "a layer without one": lambda: make(nn.Bilinear(5, 5, 5).requires_grad_(False), nn.Tanh())}
 
@@ -129,7 +129,7 @@ MEMORY = {
 }
 
 
-@pytest.mark.parametrize("fisher_type", [pytest.param("empirical", marks=run_again_where_nothing_tells), "type-2"])
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
 @pytest.mark.parametrize("name", MEMORY)
 def test_memory_that_is_told_is_that_which_is_spent(name: str, fisher_type: Any) -> None:
     make_model, shape = MEMORY[name]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.online.carried import carried, carried_cut_off
 
+from ..helpers import run_again_where_nothing_tells
 from .loops import follow
 
 
@@ -171,6 +172,7 @@ def test_a_state_in_an_object_among_the_arguments(kind: Any) -> None:
     assert follow(model, batches, loss, forwards="joined").exact
 
 
+@run_again_where_nothing_tells
 def test_what_is_measured_in_different_ways_in_two_forwards_is_left_out() -> None:
     """A cache that the look cannot cut off: the rows of the second forward are those of the first, too."""
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import Shared, data, reference, run_again_where_nothing_tells, step
+from ..helpers import Shared, data, reference, refused_where_nothing_tells, run_again_where_nothing_tells, step
 from ..reference import assert_all_close, fisher_by_sample
 
 
@@ -244,6 +244,7 @@ class Tied(nn.Module):
         return F.cross_entropy((torch.tanh(self.mix(x)) @ self.words.weight.t()).transpose(1, 2), ids[:, 1:])
 
 
+@refused_where_nothing_tells
 def test_a_table_that_is_used_twice_for_a_loss_alone_costs_no_run_of_its_own() -> None:
     model = Tied()
     with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, Verification, token_weights
 
-from ..helpers import data, make, step
+from ..helpers import data, make, run_again_where_nothing_tells, step
 from ..reference import assert_all_close
 
 
@@ -122,6 +122,7 @@ def test_a_loss_of_another_scale_differs_alike_in_every_layer() -> None:
     assert all("times the one-shot one" in reason for reason in found.differing.values())
 
 
+@run_again_where_nothing_tells
 def test_samples_that_the_loss_weights_say_what_to_pass() -> None:
     model, (inputs, targets) = make(), data()
     weighted = nn.CrossEntropyLoss(torch.linspace(0.2, 3.0, 3))
