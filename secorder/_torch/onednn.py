@@ -12,18 +12,17 @@ from torch import Tensor
 
 __all__ = ["multiplied_by_onednn", "product_by_onednn"]
 
-#: Multiplications for each thread from which on one product is worth a call of its own: what oneDNN gains is more than a
-#: call costs, and the threads have enough to share, which go through many products side by side otherwise (measured
-#: from 64 to 4,608 rows and columns, on one thread and on two).
+#: Multiplications from which on one product is worth a call of its own: what oneDNN gains is more than a call costs,
+#: and two threads have enough to share (measured from 64 to 4,608 rows and columns, on one thread and on two).
 ALONE = 1 << 22
 
 
 def multiplied_by_onednn(like: Tensor, multiplications: int) -> bool:
     """Whether a product of two matrices of a tensor's kind, of so many multiplications, is for oneDNN.
 
-    By shape and threads alone, so that a run can be repeated bit for bit.
+    By shape alone, so that a run can be repeated bit for bit.
     """
-    if multiplications < ALONE * torch.get_num_threads() or like.device.type != "cpu" or like.dtype is not torch.float32:
+    if multiplications < ALONE or like.device.type != "cpu" or like.dtype is not torch.float32:
         return False
     return bool(torch.backends.mkldnn.enabled) and _has_operator()
 

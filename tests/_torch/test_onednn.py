@@ -12,9 +12,6 @@ from secorder._torch.onednn import multiplied_by_onednn, product_by_onednn
 
 ROWS, INNER, COLUMNS = 24, 40, 56
 
-#: Multiplications that are just enough for the threads there are.
-ENOUGH = onednn.ALONE * torch.get_num_threads()
-
 LEFT = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.t().contiguous().t(),
@@ -28,7 +25,7 @@ LEFT = {
 
 
 def has_it() -> bool:
-    return multiplied_by_onednn(torch.zeros(1, dtype=torch.float32), ENOUGH)
+    return multiplied_by_onednn(torch.zeros(1, dtype=torch.float32), onednn.ALONE)
 
 
 @pytest.mark.skipif(not has_it(), reason="PyTorch was built without oneDNN, or for another processor")
@@ -72,9 +69,9 @@ def test_right_factors_are_dense(right: str) -> None:
 
 def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     single = torch.zeros(2, dtype=torch.float32)
-    assert not multiplied_by_onednn(single, ENOUGH - 1)
-    assert not multiplied_by_onednn(single.double(), ENOUGH)
-    assert not multiplied_by_onednn(single.bfloat16(), ENOUGH)
-    assert not multiplied_by_onednn(single.to("meta"), ENOUGH)
+    assert not multiplied_by_onednn(single, onednn.ALONE - 1)
+    assert not multiplied_by_onednn(single.double(), onednn.ALONE)
+    assert not multiplied_by_onednn(single.bfloat16(), onednn.ALONE)
+    assert not multiplied_by_onednn(single.to("meta"), onednn.ALONE)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
-    assert not multiplied_by_onednn(single, ENOUGH)
+    assert not multiplied_by_onednn(single, onednn.ALONE)
