@@ -143,7 +143,7 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
         if operation_of(node) != "ToCopy":
             found.append(_factor(node, before[0][0]))
         node = before[0][1][0]
-    if found and (count := summed(node)) and count * found[-1] < 1:  # divided by more than there is
+    if found and (count := _summed(node)) and count * found[-1] < 1:  # divided by more than there is
         return [*found[:-1], count * found[-1]]
     return found[:-1] if _is_sum(node, ends) else found
 
@@ -178,11 +178,11 @@ def divisor_of_sum(node: Node) -> tuple[float, int]:
     if operation_of(node) != "Div" or len(before) != 1 or recomputed(node) is not False:
         return 0.0, 0
     index, (source, _) = before[0]
-    count = summed(source)
+    count = _summed(source)
     return (1 / _factor(node, index), count) if index == 0 and count > 1 and not shape_of(node, 0) else (0.0, 0)
 
 
-def summed(node: Node) -> int:
+def _summed(node: Node) -> int:
     """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
     if shape_of(node, 0):
         return 0
