@@ -13,7 +13,7 @@ from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose
 from .facts import Facts
-from .investigate import investigate
+from .investigate import Findings, give_up_chain, investigate
 from .output_draws import Reduce, whole
 from .trials import learn_seconds
 
@@ -105,22 +105,15 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
+        by_chain = _seconds_by_chain(task, found, budget)
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
-    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
-    by_chain = 0.0
-    if carried and found.chain is not None:
-        chain = shortened(found.chain, carried)
-        of_chain = most_bytes(lambda: seconds_of_chain(task, chain))
-        by_chain = seconds_of_chain(task, chain) / len(carried)
-        for name in carried:
-            found.learn(name, num_bytes=of_chain)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}
     for layer in task.layers:
         facts, choice = found.facts[layer.name], chosen[layer.name]
         if choice.strategy == Strategy.CHAIN:
-            seconds = by_chain
+            seconds = by_chain[layer.name]
         elif choice.strategy == Strategy.COLUMNS:
             seconds = choice.products * facts.seconds_by_column / served
         elif choice.strategy in (Strategy.COLUMN_DRAWS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
@@ -132,6 +125,24 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         overhead += 3 * found.seconds  # another forward and gradient
     results = sum(p.numel() * p.element_size() for layer in task.layers for p in layer.parameters.values())
     return Cost(costs, overhead, kept + results)
+
+
+def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dict[str, float]:
+    """What each layer takes that the chain serves, with the memory of all of them learnt."""
+    chosen = choose(list(found.facts.values()), budget)
+    carried = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
+    if not carried or found.chain is None:
+        return {}
+    chain = shortened(found.chain, carried)
+    try:
+        of_chain = most_bytes(lambda: seconds_of_chain(task, chain))
+        seconds = seconds_of_chain(task, chain) / len(carried)
+    except RuntimeError as error:
+        give_up_chain(task, found, budget, carried, error)
+        return {}
+    for name in carried:
+        found.learn(name, num_bytes=of_chain)
+    return dict.fromkeys(carried, seconds)
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:

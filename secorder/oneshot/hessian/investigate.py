@@ -1,13 +1,14 @@
 """Finding out the facts about every layer, as far as something depends on them."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._torch.failures import is_users_own
 from ..._torch.graph import leaves_of
 from ..._torch.pytree import tensors_in
 from ..._torch.vjp import gradients, stacked_vjp
@@ -31,7 +32,7 @@ from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["Findings", "attached", "differentiate", "facts", "investigate", "verify_samples"]
+__all__ = ["Findings", "attached", "differentiate", "facts", "give_up_chain", "investigate", "verify_samples"]
 
 
 @dataclass
@@ -368,6 +369,22 @@ def verify_samples(task: Measurement, found: Findings, budget: Budget) -> None:
             if _independent(task, [graph]):
                 found.learn(graph.layer.name, samples_independent=True)
                 break
+
+
+def give_up_chain(
+    task: Measurement, found: Findings, budget: Budget, layers: Iterable[str], error: RuntimeError
+) -> None:
+    """Go on without the chain after an operator in it could not be differentiated so: others get along, or tell which.
+
+    Raises:
+        RuntimeError: the user's own code raised the error.
+    """
+    if is_users_own(error):
+        raise error
+    for name in layers:
+        found.learn(name, chain_depth=0)
+    differentiate(task, found)
+    verify_samples(task, found, budget)
 
 
 def _independent(task: Measurement, graphs: list[LayerGraph]) -> bool:

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..._torch.failures import is_users_own
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
@@ -14,7 +13,7 @@ from . import chain, column_draws, columns, output_basis, output_draws, paramete
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .estimate import Estimate
-from .investigate import Findings, differentiate, investigate, verify_samples
+from .investigate import Findings, give_up_chain, investigate, verify_samples
 from .layer_graph import LayerGraph
 from .on_parameters import on_parameters
 from .output_draws import Reduce
@@ -70,13 +69,8 @@ def _chain(task: Measurement, found: Findings, budget: Budget, reduce: Reduce, o
         return
     try:
         carried = chain.run(task, chain.shortened(found.chain, names))
-    except RuntimeError as error:  # an operator that cannot be differentiated so: others get along, or tell which
-        if is_users_own(error):
-            raise
-        for name in names:
-            found.learn(name, chain_depth=0)
-        differentiate(task, found)
-        verify_samples(task, found, budget)
+    except RuntimeError as error:
+        give_up_chain(task, found, budget, names, error)
         return
     for name, values in carried.items():
         checks = found.facts[name].checks | {"samples_independent": True}

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, DoubleBackwardError
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import Choice
 from secorder.oneshot.hessian.cost import estimate_cost, layer_cost
@@ -19,9 +19,17 @@ from ...benchmarks.memory import peak_memory
 from ...helpers import data, make, measured, mlp, seed
 
 
+class Narrower(nn.Module):
+    """Arithmetic in another precision, as normalisations of language models do it: no chain gets through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = x.float()
+        return (low * low.square().mean(1, keepdim=True).rsqrt()).to(x.dtype)
+
+
 @pytest.mark.parametrize("budget", [Budget("exact"), Budget("hutchinson", num_draws=7)])
 def test_the_strategies_are_those_that_run(budget: Budget) -> None:
-    for model in (mlp(), make(nn.ReLU()), make(nn.BatchNorm1d(5), nn.Tanh())):
+    for model in (mlp(), make(nn.ReLU()), make(nn.BatchNorm1d(5), nn.Tanh()), make(Narrower(), nn.Tanh())):
         batch = data()
         told = measured(lambda task: estimate_cost(task, budget), model, batch)
         with CurvatureProbe(model, "all") as probe:
@@ -43,6 +51,13 @@ def test_memory_is_that_of_a_chunk_of_products() -> None:
     assert bytes_of(Strategy.OUTPUT_BASIS, 5, 2) == 4 * 2 * 50 * 8
     assert bytes_of(Strategy.PARAMETER_BASIS, 5, None) == 4 * 5 * 1000 * 8
     assert dataclasses.replace(facts, numel=1).layer == "0"
+
+
+def test_an_operator_without_a_second_derivative_is_named_as_by_the_measurement() -> None:
+    with CurvatureProbe(make(nn.Hardsigmoid(), nn.Tanh())) as probe:
+        for ask in (probe.hessian_diagonal, probe.estimate_cost):
+            with pytest.raises(DoubleBackwardError, match="hardsigmoid"):
+                ask(F.cross_entropy, *data())
 
 
 @pytest.mark.parametrize(
