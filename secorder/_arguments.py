@@ -64,12 +64,12 @@ def require_floating_dtype(name: str, value: Any) -> None:
 
     Raises:
         InvalidTypeError: it is no dtype.
-        InvalidArgumentError: it is one of integers, say.
+        InvalidArgumentError: it is one of integers, say, or of eight bits.
     """
     if value is not None and not isinstance(value, torch.dtype):
         raise InvalidTypeError(f"{name} must be a dtype, such as torch.float32, got {shown(value)}.")
-    if value is not None and not value.is_floating_point:
-        raise InvalidArgumentError(f"{name} must be a dtype of real numbers, got {value}.")
+    if value is not None and not (value.is_floating_point and value.itemsize > 1):  # which nothing adds up in
+        raise InvalidArgumentError(f"{name} must be a dtype of real numbers of 16 bits or more, got {value}.")
 
 
 def require_integer(name: str, value: Any, least: int) -> None:

@@ -15,7 +15,6 @@ from ._arguments import (
     require_integer,
     require_number,
     require_one_of,
-    shown,
 )
 from ._caution import caution
 from ._keywords import tells_renamed_keywords
@@ -59,7 +58,12 @@ from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
-from .online.told_dimensions import require_one_dimension, told_dimensions, with_shared_ones_hidden
+from .online.told_dimensions import (
+    require_known_arguments,
+    require_one_dimension,
+    told_dimensions,
+    with_shared_ones_hidden,
+)
 from .online.verification import Verification, verify
 from .online.window import Window, take_window
 from .parallel.all_reduce import raised_on_all
@@ -144,7 +148,7 @@ class CurvatureProbe:
         accumulator_dtype: their dtype; by default the parameters', float32 for half precision.
 
     Raises:
-        InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or ``layer_types`` holds no types.
+        InvalidTypeError: ``model`` is not a module (or is ``nn.DataParallel``), or another argument has a wrong type.
         InvalidArgumentError: nothing matches, or another argument is out of its range.
 
     Half precision is accumulated in float32; float32 and float64 in their own dtype.
@@ -185,8 +189,7 @@ class CurvatureProbe:
     ) -> None:
         require_flag("frozen", frozen)
         selected = _layers_to_look_at(model, layer_types, layers, frozen=frozen)
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-            raise InvalidArgumentError(f"every must be an integer of at least 1, got {shown(every)}.")
+        require_integer("every", every, 1)
         if decay is not None:
             require_number("decay", decay, zero=True)
             if not 0.0 < decay < 1.0:
@@ -200,6 +203,7 @@ class CurvatureProbe:
             raise InvalidArgumentError('penalty="shared" goes with accumulate="diagonal".')
         require_one_of("precision", precision, get_args(Precision))
         check_sample_dim(sample_dim)
+        require_known_arguments(model, sample_dim)
         require_device("accumulator_device", accumulator_device)
         require_floating_dtype("accumulator_dtype", accumulator_dtype)
         self._model = model

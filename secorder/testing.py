@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import RuleError
+from ._arguments import require_number, shown
+from .errors import InvalidTypeError, RuleError
 from .layers.contraction import contract
 from .layers.layout import DIM_ZERO
 from .layers.per_sample import Rule, dense, stacked_gradients
@@ -33,6 +34,7 @@ def check_rule(module: nn.Module, *inputs: Tensor, rule: Rule | None = None, tol
         tolerance: largest difference allowed, relative to the largest entry.
 
     Raises:
+        InvalidTypeError: the module is none, an input is no tensor, or the tolerance no number.
         RuleError: the rule is wrong; says for which parameter and by how much.
 
     Example:
@@ -40,6 +42,11 @@ def check_rule(module: nn.Module, *inputs: Tensor, rule: Rule | None = None, tol
         >>> from secorder.testing import check_rule
         >>> check_rule(torch.nn.Conv2d(2, 4, 3, groups=2), torch.randn(3, 2, 5, 5))
     """
+    if not isinstance(module, nn.Module):
+        raise InvalidTypeError(f"module must be a torch.nn.Module, got {shown(module)}.")
+    if not all(isinstance(x, Tensor) for x in inputs):
+        raise InvalidTypeError("inputs must be tensors, those that the module is called with.")
+    require_number("tolerance", tolerance, zero=True)
     rule = rule or rule_for(module)
     if rule is None:
         kind = type(module).__name__

@@ -65,6 +65,8 @@ def test_devices_and_dtypes() -> None:
         require_floating_dtype("accumulator_dtype", "float32")
     with pytest.raises(InvalidArgumentError, match="real numbers"):
         require_floating_dtype("accumulator_dtype", torch.int32)
+    with pytest.raises(InvalidArgumentError, match="16 bits or more"):
+        require_floating_dtype("accumulator_dtype", torch.float8_e4m3fn)
 
 
 def test_words() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder import RuleError
+from secorder import InvalidArgumentError, InvalidTypeError, RuleError
 from secorder.layers.per_sample import Outer
 from secorder.layers.rules import RULES
 from secorder.layers.rules.linear import linear
@@ -80,3 +80,11 @@ def test_no_rule_and_too_few_samples() -> None:
         check_rule(nn.LSTM(2, 2), torch.randn(3, 2, 2))
     with pytest.raises(RuleError, match="two samples"):
         check_rule(nn.Linear(2, 2), torch.randn(1, 2))
+
+
+@pytest.mark.parametrize("arguments", [(3, torch.ones(2, 2)), (nn.Linear(2, 2), 3)])
+def test_what_is_no_module_or_no_tensor(arguments: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="must be"):
+        check_rule(*arguments)
+    with pytest.raises(InvalidArgumentError, match="tolerance must be"):
+        check_rule(nn.Linear(2, 2), torch.randn(2, 2), tolerance=-1.0)

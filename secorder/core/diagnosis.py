@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._arguments import require_flag, require_integer, require_one_of
 from .._keywords import tells_renamed_keywords
 from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size
@@ -84,6 +85,9 @@ def diagnose(
         >>> sorted(diagnosis.statistics), diagnosis.num_samples
         (['fisher', 'hessian'], 32)
     """
+    require_one_of("reduction", reduction, ("mean", "sum", None))
+    require_integer("sample_dim", sample_dim, 0)
+    require_flag("progress", progress)
     several = is_data_set(inputs, targets)
     batches: Iterable[tuple[Any, Any]] = batches_of(inputs, sample_dim) if several else [(inputs, targets)]
     total = number_of_batches(inputs) if several else None

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .._arguments import require_integer
 from ..errors import InvalidArgumentError
 from .blocks import shortened
 from .history import History
@@ -38,6 +39,7 @@ def plot(history: History, statistic: str = "fisher_trace", *, top: int = 10) ->
         ...     history.add(step, {"fisher_trace": {"fc1": step, "fc2": 10.0 * step}})
         >>> plot(history).savefig("run.png")  # doctest: +SKIP
     """
+    require_integer("top", top, 0)
     points = history.points(statistic)
     if not points:
         known = ", ".join(history.statistics) or "nothing yet"

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from .._caution import caution
 from .._torch.collectives import has_ranks
-from ..errors import AttributionError, SecorderError
+from ..errors import AttributionError, InvalidArgumentError, SecorderError
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics, whole_trace
-from .training import learning_rates, mean_loss, number_of
-from .watched import Watched, check_intervals, check_measured, measurement_options
+from .training import learning_rates, mean_loss, number_of, numbers_told, step_of
+from .watched import Watched, check_flags, check_intervals, check_listeners, check_measured, measurement_options
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +86,7 @@ class CurvatureRecorder:
     Raises:
         InvalidArgumentError: an interval is below 1, a measurement comes without a loss or a batch, or an option is
             unknown or had another name.
-        InvalidTypeError: one of the sinks is none, or the loss is no function.
+        InvalidTypeError: one of the sinks is none, the loss is no function, or another argument has a wrong type.
 
     Example:
         >>> import tempfile, torch
@@ -133,9 +133,10 @@ class CurvatureRecorder:
             "traces": traces_every,
             "eigenvalues": eigenvalues_every,
         }
-        measured = [name for name in ("hessian", "traces", "eigenvalues") if self._every[name] is not None]
         check_intervals(self._every)
-        check_measured(measured, loss_fn, batch)
+        check_measured(self._every, loss_fn, batch)
+        check_listeners(optimizer, on_finding)
+        check_flags(keep_total=keep_total, synchronize=synchronize, strict=strict)
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
         self._options = measurement_options(probe, hessian_options)
@@ -176,7 +177,8 @@ class CurvatureRecorder:
         self._steps_of_window += 1
         if loss is not None:
             self._attempt("loss", self._see_loss, loss)
-        number = self._steps if step is None else step
+        told = self._attempt("step", step_of, step)
+        number = self._steps if told is None else told
         due = [part for part in self._every if part != "histograms" and self._due(part, self._steps)]
         if due:
             self._attempt("point", self._point, number, due)
@@ -195,10 +197,10 @@ class CurvatureRecorder:
             step: the number of the step in the log; by default how often :meth:`step` was called.
 
         Raises:
-            InvalidTypeError: one is no number.
+            InvalidTypeError: one is no number, or the step no integer.
         """
-        told = {name: float(number_of(name, value)) for name, value in numbers.items()}
-        self._log.numbers({WHOLE_MODEL: told}, self._steps if step is None else step)
+        told = step_of(step)
+        self._log.numbers({WHOLE_MODEL: numbers_told(numbers)}, self._steps if told is None else told)
 
     def _due(self, part: str, steps: int) -> bool:
         every = self._every[part]
@@ -269,13 +271,12 @@ class CurvatureRecorder:
                 name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
                 for name, value in traces.items()
             }
-            point.add({"fisher_trace": traces, WHOLE_MODEL: {"fisher_trace": whole_trace(self._probe, traces)}})
-            self._see_noise(source, point)
-            return None
-        fisher = source.fisher_diagonal(missing="skip")
-        statistics = layer_statistics(fisher)
-        point.fisher = {shown(name): row for name, row in statistics.items()}
-        numbers = numbers_of("fisher", statistics)
+            fisher, numbers = None, {"fisher_trace": traces}
+        else:
+            fisher = source.fisher_diagonal(missing="skip")
+            statistics = layer_statistics(fisher)
+            point.fisher = {shown(name): row for name, row in statistics.items()}
+            numbers = numbers_of("fisher", statistics)
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": whole_trace(self._probe, numbers["fisher_trace"])}})
         self._see_noise(source, point)
         return fisher
@@ -292,9 +293,9 @@ class CurvatureRecorder:
             noise = source.gradient_noise_scale(missing="skip")
         except AttributionError:
             return
-        point.add({"gradient_noise_scale": {shown(name): scale.value for name, scale in noise.items()}})
         whole = noise.total
-        point.add({WHOLE_MODEL: {"gradient_noise_scale": whole.value}})
+        scales = {shown(name): scale.value for name, scale in noise.items()}
+        point.add({"gradient_noise_scale": scales, WHOLE_MODEL: {"gradient_noise_scale": whole.value}})
         point.noise = whole.squared_norm, whole.variance
 
     def _see_norms(self, point: Observation) -> None:
@@ -319,8 +320,8 @@ class CurvatureRecorder:
         traces = self._measure("hessian_trace", point, "traces")
         errors = {shown(name): t.standard_error for name, t in traces.items() if t.num_draws}
         values = {shown(name): t.value for name, t in traces.items()}
-        whole = {WHOLE_MODEL: {"hessian_trace": whole_trace(self._probe, values)}}
-        point.add({"hessian_trace": values, "hessian_trace_standard_error": errors, **whole})
+        point.add({"hessian_trace": values, "hessian_trace_standard_error": errors})
+        point.add({WHOLE_MODEL: {"hessian_trace": whole_trace(self._probe, values)}})
 
     def _see_eigenvalues(self, point: Observation) -> None:
         found = self._measure("hessian_eigenvalues", point, "eigenvalues", which="top")
@@ -386,7 +387,13 @@ class CurvatureRecorder:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
+        """Go on from what :meth:`state_dict` returned.
+
+        Raises:
+            InvalidArgumentError: it is something else; nothing is changed.
+        """
+        if not isinstance(state, Mapping) or not self.state_dict().keys() <= state.keys():
+            raise InvalidArgumentError("the state is not one of CurvatureRecorder.state_dict().")
         self._steps, self._steps_of_window = state["steps"], state["steps_of_window"]
         self._loss = (state["loss"][0], state["loss"][1])
         self.history.load_state_dict(state["history"])

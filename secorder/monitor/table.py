@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from .._arguments import shown
+from .._arguments import require_integer, shown
 from ..errors import InvalidArgumentError
 from ..results import Diagonals
 from .fitting import fitting
@@ -91,7 +91,9 @@ def report(
         what ``rich.print`` shows as a table and ``print`` as plain text; see :class:`Report`.
 
     Raises:
-        InvalidArgumentError: neither curvature is given, ``sort_by`` is unknown, or ``depth`` is below 1.
+        InvalidTypeError: a curvature is no mapping of layer names to tensors.
+        InvalidArgumentError: neither curvature is given, ``sort_by`` or ``group_by`` is unknown, or ``depth`` is below
+            1.
 
     Example:
         >>> import torch, secorder
@@ -101,8 +103,12 @@ def report(
     diagonals = {kind: d for kind, d in given.items() if d is not None}
     if not diagonals:
         raise InvalidArgumentError("a report needs a Fisher or a Hessian diagonal: report(probe.fisher_diagonal()).")
-    if depth is not None and (isinstance(depth, bool) or not isinstance(depth, int) or depth < 1):
-        raise InvalidArgumentError(f"depth must be a whole number of at least 1, got {shown(depth)}.")
+    if depth is not None:
+        require_integer("depth", depth, 1)
+    if not (group_by is None or group_by == "type" or callable(group_by)):
+        raise InvalidArgumentError(
+            f'group_by must be "type", or a function of the layer\'s name, got {shown(group_by)}.'
+        )
     every = _rows(diagonals)
     rows = every if depth is None else _to_depth(every, depth)
     again = {name for d in diagonals.values() if isinstance(d, Diagonals) for name in d.repeated}
@@ -111,8 +117,8 @@ def report(
 
 
 def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
-    names = list(dict.fromkeys(name for d in diagonals.values() for name in d))
     summaries = {kind: summarize(d, entries=HISTOGRAM) for kind, d in diagonals.items()}
+    names = list(dict.fromkeys(name for d in diagonals.values() for name in d))
     known = [d for d in diagonals.values() if isinstance(d, Diagonals)]
     types = {name: kind for d in known for name, kind in d.layer_types.items()}
     shapes = {name: shape for d in known for name, shape in d.parameter_shapes().items()}

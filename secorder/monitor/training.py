@@ -1,15 +1,17 @@
 """The loss and the learning rates of a training."""
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._arguments import shown
 from .._torch.collectives import all_reduce
 from ..errors import InvalidTypeError
 
-__all__ = ["learning_rates", "mean_loss", "number_of"]
+__all__ = ["learning_rates", "mean_loss", "number_of", "numbers_told", "step_of"]
 
 
 def number_of(name: str, value: Any) -> Any:
@@ -24,6 +26,29 @@ def number_of(name: str, value: Any) -> Any:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise InvalidTypeError(f"{name!r} must be a number or a tensor of one element, got {got}.")
     return float(value)
+
+
+def numbers_told(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers by name, those of tensors read.
+
+    Raises:
+        InvalidTypeError: one is no number, or they have no names.
+    """
+    if not isinstance(numbers, Mapping):
+        raise InvalidTypeError(f"numbers must be a mapping of names to numbers, got {shown(numbers)}.")
+    return {name: float(number_of(name, value)) for name, value in numbers.items()}
+
+
+def step_of(told: Any) -> int | None:
+    """The number of a step; None where it is to be counted.
+
+    Raises:
+        InvalidTypeError: it is no integer.
+    """
+    try:
+        return None if told is None else index(told)
+    except TypeError:
+        raise InvalidTypeError(f"step must be an integer, got {shown(told)}: the loss goes into loss=.") from None
 
 
 def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:

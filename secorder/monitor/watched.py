@@ -2,15 +2,15 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args, get_origin
 
 from torch import Tensor
 
-from .._arguments import shown
+from .._arguments import require_flag, require_integer, require_one_of, shown
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Watched", "check_intervals", "check_measured", "measurement_options"]
+__all__ = ["Watched", "check_flags", "check_intervals", "check_listeners", "check_measured", "measurement_options"]
 
 
 class Watched(Protocol):
@@ -61,47 +61,72 @@ def measurement_options(probe: Watched, given: Mapping[str, Any]) -> dict[str, d
     """For each measurement of a probe, those of the given keywords that it takes.
 
     Raises:
-        InvalidArgumentError: one had another name, or no measurement takes it.
+        InvalidArgumentError: one had another name, no measurement takes it, or it is a word that none knows.
         InvalidTypeError: it is no probe.
     """
     if not hasattr(probe, "window"):
         raise InvalidTypeError(f"a recorder watches a probe, got {type(probe).__name__}: pass CurvatureProbe(model).")
     refuse_renamed(given, "hessian_diagonal()")
     methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
-    taken = {method: set(inspect.signature(getattr(probe, method)).parameters) for method in methods}
+    taken = {method: inspect.signature(getattr(probe, method)).parameters for method in methods}
     if "every" in given:
         raise InvalidArgumentError("CurvatureRecorder takes log_every= in place of every=.")
-    unknown = sorted(given.keys() - set.union(*taken.values()))
+    unknown = sorted(given.keys() - set().union(*taken.values()))
     if unknown:
         raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
-    return {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
+    options = {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
+    for method, chosen in options.items():
+        for key, value in chosen.items():
+            if get_origin(words := taken[method][key].annotation) is Literal:
+                require_one_of(key, value, get_args(words))  # now, not at the first step that measures
+    return options
+
+
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False.
+
+    Raises:
+        InvalidTypeError: one of them.
+    """
+    for name, flag in flags.items():
+        require_flag(name, flag)
 
 
 def check_intervals(every: Mapping[str, int | None]) -> None:
     """Refuse what is no interval.
 
     Raises:
-        InvalidArgumentError: one is no whole number, or below 1.
+        InvalidTypeError: one is no integer.
+        InvalidArgumentError: one is below 1.
     """
     for name, interval in every.items():
-        whole = isinstance(interval, int) and not isinstance(interval, bool)
-        if interval is not None and not (whole and interval >= 1):
-            keyword = "log_every" if name == "fisher" else f"{name}_every"
-            raise InvalidArgumentError(
-                f"{keyword} must be a whole number of steps of at least 1, got {shown(interval)}."
-            )
+        if interval is not None:
+            require_integer("log_every" if name == "fisher" else f"{name}_every", interval, 1)
 
 
-def check_measured(measured: Sequence[str], loss_fn: Any, batch: Any) -> None:
+def check_measured(every: Mapping[str, int | None], loss_fn: Any, batch: Any) -> None:
     """Refuse what cannot be measured on.
 
     Raises:
         InvalidArgumentError: a loss or a batch is missing.
         InvalidTypeError: the loss is no function, or the batch no pair.
     """
+    measured = [name for name in ("hessian", "traces", "eigenvalues") if every[name] is not None]
     if measured and (loss_fn is None or batch is None):
         raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
     if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
         raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {shown(loss_fn)}.")
     if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise InvalidTypeError(f"batch must be a pair (inputs, targets), got {type(batch).__name__}.")
+
+
+def check_listeners(optimizer: Any, on_finding: Any) -> None:
+    """Refuse what is no optimizer, or cannot be called.
+
+    Raises:
+        InvalidTypeError: one of them.
+    """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise InvalidTypeError(f"optimizer must have param_groups, as torch.optim's have, got {shown(optimizer)}.")
+    if on_finding is not None and not callable(on_finding):
+        raise InvalidTypeError(f"on_finding must be callable as on_finding(change), got {shown(on_finding)}.")

@@ -1,13 +1,14 @@
 """How the training loss is made of the samples' losses: L = Σ_n c_n ℓ_n, so that ∂ℓ_n/∂z_n = g_n / c_n."""
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .._arguments import shown
+from .._arguments import require_integer, shown
 from ..errors import InvalidArgumentError
 
 __all__ = [
@@ -147,6 +148,10 @@ def token_weights(
         shift: how many labels of each sequence the loss leaves out at the start: 1 for a causal language model.
         items: name of the argument that holds the number that the loss is divided by.
 
+    Raises:
+        InvalidTypeError: ``labels`` is neither a name nor a position, or a number is no integer.
+        InvalidArgumentError: a position, or ``shift``, is below zero.
+
     Example:
         >>> import torch
         >>> from secorder import token_weights
@@ -154,6 +159,10 @@ def token_weights(
         >>> token_weights()(labels=labels)
         tensor([0.3333, 0.6667])
     """
+    if not isinstance(labels, str):
+        require_integer("labels", labels, 0)
+    require_integer("ignore_index", ignore_index, -sys.maxsize)
+    require_integer("shift", shift, 0)
     return _TokenWeights(labels, ignore_index, shift, items)
 
 

@@ -1,7 +1,7 @@
 """Where samples are, as a user told it, for passes of our own, which take them from one dimension of all inputs."""
 
 from collections.abc import Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any
 
 from torch import nn
@@ -10,7 +10,23 @@ from .._torch.pytree import Shared
 from ..errors import InvalidArgumentError
 from .samples import SampleDim
 
-__all__ = ["require_one_dimension", "told_dimensions", "with_shared_ones_hidden"]
+__all__ = ["require_known_arguments", "require_one_dimension", "told_dimensions", "with_shared_ones_hidden"]
+
+
+def require_known_arguments(model: nn.Module, sample_dim: SampleDim) -> None:
+    """Raise where a mapping names what the model is not called with, as far as its signature tells.
+
+    Raises:
+        InvalidArgumentError: it does, or names nothing.
+    """
+    if not isinstance(sample_dim, Mapping):
+        return
+    taken = signature(model.forward).parameters
+    unknown = [name for name in sample_dim if name not in taken]
+    if not sample_dim or (unknown and not any(p.kind is Parameter.VAR_KEYWORD for p in taken.values())):
+        raise InvalidArgumentError(
+            f"sample_dim names {unknown or 'no argument'}, and the model's forward takes {list(taken)}."
+        )
 
 
 def told_dimensions(sample_dim: SampleDim) -> set[int] | None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from secorder import InvalidArgumentError, InvalidTypeError, diagnose
+from secorder import InvalidArgumentError, InvalidTypeError, SecorderError, diagnose
 
 from ..helpers import data, make
 from ..reference import assert_all_close, fisher_by_sample, hessian_by_element
@@ -55,6 +55,12 @@ def test_data_that_is_none() -> None:
         diagnose(make(), F.cross_entropy, iter([3]))
     with pytest.raises(InvalidArgumentError, match="there are no targets"):
         diagnose(make(), F.cross_entropy, iter([torch.randn(3, 4)]))
+
+
+def test_arguments_that_nothing_can_be_made_of() -> None:
+    for arguments in ({"reduction": "average"}, {"sample_dim": {"input": 0}}, {"sample_dim": -1}, {"progress": "bar"}):
+        with pytest.raises(SecorderError, match=f"^{next(iter(arguments))} must be"):
+            diagnose(make(), F.cross_entropy, *data(10), **arguments)
 
 
 def test_progress_is_shown_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

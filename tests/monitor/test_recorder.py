@@ -197,9 +197,10 @@ def test_a_run_goes_on_from_its_state() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"log_every": 0}, "log_every must be a whole number of steps"),
+        ({"log_every": 0}, "log_every must be at least 1"),
         ({"hessian_every": 0}, "hessian_every must be"),
-        ({"norms_every": 2.5}, "norms_every must be"),
+        ({"method": "Exact"}, 'method must be "auto", "exact" or'),
+        ({"which": "up"}, "which must be"),
         ({"hessian_every": 5}, "hessian_every needs loss_fn= and batch="),
         ({"eigenvalues_every": 5}, "eigenvalues_every needs loss_fn= and batch="),
         ({"every": 5}, "takes log_every= in place of every="),
@@ -211,9 +212,60 @@ def test_recorder_refuses(arguments: dict[str, Any], message: str) -> None:
         CurvatureRecorder(CurvatureProbe(make()), Taking(), **arguments)
 
 
-def test_what_is_no_sink() -> None:
-    with pytest.raises(InvalidTypeError, match=r"a sink has scalars\(step"):
-        CurvatureRecorder(CurvatureProbe(make()), 3)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sinks": 3}, r"a sink has scalars\(step"),
+        ({"norms_every": 2.5}, "norms_every must be an integer"),
+        ({"optimizer": "sgd"}, "optimizer must have param_groups"),
+        ({"on_finding": "print"}, "on_finding must be callable"),
+        ({"strict": "yes"}, "strict must be True or False"),
+        ({"keep_total": None}, "keep_total must be True or False"),
+        ({"synchronize": 2}, "synchronize must be True or False"),
+    ],
+)
+def test_recorder_refuses_what_has_a_wrong_type(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidTypeError, match=message):
+        CurvatureRecorder(CurvatureProbe(make()), **arguments)
+
+
+def test_a_loss_in_the_place_of_the_step_is_told_of_and_kept_nowhere() -> None:
+    """``recorder.step(loss)``: points go by the count, and no graph is held."""
+    model, (inputs, targets) = make(), data()
+
+    def train() -> None:
+        for _ in range(3):
+            loss: Any = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            recorder.step(loss)
+
+    with CurvatureProbe(model, reduction="mean") as probe:
+        recorder = CurvatureRecorder(probe, log_every=1, norms_every=None, on_finding=print)
+        with pytest.warns(CurvatureWarning) as told:
+            train()
+        (message,) = (str(warning.message) for warning in told)
+        assert "step must be an integer, got a Tensor of shape (): the loss goes into loss=." in message
+        assert recorder.history.to_dict()["step"] == [1, 2, 3]
+
+
+def test_what_is_no_number_or_no_state_is_refused_and_changes_nothing() -> None:
+    given: Any
+    with CurvatureProbe(make(), reduction="mean") as probe:
+        recorder = CurvatureRecorder(probe)
+        recorder.log({"accuracy": 0.5}, 7)
+        before = recorder.state_dict()
+        for given in (3, None, [0.5]):
+            with pytest.raises(InvalidTypeError, match="numbers must be a mapping"):
+                recorder.log(given)
+        given = 1.5
+        with pytest.raises(InvalidTypeError, match="step must be an integer"):
+            recorder.log({"accuracy": 0.5}, given)
+        for given in (None, {}, {"steps": 3}):
+            with pytest.raises(InvalidArgumentError, match=r"not one of CurvatureRecorder.state_dict\(\)"):
+                recorder.load_state_dict(given)
+        with pytest.raises(InvalidTypeError, match="top must be an integer"):
+            recorder.plot("model", top="all")  # type: ignore[arg-type]
+        assert recorder.state_dict() == before
 
 
 @pytest.mark.slow

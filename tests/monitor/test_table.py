@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, InvalidArgumentError, report
+from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError, report
 
 from ..helpers import run_again_where_nothing_tells
 
@@ -156,8 +157,18 @@ def test_depth_puts_layers_together() -> None:
     text = str(report(fisher, depth=2))
     assert [name.split(".")[-1] for name in names(text)] == ["embed", "encoder"]
     assert f"{sum(x.sum() for x in list(fisher.values())[1:]):.3g}" in text
-    with pytest.raises(InvalidArgumentError, match="depth must be a whole number"):
+    with pytest.raises(InvalidArgumentError, match="depth must be at least 1"):
         report(fisher, depth=0)
+
+
+def test_what_no_table_can_be_made_of_is_refused() -> None:
+    given: Any
+    for given in (3, "fisher", [torch.ones(2)]):
+        with pytest.raises(InvalidTypeError, match="must be a mapping of layer names to tensors"):
+            report(hessian=given)
+    for given in (3, "types", ["type"]):
+        with pytest.raises(InvalidArgumentError, match='group_by must be "type", or a function'):
+            report({"a": torch.ones(2)}, group_by=given)
 
 
 def test_a_notebook_shows_everything() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from secorder import CurvatureProbe, InvalidArgumentError, token_weights
+from secorder import CurvatureProbe, InvalidArgumentError, SecorderError, token_weights
 from secorder.online.reduction import check_reduction, loss_scale_of, weights_of
 
 from ..helpers import data, mlp, step
@@ -40,6 +40,12 @@ def test_weights_are_one_a_sample() -> None:
 def test_token_weights_without_labels(labels: Any, given: dict[str, Any]) -> None:
     with pytest.raises(InvalidArgumentError, match=f"no argument {labels!r}"):
         token_weights(labels)(torch.ones(3, 2), **given)
+
+
+def test_token_weights_of_what_names_no_labels() -> None:
+    for arguments in ({"labels": 1.5}, {"labels": None}, {"labels": -1}, {"ignore_index": "pad"}, {"shift": -1}):
+        with pytest.raises(SecorderError, match=f"^{next(iter(arguments))} must be"):
+            token_weights(**arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("accumulate", ["diagonal", "trace"])

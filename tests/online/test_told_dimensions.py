@@ -20,6 +20,14 @@ def test_told_dimensions() -> None:
     assert told_dimensions(None) is told_dimensions("list") is None
 
 
+@pytest.mark.parametrize("dims", [{"inputs": 0}, {"input": 0, "mask": None}, {3: None}, {}])
+def test_names_that_the_model_does_not_take_are_refused_at_once(dims: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"names .*the model's forward takes \['input'\]"):
+        CurvatureProbe(make(), sample_dim=dims)
+    if dims:
+        CurvatureProbe(AnyNames(make()), sample_dim=dims).detach()
+
+
 @pytest.mark.parametrize("sample_dim", [1, {"input": 1}], ids=["dimension", "mapping"])
 def test_one_shot_measurements_take_samples_where_they_were_told_to_be(sample_dim: Any) -> None:
     """Before any training, of a model that goes by neither dimension; alone, and as a data set."""
@@ -32,10 +40,15 @@ def test_one_shot_measurements_take_samples_where_they_were_told_to_be(sample_di
         assert probe.hessian_diagonal(F.mse_loss, steps, targets, method="exact").total > 0
 
 
+class AnyNames(nn.Sequential):
+    def forward(self, input: Tensor, **other: Any) -> Tensor:
+        return super().forward(input)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("dims", [{"input": None}, {"input": 1, "other": 2}], ids=["none", "two"])
 def test_samples_in_no_single_dimension_are_for_training_alone(dims: Any) -> None:
     batch = torch.randn(5, 4), torch.randn(5, 3)
-    with CurvatureProbe(make(), sample_dim=dims) as probe:
+    with CurvatureProbe(AnyNames(make()), sample_dim=dims) as probe:
         for measure in (probe.fisher_diagonal, probe.verify):
             with pytest.raises(InvalidArgumentError, match="from one dimension of the inputs"):
                 measure(F.mse_loss, *batch)
