@@ -129,14 +129,15 @@ class RunningMean:
         """Another batch."""
         self.weight += weight
         self.num_batches += 1
+        share = weight / self.weight if self.weight else 0.0
         for mean, square, value in zip(self.mean, self.squares, values, strict=True):
             delta = value.to(mean) - mean
-            mean.add_(delta, alpha=weight / self.weight if self.weight else 0.0)
-            square.add_(delta * (value.to(mean) - mean), alpha=weight)
+            mean.add_(delta, alpha=share)
+            square.addcmul_(delta, delta, value=weight * (1 - share))  # what is left of the difference
 
     @property
     def standard_error(self) -> list[Tensor]:
         """Of the mean; inf after one batch, which tells nothing of it."""
         if self.num_batches < 2:
             return [torch.full_like(s, torch.inf) for s in self.squares]
-        return [(s.clamp(min=0) / ((self.num_batches - 1) * self.weight)).sqrt() for s in self.squares]
+        return [s.clamp(min=0).div_((self.num_batches - 1) * self.weight).sqrt_() for s in self.squares]

@@ -38,7 +38,7 @@ from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_
 from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
-from .oneshot.hessian.cost import Cost
+from .oneshot.hessian.cost import Cost, result_bytes
 from .oneshot.hessian.diagonal import hessian_diagonal
 from .oneshot.hessian.facts import Facts
 from .oneshot.hessian.investigate import facts
@@ -895,6 +895,8 @@ class CurvatureProbe:
             options |= {"max_draws": max_draws, "chunk_size": chunk_size}
             of_batches = partial(self.fisher_diagonal, loss_fn, **options)
             cost.overhead += seconds_besides(of_batches, (inputs, targets), cost.seconds)
+        if count > 1 and quantity in ("fisher", "hessian"):  # the mean, and what tells its error
+            cost.base_bytes += 2 * result_bytes(self._layers)
         cost.overhead += loading
         cost.num_batches = count
         return cost

@@ -203,10 +203,13 @@ def _over(
                 found = measure(probe, loss_fn, x, t, **options)
             if first is None:
                 running, first = RunningMean.like(_values(found)), found
+            elif isinstance(first, Diagonals):  # of several, the form of the first is all that is kept
+                first = first.replaced({name: v.new_empty(0) for name, v in first.items()})
             before = reduction.look(x, t, count)
             running.mean = [m / before for m in running.mean] if before > 1 else running.mean
             running.add([v / count for v in _values(found)] if reduction.summed else _values(found), count)
             kept.append(found.info if isinstance(found, Diagonals) else found)
+            del found  # which the next batch would be measured beside
             seen += count
             advance(1)
     if first is None:
@@ -214,7 +217,8 @@ def _over(
     reduction.require()
     if len(kept) > 1 or errors:
         scale = float(seen) if reduction.summed else 1.0
-        first = _rebuilt(first, [m * scale for m in running.mean], [e * scale for e in running.standard_error], kept)
+        own = [e.mul_(scale) for e in running.standard_error]
+        first = _rebuilt(first, [m.mul_(scale) for m in running.mean], own, kept)
     return first, seen
 
 

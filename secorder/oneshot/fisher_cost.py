@@ -18,7 +18,7 @@ from .fisher_by_weight import ByWeight
 from .fisher_pairs import FisherType, Found
 from .hessian.budget import Budget
 from .hessian.choice import Choice
-from .hessian.cost import Cost, layer_cost
+from .hessian.cost import Cost, layer_cost, result_bytes
 from .hessian.facts import Facts
 from .measurement import Measurement
 from .recording import recorded
@@ -182,5 +182,5 @@ def _cost_of_loop(task: Measurement, layers: Sequence[Layer], columns: int) -> t
     trial([0])
     sample = least_seconds_of(lambda: trial([0]))
     batch = least_seconds_of(lambda: trial(whole))
-    results = sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters.values())
-    return task.num_samples * sample * columns + WHOLE_BATCHES * batch + seconds_of(check), num_bytes + results
+    seconds = task.num_samples * sample * columns + WHOLE_BATCHES * batch + seconds_of(check)
+    return seconds, num_bytes + result_bytes(layers)

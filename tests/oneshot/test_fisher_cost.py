@@ -140,6 +140,18 @@ def test_memory_that_is_told_is_that_which_is_spent(name: str, fisher_type: Any)
     assert told / 1.5 < spent < 1.5 * told
 
 
+def test_memory_of_a_data_set_is_that_which_is_spent() -> None:
+    """With the mean over batches and its error, beside the Fisher of one."""
+    model, batch = (
+        nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3)),
+        (torch.randn(4, 300), torch.arange(4) % 3),
+    )
+    with CurvatureProbe(model) as probe:
+        told = probe.estimate_cost(F.cross_entropy, [batch] * 3, quantity="fisher").num_bytes
+        spent = peak_memory(lambda: probe.fisher_diagonal(F.cross_entropy, [batch] * 3))
+    assert told / 1.5 < spent < 1.5 * told
+
+
 def test_memory_of_batches_of_one_is_that_which_is_spent() -> None:
     seed()
     model = nn.Sequential(nn.Linear(60, 64), nn.Tanh(), nn.Linear(64, 3))

@@ -1,23 +1,25 @@
 """The cost of a Hessian, estimated before it is measured."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
+from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
+from ..timing import seconds_of
 from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose
 from .facts import Facts
 from .investigate import Findings, give_up_chain, investigate
 from .output_draws import Reduce, whole
-from .trials import learn_seconds
+from .trials import learn_seconds, matters
 
-__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost"]
+__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost", "result_bytes"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
         by_chain = _seconds_by_chain(task, found, budget)
+        if matters(found, budget):  # as it is found out when it is measured
+            overhead += seconds_of(lambda: learn_seconds(task, found, budget, recording))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
@@ -123,8 +127,12 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
-    results = sum(p.numel() * p.element_size() for layer in task.layers for p in layer.parameters.values())
-    return Cost(costs, overhead, kept + results)
+    return Cost(costs, overhead, kept + result_bytes(task.layers))
+
+
+def result_bytes(layers: Sequence[Layer]) -> int:
+    """Memory of a number for each element of the layers."""
+    return sum(p.numel() * p.element_size() for layer in layers for p in layer.parameters.values())
 
 
 def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dict[str, float]:

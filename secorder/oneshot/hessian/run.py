@@ -17,7 +17,7 @@ from .investigate import Findings, give_up_chain, investigate, verify_samples
 from .layer_graph import LayerGraph
 from .on_parameters import on_parameters
 from .output_draws import Reduce
-from .trials import learn_seconds, matters
+from .trials import gauss_newton_alone, learn_seconds, matters
 
 __all__ = ["Outcome", "carry_out"]
 
@@ -87,11 +87,7 @@ def _columns(
         return {}
     chosen = choose(list(found.facts.values()), budget)
     strategies = {name: choice.strategy for name, choice in chosen.items()}
-    gauss_newton = {
-        name
-        for name, graph in found.graphs.items()
-        if budget.method == "hutchinson" and found.facts[name].num_columns and graph.residual
-    }
+    gauss_newton = set(gauss_newton_alone(found, budget))
     few = {name for name in gauss_newton if found.facts[name].num_columns <= budget.num_draws}
     served = [g for name, g in found.graphs.items() if strategies[name] == Strategy.COLUMNS or name in few]
     known = _all_columns(task, found, served, reduce)

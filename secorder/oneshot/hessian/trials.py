@@ -28,7 +28,7 @@ from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
 from .output_draws import Reduce
 
-__all__ = ["learn_seconds", "matters"]
+__all__ = ["gauss_newton_alone", "learn_seconds", "matters"]
 
 #: Draws whose spread tells how many there will be, at most.
 PILOT_DRAWS = 16
@@ -43,8 +43,10 @@ FORWARDS = 5
 def matters(found: Findings, budget: Budget) -> bool:
     """Whether there is so much to do that the choice may depend on how long a product takes."""
     chosen = choose(list(found.facts.values()), budget)
-    rest = [f for f in found.facts.values() if f.used and not f.last and chosen[f.layer].strategy != Strategy.CHAIN]
-    products = sum(min(f.outputs or f.numel, f.numel) for f in rest)
+    rest = [f.layer for f in found.facts.values() if f.used and not f.last]
+    by_columns = {chosen[name].exact_products for name in rest if chosen[name].strategy == Strategy.COLUMNS}
+    others = [chosen[x].exact_products for x in rest if chosen[x].strategy not in (Strategy.CHAIN, Strategy.COLUMNS)]
+    products = max(by_columns, default=0) + sum(others)  # columns are those of all layers together
     return products * FORWARDS * found.seconds > budget.max_seconds / 10
 
 
@@ -133,15 +135,33 @@ def _draw_some(
         if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
         expected |= dict.fromkeys(names, seconds / len(names))
+    beside = [
+        found.graphs[x] for x in gauss_newton_alone(found, budget) if x in expected and _columns_told(found, x, budget)
+    ]
+    if beside and found.output_side is not None:
+        seconds, _ = _of_columns(task, found.output_side, beside, partial(_told_seconds, allowance=TRIAL_SECONDS))
+        for graph in beside:
+            count = min(found.facts[graph.layer.name].num_columns, budget.num_draws)  # of many, columns and draws
+            expected[graph.layer.name] += count * seconds / len(beside)
     return expected
+
+
+def gauss_newton_alone(found: Findings, budget: Budget) -> list[str]:
+    """The layers of which columns give the Gauss-Newton part, and draws the rest, where that is the easier."""
+    if budget.method != "hutchinson":
+        return []
+    return [name for name, graph in found.graphs.items() if found.facts[name].num_columns and graph.residual]
 
 
 def _decided_by_draws(found: Findings, name: str, budget: Budget) -> bool:
     """Whether a few draws of all and a few of what the Gauss-Newton part leaves are made first, to take the easier."""
-    facts, graph = found.facts[name], found.graphs[name]
-    told = facts.columns_drawn or facts.num_columns <= budget.num_draws
-    possible = budget.method == "hutchinson" and bool(facts.num_columns and graph.residual) and told
+    possible = name in gauss_newton_alone(found, budget) and _columns_told(found, name, budget)
     return possible and budget.num_draws > 2 * deflation.PILOT_DRAWS
+
+
+def _columns_told(found: Findings, name: str, budget: Budget) -> bool:
+    """Whether there are few enough columns for all of them, or they may be drawn."""
+    return found.facts[name].columns_drawn or found.facts[name].num_columns <= budget.num_draws
 
 
 #: Draws by a budget, in so many seconds.

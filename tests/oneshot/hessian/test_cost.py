@@ -1,6 +1,7 @@
 """What a Hessian will take is what it then takes."""
 
 import dataclasses
+import time
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, DoubleBackwardError
+from secorder.oneshot.hessian import cost as cost_module
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import Choice
 from secorder.oneshot.hessian.cost import estimate_cost, layer_cost
 from secorder.oneshot.hessian.facts import Facts
+from secorder.oneshot.hessian.trials import learn_seconds
 from secorder.results import Strategy
 
 from ...benchmarks.memory import peak_memory
@@ -77,3 +80,15 @@ def test_memory_that_is_told_is_that_which_is_spent(
         told = probe.estimate_cost(F.cross_entropy, *batch, **how).num_bytes
         spent = peak_memory(lambda: probe.hessian_diagonal(F.cross_entropy, *batch, **how))
     assert told / 1.5 < spent < 1.5 * told
+
+
+def test_the_trials_that_a_measurement_makes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def learn(*args: Any, draws: Any = None) -> Any:
+        time.sleep(0 if draws else 0.2)
+        return learn_seconds(*args, draws=draws)
+
+    monkeypatch.setattr(cost_module, "learn_seconds", learn)
+    for timed in (False, True):
+        monkeypatch.setattr(cost_module, "matters", lambda found, budget: timed)  # noqa: B023
+        told = measured(lambda task: estimate_cost(task, Budget("exact")), mlp(), data())
+        assert (told.overhead >= 0.2) == timed

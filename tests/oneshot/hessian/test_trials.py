@@ -38,6 +38,17 @@ def test_little_work_is_not_timed() -> None:
     assert not matters(found, auto)
 
 
+def test_columns_are_those_of_all_layers_together() -> None:
+    """Two columns for a hundred layers are little work, however many outputs z has."""
+    facts = [Facts(str(k), 1000, True, True, 100, True, True, num_columns=2, seconds_by_column=0.1) for k in range(100)]
+    found = Findings({f.layer: f for f in facts}, {})
+    found.seconds = 0.01
+    auto = Budget.checked("auto", None, None, 10_000, None)
+    assert not matters(found, auto)
+    found.seconds = 1.0
+    assert matters(found, auto)
+
+
 @pytest.mark.usefixtures("no_chain")
 @pytest.mark.parametrize("make_model", [mlp, lambda: make(nn.ReLU()), lambda: make(nn.BatchNorm1d(5), nn.Tanh())])
 @pytest.mark.parametrize("method", ["exact", "hutchinson"])
@@ -109,7 +120,7 @@ def test_what_each_run_does_besides_is_counted_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("draws", "more"), [(20, 2), (8, 0)])
 def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPatch, draws: int, more: int) -> None:
-    """Those of the whole and of what the Gauss-Newton part leaves: as many as the measurement makes."""
+    """Those of the whole and of what the Gauss-Newton part leaves, and that part's columns: as the measurement does."""
     model, (x, y), made = mlp(), data(), []
 
     def pilot(*args: Any) -> Any:
@@ -129,9 +140,10 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         trials, "_seconds_of_draws", lambda work, budget, limit, allowance: (1.0, float(budget.num_draws))
     )
+    monkeypatch.setattr(trials, "_of_columns", lambda task, side, graphs, told: (1.0 * len(graphs), 0))
     expected = measure(told, model, layers, F.cross_entropy, x, y, by_sample=False)
     assert expected
-    assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS}
+    assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS + 2}
     assert sum(made) == more * deflation.PILOT_DRAWS * len(expected)
 
 
