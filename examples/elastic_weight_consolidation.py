@@ -68,7 +68,7 @@ def main() -> None:
     first, second = range(5), range(5, 10)
     model = DigitsNet()
     learn(model, part(data, first), first, arguments.epochs)
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         learn(model, part(data, first), first, 1)  # the Fisher of the first task gathers while it trains
         fisher = probe.fisher_diagonal().by_parameter()
     before = accuracy_on(model, part(test, first), first)

@@ -32,7 +32,7 @@ def loss_on(model: nn.Module, data: TensorDataset) -> float:
 def factors_from_fisher(model: nn.Module, data: TensorDataset) -> dict[str, float]:
     """For each layer ``1 / sqrt(mean Fisher)``, with mean one over layers; measured on a copy that trains one epoch."""
     model = copy.deepcopy(model)
-    with CurvatureProbe(model) as probe:
+    with CurvatureProbe(model, reduction="mean") as probe:
         train(model, torch.optim.SGD(model.parameters(), lr=0.03), data, epochs=1)
         means = {name: row["mean"] for name, row in layer_statistics(probe.fisher_diagonal()).items()}
     factors = {name: mean**-0.5 for name, mean in means.items()}

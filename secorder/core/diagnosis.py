@@ -143,7 +143,7 @@ def _concluded(
     fisher = None if fisher is None else fisher / seen
     measured = {"hessian": hessian} | ({} if fisher is None else {"fisher": fisher})
     statistics = {name: layer_statistics(diagonals) for name, diagonals in measured.items()}
-    findings = find(fisher, hessian, statistics, seen if summed else 1, coupled)
+    findings = find(hessian, statistics, seen if summed else 1, coupled)
     return Diagnosis(fisher, hessian, statistics, findings, seen, whole_loss)
 
 

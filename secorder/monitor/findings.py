@@ -134,7 +134,6 @@ class Diagnosis:
 
 
 def find(
-    fisher: Diagonals | None,
     hessian: Diagonals,
     statistics: dict[str, dict[str, dict[str, float]]],
     samples: int,
@@ -143,9 +142,8 @@ def find(
     """What stands out, the model's before its layers'.
 
     Args:
-        fisher: the Fisher diagonal, if there is one.
         hessian: the Hessian diagonal.
-        statistics: of both, as in :class:`Diagnosis`.
+        statistics: of it, and of the Fisher diagonal, if there is one; as in :class:`Diagnosis`.
         samples: how many samples the Hessian is a sum over: 1 for a mean loss.
         coupled: why there is no Fisher, where samples are coupled.
     """

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._arguments import require_number
 from ..errors import InvalidArgumentError
 from .fitting import fitting
 from .names import WHOLE_MODEL
@@ -159,8 +160,9 @@ def watch(
         until: asked after each look whether to end.
 
     Raises:
-        InvalidArgumentError: there is no such file, or it holds something else.
+        InvalidArgumentError: there is no such file, it holds something else, or the interval is below zero.
     """
+    require_number("interval", interval, zero=True)
     seen = Run(file_of(run))
     seen.read()
     if once:

@@ -41,12 +41,14 @@ class Calls(TorchFunctionMode):
         detached: whether a value left the autograd graph: a function of a tensor that requires a gradient gave one that
             does not, or a number.
         packed: whether something, such as an activation checkpoint, took what autograd saves.
+        entries: are told of every call, where there are any.
     """
 
-    def __init__(self, own: Callable[[Any], bool], entries: Entries | None = None) -> None:
-        """Hooks for which ``own`` is true do not count; ``entries`` are told of every call."""
+    def __init__(self, own: Callable[[Any], bool]) -> None:
+        """Hooks for which ``own`` is true do not count."""
         super().__init__()
-        self._own, self.entries = own, entries
+        self._own = own
+        self.entries: Entries | None = None
         self.hooked = self.detached = self.packed = False
 
     def __torch_function__(

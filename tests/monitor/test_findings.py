@@ -117,7 +117,7 @@ def test_from_its_threshold_on_and_not_before(kind: str, of: str, statistic: str
     def found(value: float) -> list[Finding]:
         statistics = {"hessian": {"": ROW | {"trace": 10.0}}, "fisher": {"": dict(ROW)}}
         statistics[of][""][statistic] = value
-        return find(diagonals, diagonals, statistics, 10, None)
+        return find(diagonals, statistics, 10, None)
 
     assert [finding.kind for finding in found(at)] == [kind]
     assert found(before) == []

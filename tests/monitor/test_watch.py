@@ -69,6 +69,13 @@ def test_a_file_that_grows_is_followed_and_one_begun_anew_is_read_anew(tmp_path:
     assert "2.5" not in shown(run)
 
 
+def test_an_interval_below_zero_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_text("")
+    for interval in (-1.0, float("nan")):
+        with pytest.raises(InvalidArgumentError, match="interval must be zero or positive"):
+            watch(str(tmp_path), Console(file=io.StringIO()), interval=interval)
+
+
 def test_the_newest_run_of_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match="no file of JSON lines"):
         file_of(str(tmp_path))
