@@ -27,7 +27,7 @@ from .accumulation import note_gradients, tell_accumulation
 from .audit import Audit
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
-from .norms import watch_squares
+from .norms import read_squares, watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
@@ -56,9 +56,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     backward = fisher.backwards.get(number)
     if backward is None:
         backward = Backward(number, Audit(fisher.directions))
-        for other in list(fisher.backwards.values()):  # of another thread: what is in .grad may be either's
-            other.alone = backward.alone = False
-        fisher.backwards[number] = backward
+        fisher.backwards.begin(backward)
         tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
@@ -187,9 +185,13 @@ def _runs(backward: Backward) -> bool:
 @never_compiled
 def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
-    fisher = attachment.fisher
-    fisher.backwards.let_go([backward])
-    if not attachment.pauses:
+    fisher, told = attachment.fisher, not attachment.pauses
+    try:
+        if told:
+            fisher.troubles.guarded(None, fisher.sums, quietly, _read_gradients, backward)
+    finally:
+        fisher.backwards.let_go([backward])
+    if told:
         fisher.troubles.guarded(None, fisher.sums, quietly, _leave, fisher, backward)
 
 
@@ -201,10 +203,14 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
     fisher.backwards.let_go(backwards)
 
 
-def _leave(fisher: OnlineFisher, backward: Backward) -> None:
-    if backward.alone:
-        backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
+def _read_gradients(backward: Backward) -> None:
+    """See what is in ``.grad`` as long as another thread's backward that begins is noticed, so that it does not count."""
+    backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
     backward.fresh.clear()
+    read_squares(backward)
+
+
+def _leave(fisher: OnlineFisher, backward: Backward) -> None:
     reached = [record for record in backward.records if _reached(record, backward)]
     for record in backward.records:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters

@@ -13,7 +13,6 @@ from .agreement import share_troubles
 from .audit import Comparison
 from .delivery import deliver, deliver_module
 from .loss_scale import tell_scale
-from .norms import read_squares
 from .penalty import add_shared, explains_all, keep_early
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
@@ -108,7 +107,6 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
     for record in records:
         fisher.called.update(record.calls)
     tell_scale(fisher, records)
-    read_squares(backward)
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]

@@ -95,11 +95,12 @@ def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradien
 
 def read_squares(backward: Backward) -> None:
     """The norms of gradients that were not there when the backward began, now that it has ended."""
-    parameters = [p for p in backward.unread if p.grad is not None and p.grad.layout is torch.strided]
+    unread = [(id(p), p.grad) for p in backward.unread]
+    found = {key: grad for key, grad in unread if grad is not None and grad.layout is torch.strided}
     backward.unread.clear()
-    if parameters and backward.alone:
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        backward.norms.update(zip([id(p) for p in parameters], norms_of(gradients), strict=True))
+    norms = norms_of(list(found.values())) if found and backward.alone else []
+    if backward.alone:  # still: what was read is this pass's
+        backward.norms.update(zip(found, norms, strict=True))
 
 
 # ---- what a record brings

@@ -181,6 +181,16 @@ class Backwards(dict[int, Backward]):
         """Those of this thread."""
         return [backward for backward in list(self.values()) if backward.thread == threading.get_ident()]
 
+    def begin(self, backward: Backward) -> None:
+        """This one begins; where another thread's runs, what is in ``.grad`` may be either's.
+
+        It is among those that run before others are looked for, so that of two that begin at once one sees the other.
+        """
+        self[backward.number] = backward
+        for other in list(self.values()):
+            if other is not backward:
+                other.alone = backward.alone = False
+
     def let_go(self, backwards: Iterable[Backward]) -> None:
         """These have ended, or were broken off."""
         for backward in list(backwards):

@@ -1,10 +1,13 @@
 """A backward is entered with its first gradient and left with its last; on parameters nothing stays."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from secorder import AttributionError, CurvatureProbe
+from secorder.online.audit import Audit
 
 from ..helpers import data, mlp, step
 
@@ -20,6 +23,23 @@ def test_hooks_are_on_parameters_only_while_a_backward_runs() -> None:
         assert seen == [1]
         assert not probe._fisher.backwards
         assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_backward_that_another_thread_begins_is_noticed_while_gradients_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, running = mlp(), []
+    see_all = Audit.see_all
+
+    def seeing(audit: Audit, grads: Any) -> None:
+        running.append(len(probe._fisher.backwards))
+        see_all(audit, grads)
+
+    monkeypatch.setattr(Audit, "see_all", seeing)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, data())
+        assert running == [1]
+        assert not probe._fisher.backwards
 
 
 @pytest.mark.parametrize("at", [0, 1, 4])

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, ProbeStateError
+from secorder.online.audit import Audit
+from secorder.online.directions import Directions
+from secorder.online.record import Backward, Backwards
 
 from ..helpers import Net, data, make, mlp, reference, step
 from ..reference import assert_all_close
@@ -239,6 +242,24 @@ def test_forwards_of_several_threads(name: str) -> None:
     step(model, batches[0])
     for grad, p in zip(grads, model.parameters(), strict=True):
         assert torch.allclose(grad, p.grad)  # in whatever order they were added
+
+
+def test_backward_passes_that_begin_at_once_see_each_other() -> None:
+    """Neither is alone, so that what the other brings into ``.grad`` is not held against it."""
+
+    class AtOnce(Backwards):
+        def values(self) -> Any:
+            both.wait()
+            return super().values()
+
+    both, running = threading.Barrier(2, timeout=10), AtOnce()
+    passes = [Backward(number, Audit(Directions())) for number in (1, 2)]
+    threads = [threading.Thread(target=running.begin, args=(one,)) for one in passes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [one.alone for one in passes] == [False, False]
 
 
 def test_a_backward_in_another_thread_than_the_forward(model: nn.Module) -> None:
