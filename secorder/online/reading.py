@@ -201,7 +201,8 @@ def readable_counts(
                 raise _unseen(fisher, window, name)
         if any(sums.batches for sums in window.sums.values()):
             raise ProbeStateError(f"nothing is accumulated yet: every gradient so far held nan or inf: {_NOT_FINITE}")
-        raise ProbeStateError(fisher.troubles.nothing_accumulated())
+        trained = [x.name for x in fisher.layers if any(map(fisher.uncalled.trained, x.parameters.values()))]
+        raise ProbeStateError(fisher.troubles.nothing_accumulated(fisher.model, trained))
     chosen = {}
     for name, count in counts.items():
         if count.samples and name not in troubles:

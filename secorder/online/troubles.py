@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
 from .._torch.surroundings import count_modes, out_of_sight
@@ -71,13 +73,21 @@ CAUSES = {
     ),
 }
 
-_NEVER_CALLED = (
-    "The model that the probe is attached to was not called: methods of it that are called in its place (such as "
-    "model.forward(x), or agent.get_value(x)), a parent that calls its parts, and a copy that shares them (copy.copy) "
-    "run no hook of it: attach to the module that is called. A model that torch.compile had run before the probe was "
-    "attached ignores hooks, too: attach to what torch.compile returned. A training step that is compiled as one graph "
-    "(fullgraph=True) hides the model from hooks: run every k-th step uncompiled."
+#: Those beside which gradients that have come to parameters all the same are another call's.
+BESIDE_OTHERS = frozenset(("no grad", "no gradient", "forward"))
+
+_IN_ITS_PLACE = (
+    "methods of it that are called in its place (such as model.forward(x), agent.get_value(x), "
+    "policy.evaluate_actions(x) or flow.log_prob(x)), a parent that calls its parts, and a copy that shares them "
+    "(copy.copy) run no hook of it: attach to the modules that are called{}, or to one of your own whose forward calls "
+    "the method."
 )
+_NEVER_CALLED = (
+    f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} A model that torch.compile had run "
+    "before the probe was attached ignores hooks, too: attach to what torch.compile returned. A training step that is "
+    "compiled as one graph (fullgraph=True) hides the model from hooks: run every k-th step uncompiled."
+)
+_BY_OTHERS = f"Its parameters got gradients all the same: {_IN_ITS_PLACE}"
 
 
 class Troubles:
@@ -179,9 +189,20 @@ class Troubles:
             reason = str(error) if own else f"looking at it failed ({type(error).__name__}: {error})."
             self.leave_out(record, names, reason)
 
-    def nothing_accumulated(self) -> str:
-        """Why nothing is accumulated, by what the hooks saw."""
-        told = [text for key, text in CAUSES.items() if key in self._causes] or [_NEVER_CALLED]
+    def nothing_accumulated(self, model: nn.Module, trained: Sequence[str]) -> str:
+        """Why nothing is accumulated, by what the hooks saw.
+
+        Args:
+            model: that the probe is attached to.
+            trained: the layers whose parameters got gradients all the same.
+        """
+        told = [text for key, text in CAUSES.items() if key in self._causes]
+        if not told or (trained and self._causes <= BESIDE_OTHERS):
+            children = {name.split(".")[0] for name in trained}
+            lists = (nn.ModuleList, nn.ModuleDict)
+            called = [name for name, x in model.named_children() if name in children and not isinstance(x, lists)]
+            others = f" (perhaps {', '.join(map(repr, called))})" if called else ""
+            told.append((_BY_OTHERS if told else _NEVER_CALLED).format(others))
         return (
             "nothing is accumulated yet: train with the probe attached (a forward of the model, then backward), or "
             f"pass loss_fn, inputs and targets for a one-shot measurement. {' '.join(told)}"

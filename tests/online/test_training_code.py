@@ -575,6 +575,55 @@ def test_forwards_without_gradients() -> None:
         assert "torch.compile" not in message
 
 
+class Policy(nn.Module):
+    """Its forward is for rollouts; a method is called in its place in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extractor, self.heads, self.idle = make(), nn.ModuleList([nn.Linear(3, 3)]), nn.Linear(4, 4)
+
+    def evaluate_actions(self, x: Tensor) -> Tensor:
+        return self.heads[0](self.extractor(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.evaluate_actions(x).argmax(1)
+
+
+class Evaluation(nn.Module):
+    """What the message advises: a module whose forward calls the method."""
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.policy.evaluate_actions(x)
+
+
+def test_a_method_that_trains_what_is_called_without_gradients() -> None:
+    policy, batch = Policy(), data()
+    with CurvatureProbe(policy) as probe:
+        for _ in range(2):
+            with torch.no_grad():
+                policy(batch[0])
+            F.cross_entropy(policy.evaluate_actions(batch[0]), batch[1]).backward()
+        message = nothing_told(probe)
+        assert "no_grad" in message
+        assert "evaluate_actions" in message
+        assert "(perhaps 'extractor')" in message  # a list is never called, and no gradient comes to the other
+    evaluation = Evaluation(policy)
+    policy.zero_grad()
+    with (
+        CurvatureProbe(evaluation, reduction="mean") as probe,
+        CurvatureProbe(policy.extractor, reduction="mean") as own,
+    ):
+        step(evaluation, batch)
+        expected = reference(evaluation, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+        found = own.fisher_diagonal().by_parameter()
+        assert_all_close(found, {name: expected[f"policy.extractor.{name}"] for name in found})
+
+
 def test_other_reasons_why_nothing_is_accumulated() -> None:
     model, batch = make(), data()
     with CurvatureProbe(model) as probe:

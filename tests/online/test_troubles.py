@@ -31,9 +31,13 @@ def test_a_strict_one_raises_at_once() -> None:
 
 def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
     troubles = Troubles(["a"], strict=False)
-    assert "was not called" in troubles.nothing_accumulated()
+    assert "was not called" in troubles.nothing_accumulated(nn.Linear(2, 3), [])
     troubles.saw("no grad")
-    assert "torch.no_grad" in troubles.nothing_accumulated()
+    assert "torch.no_grad" in troubles.nothing_accumulated(nn.Linear(2, 3), [])
+    assert "got gradients" not in troubles.nothing_accumulated(nn.Linear(2, 3), [])
+    assert "got gradients" in troubles.nothing_accumulated(nn.Linear(2, 3), [""])
+    troubles.saw("paused")  # which may have brought them
+    assert "got gradients" not in troubles.nothing_accumulated(nn.Linear(2, 3), [""])
 
 
 def test_sentences_name_the_layers() -> None:
