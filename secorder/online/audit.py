@@ -201,7 +201,6 @@ class Audit:
 
     def __init__(self, directions: Directions) -> None:
         self._directions = directions
-        directions.begin()
         self._numbers: dict[int, Number] = {}
         self._home: dict[int, int] = {}  # of a bias: the weight that it is one number with
         self._actual: dict[int, Tensor] = {}

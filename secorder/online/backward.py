@@ -57,6 +57,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if backward is None:
         backward = Backward(number, Audit(fisher.directions))
         fisher.backwards.begin(backward)
+        fisher.directions.begin()  # from here on the audits of others, which are not alone any more, may be of no use
         tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
@@ -204,7 +205,7 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
 
 
 def _read_gradients(backward: Backward) -> None:
-    """See what is in ``.grad`` as long as another thread's backward that begins is noticed, so that it does not count."""
+    """See what is in ``.grad``, as long as another thread's backward that begins is noticed."""
     backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
     backward.fresh.clear()
     read_squares(backward)

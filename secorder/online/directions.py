@@ -57,9 +57,8 @@ class Directions:
         self._generator = fresh_generator()
         self._places = random.Random(self._generator.initial_seed())
         self._pool: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._kept: dict[tuple[Any, ...], list[Vectors]] = {}
+        self._kept = Kept()
         self.constants = Constants()
-        self._frames: dict[tuple[Any, ...], list[Frame]] = {}
         self._passes = 0
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
@@ -82,8 +81,7 @@ class Directions:
         """A backward begins."""
         self._passes += 1
         if self._passes % KEPT == 0:
-            self._kept.clear()
-            self._frames.clear()
+            self._kept = Kept()
 
     def vectors(self, parameter: Tensor, outputs: int = 0) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole.
@@ -92,14 +90,19 @@ class Directions:
             parameter: a layer's.
             outputs: elements of what the layer returns, whose cotangents are read with it.
         """
+        found = self._in_turn(self._kept, parameter, outputs)
+        return self._drawn(parameter, *_rows(parameter, outputs)) if found is None else found[self._passes % IN_TURN]
+
+    def _in_turn(self, kept: "Kept", parameter: Tensor, outputs: int = 0) -> list[Vectors] | None:
+        """Those of all parameters of one shape; None of one of which a block is looked at."""
         rows, block = _rows(parameter, outputs)
         if block < rows:
-            return self._drawn(parameter, rows, block)
+            return None
         key = (parameter.shape, parameter.dtype, parameter.device)
-        found = self._kept.get(key)
+        found = kept.vectors.get(key)
         if found is None:
-            found = self._kept[key] = [self._drawn(parameter, rows, block) for _ in range(IN_TURN)]
-        return found[self._passes % IN_TURN]
+            found = kept.vectors[key] = [self._drawn(parameter, rows, block) for _ in range(IN_TURN)]
+        return found
 
     def _drawn(self, parameter: Tensor, rows: int, block: int) -> Vectors:
         columns = parameter.numel() // max(rows, 1) if parameter.dim() > 1 else 1
@@ -122,21 +125,31 @@ class Directions:
             of: the vectors that each is looked at with, or None; None is returned where these are not those of now.
             flags: of each, one where it has a bias, else zero.
         """
+        kept, turn = self._kept, self._passes % IN_TURN  # another thread's backward may begin meanwhile
         for p, vectors in zip(parameters, of, strict=True) if of is not None else ():
-            if vectors is not self.vectors(p):
+            found = self._in_turn(kept, p)
+            if found is None or vectors is not found[turn]:
                 return None  # another backward has begun since
         key = (parameters[0].dtype, parameters[0].device, *flags, *[p.shape for p in parameters])
-        frames = self._frames.get(key)
+        frames = kept.frames.get(key)
         if frames is None:
-            if len(self._frames) >= FRAMES:
-                self._frames.clear()
-            if False in [self.vectors(p).whole for p in parameters]:
+            if len(kept.frames) >= FRAMES:
+                kept.frames.clear()
+            in_turn = [found for found in [self._in_turn(kept, p) for p in parameters] if found is not None]
+            if len(in_turn) < len(parameters):
                 return None
-            with_bias = self.constants.vector(flags, self.vectors(parameters[0]).r)
-            in_turn = zip(*[self._kept[p.shape, p.dtype, p.device] for p in parameters], strict=True)
-            frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in in_turn]
-            self._frames[key] = frames
-        return frames[self._passes % IN_TURN]
+            with_bias = self.constants.vector(flags, in_turn[0][0].r)
+            frames = [frame_of([(own.r, own.s) for own in every], with_bias) for every in zip(*in_turn, strict=True)]
+            kept.frames[key] = frames
+        return frames[turn]
+
+
+class Kept:
+    """What is drawn for some backward passes: vectors in turn, by parameters' shapes, and frames made of them."""
+
+    def __init__(self) -> None:
+        self.vectors: dict[tuple[Any, ...], list[Vectors]] = {}
+        self.frames: dict[tuple[Any, ...], list[Frame]] = {}
 
 
 def _rows(parameter: Tensor, outputs: int) -> tuple[int, int]:

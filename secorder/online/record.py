@@ -104,6 +104,10 @@ class ModuleCall:
     layouts: list[Layout] = field(default_factory=list)
 
 
+#: Threads put hooks on parameters, and take them off, one after the other.
+HOOKING = threading.Lock()
+
+
 class Backward:
     """One backward pass, and the records of the forwards that it runs through.
 
@@ -153,17 +157,19 @@ class Backward:
             hook: what to call.
             gathered: of a leaf that FSDP2 gathers and frees again, it is called at the leaf's node.
         """
-        if gathered:
-            self.handles.append(accumulate_node(leaf).register_prehook(partial(_first, hook)))
-        else:
-            self.handles.append(first_gradient_hook(leaf, hook))
+        with HOOKING:
+            if gathered:
+                self.handles.append(accumulate_node(leaf).register_prehook(partial(_first, hook)))
+            else:
+                self.handles.append(first_gradient_hook(leaf, hook))
 
     def let_go(self) -> None:
         """It has ended, or was broken off: nothing of ours stays on the model."""
         self.ended = True
-        for handle in self.handles:
-            handle.remove()
-        self.handles.clear()
+        with HOOKING:
+            for handle in self.handles:
+                handle.remove()
+            self.handles.clear()
         for record in self.records:
             record.unhook()
 
@@ -194,8 +200,8 @@ class Backwards(dict[int, Backward]):
     def let_go(self, backwards: Iterable[Backward]) -> None:
         """These have ended, or were broken off."""
         for backward in list(backwards):
-            self.pop(backward.number, None)
             backward.let_go()
+            self.pop(backward.number, None)  # not before: what begins now is alone
 
 
 def slot(parameter: Tensor) -> Slot:

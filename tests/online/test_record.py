@@ -262,6 +262,25 @@ def test_backward_passes_that_begin_at_once_see_each_other() -> None:
     assert [one.alone for one in passes] == [False, False]
 
 
+def test_a_backward_that_ends_is_seen_until_its_hooks_are_gone() -> None:
+    running, leaf, seen = Backwards(), torch.zeros(2, requires_grad=True), []
+    ends, begins = (Backward(number, Audit(Directions())) for number in (1, 2))
+    running.begin(ends)
+    ends.on_gradient(leaf, lambda _: None)
+
+    class Removed:
+        def remove(self) -> None:
+            running.begin(begins)  # as by another thread
+            seen.append(len(leaf._backward_hooks))
+
+    ends.handles.insert(0, Removed())
+    running.let_go([ends])
+    assert seen == [1]
+    assert not begins.alone
+    assert not leaf._backward_hooks
+    assert list(running) == [2]
+
+
 def test_a_backward_in_another_thread_than_the_forward(model: nn.Module) -> None:
     batch = data()
     with CurvatureProbe(model, "all", reduction="mean") as probe:
