@@ -38,6 +38,13 @@ _COUPLED = (
     "sample makes (a balance of experts, a statistic of the batch): samples influence one another's gradients, so that "
     "none has one of its own: leave the term out of the loss, or these layers with layers=."
 )
+#: Where all that the model returns is so: then it may have been called with no more than one sample.
+_NO_SAMPLES = (
+    "no output of the model holds the samples that a dimension of its arguments was taken to hold, and {} is no sum of "
+    'what each of them makes, as a loss would be: say None by the arguments\' names, such as sample_dim={{"x": None}}, '
+    "where each call is one sample without a dimension for it; else samples influence one another's gradients, so that "
+    "none has one of its own: leave the term out of the loss, or these layers with layers=."
+)
 
 #: How deep lists, dicts and the user's own objects on a module are gone through, and how many of their entries.
 DEPTH, ENTRIES = 3, 256
@@ -177,25 +184,27 @@ def watch_beside(fisher: "OnlineFisher", output: Any, places: Iterable[Beside]) 
         output: of the forward that has ended.
         places: where :func:`coupling` tensors are.
     """
+    places, returned = set(places), made_beside(None, output)
+    reason = _NO_SAMPLES if returned.keys() <= places and any(t.dim() for t in returned.values()) else _COUPLED
     for place in places:
         tensor = _held(fisher.model, output, place)
         if tensor is not None and _is_made(tensor):
-            tensor.register_hook(partial(_used, ref(fisher), str(place)))
+            tensor.register_hook(partial(_used, ref(fisher), reason.format(place)))
 
 
-def _used(fisher: "ref[OnlineFisher]", place: str, gradient: Tensor) -> None:
+def _used(fisher: "ref[OnlineFisher]", reason: str, gradient: Tensor) -> None:
     """A hook: the gradient of a loss has come to what couples samples. The model may keep it, and is not kept by it."""
     own = fisher()
     if own is not None and not inside_transform():
-        own.troubles.guarded(None, (), _mark, own, place, gradient)
+        own.troubles.guarded(None, (), _mark, own, reason, gradient)
 
 
-def _mark(fisher: "OnlineFisher", place: str, gradient: Tensor) -> None:
+def _mark(fisher: "OnlineFisher", reason: str, gradient: Tensor) -> None:
     names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
     if not names or not bool((gradient != 0).any()):
         return
     behind = layers_behind(fisher.layers, [current_node()])
-    fisher.troubles.mark([name for name in names if name in behind], _COUPLED.format(place))
+    fisher.troubles.mark([name for name in names if name in behind], reason)
 
 
 def layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:

@@ -1,5 +1,6 @@
 """What a model makes beside its outputs, and a loss that uses it: exact where it is a sum over samples, or refused."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder.online.beside import Beside
 from secorder.online.reading import unreadable
 
-from ..helpers import data
+from ..helpers import Net, data
 from .loops import Followed, follow
 
 #: Makes something of the experts' probabilities, shape (N, 3), and of the hidden features, shape (N, 5).
@@ -121,6 +122,24 @@ def follow_without_numbers(model: nn.Module, loss: Any = added) -> dict[str, str
         for _ in range(2):
             loss(model, data(6)).backward()
         return unreadable(probe._fisher)
+
+
+def test_one_sample_without_a_dimension_for_it_is_told_how_to_say_so() -> None:
+    """The actor and critic of a rollout: neither output holds the observation's four numbers as samples."""
+    parts = {"body": nn.Linear(4, 6), "actor": nn.Linear(6, 2), "critic": nn.Linear(6, 1)}
+    model = Net(lambda m, x: (m.actor(h := torch.tanh(m.body(x))).softmax(-1), m.critic(h)), **parts)
+    for options, told in (({}, False), ({"sample_dim": {"args": None}}, True)):
+        with warnings.catch_warnings(), CurvatureProbe(model, reduction="sum", **options) as probe:
+            warnings.simplefilter("ignore", CurvatureWarning)
+            for _ in range(3):
+                policy, value = model(torch.randn(4))
+                (value.square().sum() - policy[0].log()).backward()
+            if told:
+                assert probe.num_samples == 3
+                probe.fisher_diagonal()
+            else:
+                with pytest.raises(AttributionError, match=r'sample_dim={"x": None}'):
+                    probe.fisher_diagonal()
 
 
 def kept_rows(model: nn.Module, batch: Any) -> Tensor:
