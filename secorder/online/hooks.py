@@ -76,7 +76,7 @@ class Attachment:
         self._aside: Aside | None = None
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
-        self._looking: int | None = None  # the thread in which the model is looked at
+        self.looking: int | None = None  # the thread in which the model is looked at
 
     def attach(self) -> None:
         """Register the hooks of the model."""
@@ -93,7 +93,7 @@ class Attachment:
         Returns:
             False where the user's code asks for it in a pass of ours, as it will once more in the user's own.
         """
-        if self._looking == threading.get_ident():
+        if self.looking == threading.get_ident():
             return False
         self.pauses += 1
         if self._aside is not None:
@@ -117,16 +117,19 @@ class Attachment:
 
     @contextmanager
     def alone(self) -> Iterator[bool]:
-        """Inside, no other thread begins a forward; whether none runs one, so that the model can be looked at.
+        """Inside, no other thread begins a forward; whether none runs a pass, so that the model can be looked at.
 
-        A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with.
+        A look puts other tensors in the places of parameters and buffers, which nobody else is to compute with, and
+        takes the hooks off parameters.
         """
         with self._beginning:
-            self._looking = threading.get_ident()
+            self.looking = threading.get_ident()
             try:
-                yield self.fisher.ranks is not None or threads_running(self.model) <= self._waiting
+                backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {self.looking}
+                running = threads_running(self.model) - self._waiting
+                yield self.fisher.ranks is not None or not (running | backwards)
             finally:
-                self._looking = None
+                self.looking = None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""

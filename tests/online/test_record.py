@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -242,6 +243,33 @@ def test_forwards_of_several_threads(name: str) -> None:
     step(model, batches[0])
     for grad, p in zip(grads, model.parameters(), strict=True):
         assert torch.allclose(grad, p.grad)  # in whatever order they were added
+
+
+def test_the_model_is_not_looked_at_while_another_thread_runs_a_backward() -> None:
+    """A look takes the hooks off parameters: those of the audit, and the user's own."""
+    model, batch, seen = branches(), data(), []
+    model.a.weight.register_hook(lambda _: seen.append(1))
+
+    def in_another_thread(*_: Any) -> None:
+        def forwards() -> None:
+            for _ in range(3):  # the first of which is to be looked at
+                model(data(4)[0])
+
+        thread = threading.Thread(target=forwards)
+        thread.start()
+        thread.join()
+
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(2):
+            step(model, batch)
+        hook = model.head.register_full_backward_pre_hook(in_another_thread)
+        model.zero_grad()
+        with mock.patch.object(probe._looks, "look", side_effect=AssertionError("looked at")) as look:
+            step(model, batch)
+        hook.remove()
+        look.assert_not_called()
+        assert seen == [1, 1, 1]
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
 
 
 def test_backward_passes_that_begin_at_once_see_each_other() -> None:
