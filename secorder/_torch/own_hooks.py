@@ -1,16 +1,17 @@
 """Hooks of this library on the modules of a model: known as such, silenced together, left out of copies."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.hooks import RemovableHandle
 
 from .modules import forward_hook_dicts, forward_hooks, has_hooks
 from .walk import modules_in
 
-__all__ = ["Aside", "OwnHook", "computes_by_its_hooks", "is_own", "suspended"]
+__all__ = ["Aside", "OwnHook", "added_hooks_removed", "computes_by_its_hooks", "is_own", "suspended"]
 
 
 class OwnHook:
@@ -38,6 +39,26 @@ def _no_hook() -> Callable[..., None]:
 def is_own(hook: Any) -> bool:
     """Whether a hook on modules is the library's."""
     return isinstance(hook, OwnHook) or isinstance(getattr(hook, "__self__", None), Aside)
+
+
+@contextmanager
+def added_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What forwards inside register on the modules is taken off them in the end, all but hooks of the library's.
+
+    Such as those that a model puts on its parts when it is called for the first time, and remembers that it has.
+    """
+    first = RemovableHandle.next_id
+    try:
+        yield
+    finally:
+        for module in modules:
+            if not has_hooks(module):
+                continue
+            tables = [table for name, table in vars(module).items() if "_hooks" in name and isinstance(table, dict)]
+            hooks = [(key, x) for table in tables for key, x in table.items() if key >= first and callable(x)]
+            for key in [key for key, x in hooks if not is_own(x)]:
+                for table in tables:
+                    table.pop(key, None)
 
 
 class Aside:  # a handle

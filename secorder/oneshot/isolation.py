@@ -37,7 +37,7 @@ from .._torch.modules import (
     put_back,
     put_copies,
 )
-from .._torch.own_hooks import is_own, suspended
+from .._torch.own_hooks import added_hooks_removed, is_own, suspended
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.sparse import dense_gradients
@@ -128,7 +128,8 @@ class IsolatedModel:
         far = LEVELS_OF_ARGUMENTS
         given = State([arguments], tensors_in(arguments), levels=far, objects=far)  # a random generator, a state
         try:
-            with autocast(self._ambient if ambient is None else ambient):
+            settings = autocast(self._ambient if ambient is None else ambient)
+            with settings, added_hooks_removed(modules_in(self.model)):
                 result = forward(map_tensors(once_each(cloned), arguments))
         finally:
             given.restore()

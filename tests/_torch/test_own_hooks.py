@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder._torch.own_hooks import OwnHook, suspended
+from secorder._torch.own_hooks import OwnHook, added_hooks_removed, suspended
 
 
 class Owner:
@@ -49,6 +49,21 @@ def test_every_owner_is_suspended_once_and_only_inside() -> None:
         raise KeyError
     call(model)
     assert [hook.calls for hook in hooks] == [1, 1, 1]
+
+
+def test_hooks_that_are_added_inside_are_removed_but_those_of_the_library_and_those_from_before() -> None:
+    module = nn.Linear(2, 2)
+    module.register_forward_hook(lambda *_: None, with_kwargs=True)
+    with added_hooks_removed([module]):
+        module.register_forward_pre_hook(lambda *_: None, with_kwargs=True)
+        module.register_full_backward_hook(lambda *_: None)
+        own = module.register_forward_hook(Counting(Owner()), with_kwargs=True, always_call=True)
+    assert len(module._forward_hooks) == len(module._forward_hooks_with_kwargs) == 2
+    assert not module._forward_pre_hooks
+    assert not module._forward_pre_hooks_with_kwargs
+    assert not module._backward_hooks
+    own.remove()
+    assert len(module._forward_hooks) == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

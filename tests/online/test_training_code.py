@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError, SecorderError
+from secorder import (
+    AttributionError,
+    CurvatureProbe,
+    CurvatureWarning,
+    ProbeStateError,
+    SecorderError,
+    per_layer_hessian_diagonal,
+)
 
 from ..helpers import Net, data, make, mlp, reference, step
 from ..reference import assert_all_close, fisher_by_sample
@@ -819,6 +826,45 @@ def test_parameter_groups_by_autograd_edges_are_untouched() -> None:
         train(model, batch, 2)
     assert order == ["first", "second"] * 2
     assert len(model[0].weight._backward_hooks) == 2
+
+
+class Captures(nn.Module):
+    """Puts hooks on its parts when it is called for the first time, and remembers that it has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = make(), nn.Linear(3, 3)
+        self.captured: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        if not hasattr(self, "installed"):
+            self.body.register_forward_hook(lambda _, args, kwargs, y: self.captured.append(y), with_kwargs=True)
+            self.head.register_full_backward_hook(lambda *_: None)
+            self.installed = True
+        self.captured.clear()
+        return self.head(self.body(x)), len(self.captured)
+
+
+def test_hooks_that_a_model_puts_on_its_parts_are_there_once() -> None:
+    batch = data()
+    found: list[Any] = []
+
+    def loop(model: nn.Module) -> Iterator[Any]:
+        for _ in range(3):
+            model.zero_grad()
+            output, captured = model(batch[0])
+            F.cross_entropy(output, batch[1]).backward()
+            yield output, captured
+        found.append(traces(model))
+
+    probe = bit_for_bit(Captures, loop)
+    probe.detach()
+    counts = [{name: len(own) for name, own in one["hooks"]["body"].items()} for one in found]
+    assert counts == [{"_forward_hooks": 1, "_forward_hooks_with_kwargs": 1}] * 2
+    model = Captures()
+    before = traces(model)
+    per_layer_hessian_diagonal(model, lambda output, y: F.cross_entropy(output[0], y), *batch)
+    assert traces(model) == before
 
 
 class Collects(nn.Module):
