@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.layers.contraction import contract
 from secorder.layers.per_sample import Outer
+from secorder.online.audited import EACH
 
 from .timing import Results, alternate
 
 BATCH, LENGTH, WIDTH, LAYERS, WORDS = 8, 64, 192, 4, 1000
+
+#: Steady steps that are timed at once: some are audited, and a median of single ones would pass over these.
+STEPS = 8
 
 #: The model, and the loss of one batch.
 Made = tuple[nn.Module, Callable[[nn.Module], Tensor]]
@@ -246,6 +250,14 @@ def _bare_with_products(name: str, make: Callable[[], Made]) -> Callable[[], Non
     return both
 
 
+def _several(step: Callable[[], None]) -> Callable[[], None]:
+    def several() -> None:
+        for _ in range(STEPS):
+            step()
+
+    return several
+
+
 class _Watched:
     """A model with a probe: steps of which each is a steady one, a batch that is looked at, or the first of all."""
 
@@ -254,6 +266,12 @@ class _Watched:
         self.model, self.loss = make()
         self.step = _step(self.model, self.loss)
         self.probe = CurvatureProbe(self.model, layer_types, reduction="mean")
+
+    def settle(self) -> None:
+        """Take the batches 1, 2, 4, 8, 16, which are looked at; passes that follow are audited as after many."""
+        for _ in range(16):
+            self.step()
+        self.probe._fisher.audited._passes = EACH
 
     def first(self) -> None:
         """As the first batch."""
@@ -287,16 +305,19 @@ def architectures(results: Results, repeats: int, only: str = "") -> None:
             # Each has a model of its own: after a first batch, those that follow are looked at for a while.
             default, steady, looked_at, first = (_Watched(make, types) for types in (None, "all", "all", "all"))
             contestants = {
-                "bare step": bare,
+                "bare step": _several(bare),
                 "products alone": _bare_with_products(name, make),
-                "default types": default.step,
-                "all": steady.step,
+                "default types": _several(default.step),
+                "all": _several(steady.step),
                 "all, looked at": looked_at.checked,
                 "all, the first": first.first,
             }
-            for _ in range(16):  # batches 1, 2, 4, 8, 16 are looked at: those that follow are steady
-                default.step(), steady.step(), looked_at.step()
-            results.show("Online Fisher of an architecture", name, alternate(contestants, repeats, warm_up=1))
+            for watched in (default, steady, looked_at):
+                watched.settle()
+            times = alternate(contestants, repeats, warm_up=1)
+            for steps in ("bare step", "default types", "all"):
+                times[steps] /= STEPS
+            results.show("Online Fisher of an architecture", name, times)
         for watched in (default, steady, looked_at, first):
             watched.probe.detach()
 
