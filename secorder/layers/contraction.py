@@ -97,8 +97,8 @@ def contract(
         return out
     total = gu.new_zeros(numel)
     for gu_k, gv_k in pairs_of_k:
-        _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, keep)
-    return added(total, out, beta, alpha)
+        _accumulate_products(total, a, gu_k, gv_k if gv is not gu else None, 1.0, None)
+    return added(kept(total, keep), out, beta, alpha)
 
 
 def _contract_one_position(

@@ -1,5 +1,6 @@
 """The end of a backward: waiting calls are added, the gradient is audited, and failures are marked."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,15 @@ from torch import Tensor
 from .._torch.engine import current_backward
 from .._torch.fsdp import local
 from .._torch.sparse import entries
+from ..layers.contraction import IN_PLACE_ELEMENTS
+from ..layers.low_precision import contraction
+from ..layers.per_sample import PerSample
+from ..layers.selection import Layer
 from .agreement import share_troubles
 from .audit import Comparison
 from .delivery import deliver, deliver_module
 from .loss_scale import tell_scale
+from .norms import take_norms, takes_norms
 from .penalty import add_shared, explains_all, keep_early
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
@@ -239,6 +245,7 @@ def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: Forwar
 def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add what the layers that share a parameter brought in this backward."""
     parts, record.parts = record.parts, {}
+    found: list[tuple[Layer, list[list[PerSample]], Tensor | None]] = []
     for layer in fisher.layers if record.attribution.ties else ():
         holders = record.attribution.ties.get(layer.name, {})
         brought = {local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()}
@@ -246,8 +253,37 @@ def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
         if here and layer.name not in record.troubled:
             gradients = [[part[0][own] for part, own in brought[local]] for local in layer.parameters]
             goods = [good for _, good in here if good is not None]
-            all_good = torch.stack(goods).all() if goods else None
-            fisher.add_gradients(record, layer, gradients, all_good)
+            found.append((layer, gradients, torch.stack(goods).all() if goods else None))
             record.received.add(layer.name)
         elif holders:
             record.received.discard(layer.name)
+    _add_tied(fisher, record, found)
+
+
+def _add_tied(
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    found: Sequence[tuple[Layer, Sequence[Sequence[PerSample]], Tensor | None]],
+) -> None:
+    """Add layers' per-sample gradients of each parameter; what several layers hold is worked out once."""
+    holding = Counter(_same(own) for _, gradients, _ in found for own in gradients)
+    squares: dict[tuple[int, ...], Tensor] = {}
+    norms: dict[tuple[tuple[int, ...], ...], Layer] = {}
+    for layer, gradients, good in found:
+        if takes_norms(record):
+            first = norms.setdefault(tuple(map(_same, gradients)), layer)
+            take_norms(fisher, record, layer, gradients, None if first is layer or layer.split else first.name)
+        if fisher.accumulate != "diagonal":
+            continue
+        parts: list[Tensor | Sequence[PerSample]] = list(gradients)
+        for index, (own, numel) in enumerate(zip(gradients, layer.sizes(), strict=True)):
+            key = _same(own)
+            if own and holding[key] > 1 and numel <= IN_PLACE_ELEMENTS:
+                if key not in squares:
+                    squares[key] = contraction(fisher.low(record, layer))(own, numel=numel)
+                parts[index] = squares[key].clone()  # what is handed in is overwritten
+        fisher.add_squares(record, layer, parts, good)
+
+
+def _same(parts: Sequence[PerSample]) -> tuple[int, ...]:
+    return tuple(map(id, parts))

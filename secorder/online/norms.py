@@ -112,16 +112,25 @@ def takes_norms(record: ForwardRecord) -> bool:
 
 
 def take_norms(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts_of: Sequence[Sequence[PerSample]]
+    fisher: "OnlineFisher",
+    record: ForwardRecord,
+    layer: Layer,
+    parts_of: Sequence[Sequence[PerSample]],
+    known: str | None = None,
 ) -> None:
-    """Keep the squared norms of a layer's per-sample gradients until the backward has ended."""
+    """Keep the squared norms of a layer's per-sample gradients until the backward has ended.
+
+    Args:
+        known: a layer with the same ones, whose norms were taken.
+    """
     sizes = layer.sizes()
     if layer.split:  # of what several ranks have, one counts it
         own = _answered_for(layer)
         parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
     none = torch.zeros(record.num_samples, dtype=torch.float64, device=fisher.norms.device) if not sizes else None
     low = fisher.low(record, layer)
-    record.norms[layer.name] = squared_norms(parts_of, sizes, low=low) if none is None else none
+    norms = record.norms.get(known) if known else none
+    record.norms[layer.name] = squared_norms(parts_of, sizes, low=low) if norms is None else norms
     if _by_factors(fisher, record, layer):
         record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
 

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder.layers.low_precision import contraction
+from secorder.online import closing, norms
 
 from ..helpers import Net, data, make, mlp, reference
 from ..reference import assert_all_close
@@ -94,6 +96,33 @@ def test_tied_layers_are_put_together() -> None:
     batch = data()
     loss_of(model, batch).backward()
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+def test_what_several_layers_hold_is_worked_out_once(accumulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda m, x: m.c(m.b(torch.tanh(m.a(x)))), a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, 4))
+    model.b.weight, model.b.bias = model.a.weight, model.a.bias
+    model.c.weight = model.a.weight
+    done: list[int] = []
+
+    def counted(work: Any) -> Any:
+        return lambda parts, *args, **kwargs: done.append(len(parts)) or work(parts, *args, **kwargs)
+
+    monkeypatch.setattr(closing, "contraction", lambda low: counted(contraction(low)))
+    monkeypatch.setattr(norms, "squared_norms", counted(norms.squared_norms))
+    batch = data()
+    with CurvatureProbe(model, reduction="mean", accumulate=accumulate) as probe:
+        loss_of(model, batch).backward()
+        expected = reference(model, batch)
+        if accumulate == "diagonal":
+            assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+        else:
+            traces = {name: trace.value for name, trace in probe.fisher_trace().items()}
+            of_layers = {x: sum(float(v.sum()) for name, v in expected.items() if name[0] == x) for x in "abc"}
+            assert traces == pytest.approx(of_layers, rel=1e-9)
+    # A diagonal: of the weight and a's bias, and the first batch's norms of a and b together, and of c, whose bias is
+    # its own; norms take the weight and the bias of a layer at once.
+    assert len(done) == (4 if accumulate == "diagonal" else 2)
 
 
 def test_an_output_that_is_kept_and_not_returned() -> None:
