@@ -297,8 +297,10 @@ class CurvatureProbe:
 
     @property
     def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """The parameters of each layer looked at, as they are in the model now."""
-        return {layer.name: tuple(present(layer).parameters.values()) for layer in self._layers}
+        """The parameters of each layer looked at, as they are in the model now; of those that still are in it."""
+        now = dict(self._model.named_modules(remove_duplicate=False))
+        inside = [layer for layer in self._layers if now.get(layer.name) is layer.module]
+        return {layer.name: tuple(present(layer).parameters.values()) for layer in inside}
 
     @property
     def decay(self) -> float | None:

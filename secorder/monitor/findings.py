@@ -33,7 +33,7 @@ THRESHOLDS: dict[FindingKind, float] = {
 
 #: What a finding means, and what can be done.
 TEXTS: dict[FindingKind, str] = {
-    "non-finite": "entries are nan or infinite: lower the learning rate, or clip gradients.",
+    "non-finite": "what is measured is nan or infinite: lower the learning rate, or clip gradients.",
     "unreached": "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead.",
     "dead": "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
     "they can be pruned at no cost.",

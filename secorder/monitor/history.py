@@ -63,8 +63,11 @@ class History:
         return self._seen.get(statistic, 0)
 
     def points(self, statistic: str) -> list[tuple[int, Mapping[str, float]]]:
-        """Of a statistic, the steps and the numbers of the layers."""
-        return list(self._points.get(statistic, ()))
+        """Of a statistic, steps in their order and the numbers of the layers; of a step that came again, the last."""
+        found: dict[int, Mapping[str, float]] = {}
+        for step, values in self._points.get(statistic, ()):
+            found[step] = {**found.get(step, {}), **values}
+        return sorted(found.items())
 
     def last(self, step: int) -> Numbers:
         """What was logged at a step, if that was the last one: statistic → layer → number."""

@@ -99,7 +99,7 @@ class CurvatureLog:
         given = sinks if isinstance(sinks, (list, tuple)) else [sinks]
         self._opened = [sink for sink in self._sinks if all(sink is not one for one in given)]
         self._strict = strict
-        self._failed: set[int] = set()
+        self._failed: set[tuple[int, str]] = set()
         self._drawn: dict[str, int] = {}
 
     def numbers(self, numbers: Numbers, step: int) -> None:
@@ -142,8 +142,8 @@ class CurvatureLog:
             except Exception as error:
                 if self._strict:
                     raise
-                if id(sink) not in self._failed:
-                    self._failed.add(id(sink))
+                if (id(sink), what) not in self._failed:
+                    self._failed.add((id(sink), what))
                     reason = f"{type(error).__name__}: {error}"
                     caution(f"{type(sink).__name__} could not be written to, and training goes on: {reason}")
 

@@ -143,12 +143,11 @@ class CurvatureRecorder:
         self._optimizer = optimizer
         self._strict = strict
         self._failed: set[str] = set()
-        self._layers = probe.layer_parameters
-        apart = any(hasattr(p, "device_mesh") for group in self._layers.values() for p in group)
+        apart = any(hasattr(p, "device_mesh") for group in probe.layer_parameters.values() for p in group)
         self._together = (synchronize or apart) and has_ranks()
         self._window = {"keep_total": keep_total, "synchronize": synchronize and not apart}
         self._log = CurvatureLog(None if self._together and dist.get_rank() else sinks, strict=strict)
-        self._norms = Norms(self._layers) if norms_every is not None else None
+        self._norms = Norms(lambda: probe.layer_parameters)
         self._findings = RunningFindings(on_finding)
         self._steps = 0
         self._steps_of_window = 0
@@ -160,7 +159,7 @@ class CurvatureRecorder:
 
     def see_gradients(self) -> None:
         """Measure the norms of gradients now; to be called where they are set to None before :meth:`step`."""
-        if self._norms is not None and self._due("norms", self._steps + 1):
+        if self._due("norms", self._steps + 1):
             self._attempt("norms", self._norms.see_gradients)
 
     def step(self, step: int | None = None, *, loss: Tensor | float | None = None) -> None:
@@ -182,7 +181,7 @@ class CurvatureRecorder:
         due = [part for part in self._every if part != "histograms" and self._due(part, self._steps)]
         if due:
             self._attempt("point", self._point, number, due)
-        if self._norms is not None and self._due("norms", self._steps + 1):
+        if self._due("norms", self._steps + 1):
             self._attempt("norms", self._norms.copy_weights)
 
     def _see_loss(self, loss: Tensor | float) -> None:
@@ -260,6 +259,8 @@ class CurvatureRecorder:
         steps, self._steps_of_window = self._steps_of_window, 0
         self._unseen = 0 if source.num_batches or source.num_samples else self._unseen + steps
         before, self._samples = self._samples, self._probe.num_samples
+        if self._probe.decay is None:  # a moving average goes on without what is left out
+            point.left_out = [shown(name) for name in source.num_skipped]
         if not source.num_samples:
             self._tell_unseen(elsewhere=self._samples > before)
             return None
@@ -299,7 +300,6 @@ class CurvatureRecorder:
         point.noise = whole.squared_norm, whole.variance
 
     def _see_norms(self, point: Observation) -> None:
-        assert self._norms is not None
         point.add(self._norms.numbers())
 
     def _measure(self, method: str, point: Observation, name: str, **usual: Any) -> Any:
@@ -326,7 +326,7 @@ class CurvatureRecorder:
     def _see_eigenvalues(self, point: Observation) -> None:
         found = self._measure("hessian_eigenvalues", point, "eigenvalues", which="top")
         top = {name: e.top[0] for name, e in found.items() if e.top}
-        rates = learning_rates(self._optimizer, self._layers)
+        rates = learning_rates(self._optimizer, self._probe.layer_parameters)
         products = {shown(name): rates[name] * value for name, value in top.items() if name in rates}
         point.add({"hessian_top_eigenvalue": {shown(name): value for name, value in top.items()}})
         point.add({"learning_rate_times_eigenvalue": products})

@@ -2,13 +2,13 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .._caution import caution
 from .findings import THRESHOLDS, Finding, FindingKind, finding
-from .names import Numbers
+from .names import WHOLE_MODEL, Numbers
 
 __all__ = ["EASE", "MEMORY", "Change", "Observation", "RunningFindings"]
 
@@ -30,6 +30,7 @@ class Observation:
         numbers: what is logged: statistic → layer → number.
         fisher: layer → statistics of the Fisher (:func:`secorder.monitor.statistics.layer_statistics`).
         hessian: the same of the Hessian, where it was measured.
+        left_out: layers of which gradients were left out because they held nan or inf.
         batch_size: samples of a training step; None where it is not known.
         noise: |G|² and tr Σ of the whole model, whose ratio is the gradient noise scale; None where it is not known.
     """
@@ -37,6 +38,7 @@ class Observation:
     numbers: dict[str, dict[str, float]] = field(default_factory=dict)
     fisher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     hessian: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    left_out: Collection[str] = ()
     batch_size: float | None = None
     noise: tuple[float, float] | None = None
 
@@ -130,13 +132,10 @@ def _values(
 ) -> dict[FindingKind, dict[str, float]]:
     """Of each kind that this point can tell, the number of each layer that is held against the threshold."""
     found: dict[FindingKind, dict[str, float]] = {}
+    found["non-finite"] = _not_finite(point)
     if point.fisher:
-        found["non-finite"] = {name: row["nonfinite"] for name, row in point.fisher.items()}
         found["dead"] = {name: row["zero"] for name, row in point.fisher.items()}
     if point.hessian:
-        bad = found.setdefault("non-finite", {})
-        for name, row in point.hessian.items():
-            bad[name] = max(bad.get(name, 0.0), row["nonfinite"])
         found["saddle"] = {name: row["negative"] for name, row in point.hessian.items()}
     traces = point.numbers.get("fisher_trace", {})
     whole = sum(traces.values())
@@ -151,6 +150,16 @@ def _values(
         found["noisy"] = {"": variance / signal / point.batch_size if signal > 0 else math.inf}
     if "learning_rate_times_eigenvalue" in point.numbers:
         found["edge"] = point.numbers["learning_rate_times_eigenvalue"]
+    return found
+
+
+def _not_finite(point: Observation) -> dict[str, float]:
+    """The share of each layer that is nan or infinite: all of it where no gradient was left; of the model, the loss."""
+    loss = point.numbers.get(WHOLE_MODEL, {}).get("loss")
+    found = {} if loss is None else {"": float(not math.isfinite(loss))}
+    found |= dict.fromkeys(point.left_out, 1.0) | {name: row["nonfinite"] for name, row in point.fisher.items()}
+    for name, row in point.hessian.items():
+        found[name] = max(found.get(name, 0.0), row["nonfinite"])
     return found
 
 

@@ -15,13 +15,13 @@ __all__ = ["learning_rates", "mean_loss", "number_of", "numbers_told", "step_of"
 
 
 def number_of(name: str, value: Any) -> Any:
-    """A number as it is; of a tensor of one element that, without its graph, and not read.
+    """A number as it is; of a tensor of one element that, without its graph, not read, and precise enough to be summed.
 
     Raises:
         InvalidTypeError: it is neither.
     """
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(())
+        return value.detach().reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise InvalidTypeError(f"{name!r} must be a number or a tensor of one element, got {got}.")

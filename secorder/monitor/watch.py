@@ -77,6 +77,8 @@ class Run:
             try:
                 self._take(json.loads(line))
             except (ValueError, TypeError, AttributeError, KeyError) as error:
+                if isinstance(error, json.JSONDecodeError) and self.step is not None:
+                    continue  # the part of one that a run which was cut off left
                 raise InvalidArgumentError(
                     f"{self.path} holds no points of a run, as its line {self._lines} shows."
                 ) from error

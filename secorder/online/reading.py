@@ -52,9 +52,16 @@ def num_samples(fisher: OnlineFisher) -> int:
     return round(own if fisher.earlier is None else own + float(fisher.earlier.seen) + fisher.earlier.elsewhere)
 
 
-def num_skipped(fisher: OnlineFisher) -> dict[str, int]:
-    """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
+def num_skipped(fisher: OnlineFisher, only: WindowSums | None = None) -> dict[str, int]:
+    """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer.
+
+    Args:
+        fisher: what was accumulated.
+        only: of which window of training; by default of all of it.
+    """
     windows: list[OnlineFisher | WindowSums] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
+    if only is not None:
+        windows = [only]
     skipped = dict.fromkeys(fisher.sums, 0)
     for window in windows:
         for name, count in counts_of(fisher, window).items():

@@ -12,7 +12,7 @@ from ..oneshot.trace import Trace
 from ..results import Diagonals
 from .fisher import OnlineFisher
 from .noise import NoiseScales
-from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, unreadable
+from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, num_skipped, unreadable
 from .sums import ADDING
 from .window_sums import WindowSums, add_behind, put_aside, small
 
@@ -45,6 +45,11 @@ class Window:
     num_batches: int
     _fisher: OnlineFisher = field(repr=False)
     _read: Read = field(repr=False)
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        """How many of its batches were left out of a layer's mean because a gradient held nan or inf, by layer."""
+        return num_skipped(self._fisher, self._read[0])
 
     def fisher_diagonal(self, *, missing: Missing = "raise") -> Diagonals:
         """The empirical Fisher diagonal per layer of the window's samples, their mean or moving average.

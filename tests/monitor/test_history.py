@@ -36,6 +36,14 @@ def test_memory_is_bounded_and_the_run_is_covered() -> None:
     assert history.seen("often") == 1000
 
 
+def test_steps_that_come_again_are_told_once() -> None:
+    history = History()
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 4.0), (3, 5.0)):  # begun again from a checkpoint
+        history.add(step, {"a": {"x": value}})
+    assert history.points("a") == [(1, {"x": 1.0}), (2, {"x": 4.0}), (3, {"x": 5.0})]
+    assert history.to_dict() == {"step": [1, 2, 3], "a/x": [1.0, 4.0, 5.0]}
+
+
 def test_state_goes_on() -> None:
     history, other = History(), History()
     history.add(1, {"a": {"x": 1.0}})

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from secorder import CurvatureProbe
 from secorder.monitor.norms import Norms
 
 from ..helpers import data, make, step
@@ -12,7 +13,7 @@ from ..helpers import data, make, step
 def test_norms_of_a_step() -> None:
     model, batch = make(), data()
     layers = {"0": list(model[0].parameters()), "2": list(model[2].parameters())}
-    norms = Norms(layers)
+    norms = Norms(lambda: layers)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     before = {name: [p.detach().clone() for p in group] for name, group in layers.items()}
     norms.copy_weights()
@@ -35,7 +36,7 @@ def test_norms_of_a_step() -> None:
 
 def test_gradients_that_are_gone_and_parameters_that_are_shared() -> None:
     weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    norms = Norms({"a": [weight], "b": [weight]})
+    norms = Norms(lambda: {"a": [weight], "b": [weight]})
     assert norms.numbers()["gradient_norm"] == {}
     F.mse_loss(weight, torch.zeros(2)).backward()
     norms.see_gradients()
@@ -43,3 +44,16 @@ def test_gradients_that_are_gone_and_parameters_that_are_shared() -> None:
     found = norms.numbers()
     assert found["gradient_norm"] == {"a": 5.0, "b": 5.0}
     assert found["model"] == {"gradient_norm": 5.0, "weight_norm": 5.0}
+
+
+def test_parameters_that_are_exchanged_are_looked_at_and_a_layer_that_is_gone_is_not() -> None:
+    model = make()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        norms = Norms(lambda: probe.layer_parameters)
+        norms.copy_weights()
+        model[0].weight = torch.nn.Parameter(100 * model[0].weight.detach())
+        model[2] = torch.nn.Linear(5, 3)
+        found = norms.numbers()
+    whole = torch.cat([p.detach().flatten() for p in model[0].parameters()]).norm().item()
+    assert found["weight_norm"] == {"0": pytest.approx(whole)}
+    assert "update_to_weight" not in found

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,8 @@ def test_a_probe_that_sees_nothing_is_told_once_and_one_that_left_all_out_is_not
                 recorder.step(loss=1.0)
             (F.cross_entropy(other(batch[0]), batch[1]) * torch.inf).backward()
             recorder.step()
-        assert ["no batch went through the probe's model" in str(one.message) for one in told] == [True]
+        words = "no batch went through the probe's model in", "[non-finite] 0: what is measured is nan or infinite"
+        assert [next(w for w in words if w in str(one.message)) for one in told] == list(words)
         log = CurvatureRecorder(probe, log_every=4)
         for _ in range(3):
             log.step(loss=1.0)
@@ -321,3 +323,34 @@ def test_what_cannot_be_watched_is_refused_at_once(tmp_path: Path) -> None:
             recorder.log({"accuracy": "high"})  # type: ignore[dict-item]
         recorder.close()
     assert '"model/accuracy": 0.5' in (tmp_path / "run.jsonl").read_text()
+
+
+def test_a_training_that_ends_in_nan_is_told_whatever_is_measured() -> None:
+    model, batch = make(nn.Tanh(), nn.Linear(5, 5)), data()
+    found: list[Any] = []
+    with CurvatureProbe(model, reduction="mean") as probe:
+        recorder = CurvatureRecorder(probe, log_every=2, on_finding=found.append)
+        for step in range(6):
+            if step == 3:  # the second point has seen a batch before
+                model[2].weight.data[0, 0] = torch.nan
+            loss = F.cross_entropy(model(batch[0]), batch[1])
+            loss.backward()
+            recorder.step(loss=loss)
+    bad = [(change.step, change.finding.layer) for change in found if change.finding.kind == "non-finite"]
+    assert bad == [(4, ""), *((6, name) for name in probe.layer_names)]  # the loss, and where no gradient was left
+
+
+def test_steps_and_losses_of_any_kinds(tmp_path: Path) -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        recorder = CurvatureRecorder(probe, [tmp_path / "run.jsonl", tmp_path / "run.csv"], log_every=1)
+        for step in (np.int64(1), torch.tensor(2), 3):
+            F.cross_entropy(model(batch[0]), batch[1]).backward()
+            recorder.step(step, loss=np.float32(0.5))
+        rare = CurvatureRecorder(probe, log_every=1000)
+        for _ in range(1000):  # in bfloat16 a sum stops at 256 times what is added
+            rare.step(loss=torch.tensor(1.0, dtype=torch.bfloat16))
+    assert recorder.history.to_dict()["step"] == [1, 2, 3]
+    assert [p["step"] for p in points(tmp_path / "run.jsonl") if "findings" not in p] == [1, 2, 3]
+    assert (tmp_path / "run.csv").read_text().splitlines()[-1].startswith("3,")
+    assert rare.history.to_dict()["model/loss"][-1] == 1.0

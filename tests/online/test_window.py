@@ -65,6 +65,8 @@ def test_windows_of_a_moving_average_and_of_bad_batches() -> None:
     fisher = not_looked_at.fisher_diagonal().by_parameter()
     assert_all_close(looked_at.fisher_diagonal().by_parameter(), fisher, 1e-12)
     window = looked_at.window()
+    assert window.num_skipped == looked_at.num_skipped
+    assert looked_at.window().num_skipped == {}
     expected = mean([reference(model, batches[i]) for i in (2, 4)], [0.9**2 * 0.1, 0.1])
     assert_all_close(window.fisher_diagonal().by_parameter(), expected)
     assert window.num_samples == 12

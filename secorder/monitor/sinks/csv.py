@@ -1,9 +1,12 @@
 """A table as CSV: one row a number, whatever numbers come later."""
 
 import csv
+import io
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+
+from .sink import append_lines
 
 __all__ = ["CSVSink"]
 
@@ -26,8 +29,9 @@ class CSVSink:
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append the numbers of a step."""
         new = not self.path.exists() or self.path.stat().st_size == 0
-        with self.path.open("a", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file)
-            if new:
-                rows.writerow(("step", "statistic", "layer", "value"))
-            rows.writerows((step, *name.partition("/")[::2], value) for name, value in numbers.items())
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        if new:
+            rows.writerow(("step", "statistic", "layer", "value"))
+        rows.writerows((step, *name.partition("/")[::2], value) for name, value in numbers.items())
+        append_lines(self.path, text.getvalue())

@@ -4,9 +4,12 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import Any
+
+from .sink import append_lines
 
 __all__ = ["JSONLinesSink", "points"]
 
@@ -51,8 +54,7 @@ class JSONLinesSink:
             marked = {name: _marked(value) for name, value in point.items()}
             line = json.dumps(marked, allow_nan=False)
             line = line.replace('"+infinite+"', "1e999").replace('"-infinite-"', "-1e999")
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        append_lines(self.path, line + "\n")
 
 
 def _marked(value: Any) -> Any:
@@ -62,9 +64,9 @@ def _marked(value: Any) -> Any:
 
 
 def points(path: str | PathLike[str]) -> Iterator[dict[str, Any]]:
-    """The points of a file of JSON lines, null as nan; a last line that is being written is left for later."""
+    """The points of a file of JSON lines, null as nan; without the parts of lines that runs which were cut off left."""
     with Path(path).open(encoding="utf-8") as file:
         for line in file:
-            if line.endswith("\n"):
+            with suppress(json.JSONDecodeError):
                 read = json.loads(line)
                 yield {name: math.nan if value is None else value for name, value in read.items()}

@@ -1,5 +1,6 @@
 """MLflow: metrics of a run, in one request a point."""
 
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from ...errors import InvalidArgumentError
 
 __all__ = ["MLflowSink"]
+
+#: What MLflow refuses in names, of metrics and of pictures.
+_REFUSED = re.compile(r"[^/\w.\- ]")
 
 #: What MLflow takes in one request.
 _METRICS_OF_A_REQUEST = 1000
@@ -38,14 +42,14 @@ class MLflowSink:
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log the numbers of a step."""
         now = int(time.time() * 1000)
-        metrics = [self._metric(name, value, now, step) for name, value in numbers.items()]
+        metrics = [self._metric(_REFUSED.sub("_", name), value, now, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), _METRICS_OF_A_REQUEST):
             self._client.log_batch(self._run_id, metrics=metrics[start : start + _METRICS_OF_A_REQUEST])
 
     def image(self, step: int, name: str, pixels: Any) -> None:
         """Log a picture."""
         try:
-            self._client.log_image(self._run_id, pixels, key=name.replace(" ", "_"), step=step)
+            self._client.log_image(self._run_id, pixels, key=_REFUSED.sub("_", name), step=step)
         except ImportError:  # the skinny package has no pillow of its own
             return
 

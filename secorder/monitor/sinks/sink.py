@@ -1,5 +1,6 @@
 """The interface of sinks, and the sink for a given writer, logger or path."""
 
+import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Sink", "give", "sink_of", "sinks_of"]
+__all__ = ["Sink", "append_lines", "give", "sink_of", "sinks_of"]
 
 
 @runtime_checkable
@@ -106,3 +107,14 @@ def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:
         method = getattr(sink, what, None)
         if method is not None:
             method(*arguments)
+
+
+def append_lines(path: Path, lines: str) -> None:
+    """Write whole lines to the end of a file; the part of one that a run which was cut off left is ended first."""
+    with path.open("ab") as file:
+        if path.is_file() and file.tell():
+            with path.open("rb") as read:
+                read.seek(-1, os.SEEK_END)
+                if read.read() != b"\n":
+                    lines = f"\n{lines}"
+        file.write(lines.encode())

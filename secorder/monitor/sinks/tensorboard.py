@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from os import PathLike
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from ..blocks import blocks
 from ..names import WHOLE_MODEL
@@ -20,6 +21,10 @@ MOST_TWINS = 256
 
 #: What the name of a statistic's twin ends with.
 TWIN = "_log10"
+
+
+#: By writer, the layers of each statistic, and the statistics that have a twin.
+_WRITTEN: WeakKeyDictionary[Any, tuple[dict[str, list[str]], set[str]]] = WeakKeyDictionary()
 
 
 class TensorBoardSink:
@@ -51,8 +56,7 @@ class TensorBoardSink:
 
             writer = SummaryWriter(str(writer))
         self.writer = writer
-        self._layers: dict[str, list[str]] = {}
-        self._twins: set[str] = set()
+        self._layers, self._twins = _written_to(writer)
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Write the numbers of a step, their twins, and the layout of charts where something is new."""
@@ -116,13 +120,20 @@ class TensorBoardSink:
             self.writer.flush()
 
 
+def _written_to(writer: Any) -> tuple[dict[str, list[str]], set[str]]:
+    """What the layout of a writer's charts is made of, the same for all who write to it: TensorBoard shows the last."""
+    try:
+        return _WRITTEN.setdefault(writer, ({}, set()))
+    except TypeError:  # nothing can be kept along with it
+        return {}, set()
+
+
 def _write(writer: Any, numbers: Mapping[str, float], step: int) -> None:
     """All numbers as one event where the writer is PyTorch's: an event each takes several times as long."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard import FileWriter
+    file: Any = getattr(writer, "file_writer", None)
+    if type(file).__module__.startswith("torch.utils.tensorboard"):
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-    file = getattr(writer, "file_writer", None)
-    if isinstance(file, FileWriter):
         values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         file.add_summary(Summary(value=values), step)
         return

@@ -16,3 +16,10 @@ def test_rows_are_appended_whatever_comes(tmp_path: Path) -> None:
     assert rows[0]["layer"] == "a,b"
     assert [float(row["value"]) for row in rows][::2] == [0.5, -1e-30]
     assert rows[2]["step"] == "2"
+
+
+def test_what_a_run_that_was_cut_off_left_is_a_line_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.csv"
+    path.write_text("step,statistic,layer,value\r\n1,fisher_tr")
+    CSVSink(path).scalars(2, {"fisher_trace/a": 0.5})
+    assert path.read_text().splitlines()[1:] == ["1,fisher_tr", "2,fisher_trace,a,0.5"]

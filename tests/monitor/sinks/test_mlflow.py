@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from secorder import InvalidArgumentError
+from secorder.monitor.log import PICTURES
 from secorder.monitor.sinks.mlflow import MLflowSink
 
 
@@ -32,6 +34,18 @@ def test_metrics_of_a_run(mlflow: Any) -> None:
     history = client.get_metric_history(run.info.run_id, "fisher_trace/layer.1199")
     assert [(metric.step, metric.value) for metric in history] == [(1, 0.5), (2, 1.0)]
     assert [file.path for file in client.list_artifacts(run.info.run_id, "findings")] == ["findings/2.md"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_names_of_any_characters_and_pictures(mlflow: Any) -> None:
+    with mlflow.start_run() as run:
+        sink = MLflowSink()
+        sink.scalars(1, {"fisher_trace/conv(3×3)": 0.5, "model/loss": 1.0})
+        sink.image(1, f"{PICTURES}/fisher_trace", np.zeros((4, 4, 3), np.uint8))
+    client = mlflow.MlflowClient()
+    metrics = client.get_run(run.info.run_id).data.metrics
+    assert metrics == {"fisher_trace/conv_3_3_": 0.5, "model/loss": 1.0}
+    assert any("fisher_trace" in file.path for file in client.list_artifacts(run.info.run_id, "images"))
 
 
 def test_without_a_run(mlflow: Any) -> None:

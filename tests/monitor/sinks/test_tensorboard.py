@@ -99,6 +99,22 @@ def test_what_spans_a_decade_has_a_twin() -> None:
     assert list(layouts[0]) == ["near", "far_log10", "far"]
 
 
+def test_all_who_write_to_a_writer_share_its_layout() -> None:
+    writer = Recording()
+    for sink, name in ((TensorBoardSink(writer), "a"), (TensorBoardSink(writer), "b")):
+        sink.scalars(1, {f"near/{name}": 1.0})
+    layouts = [args[0] for called, (args, _) in writer.calls if called == "add_custom_scalars"]
+    assert layouts[-1] == {"near": {"all layers": ["Multiline", ["^near/a$", "^near/b$"]]}}
+
+
+def test_another_writer_does_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tensorboard"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    writer = Recording()
+    TensorBoardSink(writer).scalars(1, {"near/a": 1.0})
+    assert ("add_scalar", (("near/a", 1.0, 1), {})) in writer.calls
+
+
 # ---- the real server
 
 
