@@ -24,8 +24,8 @@ from .means import weighted_mean
 from .oneshot.eigenvalues import Eigenvalues
 from .oneshot.hessian.cost import Cost, LayerCost
 from .oneshot.trace import Trace
+from .online.losses.reduction import token_weights
 from .online.noise import NoiseScale, NoiseScales
-from .online.reduction import token_weights
 from .online.verification import Verification
 from .online.window import Window
 from .probe import CurvatureProbe

@@ -54,9 +54,9 @@ from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher
 from .online.hooks import Attachment
 from .online.looks import Looks
+from .online.losses.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
-from .online.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.samples import SampleDim, check_sample_dim
 from .online.told_dimensions import (
     require_known_arguments,

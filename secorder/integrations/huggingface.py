@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._caution import caution
 from ..layers.selection import LayerTypes
 from ..monitor.recorder import CurvatureRecorder
-from ..online.reduction import Reduction, token_weights
+from ..online.losses.reduction import Reduction, token_weights
 from ..probe import CurvatureProbe
 from .options import divided
 

@@ -11,7 +11,7 @@ from ..layers.selection import Layer
 from ..layers.tying import Ties
 from ..layers.uses import Route
 from ..owners import Grouping
-from .beside import Beside
+from .losses.beside import Beside
 from .relation import Shape, Verified
 
 __all__ = ["Attribution", "merged"]

@@ -30,7 +30,7 @@ from .closing import second_backward
 from .delivery import bring, bring_rank_one
 from .finite import total_of
 from .fisher import quietly
-from .marks import mark_calls
+from .losses.marks import mark_calls
 from .record import ForwardRecord, ModuleCall, Start
 from .relation import Shape
 from .samples import floating

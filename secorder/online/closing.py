@@ -17,7 +17,7 @@ from ..layers.selection import Layer
 from .agreement import share_troubles
 from .audit import Comparison
 from .delivery import deliver, deliver_module
-from .loss_scale import tell_scale
+from .losses.scale import tell_scale
 from .norms import take_norms, takes_norms
 from .penalty import add_shared, explains_all, keep_early
 from .record import Backward, ForwardRecord

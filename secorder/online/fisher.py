@@ -21,17 +21,17 @@ from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
-from .accumulation import Accumulation
 from .agreement import agree
 from .audited import Audited
 from .closing import add_tied, audit_early, audit_trained, audit_uncalled
 from .directions import Directions
 from .failures import Failures
 from .finite import all_finite
+from .losses.accumulation import Accumulation
+from .losses.reduction import Weights, usable_scale
 from .norm_sums import NormSums
 from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
-from .reduction import Weights, usable_scale
 from .schedule import now_and_then
 from .sums import ADDING, LayerSums, count_samples, count_together, empty
 from .troubles import Troubles

@@ -14,8 +14,8 @@ from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .attribution import Attribution, merged
 from .carried import carried_cut_off
+from .losses.returned import told_otherwise
 from .relation import Shape, explain
-from .returned_loss import told_otherwise
 from .samples import SampleDim, shapes_of
 from .schedule import now_and_then
 from .search import attribute

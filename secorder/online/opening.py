@@ -25,11 +25,11 @@ from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
 from .looks import Looks
+from .losses.reduction import weights_of
+from .losses.returned import watch_losses
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
-from .reduction import weights_of
 from .relation import Shape, explain, whole_call
-from .returned_loss import watch_losses
 from .sample_dimension import LISTED
 from .samples import shapes_of
 from .troubles import OUTSIDE, coupled, tell_normalised

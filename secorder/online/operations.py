@@ -21,7 +21,7 @@ from .closing import second_backward
 from .delivery import bring
 from .finite import total_of
 from .fisher import quietly
-from .marks import mark_calls
+from .losses.marks import mark_calls
 from .record import ForwardRecord
 from .relation import Verified, explain
 from .rounding import before_sums

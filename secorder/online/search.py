@@ -42,9 +42,9 @@ from ..oneshot.recording import recorded
 from ..oneshot.restoring import used_up
 from ..parallel.ranks import Ranks
 from .attribution import Attribution
-from .beside import Beside, coupling, made_beside
 from .carried import cut_off
 from .forward_graph import ForwardGraph, Hooks
+from .losses.beside import Beside, coupling, made_beside
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments

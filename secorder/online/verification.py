@@ -16,7 +16,7 @@ from ..oneshot.state import State
 from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
-from .loss_scale import fraction
+from .losses.scale import fraction
 from .reading import diagonals, unreadable
 from .troubles import sentence
 

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, SecorderError, token_weights
-from secorder.online.reduction import check_reduction, loss_scale_of, weights_of
+from secorder.online.losses.reduction import check_reduction, loss_scale_of, weights_of
 
-from ..helpers import data, mlp, step
+from ...helpers import data, mlp, step
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import nodes_between, place_of
 from secorder.layers.layout import Layout
-from secorder.online import loss_coupling
-from secorder.online.choices import chooses
-from secorder.online.marks import Output
+from secorder.online.losses import coupling
+from secorder.online.losses.choices import chooses
+from secorder.online.losses.marks import Output
 
-from ..helpers import data, mlp
-from .loops import follow
+from ...helpers import data, mlp
+from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -104,7 +104,7 @@ def test_samples_that_are_rows_of_several() -> None:
 
 def test_what_cannot_be_asked_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where one look at the loss fails, the other one is taken."""
-    monkeypatch.setattr(loss_coupling, "chooses", lambda *_: 1 / 0)
+    monkeypatch.setattr(coupling, "chooses", lambda *_: 1 / 0)
     model, (x, t) = mlp(), data(8)
     with CurvatureProbe(model, reduction="mean") as probe:
         with pytest.warns(CurvatureWarning, match="couples the samples"):

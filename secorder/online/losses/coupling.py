@@ -6,7 +6,7 @@ others. Where it is more than rounding (a contrastive loss, a statistic of the b
 coupled. It takes the part of the graph between loss and outputs, twice, before the user's backward pass frees it. Of
 several forwards that are looked at, n and m may be samples of different ones.
 
-Choices among samples have no second derivative there: see :mod:`secorder.online.choices`. What PyTorch knows no second
+Choices among samples have no second derivative there: see :mod:`.choices`. What PyTorch knows no second
 derivative of, such as a custom function, is not seen; what other samples bring as constants is no coupling (advantages
 that are normalised, keys without a gradient).
 """
@@ -21,27 +21,27 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from .._torch.autocast import no_autocast
-from .._torch.beginning import before_backward
-from .._torch.graph import Node, shape_of, tells_recomputation
-from .._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, normalises, place_of, pull_back
-from .._torch.random_state import fresh_generator
-from ..errors import SecorderError
-from ..layers.dtypes import rounding
-from ..oneshot.independence import over_samples
+from ..._torch.autocast import no_autocast
+from ..._torch.beginning import before_backward
+from ..._torch.graph import Node, shape_of, tells_recomputation
+from ..._torch.loss_graph import Place, UnknownNode, elements_of, nodes_between, normalises, place_of, pull_back
+from ..._torch.random_state import fresh_generator
+from ...errors import SecorderError
+from ...layers.dtypes import rounding
+from ...oneshot.independence import over_samples
+from ..record import ForwardRecord
+from ..troubles import tell_normalised
 from .accumulation import tell_division
 from .beside import layers_behind
 from .choices import chooses
-from .loss_scale import tell_scaler
 from .marks import Output, in_groups, mark_outputs, outputs_behind
 from .mean_of_several import MEAN_OF_SEVERAL, takes_mean_of_several
-from .record import ForwardRecord
-from .troubles import tell_normalised
-from .weighted import weights_of_loss
+from .scale import tell_scaler
+from .weights import weights_of_loss
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
-    from .hooks import Attachment
+    from ..fisher import OnlineFisher
+    from ..hooks import Attachment
 
 __all__ = ["couples", "watch_coupling"]
 

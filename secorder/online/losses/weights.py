@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node
-from .._torch.loss_graph import Place, divisor_of_sum, mean_over_targets, pull_back
+from ..._torch.graph import Node
+from ..._torch.loss_graph import Place, divisor_of_sum, mean_over_targets, pull_back
 from .choices import HasLayout
 
 __all__ = ["weights_of_loss"]

@@ -15,18 +15,18 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from .._torch.graph import Node, current_node, is_builtin, nodes_behind
-from .._torch.modules import own_attributes
-from .._torch.pytree import attributes_of, tensors_in
-from .._torch.random_state import fresh_generator
-from .._torch.transforms import inside_transform
-from ..layers.selection import Layer
-from ..oneshot.independence import without_gradients
-from ..oneshot.user_code import is_foreign
-from .samples import Hypothesis, run_changed
+from ..._torch.graph import Node, current_node, is_builtin, nodes_behind
+from ..._torch.modules import own_attributes
+from ..._torch.pytree import attributes_of, tensors_in
+from ..._torch.random_state import fresh_generator
+from ..._torch.transforms import inside_transform
+from ...layers.selection import Layer
+from ...oneshot.independence import without_gradients
+from ...oneshot.user_code import is_foreign
+from ..samples import Hypothesis, run_changed
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
+    from ..fisher import OnlineFisher
 
 __all__ = ["Beside", "coupling", "inside", "layers_behind", "made_beside", "watch_beside"]
 

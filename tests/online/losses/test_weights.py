@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import Net, data, make
-from .loops import follow
+from ...helpers import Net, data, make
+from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -109,7 +109,7 @@ def test_means_are_left_alone(name: str) -> None:
 
 
 def test_a_look_at_the_loss_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("secorder.online.loss_coupling.tell_scaler", lambda *_: 1 / 0)
+    monkeypatch.setattr("secorder.online.losses.coupling.tell_scaler", lambda *_: 1 / 0)
     model, (x, t) = make(), data()
     with CurvatureProbe(model, reduction="mean") as probe:
         F.cross_entropy(model(x), t).backward()

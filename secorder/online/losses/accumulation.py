@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .._torch.graph import Node
-from .._torch.loss_graph import Place, factors_between
-from .loss_scale import fraction
-from .record import ForwardRecord, Slot, slot
+from ..._torch.graph import Node
+from ..._torch.loss_graph import Place, factors_between
+from ..record import ForwardRecord, Slot, slot
+from .scale import fraction
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
+    from ..fisher import OnlineFisher
 
 __all__ = ["Accumulation", "note_gradients", "tell_accumulation", "tell_division"]
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
-from secorder.online.loss_scale import fraction
+from secorder.online.losses.scale import fraction
 
-from ..helpers import Net, data, mlp, reference
-from ..reference import assert_all_close
-from .loops import follow
+from ...helpers import Net, data, mlp, reference
+from ...reference import assert_all_close
+from ..loops import follow
 
 Pair = tuple[Tensor, Tensor]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.errors import AttributionError
 
-from ..helpers import Net
+from ...helpers import Net
 
 WEIGHTS = torch.tensor([1.0, 4.0, 9.0])
 

@@ -12,10 +12,10 @@ from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import DIM_ZERO
 from secorder.online.attribution import Attribution
-from secorder.online.marks import in_groups, mark_calls, mark_outputs, outputs_behind
+from secorder.online.losses.marks import in_groups, mark_calls, mark_outputs, outputs_behind
 from secorder.online.record import ForwardRecord
 
-from ..helpers import make
+from ...helpers import make
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 

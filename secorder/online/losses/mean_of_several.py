@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Protocol
 
-from .._torch.graph import Node, operation_of, shape_of
-from .._torch.loss_graph import MEAN, Place
+from ..._torch.graph import Node, operation_of, shape_of
+from ..._torch.loss_graph import MEAN, Place
 
 __all__ = ["MEAN_OF_SEVERAL", "takes_mean_of_several"]
 

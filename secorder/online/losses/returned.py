@@ -13,22 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.modules import evaluating
-from .._torch.pytree import map_tensors
-from .._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
-from .._torch.transforms import inside_transform
-from ..errors import InvalidArgumentError
-from ..layers.dtypes import rounding
-from ..oneshot.isolation import isolate
-from .attribution import Attribution
+from ..._torch.modules import evaluating
+from ..._torch.pytree import map_tensors
+from ..._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
+from ..._torch.transforms import inside_transform
+from ...errors import InvalidArgumentError
+from ...layers.dtypes import rounding
+from ...oneshot.isolation import isolate
+from ..attribution import Attribution
+from ..record import ForwardRecord
 from .beside import Beside, made_beside, watch_beside
-from .loss_coupling import watch_coupling
-from .loss_scale import watch_scale
-from .record import ForwardRecord
+from .coupling import watch_coupling
 from .reduction import token_weights, weights_of
+from .scale import watch_scale
 
 if TYPE_CHECKING:
-    from .hooks import Attachment
+    from ..hooks import Attachment
 
 __all__ = ["told_otherwise", "watch_losses"]
 

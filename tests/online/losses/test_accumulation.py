@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import mlp
+from ...helpers import mlp
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 

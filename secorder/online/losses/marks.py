@@ -11,12 +11,12 @@ from weakref import ref
 
 from torch import Tensor
 
-from .._torch.graph import Node
-from .._torch.loss_graph import Place, place_of
-from ..layers.layout import Layout
-from .record import ForwardRecord
-from .relation import whole_call
-from .samples import floating
+from ..._torch.graph import Node
+from ..._torch.loss_graph import Place, place_of
+from ...layers.layout import Layout
+from ..record import ForwardRecord
+from ..relation import whole_call
+from ..samples import floating
 
 __all__ = ["Output", "in_groups", "mark_calls", "mark_outputs", "outputs_behind"]
 
@@ -85,7 +85,7 @@ def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts
 def mark_calls(attachment: object, record: ForwardRecord, name: str, index: int, made: Iterable[Place]) -> None:
     """Mark what a layer's call has returned, where the loss is to be looked at.
 
-    What is known to couple samples beside the model's outputs is told of by itself: see :mod:`secorder.online.beside`.
+    What is known to couple samples beside the model's outputs is told of by itself: see :mod:`.beside`.
     """
     for position, place in enumerate(made if record.scheduled and not record.attribution.coupling else ()):
         _put(attachment, record, place, _Call(ref(record), name, index, position))

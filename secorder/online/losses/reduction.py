@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from .._arguments import require_integer, shown
-from ..errors import InvalidArgumentError
+from ..._arguments import require_integer, shown
+from ...errors import InvalidArgumentError
 
 __all__ = [
     "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights",

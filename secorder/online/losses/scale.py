@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from .._torch.compile import never_compiled
-from .._torch.grad_scaler import multiplied_by_scaler
-from .._torch.graph import Node, users_of
-from .._torch.pytree import tensors_in
-from .._torch.transforms import inside_transform
-from .record import ForwardRecord
-from .troubles import Troubles
+from ..._torch.compile import never_compiled
+from ..._torch.grad_scaler import multiplied_by_scaler
+from ..._torch.graph import Node, users_of
+from ..._torch.pytree import tensors_in
+from ..._torch.transforms import inside_transform
+from ..record import ForwardRecord
+from ..troubles import Troubles
 
 if TYPE_CHECKING:
-    from .fisher import OnlineFisher
+    from ..fisher import OnlineFisher
 
 __all__ = ["fraction", "tell_scale", "tell_scaler", "watch_scale"]
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from secorder._torch.graph import tells_recomputation
 
-from ..helpers import make
-from .loops import follow
+from ...helpers import make
+from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 

@@ -14,8 +14,8 @@ from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder.online.reading import unreadable
 
-from ..helpers import Net, data, make
-from .loops import follow
+from ...helpers import Net, data, make
+from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 

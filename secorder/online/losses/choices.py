@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node, operation_of, shape_of, signed
-from .._torch.loss_graph import Place, nodes_between, pull_back
-from .._torch.random_state import fresh_generator
-from ..layers.dtypes import rounding
-from ..layers.layout import Layout
+from ..._torch.graph import Node, operation_of, shape_of, signed
+from ..._torch.loss_graph import Place, nodes_between, pull_back
+from ..._torch.random_state import fresh_generator
+from ...layers.dtypes import rounding
+from ...layers.layout import Layout
 
 __all__ = ["chooses"]
 

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
-from secorder.online.beside import Beside
+from secorder.online.losses.beside import Beside
 from secorder.online.reading import unreadable
 
-from ..helpers import Net, data
-from .loops import Followed, follow
+from ...helpers import Net, data
+from ..loops import Followed, follow
 
 #: Makes something of the experts' probabilities, shape (N, 3), and of the hidden features, shape (N, 5).
 Made = Callable[[Tensor, Tensor], Any]

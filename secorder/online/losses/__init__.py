@@ -1,0 +1,26 @@
+"""A training loss L = Σ_n c_n ℓ_n: is it made of samples' losses, how does it weight them, what is it multiplied by?
+
+Each file answers one question, at one time.
+
+As a probe is made:
+
+- :mod:`.reduction`: what the user tells of the weights c_n, and of what L is multiplied by.
+
+As a batch is looked at, before its forward (:mod:`secorder.online.looks`):
+
+- :mod:`.beside`: is what the forward makes beside outputs of samples, such as an auxiliary loss, a sum over these?
+- :mod:`.returned`: is the loss that the model returns made as is told?
+
+As a forward ends that is recorded:
+
+- :mod:`.marks`: where the graph has tensors whose rows are known, for a loss to be met there.
+
+As that backward begins, of batches that are looked at, in the graph that still holds what it has saved:
+
+- :mod:`.coupling`: does the loss couple samples, by its second derivatives?
+- :mod:`.choices`: does it choose among samples, or compare them, which no derivative tells?
+- :mod:`.weights`: does it weight samples, by classes or tokens?
+- :mod:`.mean_of_several`: does it take one mean over what several forwards returned?
+- :mod:`.scale`: does a scaler multiply it, or a loop the loss that the model returns?
+- :mod:`.accumulation`: is it divided, and are gradients added up?
+"""
