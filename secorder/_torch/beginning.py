@@ -5,7 +5,7 @@ waits for it, the function by which ``torch.autograd`` enters its engine is one 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 from weakref import ref
 
@@ -45,7 +45,7 @@ def _tell(ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """A backward pass begins: do what waits for it."""
     for key, (work, _) in _waiting.copy().items():
         owner = key()
-        if owner is None or work(owner, ends, gradients):
+        if owner is None or (key in _waiting and work(owner, ends, gradients)):
             _forget(key)
 
 
@@ -69,10 +69,11 @@ def before_backward(owner: Any, work: Work, of: Any) -> None:
             setattr(torch.autograd, _NAME, _Entry(now))
 
 
-def wait_no_more(of: Any) -> None:
-    """Take back all that waits for it."""
-    for key in [key for key, (_, number) in _waiting.copy().items() if number == id(of)]:
-        _forget(key)
+def wait_no_more(of: Any = None, owners: Collection[int] = ()) -> None:
+    """Take back all that waits for one thing, or is some owners', by ``id``."""
+    for key, (_, number) in _waiting.copy().items():
+        if number == id(of) or id(key()) in owners:
+            _forget(key)
 
 
 def _forget(key: "ref[Any]") -> None:

@@ -9,56 +9,50 @@ import torch
 from torch import Tensor
 
 from .graph import Node, operation_of, recomputed
+from .loss_terms import terms
 
 __all__ = ["multiplied_by_scaler"]
 
-#: What may be between the loss that a backward pass begins at and those that are multiplied, and how many of these.
-_BETWEEN = ("Add", "Div", "Mul")
-_MOST = 16
-
 
 def multiplied_by_scaler(root: Node) -> bool:
-    """Whether what a backward pass begins at is multiplied by a scaler's factor, or a sum of what is.
+    """Whether what a backward pass begins at is multiplied by a scaler's factor, or made by arithmetic of what is.
 
     Args:
         root: the node that it begins at, which still holds what it has saved.
     """
-    waiting = [root]
-    for node in waiting:  # which grows
-        if operation_of(node) not in _BETWEEN or recomputed(node):  # to be asked, it would be computed again
-            continue
-        if operation_of(node) == "Mul" and _of_scaler(node._saved_other):
+    for node in terms(root):  # of one that is recomputed, what it has saved would be computed again
+        if operation_of(node) == "Mul" and not recomputed(node) and _of_scaler(node._saved_other):
             return True
-        waiting.extend(x for x, _ in node.next_functions if x is not None and len(waiting) < _MOST)
     return False
 
 
 def _of_scaler(factor: Tensor | float | None) -> bool:
-    """Whether a number is what a scaler holds."""
-    if (
-        not isinstance(factor, Tensor)
-        or factor.dim()
-        or factor.is_meta
-        or factor.dtype != torch.float32
-        or factor.requires_grad
-    ):
+    """Whether a number is what a scaler holds, or a copy of it, which multiplies several losses at once."""
+    if not isinstance(factor, Tensor) or factor.dim() or factor.dtype != torch.float32:
         return False
-    for holder in gc.get_referrers(factor):
+    if factor.is_meta or factor.requires_grad:
+        return False
+    holders = gc.get_referrers(factor)
+    for holder in holders:
         attributes = holder if type(holder) is dict else {}
-        if isinstance(holder, torch.amp.GradScaler) or (
-            attributes.get("_scale") is factor and "_growth_factor" in attributes
-        ):
+        if _is_scaler(holder) or (attributes.get("_scale") is factor and "_growth_factor" in attributes):
             return True
-    return _is_copy(factor)
-
-
-def _is_copy(factor: Tensor) -> bool:
-    """Whether a number is a scaler's that multiplies several losses at once: by a copy, which no one else holds."""
     value = float(factor)
-    if math.frexp(value)[0] != 0.5 or not all(map(_of_a_call, gc.get_referrers(factor))):
+    if math.frexp(value)[0] != 0.5 or not all(map(_of_a_call, holders)):
         return False  # no power of two, or held
-    scalers = [x for x in gc.get_objects() if issubclass(type(x), torch.amp.GradScaler)]
-    return any(x._scale is not None and float(x._scale) == value for x in scalers)
+    return any(x._scale is not None and float(x._scale) == value for x in _scalers())
+
+
+def _scalers() -> list[Any]:
+    """All that there are, of any kind: objects refer to their classes."""
+    kinds: list[type] = [torch.amp.GradScaler]
+    for kind in kinds:  # which grows
+        kinds.extend(kind.__subclasses__())
+    return [x for x in gc.get_referrers(*kinds) if _is_scaler(x)]
+
+
+def _is_scaler(holder: Any) -> bool:
+    return issubclass(type(holder), torch.amp.GradScaler)
 
 
 def _of_a_call(holder: Any) -> bool:

@@ -51,14 +51,13 @@ def unseen() -> Iterator[None]:
             torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
-def out_of_sight(work: Callable[..., Any], *arguments: Any) -> None:
+def out_of_sight(work: Callable[..., Any], *arguments: Any) -> Any:
     """Do work of ours inside of the user's pass, of which dispatch modes of the user's are to take no note."""
     if not count_modes():
-        work(*arguments)
-        return
+        return work(*arguments)
     modes = _taken_off_modes()
     try:
-        work(*arguments)
+        return work(*arguments)
     finally:
         _put_on(modes)
 

@@ -26,7 +26,7 @@ from .finite import finite
 from .fisher import OnlineFisher
 from .looks import Looks
 from .losses.reduction import weights_of
-from .losses.returned import watch_losses
+from .losses.watching import watch_losses
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
 from .relation import Shape, explain, whole_call

@@ -169,17 +169,14 @@ class Troubles:
 
     def guarded(
         self, record: ForwardRecord | None, names: Iterable[str], work: Callable[..., Any], *arguments: Any
-    ) -> None:
-        """Do work of ours inside of the user's pass, which goes on whatever happens to it: the batch is left out.
+    ) -> Any:
+        """Do work of ours inside of the user's pass, which goes on whatever happens to it: then the batch is left out.
 
         Raises:
             Exception: what the work raised, where the probe is strict, or is to raise on non-finite gradients.
         """
         try:
-            if count_modes():
-                out_of_sight(work, *arguments)
-            else:
-                work(*arguments)
+            return out_of_sight(work, *arguments) if count_modes() else work(*arguments)
         except NonFiniteError:  # asked for by on_nonfinite="raise"
             raise
         except Exception as error:
@@ -188,6 +185,7 @@ class Troubles:
             own = isinstance(error, SecorderError)
             reason = str(error) if own else f"looking at it failed ({type(error).__name__}: {error})."
             self.leave_out(record, names, reason)
+            return None
 
     def nothing_accumulated(self, model: nn.Module, trained: Sequence[str]) -> str:
         """Why nothing is accumulated, by what the hooks saw.

@@ -22,6 +22,7 @@ class Scaler(torch.amp.GradScaler):
         (lambda scaler, loss: scaler.scale(loss), True),
         (lambda scaler, loss: scaler.scale(loss) / 4, True),
         (lambda scaler, loss: loss.exp() + scaler.scale(loss), True),
+        (lambda scaler, loss: loss.exp() - scaler.scale(loss), True),
         (lambda scaler, loss: loss * 1024.0, False),
         (lambda scaler, loss: loss * torch.tensor(2048.0), False),
         (lambda scaler, loss: scaler.scale([loss, loss.exp()])[1], True),
@@ -29,7 +30,7 @@ class Scaler(torch.amp.GradScaler):
         (lambda scaler, loss: loss, False),
         (lambda scaler, loss: F.cross_entropy(loss.expand(2, 3), torch.zeros(2).long(), label_smoothing=0.1), False),
     ],
-    ids=["scaled", "divided", "summed", "number", "tensor", "list", "summed list", "plain", "by numbers"],
+    ids=["scaled", "divided", "summed", "subtracted", "number", "tensor", "list", "summed list", "plain", "by numbers"],
 )
 def test_its_factor_is_known(kind: Any, scaled: Callable[[Any, Tensor], Tensor], *, expected: bool) -> None:
     scaler = kind("cpu", init_scale=1024.0)

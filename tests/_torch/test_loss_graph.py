@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from secorder._torch.graph import tells_recomputation
-from secorder._torch.loss_graph import UnknownNode, elements_of, factors_between, nodes_between, place_of, pull_back
+from secorder._torch.loss_graph import UnknownNode, elements_of, nodes_between, place_of, pull_back
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -32,14 +32,12 @@ def test_it_is_what_autograd_computes_without_a_hook(name: str) -> None:
     loss = LOSSES[name](z)
     loss.register_hook(lambda _: calls.append(2))
     end, root = place_of(z), place_of(loss)
-    order = nodes_between([root[0]], [end[0]])
     with torch.enable_grad():
-        (slope,) = pull_back(order, {root: torch.ones_like(loss)}, [end]).values()
+        (slope,) = pull_back({root: torch.ones_like(loss)}, [end]).values()
     v = torch.randn(3, 6)
     total = (slope * v).sum()
-    again = nodes_between([total.grad_fn], [end[0]])
     with torch.no_grad():
-        (product,) = pull_back(again, {place_of(total): torch.ones_like(total)}, [end]).values()
+        (product,) = pull_back({place_of(total): torch.ones_like(total)}, [end]).values()
     assert not calls
     assert x.grad is None
     (expected,) = torch.autograd.grad(loss, z, create_graph=True)
@@ -69,26 +67,5 @@ def test_a_custom_function_is_not_run() -> None:
 
     z = torch.randn(3, requires_grad=True).tanh()
     loss = Doubled.apply(z).sum()
-    order = nodes_between([loss.grad_fn], [z.grad_fn])
     with pytest.raises(UnknownNode, match="Doubled"):
-        pull_back(order, {place_of(loss): torch.ones_like(loss)}, [place_of(z)])
-
-
-@pytest.mark.parametrize(
-    ("scaled", "expected"),
-    [
-        (lambda z: z.square().mean() / 4, [0.25]),
-        (lambda z: 0.5 * (z.square().mean() / 4).float(), [0.5, 0.25]),
-        (lambda z: z.square().sum() / 6 / 4, [0.25]),
-        (lambda z: (z.exp().sum() + z.square().sum()) / 6, []),
-        (lambda z: F.mse_loss(z, torch.ones(6), reduction="sum") / 6, []),
-        (lambda z: (z / 4).mean(), []),
-        (lambda z: z.mean() * z.exp().mean(), []),
-    ],
-    ids=["divided", "twice", "a mean of a sum", "of two sums", "of a sum of PyTorch's", "elements", "a product"],
-)
-def test_factors_of_a_loss(scaled: Callable[[Tensor], Tensor], expected: list[float]) -> None:
-    z = torch.ones(6, requires_grad=True).clone()
-    assert factors_between(scaled(z).grad_fn, [z.grad_fn]) == expected
-    whole = z.square().mean() / 4
-    assert factors_between((whole / 2).grad_fn, [whole.grad_fn]) == [0.5]
+        pull_back({place_of(loss): torch.ones_like(loss)}, [place_of(z)])

@@ -13,14 +13,15 @@ As a batch is looked at, before its forward (:mod:`secorder.online.looks`):
 
 As a forward ends that is recorded:
 
+- :mod:`.watching`: what is to be watched of it, and in what order its loss is looked at.
 - :mod:`.marks`: where the graph has tensors whose rows are known, for a loss to be met there.
 
 As that backward begins, of batches that are looked at, in the graph that still holds what it has saved:
 
+- :mod:`.seen`: what is between the loss and those tensors, seen once for all that follow.
 - :mod:`.coupling`: does the loss couple samples, by its second derivatives?
 - :mod:`.choices`: does it choose among samples, or compare them, which no derivative tells?
-- :mod:`.weights`: does it weight samples, by classes or tokens?
-- :mod:`.mean_of_several`: does it take one mean over what several forwards returned?
-- :mod:`.scale`: does a scaler multiply it, or a loop the loss that the model returns?
+- :mod:`.weights`: does it weight samples, by classes, tokens, or one mean over several forwards?
+- :mod:`.scale`: is it multiplied by a scaler, or what the model returns by a loop?
 - :mod:`.accumulation`: is it divided, and are gradients added up?
 """

@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..._torch.graph import Node
-from ..._torch.loss_graph import Place, factors_between
+from ..._torch.loss_graph import Place
+from ..._torch.loss_terms import factors_between
 from ..record import ForwardRecord, Slot, slot
-from .scale import fraction
+from .scale import fraction, one_over
 
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
 
 __all__ = ["Accumulation", "note_gradients", "tell_accumulation", "tell_division"]
-
-#: What may be rounding in a whole number, of half precision.
-TOLERANCE = 1e-2
 
 _REASON = (
     "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and nothing is "
@@ -55,15 +53,10 @@ def tell_division(fisher: "OnlineFisher", roots: Mapping[Place, Tensor], outputs
         roots: where the pass begins, with the gradients that it begins with.
         outputs: what computed the model's outputs: what these are divided by is the model's affair.
     """
-    if fisher.returned is not None:
-        return
     scales = {
         prod([float(g), *factors_between(node, outputs)]) if not g.dim() else 1.0 for (node, _), g in roots.items()
     }
-    scale = scales.pop()
-    number = round(1 / scale) if 0 < scale <= 0.5 else 1
-    told = not scales and number > 1 and abs(scale * number - 1) < TOLERANCE
-    fisher.accumulation.scale = 1 / number if told else 1.0
+    fisher.accumulation.scale = 1 / one_over(scales.pop()) if len(scales) == 1 else 1.0
 
 
 def tell_accumulation(fisher: "OnlineFisher") -> None:

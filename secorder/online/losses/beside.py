@@ -176,35 +176,39 @@ def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def watch_beside(fisher: "OnlineFisher", output: Any, places: Iterable[Beside]) -> None:
-    """Mark layers once a loss uses what couples samples there, of those that it was made by.
+def watch_beside(
+    fisher: "OnlineFisher", output: Any, coupling: Iterable[Beside], unreduced: Mapping[Beside, str]
+) -> None:
+    """Mark layers once a loss uses what is not to be told of.
 
     Args:
         fisher: what the layers are marked in.
         output: of the forward that has ended.
-        places: where :func:`coupling` tensors are.
+        coupling: where :func:`coupling` tensors are, for those layers that these were made by.
+        unreduced: why losses that the model returned are not made as is told, by where they are, for all layers.
     """
-    places, returned = set(places), made_beside(None, output)
-    reason = _NO_SAMPLES if returned.keys() <= places and any(t.dim() for t in returned.values()) else _COUPLED
-    for place in places:
+    places, returned = set(coupling), made_beside(None, output)
+    of_none = returned.keys() <= places and any(t.dim() for t in returned.values())
+    watched = [(place, reason, False) for place, reason in unreduced.items()]
+    watched += [(place, (_NO_SAMPLES if of_none else _COUPLED).format(place), True) for place in places]
+    for place, reason, behind in watched:
         tensor = _held(fisher.model, output, place)
-        if tensor is not None and _is_made(tensor):
-            tensor.register_hook(partial(_used, ref(fisher), reason.format(place)))
+        if tensor is not None and _is_made(tensor) and (behind or not tensor.dim()):
+            tensor.register_hook(partial(_used, ref(fisher), reason, behind))
 
 
-def _used(fisher: "ref[OnlineFisher]", reason: str, gradient: Tensor) -> None:
-    """A hook: the gradient of a loss has come to what couples samples. The model may keep it, and is not kept by it."""
+def _used(fisher: "ref[OnlineFisher]", reason: str, behind: bool, gradient: Tensor) -> None:
+    """A hook: the gradient of a loss has come to a tensor. The model may keep that, and is not kept by it."""
     own = fisher()
     if own is not None and not inside_transform():
-        own.troubles.guarded(None, (), _mark, own, reason, gradient)
+        own.troubles.guarded(None, (), _mark, own, reason, behind, gradient)
 
 
-def _mark(fisher: "OnlineFisher", reason: str, gradient: Tensor) -> None:
+def _mark(fisher: "OnlineFisher", reason: str, behind: bool, gradient: Tensor) -> None:
     names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
-    if not names or not bool((gradient != 0).any()):
-        return
-    behind = layers_behind(fisher.layers, [current_node()])
-    fisher.troubles.mark([name for name in names if name in behind], reason)
+    if names and bool((gradient != 0).any()):
+        made = layers_behind(fisher.layers, [current_node()]) if behind else names
+        fisher.troubles.mark([name for name in names if name in made], reason)
 
 
 def layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:

@@ -6,9 +6,8 @@ that are bent (a hinge, an absolute value) and distances, whose second derivativ
 one by one: what one number of theirs depends on, pulled back to the model's outputs, must belong to one sample.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,7 +16,8 @@ from ..._torch.graph import Node, operation_of, shape_of, signed
 from ..._torch.loss_graph import Place, nodes_between, pull_back
 from ..._torch.random_state import fresh_generator
 from ...layers.dtypes import rounding
-from ...layers.layout import Layout
+from .marks import Output
+from .seen import SeenLoss
 
 __all__ = ["chooses"]
 
@@ -39,104 +39,78 @@ MOST, NUMBERS = 6, 3
 MOST_NODES = 100
 
 
-class HasLayout(Protocol):
-    """An output of the model."""
-
-    @property
-    def layout(self) -> Layout:
-        """Where its samples are."""
-
-    @property
-    def group(self) -> int:
-        """The same number for outputs whose row n is one sample."""
-
-
-def chooses(order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout]) -> list[Place]:
+@torch.no_grad()
+def chooses(loss: SeenLoss) -> list[Place]:
     """The outputs of which samples are chosen from, or compared with one another.
 
-    Args:
-        order: the nodes between the loss and the outputs.
-        roots: the gradients that the backward pass begins with.
-        outputs: of the model, by where the graph has them.
-
     Raises:
-        UnknownNode: what is between them cannot be looked at.
+        UnknownNode: what is between loss and outputs cannot be looked at.
     """
-    if len(order) > MOST_NODES:
+    if len(loss.order) > MOST_NODES:
         return []
     generator = fresh_generator()
-    for node in [node for node in order if operation_of(node) in CHOICES | BENT | DISTANCES][:MOST]:
-        whole = operation_of(node) in BENT and not math.prod(shape_of(node, 0)) > 1
-        if whole and _all_goes_through(node, order, roots, outputs):
-            continue  # on both sides of the bend the same loss, up to a factor
-        for place, cotangent in _asked_for(node, roots, generator):
-            found = _samples_behind(place, cotangent, outputs, generator)
+    for node in [x for x in loss.order if operation_of(x) in CHOICES | BENT | DISTANCES][:MOST]:
+        for place, cotangent in _asked_for(node, loss, generator):
+            found = _samples_behind(place, cotangent, loss.outputs, generator)
             if len(set().union(*found.values())) > 1:
                 return list(found)
     return []
 
 
-def _asked_for(node: Node, roots: Mapping[Place, Tensor], generator: torch.Generator) -> Iterator[tuple[Place, Tensor]]:
+def _asked_for(node: Node, loss: SeenLoss, generator: torch.Generator) -> Iterator[tuple[Place, Tensor]]:
     """Places, with cotangents of what some of an operation's numbers are made of: of those that the loss depends on."""
-    before = nodes_between([place[0] for place in roots], {node})
-    gradient = pull_back(before, roots, {(node, 0)}).get((node, 0))
+    operation, single = operation_of(node), prod(shape_of(node, 0)) <= 1
+    if single and operation in BENT and _all_goes_through(node, loss):
+        return  # on both sides of the bend the same loss, up to a factor
+    gradient = pull_back(loss.roots, {(node, 0)}).get((node, 0))
     if gradient is None or not bool(gradient.isfinite().all()):
         return
-    operation, dims = operation_of(node), _dims(node)
-    if operation in BENT and gradient.numel() == 1:  # a hinge on a mean, on whichever side it is
-        yield from [(x, torch.ones_like(gradient)) for x in node.next_functions if x[0] is not None and gradient != 0]
-        return
-    if operation == "Sort" and bool((gradient.diff(dim=dims[0]) == 0).all()):  # the order makes no difference
-        return
     sources = {x for x in node.next_functions if x[0] is not None}
-    at = {(node, 0): gradient} if operation in DISTANCES else pull_back([node], {(node, 0): gradient}, sources)
-    most = max((float(g.abs().amax()) for g in roots.values()), default=0.0)
+    if single and operation in BENT:  # a hinge on a mean, on whichever side it is
+        yield from [(x, torch.ones_like(gradient)) for x in sources if gradient != 0]
+        return
+    if operation == "Sort" and not bool(gradient.diff(dim=_along(node, gradient)[0]).any()):
+        return  # the order makes no difference
+    at = {(node, 0): gradient} if operation in DISTANCES else pull_back({(node, 0): gradient}, sources)
+    most = max((float(g.abs().amax()) for g in loss.roots.values()), default=0.0)
     for place, g in at.items():
         # What is taken off for rounding's sake comes back, such as the maximum in a softmax.
         there = g.abs() > rounding(g.dtype) * most / g.numel()
-        drawn = torch.rand(g.shape, generator=generator, device="cpu").to(g.device) * there
-        for number in drawn.flatten().topk(min(NUMBERS, int(there.sum()))).indices.tolist():
-            cotangent = torch.zeros_like(g)
-            index: list[Any] = [int(i) for i in torch.unravel_index(torch.tensor(number), g.shape)]
-            if operation in CHOICES:
-                chosen = range(g.dim()) if not dims else [dim % g.dim() for dim in dims if g.dim()]
-                index = [slice(None) if dim in chosen else i for dim, i in enumerate(index)]
-            cotangent[tuple(index)] = 1
+        for cotangent in _some(g, there, _along(node, g) if operation in CHOICES else (), generator):
             yield place, cotangent
 
 
-def _all_goes_through(
-    node: Node, order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout]
-) -> bool:
-    """Whether a loss depends on the model's outputs through an operation alone."""
-    ends = {end for end, _ in outputs}
-    leads, waiting = {*order, *ends} - {node}, [root for root, _ in roots if root is not node]
-    while waiting:
-        here = waiting.pop()
-        if here in ends:
-            return False
-        if here in leads:
-            leads.remove(here)
-            waiting.extend(x for x, _ in here.next_functions if x is not None)
-    return True
+def _some(g: Tensor, there: Tensor, whole: Sequence[int], generator: torch.Generator) -> Iterator[Tensor]:
+    """Cotangents of a few numbers among some, each with all that stand with it along the dimensions of a choice."""
+    drawn = torch.rand(g.shape, generator=generator, device="cpu").to(g.device) * there
+    for number in drawn.flatten().topk(min(NUMBERS, int(there.sum()))).indices.tolist():
+        index = torch.unravel_index(torch.tensor(number), g.shape)
+        cotangent = torch.zeros_like(g)
+        cotangent[tuple(slice(None) if dim in whole else int(i) for dim, i in enumerate(index))] = 1
+        yield cotangent
 
 
-def _dims(node: Node) -> list[int]:
-    """Along which an operation chooses; none where among all."""
+def _along(node: Node, g: Tensor) -> Sequence[int]:
+    """The dimensions that an operation chooses along; all where it does so among all numbers."""
     dims = getattr(node, "_saved_dim", ())
-    return [signed(dim) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])]
+    dims = [signed(dim) for dim in (dims if isinstance(dims, (tuple, list)) else [dims])]
+    return [dim % g.dim() for dim in dims if g.dim()] if dims else range(g.dim())
+
+
+def _all_goes_through(node: Node, loss: SeenLoss) -> bool:
+    """Whether a loss depends on the model's outputs through an operation alone."""
+    ends, begins = {end for end, _ in loss.outputs}, [root for root, _ in loss.roots]
+    others = nodes_between(begins, {node, *ends})  # none behind the operation
+    return ends.isdisjoint(begins) and ends.isdisjoint(x for other in others for x, _ in other.next_functions)
 
 
 def _samples_behind(
-    place: Place, cotangent: Tensor, outputs: Mapping[Place, HasLayout], generator: torch.Generator
+    place: Place, cotangent: Tensor, outputs: Mapping[Place, Output], generator: torch.Generator
 ) -> dict[Place, set[tuple[int, int]]]:
     """By output of the model, the samples in it that numbers depend on: their group, and their number in it."""
-    order = nodes_between([place[0]], {node for node, _ in outputs})
     factors = torch.rand(cotangent.shape, generator=generator, device="cpu") + 0.5  # so that nothing cancels
-    with torch.no_grad():
-        reached = pull_back(order, {place: cotangent * factors.to(cotangent)}, outputs)
     found = {}
-    for output, g in reached.items():
+    for output, g in pull_back({place: cotangent * factors.to(cotangent)}, outputs).items():
         samples = (outputs[output].layout.split(g).flatten(1) != 0).any(1).nonzero().flatten().tolist()
         if samples:
             found[output] = {(outputs[output].group, n) for n in samples}

@@ -5,7 +5,7 @@ something else that the forward made (features that a hook has kept, say), at wh
 """
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 from weakref import ref
 
@@ -18,7 +18,7 @@ from ..record import ForwardRecord
 from ..relation import whole_call
 from ..samples import floating
 
-__all__ = ["Output", "in_groups", "mark_calls", "mark_outputs", "outputs_behind"]
+__all__ = ["Output", "mark_calls", "mark_outputs", "outputs_behind"]
 
 #: More nodes than these are not gone through.
 MOST_NODES = 1024
@@ -134,19 +134,3 @@ def outputs_behind(roots: Sequence[Node], attachment: object) -> dict[int, dict[
         if len(seen) > MOST_NODES:
             return {}
     return found
-
-
-def in_groups(by_record: Mapping[int, Mapping[Place, Output | None]], *, joined: bool) -> dict[Place, Output]:
-    """The outputs of which enough is known; row n of all of one group is one sample.
-
-    Args:
-        by_record: what :func:`outputs_behind` found.
-        joined: whether row n of all forwards of as many samples is one.
-    """
-    counts = {own.num_samples for outputs in by_record.values() for own in outputs.values() if own is not None}
-    return {
-        place: own._replace(group=0 if joined and len(counts) == 1 else group)
-        for group, outputs in enumerate(by_record.values())
-        for place, own in outputs.items()
-        if own is not None
-    }

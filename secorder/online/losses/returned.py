@@ -8,7 +8,7 @@ gets, and not as is told, does not add up so.
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,14 @@ from torch import Tensor, nn
 from ..._torch.modules import evaluating
 from ..._torch.pytree import map_tensors
 from ..._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
-from ..._torch.transforms import inside_transform
 from ...errors import InvalidArgumentError
 from ...layers.dtypes import rounding
 from ...oneshot.isolation import isolate
 from ..attribution import Attribution
-from ..record import ForwardRecord
-from .beside import Beside, made_beside, watch_beside
-from .coupling import watch_coupling
+from .beside import Beside, made_beside
 from .reduction import token_weights, weights_of
-from .scale import watch_scale
 
-if TYPE_CHECKING:
-    from ..hooks import Attachment
-
-__all__ = ["told_otherwise", "watch_losses"]
+__all__ = ["told_otherwise"]
 
 #: So many samples are looked at, at most, and so many of them are one of the parts: an odd number, of which no weights
 #: of two classes that are equally frequent make the part's mean that of the whole.
@@ -88,10 +81,38 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
         return {}
 
 
+class _Losses(NamedTuple):
+    """What the loss in one place is of some samples.
+
+    Attributes:
+        whole: of all of them together.
+        parts: of two divisions in two parts, one after the other.
+        rtol: what passes for rounding, as a part of the size of losses.
+    """
+
+    whole: float
+    parts: Sequence[float]
+    rtol: float
+
+    def add_up(self, shares: Sequence[float]) -> bool:
+        """Whether the parts make the whole, each multiplied by its share, in both divisions."""
+        pairs = [(self.parts[i : i + 2], shares[i : i + 2]) for i in (0, 2)]
+        return all(self.is_near(sum(x * share for x, share in zip(*pair, strict=True)), pair[0]) for pair in pairs)
+
+    def is_near(self, other: float, besides: Sequence[float] = ()) -> bool:
+        """Whether the whole is another number, to the rounding of it and of others."""
+        return abs(other - self.whole) <= self.rtol * sum(map(abs, [self.whole, *besides]))
+
+    def measured(self, twice: float, certain: float, passes: float) -> "_Losses":
+        """With what may be rounding by the loss of the same samples, each twice: the same one, or twice that."""
+        moved = min(abs(twice - self.whole), abs(twice - 2 * self.whole)) / abs(self.whole) if self.whole else 0.0
+        return self._replace(rtol=min(certain + MEASURED * moved, passes))
+
+
 def _reasons(
     reduction: Any,
     run: Callable[[Tensor], tuple[dict[Beside, float], bool]],
-    take: Callable[[Tensor], Any],
+    take: Callable[[Tensor], tuple[Any, Any]],
     ids: Tensor,
     bounds: tuple[float, float],
     *,
@@ -112,73 +133,38 @@ def _reasons(
     runs = [run(some) for some in (ids, *parts)]
     if any(drew for _, drew in runs):
         return {}
-    by_place = {place: [losses[place] for losses, _ in runs] for place in runs[0][0]}
-
-    rtol = dict.fromkeys(by_place, bounds[0])
-
-    def holds(kind: Any, place: Beside) -> bool:
-        losses = by_place[place]
-        shared = [_share(kind, take, ids, some) * loss for some, loss in zip(parts, losses[1:], strict=True)]
-        return all(_near([losses[0], *losses[i : i + 2]], sum(shared[i - 1 : i + 1]), rtol[place]) for i in (1, 3))
-
-    if not all(holds(reduction, place) for place in by_place):
+    seen = {x: _Losses(whole, [losses[x] for losses, _ in runs[1:]], bounds[0]) for x, whole in runs[0][0].items()}
+    told, summed, mean = (_shares(kind, take, ids, parts) for kind in (reduction, "sum", "mean"))
+    if not all(losses.add_up(told) for losses in seen.values()):
         twice, _ = run(ids.repeat(2))
-        rtol = {place: _measured(losses[0], twice[place], *bounds) for place, losses in by_place.items()}
-    as_told = {place for place in by_place if holds(reduction, place)}
-    others = {p: x for p, x in by_place.items() if p not in as_told and not all(_near(x, y, rtol[p]) for y in x)}
-    # The order matters where a generator is in the loss.
-    for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if others else ():
-        again, _ = run(order)
-        others = {place: losses for place, losses in others.items() if _near(losses, again[place], rtol[place])}
-    several = sum(place.module is None for place in by_place) > 1
-    reasons = dict.fromkeys(as_told, "")
-    for place in others:
-        summed, mean = holds("sum", place), holds("mean", place)
-        if not (summed or mean) or (summed and reduction == "mean" and by_tokens):
+        seen = {place: losses.measured(twice[place], *bounds) for place, losses in seen.items()}
+    reasons = {place: "" for place, losses in seen.items() if losses.add_up(told)}
+    others = _of_samples({place: losses for place, losses in seen.items() if place not in reasons}, run, ids)
+    several = sum(place.module is None for place in seen) > 1
+    for place, losses in others.items():
+        is_sum, is_mean = losses.add_up(summed), losses.add_up(mean)
+        if not (is_sum or is_mean) or (is_sum and reduction == "mean" and by_tokens):
             reasons[place] = _WEIGHTED
-        elif not several and not (summed and divided):
-            reasons[place] = _SUM if summed else _MEAN
+        elif not several and not (is_sum and divided):
+            reasons[place] = _SUM if is_sum else _MEAN
     return reasons
+
+
+def _of_samples(
+    seen: dict[Beside, _Losses], run: Callable[[Tensor], tuple[dict[Beside, float], bool]], ids: Tensor
+) -> dict[Beside, _Losses]:
+    """The losses that are others for other samples, and the same in any order: that matters to a generator in one."""
+    found = {p: x for p, x in seen.items() if not all(x.is_near(part, x.parts) for part in x.parts)}
+    for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if found else ():
+        again, _ = run(order)
+        found = {place: losses for place, losses in found.items() if losses.is_near(again[place], losses.parts)}
+    return found
 
 
 def _two_divisions(ids: Tensor) -> list[Tensor]:
     """Two divisions of the samples in two parts: parts that happen to have about the same loss tell nothing."""
     first = PART if len(ids) > PART + 1 else 1
     return [part for order in (ids, ids.roll(first)) for part in order.split([first, len(ids) - first])]
-
-
-def _near(losses: Sequence[float], other: float, rtol: float) -> bool:
-    """Whether the first of some losses is another number, to rounding."""
-    return abs(other - losses[0]) <= rtol * sum(map(abs, losses))
-
-
-def _measured(loss: float, twice: float, certain: float, passes: float) -> float:
-    """What may be rounding, by the loss of the same samples, each of them twice: the same one, or twice that."""
-    moved = min(abs(twice - loss), abs(twice - 2 * loss)) / abs(loss) if loss else 0.0
-    return min(certain + MEASURED * moved, passes)
-
-
-def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
-    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
-
-    Args:
-        record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
-    """
-    fisher, found = attachment.fisher, record.attribution
-    watch_scale(fisher, record, output)
-
-    def begins(reason: str, gradient: Tensor) -> None:
-        if not inside_transform() and bool((gradient != 0).any()):
-            fisher.troubles.guarded(None, (), fisher.troubles.mark, list(fisher.sums), reason)
-
-    if found.unreduced:
-        for place, tensor in made_beside(None, output).items():
-            if place in found.unreduced and not tensor.dim():
-                tensor.register_hook(partial(begins, found.unreduced[place]))
-    if found.coupling:
-        watch_beside(fisher, output, found.coupling)
-    if record.scheduled and fisher.ranks is None:
-        watch_coupling(attachment, record, output)
 
 
 def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any:
@@ -202,24 +188,24 @@ def _losses(model: nn.Module, output: Any, kept: Collection[Beside]) -> dict[Bes
     return {place: loss for place, loss in losses.items() if isfinite(loss)}
 
 
-def _share(kind: Any, take: Callable[[Tensor], Any], ids: Tensor, some: Tensor) -> float:
-    """What the weights of some samples in their own batch are multiplied by in that of all.
+def _shares(kind: Any, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, parts: Sequence[Tensor]) -> list[float]:
+    """What the weights of each part's samples in their own batch are multiplied by in that of all.
 
     Raises:
         ValueError: these are not in one proportion, so that the loss of the part tells nothing of the whole's.
     """
-    if isinstance(kind, str):
-        return len(some) / len(ids) if kind == "mean" else 1.0
-    (args, kwargs), (own_args, own_kwargs) = take(ids), take(some)
-    here, own = weights_of(kind, args, kwargs, len(ids)), weights_of(kind, own_args, own_kwargs, len(some))
-    if here is None or own is None:
-        return len(some) / len(ids)
-    places = (ids[:, None] == some).int().argmax(0)
-    here, own = here.cpu().double()[places], own.cpu().double()
-    share = float(here.sum() / own.sum())
-    if not torch.allclose(here, share * own, rtol=1e-3):
-        raise ValueError(share)
-    return share
+    if kind == "sum":
+        return [1.0 for _ in parts]
+    shares = [len(some) / len(ids) for some in parts]
+    whole = None if kind == "mean" else weights_of(kind, *take(ids), len(ids))
+    for number, some in enumerate(parts if whole is not None else ()):
+        own = weights_of(kind, *take(some), len(some))
+        if whole is not None and own is not None:
+            here, own = whole.cpu().double()[(ids[:, None] == some).int().argmax(0)], own.cpu().double()
+            shares[number] = share = float(here.sum() / own.sum())
+            if not torch.allclose(here, share * own, rtol=1e-3):
+                raise ValueError(share)
+    return shares
 
 
 def _rounding(model: nn.Module, units: int | None = None) -> float:

@@ -4,7 +4,7 @@ Where all of the gradient comes through the loss, what comes to it is the number
 the loss is computed from get no other gradient then than the loss's.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..._torch.compile import never_compiled
 from ..._torch.grad_scaler import multiplied_by_scaler
-from ..._torch.graph import Node, users_of
+from ..._torch.graph import users_of
+from ..._torch.loss_graph import Place
 from ..._torch.pytree import tensors_in
 from ..._torch.transforms import inside_transform
 from ..record import ForwardRecord
@@ -22,16 +23,22 @@ from ..troubles import Troubles
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
 
-__all__ = ["fraction", "tell_scale", "tell_scaler", "watch_scale"]
+__all__ = ["fraction", "one_over", "tell_scale", "tell_scaler", "watch_scale"]
 
 #: What may be rounding in numbers of half precision.
 TOLERANCE = 1e-2
 
 
+def one_over(scale: float) -> int:
+    """The whole number that a scale is one over, to rounding; one where it is no such fraction."""
+    number = round(1 / scale) if 0 < scale < 1 else 1
+    return number if abs(scale * number - 1) < TOLERANCE else 1
+
+
 def fraction(scale: float) -> str:
     """A scale as people write it: ``1/4``, else as a decimal number."""
-    inverse = round(1 / scale) if scale else 0
-    return f"1/{inverse}" if inverse > 1 and abs(scale * inverse - 1) < TOLERANCE else f"{scale:.4g}"
+    number = one_over(scale)
+    return f"1/{number}" if number > 1 else f"{scale:.4g}"
 
 
 def _by_whole_number(scale: float) -> bool:
@@ -97,13 +104,13 @@ def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None
         )
 
 
-def tell_scaler(fisher: "OnlineFisher", roots: Sequence[Node]) -> None:
-    """Mark all layers where a ``GradScaler`` has multiplied the loss, and nothing is told of the loss's scale.
+def tell_scaler(fisher: "OnlineFisher", roots: Iterable[Place]) -> None:
+    """Mark all layers where a ``GradScaler`` has multiplied the loss, of whose scale nothing is told.
 
     Args:
         roots: where the backward pass begins, before it does.
     """
-    if fisher.returned is None and any(map(multiplied_by_scaler, roots)):
+    if any(multiplied_by_scaler(node) for node, _ in roots):
         fisher.troubles.mark(
             fisher.sums,
             "a GradScaler multiplies the loss before backward, and nothing is told of it: pass loss_scale= with the "

@@ -3,44 +3,45 @@
 A mean over targets with class weights, over those that are not ignored, or a sum that is divided by the number of
 tokens, is L = Σ_n c_n ℓ_n with other c_n than 1/N. What a loss does with masks of its own does not show, unless the
 number that it divides by does.
+
+Where each of several forwards has samples of its own, ``reduction="mean"`` is a mean over these: L = Σ_f (1/N_f) Σ_n
+ℓ_fn, as of D(real) + D(fake). A loss of outputs that were put together before, such as of a batch that is cut into
+chunks, or of the steps of an episode, divides by the number of all samples.
 """
 
-from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
-from torch import Tensor
 
-from ..._torch.graph import Node
-from ..._torch.loss_graph import Place, divisor_of_sum, mean_over_targets, pull_back
-from .choices import HasLayout
+from ..._torch.graph import Node, operation_of, shape_of
+from ..._torch.loss_terms import divisor_of_sum, is_mean, mean_over_targets
+from .seen import SeenLoss
 
-__all__ = ["weights_of_loss"]
+__all__ = ["MEAN_OF_SEVERAL", "takes_mean_of_several", "weights_of_loss"]
 
 _WEIGHTED = (
     "the loss weights its samples ({}), which is no mean over them: pass reduction= with a function of the model's "
     "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
 )
 
+MEAN_OF_SEVERAL = (
+    'the loss is one mean over what several forwards returned together, where reduction="mean" is a mean over the '
+    'samples of each forward: pass loss_scale=1/k for k forwards of as many samples each, reduction="sum" and '
+    "loss_scale=1/n for n samples in all, or loss_scale=1 where it is as told."
+)
 
-def weights_of_loss(
-    order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout], num_samples: int
-) -> str:
+
+def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
     """How a loss weights the samples of a batch otherwise than alike; empty where that does not show.
 
-    Args:
-        order: the nodes between the loss and the outputs.
-        roots: the gradients that the backward pass begins with.
-        outputs: of the model, by where the graph has them.
-        num_samples: of the batch.
-
     Raises:
-        UnknownNode: what is between them cannot be looked at.
+        UnknownNode: what is between loss and outputs cannot be looked at.
     """
-    for node in order:
+    for node in loss.order:
         mean = mean_over_targets(node)
         if mean is not None and mean.by_class is not None and bool((mean.by_class != mean.by_class[0]).any()):
             return _WEIGHTED.format("class weights in a mean")
-        if mean is not None and bool(mean.ignored.any()) and _differ(order, roots, outputs, mean.classes):
+        if mean is not None and bool(mean.ignored.any()) and _differ(loss, mean.classes):
             return _WEIGHTED.format("a mean over targets that are not ignored, of which some have more than others")
         divisor, count = divisor_of_sum(node)
         number = round(divisor)
@@ -48,16 +49,34 @@ def weights_of_loss(
             continue
         each, rest = divmod(number, num_samples)
         uneven = not rest and number < count and (2 * count // num_samples) % each  # as of tokens without padding
-        if rest or (uneven and _differ(order, roots, outputs, 1)):
+        if rest or (uneven and _differ(loss, 1)):
             return _WEIGHTED.format(f"a sum that is divided by {number} for {num_samples} samples")
     return ""
 
 
-def _differ(
-    order: Sequence[Node], roots: Mapping[Place, Tensor], outputs: Mapping[Place, HasLayout], classes: int
-) -> bool:
+def _differ(loss: SeenLoss, classes: int) -> bool:
     """Whether samples have different numbers of targets: the gradient on the classes of one that is ignored is zero."""
     with torch.no_grad():
-        gradients = pull_back(order, roots, outputs)
-    counts = [(outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in gradients.items()]
+        gradients = loss.gradients()
+    counts = [(loss.outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in gradients.items()]
     return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
+
+
+def takes_mean_of_several(loss: SeenLoss) -> bool:
+    """Whether a loss puts outputs of several groups into one tensor, and takes a mean of that."""
+    groups: dict[Node, set[int]] = {}
+    together: set[Node] = set()
+    for node in reversed(loss.order):
+        before = [place for place in node.next_functions if place[0] is not None]
+        own = [{loss.outputs[x].group} if x in loss.outputs else groups.get(x[0], set()) for x in before]
+        groups[node] = set().union(*own)
+        joined = operation_of(node) in ("Cat", "Stack") and len(groups[node]) > 1
+        # Numbers that are put together are means already, unless each forward holds one sample.
+        samples = max((loss.groups[group] for group in groups[node]), default=0)
+        if joined and (samples == 1 or any(prod(shape_of(*x)) > 1 for x in before)):
+            together.add(node)
+        elif any(x in together for x, _ in before):
+            if prod(shape_of(node, 0)) == 1 and is_mean(node):
+                return True
+            together.add(node)
+    return False

@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
-from secorder._torch.loss_graph import nodes_between, place_of
+from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import Layout
-from secorder.online.losses import coupling
 from secorder.online.losses.choices import chooses
 from secorder.online.losses.marks import Output
+from secorder.online.losses.seen import see
 
 from ...helpers import data, mlp
 from ..loops import follow
@@ -96,18 +96,6 @@ def test_samples_that_are_rows_of_several() -> None:
     z = torch.randn(6, 2, requires_grad=True) * 1.0
     layout = Layout(rows=2)
     for loss, coupled in ((z.unflatten(0, (3, 2)).amax(1).sum(), False), (z.unflatten(0, (2, 3)).amax(1).sum(), True)):
-        places = {place_of(z): Output(layout, 1.0, 3)}
-        roots = {place_of(loss): torch.ones(())}
-        found = chooses(nodes_between([n for n, _ in roots], {n for n, _ in places}), roots, places)
-        assert bool(found) is coupled
-
-
-def test_what_cannot_be_asked_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one look at the loss fails, the other one is taken."""
-    monkeypatch.setattr(coupling, "chooses", lambda *_: 1 / 0)
-    model, (x, t) = mlp(), data(8)
-    with CurvatureProbe(model, reduction="mean") as probe:
-        with pytest.warns(CurvatureWarning, match="couples the samples"):
-            F.cross_entropy(model(x), t).sqrt().backward()
-        with pytest.raises(AttributionError, match="couples the samples"):
-            probe.fisher_diagonal()
+        seen = see({place_of(loss): torch.ones(())}, {0: {place_of(z): Output(layout, 1.0, 3)}}, joined=False)
+        assert seen is not None
+        assert bool(chooses(seen)) is coupled

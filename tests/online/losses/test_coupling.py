@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
@@ -233,36 +232,6 @@ def test_a_strict_probe_raises_at_once() -> None:
         info_nce(model(data(6)[0]), data(6)[1]).backward()
 
 
-def test_a_look_at_the_loss_calls_no_hook_and_leaves_nothing() -> None:
-    entry = torch.autograd._engine_run_backward
-    model, calls = residual(), []
-    with CurvatureProbe(model, reduction="mean"):
-        x, t = data(6)
-        model(x)  # and no backward
-        for _ in range(2):
-            z = model(x).clone()
-            z.retain_grad()
-            z.register_hook(lambda g: calls.append(g))
-            F.cross_entropy(z, t).backward()
-            assert z.grad is not None
-            torch.testing.assert_close(z.grad, calls[-1])
-        assert torch.autograd._engine_run_backward is entry
-        kept = model(x)
-        del kept
-    assert len(calls) == 2
-    assert torch.autograd._engine_run_backward is entry
-
-
-def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
-    entry, model, batch = torch.autograd._engine_run_backward, make(), data()
-    probe = CurvatureProbe(model, reduction="mean")
-    loss = F.cross_entropy(model(batch[0]), batch[1])
-    assert torch.autograd._engine_run_backward is not entry
-    probe.detach()
-    assert torch.autograd._engine_run_backward is entry
-    loss.backward()
-
-
 def pairwise_sigmoid(a: Tensor, b: Tensor) -> Tensor:
     """Zhai et al. (2023): bilinear in two embeddings, so that neither alone has a second derivative across samples."""
     return -F.logsigmoid((2 * torch.eye(len(a), len(b)) - 1) * (a @ b.T)).sum() / len(a)
@@ -316,39 +285,3 @@ def test_rows_of_positions_and_samples_in_another_dimension() -> None:
                 z = model(torch.randn(7, 6, 4))
                 ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
             assert bool(unreadable(probe._fisher)) is coupled
-
-
-class Doubled(torch.autograd.Function):
-    """A sum over samples, of which that cannot be seen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
-
-
-UNSEEN: dict[str, Criterion] = {
-    "a custom function": lambda z, t: F.cross_entropy(Doubled.apply(z), t),
-    "a checkpoint": lambda z, t: checkpoint(F.cross_entropy, z, t, use_reentrant=False),
-}
-
-
-@pytest.mark.parametrize("name", UNSEEN)
-def test_where_a_loss_cannot_be_looked_at_the_first_read_says_so(name: str) -> None:
-    came = follow(make(), [data(n) for n in (6, 7)], lambda m, b: UNSEEN[name](m(b[0]), b[1]))
-    assert came.exact
-    (warned,) = came.warned
-    assert "cannot be seen whether the loss couples" in warned
-
-
-def test_what_a_check_has_found_is_not_assumed_any_more() -> None:
-    model, batch = make(), data(6)
-    with CurvatureProbe(model) as probe:
-        UNSEEN["a custom function"](model(batch[0]), batch[1]).backward()
-        assert probe.verify(UNSEEN["a custom function"], *batch)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", CurvatureWarning)
-            assert probe.fisher_diagonal()

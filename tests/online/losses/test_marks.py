@@ -12,7 +12,7 @@ from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import DIM_ZERO
 from secorder.online.attribution import Attribution
-from secorder.online.losses.marks import in_groups, mark_calls, mark_outputs, outputs_behind
+from secorder.online.losses.marks import mark_calls, mark_outputs, outputs_behind
 from secorder.online.record import ForwardRecord
 
 from ...helpers import make
@@ -55,16 +55,6 @@ def test_behind_an_output_of_which_too_little_is_known_layers_are_the_models_own
     mark_outputs(owner, own, total, [None])
     assert outputs_behind([total.grad_fn], owner)[id(own)][place_of(f)] is not None
     assert place_of(h) not in outputs_behind([total.grad_fn], owner)[id(own)]
-
-
-def test_what_belongs_together() -> None:
-    owner, first, second = Owner(), record(), record()
-    outputs = [forward()[1], forward()[1]]
-    for own, f in zip((first, second), outputs, strict=True):
-        mark_outputs(owner, own, f, [DIM_ZERO])
-    found = outputs_behind([(outputs[0] * outputs[1]).sum().grad_fn], owner)
-    assert {x.group for x in in_groups(found, joined=True).values()} == {0}
-    assert {x.group for x in in_groups(found, joined=False).values()} == {0, 1}
 
 
 def test_marks_keep_no_record_and_end_with_the_graph() -> None:

@@ -1,0 +1,111 @@
+"""What the last operations of a loss tell: its terms, what these are multiplied by, and the targets of a mean."""
+
+from collections.abc import Collection, Iterator
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
+
+__all__ = ["Targets", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "terms"]
+
+#: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
+MEAN, SUM = 1, 2
+
+#: What makes one number of others, and how many of these are looked at.
+ARITHMETIC, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
+
+
+def terms(root: Node, ends: Collection[Node] = ()) -> Iterator[Node]:
+    """What computed a number, and those that it is made of by arithmetic: the latest first, none behind ``ends``."""
+    found = [root]
+    for node in found:  # which grows
+        if node not in ends:
+            yield node
+            if operation_of(node) in ARITHMETIC:
+                found.extend(x for x, _ in node.next_functions if x is not None and len(found) < MOST)
+
+
+def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
+    """The numbers that a loss is multiplied by, the latest first; of a sum that is made a mean, not what divides it.
+
+    Args:
+        root: what computed the loss.
+        ends: what is behind these is not looked at.
+    """
+    found: list[float] = []
+    node = root
+    while node not in ends and (step := _multiplied(node)):
+        if operation_of(node) != "ToCopy":
+            found.append(step[1])
+        node = step[0]
+    if found and (count := _summed(node)) and count * found[-1] < 1:  # divided by more than there is
+        return [*found[:-1], count * found[-1]]
+    return found[:-1] if any(map(_sums, terms(node, ends))) else found
+
+
+def divisor_of_sum(node: Node) -> tuple[float, int]:
+    """What a sum is divided by, and how many numbers it has, where that is all that a node does; else zeros."""
+    step = _multiplied(node) if operation_of(node) == "Div" else None
+    count = 0 if step is None else _summed(step[0])
+    return (0.0, 0) if step is None or count < 2 else (1 / step[1], count)
+
+
+def _multiplied(node: Node) -> tuple[Node, float] | None:
+    """What computed the number that a node has multiplied, and by what; None where a node does anything else."""
+    before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
+    if operation_of(node) not in ("Div", "Mul", "ToCopy") or len(before) != 1 or recomputed(node) is not False:
+        return None
+    index, source = before[0]
+    if shape_of(node, 0) or shape_of(*source) or (index and operation_of(node) == "Div"):
+        return None
+    seen = node._input_metadata[0]
+    one = torch.ones((), dtype=seen.dtype, device=seen.device)
+    return source[0], float(run_node(node, [one], index))
+
+
+def _summed(node: Node) -> int:
+    """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
+    if shape_of(node, 0):
+        return 0
+    if operation_of(node) == "Sum":
+        return prod(shape_of(*node.next_functions[0]))
+    if _sums(node) and recomputed(node) is False:
+        target: Tensor = getattr(node, "_saved_target", torch.empty(0))
+        return target.numel()
+    return 0
+
+
+def _sums(node: Node) -> bool:
+    return operation_of(node) == "Sum" or getattr(node, "_saved_reduction", None) == SUM
+
+
+def is_mean(node: Node) -> bool:
+    """Whether a node is the mean of numbers, or of losses."""
+    return operation_of(node) == "Mean" or getattr(node, "_saved_reduction", None) == MEAN
+
+
+class Targets(NamedTuple):
+    """What a mean over targets has saved.
+
+    Attributes:
+        by_class: the weights of the classes, or None.
+        ignored: which targets do not count.
+        classes: how many there are.
+    """
+
+    by_class: Tensor | None
+    ignored: Tensor
+    classes: int
+
+
+def mean_over_targets(node: Node) -> Targets | None:
+    """Of a node that is the mean of losses of targets among classes; None for another, or one in a checkpoint."""
+    if operation_of(node) not in ("NllLoss", "NllLoss2D") or not is_mean(node):
+        return None
+    if recomputed(node) is not False:  # to ask for what it has saved would compute it again
+        return None
+    ignored = saved(node, "target") == signed(node._saved_ignore_index)
+    return Targets(saved(node, "weight"), ignored, shape_of(*node.next_functions[0])[-1 if ignored.dim() < 2 else 1])

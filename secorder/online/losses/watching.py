@@ -1,0 +1,151 @@
+"""What is watched of a forward's loss: it is looked at once a backward pass begins that leads to the forward.
+
+It takes the part of the graph between loss and outputs before the user's backward pass frees it; see the other files
+for what each look is for.
+"""
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+from torch import Tensor
+
+from ..._torch.autocast import no_autocast
+from ..._torch.beginning import before_backward, wait_no_more
+from ..._torch.graph import tells_recomputation
+from ..._torch.loss_graph import Place, UnknownNode, normalises
+from ..record import ForwardRecord
+from ..troubles import tell_normalised
+from .accumulation import tell_division
+from .beside import layers_behind, watch_beside
+from .choices import chooses
+from .coupling import couples
+from .marks import Output, mark_outputs, outputs_behind
+from .scale import tell_scaler, watch_scale
+from .seen import SeenLoss, roots_of, see
+from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
+
+if TYPE_CHECKING:
+    from ..fisher import OnlineFisher
+    from ..hooks import Attachment
+
+__all__ = ["watch_losses"]
+
+_COUPLED = (
+    "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
+    "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
+    "gradient of its own: {}use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+)
+
+_UNSEEN = (
+    "it cannot be seen whether the loss couples the samples of a batch, since {}: it was taken to be a mean or a sum "
+    "over samples; let probe.verify(loss_fn, inputs, targets) find out."
+)
+
+_THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
+
+_OF_SEVERAL = 'say forwards="joined" if only row n of one forward meets row n of another, '
+
+
+def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
+    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
+
+    Args:
+        record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
+    """
+    fisher, found = attachment.fisher, record.attribution
+    watch_scale(fisher, record, output)
+    if found.coupling or found.unreduced:
+        watch_beside(fisher, output, found.coupling, found.unreduced)
+    if record.scheduled and fisher.ranks is None and tells_recomputation():
+        told = not found.provisional and found.alternative is None
+        if mark_outputs(attachment, record, output, found.outputs if told else ()):
+            before_backward(record, partial(_begins, ref(attachment)), attachment)
+
+
+def _begins(
+    attachment: "ref[Attachment]", record: ForwardRecord, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> bool:
+    """A backward pass begins; whether this forward is watched no more."""
+    own = attachment()
+    if own is None or own.pauses or record.closed or own.fisher.troubles.has_seen("computed"):
+        return True  # what adapted parameters are computed from is told of as that
+    if record.thread != threading.get_ident():
+        return False
+    return bool(own.fisher.troubles.guarded(None, (), _look_or_say, own, record, ends, gradients))
+
+
+def _look_or_say(
+    attachment: "Attachment", record: ForwardRecord, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]
+) -> bool:
+    """Look at the loss if it is a forward's, and have the first read say so where that fails; whether it is."""
+    met: dict[int, dict[Place, Output | None]] = {}
+    fisher = attachment.fisher
+    try:
+        roots = roots_of(ends, gradients)
+        met = outputs_behind([node for node, _ in roots], attachment)
+        if id(record) in met:
+            _look(fisher, roots, met)
+    except Exception as error:
+        if fisher.troubles.strict:
+            raise
+        reason = f"looking at it failed ({type(error).__name__}: {error})"
+        fisher.troubles.unseen = _UNSEEN.format(reason)
+    if id(record) not in met:
+        return False
+    wait_no_more(owners=met)  # it was the loss of all these forwards
+    return True
+
+
+def _look(
+    fisher: "OnlineFisher", roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
+) -> None:
+    """Mark layers whose samples a loss couples, or weights otherwise than told, and see what it is multiplied by."""
+    if fisher.returned is None:
+        tell_scaler(fisher, roots)
+        tell_division(fisher, roots, {node for places in met.values() for node, _ in places})
+    loss = see(roots, met, joined=fisher.forwards == "joined")
+    if loss is None:
+        return
+
+    def names(places: Iterable[Place]) -> list[str]:
+        return layers_behind(fisher.layers, [node for node, _ in places])
+
+    coupled = _seen(fisher, loss, chooses, couples)
+    if not coupled:
+        if reason := _no_mean(fisher, loss):
+            fisher.troubles.mark(names(loss.outputs), reason)
+        return
+    if any(map(normalises, loss.order)):
+        tell_normalised(fisher.troubles, names(coupled))
+        coupled = _seen(fisher, loss, partial(couples, statistics_fixed=True))  # and besides
+    if coupled:
+        fisher.troubles.mark(names(coupled), _COUPLED.format(_OF_SEVERAL if len(loss.groups) > 1 else ""))
+
+
+def _seen(fisher: "OnlineFisher", loss: SeenLoss, *ways: Callable[[SeenLoss], list[Place]]) -> list[Place]:
+    """The outputs whose samples the first of some ways of looking sees to be coupled, if any does."""
+    for sees in ways:
+        try:
+            with no_autocast():
+                coupled = sees(loss)
+        except UnknownNode as unknown:
+            fisher.troubles.unseen = _UNSEEN.format(_THROUGH.format(unknown))
+        except Exception:  # of what has no second derivative
+            continue
+        else:
+            if coupled:
+                return coupled
+    return []
+
+
+def _no_mean(fisher: "OnlineFisher", loss: SeenLoss) -> str:
+    """Why a loss is no mean over the samples of each forward, where it is told, or assumed, to be one; else empty."""
+    if fisher.reduction != "mean":
+        return ""
+    if len(loss.groups) == 1:
+        return weights_of_loss(loss, *loss.groups.values())
+    untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
+    return MEAN_OF_SEVERAL if untold and takes_mean_of_several(loss) else ""

@@ -1,0 +1,133 @@
+"""A forward's loss is looked at once, leaves nothing behind, and where it cannot be looked at, that is said."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder._torch.graph import tells_recomputation
+from secorder.online.losses import watching
+
+from ...helpers import Net, data, make, mlp
+from ..loops import follow
+
+pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
+
+#: A loss of logits, shape (N, 3), and labels.
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def residual() -> Net:
+    """A model that is looked at again, since its structure does not tell by itself."""
+    return Net(lambda m, x: m.b(torch.tanh(m.a(x)) + x), a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+
+
+def test_a_look_at_the_loss_calls_no_hook_and_leaves_nothing() -> None:
+    entry = torch.autograd._engine_run_backward
+    model, calls = residual(), []
+    with CurvatureProbe(model, reduction="mean"):
+        x, t = data(6)
+        model(x)  # and no backward
+        for _ in range(2):
+            z = model(x).clone()
+            z.retain_grad()
+            z.register_hook(lambda g: calls.append(g))
+            F.cross_entropy(z, t).backward()
+            assert z.grad is not None
+            torch.testing.assert_close(z.grad, calls[-1])
+        assert torch.autograd._engine_run_backward is entry
+        kept = model(x)
+        del kept
+    assert len(calls) == 2
+    assert torch.autograd._engine_run_backward is entry
+
+
+def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
+    entry, model, batch = torch.autograd._engine_run_backward, make(), data()
+    probe = CurvatureProbe(model, reduction="mean")
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    assert torch.autograd._engine_run_backward is not entry
+    probe.detach()
+    assert torch.autograd._engine_run_backward is entry
+    loss.backward()
+
+
+class Doubled(torch.autograd.Function):
+    """A sum over samples, of which that cannot be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+UNSEEN: dict[str, Criterion] = {
+    "a custom function": lambda z, t: F.cross_entropy(Doubled.apply(z), t),
+    "a checkpoint": lambda z, t: checkpoint(F.cross_entropy, z, t, use_reentrant=False),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_where_a_loss_cannot_be_looked_at_the_first_read_says_so(name: str) -> None:
+    came = follow(make(), [data(n) for n in (6, 7)], lambda m, b: UNSEEN[name](m(b[0]), b[1]))
+    assert came.exact
+    (warned,) = came.warned
+    assert "cannot be seen whether the loss couples" in warned
+
+
+def test_what_a_check_has_found_is_not_assumed_any_more() -> None:
+    model, batch = make(), data(6)
+    with CurvatureProbe(model) as probe:
+        UNSEEN["a custom function"](model(batch[0]), batch[1]).backward()
+        assert probe.verify(UNSEEN["a custom function"], *batch)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CurvatureWarning)
+            assert probe.fisher_diagonal()
+
+
+def test_what_cannot_be_asked_hides_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where one look at the loss fails, the other one is taken."""
+    monkeypatch.setattr(watching, "chooses", lambda *_: 1 / 0)
+    model, (x, t) = mlp(), data(8)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        with pytest.warns(CurvatureWarning, match="couples the samples"):
+            F.cross_entropy(model(x), t).sqrt().backward()
+        with pytest.raises(AttributionError, match="couples the samples"):
+            probe.fisher_diagonal()
+
+
+def test_a_look_at_the_loss_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("secorder.online.losses.watching.tell_scaler", lambda *_: 1 / 0)
+    model, (x, t) = make(), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(x), t).backward()
+        with pytest.warns(UserWarning, match=r"looking at it failed \(ZeroDivisionError"):
+            probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [(lambda a, b: [a + b], [2]), (lambda a, b: [b, a], [1, 1]), (lambda a, b: [a, a + b], [1, 2])],
+    ids=["of both", "one each", "one again"],
+)
+def test_a_loss_of_several_forwards_is_looked_at_once(
+    losses: Callable[..., list[Tensor]], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(watching, "chooses", lambda loss: looks.append(len(loss.outputs)) or [])
+    entry, model, (x, t) = torch.autograd._engine_run_backward, make(), data(6)
+    with CurvatureProbe(model, reduction="mean", forwards="separate"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for loss in losses(F.cross_entropy(model(x), t), F.cross_entropy(model(x + 1), t)):
+            loss.backward(retain_graph=True)
+        assert looks == expected
+        assert torch.autograd._engine_run_backward is entry
