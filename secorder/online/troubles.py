@@ -74,7 +74,7 @@ CAUSES = {
 }
 
 #: Those beside which gradients that have come to parameters all the same are another call's.
-BESIDE_OTHERS = frozenset(("no grad", "no gradient", "forward"))
+BESIDE_OTHERS = frozenset(("no grad", "no gradient"))
 
 _IN_ITS_PLACE = (
     "methods of it that are called in its place (such as model.forward(x), agent.get_value(x), "

@@ -36,7 +36,7 @@ def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
     assert "torch.no_grad" in troubles.nothing_accumulated(nn.Linear(2, 3), [])
     assert "got gradients" not in troubles.nothing_accumulated(nn.Linear(2, 3), [])
     assert "got gradients" in troubles.nothing_accumulated(nn.Linear(2, 3), [""])
-    troubles.saw("paused")  # which may have brought them
+    troubles.saw("forward")  # of which torch.autograd.grad may have brought them
     assert "got gradients" not in troubles.nothing_accumulated(nn.Linear(2, 3), [""])
 
 
