@@ -33,6 +33,9 @@ SAMPLES, PART = 8, 3
 #: of them twice, may be met elsewhere. Losses of an untrained model are nearly alike, whatever weighs its samples.
 UNITS, MEASURED = 32, 64.0
 
+#: The model on some samples: its losses, and whether it drew random numbers.
+Run = Callable[[Tensor], tuple[dict[Beside, float], bool]]
+
 _WEIGHTED = (
     "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
     "a statistic of the batch), or not weighted as reduction= tells: pass reduction= with a function of the model's "
@@ -111,7 +114,7 @@ class _Losses(NamedTuple):
 
 def _reasons(
     reduction: Any,
-    run: Callable[[Tensor], tuple[dict[Beside, float], bool]],
+    run: Run,
     take: Callable[[Tensor], tuple[Any, Any]],
     ids: Tensor,
     bounds: tuple[float, float],
@@ -122,7 +125,7 @@ def _reasons(
     """:func:`told_otherwise`, of some samples.
 
     Args:
-        run: the model on some samples: its losses, and whether it drew random numbers.
+        run: the model.
         take: the model's arguments for some samples.
         ids: the samples.
         bounds: what is rounding for certain, and all that passes for it, as parts of the size of losses.
@@ -130,14 +133,8 @@ def _reasons(
         by_tokens: whether that is one of tokens, of which samples have other shares than in a mean over samples.
     """
     parts = _two_divisions(ids)
-    runs = [run(some) for some in (ids, *parts)]
-    if any(drew for _, drew in runs):
-        return {}
-    seen = {x: _Losses(whole, [losses[x] for losses, _ in runs[1:]], bounds[0]) for x, whole in runs[0][0].items()}
     told, summed, mean = (_shares(kind, take, ids, parts) for kind in (reduction, "sum", "mean"))
-    if not all(losses.add_up(told) for losses in seen.values()):
-        twice, _ = run(ids.repeat(2))
-        seen = {place: losses.measured(twice[place], *bounds) for place, losses in seen.items()}
+    seen = _seen(run, ids, parts, told, bounds)
     reasons = {place: "" for place, losses in seen.items() if losses.add_up(told)}
     others = _of_samples({place: losses for place, losses in seen.items() if place not in reasons}, run, ids)
     several = sum(place.module is None for place in seen) > 1
@@ -150,9 +147,21 @@ def _reasons(
     return reasons
 
 
-def _of_samples(
-    seen: dict[Beside, _Losses], run: Callable[[Tensor], tuple[dict[Beside, float], bool]], ids: Tensor
+def _seen(
+    run: Run, ids: Tensor, parts: Sequence[Tensor], told: Sequence[float], bounds: tuple[float, float]
 ) -> dict[Beside, _Losses]:
+    """The losses of samples and of their parts, by where they are; none where any of them drew random numbers."""
+    runs = [run(some) for some in (ids, *parts)]
+    if any(drew for _, drew in runs):
+        return {}
+    seen = {x: _Losses(whole, [losses[x] for losses, _ in runs[1:]], bounds[0]) for x, whole in runs[0][0].items()}
+    if all(losses.add_up(told) for losses in seen.values()):
+        return seen
+    twice, _ = run(ids.repeat(2))
+    return {place: losses.measured(twice[place], *bounds) for place, losses in seen.items()}
+
+
+def _of_samples(seen: dict[Beside, _Losses], run: Run, ids: Tensor) -> dict[Beside, _Losses]:
     """The losses that are others for other samples, and the same in any order: that matters to a generator in one."""
     found = {p: x for p, x in seen.items() if not all(x.is_near(part, x.parts) for part in x.parts)}
     for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if found else ():
