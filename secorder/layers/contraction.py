@@ -144,7 +144,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, beta: float, alpha
         return
     for r in chunks(len(out), max(1, ONEDNN_ELEMENTS // out.shape[1])):
         rows = slice(r.start, r.stop)
-        _scaled(out[rows], beta).add_(product_by_onednn(left[rows], right), alpha=alpha)
+        added(product_by_onednn(left[rows], right), out[rows], beta, alpha)
 
 
 def _accumulate_products(
@@ -356,8 +356,8 @@ def added(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tenso
     """``out ← beta · out + alpha · total`` in place; without ``out``, alpha · total."""
     if out is None:
         return total if alpha == 1.0 else total * alpha
-    if beta == 0.0 and alpha == 1.0:
-        return out.copy_(total)
+    if beta == 0.0:
+        return torch.mul(total, alpha, out=out)
     return _scaled(out, beta).add_(total, alpha=alpha)
 
 

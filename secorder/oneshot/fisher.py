@@ -32,7 +32,6 @@ from .._torch.differentiability import differentiable_zero
 from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
-from .._torch.several import divide_each
 from .._torch.vjp import gradients
 from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
@@ -66,7 +65,7 @@ __all__ = [
     "check_fisher_type",
     "fisher_budget",
     "fisher_diagonal",
-    "fisher_sums",
+    "fisher_means",
     "in_batches",
     "require_independent_samples",
 ]
@@ -108,24 +107,21 @@ def fisher_diagonal(
     """
     asked = fisher_type, num_draws
     weighted = None if budget is None else ByWeight(budget)
-    found = fisher_sums(task, *asked, weighted)
-    count = task.num_samples
+    found = fisher_means(task, *asked, weighted)
     if task.create_graph:
         zero = differentiable_zero(task.model)
-        values = {name: [v / count + zero for v in parts] for name, (parts, _) in found.items()}
+        values = {name: [v + zero for v in parts] for name, (parts, _) in found.items()}
     else:
         values = {name: [v.detach() if v.requires_grad else v for v in parts] for name, (parts, _) in found.items()}
-        every = [v for parts in values.values() for v in parts]
-        divide_each(every, [float(count)] * len(every))
     errors = None
     told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
     if told:
-        errors = {x.name: [e / count for e in told.get(x.name, zeros(x))] for x in task.layers}
+        errors = {x.name: told.get(x.name, zeros(x)) for x in task.layers}
     return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
 
 
-def fisher_sums(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
-    """The sums over samples, of all layers: from the whole batch at once, or else sample by sample."""
+def fisher_means(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:
+    """The means over samples, of all layers: from the whole batch at once, or else sample by sample."""
     try:
         found = in_batches(task, fisher_type, num_draws, weighted=weighted)
     except DoubleBackwardError:  # of the checks; the definition needs one derivative
@@ -314,6 +310,7 @@ def _by_rules(
             linear=linear,
             by_graph=by_graph,
             advance=advance,
+            alpha=1 / task.num_samples,
             plain=side.at_leaves,
         )
     info = LayerInfo(Strategy.RULE, checks={"own_use": True, "rows_are_samples": True})
@@ -375,7 +372,7 @@ def _heads(
         return {}
     which = known_heads(model_outputs, layers, head_outputs(model_outputs, layers, task.generator), pairs)
     return {
-        z.layer.name: contract_head(z, model_outputs, which[z.layer.name], pairs)
+        z.layer.name: contract_head(z, model_outputs, which[z.layer.name], pairs, 1 / task.num_samples)
         for z in layers
         if z.layer.name in which
     }

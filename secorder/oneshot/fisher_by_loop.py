@@ -66,7 +66,7 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
             "model.eval(), pass such tensors (and random numbers) in targets, or let the model return what loss_fn is "
             "to take the mean of. (A penalty of the weights goes with a mean of losses, not with a sum.)"
         )
-    return collect(layers, totals, Strategy.LOOP)
+    return collect(layers, totals, Strategy.LOOP, task.num_samples)
 
 
 def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "_Sketch", batch: Tensor) -> None:

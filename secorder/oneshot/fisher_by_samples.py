@@ -60,4 +60,4 @@ def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, li
                     weighted = v if sign is None else v * sign.view(-1, *(1,) * (v.dim() - 1))
                     totals[index] = totals[index] + (u * weighted).sum(0)
                 advance(len(ids))
-    return collect(layers, totals, Strategy.PER_SAMPLE)
+    return collect(layers, totals, Strategy.PER_SAMPLE, task.num_samples)

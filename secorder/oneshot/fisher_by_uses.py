@@ -70,7 +70,7 @@ def by_uses(
             for (name, p), total in zip(layer.parameters.items(), totals[layer.name], strict=True):
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
-                    _add(total, u, v, sign, p.numel(), float(k > 0))
+                    _add(total, u, v, sign, float(k > 0), 1 / task.num_samples)
                 elif not k:
                     total.zero_()
         del left, right  # before the next are computed
@@ -129,16 +129,19 @@ def _same_factor(u: PerSample, v: PerSample) -> bool:
     return isinstance(u, Tensor) or (isinstance(u, Rows) and isinstance(v, Rows) and torch.equal(u.ids, v.ids))
 
 
-def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, numel: int, beta: float) -> None:
-    """Add Σ_n u_n ⊙ v_n sign_n to beta times the total."""
+def _add(
+    total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, beta: float, alpha: float
+) -> None:
+    """Add α Σ_n u_n ⊙ v_n sign_n to beta times the total."""
+    numel = total.numel()
     if v is u and sign is None:
-        contract_sum(u, numel=numel, out=total, beta=beta)
+        contract_sum(u, numel=numel, out=total, beta=beta, alpha=alpha)
     elif len(u) == 1 and (v is u or _same_factor(u[0], v[0])):
         right = (
             v[0] if sign is None else with_cotangents(v[0], lambda g: g * sign.to(g).view(-1, *(1,) * (g.dim() - 1)))
         )
-        contract(u[0], right, numel=numel, out=total, beta=beta)
+        contract(u[0], right, numel=numel, out=total, beta=beta, alpha=alpha)
     else:
         left, right = (torch.stack([dense(part, numel) for part in parts]).sum(0) for parts in (u, v))
         products = left * right if sign is None else left * right * sign.to(left)[:, None]
-        added(products.sum(0), total, beta, 1.0)
+        added(products.sum(0), total, beta, alpha)

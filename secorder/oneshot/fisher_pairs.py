@@ -16,7 +16,7 @@ __all__ = ["FisherType", "Found", "collect", "second_order_columns"]
 
 FisherType = Literal["empirical", "type-2", "mc"]
 
-#: Per layer its diagonal by parameter, and how it was come by.
+#: Per layer its diagonal by parameter, which is the mean over samples, and how it was come by.
 Found = dict[str, tuple[list[Tensor], LayerInfo]]
 
 
@@ -40,7 +40,7 @@ def second_order_columns(
     return root if fisher_type == "type-2" else Draws.of(root, num_draws, task.generator)
 
 
-def collect(layers: Sequence[Layer], totals: Sequence[Tensor], strategy: Strategy) -> Found:
-    """Totals by parameter, put together by layer."""
+def collect(layers: Sequence[Layer], totals: Sequence[Tensor], strategy: Strategy, count: int) -> Found:
+    """Totals by parameter over so many samples, put together by layer."""
     rest = iter(totals)
-    return {layer.name: ([next(rest).flatten() for _ in layer.parameters], LayerInfo(strategy)) for layer in layers}
+    return {layer.name: ([next(rest).flatten() / count for _ in layer.parameters], LayerInfo(strategy)) for layer in layers}

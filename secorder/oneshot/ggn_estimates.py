@@ -1,6 +1,6 @@
 """Estimates of the GGN's diagonal and trace, by draws on the model's outputs."""
 
-from .fisher import fisher_sums
+from .fisher import fisher_means
 from .fisher_by_weight import ByWeight
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
@@ -21,13 +21,11 @@ def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str
         reduce: of stacked diagonals by parameter, what is wanted: linear in them.
     """
     weighted = ByWeight(budget, reduce)
-    found = fisher_sums(task, "type-2", 1, weighted)
+    found = fisher_means(task, "type-2", 1, weighted)
     estimates: dict[str, Estimate] = {}
     for layer in task.layers:
         known = weighted.estimates.get(layer.name)
         if known is None:
             known = Estimate([v[0] for v in reduce([v.detach()[None] for v in found[layer.name][0]])])
-        known.values = [v / task.num_samples for v in known.values]
-        known.errors = [e / task.num_samples for e in known.errors]
         estimates[layer.name] = known
     return estimates

@@ -108,8 +108,10 @@ def known_heads(
     return known
 
 
-def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head, root: Root) -> list[Tensor]:
-    """Σ_k contract(u_k, v_k) by parameter, of one of :func:`known_heads`; the root is that of all outputs together."""
+def contract_head(
+    z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head, root: Root, alpha: float = 1.0
+) -> list[Tensor]:
+    """α Σ_k contract(u_k, v_k) by parameter, of one of :func:`known_heads`; the root is that of all outputs together."""
     assert root.diagonal is not None
     sizes = [as_samples(f).shape[1] for f in model_outputs]
     of_output = root.diagonal.split(sizes, 1)[head.which].reshape(model_outputs[head.which].shape)
@@ -122,12 +124,12 @@ def contract_head(z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head,
         own, sign = u[name], None if signs is None else signs[name]
         assert isinstance(own, Outer)
         signed = own.g[0] * sign.g[0] if isinstance(sign, Outer) else own.g[0]
-        found.append(_by_position(own.a, own.g[0], signed, p.numel()))
+        found.append(_by_position(own.a, own.g[0], signed, p.numel(), alpha))
     return found
 
 
-def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: int) -> Tensor:
-    """Σ contract, every position of every sample a sample of its own; a few samples' patches at a time."""
+def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: int, alpha: float) -> Tensor:
+    """α Σ contract, every position of every sample a sample of its own; a few samples' patches at a time."""
 
     def split(factor: Tensor) -> Tensor:  # (N, G, P, k) -> (N P, G, 1, k)
         return factor.transpose(1, 2).flatten(0, 1).unsqueeze(2)
@@ -137,7 +139,8 @@ def _by_position(a: Tensor | Patches | None, g: Tensor, signed: Tensor, numel: i
     for n in chunks(len(g), size):
         here = slice(n.start, n.stop)
         inputs = None if a is None else split(a[here])
-        total = total + contract(Outer(inputs, split(g[here])), Outer(inputs, split(signed[here])), numel=numel)
+        parts = Outer(inputs, split(g[here])), Outer(inputs, split(signed[here]))
+        contract(*parts, numel=numel, out=total, alpha=alpha)
     return total
 
 

@@ -116,13 +116,14 @@ def contract_pairs(
     generator: torch.Generator,
     chunk_size: int | None,
     create_graph: bool = False,
+    alpha: float = 1.0,
     linear: bool = False,
     by_graph: bool = False,
     advance: Callable[[int], None] = lambda _: None,
     plain: Mapping[int, Tensor] | None = None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
-    """Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
+    """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
 
     That they do is read off the graph, or verified: the vjp of a random mixture of the u_k, each sample weighted by a
     random factor, must be the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is
@@ -159,6 +160,7 @@ def contract_pairs(
         plain=pulled,
         chunk_size=chunk_size,
         create_graph=create_graph,
+        alpha=alpha,
         advance=advance,
         watch=watch,
     )
@@ -172,6 +174,7 @@ def contract_settled(
     plain: dict[int, Tensor] | None = None,
     chunk_size: int | None,
     create_graph: bool = False,
+    alpha: float = 1.0,
     advance: Callable[[int], None] = lambda _: None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
@@ -200,9 +203,9 @@ def contract_settled(
             for index, (name, p) in enumerate(z.layer.parameters.items()):
                 other = right[name] if right is not None else _signed(left[name], some.sign)
                 if not create_graph:
-                    contract(left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0))
+                    contract(left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0), alpha=alpha)
                     continue
-                part = contract(left[name], other, numel=p.numel())
+                part = contract(left[name], other, numel=p.numel(), alpha=alpha)
                 if ids.start:
                     total[index] = total[index] + part
                 else:

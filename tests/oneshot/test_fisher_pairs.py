@@ -38,7 +38,7 @@ def test_pairs_add_up_to_the_hessian(fisher_type: Any, create_graph: bool) -> No
 
 def test_totals_are_put_together_by_layer() -> None:
     layers = select_layers(make())
-    totals = [torch.full(p.shape, float(i)) for i, p in enumerate(p for x in layers for p in x.parameters.values())]
-    found = collect(layers, totals, Strategy.RULE)
+    totals = [torch.full(p.shape, 2.0 * i) for i, p in enumerate(p for x in layers for p in x.parameters.values())]
+    found = collect(layers, totals, Strategy.RULE, 2)
     assert {name: [int(v[0]) for v in values] for name, (values, _) in found.items()} == {"0": [0, 1], "2": [2, 3]}
     assert all(info.strategy == Strategy.RULE for _, info in found.values())
