@@ -8,12 +8,14 @@ from .._torch.modules import (
     forward_hooks,
     has_hooks,
     hooks_on_all_modules,
+    own_attributes,
+    own_tensors,
 )
 from .._torch.own_hooks import OwnHook, is_own
 from .._torch.surroundings import function_modes
 from .._torch.walk import modules_in
 
-__all__ = ["independent_by_structure", "linear_by_structure", "pure_by_structure"]
+__all__ = ["chain_of", "independent_by_structure", "linear_by_structure", "pure_by_structure"]
 
 _Types = tuple[type[nn.Module], ...]
 
@@ -61,29 +63,30 @@ def independent_by_structure(model: nn.Module, sample_dim: int = 0) -> bool:
 def pure_by_structure(model: nn.Module) -> bool:
     """Whether a model that :func:`independent_by_structure` knows is a function of parameters, buffers and input alone.
 
-    It draws no random numbers then, writes nothing, its input included, and holds no tensors in other places; no
-    function mode of the user's sees its calls.
+    It draws no random numbers then, writes nothing, its input included, holds no tensors in other places and none of
+    inference, and gives dense gradients; no function mode of the user's sees its calls.
     """
 
     def pure(module: nn.Module) -> bool:
         if module.training and isinstance(module, _DROPOUTS):
             return False
-        held = vars(module)
-        writes = held.get("inplace") or held.get("max_norm") is not None
-        return not writes and True not in [isinstance(value, Tensor) for value in held.values()]
+        own, tables = own_attributes(module), own_tensors(module)
+        writes = own.get("inplace") or own.get("max_norm") is not None or own.get("sparse")
+        elsewhere = [isinstance(value, Tensor) for value in own.values()]
+        return not writes and True not in elsewhere and True not in [t.is_inference() for t in tables]
 
     return not function_modes() and all(map(pure, modules_in(model)))
 
 
 def linear_by_structure(model: nn.Module, module: nn.Module) -> bool:
     """Whether, in a model that :func:`independent_by_structure` knows, all after a module is piecewise linear."""
-    chain = _chain(model)
+    chain = chain_of(model)
     places = [index for index, m in enumerate(chain) if m is module]
     return len(places) == 1 and all(type(m) in _PIECEWISE_LINEAR for m in chain[places[0] + 1 :])
 
 
-def _chain(model: nn.Module) -> list[nn.Module]:
+def chain_of(model: nn.Module) -> list[nn.Module]:
     """The modules of nested ``nn.Sequential`` in the order in which they run."""
     if type(model) is nn.Sequential:
-        return [m for child in model for m in _chain(child)]
+        return [m for child in model for m in chain_of(child)]
     return [model]

@@ -21,7 +21,9 @@ alone (a weight penalty, the network inside of the loss), the model and the loss
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import torch
@@ -37,6 +39,7 @@ from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer
+from ..layers.structure import chain_of
 from ..monitor.progress import progress_bar
 from ..results import Diagonals, LayerInfo, Strategy
 from .fisher_by_loop import by_loop
@@ -53,7 +56,7 @@ from .measurement import Measurement
 from .output_hessian import as_samples, filled
 from .provenance import Traced
 from .recorded_layer import RecordedLayer, contract_pairs
-from .recording import Recording, recorded, seen
+from .recording import ChainForward, Recording, recorded, seen
 from .roots import Columns, First, Root, Single
 
 #: Types of which a forward is one operation that has a rule, or moves beside it.
@@ -184,18 +187,19 @@ def _in_batches(
     tapped = [x for x in task.ruled if x not in followed]
     bare = _called_alone(task, tapped)
     with (
-        recorded(task.isolated, tapped, own_parameters=task.create_graph or bare, bare=bare) as recording,
+        nullcontext(Recording()) if bare else recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
         seen([x for x in followed if x.rule is not None]) as watched,
     ):
         traced = task.traced(inputs=not task.create_graph)
-        output, loss = task.loss(forward=traced)
+        forward = ChainForward(recording, chain_of(task.model), tapped) if bare else None
+        output, loss = task.loss(forward=traced if forward is None else partial(task.isolated.run, forward))
         recording.close()
         if not loss.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
             return {layer.name: (zeros(layer), LayerInfo(Strategy.UNUSED)) for layer in task.layers}
         layers = _usable(recording, tapped, with_graph=task.create_graph)
         second_order = fisher_type != "empirical"  # of which each sample has one cotangent alone
-        by_graph, side = not traced.hooked, None  # what is followed through the graph passes by its hooks
+        by_graph, side = bare or not traced.hooked, None  # what is followed through the graph passes by its hooks
         if by_graph:
             leaves = [leaf for z in layers for leaf in z.leaves]
             side = losses_by_definition(task, output, loss, leaves, second_order=second_order)
@@ -332,7 +336,7 @@ def _without_rules(
 
 def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
     """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
-    if not task.certain or task.create_graph:
+    if not task.certain or task.create_graph or not isinstance(task.inputs, Tensor):
         return False
     places = Counter([id(place.value) for m in modules_in(task.model) for place in parameter_places(m)])
     return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))

@@ -211,6 +211,10 @@ def isolate(
         direct: leave all of them in their places.
         pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
     """
+    if pure:
+        with _isolated_function(model, layers, create_graph=create_graph) as isolated:
+            yield isolated
+        return
     loss_fn = getattr(loss_fn, "__wrapped__", loss_fn)
     whole = modules_in(model)
     modules = [m for m in whole if not is_scripted(m)]
@@ -220,11 +224,13 @@ def isolate(
     held = [t for m in whole for t in own_tensors(m) if isinstance(t, nn.Parameter)]
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
-        start = None if pure else get_random_state(cuda)
-        stack.enter_context(_own_settings(model, start, cuda, training=loss_fn is None, pure=pure))
+        start = get_random_state(cuda)
+        stack.enter_context(_own_settings(model, training=loss_fn is None))
+        stack.callback(set_random_state, start, cuda)
+        stack.enter_context(_as_written(model, training=loss_fn is None))
         if create_graph:
             stack.enter_context(CompositeNorms())
-        if loss_fn is not None and not pure:  # else in training, where another thread's backward may be accumulating
+        if loss_fn is not None:  # else in training, where another thread's backward may be accumulating
             stack.enter_context(gradients_put_aside(held))
         stack.enter_context(_differentiable(parameters.values()))
         replacements: dict[int, Tensor] = {
@@ -237,10 +243,6 @@ def isolate(
         stack.callback(put_back, buffers)
         stack.enter_context(dense_gradients(everything.values()))
         originals = [p for key, p in parameters.items() if key not in themselves]
-        if pure:
-            of_pure = replacements, originals, lambda _: put_copies(buffers), ambient, cuda
-            yield IsolatedModel(model, *of_pure, _pure=True)
-            return
         stack.enter_context(_holding(_copies_of_tables(everything.values())))
         tensors = [*(t for m in whole for t in own_tensors(m)), *replacements.values()]
         own, of_code = State(modules, tensors), _state_of_code(modules, tensors)
@@ -253,12 +255,32 @@ def isolate(
 
         def restart(random_state: RandomState | None) -> None:
             if restore() or random_state is not None:
-                assert start is not None
                 set_random_state(random_state or start, cuda)
             put_copies(buffers)
 
         of_loss = loss_state, take_loss_state
         yield IsolatedModel(model, replacements, originals, restart, ambient, cuda, *of_loss, values)
+
+
+@contextmanager
+def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_graph: bool) -> Iterator[IsolatedModel]:
+    """:func:`isolate` of what is pure: parameters that are trained, and that nothing hangs on, stay in their places."""
+    parameters = {id(p): p for layer in layers for p in layer.parameters.values()}
+    replaced = {
+        key: _as_leaf(p)
+        for key, p in parameters.items()
+        if not p.requires_grad or (p._backward_hooks and not create_graph)
+    }
+    with ExitStack() as stack:
+        ambient = autocast_state()
+        stack.enter_context(_own_settings(model, training=False))
+        if create_graph:
+            stack.enter_context(CompositeNorms())
+            stack.enter_context(gradient_hooks_removed(parameters.values()))
+        if replaced:
+            places = [place for m in modules_in(model) for place in parameter_places(m)]
+            stack.enter_context(_holding([(x, replaced[id(x.value)]) for x in places if id(x.value) in replaced]))
+        yield IsolatedModel(model, parameters | replaced, [], lambda _: None, ambient, _pure=True)
 
 
 @contextmanager
@@ -293,18 +315,8 @@ def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> S
 
 
 @contextmanager
-def _own_settings(
-    model: nn.Module, state: RandomState | None, cuda: Sequence[int], *, training: bool, pure: bool
-) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's.
-
-    Args:
-        state: of random numbers, which it is put back to; None if none are drawn.
-        cuda: devices that the model is on.
-        training: whether it is in the middle of the user's.
-        pure: the model is a chain of PyTorch's own modules, with no recurrent ones, attention, checkpoints or
-            parametrizations.
-    """
+def _own_settings(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's (``training``)."""
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
         if training:
@@ -316,14 +328,18 @@ def _own_settings(
         stack.enter_context(eager())
         if autocast_enabled():
             stack.enter_context(no_autocast())
-        if state is not None:
-            stack.callback(set_random_state, state, cuda)
-        if not pure:
-            stack.enter_context(parametrizations_computed_anew())
-            if not training:
-                stack.enter_context(differentiable_recurrence(model))
-            stack.enter_context(plain_checkpoints())
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+@contextmanager
+def _as_written(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """What a chain of PyTorch's own modules has none of is computed as it was written, and can be differentiated."""
+    with ExitStack() as stack:
+        stack.enter_context(parametrizations_computed_anew())
+        if not training:
+            stack.enter_context(differentiable_recurrence(model))
+        stack.enter_context(plain_checkpoints())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         yield
 
 

@@ -22,7 +22,7 @@ from ..layers.selection import Layer
 from .isolation import IsolatedModel, ReplacementsBypassed
 from .overwriting import LossOverwrites
 
-__all__ = ["Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
+__all__ = ["ChainForward", "Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
 
 
 class RecordingFailed(Exception):
@@ -124,7 +124,7 @@ def is_watch(hook: Any) -> bool:
 
 @contextmanager
 def recorded(
-    isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool, bare: bool = False
+    isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool
 ) -> Iterator[Recording]:
     """Record the calls of ``layers`` in the forwards run inside.
 
@@ -134,14 +134,13 @@ def recorded(
     Args:
         own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
             a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
-        bare: whether no hook changes gradients: then nothing is added to an output, and ε stands for it in the graph.
 
     Raises:
         RecordingFailed: in place of what the model or the loss raised, where detached parameters may be why.
     """
     recording = Recording()
     handles = []
-    taps = [_Tap(recording, x, [] if own_parameters else _places(isolated, x), bare=bare) for x in layers]
+    taps = [_Tap(recording, x, [] if own_parameters else _places(isolated, x)) for x in layers]
     try:
         for tap in taps:
             if not own_parameters:
@@ -185,11 +184,44 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
             handle.remove()
 
 
+class ChainForward:
+    """Runs a chain of modules one after the other, as ``nn.Sequential`` does, and records the layers' calls: no hooks.
+
+    Nothing is added to their outputs either; ε stands for them in the graph.
+    """
+
+    def __init__(self, recording: Recording, modules: Sequence[nn.Module], layers: Sequence[Layer]) -> None:
+        self.recording, self.modules = recording, modules
+        self.names = {layer.module: layer.name for layer in layers}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output of the last one."""
+        recording, names = self.recording, self.names
+        for module in self.modules:
+            a, x = x, module(x)
+            if module in names:
+                name = names[module]
+                recording.inputs.setdefault(name, []).append((a,))
+                recording.versions.append((name, a, version(a)))
+                if x.grad_fn is not None and not is_view(x):
+                    leaf = placeholder(x.grad_fn, x.output_nr)
+                else:
+                    leaf = _leaf(x)
+                    x = x + leaf
+                recording.leaves.setdefault(name, []).append(leaf)
+        return x
+
+
+def _leaf(like: Tensor) -> Tensor:
+    """A zero leaf ε of a shape, which takes no memory."""
+    return like.new_zeros(()).expand(like.shape).requires_grad_(True)
+
+
 class _Tap:
     """The hooks by which one layer's calls are recorded."""
 
-    def __init__(self, recording: Recording, layer: Layer, places: list[Place], *, bare: bool) -> None:
-        self.recording, self.layer, self.places, self.bare = recording, layer, places, bare
+    def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
+        self.recording, self.layer, self.places = recording, layer, places
         self.detached = [nn.Parameter(place.value.detach(), requires_grad=False) for place in places]
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
@@ -255,12 +287,9 @@ class _Tap:
         """The tensor plus a zero leaf, which is entered in ``leaves``; or as it is, with what stands for it there."""
         if not tensor.is_floating_point():
             return tensor
-        if self.bare and tensor.grad_fn is not None and not is_view(tensor):
-            leaves.append(placeholder(tensor.grad_fn, tensor.output_nr))
-            result = tensor
-        else:
-            leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_(True))  # which takes no memory
-            result = tensor + leaves[-1]
+        leaf = _leaf(tensor)
+        leaves.append(leaf)
+        result = tensor + leaf
         if torch.is_grad_enabled():
             result.register_hook(partial(self.recording.watch.seen, self.layer.name))
         return result
