@@ -2,7 +2,7 @@
 
 import gc
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
@@ -12,8 +12,8 @@ from torch import Tensor
 
 __all__ = [
     "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "is_builtin", "is_complex",
-    "leaves_of", "nodes_behind", "operation_of", "outputs_of", "recomputed", "run_node", "run_node_once", "saved",
-    "shape_of", "signed", "tells_recomputation", "users_of",
+    "leads_to_these_alone", "leaves_of", "nodes_behind", "operation_of", "outputs_of", "recomputed", "run_node",
+    "run_node_once", "saved", "shape_of", "signed", "tells_recomputation", "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -69,6 +69,14 @@ def leaves_of(outputs: Iterable[Tensor]) -> dict[int, Tensor]:
     leaves = [t for t in outputs if t.grad_fn is None]
     leaves += [v for node in nodes if isinstance(v := getattr(node, "variable", None), Tensor)]
     return {id(leaf): leaf for leaf in leaves}
+
+
+def leads_to_these_alone(output: Tensor, leaves: Collection[int]) -> bool:
+    """Whether a backward from a tensor reaches no leaves but these, given by ``id``."""
+    if output.grad_fn is None:
+        return id(output) in leaves
+    reached = (getattr(node, "variable", None) for node in nodes_behind([output.grad_fn]))
+    return all(leaf is None or id(leaf) in leaves for leaf in reached)  # the first other one will do
 
 
 @collection_paused()

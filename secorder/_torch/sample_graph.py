@@ -8,6 +8,7 @@ A node that mixes samples, or that is not known, tells nothing of what is behind
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -142,6 +143,7 @@ def _through(node: Node, index: int, inner: int, count: int) -> list[int | None]
     return sizes
 
 
+@lru_cache(1 << 12)  # a graph asks again and again
 def place_of(shape: Shape, inner: int, count: int) -> Place | None:
     """Where samples of an inner size are in a tensor; None where they do not lie in one dimension."""
     if not inner:  # of samples without elements, nothing tells where they are

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
@@ -162,9 +162,8 @@ def select_layers(
 
 def _require_hookable(name: str, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Raise :class:`InvalidArgumentError` for a layer that is not initialised, or that no hook can be put on."""
-    lazy = (UninitializedParameter, UninitializedBuffer)
     held = [t for m in modules_in(module) for t in own_tensors(m)]
-    if True in [isinstance(t, lazy) for t in (*parameters.values(), *held)]:
+    if any(map(is_lazy, (*parameters.values(), *held))):
         raise InvalidArgumentError(f"layer {name!r} is lazy and not initialised: run one forward before attaching.")
     if is_scripted(module):
         raise InvalidArgumentError(

@@ -143,7 +143,7 @@ def find_uses(
 
 def reentrant(users: Users) -> bool:
     """Whether a checkpoint of the reentrant kind hides a part of the graph."""
-    return any("CheckpointFunction" in node.name() for node in users)
+    return True in ["CheckpointFunction" in type(node).__name__ for node in users]
 
 
 def hidden(found: Uses) -> bool:

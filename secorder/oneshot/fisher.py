@@ -19,7 +19,6 @@ gradients do not exist, and :class:`~secorder.CouplingError` says so. Where the 
 alone (a weight penalty, the network inside of the loss), the model and the loss run on batches of one.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
-from .._torch.modules import parameter_places
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.vjp import gradients
@@ -185,7 +183,7 @@ def _in_batches(
 ) -> Found | None:
     """:func:`in_batches`, with some layers followed by operations; None where the losses of samples are not told."""
     tapped = [x for x in task.ruled if x not in followed]
-    bare = _called_alone(task, tapped)
+    bare = _called_alone(task)
     with (
         nullcontext(Recording()) if bare else recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
         seen([x for x in followed if x.rule is not None]) as watched,
@@ -278,7 +276,8 @@ def require_independent_samples(task: Measurement, output: Any) -> None:
 def _pairs(task: Measurement, side: SampleLosses, fisher_type: FisherType, num_draws: int) -> Columns:
     """The cotangents of every sample's loss on its output."""
     if fisher_type == "empirical":
-        return Single(torch.cat([as_samples(g) for g in filled(side.gradients, side.points)], 1))
+        found = [as_samples(g) for g in filled(side.gradients, side.points)]
+        return Single(found[0] if len(found) == 1 else torch.cat(found, 1))
     return second_order_columns(task, side.gradients, side.points, fisher_type, num_draws, side.root)
 
 
@@ -334,12 +333,12 @@ def _without_rules(
     return found | (by_samples(task, rest, columns, linear=linear) if rest else {})
 
 
-def _called_alone(task: Measurement, layers: Sequence[Layer]) -> bool:
-    """Whether a chain of PyTorch's own modules, without hooks, uses the layers' parameters in their calls alone."""
+def _called_alone(task: Measurement) -> bool:
+    """Whether a chain of PyTorch's own modules, without hooks, uses each parameter in one module's calls alone."""
     if not task.certain or task.create_graph or not isinstance(task.inputs, Tensor):
         return False
-    places = Counter([id(place.value) for m in modules_in(task.model) for place in parameter_places(m)])
-    return all(places[id(s)] == 1 for x in layers for s in task.isolated.replacements(x))
+    held = [id(p) for m in modules_in(task.model) for p in m._parameters.values() if p is not None]
+    return len(set(held)) == len(held)
 
 
 def _used_alone(

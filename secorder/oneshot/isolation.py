@@ -389,7 +389,8 @@ def _differentiable(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
 def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
     for module, training in modes:
-        module.training = training
+        if module.training is not training:
+            module.training = training
 
 
 def _copies_of_tables(modules: Iterable[nn.Module]) -> list[tuple[Place, Tensor]]:

@@ -77,17 +77,17 @@ def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> flo
         None where the definition does not tell: of another loss, with weights, with labels that do not count, of
         tensors that are broadcast against one another.
     """
-    if not loss_of_rows(loss_fn) or not made_of_samples(loss_fn, output, targets):
-        return None
-    if not (isinstance(output, Tensor) and isinstance(targets, Tensor)):
+    if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and known_loss(loss_fn)):
         return None
     if not output.dim() or output.shape[0] != count or targets.shape[:1] != output.shape[:1]:
         return None
     options, name = _options(loss_fn)
-    if options is None:
+    if options is None or name not in _ROW_BY_ROW:
         return None
     reduction = options.get("reduction", "mean")
     if name in _BY_ELEMENT:
+        if output.shape != targets.shape:
+            return None
         alone = {"sum": 1.0, "mean": 1 / count, "batchmean": 1 / count}
         return alone.get(reduction) if reduction != "batchmean" or "kl" in name.lower() else None
     if output.dim() < 2:  # classes of a single sample

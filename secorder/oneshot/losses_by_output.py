@@ -1,5 +1,6 @@
 """The losses of samples alone, as functions of the model's output, where the batch's loss goes by that alone."""
 
+import cmath
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,7 +160,8 @@ def _divided(found: Sequence[Tensor | None], share: float) -> list[Tensor | None
 
 
 def _require_finite(found: Sequence[Tensor | None]) -> None:
-    if not all(bool(g.detach().isfinite().all()) for g in found if g is not None):
+    known = [g.detach() for g in found if g is not None]
+    if not all(cmath.isfinite(g.sum().item()) or bool(g.isfinite().all()) for g in known):  # sums may overflow
         raise NonFiniteError(
             "the gradient of the loss in the model's output holds nan or infinite entries, though the loss is finite "
             "(a root or norm of zero, an overflow): there are no per-sample gradients here."

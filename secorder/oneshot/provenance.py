@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .._torch.graph import leaves_of
+from .._torch.graph import leads_to_these_alone
 from .._torch.modules import is_scripted
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.sample_graph import InnerSizes, inner_size, samples_in_leaves, samples_in_nodes
@@ -230,4 +230,4 @@ def _float_tensors_alone(inputs: Any) -> bool:
 
 def _detached(inputs: set[int], tensor: Tensor) -> Tensor:
     """A tensor; detached, where it requires a gradient for the sake of the inputs alone."""
-    return tensor.detach() if tensor.requires_grad and leaves_of([tensor]).keys() <= inputs else tensor
+    return tensor.detach() if tensor.requires_grad and leads_to_these_alone(tensor, inputs) else tensor

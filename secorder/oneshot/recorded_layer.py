@@ -13,13 +13,13 @@ from ..errors import AttributionError
 from ..layers.contraction import contract
 from ..layers.dtypes import cast, compute_dtype, rounding
 from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
-from ..layers.per_sample import PerSample, stacked_gradients, with_cotangents
+from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, with_cotangents
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .cotangents import pull_back, random_numbers, require_sum
 from .independence import over_samples
 from .output_hessian import as_samples
-from .roots import Columns
+from .roots import Columns, Single
 
 __all__ = [
     "RecordedLayer",
@@ -69,12 +69,23 @@ class RecordedLayer:
 
     def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
         """Per-sample gradients of K stacked cotangents on the layer's calls."""
+        rule, inputs, kind = self._calls()
+        return stacked_gradients(rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts)
+
+    def gradient(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
+        """Those of one cotangent on each call."""
+        rule, inputs, kind = self._calls()
+        calls = [(call, cast(c, kind)) for call, c in zip(inputs, cotangents, strict=True)]
+        return per_sample_gradients(rule, self.layer.module, calls, self.layouts)
+
+    def _calls(self) -> tuple[Rule, list[tuple[Tensor, ...]], torch.dtype]:
+        """The layer's rule, the inputs of each call, and the dtype to compute in."""
         assert self.layer.rule is not None
         kind = compute_dtype(self.layer)
-        inputs = [tuple(cast(_dense(x if self.with_graph else x.detach()), kind) for x in call) for call in self.inputs]
-        return stacked_gradients(
-            self.layer.rule, self.layer.module, inputs, [cast(c, kind) for c in cotangents], self.layouts
-        )
+        inputs = [
+            tuple([cast(_dense(x if self.with_graph else x.detach()), kind) for x in call]) for call in self.inputs
+        ]
+        return self.layer.rule, inputs, kind
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -140,7 +151,7 @@ def contract_pairs(
     Returns:
         for each layer the diagonal by parameter, or None where no layout passed.
     """
-    pulled = {key: g[None] for key, g in (plain or {}).items()}
+    pulled = dict(plain or {})
     unsettled = list(layers)
     if certain:
         for z in layers:
@@ -152,7 +163,8 @@ def contract_pairs(
         settled = settle_layouts(
             model_outputs, unsettled, pairs.mixture(generator), generator, create_graph=create_graph, linear=linear
         )
-        pulled = pulled or (settled if len(unsettled) == len(layers) else {})
+        if not pulled and len(unsettled) == len(layers) and pairs.num_columns == 1:
+            pulled = {key: g[0] for key, g in settled.items()}
     return contract_settled(
         model_outputs,
         layers,
@@ -187,13 +199,17 @@ def contract_settled(
         advance: of a progress bar.
         watch: as for :func:`contract_pairs`.
     """
+    if plain and isinstance(pairs, Single):
+        advance(1)
+        return [_squares(z, plain, alpha, create_graph=create_graph) if z.layouts else None for z in layers]
     leaves = [leaf for z in layers for leaf in z.leaves]
     good = [z for z in layers if z.layouts]
     totals: list[list[Tensor]] = [[] if create_graph else parts_of_one(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
     for ids in chunks(pairs.num_columns if good else 0, default_chunk_size(elements, model_outputs[0], chunk_size)):
         some = pairs.columns(ids)
-        u = plain if plain and pairs.num_columns == 1 else pull_back(model_outputs, leaves, some.u, create_graph)
+        known = {key: g[None] for key, g in (plain or {}).items()} if pairs.num_columns == 1 else None
+        u = known or pull_back(model_outputs, leaves, some.u, create_graph)
         v = None if some.v is None else pull_back(model_outputs, leaves, some.v, create_graph)
         if watch is not None:
             watch(good, u, v, some.sign)
@@ -213,6 +229,16 @@ def contract_settled(
         advance(len(ids))
     found = iter(totals)
     return [next(found) if z.layouts else None for z in layers]
+
+
+def _squares(z: RecordedLayer, plain: Mapping[int, Tensor], alpha: float, *, create_graph: bool) -> list[Tensor]:
+    """α Σ_n (J_nᵀ u_n)² of one layer, by parameter, of one u that is pulled back already."""
+    found, parameters = z.gradient([plain[id(leaf)] for leaf in z.leaves]), z.layer.parameters.items()
+    outs = [None] * len(parameters) if create_graph else parts_of_one(z.layer)
+    return [
+        contract(found[name], numel=p.numel(), out=out, beta=0.0, alpha=alpha)
+        for (name, p), out in zip(parameters, outs, strict=True)
+    ]
 
 
 def parts_of_one(layer: Layer) -> list[Tensor]:

@@ -14,6 +14,7 @@ from secorder._torch.graph import (
     can_be_run,
     collection_paused,
     current_node,
+    leads_to_these_alone,
     leaves_of,
     nodes_behind,
     operation_of,
@@ -60,6 +61,15 @@ def test_what_a_node_computed() -> None:
     assert [(o.number, o.shape) for o in outputs_of(values.grad_fn)] == [(0, (3,))]
     assert shape_of(accumulate_node(w), 0) == (3, 4)
     assert torch.equal(saved(values.grad_fn, "indices"), places)
+
+
+def test_what_a_backward_reaches_beside_known_leaves() -> None:
+    x, w = torch.randn(2, requires_grad=True), torch.randn(2, requires_grad=True)
+    assert leads_to_these_alone(x.exp().sum() + x.sum(), {id(x)})
+    assert leads_to_these_alone(x, {id(x)})
+    assert not leads_to_these_alone(w, {id(x)})
+    assert not leads_to_these_alone((x * w).exp(), {id(x)})
+    assert leads_to_these_alone((x * w).exp(), {id(x), id(w)})
 
 
 def test_a_hook_sees_the_node_that_it_is_called_for() -> None:
