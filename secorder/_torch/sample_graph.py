@@ -99,6 +99,7 @@ def samples_in_nodes(
 
 def _sizes_in_nodes(outputs: Sequence[Tensor], inner_sizes: Sequence[int], count: int) -> InnerSizes:
     found: dict[tuple[Node, int], int | None] = {}
+    shapes: dict[tuple[Node, int], Shape] = {}
     seen: set[tuple[Node, int, int | None]] = set()
     waiting: list[tuple[Node, int, int | None]] = []
     for output, size in zip(outputs, inner_sizes, strict=True):
@@ -114,22 +115,26 @@ def _sizes_in_nodes(outputs: Sequence[Tensor], inner_sizes: Sequence[int], count
         found[node, index] = inner if found.get((node, index), inner) == inner else None
         edges = [(k, following) for k, following in enumerate(node.next_functions) if following[0] is not None]
         # Behind what all share, or what is not known, is more of it.
-        sizes = _through(node, index, inner, count) if inner else [inner] * len(node.next_functions)
+        sizes = _through(node, index, inner, count, shapes) if inner else [inner] * len(node.next_functions)
         waiting.extend((following, number, sizes[k]) for k, (following, number) in edges)
     return found
 
 
-def _through(node: Node, index: int, inner: int, count: int) -> list[int | None]:
-    """The inner sizes of a node's inputs, for that of one of its outputs."""
-    unknown: list[int | None] = [None] * len(node.next_functions)
+def _through(node: Node, index: int, inner: int, count: int, known: dict[tuple[Node, int], Shape]) -> list[int | None]:
+    """The inner sizes of a node's inputs, for that of one of its outputs; ``known`` keeps the shapes."""
+    before = node.next_functions
+    unknown: list[int | None] = [None] * len(before)
     rule = _RULES.get(operation_of(node))
     if rule is None:
         return unknown
-    shape = shape_of(node, index)
+    shape = known[node, index] if (node, index) in known else shape_of(node, index)
     place = place_of(shape, inner, count)
     if place is None:
         return unknown
-    shapes = [() if following is None else shape_of(following, number) for following, number in node.next_functions]
+    for edge in before:
+        if edge[0] is not None and edge not in known:
+            known[edge] = shape_of(*edge)
+    shapes = [() if edge[0] is None else known[edge] for edge in before]
     if rule is _reshaped:
         return [inner if place_of(s, inner, count) is not None else None for s in shapes]
     places = rule(node, shape, place, shapes)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
+from .._torch.modules import own_parameters
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.vjp import gradients
@@ -185,7 +186,9 @@ def _in_batches(
     tapped = [x for x in task.ruled if x not in followed]
     bare = _called_alone(task)
     with (
-        nullcontext(Recording()) if bare else recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
+        nullcontext(Recording())
+        if bare
+        else recorded(task.isolated, tapped, own_parameters=task.create_graph) as recording,
         seen([x for x in followed if x.rule is not None]) as watched,
     ):
         traced = task.traced(inputs=not task.create_graph)
@@ -337,7 +340,7 @@ def _called_alone(task: Measurement) -> bool:
     """Whether a chain of PyTorch's own modules, without hooks, uses each parameter in one module's calls alone."""
     if not task.certain or task.create_graph or not isinstance(task.inputs, Tensor):
         return False
-    held = [id(p) for m in modules_in(task.model) for p in m._parameters.values() if p is not None]
+    held = [id(p) for m in modules_in(task.model) for p in own_parameters(m).values()]
     return len(set(held)) == len(held)
 
 

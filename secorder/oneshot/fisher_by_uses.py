@@ -67,7 +67,7 @@ def by_uses(
         right = left if some.v is None else _pulled_back(task, model_outputs, mine, usable, evidence, some.v[0])
         sign = None if some.sign is None else some.sign[0]
         for layer in mine:
-            for (name, p), total in zip(layer.parameters.items(), totals[layer.name], strict=True):
+            for name, total in zip(layer.parameters, totals[layer.name], strict=True):
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
                     _add(total, u, v, sign, float(k > 0), 1 / task.num_samples)
@@ -129,9 +129,7 @@ def _same_factor(u: PerSample, v: PerSample) -> bool:
     return isinstance(u, Tensor) or (isinstance(u, Rows) and isinstance(v, Rows) and torch.equal(u.ids, v.ids))
 
 
-def _add(
-    total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, beta: float, alpha: float
-) -> None:
+def _add(total: Tensor, u: list[PerSample], v: list[PerSample], sign: Tensor | None, beta: float, alpha: float) -> None:
     """Add α Σ_n u_n ⊙ v_n sign_n to beta times the total."""
     numel = total.numel()
     if v is u and sign is None:

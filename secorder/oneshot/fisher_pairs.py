@@ -43,4 +43,6 @@ def second_order_columns(
 def collect(layers: Sequence[Layer], totals: Sequence[Tensor], strategy: Strategy, count: int) -> Found:
     """Totals by parameter over so many samples, put together by layer."""
     rest = iter(totals)
-    return {layer.name: ([next(rest).flatten() / count for _ in layer.parameters], LayerInfo(strategy)) for layer in layers}
+    return {
+        layer.name: ([next(rest).flatten() / count for _ in layer.parameters], LayerInfo(strategy)) for layer in layers
+    }

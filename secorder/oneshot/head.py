@@ -111,7 +111,7 @@ def known_heads(
 def contract_head(
     z: RecordedLayer, model_outputs: Sequence[Tensor], head: Head, root: Root, alpha: float = 1.0
 ) -> list[Tensor]:
-    """α Σ_k contract(u_k, v_k) by parameter, of one of :func:`known_heads`; the root is that of all outputs together."""
+    """α Σ_k contract(u_k, v_k) by parameter, of one of :func:`known_heads`; the root is that of all outputs."""
     assert root.diagonal is not None
     sizes = [as_samples(f).shape[1] for f in model_outputs]
     of_output = root.diagonal.split(sizes, 1)[head.which].reshape(model_outputs[head.which].shape)

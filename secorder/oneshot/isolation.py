@@ -18,13 +18,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._torch.autocast import AutocastState, autocast, autocast_enabled, autocast_state, no_autocast
-from .._torch.checkpoint import plain_checkpoints
+from .._torch.autocast import AutocastState, autocast, autocast_state
 from .._torch.composite_norms import CompositeNorms
-from .._torch.cudnn import differentiable_recurrence
-from .._torch.float32 import full_float32
 from .._torch.modules import (
     Place,
     buffer_places,
@@ -37,17 +33,17 @@ from .._torch.modules import (
     put_back,
     put_copies,
 )
-from .._torch.own_hooks import added_hooks_removed, is_own, suspended
+from .._torch.own_hooks import added_hooks_removed, is_own
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state, set_random_state
 from .._torch.sparse import dense_gradients
-from .._torch.stance import eager
-from .._torch.surroundings import function_modes, parametrizations_computed_anew, unseen
+from .._torch.surroundings import function_modes
 from .._torch.views import cloned
 from .._torch.vjp import gradients
 from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from .known_losses import known_loss
+from .own_settings import as_written, own_settings
 from .parameter_values import ParameterValues
 from .state import State
 from .user_code import code_of
@@ -225,9 +221,9 @@ def isolate(
     with ExitStack() as stack:
         ambient, cuda = autocast_state(), cuda_devices(model)
         start = get_random_state(cuda)
-        stack.enter_context(_own_settings(model, training=loss_fn is None))
+        stack.enter_context(own_settings(model, training=loss_fn is None))
         stack.callback(set_random_state, start, cuda)
-        stack.enter_context(_as_written(model, training=loss_fn is None))
+        stack.enter_context(as_written(model, training=loss_fn is None))
         if create_graph:
             stack.enter_context(CompositeNorms())
         if loss_fn is not None:  # else in training, where another thread's backward may be accumulating
@@ -273,7 +269,7 @@ def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_grap
     }
     with ExitStack() as stack:
         ambient = autocast_state()
-        stack.enter_context(_own_settings(model, training=False))
+        stack.enter_context(own_settings(model, training=False))
         if create_graph:
             stack.enter_context(CompositeNorms())
             stack.enter_context(gradient_hooks_removed(parameters.values()))
@@ -312,35 +308,6 @@ def _state_of_code(modules: Sequence[nn.Module], tensors: Sequence[Tensor]) -> S
     modes = [x for mode in function_modes() for x in (mode, type(mode).__torch_function__)]
     roots = [*hooks, *modes, *code_of(modules)]
     return State(roots, [*modules, *tensors], levels=LEVELS_OF_CODE) if roots else None
-
-
-@contextmanager
-def _own_settings(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's (``training``)."""
-    with ExitStack() as stack:
-        stack.enter_context(suspended(model))
-        if training:
-            stack.enter_context(unseen())
-        else:
-            stack.enter_context(full_float32())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(eager())
-        if autocast_enabled():
-            stack.enter_context(no_autocast())
-        yield
-
-
-@contextmanager
-def _as_written(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """What a chain of PyTorch's own modules has none of is computed as it was written, and can be differentiated."""
-    with ExitStack() as stack:
-        stack.enter_context(parametrizations_computed_anew())
-        if not training:
-            stack.enter_context(differentiable_recurrence(model))
-        stack.enter_context(plain_checkpoints())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        yield
 
 
 def _as_leaf(parameter: Tensor) -> Tensor:

@@ -219,7 +219,9 @@ def contract_settled(
             for index, (name, p) in enumerate(z.layer.parameters.items()):
                 other = right[name] if right is not None else _signed(left[name], some.sign)
                 if not create_graph:
-                    contract(left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0), alpha=alpha)
+                    contract(
+                        left[name], other, numel=p.numel(), out=total[index], beta=float(ids.start > 0), alpha=alpha
+                    )
                     continue
                 part = contract(left[name], other, numel=p.numel(), alpha=alpha)
                 if ids.start:

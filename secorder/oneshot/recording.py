@@ -123,9 +123,7 @@ def is_watch(hook: Any) -> bool:
 
 
 @contextmanager
-def recorded(
-    isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool
-) -> Iterator[Recording]:
+def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters: bool) -> Iterator[Recording]:
     """Record the calls of ``layers`` in the forwards run inside.
 
     A zero leaf ε is added to each output: differentiating with respect to it is differentiating with respect to the
