@@ -19,6 +19,7 @@ __all__ = [
     "executes_all",
     "first_gradient_hook",
     "graph_is_kept",
+    "has_gradient_hooks",
     "in_backward",
     "untouched",
     "will_accumulate",
@@ -79,6 +80,11 @@ def untouched(parameters: Iterable[Any]) -> set[int]:
     They have no gradient now, and no hooks that would change it, or take it away as soon as it is there.
     """
     return {id(p) for p in parameters if p.grad is None and not p._backward_hooks and not p._post_accumulate_grad_hooks}
+
+
+def has_gradient_hooks(leaf: Tensor) -> bool:
+    """Whether anything was registered on a leaf with ``register_hook``."""
+    return bool(leaf._backward_hooks)
 
 
 def first_gradient_hook(parameter: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:

@@ -23,6 +23,7 @@ __all__ = [
     "alike",
     "contract",
     "contract_basis",
+    "contract_one_position",
     "contract_sum",
     "kept",
 ]
@@ -87,7 +88,7 @@ def contract(
         dense_v = gv.sum(-2) if gv is not gu else None
         return contract(gu.sum(-2), dense_v, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
     if positions == 1:
-        return _contract_one_position(a, (gu * gv).squeeze(-2), numel, out, beta, alpha, keep)
+        return contract_one_position(a, (gu * gv).squeeze(-2), numel, out, beta, alpha, keep)
     assert a is not None
     pairs_of_k = [(gu, gv)] if gu.dim() == 4 else list(zip(gu, gv, strict=True))
     if out is not None and (beta == 0.0 or numel > IN_PLACE_ELEMENTS):
@@ -101,14 +102,14 @@ def contract(
     return added(kept(total, keep), out, beta, alpha)
 
 
-def _contract_one_position(
+def contract_one_position(
     a: Tensor | Patches | None,
     pairs: Tensor,
     numel: int,
     out: Tensor | None,
-    beta: float,
-    alpha: float,
-    keep: Tensor | None,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """:func:`contract` of layers with one position, whose per-sample gradients are products of rank one.
 

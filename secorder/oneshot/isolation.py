@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .._torch.autocast import AutocastState, autocast, autocast_state
 from .._torch.composite_norms import CompositeNorms
+from .._torch.engine import has_gradient_hooks
 from .._torch.modules import (
     Place,
     buffer_places,
@@ -265,7 +266,7 @@ def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_grap
     replaced = {
         key: _as_leaf(p)
         for key, p in parameters.items()
-        if not p.requires_grad or (p._backward_hooks and not create_graph)
+        if not p.requires_grad or (has_gradient_hooks(p) and not create_graph)
     }
     with ExitStack() as stack:
         ambient = autocast_state()

@@ -11,6 +11,7 @@ from secorder._torch.engine import (
     current_backward,
     executes_all,
     first_gradient_hook,
+    has_gradient_hooks,
     in_backward,
     will_accumulate,
 )
@@ -108,3 +109,12 @@ def test_a_backward_that_leaves_out_a_part_of_the_graph() -> None:
     y.sum().backward(inputs=[x, w], retain_graph=True)
     y.sum().backward(inputs=[w])
     assert found == [True, True, False]
+
+
+def test_hooks_on_a_leaf() -> None:
+    leaf = torch.zeros(2, requires_grad=True)
+    assert not has_gradient_hooks(leaf)
+    handle = leaf.register_hook(lambda g: None)
+    assert has_gradient_hooks(leaf)
+    handle.remove()
+    assert not has_gradient_hooks(leaf)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks
-from ...layers.contraction import contract_basis
+from ...layers.contraction import contract_basis, contract_one_position
 from ...layers.layout import DIM_ZERO
-from ...layers.patches import whole_input
 from ...layers.per_sample import Outer
 from ..recorded_layer import parts_of_one
 from ..timing import Pieces
@@ -45,12 +44,7 @@ def by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
     for total, name in zip(totals, graph.layer.parameters, strict=True):
         part = parts[name]
         assert isinstance(part, Outer)
-        g = part.g[0, :, :, 0]
-        if part.a is None:
-            torch.sum(g.flatten(1), 0, out=total)
-        else:
-            squares = whole_input(part.a)[:, :, 0].square()
-            torch.bmm(g.permute(1, 2, 0), squares.transpose(0, 1), out=total.view(g.shape[1], g.shape[2], -1))
+        contract_one_position(part.a, part.g[0, :, :, 0], total.numel(), total, 0.0)
     return totals
 
 

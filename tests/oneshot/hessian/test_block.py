@@ -24,6 +24,28 @@ def forms() -> dict[str, Block]:
     }
 
 
+@pytest.mark.parametrize("form", ["columns", "rows", "matrix"])
+def test_before_a_large_matrix_in_single_precision(form: str) -> None:
+    u, weight = torch.randn(8, 64, 128), torch.randn(96, 128)
+    rows, s = torch.randn(128, 128), torch.randn(8, 128)
+    symmetric = (u[:, :, None] * u[:, None]).sum(3).tile(1, 2, 2)
+
+    def block(dtype: torch.dtype) -> Block:
+        columns = u.to(dtype)
+        if form == "matrix":
+            return Block(matrix=symmetric.to(dtype).transpose(0, 1).contiguous())
+        return Block(columns, columns, rows=(rows.to(dtype), s.to(dtype)) if form == "rows" else None)
+
+    for diagonal in (False, True):
+        found, expected = (
+            block(kind).before_matrix(weight.to(kind), diagonal=diagonal) for kind in (torch.float32, torch.float64)
+        )
+        scale = expected.diagonal().abs().amax()
+        assert (found.diagonal() - expected.diagonal()).abs().amax() < 1e-5 * scale
+        if not diagonal:
+            assert (found.full() - expected.full()).abs().amax() < 1e-5 * scale
+
+
 def full(block: Block) -> Tensor:
     return block.full().clone()
 
