@@ -186,7 +186,7 @@ class Block:
     def _rows_times(self, x: Tensor, matrix: Tensor, *beside: Tensor) -> Tensor:
         """x (a, b, k) times a matrix (k, l), beside which others are in use."""
         if multiplied_by_onednn(x, x.numel() * matrix.shape[1]):  # twice as fast, in memory of its own
-            return product_by_onednn(x.flatten(0, 1), matrix).unflatten(0, x.shape[:2])
+            return product_by_onednn(x.flatten(0, 1), matrix).view(*x.shape[:2], -1)
         room = self.memory.room(x, *x.shape[:2], matrix.shape[1], beside=beside)
         torch.mm(x.flatten(0, 1), matrix, out=room.flatten(0, 1))
         return room
@@ -194,7 +194,7 @@ class Block:
     def _times_rows(self, matrix: Tensor, x: Tensor) -> Tensor:
         """A matrix (l, k) times x (k, a, b)."""
         if multiplied_by_onednn(x, x.numel() * len(matrix)):
-            return product_by_onednn(matrix, x.flatten(1)).unflatten(1, x.shape[1:])
+            return product_by_onednn(matrix, x.flatten(1)).view(-1, *x.shape[1:])
         room = self.memory.room(x, len(matrix), *x.shape[1:])
         torch.mm(matrix, x.flatten(1), out=room.flatten(1))
         return room
