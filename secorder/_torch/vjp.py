@@ -69,38 +69,46 @@ def stacked_vjp(
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
     if not live or not inputs:
         return [x.new_zeros((count, *x.shape)) for x in inputs]
-    reached = [o for o, _ in live]
-    if count > 1:
-        halve = False
-        try:
-            with quiet_vmap():
-                results = torch.autograd.grad(
-                    reached,
-                    _ends(inputs),
-                    [c for _, c in live],
-                    retain_graph=True,
-                    create_graph=create_graph,
-                    allow_unused=True,
-                    is_grads_batched=True,
-                )
-            found = zip(inputs, results, strict=True)
-            return [x.new_zeros((count, *x.shape)) if r is None else _written_out(r) for x, r in found]
-        except RuntimeError as error:
-            halve = is_out_of_memory(error)
-            if not halve and not is_vmap_failure(error):
-                raise
-        if halve:  # outside of the handler, which holds on to what filled the memory
-            half = count // 2
-            parts = [
-                stacked_vjp(reached, inputs, [c[rows] for _, c in live], create_graph=create_graph)
-                for rows in (slice(half), slice(half, None))
-            ]
-            return [torch.cat(pair) for pair in zip(*parts, strict=True)]
-        # An operator that vmap cannot run: the loop works, or names the operator.
-    single = [_vjp(reached, inputs, [c[k] for _, c in live], create_graph) for k in range(count)]
+    reached, given = [o for o, _ in live], [c for _, c in live]
+    batched = _batched_vjp(reached, inputs, given, create_graph) if count > 1 else None
+    if batched is not None:
+        return batched
+    # An operator that vmap cannot run: the loop works, or names the operator.
+    single = [_vjp(reached, inputs, [c[k] for c in given], create_graph) for k in range(count)]
     if count == 1:
         return [x[None] for x in single[0]]
     return [torch.stack(column) for column in zip(*single, strict=True)]
+
+
+def _batched_vjp(
+    outputs: list[Tensor], inputs: Sequence[Tensor], cotangents: list[Tensor], create_graph: bool
+) -> list[Tensor] | None:
+    """By vmap, in halves where memory does not do at once; None where an operator has no batching rule."""
+    count = len(cotangents[0])
+    try:
+        with quiet_vmap():
+            results = torch.autograd.grad(
+                outputs,
+                _ends(inputs),
+                cotangents,
+                retain_graph=True,
+                create_graph=create_graph,
+                allow_unused=True,
+                is_grads_batched=True,
+            )
+        found = zip(inputs, results, strict=True)
+        return [x.new_zeros((count, *x.shape)) if r is None else _written_out(r) for x, r in found]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            if is_vmap_failure(error):
+                return None
+            raise
+    half = count // 2  # outside of the handler, which holds on to what filled the memory
+    parts = [
+        stacked_vjp(outputs, inputs, [c[rows] for c in cotangents], create_graph=create_graph)
+        for rows in (slice(half), slice(half, None))
+    ]
+    return [torch.cat(pair) for pair in zip(*parts, strict=True)]
 
 
 def placeholder(node: Any, number: int) -> Tensor:

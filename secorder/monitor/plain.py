@@ -1,6 +1,7 @@
 """A table that fits, as plain text: what ``rich`` prints of it, in a fraction of the time."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from .terminal import Table, cell_len
 
@@ -29,21 +30,22 @@ def plain(table: Table, width: int) -> str | None:
     lines = [line for column in (heads, *cells, around) for line in column]
     if not widths or whole > width or max(map(cell_len, around)) > whole or any("\n" in line for line in lines):
         return None
-    right = [column.justify == "right" for column in table.columns]
-
-    def line(texts: Sequence[str], frame: str) -> str:
-        filled = []
-        for text, own, at_right in zip(texts, widths, right, strict=True):
-            space = frame[3] * (own - cell_len(text))
-            filled.append(frame[3] + (space + text if at_right else text + space) + frame[3])
-        return frame[0] + frame[1].join(filled) + frame[2]
-
+    line = partial(_line, widths, [column.justify == "right" for column in table.columns])
     empty = [""] * len(widths)
-    found = [around[0]] if around[0] else []
-    found += [line(empty, _TOP), line(heads, _HEAD), line(empty, _BELOW_HEAD)]
+    found = [line(empty, _TOP), line(heads, _HEAD), line(empty, _BELOW_HEAD)]
     for number, (row, texts) in enumerate(zip(table.rows, zip(*cells, strict=True), strict=True)):
         found.append(line(texts, _ROW))
         if row.end_section and number + 1 < len(table.rows):
             found.append(line(empty, _BETWEEN))
     found.append(line(empty, _BOTTOM))
-    return "\n".join(each.rstrip() for each in (*found, *(around[1:] if around[1] else ())))
+    title, caption = ([text] if text else [] for text in around)
+    return "\n".join(each.rstrip() for each in (*title, *found, *caption))
+
+
+def _line(widths: Sequence[int], right: Sequence[bool], texts: Sequence[str], frame: str) -> str:
+    """Texts in their cells, at the left or the right of them."""
+    filled = []
+    for text, own, at_right in zip(texts, widths, right, strict=True):
+        space = frame[3] * (own - cell_len(text))
+        filled.append(frame[3] + (space + text if at_right else text + space) + frame[3])
+    return frame[0] + frame[1].join(filled) + frame[2]

@@ -77,10 +77,9 @@ def verify(
     online, reasons = _online(fisher, sample_dim, loss_fn, inputs, targets)
     ratios = {name: _ratio(online.get(name), value) for name, value in one_shot.items()}
     known = [ratio for ratio in ratios.values() if ratio == ratio]
-    if known and all(abs(ratio / num_samples**2 - 1) < TOLERANCE for ratio in known) and num_samples > 1:
-        return Verification(False, 'your loss is a sum: pass reduction="sum".', ratios)
-    if known and all(abs(ratio * num_samples**2 - 1) < TOLERANCE for ratio in known) and num_samples > 1:
-        return Verification(False, 'your loss is a mean: pass reduction="mean".', ratios)
+    for kind, factor in {"sum": num_samples**2, "mean": num_samples**-2}.items() if known and num_samples > 1 else ():
+        if all(abs(ratio / factor - 1) < TOLERANCE for ratio in known):
+            return Verification(False, f'your loss is a {kind}: pass reduction="{kind}".', ratios)
     differing = {
         name: reasons.get(name) or _difference(ratio)
         for name, ratio in ratios.items()
