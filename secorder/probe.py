@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, overload
+from weakref import finalize, ref
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +243,7 @@ class CurvatureProbe:
         return OnlineFisher(self._model, self._layers, **self._settings)
 
     def attach(self) -> None:
-        """Register the hooks again after :meth:`detach`; what was accumulated is kept.
+        """Register the hooks again after :meth:`detach`, as ``with probe:`` does; what was accumulated is kept.
 
         Raises:
             ProbeStateError: the probe is attached.
@@ -251,9 +252,14 @@ class CurvatureProbe:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
         self._attachment = Attachment(self._model, self._fisher, self._looks, self._every)
         self._attachment.attach()
+        # Whoever has the probe no more can neither read it nor detach it. The model's hooks hold the attachment.
+        finalize(self, _let_go, ref(self._attachment)).atexit = False
 
     def detach(self) -> None:
-        """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again."""
+        """Remove every hook. What was accumulated can still be read; measurements need :meth:`attach` again.
+
+        A probe that nothing refers to any more is detached by itself.
+        """
         if self._attachment is not None and self._attachment.detach():
             self._attachment = None
 
@@ -267,6 +273,8 @@ class CurvatureProbe:
         return {**vars(self), "_attachment": None, "_log": None}
 
     def __enter__(self) -> "CurvatureProbe":
+        if not self.attached:
+            self.attach()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1057,6 +1065,13 @@ def _layers_to_look_at(
     if layers is None and layer_types is None:
         _tell_share(model, selected)
     return selected
+
+
+def _let_go(attachment: "ref[Attachment]") -> None:
+    """Take the hooks off, if the model is still there."""
+    left = attachment()
+    if left is not None:
+        left.detach()
 
 
 def _check_ranks(ranks: Ranks | None, layers: Sequence[Layer], penalty: str | None) -> None:

@@ -1,6 +1,9 @@
 """The probe's life: accumulation, averages, every, pauses, checkpoints, and what is no training step."""
 
 import copy
+import gc
+import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +59,53 @@ def test_paused_reset_detach_attach() -> None:
     assert probe.num_samples == 0
     step(model, batch)
     assert probe.num_samples == 6
+
+
+def test_with_attaches_a_probe_that_was_detached() -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, batch)
+    for expected in (12, 18):
+        with probe:
+            step(model, batch)
+        assert probe.num_samples == expected
+        assert not probe.attached
+    assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_a_probe_that_nothing_refers_to_is_detached(in_a_cycle: bool) -> None:
+    """As where a notebook's cell is run again: no further step pays for it, and a backward on its way works."""
+    model, batch = make(), data()
+    plain = copy.deepcopy(model)
+    probe: Any = CurvatureProbe(model, reduction="mean")
+    step(model, batch)
+    loss = F.cross_entropy(model(batch[0]), batch[1])
+    left = weakref.ref(probe._attachment)
+    if in_a_cycle:
+        probe.itself = probe
+    del probe
+    gc.collect()
+    assert not any(hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks))
+    loss.backward()
+    del loss
+    gc.collect()
+    assert left() is None
+    for _ in range(2):
+        step(plain, batch)
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_model_that_holds_its_probe_goes_with_it() -> None:
+    model: Any = make()
+    model.probe = CurvatureProbe(model, reduction="mean")
+    step(model, data())
+    assert model.probe.num_samples == 6
+    seen = weakref.ref(model)
+    del model
+    gc.collect()
+    assert seen() is None
 
 
 def test_two_probes_on_one_model_do_not_see_each_other() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from .._caution import caution
 from .._torch.collectives import has_ranks
 from ..errors import AttributionError, InvalidArgumentError, SecorderError
+from ..results import Diagonals
+from .findings import Finding
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
@@ -64,11 +66,7 @@ class CurvatureRecorder:
             TensorBoard), a logger, anything with ``scalars(step, {name: number})``, or several as a list (see
             :func:`secorder.monitor.sinks.sink.sink_of`). None keeps them in :attr:`history` alone.
         log_every: see above; each interval is a number of steps, None for never.
-        norms_every: see above.
-        histograms_every: see above.
-        hessian_every: see above.
-        traces_every: see above.
-        eigenvalues_every: see above.
+        norms_every, histograms_every, hessian_every, traces_every, eigenvalues_every: see above.
         loss_fn: the loss of the Hessian.
         batch: ``(inputs, targets)`` that the Hessian is measured on, held fixed so that steps compare.
         optimizer: of the training, to log its learning rates and their products with eigenvalues.
@@ -245,7 +243,7 @@ class CurvatureRecorder:
 
     # ---- what is measured
 
-    def _see_fisher(self, point: Observation) -> Any:
+    def _see_fisher(self, point: Observation) -> Diagonals | None:
         """The window's Fisher, its loss and learning rate; returns the diagonal, if there is one."""
         total, count = self._loss
         self._loss = (0.0, 0)
@@ -272,7 +270,8 @@ class CurvatureRecorder:
                 name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
                 for name, value in traces.items()
             }
-            fisher, numbers = None, {"fisher_trace": traces}
+            fisher: Diagonals | None = None
+            numbers = {"fisher_trace": traces}
         else:
             fisher = source.fisher_diagonal(missing="skip")
             statistics = layer_statistics(fisher)
@@ -308,8 +307,8 @@ class CurvatureRecorder:
         point.add({WHOLE_MODEL: {f"seconds_{name}": time.perf_counter() - start}})
         return found
 
-    def _see_hessian(self, point: Observation) -> Any:
-        hessian = self._measure("hessian_diagonal", point, "hessian")
+    def _see_hessian(self, point: Observation) -> Diagonals:
+        hessian: Diagonals = self._measure("hessian_diagonal", point, "hessian")
         statistics = layer_statistics(hessian)
         point.hessian = {shown(name): row for name, row in statistics.items()}
         numbers = numbers_of("hessian", statistics)
@@ -341,8 +340,8 @@ class CurvatureRecorder:
         return self._log.history
 
     @property
-    def findings(self) -> list[Any]:
-        """What stands out now, as :class:`secorder.Finding`."""
+    def findings(self) -> list[Finding]:
+        """What stands out now."""
         return self._findings.now
 
     def plot(self, statistic: str = "fisher_trace", *, top: int = 10) -> "Figure":

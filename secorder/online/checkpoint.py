@@ -68,16 +68,18 @@ def _state_of(fisher: OnlineFisher, window: "OnlineFisher | WindowSums", prefix:
 @lasting()
 def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Mapping[str, Tensor]) -> None:
     """See :meth:`secorder.CurvatureProbe.load_state_dict`."""
-    header = state.get("header") if isinstance(state, Mapping) else None
-    if not isinstance(header, Tensor) or int(header[0]) != VERSION:
+    none = torch.zeros(0)
+    header, decay = (state.get(key, none) if isinstance(state, Mapping) else none for key in ("header", "decay"))
+    if header.shape != (5,) or decay.numel() != 1 or int(header[0]) != VERSION:
         raise InvalidArgumentError(f"the state is not one of CurvatureProbe.state_dict(), version {VERSION}.")
     _, kind, accumulated, *counts = (int(number) for number in header.tolist())
-    theirs = (_KINDS[kind], float(state["decay"]) or None, _ACCUMULATED[accumulated])
+    theirs = (_KINDS[kind], float(decay) or None, _ACCUMULATED[accumulated])
     ours = (_kind(fisher), fisher.decay, fisher.accumulate)
     for key, own, other in zip(("reduction", "decay", "accumulate"), ours, theirs, strict=True):
         if own != other:
             raise InvalidArgumentError(f"the state was accumulated with {key}={other!r}, not {own!r}.")
     _require_same_parameters(fisher, state)
+    _require_whole(fisher, state)
     now = _window_of(fisher, state, "")
     earlier = _window_of(fisher, state, EARLIER) if f"{EARLIER}seen" in state else None
     fisher.reset()
@@ -126,6 +128,18 @@ def _require_same_parameters(fisher: OnlineFisher, state: Mapping[str, Tensor]) 
     different = sorted(key.removeprefix("sums/") for key, size in sizes.items() if found[key] != size)
     if different:
         raise InvalidArgumentError(f"the state has other shapes of the parameters {different}.")
+
+
+def _require_whole(fisher: OnlineFisher, state: Mapping[str, Tensor]) -> None:
+    """Refuse what was cut, or put together by hand: nothing is to be taken over of it."""
+    sizes = {"seen": 3, "norms": fisher.norms.table.numel()}
+    sizes |= {f"counts/{name}": sums.counts.numel() + 2 for name, sums in fisher.sums.items()}
+    if f"{EARLIER}seen" in state:
+        sums_of = {key: value.numel() for key, value in state.items() if key.startswith("sums/")}
+        sizes |= {f"{EARLIER}{key}": size for key, size in (sizes | sums_of).items()}
+    sizes["failures"] = fisher.failures.counts.numel()
+    if damaged := sorted(key for key, size in sizes.items() if key not in state or state[key].numel() != size):
+        raise InvalidArgumentError(f"the state is damaged: {damaged} are missing, or of other sizes.")
 
 
 @lasting()

@@ -1,5 +1,7 @@
 """What was accumulated goes into a state and comes back."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,3 +37,26 @@ def test_a_state_that_is_none() -> None:
     probe = CurvatureProbe(mlp())
     with pytest.raises(InvalidArgumentError, match="version"):
         probe.load_state_dict({})
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_damaged_state_is_refused_whole(accumulate: Any, windows: bool) -> None:
+    """Each part in turn is cut, or missing."""
+    model, batch = mlp(), data()
+    with CurvatureProbe(model, accumulate=accumulate, reduction="mean") as probe:
+        step(model, batch)
+        if windows:
+            probe.window()
+            step(model, batch)
+        state, before = probe.state_dict(), probe.fisher_trace()
+        optional = "earlier/seen"  # without which there was no window
+        for key, value in state.items():
+            cut = {**state, key: value.flatten()[:-1]}
+            missing = {other: x for other, x in state.items() if other != key}
+            for damaged in (cut, missing) if key != optional else (cut,):
+                with pytest.raises(InvalidArgumentError, match="state"):
+                    probe.load_state_dict(damaged)
+        assert probe.fisher_trace() == before
+        probe.load_state_dict(state)
+        assert probe.fisher_trace() == before
