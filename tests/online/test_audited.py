@@ -60,11 +60,11 @@ def test_all_layers_at_first_and_some_passes_later(looked_at: list[set[str]]) ->
 def test_a_layer_that_comes_late_is_looked_at_as_often(looked_at: list[set[str]]) -> None:
     """Such as an expert that nobody has asked before."""
     model = Net(lambda m, x: m.a(x) + (m.b(x) if asked else 0), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
-    CurvatureProbe(model)
-    asked = False
-    train(model, range(40))
-    asked = True
-    train(model, range(40))
+    with CurvatureProbe(model):
+        asked = False
+        train(model, range(40))
+        asked = True
+        train(model, range(40))
     assert looked_at[40 : 40 + FIRST] == [{"a", "b"} if "a" in names else {"b"} for names in looked_at[40 : 40 + FIRST]]
     assert {"b"} in looked_at
     assert not all(looked_at[40 + FIRST :])
