@@ -1,5 +1,6 @@
 """A callback for Hugging Face's ``Trainer``: curvature of the layers of a model that it trains."""
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,13 @@ except ImportError as error:
     ) from error
 
 __all__ = ["CurvatureCallback"]
+
+#: What is said where the model does not see the labels.
+_OUTSIDE = (
+    "the model is called without labels (label smoothing, compute_loss_func, a compute_loss that takes them out), so "
+    "that the loss is taken to be a mean over samples that is multiplied by nothing: pass reduction= and loss_scale=, "
+    "or check by callback.probe.verify."
+)
 
 
 class CurvatureCallback(TrainerCallback, ExportableState):
@@ -203,17 +211,34 @@ def _reported_to(args: TrainingArguments) -> list[Any]:
     return sinks
 
 
+def _divides(model: nn.Module) -> bool:
+    """Whether the model's loss is divided by the number of labels that the trainer passes, by how it is written."""
+    inside: Any = getattr(model, "_orig_mod", model)
+    inside = inside.get_base_model() if hasattr(inside, "get_base_model") else inside
+    try:
+        text = inspect.getsource(inspect.unwrap(type(inside).forward))
+    except (OSError, TypeError):
+        return True
+    return "loss_function" in text or "num_items_in_batch" in text
+
+
 class _ByLabels:
     """The weights c_n of a batch, by the labels among the model's arguments; None, for a mean over samples, without.
 
-    A causal language model leaves out the first label of each sequence.
+    A causal language model leaves out the first label of each sequence, and a model with a loss of its own in
+    ``forward`` ignores the number of labels that the trainer passes. What is taken to be so is checked by the probe.
     """
 
     def __init__(self, model: nn.Module) -> None:
         causal = any(kind in type(model).__name__ for kind in ("CausalLM", "LMHead"))
-        self._weights = token_weights(shift=int(causal))
+        items = "num_items_in_batch" if _divides(model) else ""
+        self._weights = token_weights(shift=int(causal), items=items)
+        self._told = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
         labels = kwargs.get("labels")
+        if labels is None and not self._told:
+            self._told = True
+            caution(_OUTSIDE)
         tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
         return self._weights(*args, **kwargs) if tokens else None

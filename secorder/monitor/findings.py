@@ -1,7 +1,7 @@
 """Findings: what stands out in the curvature of a model, in words."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ from .html import html_list
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
-__all__ = ["TEXTS", "THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find", "finding"]
+__all__ = ["TEXTS", "THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find", "finding", "without_tables"]
 
 FindingKind = Literal[
     "non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled", "growing", "noisy", "edge"
@@ -29,6 +29,10 @@ THRESHOLDS: dict[FindingKind, float] = {
     "noisy": 1.0,
     "edge": 2.0,
 }
+
+
+#: Types of layers of which samples look up rows.
+TABLES = ("Embedding", "EmbeddingBag")
 
 
 #: What a finding means, and what can be done.
@@ -147,7 +151,7 @@ def find(
         samples: how many samples the Hessian is a sum over: 1 for a mean loss.
         coupled: why there is no Fisher, where samples are coupled.
     """
-    curved, gathered = statistics["hessian"], statistics.get("fisher", {})
+    curved, gathered = statistics["hessian"], without_tables(statistics.get("fisher", {}), hessian)
     traces = {name: row["trace"] for name, row in (gathered or curved).items()}
     whole = sum(traces.values()) if len(traces) > 2 else 0.0
     found = [] if coupled is None else [finding("coupled", "", 1.0, f"{TEXTS['coupled']}: {coupled}")]
@@ -158,6 +162,13 @@ def find(
         found += _findings_of_layer(name, row, own, unused, hessian[name].numel(), share, samples)
     order = list(THRESHOLDS)
     return sorted(found, key=lambda f: (f.layer != "", order.index(f.kind) if f.kind in order else 0))
+
+
+def without_tables(statistics: Mapping[str, dict[str, float]], diagonals: Diagonals) -> dict[str, dict[str, float]]:
+    """Statistics of a Fisher in which tables have no zero entries, unless all are: rows not looked up are not dead."""
+    kinds = diagonals.layer_types
+    tables = {name for name, row in statistics.items() if kinds[name] in TABLES and row["zero"] < 1}
+    return {name: row | {"zero": 0.0} if name in tables else row for name, row in statistics.items()}
 
 
 def finding(kind: FindingKind, layer: str, value: float, text: str | None = None) -> Finding:

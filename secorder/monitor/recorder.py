@@ -12,7 +12,7 @@ from .._caution import caution
 from .._torch.collectives import has_ranks
 from ..errors import AttributionError, InvalidArgumentError, SecorderError
 from ..results import Diagonals
-from .findings import Finding
+from .findings import Finding, without_tables
 from .history import History
 from .log import CurvatureLog, numbers_of
 from .names import WHOLE_MODEL, shown
@@ -265,8 +265,7 @@ class CurvatureRecorder:
         point.batch_size = source.num_samples * self._probe.every / steps if self._probe.decay is None else None
         if self._probe.accumulate == "trace":
             traces = {shown(name): trace.value for name, trace in source.fisher_trace(missing="skip").items()}
-            # Of entries only this is known: all are zero, or one is not finite.
-            point.fisher = {
+            point.fisher = {  # of entries only this is known: all are zero, or one is not finite
                 name: {"zero": float(value == 0), "nonfinite": float(not math.isfinite(value))}
                 for name, value in traces.items()
             }
@@ -275,7 +274,7 @@ class CurvatureRecorder:
         else:
             fisher = source.fisher_diagonal(missing="skip")
             statistics = layer_statistics(fisher)
-            point.fisher = {shown(name): row for name, row in statistics.items()}
+            point.fisher = {shown(name): row for name, row in without_tables(statistics, fisher).items()}
             numbers = numbers_of("fisher", statistics)
         point.add({**numbers, WHOLE_MODEL: {"fisher_trace": whole_trace(self._probe, numbers["fisher_trace"])}})
         self._see_noise(source, point)

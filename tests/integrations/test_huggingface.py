@@ -168,6 +168,42 @@ def test_a_language_model_with_padding_and_accumulation_is_told_by_itself(tmp_pa
     assert_all_close(found, total, 1e-4)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_model_with_a_loss_of_its_own_is_told_by_itself(tmp_path: Path, steps: int) -> None:
+    """It ignores the number of labels that the trainer passes: each micro-batch is a mean over its own tokens."""
+    transformers = pytest.importorskip("transformers")
+    from secorder.integrations.huggingface import CurvatureCallback
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    still = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    config = transformers.BertConfig(vocab_size=13, max_position_embeddings=8, num_labels=3, **sizes, **still)
+    model = transformers.BertForTokenClassification(config).double()
+    labels = torch.randint(3, (8, 6))
+    for n, length in enumerate((6, 3, 4, 2, 6, 5, 2, 4)):
+        labels[n, length:] = -100
+    ids = torch.randint(13, (8, 6))
+    rows = [{"input_ids": i, "labels": one} for i, one in zip(ids, labels, strict=True)]
+    callback = CurvatureCallback(layers=["*.intermediate.dense", "classifier"])
+    run(tmp_path, model, rows, callback, learning_rate=0.0, gradient_accumulation_steps=steps)
+    found = callback.probe.fisher_diagonal().by_parameter()
+
+    def loss(output: Any, _: Any) -> torch.Tensor:
+        return output.loss  # type: ignore[no-any-return]
+
+    assert_all_close(found, fisher_by_sample(model, loss, {"input_ids": ids, "labels": labels}, None, 8))
+
+
+def test_a_loss_outside_of_the_model_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from secorder.integrations import huggingface
+
+    told: list[str] = []
+    monkeypatch.setattr(huggingface, "caution", told.append)
+    model, rows = tiny()
+    run(tmp_path, model, rows, huggingface.CurvatureCallback(layers="*.c_fc"), label_smoothing_factor=0.1)
+    assert [text.partition("(")[0] for text in told] == ["the model is called without labels "]
+
+
 def tiny() -> tuple[Any, list[dict[str, torch.Tensor]]]:
     """A language model and eight texts of it."""
     transformers = pytest.importorskip("transformers")

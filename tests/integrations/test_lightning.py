@@ -54,6 +54,21 @@ class Parts(Model):
         return F.cross_entropy(self.net[2](self.net[1](self.net[0](batch[0]))), batch[1])
 
 
+class Manual(Model):
+    """Steps by itself, with half of the loss each time, and returns what it likes."""
+
+    def __init__(self, returned: Any) -> None:
+        super().__init__()
+        self.automatic_optimization, self.returned = False, returned
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        self.manual_backward(super().training_step(batch, index) / 2)
+        if index % 2:
+            self.optimizers().step()
+            self.optimizers().zero_grad()
+        return self.returned
+
+
 @pytest.fixture
 def data() -> TensorDataset:
     torch.set_default_dtype(torch.float32)
@@ -104,6 +119,18 @@ def test_what_is_called_is_found(tmp_path: Path, data: TensorDataset, kind: type
     assert_all_close(found, expected, 1e-5)
     assert len(callback.recorder.history.points("fisher_trace")) == samples // 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(("returned", "losses"), [(None, 0), ({"loss": torch.tensor(0.5)}, 2)])
+def test_manual_optimization(tmp_path: Path, data: TensorDataset, returned: Any, losses: int) -> None:
+    callback = CurvatureCallback("net", log_every=1, loss_scale=0.5)
+    model = Manual(returned)
+    trainer(tmp_path, callback).fit(model, DataLoader(data, batch_size=4))
+    assert callback.probe is not None
+    assert callback.recorder is not None
+    expected = fisher_by_sample(model.net, F.cross_entropy, *data.tensors, 16)
+    assert_all_close(callback.probe.fisher_diagonal().by_parameter(), expected, 1e-5)
+    assert callback.recorder.history.to_dict().get("model/loss", []) == [0.5] * losses
 
 
 def test_a_module_that_is_not_called_is_told(tmp_path: Path, data: TensorDataset) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from secorder import CurvatureProbe, Diagnosis, Finding, diagnose
+from secorder import CurvatureProbe, CurvatureRecorder, Diagnosis, Finding, diagnose
 from secorder.monitor.findings import find
 from secorder.monitor.statistics import STATISTICS
 
@@ -121,3 +121,16 @@ def test_from_its_threshold_on_and_not_before(kind: str, of: str, statistic: str
 
     assert [finding.kind for finding in found(at)] == [kind]
     assert found(before) == []
+
+
+def test_rows_of_a_table_that_nobody_looked_up_are_not_dead() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4), nn.Flatten(), nn.Linear(8, 3))
+    inputs, targets = torch.randint(5, (6, 2)), torch.randint(3, (6,))
+    diagnosis = diagnose(model, F.cross_entropy, inputs, targets, "all")
+    assert diagnosis.statistics["fisher"]["0"]["zero"] >= 0.9
+    assert "dead" not in {one.kind for one in diagnosis.findings}
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        recorder = CurvatureRecorder(probe, log_every=1)
+        F.cross_entropy(model(inputs), targets).backward()
+        recorder.step()
+    assert "dead" not in {one.kind for one in recorder.findings}
