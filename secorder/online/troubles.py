@@ -84,8 +84,9 @@ _IN_ITS_PLACE = (
 )
 _NEVER_CALLED = (
     f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} A model that torch.compile had run "
-    "before the probe was attached, or another of its class, ignores hooks, too: attach to what torch.compile returned. A training step that is "
-    "compiled as one graph (fullgraph=True) hides the model from hooks: run every k-th step uncompiled."
+    "before the probe was attached, or another of its class, ignores hooks, too: attach to what torch.compile returned."
+    " A training step that is compiled as one graph (fullgraph=True) hides the model from hooks: run every k-th step "
+    "uncompiled."
 )
 _BY_OTHERS = f"Its parameters got gradients all the same: {_IN_ITS_PLACE}"
 
