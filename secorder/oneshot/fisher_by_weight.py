@@ -12,7 +12,7 @@ from .cotangents import require_linear_backward
 from .fisher_by_samples import by_samples
 from .fisher_by_uses import by_uses
 from .fisher_pairs import Found
-from .heaviest import by_weight, forecast
+from .heaviest import Forecast, by_weight, forecast
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce, whole
@@ -33,14 +33,14 @@ class ByWeight:
         reduce: of stacked diagonals by parameter, what is wanted; linear in them.
         estimates: by layer, as they turned out.
         forecast: find out what it takes, and no more.
-        told: by that, columns and draws, and their seconds for all layers together.
+        told: what it takes, for all layers together.
     """
 
     budget: Budget
     reduce: Reduce = whole
     estimates: dict[str, Estimate] = field(default_factory=dict)
     forecast: bool = False
-    told: tuple[int, float] = (0, 0.0)
+    told: Forecast = field(default_factory=Forecast)
 
 
 def heaviest_columns(

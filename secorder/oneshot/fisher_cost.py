@@ -30,7 +30,7 @@ __all__ = ["fisher_cost"]
 SOME = 33
 
 #: Seconds from which on a trial is run once: what happens the first time alone takes less.
-LONG = 10.0
+LONG = 3.0
 
 #: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
 WHOLE_BATCHES = 3
@@ -77,7 +77,8 @@ def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budg
     columns = timed.columns or num_columns(fisher_type, num_draws, passed // task.num_samples)
     by_columns = len(timed.strategies.keys() - timed.heads)
     loop, of_loop = _cost_of_loop(task, rest, columns) if rest else (0.0, 0)
-    at_once = default_chunk_size(passed + sum(leaves.values()), next(task.model.parameters()), task.chunk_size)
+    pulled = sum(z for name, z in leaves.items() if name not in timed.heads)
+    at_once = default_chunk_size(passed + pulled, next(task.model.parameters()), task.chunk_size)
     num_bytes = max(timed.bytes_of(min(columns, at_once)), of_loop)
     costs = {}
     for layer in task.layers:
@@ -119,7 +120,7 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
     strategies = {name: info.strategy for name, (_, info) in found.items()}
     if not strategies:
         return _Timed({}, 0, start, 0.0, num_bytes)
-    heads = frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
+    heads = _heads(found)
     first = start if start > LONG else least_seconds_of(lambda: _tried(task, fisher_type, num_draws, one))
     if one.of <= 1 or len(heads) == len(strategies):
         return _Timed(strategies, one.of, first, 0.0, num_bytes, heads)
@@ -141,18 +142,22 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
     """By a few columns and draws."""
     weighted, found = ByWeight(budget, forecast=True), Found()
-
-    def forecast() -> None:
-        with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
-            found.update(in_batches(task, "type-2", 1, weighted=weighted))
-
-    num_bytes = {1: most_bytes(forecast)}
+    with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
+        found = in_batches(task, "type-2", 1, weighted=weighted)
+    made: list[int] = []
+    start = seconds_of(lambda: made.append(most_bytes(lambda: _tried(task, "type-2", 1, Trial(1)))))
     if not found:
-        return _Timed({}, 0, 0.0, 0.0, num_bytes)
-    columns, seconds = weighted.told
+        return _Timed({}, 0, 0.0, 0.0, {1: made[0]})
+    told = weighted.told
+    num_bytes = {count: made[0] + own for count, own in told.num_bytes.items()}
     strategies = {name: info.strategy for name, (_, info) in found.items()}
-    first = least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
-    return _Timed(strategies, columns, first, seconds / max(1, columns), num_bytes)
+    first = start if start > LONG else least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
+    return _Timed(strategies, told.columns, first, told.seconds / max(1, told.columns), num_bytes, _heads(found))
+
+
+def _heads(found: Found) -> frozenset[str]:
+    """The layers that take no column."""
+    return frozenset(name for name, (_, info) in found.items() if "last" in info.checks)
 
 
 def _tried(task: Measurement, fisher_type: FisherType, num_draws: int, trial: Trial) -> Found:

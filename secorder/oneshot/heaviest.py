@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from .._torch.memory import most_bytes
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate, average
 from .roots import Columns, Draws, First, Pairs, Root
 from .timing import TRIAL_SECONDS, least_seconds_of, seconds_per_product
 
-__all__ = ["Contraction", "Heaviest", "by_weight", "forecast", "heaviest"]
+__all__ = ["Contraction", "Forecast", "Heaviest", "by_weight", "forecast", "heaviest"]
 
 #: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
 Contraction = Callable[[Columns], list[list[Tensor]]]
@@ -23,6 +24,9 @@ MAX_COLUMNS = 256
 
 #: Columns, and draws, that tell how long all of them take.
 PILOT_COLUMNS = 16
+
+#: And draws at least, however long one takes.
+LEAST_DRAWS = 4
 
 #: Draws from which on half of them may be columns: two draws tell of their error.
 MIN_DRAWS = 4
@@ -114,8 +118,23 @@ def by_weight(
     return found.split(sizes, budget)
 
 
-def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch.Generator) -> tuple[int, float]:
-    """How many columns and draws :func:`by_weight` would take for an ``rtol``, and how many seconds.
+@dataclass(frozen=True)
+class Forecast:
+    """What :func:`by_weight` would take.
+
+    Attributes:
+        columns: columns and draws.
+        seconds: of all of them.
+        num_bytes: memory of some at once, by their number.
+    """
+
+    columns: int = 0
+    seconds: float = 0.0
+    num_bytes: dict[int, int] = field(default_factory=dict)
+
+
+def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch.Generator) -> Forecast:
+    """What :func:`by_weight` would take for an ``rtol``.
 
     By a few of the columns, a few draws of the rest, which tell how its error falls, and as many of all of it, which
     tell what the error is relative to.
@@ -127,34 +146,42 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     columns: Columns = root if some is None else some
     enough = columns.num_columns + budget.num_draws >= root.num_columns
     exact = root.num_columns if enough else 0 if some is None else some.num_columns
-    seconds = 0.0
+    seconds, num_bytes = 0.0, dict[int, int]()
     if exact:
         trial = partial(First, root if enough else columns)
         few = min(PILOT_COLUMNS, exact)
-        seconds = exact * seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
+        by_column = seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
+        seconds = exact * by_column
+        for count in {1, max(1, min(few, int(TRIAL_SECONDS / max(by_column, 1e-9))))}:
+            num_bytes[count] = most_bytes(lambda: contract(trial(count)))  # noqa: B023
     if enough:
-        return exact, seconds
+        return Forecast(exact, seconds, num_bytes)
+    without = None if some is None else some.order
 
-    def drawn(without: Tensor | None) -> list[Estimate]:
+    def drawn(number: int, without: Tensor | None) -> list[list[Tensor]]:
+        return [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
+
+    num_bytes[1] = max(num_bytes.get(1, 0), most_bytes(lambda: drawn(1, without)))  # the first time alone
+    by_draw = least_seconds_of(lambda: drawn(1, without))
+    tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(2 * TRIAL_SECONDS / max(by_draw, 1e-9))))
+    pilot = replace(budget, num_draws=tried, rtol=None)
+    one = contract(Draws.of(root, 1, generator, without=without))
+    zero, sizes = [torch.zeros_like(v) for v in _joined(one)], [len(parts) for parts in one]
+
+    def spread(without: Tensor | None) -> list[Estimate]:
         def draw(number: int) -> list[Tensor]:
-            values = [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
-            return [torch.stack(parts) for parts in zip(*values, strict=True)]
+            return [torch.stack(parts) for parts in zip(*drawn(number, without), strict=True)]
 
-        zero = [torch.zeros_like(v[0]) for v in draw(1)]
         return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
 
-    pilot = replace(budget, num_draws=PILOT_COLUMNS, rtol=None)
-    without = None if some is None else some.order
-    sizes = [len(parts) for parts in contract(Draws.of(root, 1, generator, without=without))]  # the first time alone
-    by_draw = least_seconds_of(lambda: contract(Draws.of(root, 1, generator, without=without)))
     wanted = float(budget.num_draws)
-    for rest, whole in zip(drawn(without), drawn(None), strict=True):
+    for rest, whole in zip(spread(without), spread(None), strict=True):
         error, own, norm = (_norm(parts) for parts in (rest.errors, whole.errors, whole.values))
         known = norm**2 - own**2  # the errors of what was drawn are in it
         if error and budget.rtol is not None:
-            wanted = max(wanted, PILOT_COLUMNS * error**2 / known / budget.rtol**2 if known > 0 else math.inf)
+            wanted = max(wanted, tried * error**2 / known / budget.rtol**2 if known > 0 else math.inf)
     draws = math.ceil(min(wanted, budget.max_draws))
-    return exact + draws, seconds + draws * by_draw
+    return Forecast(exact + draws, seconds + draws * by_draw, num_bytes)
 
 
 def _norm(parts: Sequence[Tensor]) -> float:

@@ -1,7 +1,9 @@
 """The time that many products take, estimated from two short runs."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 
@@ -9,15 +11,20 @@ from .._torch.memory import most_bytes
 from .._torch.vjp import chunks
 
 __all__ = [
-    "SHORT_SECONDS", "TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "seconds_and_bytes", "seconds_of",
-    "seconds_per_product",
+    "SHORT_SECONDS", "TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "of_nearest", "seconds_and_bytes",
+    "seconds_of", "seconds_per_product",
 ]  # fmt: skip
 
 #: What the trials of all layers may take together, about, beyond one product of each.
 TRIAL_SECONDS = 0.5
 
+#: What the trials of all layers may take together where single products are long.
+MOST_SECONDS = 1.0
+
 #: How often a short trial is run, and what runs may take together before there is another one.
 RUNS, SHORT_SECONDS = 4, 0.05
+
+Told = TypeVar("Told")
 
 #: What :func:`~secorder._torch.vjp.chunks` makes of a total and a size.
 Pieces = Callable[[int, int], Iterable[range]]
@@ -70,6 +77,23 @@ def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float
     one = seconds_of(lambda: trial(1))
     count = max(1, min(most, int(allowance / max(one, 1e-9))))
     return (one if count == 1 else seconds_of(lambda: trial(count)) / count), count
+
+
+def of_nearest(count: int, tell: Callable[[int], Told], most: float = MOST_SECONDS) -> list[Told]:
+    """What is told of each of many alike, of as many as there are seconds for, spread over all; else of the nearest.
+
+    Args:
+        tell: of one, by its place.
+        most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
+    """
+    told: dict[int, Told] = {}
+    start = math.inf
+    for place in sorted(range(count), key=lambda place: f"{place:032b}"[::-1]):  # every 16th, 8th, 4th, …
+        if time.perf_counter() - start > most:
+            break
+        told[place] = tell(place)
+        start = min(start, time.perf_counter())
+    return [told[min(told, key=lambda other: abs(other - place))] for place in range(count)]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -6,13 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from secorder import CurvatureProbe, InvalidArgumentError
 from secorder.oneshot import fisher_cost as module
+from secorder.oneshot import heaviest
 from secorder.oneshot.fisher_cost import fisher_cost
+from secorder.oneshot.timing import seconds_per_product
 
 from ..benchmarks.memory import peak_memory
-from ..helpers import data, make, measured, seed, seeded
+from ..helpers import data, make, measured, mlp, seed, seeded
 
 MODELS = {"rules": make, "a layer without one": lambda: make(nn.Bilinear(5, 5, 5).requires_grad_(False), nn.Tanh())}
 
@@ -89,6 +92,31 @@ def test_columns_and_draws_down_to_an_error_are_told(outputs: int) -> None:
         assert info["0"].num_draws / 2 < cost["0"].num_hvps < 120 + 4 * info["0"].num_draws
     with CurvatureProbe(model) as probe, pytest.raises(InvalidArgumentError, match="type-2"):
         probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", rtol=0.1)
+
+
+def test_what_is_timed_is_not_metered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meter of memory makes small operations several times as long."""
+    metered: list[bool] = []
+
+    def seconds(*args: Any) -> float:
+        metered.append(_get_current_dispatch_mode() is not None)
+        return seconds_per_product(*args)
+
+    monkeypatch.setattr(heaviest, "seconds_per_product", seconds)
+    with CurvatureProbe(mlp()) as probe:
+        probe.estimate_cost(F.cross_entropy, *data(), quantity="fisher", fisher_type="type-2", rtol=0.1)
+    assert metered == [False]
+
+
+def test_memory_of_heaviest_columns_is_that_which_is_spent() -> None:
+    """Some at once of the many, each sample's own, of which few were tried."""
+    model = nn.Sequential(nn.Linear(20, 16), nn.GELU(), nn.Linear(16, 300))
+    batch = torch.randn(32, 20), torch.arange(32)
+    how: dict[str, Any] = {"fisher_type": "type-2", "rtol": 0.2}
+    with CurvatureProbe(model) as probe:
+        told = probe.estimate_cost(F.cross_entropy, *batch, quantity="fisher", **how).num_bytes
+        spent = peak_memory(lambda: probe.fisher_diagonal(F.cross_entropy, *batch, **how))
+    assert told / 1.5 < spent < 1.5 * told
 
 
 class Block(nn.TransformerEncoderLayer):

@@ -6,6 +6,7 @@ import torch
 from secorder.oneshot.timing import (
     Rehearsal,
     least_seconds_of,
+    of_nearest,
     seconds_and_bytes,
     seconds_of,
     seconds_per_product,
@@ -46,6 +47,27 @@ def test_memory_of_many_products_is_told_by_that_of_some(
         _besides, _products = [torch.zeros(n, dtype=torch.float32) for n in (200, 1000 * count)]
 
     assert seconds_and_bytes(trial, most, allowance) == (2.0, num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("most", "told"),
+    [(100.0, list(range(9))), (3.0, [0, 0, 2, 4, 4, 4, 6, 8, 8]), (0.0, [0, 0, 0, 0, 0, 8, 8, 8, 8])],
+)
+def test_of_many_alike_those_that_are_tried_tell_of_the_others(
+    monkeypatch: pytest.MonkeyPatch, most: float, told: list[int]
+) -> None:
+    """Each takes a second, but the first one, which takes a hundred."""
+    now, made = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def tell(place: int) -> int:
+        now[0] += 1.0 if made else 100.0
+        made.append(place)
+        return place
+
+    assert of_nearest(9, tell, most) == told
+    assert of_nearest(0, tell, most) == []
+    assert len(made) == len(set(told))
 
 
 def test_seconds_of_work() -> None:

@@ -97,6 +97,16 @@ class Budget:
             return replace(self, num_draws=max(2, self.num_draws - spent))
         return replace(self, max_draws=max(self.num_draws, self.max_draws - spent))
 
+    def within(self, seconds: float, by_draw: float) -> "Budget":
+        """The budget with as many draws as fit in the seconds, at least two, where an error is asked for.
+
+        ``by_draw`` is what each takes; 0 if that is not known.
+        """
+        if self.rtol is None or not by_draw or seconds == math.inf:
+            return self
+        most = max(2, int(seconds / by_draw))
+        return replace(self, num_draws=min(self.num_draws, most), max_draws=min(self.max_draws, most))
+
     def closer(self, factor: float) -> "Budget":
         """The budget with so much less of an error."""
         return self if self.rtol is None else replace(self, rtol=factor * self.rtol)

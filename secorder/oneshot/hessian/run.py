@@ -152,8 +152,9 @@ def _in_z(
                 result = output_basis.NAME, Estimate(_whole(reduce, values))
             else:
                 elements = facts.output_elements + facts.numel
-                how = budget, elements, advance, reduce
-                result = output_draws.run(task, graph, *how, known.get(name), seconds_of_draws(budget, chosen))
+                seconds = seconds_of_draws(budget, chosen)
+                how = budget.within(seconds, facts.seconds), elements, advance, reduce, known.get(name), seconds
+                result = output_draws.run(task, graph, *how)
             outcomes[name] = Outcome(*result, facts.checks, sum(spent))
             graph.output_gradients = graph.residual = []  # frees the graph as far as no other layer needs it
 
@@ -189,7 +190,8 @@ def _on_parameters(
                 values = parameter_basis.run(task, layer, own, facts.parameter_elements, advance)
                 result = parameter_basis.NAME, Estimate(_whole(reduce, values))
             else:
-                how = budget, facts.parameter_elements, advance, reduce, seconds_of_draws(budget, chosen)
+                seconds = seconds_of_draws(budget, chosen)
+                how = budget.within(seconds, facts.seconds), facts.parameter_elements, advance, reduce, seconds
                 result = parameter_draws.NAME, parameter_draws.run(task, layer, own, *how)
             outcomes[layer.name] = Outcome(*result, facts.checks, sum(spent))
 

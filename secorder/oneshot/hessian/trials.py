@@ -17,10 +17,10 @@ from ..measurement import Measurement
 from ..recorded_layer import contract_pairs, layout_options
 from ..recording import Recording
 from ..roots import First
-from ..timing import TRIAL_SECONDS, seconds_and_bytes, seconds_of, seconds_per_product
+from ..timing import TRIAL_SECONDS, of_nearest, seconds_and_bytes, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
-from .choice import DRAWN, cheapest, choose, seconds_of_draws
+from .choice import cheapest, choose, seconds_of_draws
 from .estimate import Estimate
 from .facts import Facts
 from .investigate import Findings, verify_samples
@@ -76,24 +76,23 @@ def learn_seconds(
         verify_samples(task, found, budget)  # where columns take too long
     chosen = choose(list(found.facts.values()), budget)
     asked = [name for name in asked if chosen[name].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
-    by_parameters = []
-    for name in asked:
-        facts = found.facts[name]
-        if cheapest(facts, budget) is output_basis:
-            seconds, num_bytes = _in_z(task, found.graphs[name], facts, partial(told, allowance=allowance))
-            found.learn(name, seconds=seconds, num_bytes=num_bytes)
-        else:
-            by_parameters.append(next(x for x in task.layers if x.name == name))
-    gradients = {}
+    how = partial(told, allowance=allowance)
+    in_z = [name for name in asked if cheapest(found.facts[name], budget) is output_basis]
+    _learn(found, in_z, lambda name: _in_z(task, found.graphs[name], found.facts[name], how))
+    by_parameters = {x.name: x for x in task.layers if x.name in asked and x.name not in in_z}
     with recording.paused():
-        for layer, own in on_parameters(task, by_parameters):
-            if any(g is not None for g in own):
-                gradients[layer.name] = own
-                how = partial(told, allowance=allowance)
-                seconds, num_bytes = _on_parameters(task, layer, own, found.facts[layer.name], how)
-                found.learn(layer.name, seconds=seconds, num_bytes=num_bytes)
+        gradients = {x.name: own for x, own in on_parameters(task, list(by_parameters.values()))}
+        used = [name for name, own in gradients.items() if any(g is not None for g in own)]
+        _learn(found, used, lambda x: _on_parameters(task, by_parameters[x], gradients[x], found.facts[x], how))
     verify_samples(task, found, budget)
     return _draw_some(task, found, budget, recording, gradients, draws) if draws else {}
+
+
+def _learn(found: Findings, names: Sequence[str], told: Callable[[str], tuple[float, int]]) -> None:
+    """Enter into the facts of layers how long a product takes, and how much memory."""
+    of_each = of_nearest(len(names), lambda place: told(names[place]))
+    for name, (seconds, num_bytes) in zip(names, of_each, strict=True):
+        found.learn(name, seconds=seconds, num_bytes=num_bytes)
 
 
 def _draw_some(
@@ -113,37 +112,48 @@ def _draw_some(
     limit = seconds_of_draws(budget, chosen)
     expected: dict[str, float] = {}
     layers = {layer.name: layer for layer in task.layers}
-    told = [name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)]
-    for name, choice in chosen.items():
-        facts, names = found.facts[name], [name]
-        if choice.strategy == Strategy.OUTPUT_DRAWS:
+    alone = [x for x, c in chosen.items() if c.strategy in (Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS)]
+    if together and found.output_side is not None:
+        work: _Draws = partial(_drawn_columns, task, found.output_side, together, reduce)
+        _, seconds = _seconds_of_draws(work, budget, len(together) * limit, TRIAL_SECONDS)
+        expected |= {graph.layer.name: seconds / len(together) for graph in together}
+
+    def of_layer(place: int) -> tuple[float, int]:
+        name = alone[place]
+        facts, how = found.facts[name], budget.within(limit, found.facts[name].seconds)
+        if how.max_draws < budget.num_draws:  # so few that there is nothing to decide
+            return how.max_draws * facts.seconds, facts.num_bytes
+        if chosen[name].strategy == Strategy.OUTPUT_DRAWS:
             elements = facts.output_elements + facts.numel
             work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
-        elif choice.strategy == Strategy.PARAMETER_DRAWS:
+        else:
             elements = facts.parameter_elements
             work = partial(_drawn_on_parameters, task, recording, layers[name], gradients[name], elements, reduce)
-        elif choice.strategy == Strategy.COLUMN_DRAWS and name not in expected and found.output_side is not None:
-            work = partial(_drawn_columns, task, found.output_side, together, reduce)
-            names = [graph.layer.name for graph in together]
-        else:
-            continue
-        part = TRIAL_SECONDS * len(names) / max(1, len(told))
-        by_draw, seconds = _seconds_of_draws(work, budget, len(names) * limit, part)
-        if choice.strategy != Strategy.COLUMN_DRAWS:
-            size = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
-            found.learn(name, num_bytes=_bytes_of_draws(work, budget, size, part / max(by_draw, 1e-9)))
-        if choice.strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budget):
+        part = TRIAL_SECONDS / len(alone)
+        by_draw, seconds = _seconds_of_draws(work, how, limit, part)
+        if chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, how):
             seconds += 2 * deflation.PILOT_DRAWS * by_draw
-        expected |= dict.fromkeys(names, seconds / len(names))
-    beside = [
-        found.graphs[x] for x in gauss_newton_alone(found, budget) if x in expected and _columns_told(found, x, budget)
-    ]
-    if beside and found.output_side is not None:
-        seconds, _ = _of_columns(task, found.output_side, beside, partial(_told_seconds, allowance=TRIAL_SECONDS))
-        for graph in beside:
-            count = min(found.facts[graph.layer.name].num_columns, budget.num_draws)  # of many, columns and draws
-            expected[graph.layer.name] += count * seconds / len(beside)
+        size = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
+        return seconds, _bytes_of_draws(work, how, size, part / max(by_draw, 1e-9))
+
+    for name, (seconds, num_bytes) in zip(alone, of_nearest(len(alone), of_layer), strict=True):
+        found.learn(name, num_bytes=num_bytes)
+        expected[name] = seconds
+    for name, seconds in _seconds_of_columns_beside(task, found, budget, alone).items():
+        expected[name] += seconds
     return expected
+
+
+def _seconds_of_columns_beside(
+    task: Measurement, found: Findings, budget: Budget, drawn: Sequence[str]
+) -> dict[str, float]:
+    """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
+    names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_told(found, x, budget)]
+    if not names or found.output_side is None:
+        return {}
+    graphs = [found.graphs[name] for name in names]
+    seconds, _ = _of_columns(task, found.output_side, graphs, partial(_told_seconds, allowance=TRIAL_SECONDS))
+    return {name: min(found.facts[name].num_columns, budget.num_draws) * seconds / len(names) for name in names}
 
 
 def gauss_newton_alone(found: Findings, budget: Budget) -> list[str]:
@@ -229,7 +239,7 @@ def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: flo
 
 def _bytes_of_draws(work: _Draws, budget: Budget, size: int, possible: float) -> int:
     """Memory of as many draws as are made at a time; 0 where there is no time for some."""
-    most = min(size, budget.num_draws)
+    most = min(size, budget.num_draws if budget.rtol is None else budget.max_draws)
     count = min(most, PILOT_DRAWS, int(possible))
     if count < LEAST_DRAWS:
         return 0

@@ -56,3 +56,14 @@ def test_what_is_affordable() -> None:
     assert not Budget("hutchinson").affords(1, 1)
     auto = Budget("auto", max_hvps=10, max_work=100)
     assert [auto.affords(*of) for of in ((10, 10), (11, 1), (10, 11))] == [True, False, False]
+
+
+def test_draws_that_there_is_time_for() -> None:
+    auto = Budget.checked("auto", None, None, 10_000, None)
+    fewer = auto.within(5.0, 0.5)
+    assert (fewer.num_draws, fewer.max_draws) == (10, 10)
+    assert auto.within(5.0, 0.01).num_draws == auto.num_draws
+    assert auto.within(5.0, 0.01).max_draws == 500
+    assert auto.within(5.0, 100.0).max_draws == 2  # of which there is an error
+    for budget, seconds, by_draw in ((auto, 5.0, 0.0), (auto, math.inf, 1.0), (Budget("hutchinson", 50), 1.0, 1.0)):
+        assert budget.within(seconds, by_draw) is budget
