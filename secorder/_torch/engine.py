@@ -25,6 +25,9 @@ __all__ = [
     "will_accumulate",
 ]
 
+#: Nodes from a layer's output to its parameter: a view, the product of matrices, the weight's transpose, the leaf.
+NEAR = 3
+
 
 def current_backward() -> int | None:
     """The number of the backward pass that runs now in this thread; None outside of any.
@@ -66,11 +69,14 @@ def accumulate_node(parameter: Tensor) -> Any:
 
 
 def accumulates_into(parameters: Iterable[Tensor], node: Any) -> Any:
-    """The node that accumulates into one of the parameters, where it is next to a node of the graph; else None."""
+    """The node that accumulates into one of the parameters, where it is near a node of the graph; else None."""
     wanted = [id(p) for p in parameters]
-    for following, _ in node.next_functions:
-        if id(getattr(following, "variable", None)) in wanted:
-            return following
+    behind = [node]
+    for _ in range(NEAR):
+        behind = [before for one in behind for before, _ in one.next_functions if before is not None]
+        for following in behind:
+            if id(getattr(following, "variable", None)) in wanted:
+                return following
     return None
 
 

@@ -77,7 +77,10 @@ def contract(
         return like.new_zeros(0) if out is None else out
     if isinstance(u, Tensor):
         assert v is None or isinstance(v, Tensor)
-        return added(kept((u * (u if v is None else v)).reshape(-1, numel).sum(0), keep), out, beta, alpha)
+        products = (u * (u if v is None else v)).reshape(-1, numel)
+        if out is not None and keep is None and beta == 0.0 and alpha == 1.0:
+            return torch.sum(products, 0, out=out)
+        return added(kept(products.sum(0), keep), out, beta, alpha)
     if isinstance(u, Rows):
         assert v is None or isinstance(v, Rows)
         return _contract_rows(u, v, numel, out, beta, alpha, keep)

@@ -101,7 +101,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
     calls, layouts, totals = zip(*came, strict=True)
     forms = pieces(calls) if layer.by_operations else {}
     if layer.by_operations and any(len(forms.get(name, ())) != 1 for name in layer.parameters):
-        _deliver_pieces(fisher, record, layer, forms, [total for total in totals if total is not None])
+        _deliver_pieces(fisher, record, layer, forms)
         return
     try:
         gradients: Mapping[str, PerSample] = {name: own[0] for name, own in forms.items()}
@@ -152,7 +152,10 @@ def _squares(
     numbers: list[Tensor | None] = []
     if squares is None and fisher.accumulate == "diagonal":
         numbers += _multiplied_by(record)
-        numbers += [total_of(local(c[1])) if own is None else own for c, own in zip(calls, totals, strict=True)]
+        if layer.by_operations:
+            numbers += map(_total_of, gradients.values())
+        else:
+            numbers += [total_of(local(c[1])) if own is None else own for c, own in zip(calls, totals, strict=True)]
     return _parts(fisher, record, layer, gradients, products, squares, numbers), numbers
 
 
@@ -216,10 +219,10 @@ def _parts(
 
 
 def _deliver_pieces(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]], totals: list[Tensor]
+    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]]
 ) -> None:
     """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
-    seen = [*_multiplied_by(record), *totals]
+    seen = [*_multiplied_by(record), *[_total_of(form) for forms in parts.values() for form in forms]]
     for turn in range(max(map(len, parts.values()), default=0)):
         gradients = {name: forms[turn] for name, forms in parts.items() if turn < len(forms)}
         products = _tell(fisher, record, layer, gradients)
@@ -327,6 +330,11 @@ def _tell(
         sizes = {name: size for (of, name), size in record.sizes.items() if of == layer.name}
         return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents, sizes)
     return {}
+
+
+def _total_of(part: PerSample) -> Tensor:
+    """The sum of the elements of the cotangents that a per-sample gradient is made of."""
+    return total_of(part if isinstance(part, Tensor) else part.g)
 
 
 def _multiplied_by(record: ForwardRecord) -> list[Tensor]:

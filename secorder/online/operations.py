@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, current_backward
+from .._torch.engine import accumulate_node, current_backward, graph_is_kept
 from .._torch.graph import Users, current_node, outputs_of
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
@@ -105,6 +105,11 @@ def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: S
                 record.sizes[layer.name, name] = size if before is None else before + size
 
 
+def _total(gradients: Sequence[Tensor]) -> Tensor:
+    first, *others = map(total_of, gradients)
+    return sum(others, first)
+
+
 class _UseGradient:
     """What the gradients on an operation's outputs do."""
 
@@ -122,7 +127,8 @@ class _UseGradient:
         # Nodes that the operation's own leads to, so that no cycle forms with what it holds.
         self.sources, self.leaves, self.followed = use.sources, found.leaves, found.followed
         self.numbers = [output.number for output in use.outputs]
-        self.total: Tensor | None = None
+        self.came = self.freed = False  # freed: no second gradient can come, since the graph is not kept
+        self.total: Tensor | None = None  # the sum of the gradients' elements, where one may
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         attachment = self.attachment
@@ -135,23 +141,26 @@ class _UseGradient:
         if layer.name in record.replaced or not self._counts():
             return
         own = [gradients[number] for number in self.numbers]
-        totals = [total_of(g) for g in own if g is not None]
-        total = totals[0] if len(totals) == 1 else sum(totals[1:], totals[0])
+        given = [g for g in own if g is not None]
         if not enter(self.attachment, record):
-            second_backward(fisher, record, [layer.name], self.total, total)
+            if not self.freed:
+                second_backward(fisher, record, [layer.name], self.total, _total(given))
             return
-        if self.total is not None or layer.name not in record.layouts or layer.name in record.troubled:
+        if self.came or layer.name not in record.layouts or layer.name in record.troubled:
             return
-        self.total = total
-        _note_digits(record, layer, [g.dtype for g in own if g is not None])
+        self.came = True
+        _note_digits(record, layer, [g.dtype for g in given])
         kind = compute_dtype(layer)
         layouts = record.layouts[layer.name][self.index]
         call = OperationCall(current_node(), own, layouts, record.num_samples, kind)
         several = len(record.calls[layer.name]) > 1
         found = brought(call, self.sources, self.leaves, self.followed, several=several)
-        if not isinstance(found, Later):
-            _note_sizes(record, layer, found, [g for g in own if g is not None])
-        bring(fisher, record, layer, self.index, found, total)
+        if isinstance(found, Later):  # what a weight's gradient is made of was saved in the graph: a bias's is not
+            self.freed = found.targets.keys() != {0} and not graph_is_kept()
+        else:
+            _note_sizes(record, layer, found, given)
+        self.total = None if self.freed else _total(given)
+        bring(fisher, record, layer, self.index, found, self.total)
 
     def _counts(self) -> bool:
         """Whether this backward is a training step of the layer: asked once for all of its uses."""

@@ -64,7 +64,9 @@ def test_where_a_parameter_accumulates() -> None:
     node = accumulate_node(layer.weight)
     assert node.variable is layer.weight
     assert accumulates_into([layer.weight, layer.bias], layer(x).grad_fn).variable is layer.bias
-    assert accumulates_into([layer.weight], layer(x).grad_fn) is None  # behind a transposition
+    assert accumulates_into([layer.weight], layer(x).grad_fn) is node  # behind a transposition
+    assert accumulates_into([layer.weight], layer(x.repeat(5, 1, 1)).grad_fn) is node  # and a view
+    assert accumulates_into([layer.weight], (2 * (2 * layer(x))).grad_fn) is None  # too far
 
 
 def test_whether_a_parameter_will_accumulate_in_this_backward() -> None:
