@@ -69,7 +69,8 @@ class LayerInfo:
         num_hvps: Hessian-vector products spent on this layer.
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.
-        relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact.
+        relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact, nan where draws do
+            not tell it (``"mc"``).
         converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
             its relative error is below one half.
         num_batches: batches that it is the mean of, or the sum.
@@ -105,7 +106,7 @@ def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
         num_hvps=sum(info.num_hvps for info in infos),
         num_draws=sum(info.num_draws for info in infos),
         checks={name: all(info.checks.get(name, True) for info in infos) for name in sorted(names)},
-        relative_error=relative_error,
+        relative_error=relative_error or sum(0 * info.relative_error for info in infos),  # nan where it is not known
         converged=all(info.converged for info in infos),
         num_batches=sum(info.num_batches for info in infos),
     )

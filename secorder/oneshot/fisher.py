@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 from typing import Any, get_args
 
 import torch
@@ -119,7 +120,11 @@ def fisher_diagonal(
     told = {} if weighted is None else {name: e.errors for name, e in weighted.estimates.items() if e.errors}
     if told:
         errors = {x.name: told.get(x.name, zeros(x)) for x in task.layers}
-    return Diagonals(task.layers, values, {name: info for name, (_, info) in found.items()}, errors)
+    infos = {name: info for name, (_, info) in found.items()}
+    if fisher_type == "mc":
+        used = {name for name, info in infos.items() if info.strategy != Strategy.UNUSED}
+        infos |= {name: replace(infos[name], num_draws=num_draws, relative_error=nan) for name in used}
+    return Diagonals(task.layers, values, infos, errors)
 
 
 def fisher_means(task: Measurement, fisher_type: FisherType, num_draws: int, weighted: ByWeight | None = None) -> Found:

@@ -1,5 +1,6 @@
 """The Monte Carlo Fisher tends to the exact one, and chains are run as they are."""
 
+import math
 from typing import Any, ClassVar
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secorder import CurvatureProbe, per_layer_fisher_diagonal
+from secorder import CurvatureProbe, per_layer_fisher_diagonal, weighted_mean
 
 from ..helpers import mlp, seed, seeded
 from ..reference import assert_all_close, fisher_by_sample, ggn_by_sample
@@ -40,6 +41,10 @@ def test_monte_carlo_is_reproducible() -> None:
             for _ in range(2)
         )
     assert_all_close(first, second, 0.0)
+    assert {info.num_draws for info in first.info.values()} == {3}  # an estimate, whose error draws do not tell
+    both = weighted_mean([first, second], [1, 1]).info["0"]
+    assert both.num_draws == 6
+    assert all(math.isnan(info.relative_error) for info in (first.info["0"], both))
 
 
 def in_place(kind: str) -> nn.Sequential:
