@@ -192,7 +192,7 @@ class CurvatureProbe:
         selected = _layers_to_look_at(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
-            require_number("decay", decay, zero=True)
+            require_number("decay", decay)
             if not 0.0 < decay < 1.0:
                 raise InvalidArgumentError(f"decay must lie between 0 and 1, got {decay!r}.")
         require_flag("strict", strict)
