@@ -197,7 +197,8 @@ def _in_batches(
         seen([x for x in followed if x.rule is not None]) as watched,
     ):
         traced = task.traced(inputs=not task.create_graph)
-        forward = ChainForward(recording, chain_of(task.model), tapped) if bare else None
+        onednn = task.isolated.pure and not task.autocast
+        forward = ChainForward(recording, chain_of(task.model), tapped, onednn=onednn) if bare else None
         output, loss = task.loss(forward=traced if forward is None else partial(task.isolated.run, forward))
         recording.close()
         if not loss.requires_grad:

@@ -78,7 +78,12 @@ _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 @dataclass(eq=False)
 class IsolatedModel:
-    """An isolated model: runs it again and again from one and the same state."""
+    """An isolated model: runs it again and again from one and the same state.
+
+    Attributes:
+        model: the model.
+        pure: whether it is a chain of PyTorch's own modules that is a function of parameters, buffers and input alone.
+    """
 
     model: nn.Module
     _replacements: dict[int, Tensor]
@@ -89,7 +94,7 @@ class IsolatedModel:
     _loss_state: State | None = None
     _take_loss_state: Callable[[State | None], State] | None = None
     _values: ParameterValues | None = None
-    _pure: bool = False
+    pure: bool = False
     _after: RandomState | None = None
     _after_forward: State | None = None  # hooks of the model may write what the loss reads
     _loss_writes: bool = False
@@ -118,7 +123,7 @@ class IsolatedModel:
         ambient: AutocastState | None = None,
     ) -> Any:
         """``forward(arguments)`` from the same (or the given) state, on copies of the tensors, which may be changed."""
-        if self._pure and not any(t.is_inference() for t in tensors_in(arguments)):
+        if self.pure and not any(t.is_inference() for t in tensors_in(arguments)):
             with autocast(self._ambient if ambient is None else ambient):
                 return forward(arguments)
         self._restart(random_state)
@@ -168,7 +173,7 @@ class IsolatedModel:
 
     def require_replacements(self, result: Any) -> None:
         """Raise :class:`ReplacementsBypassed` if tensors of the result depend on a parameter that was replaced."""
-        ends = [] if self._pure else [t for t in tensors_in(result) if t.requires_grad]
+        ends = [] if self.pure else [t for t in tensors_in(result) if t.requires_grad]
         if ends and self._originals:
             reached = gradients(ends, self._originals, [torch.ones_like(t) for t in ends])
             if any(g is not None for g in reached):
@@ -277,7 +282,7 @@ def _isolated_function(model: nn.Module, layers: Sequence[Layer], *, create_grap
         if replaced:
             places = [place for m in modules_in(model) for place in parameter_places(m)]
             stack.enter_context(_holding([(x, replaced[id(x.value)]) for x in places if id(x.value) in replaced]))
-        yield IsolatedModel(model, parameters | replaced, [], lambda _: None, ambient, _pure=True)
+        yield IsolatedModel(model, parameters | replaced, [], lambda _: None, ambient, pure=True)
 
 
 @contextmanager

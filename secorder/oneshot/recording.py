@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .._torch.engine import backward_since, current_backward
 from .._torch.graph import leaves_of
 from .._torch.modules import Place, parameter_places, put_back
+from .._torch.onednn import linear_by_onednn, multiplied_by_onednn
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import same_memory, version
@@ -185,18 +186,23 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 class ChainForward:
     """Runs a chain of modules one after the other, as ``nn.Sequential`` does, and records the layers' calls: no hooks.
 
-    Nothing is added to their outputs either; ε stands for them in the graph.
+    Nothing is added to their outputs either; ε stands for them in the graph, which leads to no parameter.
+
+    Args:
+        onednn: whether linear layers may be computed by other means, which round otherwise.
     """
 
-    def __init__(self, recording: Recording, modules: Sequence[nn.Module], layers: Sequence[Layer]) -> None:
-        self.recording, self.modules = recording, modules
+    def __init__(
+        self, recording: Recording, modules: Sequence[nn.Module], layers: Sequence[Layer], *, onednn: bool
+    ) -> None:
+        self.recording, self.modules, self.onednn = recording, modules, onednn
         self.names = {layer.module: layer.name for layer in layers}
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output of the last one."""
         recording, names = self.recording, self.names
         for module in self.modules:
-            a, x = x, module(x)
+            a, x = x, _called(module, x) if self.onednn else module(x)
             if module in names:
                 name = names[module]
                 recording.inputs.setdefault(name, []).append((a,))
@@ -208,6 +214,16 @@ class ChainForward:
                     x = x + leaf
                 recording.leaves.setdefault(name, []).append(leaf)
         return x
+
+
+def _called(module: nn.Module, x: Tensor) -> Any:
+    """What a module makes of x; a linear layer by oneDNN, where that is faster at the product of two matrices."""
+    if type(module) is nn.Linear and x.dim() == 2:
+        weight = module.weight
+        alike = x.shape[1] == weight.shape[1] and x.device == weight.device and x.dtype is weight.dtype
+        if alike and multiplied_by_onednn(x, x.numel() * len(weight)):
+            return linear_by_onednn(x, weight, module.bias)
+    return module(x)
 
 
 def _leaf(like: Tensor) -> Tensor:

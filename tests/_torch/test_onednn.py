@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secorder._torch import onednn
-from secorder._torch.onednn import multiplied_by_onednn, product_by_onednn
+from secorder._torch.onednn import linear_by_onednn, multiplied_by_onednn, product_by_onednn
 
 ROWS, INNER, COLUMNS = 24, 40, 56
 
@@ -75,3 +75,23 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not multiplied_by_onednn(single.to("meta"), onednn.ALONE)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     assert not multiplied_by_onednn(single, onednn.ALONE)
+
+
+@pytest.mark.skipif(not has_it(), reason="PyTorch was built without oneDNN, or for another processor")
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_linear_layer_and_what_comes_back_through_it(biased: bool) -> None:
+    x, w, b = (torch.randn(*shape, dtype=torch.float32) for shape in ((ROWS, INNER), (COLUMNS, INNER), (COLUMNS,)))
+    parameters = [nn.Parameter(w), nn.Parameter(b)]
+    cotangents = torch.randn(3, ROWS, COLUMNS, dtype=torch.float32)
+    x.requires_grad_(True)
+    z = linear_by_onednn(x, parameters[0], parameters[1] if biased else None)
+    expected = torch.nn.functional.linear(x.double(), w.double(), b.double() if biased else None)
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
+    (found,) = torch.autograd.grad(z, x, cotangents, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(found.double(), cotangents.double() @ w.double(), rtol=1e-5, atol=1e-5)
+    cotangent = cotangents[0].clone().requires_grad_(True)
+    (alone,) = torch.autograd.grad(z, x, cotangent, retain_graph=True, create_graph=True)
+    torch.testing.assert_close(alone, found[0], rtol=1e-5, atol=1e-5)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        alone.sum().backward()
+    assert linear_by_onednn(x.detach(), parameters[0], None).grad_fn is not None

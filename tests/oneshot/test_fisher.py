@@ -94,3 +94,13 @@ def test_nothing_is_added_to_what_layers_of_a_chain_return() -> None:
     with CurvatureProbe(in_place("images"), "all") as probe, Adds() as adds:
         probe.fisher_diagonal(F.cross_entropy, inputs, targets)
     assert not any(shape[:1] == (N,) for shape in adds.shapes)
+
+
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+def test_wide_chains_in_single_precision(fisher_type: Any) -> None:
+    model = nn.Sequential(nn.Linear(160, 256), nn.ReLU(), nn.Linear(256, 224), nn.Tanh(), nn.Linear(224, 5))
+    x, t = torch.randn(128, 160), torch.randint(5, (128,))
+    expected = per_layer_fisher_diagonal(model, F.cross_entropy, x, t, fisher_type=fisher_type)
+    found = per_layer_fisher_diagonal(model.float(), F.cross_entropy, x.float(), t, fisher_type=fisher_type)
+    for name, values in expected.items():
+        assert (found[name].double() - values).norm() < 1e-5 * values.norm()

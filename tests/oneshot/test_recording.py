@@ -6,9 +6,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError
+from secorder._torch.vjp import gradients
 from secorder.layers.selection import select_layers
+from secorder.layers.structure import chain_of
 from secorder.oneshot.isolation import isolate
-from secorder.oneshot.recording import recorded, seen
+from secorder.oneshot.recording import ChainForward, Recording, recorded, seen
 
 from ..helpers import Fn, Net, Twice, data, make
 
@@ -100,3 +102,47 @@ class Checkpointed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return Own.apply(self.inner, x)
+
+
+def _chains() -> dict[str, tuple[nn.Module, Tensor]]:
+    linear = nn.Linear(4, 4)
+    return {
+        "one layer": (nn.Linear(4, 3), torch.randn(5, 4)),
+        "in place": (nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), torch.randn(5, 4)),
+        "nested": (nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(6, 4), nn.Tanh())), torch.randn(5, 2, 3)),
+        "called twice": (nn.Sequential(linear, nn.Tanh(), linear), torch.randn(5, 4)),
+        "positions": (nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)), torch.randn(5, 7, 4)),
+        "without a batch": (nn.Sequential(nn.Conv2d(1, 2, 2), nn.ReLU(inplace=True)), torch.randn(1, 5, 5)),
+        "wide": (
+            nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256)).float(),
+            torch.randn(128, 256, dtype=torch.float32),
+        ),
+    }
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("kind", _chains())
+def test_a_chain_that_is_run_module_by_module(kind: str, onednn: bool) -> None:
+    model, x = _chains()[kind]
+    layers, tolerance = select_layers(model, "all"), {"rtol": 1e-4, "atol": 1e-4}
+    found = Recording()
+    z = ChainForward(found, chain_of(model), layers, onednn=onednn)(x)
+    with isolate(model, None, layers) as isolated, recorded(isolated, layers, own_parameters=True) as expected:
+        y = isolated.forward(x)
+        ends = [leaf for name in expected.leaves for leaf in expected.leaves[name]]
+        g = torch.randn_like(y)
+        wanted = gradients(y, ends, [g])
+    torch.testing.assert_close(z, y, **tolerance)
+    assert found.leaves.keys() == expected.leaves.keys()
+    assert not found.unusable()
+    pulled = gradients(z, [leaf for name in expected.leaves for leaf in found.leaves[name]], [g])
+    torch.testing.assert_close(pulled, wanted, **tolerance)
+    for name, calls in expected.inputs.items():
+        torch.testing.assert_close(found.inputs[name], calls, **tolerance)
+
+
+def test_a_chain_says_what_is_wrong_with_its_input() -> None:
+    model = nn.Linear(256, 256).float()
+    forward = ChainForward(Recording(), [model], select_layers(model), onednn=True)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        forward(torch.randn(128, 255, dtype=torch.float32))
