@@ -30,21 +30,21 @@ def by_diagonal_alone(graph: LayerGraph) -> bool:
     if leaf.dim() != 2:
         return False
     count, size = leaf.shape
-    cotangent = torch.arange(1, size + 1, dtype=leaf.dtype, device=leaf.device).sqrt_().expand(1, count, -1)
-    parts = graph.gradients([cotangent]).values()
+    cotangent = torch.arange(1, size + 1, dtype=leaf.dtype, device=leaf.device).sqrt_().expand(count, -1)
+    parts = graph.gradient([cotangent]).values()
     return all(
-        isinstance(part, Outer) and part.g.shape[-2] == 1 and torch.equal(part.g.flatten(2), cotangent)
+        isinstance(part, Outer) and part.g.shape[-2] == 1 and torch.equal(part.g.flatten(1), cotangent)
         for part in parts
     )
 
 
 def by_diagonal(graph: LayerGraph, diagonal: Tensor) -> list[Tensor]:
     """By the diagonal (N, size) of H_z, of a layer for which that suffices: Σ_n diag(H_z)_n ⊙ a_n²."""
-    parts, totals = graph.gradients([diagonal.view(1, *graph.leaves[0].shape)]), parts_of_one(graph.layer)
+    parts, totals = graph.gradient([diagonal.view(graph.leaves[0].shape)]), parts_of_one(graph.layer)
     for total, name in zip(totals, graph.layer.parameters, strict=True):
         part = parts[name]
         assert isinstance(part, Outer)
-        contract_one_position(part.a, part.g[0, :, :, 0], total.numel(), total, 0.0)
+        contract_one_position(part.a, part.g[:, :, 0], total.numel(), total, 0.0)
     return totals
 
 
