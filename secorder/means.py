@@ -15,18 +15,19 @@ __all__ = ["RunningMean", "mean_over_ranks", "weighted_mean", "weighted_sum"]
 
 
 def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | None = None) -> Diagonals:
-    """``Σ_b w_b D_b / Σ_b w_b``, entry by entry: the diagonal of all of the data from those of its parts.
+    """``Σ_b w_b D_b / Σ_b w_b``, entry by entry: the diagonal for all of the data from those for its parts.
 
     Args:
-        diagonals: of the same layers.
-        weights: one for each, None for equal ones: the number of samples, for a Fisher and the Hessian of a mean loss.
+        diagonals: several, of the same layers.
+        weights: one each, None for equal weights; for a Fisher, and for the Hessian of a mean loss, the numbers of
+            samples.
 
     Returns:
         their mean; standard errors are combined as those of independent estimates.
 
     Raises:
-        InvalidTypeError: these are no diagonals, or the weights no numbers.
-        InvalidArgumentError: there is nothing to take the mean of, or not as many weights, or none that is positive.
+        InvalidTypeError: these are not diagonals, or the weights are not numbers.
+        InvalidArgumentError: there are no diagonals, or not as many weights, or no positive one.
 
     Example:
         >>> import torch, secorder

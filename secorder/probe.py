@@ -510,7 +510,7 @@ class CurvatureProbe:
         return self._read(fisher_traces, synchronize, missing)
 
     def gradient_noise_scale(self, *, synchronize: bool = False, missing: Missing = "raise") -> NoiseScales:
-        """How many samples a batch needs before its gradient is more signal than noise, by layer: ``tr Σ / |G|²``.
+        """How many samples a batch needs for its gradient to be more signal than noise, by layer: ``tr Σ / |G|²``.
 
         From S, the mean of the N squared norms of a batch's per-sample gradients, and B, that of their mean:
         ``|G|² = (N B − S) / (N − 1)`` and ``tr Σ = (S − B) N / (N − 1)``, unbiased and averaged over batches (weighted
@@ -547,18 +547,19 @@ class CurvatureProbe:
     def window(self, *, keep_total: bool = True, synchronize: bool = False) -> Window:
         """Take out what was accumulated since the last call of this method (or the start), and begin a new window.
 
-        The mean over a whole run is not what a chart over time should show: a :class:`~secorder.Window` holds the
-        samples between two looks alone. A step costs what it did. :meth:`fisher_diagonal` goes on to tell of all
-        samples: what is taken out is added to a sum of the same size in the host's memory, made at the first look.
+        For a curve over time, in which the mean over the whole run would hide what changes: a
+        :class:`~secorder.Window` holds only the samples between two calls. Training steps cost no more.
+        :meth:`fisher_diagonal` is still that of all samples: what is taken out is added to a sum of the same size in
+        host memory, made at the first call.
 
         Args:
-            keep_total: False forgets what is taken out, and takes no memory for it: :meth:`fisher_diagonal` and
-                :attr:`num_samples` then tell of what came since the last look alone.
+            keep_total: False drops what is taken out, and takes no memory for it: :meth:`fisher_diagonal` and
+                :attr:`num_samples` then cover only what came since the last call.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
 
         Returns:
-            a :class:`~secorder.Window`. With ``decay`` its moving average begins at the look. A layer whose number
-            cannot be told stays so until :meth:`reset`.
+            a :class:`~secorder.Window`. With ``decay`` its moving average begins at the call. A layer whose number
+            cannot be given stays so until :meth:`reset`.
 
         Raises:
             ProbeStateError: ``synchronize`` without ``torch.distributed``. An empty window raises when it is read.
@@ -853,9 +854,9 @@ class CurvatureProbe:
         max_iterations: int = 200,
         chunk_size: int | None = None,
     ) -> Cost:
-        """What a measurement with the same arguments would take, before it is paid: products, memory and seconds.
+        """What a measurement with the same arguments would take: products, memory and seconds.
 
-        A forward, a backward and the checks are run, and two short trials of each layer's products.
+        This runs a forward, a backward, the checks, and two short trials of each layer's products.
 
         Args:
             loss_fn, inputs, targets, method, rtol, max_draws, max_hvps, chunk_size: as for :meth:`hessian_diagonal`.

@@ -1,4 +1,4 @@
-"""What every measurement returns: one diagonal per layer, and how it was come by."""
+"""What every measurement returns: one diagonal per layer, and how it was computed."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -18,8 +18,7 @@ from .parallel.fsdp import Shard, shards, whole
 
 __all__ = ["Diagonals", "LayerInfo", "Strategy", "joined_info", "relative_error"]
 
-
-#: What is wrong with a file, or a state.
+#: Said of a file, or a state, of something else.
 _FOREIGN = "this is not what Diagonals.state_dict() returns: was it saved by Diagonals.save()?"
 
 #: On operands, or on operands and their errors.
@@ -27,7 +26,10 @@ Operation = Callable[..., Tensor]
 
 
 class Strategy(str, Enum):
-    """How a layer's curvature was come by; prints as its string, and is equal to it."""
+    """How a layer's curvature is computed; it prints as, and is equal to, its string.
+
+    :class:`LayerInfo` says what each is; ``"output-products"`` and ``"parameter-products"`` are those of eigenvalues.
+    """
 
     UNUSED = "unused"
     COLUMNS = "columns"
@@ -62,22 +64,21 @@ class LayerInfo:
     Attributes:
         strategy: for the Hessian ``"columns"`` (of a root of the output Hessian), ``"chain"`` (each sample's Hessian
             carried backwards), ``"output-basis"``, ``"parameter-basis"``, ``"column-draws"`` (the heaviest columns of
-            each sample, and draws of the others), ``"output-draws"``,
-            ``"columns+output-draws"`` (the Gauss-Newton part exact, the rest drawn), ``"parameter-draws"``, or
-            ``"unused"`` (the loss does not depend on the layer); for the Fisher ``"online"``, ``"rule"``,
-            ``"per-sample"`` or ``"loop"``.
+            each sample, and draws of the others), ``"output-draws"``, ``"columns+output-draws"`` (the Gauss-Newton part
+            exact, the rest drawn), ``"parameter-draws"``, or ``"unused"`` (the loss does not depend on the layer); for
+            the Fisher ``"online"``, ``"rule"``, ``"per-sample"`` or ``"loop"``.
         num_hvps: Hessian-vector products spent on this layer.
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.
-        relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact, nan where draws do
-            not tell it (``"mc"``).
-        converged: whether an estimate met ``rtol`` before it ran out of draws; where nothing was asked of it, whether
-            its relative error is below one half.
-        num_batches: batches that it is the mean of, or the sum.
-        measured_by: of the online Fisher, what told the samples' gradients of the latest batch: ``"rule"`` (one for the
-            type of layer), ``"operations"`` (a rule for each operation that takes a parameter), or ``"rerun"`` (the
-            layer, or the smallest module around it that can, is run again sample by sample: as exact, and slower);
-            ``""`` where it was not measured in this process, and of everything else.
+        relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact, nan where draws
+            do not tell it (``"mc"``).
+        converged: whether an estimate met ``rtol`` before it ran out of draws; without ``rtol``, whether its relative
+            error is below one half.
+        num_batches: how many batches it is the mean, or the sum, of.
+        measured_by: for the online Fisher, how the per-sample gradients of the latest batch were computed: ``"rule"``
+            (by the rule of the layer's type), ``"operations"`` (by a rule for each operation that uses a parameter), or
+            ``"rerun"`` (the layer, or the smallest module around it that can, ran a second time, sample by sample: as
+            exact, and slower); ``""`` if it was not measured in this process, and for all other quantities.
     """
 
     strategy: Strategy
@@ -98,7 +99,7 @@ def relative_error(values: Sequence[Tensor], errors: Sequence[Tensor]) -> float:
 
 
 def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
-    """How what several results of a layer make together was come by: products and draws of all of them."""
+    """How the sum, or mean, of several results of a layer was computed: products and draws of all of them."""
     drawn = next((info for info in infos if info.num_draws), infos[0])
     names = {name for info in infos for name in info.checks}
     return replace(
@@ -115,13 +116,12 @@ def joined_info(infos: Sequence[LayerInfo], relative_error: float) -> LayerInfo:
 class Diagonals(dict[str, Tensor]):
     """A curvature diagonal per layer: layer name → 1-D tensor, weight flattened first, then bias.
 
-    It is a plain ``dict`` in ``model.named_modules()`` order that also knows the parameters behind it. Of a model that
-    ``fully_shard`` shards over ranks, a value holds this rank's shards alone; :meth:`by_parameter` gives ``DTensor`` in
-    the parameters' own shapes and placements, and :meth:`whole` gathers. A parameter's name (``"fc1.weight"``) gives
-    its part, in its shape.
+    A plain ``dict`` in ``model.named_modules()`` order that also takes a parameter's name (``"fc1.weight"``), for its
+    part in its shape. For a model sharded by ``fully_shard``, a value holds only this rank's shards;
+    :meth:`by_parameter` gives ``DTensor`` in the parameters' shapes and placements, and :meth:`whole` gathers.
 
-    ``+``, ``-``, ``*`` and ``/`` take another of the same layers, or a number; standard errors go along to first order,
-    as those of independent estimates. :func:`secorder.weighted_mean` makes one of several.
+    ``+``, ``-``, ``*`` and ``/`` accept another one of the same layers, or a number; standard errors are propagated to
+    first order, as those of independent estimates. :func:`secorder.weighted_mean` averages several.
 
     Attributes:
         info: per layer, how its diagonal was computed (:class:`LayerInfo`).
@@ -195,24 +195,24 @@ class Diagonals(dict[str, Tensor]):
         return {name: part.view(shape) for (name, shape), part in zip(parameters, parts, strict=True)}
 
     def whole(self) -> Iterator[Tensor]:
-        """Layer by layer the whole diagonal: gathered where it is sharded, so that every rank must iterate over it."""
+        """The whole diagonal, layer by layer; if it is sharded, it is gathered, and every rank must iterate over it."""
         for name, diagonal in self.items():
             sharded = self._shards.get(name)
             yield (diagonal if sharded is None else torch.cat([whole(t).flatten() for t in shards(diagonal, sharded)]))
 
     @property
     def total(self) -> float:
-        """The trace of the whole matrix, in which what layers share counts once (gathered, where it is sharded)."""
+        """The trace over all layers, in which a parameter that layers share counts once (gathered, if sharded)."""
         again = [self._of_layer(layer)[name] for layer, names in self._repeated.items() for name in names]
         return sum(self._traces().values()) - sum(whole(part).detach().double().sum().item() for part in again)
 
     @property
     def repeated(self) -> list[str]:
-        """The layers all of whose parameters layers before them hold, such as a head that is tied to its embedding."""
+        """The layers whose parameters all belong to earlier layers too, such as a head tied to its embedding."""
         return [name for name, again in self._repeated.items() if len(again) == len(self._parameters[name])]
 
     def shares(self) -> dict[str, float]:
-        """Per layer, its part of :attr:`total`; of layers that share a parameter, each has it in its own."""
+        """Per layer, its trace over :attr:`total`; a parameter that layers share counts in each of them."""
         total = self.total
         return {name: trace / total if total else 0.0 for name, trace in self._traces().items()}
 
@@ -221,15 +221,15 @@ class Diagonals(dict[str, Tensor]):
         return dict(zip(self, torch.stack(sums).tolist() if sums else [], strict=True))
 
     def to(self, *args: Any, **kwargs: Any) -> "Diagonals":
-        """On another device or in another dtype, as :meth:`torch.Tensor.to`; standard errors as well."""
+        """A copy on another device or in another dtype, as by :meth:`torch.Tensor.to`; standard errors too."""
         return self._mapped(lambda t: t.to(*args, **kwargs))
 
     def copy(self) -> "Diagonals":
-        """Another one of the same tensors."""
+        """A shallow copy: of the same tensors."""
         return self._mapped(lambda t: t)
 
     def detach(self) -> "Diagonals":
-        """The same numbers without a graph."""
+        """The same numbers, detached from the graph."""
         return self._mapped(lambda t: t.detach())
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Diagonals":
@@ -300,10 +300,10 @@ class Diagonals(dict[str, Tensor]):
     # ---- files
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it in plain containers, which ``torch.save`` writes and ``torch.load`` reads with ``weights_only``.
+        """Everything in plain containers, for ``torch.save`` and for ``torch.load`` with ``weights_only=True``.
 
         Raises:
-            InvalidArgumentError: of sharded parameters, this rank holds a part alone.
+            InvalidArgumentError: the parameters are sharded, so that this rank holds only a part.
         """
         if self._shards:
             raise InvalidArgumentError(
@@ -321,10 +321,10 @@ class Diagonals(dict[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "Diagonals":
-        """What :meth:`state_dict` was taken of.
+        """The diagonals that :meth:`state_dict` was called on.
 
         Raises:
-            InvalidArgumentError: it was taken of something else.
+            InvalidArgumentError: the state is one of something else.
         """
         parts = {"values", "standard_error", "info", "layer_types", "parameters"}
         if not isinstance(state, Mapping) or state.get("version") != 1 or not parts <= state.keys():
@@ -357,11 +357,11 @@ class Diagonals(dict[str, Tensor]):
 
     @classmethod
     def load(cls, file: Any, map_location: Any = None) -> "Diagonals":
-        """What :meth:`save` wrote.
+        """The diagonals that :meth:`save` wrote.
 
         Args:
             file: a path or an open file.
-            map_location: where tensors go, as for ``torch.load``.
+            map_location: where tensors are put, as for ``torch.load``.
 
         Raises:
             InvalidArgumentError: the file holds something else.
