@@ -197,8 +197,8 @@ def _require_real_tensors(layer_curvatures: Mapping[str, Tensor]) -> None:
             got = diagonal.dtype if isinstance(diagonal, Tensor) else type(diagonal).__name__
             raise InvalidTypeError(f"the curvature of layer {name!r} must be a tensor of real numbers, got {got}.")
         if diagonal.layout != torch.strided or diagonal.is_meta:
-            got = "a tensor on the meta device" if diagonal.is_meta else diagonal.layout
-            raise InvalidTypeError(f"the curvature of layer {name!r} must be dense, and hold numbers, got {got}.")
+            kind = "a tensor on the meta device" if diagonal.is_meta else diagonal.layout
+            raise InvalidTypeError(f"the curvature of layer {name!r} must be dense, and hold numbers, got {kind}.")
 
 
 def _numbers(given: Tensor, histograms: bool, entries: int | None = None) -> Tensor:

@@ -49,6 +49,8 @@ def test_an_empty_tensor_has_no_statistics() -> None:
         ({"fc": torch.zeros(2, dtype=torch.complex64)}, r"layer 'fc' .* got torch\.complex64"),
         ({"fc": torch.zeros(2, dtype=torch.int64)}, r"layer 'fc' .* got torch\.int64"),
         ({"fc": torch.zeros(2, dtype=torch.bool)}, r"layer 'fc' .* got torch\.bool"),
+        ({"fc": torch.zeros(2, device="meta")}, r"layer 'fc' must be dense, .* got a tensor on the meta device"),
+        ({"fc": torch.zeros(2).to_sparse()}, r"layer 'fc' must be dense, .* got torch\.sparse_coo"),
     ],
 )
 @pytest.mark.parametrize("function", [get_layer_curvature_stats, layer_statistics, summarize])
