@@ -132,13 +132,14 @@ class Troubles:
             AttributionError: in its place, where the probe is strict.
         """
         names = [name for name in names if name in self._names]
-        self.left_out.update(dict.fromkeys(names, reason))
+        new = [name for name in names if self.left_out.get(name) != reason]
+        self.left_out.update(dict.fromkeys(new, reason))
         if record is not None:
             record.troubled |= set(names)
         if self.strict and names:
             raise AttributionError(sentence(names, reason))
-        if names:
-            self.warn(f"{sentence(names, reason)} This batch is left out of it.")
+        if new:
+            self.warn(f"{sentence(new, reason)} This batch is left out of it.")
 
     def warn(self, message: str) -> None:
         """Warn once."""

@@ -24,6 +24,20 @@ def test_a_mark_is_warned_of_once_and_keeps_its_first_reason() -> None:
     assert troubles.marks == {"a": "first"}
 
 
+def test_that_a_batch_is_left_out_is_warned_of_once_a_layer_and_reason() -> None:
+    troubles = Troubles(["a", "b", "c"], strict=False)
+    with pytest.warns(CurvatureWarning) as told:
+        troubles.leave_out(None, ["a", "b"], "first.")
+        for name in "abc":
+            troubles.leave_out(None, [name], "first.")
+        troubles.leave_out(None, ["a"], "second.")
+    assert [str(warning.message) for warning in told] == [
+        "layers ['a', 'b']: first. This batch is left out of it.",
+        "layer 'c': first. This batch is left out of it.",
+        "layer 'a': second. This batch is left out of it.",
+    ]
+
+
 def test_a_strict_one_raises_at_once() -> None:
     with pytest.raises(AttributionError, match=r"layers \['a', 'b'\]: why"):
         Troubles(["a", "b"], strict=True).mark(["a", "b"], "why")
