@@ -177,19 +177,21 @@ class _Routes(TorchFunctionMode):
         if func in _PACK or (func in _FIND and len(given) > (func not in _named("nonzero", "argwhere", "unique"))):
             return (*(source or ()), None)
         if _by_tensors(func, args) and source is not None:
-            return self._selected(func, args, given, source)
+            return self._selected(func, args, kwargs, given, source)
         widest = max(t.dim() for t, _ in states)
         carriers = [(t, state) for t, state in states if t.dim() == widest]
         carriers = [(t, state) for t, state in carriers if t.dim() and t.shape[0] != 1] or carriers
         return max((state for _, state in carriers), key=len)
 
-    def _selected(self, func: Any, args: tuple[Any, ...], given: Sequence[Tensor], source: State) -> State:
+    def _selected(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor], source: State
+    ) -> State:
         if func in _named("sort", "topk"):
             return source  # along one dimension of each row by itself, or values that say nothing of where they were
         indices = given[1:]
         if not any(index in self.states for index in indices):
             return source  # the same for all batches
-        index, place = indices[0], _place(func, args)
+        index, place = indices[0], _place(func, args, kwargs)
         if place > 0 and self.dim == 0:
             return source
         rows = given[0].shape[0] if given[0].dim() else 0
@@ -207,9 +209,10 @@ def _is_order(found: Iterable[int], expected: Iterable[int]) -> bool:
     return list(found) == list(expected)
 
 
-def _place(func: Any, args: tuple[Any, ...]) -> int:
+def _place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The dimension that is selected from."""
     if func is not _GET:
-        return next((int(a) for a in args[1:] if isinstance(a, int) and not isinstance(a, bool)), 0)
+        numbers = [a for a in (kwargs.get("dim"), *args[1:]) if isinstance(a, int) and not isinstance(a, bool)]
+        return int(numbers[0]) % max(1, (args[0] if args else kwargs["input"]).dim()) if numbers else 0
     keys = args[1] if isinstance(args[1], tuple) else (args[1],)
     return next((i for i, key in enumerate(keys) if isinstance(key, (Tensor, list))), 0)

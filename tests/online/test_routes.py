@@ -30,9 +30,32 @@ def by_constant_places(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(x[:, :4]))
 
 
+def within_samples(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
+    """The entries of each row in an order of its own."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = x.argsort(1)
+        return m.head(m.expert(torch.gather(x, *args, order, **kwargs) if args else x.gather(index=order, **kwargs)))
+
+    return forward
+
+
+def across_samples(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.expert(torch.gather(x, index=x.argsort(0), dim=-2)))
+
+
 @pytest.mark.parametrize(
     ("forward", "routed"),
-    [(routed_by_gate, {"expert"}), (sorted_and_back, {"expert"}), (by_constant_places, set())],
+    [
+        (routed_by_gate, {"expert"}),
+        (sorted_and_back, {"expert"}),
+        (by_constant_places, set()),
+        (within_samples(1), set()),
+        (within_samples(-1), set()),
+        (within_samples(dim=1), set()),
+        (within_samples(dim=-1), set()),
+        (across_samples, {"expert", "head"}),
+    ],
 )
 def test_layers_of_rows_that_no_shape_tells_of(forward: Callable[..., Tensor], routed: set[str]) -> None:
     model = Net(forward, gate=nn.Linear(4, 2), expert=nn.Linear(4, 3), head=nn.Linear(3, 2))
