@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from secorder._torch import onednn
+from secorder._torch.onednn import multiplied_by_onednn
 from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.patches import Patches
@@ -91,6 +92,31 @@ def test_products_by_onednn(name: str, pieces: int, monkeypatch: pytest.MonkeyPa
     differentiable = with_cotangents(u, lambda g: g.clone().requires_grad_())
     out = torch.zeros(SIZE, dtype=torch.float32)
     assert contract(differentiable, numel=SIZE, out=out).requires_grad
+
+
+def has_onednn() -> bool:
+    return multiplied_by_onednn(torch.zeros(1, dtype=torch.float32), onednn.ALONE)
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("samples", [contraction.MANY_SAMPLES - 1, contraction.MANY_SAMPLES])
+def test_tall_products_by_onednn(samples: int, same: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many samples, they are made as their transposes."""
+    monkeypatch.setattr(onednn, "ALONE", 1)
+    turned = []
+    add = contraction._add_turned
+    monkeypatch.setattr(contraction, "_add_turned", lambda *args: turned.append(1) or add(*args))
+    a, g, other = torch.randn(samples, 1, 5, 3), torch.randn(samples, 1, 5, 7), torch.randn(samples, 1, 5, 7)
+    u, v = Outer(a, g), Outer(a, g if same else other)
+    expected = (written_out(u) * written_out(v)).sum(0)
+    u, v = (Outer(a.float(), own.g.float()) for own in (u, v))
+    out = torch.ones(21, dtype=torch.float32)
+    contract(u, None if same else v, numel=21, out=out, alpha=3.0)
+    torch.testing.assert_close(out.double(), 1 + 3 * expected, rtol=1e-5, atol=1e-5)
+    assert len(turned) == (samples >= contraction.MANY_SAMPLES and has_onednn())
+    apart = u._replace(g=torch.nn.functional.pad(u.g, (0, 1))[..., :-1])  # whose rows are apart
+    torch.testing.assert_close(contract(apart, numel=21), contract(u, numel=21), rtol=1e-5, atol=1e-5)
+    assert len(turned) == 2 * (samples >= contraction.MANY_SAMPLES and has_onednn())
 
 
 def test_patches_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
