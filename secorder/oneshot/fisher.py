@@ -217,6 +217,7 @@ def _in_batches(
         if side is None:
             return None
         pairs = _pairs(task, side, fisher_type, num_draws)
+        side.gradients = []  # whose graph may be many times as large as the outputs
         some = _some(pairs, trial, weighted)
         found: Found = {}
         inner_sizes = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch.vjp import chunks, default_chunk_size
+from .independence import sample_bits
 from .roots import Map, Root
 
 __all__ = ["Product", "cross_entropy_root", "form_root", "signed_factors", "softmax_root"]
@@ -197,7 +198,8 @@ def _blocks(product: Product, f: Tensor, order: Tensor, chunk_size: int | None) 
     flat = f.flatten(1)
     if width == 1:  # in the order of the elements
         return _elements(product, flat)
-    if number > 1 and _half_reaches_other(product, flat, order):  # a look before all columns are paid
+    half = torch.zeros_like(flat[0], dtype=torch.bool).index_fill_(0, order[::2].flatten(), True)
+    if number > 1 and _reaches_others(product, flat, half):  # a look before all columns are paid
         return None
     blocks = flat.new_empty(count, number, width, width)
     for ids in chunks(width, default_chunk_size(3 * flat.numel(), flat, chunk_size)):
@@ -205,13 +207,20 @@ def _blocks(product: Product, f: Tensor, order: Tensor, chunk_size: int | None) 
         basis[torch.arange(len(ids), device=f.device)[:, None], order.T[ids.start : ids.stop]] = 1
         columns = product(basis[:, None].expand(-1, count, -1))
         blocks[..., ids.start : ids.stop] = columns[..., order].permute(1, 2, 3, 0)
-    if number == 1:
-        return blocks
-    r = _random(flat)
-    found, vectors = product(r[None])[0][:, order], r[:, order]
-    size = torch.einsum("nbij,nbj->nbi", blocks.abs(), vectors.abs())
-    difference = found - torch.einsum("nbij,nbj->nbi", blocks, vectors)
-    return None if bool((difference.abs() > _rounding(f) * size).any()) else blocks
+    return blocks if number == 1 or _explained(product, blocks, flat, order) else None
+
+
+def _explained(product: Product, blocks: Tensor, flat: Tensor, order: Tensor) -> bool:
+    """Whether a product with the Hessian is that of its blocks, to rounding; few samples at a time."""
+    vectors = _random(flat)
+    found = product(vectors[None])[0]
+    for ids in chunks(len(flat), default_chunk_size(blocks[0].numel(), flat, None)):
+        own, here = blocks[ids.start : ids.stop], slice(ids.start, ids.stop)
+        v, u = vectors[here, order], found[here, order]
+        size = torch.einsum("nbij,nbj->nbi", own.abs(), v.abs())
+        if bool(((u - torch.einsum("nbij,nbj->nbi", own, v)).abs() > _rounding(flat) * size).any()):
+            return False
+    return True
 
 
 def _elements(product: Product, flat: Tensor) -> Tensor | None:
@@ -222,15 +231,25 @@ def _elements(product: Product, flat: Tensor) -> Tensor | None:
     vector.mul_(diagonal)
     difference = found - vector
     del found
-    wrong = difference.abs_() > vector.abs_().mul_(_rounding(flat))
-    return None if bool(wrong.any()) else diagonal[:, :, None, None]
+    wrong = bool((difference.abs_() > vector.abs_().mul_(_rounding(flat))).any())
+    del difference, vector
+    return None if wrong and not _apart(product, flat) else diagonal[:, :, None, None]
 
 
-def _half_reaches_other(product: Product, flat: Tensor, order: Tensor) -> bool:
-    """Whether elements of some blocks interact with those of others."""
-    half = torch.zeros_like(flat[0], dtype=torch.bool).index_fill_(0, order[::2].flatten(), True)
-    found = product(_random(flat).mul_(half)[None])[0]
-    return bool((found != 0).logical_and_(~half).any())
+def _apart(product: Product, flat: Tensor) -> bool:
+    """Whether no element of a sample interacts with another, whatever rounding is in a product.
+
+    The others' entries must be zero exactly, for a random half of the elements, and for those with each bit of the
+    index: any two differ in one.
+    """
+    half = _random(flat[0]) > 0
+    return not any(_reaches_others(product, flat, mask) for mask in (half, *sample_bits(flat.shape[1], flat.device)))
+
+
+def _reaches_others(product: Product, flat: Tensor, mask: Tensor) -> bool:
+    """Whether some elements of a sample interact with the others."""
+    found = product(_random(flat).mul_(mask)[None])[0]
+    return bool((found != 0).logical_and_(~mask).any())
 
 
 def _rounding(like: Tensor) -> float:
@@ -297,7 +316,21 @@ def signed_factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     if hessian.shape[1] == 1:
         one = hessian[..., 0]
         return one.abs().sqrt()[..., None], torch.where(one < 0, -1.0, 1.0).to(kind)
-    hessian = hessian.double()
+    columns, sign = torch.empty_like(hessian), torch.empty_like(hessian[..., 0])
+    keep = torch.zeros(hessian.shape[1], dtype=torch.bool, device=hessian.device)
+    keep[-1] = True  # never none
+    for ids in chunks(len(hessian), default_chunk_size(4 * hessian[0].numel(), hessian, None)):
+        found = _factors(hessian[ids.start : ids.stop].double())
+        if found is None:
+            return None
+        columns[ids.start : ids.stop], values = found
+        sign[ids.start : ids.stop] = torch.where(values < 0, -1.0, 1.0)
+        keep |= (values != 0).any(0)
+    return (columns, sign) if bool(keep.all()) else (columns[..., keep], sign[:, keep])
+
+
+def _factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Columns (Q, s, s), and the eigenvalues that they are made of, zeros of those that are none."""
     hessian = (hessian + hessian.mT) / 2
     scale = hessian.diagonal(dim1=1, dim2=2).abs().sqrt()
     scaled = hessian / scale[:, :, None] / scale[:, None, :]
@@ -305,13 +338,9 @@ def signed_factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
     if not bool((scaled.abs() <= 4).all()):
         return None
     values, vectors = torch.linalg.eigh(scaled)
-    size = values.abs()
-    size = torch.where(size <= len(values.T) * torch.finfo(torch.float64).eps, 0.0, size)  # of a singular matrix
-    keep = (size > 0).any(0)
-    keep[-1] = True  # never none
-    columns = (scale[:, :, None] * vectors * size.sqrt()[:, None])[..., keep]
-    sign = torch.where(size > 0, values.sign(), 1.0)[:, keep]
-    return columns.to(kind), sign.to(kind)
+    tiny = values.abs() <= len(values.T) * torch.finfo(torch.float64).eps  # of a singular matrix
+    values = values.masked_fill(tiny, 0.0)
+    return scale[:, :, None] * vectors * values.abs().sqrt()[:, None], values
 
 
 def _random(like: Tensor) -> Tensor:

@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from secorder._torch.memory import most_bytes
+from secorder._torch.vjp import CHUNK_BYTES
 from secorder.oneshot.known_losses import softmax_scale
-from secorder.oneshot.root_forms import _cholesky_factor, cross_entropy_root, form_root, signed_factors
+from secorder.oneshot.root_forms import Product, _cholesky_factor, cross_entropy_root, form_root, signed_factors
 from secorder.oneshot.roots import Root
 
 N = 4
@@ -32,7 +34,7 @@ def matrix_of(root: Root) -> Tensor:
     """What it is the root of."""
     pairs = root.columns(range(root.num_columns))
     v = pairs.u if pairs.v is None else pairs.v
-    sign = torch.ones(pairs.u.shape[:2]) if pairs.sign is None else pairs.sign
+    sign = torch.ones_like(pairs.u[..., 0]) if pairs.sign is None else pairs.sign
     return torch.einsum("kni,knj,kn->nij", pairs.u, v, sign)
 
 
@@ -75,6 +77,58 @@ def test_signed_factors_are_roots_of_any_symmetric_matrix_that_its_diagonal_boun
         again = torch.einsum("qik,qjk,qk->qij", columns, columns, sign)
         assert ((again - h).abs() <= 1e-9 * (h.diagonal(dim1=1, dim2=2).abs().sqrt()[:, :, None] ** 2 + h.abs())).all()
     assert signed_factors(torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])) is None
+
+
+def test_matrices_are_factored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    u = torch.randn(7, 3, 2)
+    whole = signed_factors(u @ u.mT)
+    monkeypatch.setattr("secorder.oneshot.root_forms.default_chunk_size", lambda *_: 2)
+    few = signed_factors(u @ u.mT)
+    assert whole is not None
+    assert few is not None
+    assert all(torch.equal(one, other) for one, other in zip(whole, few, strict=True))
+    assert whole[0].shape == (7, 3, 2)  # of rank two
+
+
+def product_of(loss: Callable[[Tensor], Tensor], f: Tensor) -> Product:
+    """With the Hessian of a loss, by autograd."""
+    f = f.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(f), f, create_graph=True)
+
+    def product(vectors: Tensor) -> Tensor:
+        return torch.stack([torch.autograd.grad(gradient, f, v.view_as(f), retain_graph=True)[0] for v in vectors])
+
+    return lambda vectors: product(vectors).flatten(2)
+
+
+def test_elements_that_do_not_interact_are_told_however_much_rounding_is_in_a_product() -> None:
+    """Far from zero, the second derivative of log cosh is what two numbers near one leave."""
+    f = 8 * torch.randn(N, 6, dtype=torch.float32)
+    root = form_root(product_of(lambda f: f.cosh().log().sum(), f), f, 1)
+    assert root.right is None
+    assert root.blocks is not None
+    assert len(root.blocks.unique()) == 6
+    assert torch.allclose(matrix_of(root), torch.diag_embed(f.double().cosh() ** -2).float(), atol=1e-6)
+    f[:, 1] = 0.3
+
+    def reaching(f: Tensor) -> Tensor:
+        return f.cosh().log().sum() + 1e-3 * (f[:, 1] * f[:, 4]).sum()
+
+    root, expected = form_root(product_of(reaching, f), f, 1), hessian_of(reaching, f)
+    assert torch.allclose(matrix_of(root), expected, atol=1e-5)
+    assert expected[:, 1, 4].any()
+
+
+def test_blocks_take_a_few_copies_of_the_outputs() -> None:
+    """Beside what is computed at a time: of a mean and a variance for each element, say."""
+    f = torch.randn(64, 2, 8000)
+
+    def loss(f: Tensor) -> Tensor:
+        return (f[:, 0].square() * f[:, 1].exp()).sum()
+
+    product, size = product_of(loss, f), f.numel() * f.element_size()
+    assert form_root(product, f, 1).blocks is not None
+    assert most_bytes(lambda: form_root(product, f, 1)) < 8 * size + CHUNK_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0, 60.0])
