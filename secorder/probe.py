@@ -101,11 +101,11 @@ class CurvatureProbe:
 
     Args:
         model: the module whose call is one batch, samples in dim 0.
-        layer_types: which modules to look at, subclasses included: types, or ``"all"`` for every module that holds
+        layer_types: which modules to measure, subclasses included: types, or ``"all"`` for every module that holds
             parameters; None means ``(nn.Linear, nn.Conv2d)``.
-        layers: names or shell-style patterns (``"encoder.*"``) of the modules to look at; with ``layer_types``
+        layers: names or shell-style patterns (``"encoder.*"``) of the modules to measure; with ``layer_types``
             None, of any type. With an exclamation mark before it (``"!head"``), of those to leave out.
-        frozen: look at frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
+        frozen: measure frozen layers too, whose Fisher costs what a trained layer's does. By default they are left out
             where others are trained, unless ``layers`` names them.
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
@@ -189,7 +189,7 @@ class CurvatureProbe:
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
         require_flag("frozen", frozen)
-        selected = _layers_to_look_at(model, layer_types, layers, frozen=frozen)
+        selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
             require_number("decay", decay)
@@ -300,12 +300,12 @@ class CurvatureProbe:
 
     @property
     def layer_names(self) -> list[str]:
-        """Names of the layers looked at, in ``model.named_modules()`` order."""
+        """Names of the measured layers, in ``model.named_modules()`` order."""
         return [layer.name for layer in self._layers]
 
     @property
     def layer_parameters(self) -> dict[str, tuple[nn.Parameter, ...]]:
-        """The parameters of each layer looked at, as they are in the model now; of those that still are in it."""
+        """The parameters of each measured layer, as they are in the model now; of those that still are in it."""
         now = dict(self._model.named_modules(remove_duplicate=False))
         inside = [layer for layer in self._layers if now.get(layer.name) is layer.module]
         return {layer.name: tuple(present(layer).parameters.values()) for layer in inside}
@@ -1050,7 +1050,7 @@ class CurvatureProbe:
         synchronize(self._fisher, group)
 
 
-def _layers_to_look_at(
+def _layers_to_measure(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
     """The layers that match, of which something is trained unless frozen ones are asked for."""
@@ -1058,7 +1058,7 @@ def _layers_to_look_at(
     selected = select_layers(model, layer_types, layers)
     if not selected:
         raise NoLayerError(
-            "no layer of the model matches: pass layer_types= with the types to look at, or layers= with names "
+            "no layer of the model matches: pass layer_types= with the types to measure, or layers= with names "
             "from model.named_modules()."
         )
     if not names_layers(layers) and not frozen:
@@ -1107,8 +1107,8 @@ def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     share = share_of_parameters(model, layers)
     if share < 0.5:
         every = {layer.name for layer in trained(select_layers(model, "all", unchecked=True))}
-        looked_at = len(every.intersection(layer.name for layer in layers))
+        measured = len(every.intersection(layer.name for layer in layers))
         caution(
-            f"the probe looks at {looked_at} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
-            '(by default at nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
+            f"the probe measures {measured} of {len(every)} trained layers, {share:.0%} of the trainable parameters "
+            '(by default nn.Linear and nn.Conv2d): pass layer_types="all", or types of your own.'
         )

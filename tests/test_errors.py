@@ -153,13 +153,21 @@ def test_how_many_eigenvalues_and_how_close() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{"reduction": "none"}, {"every": 0}, {"every": 1.5}, {"every": True}, {"decay": 1.0}, {"decay": 0}],
+    ("arguments", "error"),
+    [
+        ({"reduction": "none"}, InvalidArgumentError),
+        ({"every": 0}, InvalidArgumentError),
+        ({"every": 1.5}, InvalidTypeError),
+        ({"every": True}, InvalidTypeError),
+        ({"decay": 1.0}, InvalidArgumentError),
+        ({"decay": 0}, InvalidArgumentError),
+        ({"decay": "slow"}, InvalidTypeError),
+    ],
     ids=str,
 )
-def test_probe_arguments(arguments: dict[str, Any]) -> None:
+def test_probe_arguments(arguments: dict[str, Any], error: type[Exception]) -> None:
     model = make()
-    with pytest.raises(InvalidArgumentError, match=next(iter(arguments))):
+    with pytest.raises(error, match=next(iter(arguments))):
         CurvatureProbe(model, **arguments)
     assert not model._forward_pre_hooks
     assert not model[0]._forward_hooks

@@ -38,7 +38,7 @@ class Watched(Protocol):
 
     @property
     def window(self) -> Callable[..., Any]:
-        """The method that takes out what was accumulated since the last look."""
+        """The method that takes out what was accumulated since it was called last."""
 
     @property
     def synchronize(self) -> Callable[..., Any]:

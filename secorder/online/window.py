@@ -1,6 +1,6 @@
-"""Windows: what was accumulated between two looks.
+"""Windows: what was accumulated from one call of ``probe.window()`` to the next.
 
-There is one set of accumulators, and a step adds to nothing else. A look takes them out and puts empty ones in their
+There is one set of accumulators, and a step adds to nothing else. A call takes them out and puts empty ones in their
 place. What was taken out is put together with what was accumulated before, in the host's memory, or forgotten where
 nobody wants the mean over the whole run.
 """
@@ -21,7 +21,7 @@ __all__ = ["Window", "take_window"]
 
 @dataclass(frozen=True)
 class Window:
-    """What a probe accumulated from one look to the next; returned by :meth:`secorder.CurvatureProbe.window`.
+    """What a probe accumulated from one call of :meth:`secorder.CurvatureProbe.window` to the next.
 
     Attributes:
         num_samples: that it holds, of all ranks where it was synchronised.

@@ -1,6 +1,6 @@
 """What windows of training bring, each by itself; put together, one after the other, where both are asked for.
 
-A look takes out what has come since the one before. A thousand small layers are a few thousand small tensors, and to
+Each takes out what has come since the one before. A thousand small layers are a few thousand small tensors, and to
 make, divide and add as many takes longer than a step of training, so that those of small layers are taken out as
 parts of one vector: it is copied and added in one operation, and the sums themselves go on from zero.
 """
