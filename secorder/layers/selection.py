@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, own_tensors, parameters_with
+from .._torch.modules import holds, is_scripted, own_parameters, own_tensors, parameters_with
 from .._torch.walk import modules_in
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
@@ -227,8 +227,7 @@ def ranks_of(model: nn.Module, layers: Sequence[Layer]) -> Ranks | None:
 
 def _tensor_parallel(model: nn.Module) -> tuple[Axis, ...]:
     """The dimensions of a mesh that tensor parallelism shards parameters of a model over."""
-    held = [t for m in modules_in(model) for t in own_tensors(m)]
-    distributed: list[Any] = [t for t in held if is_distributed(t) and isinstance(t, nn.Parameter)]
+    distributed: list[Any] = [p for m in modules_in(model) for p in own_parameters(m).values() if is_distributed(p)]
     managed = fsdp_mesh_dims(model) if distributed else {}
     for p in distributed:
         if p.device_mesh.ndim > managed.get(id(p), 0):

@@ -70,10 +70,11 @@ def pure_by_structure(model: nn.Module) -> bool:
     def pure(module: nn.Module) -> bool:
         if module.training and isinstance(module, _DROPOUTS):
             return False
-        own, tables = own_attributes(module), own_tensors(module)
+        own = own_attributes(module)
         writes = own.get("inplace") or own.get("max_norm") is not None or own.get("sparse")
-        elsewhere = [isinstance(value, Tensor) for value in own.values()]
-        return not writes and True not in elsewhere and True not in [t.is_inference() for t in tables]
+        if writes or True in [isinstance(value, Tensor) for value in own.values()]:
+            return False
+        return True not in [t.is_inference() for t in own_tensors(module)]
 
     return not function_modes() and all(map(pure, modules_in(model)))
 

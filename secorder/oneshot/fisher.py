@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from .._arguments import require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
+from .._torch.graph import collection_paused
 from .._torch.modules import own_parameters
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
@@ -162,13 +163,14 @@ def in_batches(
         return {}
     one_pair = fisher_type == "empirical" or (fisher_type == "mc" and num_draws == 1)
     followed = _followed(task) if one_pair else []  # of one pair, a trial is the whole
-    found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
-    if found is None:
-        return {}
-    missed = [x for x in followed if x.rule is not None and x.name not in found]
-    if missed:
-        rest = _in_batches(replace(task, layers=missed), [], fisher_type, num_draws, trial, weighted)
-        found |= rest or {}
+    with collection_paused() if one_pair else nullcontext():  # over one forward, which makes many small objects
+        found = _in_batches(task, followed, fisher_type, num_draws, trial, weighted)
+        if found is None:
+            return {}
+        missed = [x for x in followed if x.rule is not None and x.name not in found]
+        if missed:
+            rest = _in_batches(replace(task, layers=missed), [], fisher_type, num_draws, trial, weighted)
+            found |= rest or {}
     return found
 
 
