@@ -5,7 +5,9 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +99,22 @@ def _diagnose(options: argparse.Namespace) -> None:
             raise InvalidArgumentError(f"there is no folder {Path(file).parent} for {Path(file).name}.")
     if options.depth is not None and options.depth < 1:
         raise InvalidArgumentError(f"--depth must be at least 1, got {options.depth}.")
-    model, loss_fn, data = _made(options.factory)
-    batches = _tried(model, loss_fn, _loader(data, options.batch_size))
-    diagnosis = diagnose(
-        model,
-        loss_fn,
-        batches,
-        layer_types="all" if options.all_layers else None,
-        layers=options.layers or None,
-        method=options.method,
-        num_draws=options.num_draws,
-        reduction=options.reduction,
-        progress=sys.stderr.isatty(),
-    )
+    with (
+        redirect_stdout(sys.stderr) if options.json == "-" else nullcontext()
+    ):  # what the user's code prints is no JSON
+        model, loss_fn, data = _made(options.factory)
+        batches = _tried(model, loss_fn, _loader(data, options.batch_size))
+        diagnosis = diagnose(
+            model,
+            loss_fn,
+            batches,
+            layer_types="all" if options.all_layers else None,
+            layers=options.layers or None,
+            method=options.method,
+            num_draws=options.num_draws,
+            reduction=options.reduction,
+            progress=sys.stderr.isatty(),
+        )
     _show(diagnosis, options)
 
 
@@ -119,14 +124,18 @@ def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
         raise InvalidArgumentError(f"the factory must be given as package.module:function, got {path!r}.")
     sys.path.insert(0, os.getcwd())
     try:
-        factory = getattr(importlib.import_module(module_name), name, None)
-    except Exception as error:
+        factory = attrgetter(name)(importlib.import_module(module_name))
+    except AttributeError as error:
+        if error.name not in name.split("."):  # of the module's own
+            raise InvalidArgumentError(f"{module_name} cannot be imported: {_told(error)}") from error
+        factory = None
+    except (Exception, SystemExit) as error:
         raise InvalidArgumentError(f"{module_name} cannot be imported: {_told(error)}") from error
     if not callable(factory):
         raise InvalidArgumentError(f"module {module_name!r} has no function {name!r}.")
     try:
         made = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InvalidArgumentError(f"{path} failed: {_told(error)}") from error
     if not isinstance(made, tuple) or len(made) != 3:
         got = f"{len(made)} of them" if isinstance(made, tuple) else type(made).__name__
@@ -183,11 +192,12 @@ def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]
         raise InvalidArgumentError(f"the data cannot be read: {_told(error)}") from error
     if first is None:
         raise InvalidArgumentError(NO_BATCH)
-    if not isinstance(first, (tuple, list)) or len(first) != 2:
+    pair = (first, None) if isinstance(first, Mapping) else first
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         held = f"a {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} parts"
         raise InvalidTypeError(f"the data must yield (inputs, targets), got {held}: wrap it in a generator that does.")
     try:
-        losses(model, loss_fn, [(first[0], first[1])])
+        losses(model, loss_fn, [(pair[0], pair[1])])
     except SecorderError:
         raise
     except Exception as error:

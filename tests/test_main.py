@@ -16,6 +16,7 @@ from secorder.monitor.sinks.json_lines import JSONLinesSink
 from .helpers import ROOT
 
 FACTORY = """
+import sys
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -60,6 +61,23 @@ def wrong_width():
 def dicts():
     model, loss_fn, data = factory()
     return model, loss_fn, DataLoader([{"x": x, "y": y} for x, y in zip(*data)])
+
+class Returning(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x, labels):
+        return nn.functional.cross_entropy(self.fc(x), labels)
+
+    @staticmethod
+    def made():
+        print("loading")
+        data = [{"x": x, "labels": y} for x, y in zip(*factory()[2])]
+        return Returning(), lambda loss, _: loss, DataLoader(data, batch_size=5)
+
+def exiting():
+    sys.exit("usage: train.py")
 
 def triples():
     model, loss_fn, data = factory()
@@ -143,6 +161,13 @@ def test_a_generator_is_measured_whole(factory: str, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["num_samples"] == 10
 
 
+def test_a_method_whose_batches_hold_the_labels_and_which_prints(
+    factory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", "made_for_test:Returning.made", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["num_samples"] == 10
+
+
 def test_inputs_with_names_are_cut_into_batches(factory: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["diagnose", "made_for_test:named", "--batch-size", "5"]) == 0
     assert "10 samples" in capsys.readouterr().out
@@ -200,7 +225,9 @@ def test_command_line_options(factory: str, capsys: pytest.CaptureFixture[str]) 
         (["made_for_test:loss_class"], "pass CrossEntropyLoss()"),
         (["made_for_test:float_targets"], "the loss of the first batch failed: RuntimeError"),
         (["made_for_test:wrong_width"], "the loss of the first batch failed: RuntimeError"),
-        (["made_for_test:dicts"], "must yield (inputs, targets), got a dict"),
+        (["made_for_test:dicts"], "there are no targets, and calling failed: pass them. (Sequential.forward()"),
+        (["made_for_test:Returning.missing"], "has no function 'Returning.missing'"),
+        (["made_for_test:exiting"], "made_for_test:exiting failed: SystemExit: usage: train.py"),
         (["made_for_test:triples"], "must yield (inputs, targets), got 3 parts"),
         (["made_for_test:one_dict"], "data must be a DataLoader"),
         (["made_for_test:nothing"], "holds no batch"),
