@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
 
-__all__ = ["Targets", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "terms"]
+__all__ = ["Targets", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "selected", "terms"]
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
@@ -49,7 +49,8 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
 def divisor_of_sum(node: Node) -> tuple[float, int]:
     """What a sum is divided by, and how many numbers it has, where that is all that a node does; else zeros."""
     step = _multiplied(node) if operation_of(node) == "Div" else None
-    count = 0 if step is None else _summed(step[0])
+    summed = None if step is None else step[0].next_functions[0][0] if operation_of(step[0]) == "Neg" else step[0]
+    count = 0 if summed is None else _summed(summed)
     return (0.0, 0) if step is None or count < 2 else (1 / step[1], count)
 
 
@@ -70,7 +71,7 @@ def _summed(node: Node) -> int:
     """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
     if shape_of(node, 0):
         return 0
-    if operation_of(node) == "Sum":
+    if operation_of(node) in ("Sum", "Nansum"):
         return prod(shape_of(*node.next_functions[0]))
     if _sums(node) and recomputed(node) is False:
         target: Tensor = getattr(node, "_saved_target", torch.empty(0))
@@ -85,6 +86,12 @@ def _sums(node: Node) -> bool:
 def is_mean(node: Node) -> bool:
     """Whether a node is the mean of numbers, or of losses."""
     return operation_of(node) == "Mean" or getattr(node, "_saved_reduction", None) == MEAN
+
+
+def selected(node: Node) -> tuple[int, ...]:
+    """The shape of what a node has selected by indices, a mask, or lengths; empty where it does anything else."""
+    selects = operation_of(node) in ("Index", "IndexSelect", "MaskedSelect", "PackPaddedSequence")
+    return tuple(shape_of(node, 0)) if selects else ()
 
 
 class Targets(NamedTuple):

@@ -6,10 +6,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from secorder._torch.graph import nodes_behind, tells_recomputation
-from secorder._torch.loss_terms import MOST, divisor_of_sum, factors_between, is_mean, mean_over_targets, terms
+from secorder._torch.loss_terms import (
+    MOST,
+    divisor_of_sum,
+    factors_between,
+    is_mean,
+    mean_over_targets,
+    selected,
+    terms,
+)
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -49,6 +57,8 @@ def test_terms_of_a_loss_by_arithmetic_alone() -> None:
     [
         (lambda z: z.sum() / 4, (4.0, 6)),
         (lambda z: F.l1_loss(z, torch.zeros(6), reduction="sum") / 5, (5.0, 6)),
+        (lambda z: -z.sum() / 4, (4.0, 6)),
+        (lambda z: z.nansum() / 4, (4.0, 6)),
         (lambda z: z.sum() * 0.25, (0.0, 0)),
         (lambda z: z.mean() / 4, (0.0, 0)),
         (lambda z: 4 / z.sum(), (0.0, 0)),
@@ -67,6 +77,20 @@ def test_a_mean_over_targets_tells_what_it_counts() -> None:
     assert torch.equal(mean.by_class, w)
     assert mean.classes == 3
     assert not any(map(mean_over_targets, nodes(F.cross_entropy(z, t, reduction="sum", ignore_index=-1))))
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda z: z[z[:, 0] > 0], (2, 3)),
+        (lambda z: z.masked_select(z > 0), (6,)),
+        (lambda z: z.index_select(0, torch.tensor([1, 0, 1])), (3, 3)),
+        (lambda z: nn.utils.rnn.pack_padded_sequence(z[..., None], torch.tensor([3, 2]), batch_first=True)[0], (5, 1)),
+        (lambda z: z[:1], ()),
+    ],
+)
+def test_the_shape_of_what_is_selected(made: Callable[[Tensor], Tensor], expected: tuple[int, ...]) -> None:
+    assert selected(made(torch.ones(2, 3, requires_grad=True).exp()).grad_fn) == expected
 
 
 def test_what_is_a_mean() -> None:

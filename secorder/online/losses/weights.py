@@ -1,8 +1,8 @@
 """Does a loss weight its samples, as far as its operations tell? Seen in its graph.
 
-A mean over targets with class weights, over those that are not ignored, or a sum that is divided by the number of
-tokens, is L = Σ_n c_n ℓ_n with other c_n than 1/N. What a loss does with masks of its own does not show, unless the
-number that it divides by does.
+A mean over targets with class weights, over those that are not ignored or were selected, or a sum that is divided by
+the number of tokens, is L = Σ_n c_n ℓ_n with other c_n than 1/N. What a loss does with masks of its own does not show,
+unless the number that it divides by does.
 
 Where each of several forwards has samples of its own, ``reduction="mean"`` is a mean over these: L = Σ_f (1/N_f) Σ_n
 ℓ_fn, as of D(real) + D(fake). A loss of outputs that were put together before, such as of a batch that is cut into
@@ -14,7 +14,7 @@ from math import prod
 import torch
 
 from ..._torch.graph import Node, operation_of, shape_of
-from ..._torch.loss_terms import divisor_of_sum, is_mean, mean_over_targets
+from ..._torch.loss_terms import divisor_of_sum, is_mean, mean_over_targets, selected
 from .seen import SeenLoss
 
 __all__ = ["MEAN_OF_SEVERAL", "takes_mean_of_several", "weights_of_loss"]
@@ -51,7 +51,21 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
         uneven = not rest and number < count and (2 * count // num_samples) % each  # as of tokens without padding
         if rest or (uneven and _differ(loss, 1)):
             return _WEIGHTED.format(f"a sum that is divided by {number} for {num_samples} samples")
-    return ""
+    number = _unequal_shares(loss, num_samples)
+    return _WEIGHTED.format(f"a mean of {number} that were selected for {num_samples} samples") if number else ""
+
+
+def _unequal_shares(loss: SeenLoss, num_samples: int) -> int:
+    """Of how many selected rows a loss is the mean that cannot be as many of each sample; 0 where it is of none.
+
+    As of tokens that a mask selects, or that are packed: of rows that no dimension of samples is left in.
+    """
+    ends = [node for node in loss.order if prod(shape_of(node, 0)) == 1 and is_mean(node)]
+    counts = [prod(shape_of(*node.next_functions[0])) for node in ends]
+    for rows, *rest in filter(None, map(selected, loss.order)):
+        if rows % num_samples and num_samples not in rest and any(count % rows == 0 for count in counts):
+            return rows
+    return 0
 
 
 def _differ(loss: SeenLoss, classes: int) -> bool:

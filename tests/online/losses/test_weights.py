@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from secorder._torch.graph import tells_recomputation
 
 from ...helpers import Net, data, make
-from ..loops import follow
+from ..loops import follow, rows
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -50,6 +51,12 @@ def masked(z: Tensor, t: Tensor) -> Tensor:
     return (by_token(z, t, reduction="none").view_as(mask) * mask).sum() / mask.sum()
 
 
+def packed(z: Tensor, t: Tensor) -> Tensor:
+    """As many of the first tokens as are not ignored."""
+    lengths = (t >= 0).sum(1)
+    return pack_padded_sequence(z, lengths, batch_first=True, enforce_sorted=False).data.square().mean()
+
+
 @pytest.mark.parametrize(
     ("criterion", "says"),
     [
@@ -57,8 +64,25 @@ def masked(z: Tensor, t: Tensor) -> Tensor:
         (lambda z, t: F.cross_entropy(z.transpose(1, 2), t), "not ignored"),
         (lambda z, t: by_token(z, t, reduction="sum") / (t >= 0).sum(), "divided by"),
         (masked, "divided by"),
+        (lambda z, t: -((z.log_softmax(-1)[..., 0] * (t >= 0)).sum()) / (t >= 0).sum(), "divided by"),
+        (lambda z, t: by_token(z, t, reduction="none").where(t.flatten() >= 0, torch.nan).nanmean(), "divided by"),
+        (lambda z, t: F.cross_entropy(z[t >= 0], t[t >= 0]), "were selected"),
+        (lambda z, t: z.square().masked_select(t[..., None] >= 0).mean(), "were selected"),
+        (lambda z, t: F.mse_loss(z[t >= 0], F.one_hot(t[t >= 0], 3).to(z)), "were selected"),
+        (packed, "were selected"),
     ],
-    ids=["flat", "channels", "a sum", "masked"],
+    ids=[
+        "flat",
+        "channels",
+        "a sum",
+        "masked",
+        "negative",
+        "of numbers",
+        "by a mask",
+        "selected",
+        "squares",
+        "packed",
+    ],
 )
 def test_means_over_tokens_with_padding(criterion: Criterion, says: str) -> None:
     def loss(m: nn.Module, b: Any) -> Tensor:
@@ -102,12 +126,22 @@ MEANS: dict[str, Criterion] = {
     "a half": lambda z, _: z.square().sum() / (2 * len(z)),
     "a hinge": lambda z, _: z.relu().sum() / len(z),
     "at a temperature": lambda z, t: F.cross_entropy(z / 3, t) / 3,
+    "one of each row": lambda z, t: -z.log_softmax(1)[torch.arange(len(z)), t].mean(),
+    "some classes": lambda z, _: z[:, torch.tensor([2, 0])].square().mean(),
 }
 
 
 @pytest.mark.parametrize("name", MEANS)
 def test_means_are_left_alone(name: str) -> None:
     assert follow(make(), [data(n) for n in (6, 7, 5, 3)], lambda m, b: MEANS[name](m(b[0]), b[1])).exact
+
+
+def test_a_mean_over_selected_times_is_left_alone() -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return m(b[0])[torch.tensor([2, 0, 1])].square().mean()
+
+    times_first = [(torch.randn(5, n, 4),) for n in (4, 2, 4, 7)]
+    assert follow(make(), times_first, loss, lambda b: rows(b, 1), sample_dim=1).exact
 
 
 def batches(*sizes: int) -> list[Any]:
