@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "is_builtin", "is_complex",
-    "leads_to_these_alone", "leaves_of", "nodes_behind", "operation_of", "outputs_of", "recomputed", "run_node",
-    "run_node_once", "saved", "shape_of", "signed", "tells_recomputation", "users_of",
+    "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "dtypes_of", "is_builtin",
+    "is_complex", "leads_to_these_alone", "leaves_of", "nodes_behind", "operation_of", "outputs_of",
+    "recomputed", "run_node", "run_node_once", "saved", "shape_of", "signed", "tells_recomputation",
+    "users_of",
 ]  # fmt: skip
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
@@ -116,6 +117,11 @@ def outputs_of(node: Node, *, real: bool = True) -> list[Output]:
     ]
 
 
+def dtypes_of(nodes: Iterable[Node]) -> set[torch.dtype]:
+    """Those of all that some nodes computed."""
+    return {seen.dtype for node in nodes for seen in node._input_metadata}
+
+
 def shape_of(node: Node, number: int) -> tuple[int, ...]:
     """Of one of the tensors that a node computed; of a leaf, the leaf's."""
     return tuple(node._input_metadata[number].shape)
@@ -159,7 +165,7 @@ def is_builtin(node: Node) -> bool:
 
 def is_complex(node: Node) -> bool:
     """Whether any of a node's outputs holds complex numbers."""
-    return any(seen.dtype.is_complex for seen in node._input_metadata)
+    return True in [seen.dtype.is_complex for seen in node._input_metadata]
 
 
 def run_node(node: Node, gradients: Sequence[Tensor | None], index: int) -> Tensor:

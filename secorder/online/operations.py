@@ -1,13 +1,13 @@
 """Layers that are measured by operations: their uses in a recorded forward, and what the gradients on these do."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .._torch.engine import accumulate_node, current_backward, graph_is_kept
-from .._torch.graph import Users, current_node, outputs_of
+from .._torch.graph import Users, current_node, dtypes_of
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
@@ -75,22 +75,22 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
         if name not in record.layouts or name in record.replaced | record.troubled:
             continue
         layer = by_name[name]
-        _note_digits(record, layer, [output.dtype for node in found.followed for output in outputs_of(node)])
+        kind = compute_dtype(layer)
+        _note_digits(record, kind, dtypes_of(found.followed))
         trained = [p for p in layer.parameters.values() if p.requires_grad]
         node = accumulate_node(trained[0]) if len(trained) == 1 else None
         for index, use in enumerate(found.uses):
             record.hooked.add((name, index))
-            received = _UseGradient(attachment, record, layer, index, use, found, node)
+            received = _UseGradient(attachment, record, layer, index, use, found, node, kind)
             use.node.register_prehook(received)
             mark_calls(attachment, record, name, index, [(use.node, output.number) for output in use.outputs])
     record.uses.clear()  # the graph is held by what holds it, and by nothing of ours that it holds
 
 
-def _note_digits(record: ForwardRecord, layer: Layer, dtypes: Sequence[torch.dtype]) -> None:
+def _note_digits(record: ForwardRecord, kind: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
     """A part of a model may compute with fewer digits than its parameters have."""
-    kind = compute_dtype(layer)
     for dtype in dtypes:
-        if dtype is not kind and torch.finfo(dtype).eps > torch.finfo(kind).eps:
+        if dtype is not kind and dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(kind).eps:
             record.autocast_dtype = record.autocast_dtype or dtype
 
 
@@ -122,8 +122,10 @@ class _UseGradient:
         use: Use,
         found: Uses,
         node: Any,
+        kind: torch.dtype,
     ) -> None:
         self.attachment, self.record, self.layer, self.index, self.node = attachment, record, layer, index, node
+        self.kind = kind  # that is computed in
         # Nodes that the operation's own leads to, so that no cycle forms with what it holds.
         self.sources, self.leaves, self.followed = use.sources, found.leaves, found.followed
         self.numbers = [output.number for output in use.outputs]
@@ -149,10 +151,9 @@ class _UseGradient:
         if self.came or layer.name not in record.layouts or layer.name in record.troubled:
             return
         self.came = True
-        _note_digits(record, layer, [g.dtype for g in given])
-        kind = compute_dtype(layer)
+        _note_digits(record, self.kind, [g.dtype for g in given])
         layouts = record.layouts[layer.name][self.index]
-        call = OperationCall(current_node(), own, layouts, record.num_samples, kind)
+        call = OperationCall(current_node(), own, layouts, record.num_samples, self.kind)
         several = len(record.calls[layer.name]) > 1
         found = brought(call, self.sources, self.leaves, self.followed, several=several)
         if isinstance(found, Later):  # what a weight's gradient is made of was saved in the graph: a bias's is not

@@ -14,6 +14,7 @@ from secorder._torch.graph import (
     can_be_run,
     collection_paused,
     current_node,
+    dtypes_of,
     leads_to_these_alone,
     leaves_of,
     nodes_behind,
@@ -61,6 +62,7 @@ def test_what_a_node_computed() -> None:
     assert [(o.number, o.shape) for o in outputs_of(values.grad_fn)] == [(0, (3,))]
     assert shape_of(accumulate_node(w), 0) == (3, 4)
     assert torch.equal(saved(values.grad_fn, "indices"), places)
+    assert dtypes_of([w.exp().grad_fn, w.half().grad_fn]) == {w.dtype, torch.float16}
 
 
 def test_what_a_backward_reaches_beside_known_leaves() -> None:
