@@ -45,7 +45,7 @@ def graph_is_kept() -> bool:
 
 def in_backward() -> bool:
     """Whether a backward pass runs now in this thread."""
-    return current_backward() is not None
+    return bool(torch._C._current_graph_task_id() != -1)
 
 
 def backward_since(outer: int | None) -> bool:

@@ -1,10 +1,10 @@
 """Transforms of ``torch.func``."""
 
+from collections.abc import Callable
+
 import torch
 
 __all__ = ["inside_transform"]
 
-
-def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform (vmap, grad, …) runs now."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+#: What runs the innermost ``torch.func`` transform (vmap, grad, …) now; None outside of any.
+inside_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack

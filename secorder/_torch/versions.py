@@ -1,11 +1,14 @@
 """Whether a tensor is unchanged: by its memory and its version counter, which in-place operations increase."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 __all__ = ["same_memory", "version", "versions"]
+
+_VERSION = attrgetter("_version")
 
 
 def same_memory(x: Tensor, y: Tensor) -> bool:
@@ -29,6 +32,6 @@ def version(tensor: Tensor) -> int:
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """The :func:`version` of each."""
     try:
-        return [t._version for t in tensors]
+        return list(map(_VERSION, tensors))
     except RuntimeError:
         return [version(t) for t in tensors]

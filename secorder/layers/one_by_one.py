@@ -111,7 +111,7 @@ class OneByOne:
         if self._goods is not None:
             for squares in (*of_a, *of_g):
                 squares.nan_to_num_()  # times zero, where it does not count
-            multiply_each(of_g, self._goods.unbind())
+            multiply_each(of_g, self._goods.to(of_g[0].dtype).unbind())
         biases = [(own["bias"], g.sum(0)) for own, g in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)

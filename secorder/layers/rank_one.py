@@ -3,7 +3,7 @@
 What a small layer's squares cost is mostly the calls of the operations, of which most can be made for many layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from .._torch.versions import versions
 from .per_sample import Outer, PerSample
 from .selection import Layer
 
-__all__ = ["RankOne", "rank_one"]
+__all__ = ["RankOne", "overwritten", "rank_one"]
 
 
 class RankOne(NamedTuple):
@@ -38,18 +38,17 @@ class RankOne(NamedTuple):
         return {name: both[name] for name in self.layer.parameters}
 
     @property
-    def elements(self) -> int:
-        """Of both factors."""
-        return self.inputs.numel() + self.cotangents.numel()
-
-    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """Inputs and cotangents."""
         return self.inputs, self.cotangents
 
-    def overwritten(self) -> bool:
-        """Whether one of the factors was changed in place since."""
-        return versions(self.factors) != self.versions
+
+def overwritten(layers: Sequence[RankOne]) -> list[str]:
+    """The names of the layers of which a factor was changed in place since."""
+    now = versions([x for one in layers for x in (one.inputs, one.cotangents)])
+    if now == [number for one in layers for number in one.versions]:
+        return []
+    return [one.layer.name for i, one in enumerate(layers) if now[2 * i : 2 * i + 2] != one.versions]
 
 
 def rank_one(layer: Layer, gradients: Mapping[str, PerSample]) -> RankOne | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._torch.several import add_each, multiply_each
 from .dtypes import MANY_TERMS, added_up
 
-__all__ = ["Frame", "SideBySide", "frame_of"]
+__all__ = ["Frame", "SideBySide", "columns_of", "frame_of"]
 
 
 class Frame(NamedTuple):
@@ -22,6 +22,7 @@ class Frame(NamedTuple):
     Attributes:
         widths: of the blocks.
         owners: shape ``(layers, columns)``, one where a column is a layer's; the last one, of ones, is nobody's.
+        owned: the same transposed.
         blocks: shape ``(columns, 2 · layers)``, one where a column is in a block; the last one is in those of inputs
             of a layer with a bias.
         random: the same with random numbers in place of ones, but for the last column.
@@ -29,6 +30,7 @@ class Frame(NamedTuple):
 
     widths: list[int]
     owners: Tensor
+    owned: Tensor
     blocks: Tensor
     random: Tensor
 
@@ -40,70 +42,78 @@ def frame_of(vectors: Sequence[tuple[Tensor, Tensor]], with_bias: Tensor) -> Fra
     blocks = torch.block_diag(*[torch.ones_like(part)[:, None] for part in parts])
     random = torch.block_diag(*[part[:, None] for part in parts])
     owners = torch.cat([blocks, torch.zeros_like(last)]).t().unflatten(0, (2, -1)).sum(0)
-    return Frame([*map(len, parts), 1], owners, torch.cat([blocks, last]), torch.cat([random, last]))
+    return Frame([*map(len, parts), 1], owners, owners.t(), torch.cat([blocks, last]), torch.cat([random, last]))
+
+
+def columns_of(factors: Sequence[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
+    """The factors of layers, of each the inputs ``(N, in)`` and the cotangents ``(N, out)``, side by side, and ones."""
+    first, _ = factors[0]
+    ones = first.new_ones(first.shape[0], 1)
+    return torch.cat([a for a, _ in factors] + [g for _, g in factors] + [ones], 1, out=out)
 
 
 class SideBySide:
-    """Several layers' factors of one batch.
+    """Several layers' factors of one batch, or of several that are added at once.
 
     Args:
         frame: of the layers.
-        factors: of each layer the inputs ``(N, in)`` and the cotangents ``(N, out)``.
+        columns: what :func:`columns_of` makes of each batch, shape ``(batches, N, columns)``.
     """
 
-    def __init__(self, frame: Frame, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        self._frame = frame
-        first, _ = factors[0]
-        ones = first.new_ones(first.shape[0], 1)
-        self._columns = torch.cat([a for a, _ in factors] + [g for _, g in factors] + [ones], 1)
-        self._squares = self._columns * self._columns
-        self._sums = self._squares.sum(0)
+    def __init__(self, frame: Frame, columns: Tensor) -> None:
+        self._frame, self._columns = frame, columns
+        self._squares = columns * columns
+        self._sums = self._squares.sum(1)
         self._goods: Tensor | None = None
         self._bad: Tensor | None = None  # columns of layers of which a square is not finite
 
     def finite(self) -> Tensor:
-        """Of each layer, whether all squares are finite; where they are not, they are zero from now on."""
-        owners = self._frame.owners
-        found = torch.mv(owners, (self._sums - self._sums).nan_to_num_(1.0))  # what is finite leaves zero
+        """Of each batch and layer, whether all squares are finite; where they are not, they are zero from now on."""
+        zeros = (self._sums - self._sums).nan_to_num_(1.0)  # of what is finite
+        found = torch.mm(zeros, self._frame.owned)
         self._goods = found == 0
-        self._bad = torch.mv(owners.t(), found) != 0
-        self._squares.masked_fill_(self._bad, 0.0)
+        self._bad = torch.mm(found, self._frame.owners) != 0
+        self._squares.masked_fill_(self._bad[:, None], 0.0)
         self._sums.masked_fill_(self._bad, 0.0)
         return self._goods
 
     def explained(self) -> tuple[Tensor, Tensor]:
-        """Of each layer rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more; not finite where it is not.
+        """Of one batch, of each layer rᵀ (Σ_n g_n a_nᵀ) s, with a bias as for an input of one more.
 
-        And the square of what its rounding is relative to, the norms of both factors.
+        Not finite where it is not. And the square of what its rounding is relative to, the norms of both factors.
         """
+        columns, sums = self._columns[0], self._sums[0]
         if self._bad is not None:  # zeros of other layers do not hide them
-            self._columns.masked_fill_(self._bad, 0.0)
-        right, left = torch.mm(self._columns, self._frame.random).chunk(2, 1)
-        of_inputs, of_cotangents = torch.mv(self._frame.blocks.t(), self._sums).chunk(2)
+            columns.masked_fill_(self._bad, 0.0)
+        right, left = torch.mm(columns, self._frame.random).chunk(2, 1)
+        of_inputs, of_cotangents = torch.mv(self._frame.blocks.t(), sums).chunk(2)
         sizes = of_cotangents * of_inputs
         if len(left) > MANY_TERMS:
             values, rounds = added_up(left * right)
             sizes.mul_(rounds)
         else:
             values = (left * right).sum(0)
-        return values if self._goods is None else values.div_(self._goods), sizes
+        return values if self._goods is None else values.div_(self._goods[0]), sizes
 
     def norms(self) -> Tensor:
-        """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``; not finite where it is not."""
-        of_a, of_g = torch.mm(self._squares, self._frame.blocks).t().chunk(2)
+        """Of one batch ‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.
+
+        Not finite where it is not.
+        """
+        of_a, of_g = torch.mm(self._squares[0], self._frame.blocks).t().chunk(2)
         norms = of_a * of_g
-        return norms if self._goods is None else norms.div_(self._goods[:, None])  # where it is zero, by zero
+        return norms if self._goods is None else norms.div_(self._goods[0, :, None])  # where it is zero, by zero
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n²; 1-D, by parameter."""
         widths, layers = self._frame.widths, len(outs)
-        of_g = self._sums.split_with_sizes(widths)[layers:-1]
+        of_g = self._sums.sum(0).split_with_sizes(widths)[layers:-1]
         biases = [(own["bias"], part) for own, part in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
             totals, found = zip(*biases, strict=True)
             if beta != 1.0:
                 multiply_each(totals, beta)
             add_each(totals, found, alpha=alpha)
-        blocks = self._squares.split_with_sizes(widths, 1)
+        blocks = self._squares.flatten(0, 1).split_with_sizes(widths, 1)
         for own, a, g in zip(outs, blocks, blocks[layers:], strict=False):
             own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)

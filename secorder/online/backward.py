@@ -27,7 +27,7 @@ from .audit import Audit
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
 from .losses.accumulation import note_gradients, tell_accumulation
-from .norms import read_squares, watch_squares
+from .norms import norms_due, read_squares, watch_squares
 from .penalty import watch
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
@@ -65,13 +65,12 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     record.backward = backward
     check_together(fisher, backward, record)
     backward.records.append(record)
-    fresh = _fresh(fisher)
-    _watch(fisher, backward, record, fresh)
+    _watch(fisher, backward, record)
     if record.verified and not backward.partial:
         backward.partial = not executes_all(current_node())
-    if len(backward.records) == 1 and fisher.norms_due():
+    if len(backward.records) == 1 and norms_due(fisher):
         backward.takes_norms = True
-        watch_squares(fisher, backward, record, fresh)
+        watch_squares(fisher, backward, record, _fresh(fisher))
     if record.recomputes and not record.handles:
         attachment.register(record)
     return True
@@ -136,12 +135,8 @@ def _fresh(fisher: OnlineFisher) -> set[int]:
     return untouched([p for layer in fisher.layers if not layer.sharded for p in layer.parameters.values()])
 
 
-def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
-    """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any.
-
-    Args:
-        fresh: see :func:`_fresh`.
-    """
+def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
+    """See the whole gradients of parameters that are audited, and of all whose layers have no call to explain any."""
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
         return
@@ -151,7 +146,7 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fres
         layers = [layer for layer in fisher.layers if layer.name in captured]
         backward.audited = fisher.audited.draw(record, layers, every=every)
     watched = [x for x in fisher.layers if x.name in backward.audited or x.name not in captured]
-    ties = record.attribution.ties
+    ties, fresh = record.attribution.ties, _fresh(fisher) if watched else set()
     for layer in watched:
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
@@ -190,12 +185,12 @@ def leave(attachment: "Attachment", backward: Backward) -> None:
     """The backward has ended: close its records."""
     fisher, told = attachment.fisher, not attachment.pauses
     try:
-        if told:
-            fisher.troubles.guarded(None, fisher.sums, quietly, _read_gradients, backward)
+        if told and (backward.fresh or backward.unread):
+            fisher.troubles.guarded(None, fisher.by_layer, quietly, _read_gradients, backward)
     finally:
         fisher.backwards.let_go([backward])
     if told:
-        fisher.troubles.guarded(None, fisher.sums, quietly, _leave, fisher, backward)
+        fisher.troubles.guarded(None, fisher.by_layer, quietly, _leave, fisher, backward)
 
 
 def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:

@@ -62,7 +62,8 @@ def layer_called(
         record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     made_by = output.grad_fn
     assert made_by is not None
-    mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
+    if record.scheduled:
+        mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
     node = accumulates_into(record.parameters(layer).values(), made_by)
     made_by.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends))
 

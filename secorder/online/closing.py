@@ -195,7 +195,7 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
     parameter that the loss uses.
     """
     layer, backward = fisher.layers[index], record.backward
-    if layer.name in record.troubled or (backward is not None and layer.name in record.received and not backward.early):
+    if layer.name in record.troubled:
         return
     if fisher.penalty is not None and explains_all(record, layer):
         return

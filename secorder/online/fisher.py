@@ -7,8 +7,7 @@ and the audit is compared.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.surroundings import lasting
-from .._torch.versions import versions
 from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
@@ -32,8 +30,8 @@ from .losses.reduction import Weights, usable_scale
 from .norm_sums import NormSums
 from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, Backwards, ForwardRecord
-from .schedule import now_and_then
-from .sums import ADDING, LayerSums, count_samples, count_together, empty
+from .stacked import Stacked
+from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, empty
 from .troubles import Troubles
 from .uncalled import Uncalled
 from .window_sums import WindowSums
@@ -42,14 +40,6 @@ __all__ = ["Accumulate", "OnlineFisher", "quietly"]
 
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
-
-_INTERRUPTED = (
-    "adding a batch to its sums was broken off ({}), so that they hold a part of it: call reset(), or "
-    "load_state_dict() with a state that was saved before."
-)
-
-#: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
-ONE_IN = 32
 
 
 class OnlineFisher:
@@ -115,14 +105,31 @@ class OnlineFisher:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        self.norms.settle()
+        self.settle()
         return {**vars(self), "backwards": Backwards()}
 
     @property
     def seen(self) -> Tensor:
         """Samples of all batches that count, float64."""
+        self.settle()
+        return self.counted
+
+    @property
+    def sums(self) -> dict[str, LayerSums]:
+        """The sums of each layer, with all that waited to be added; see :attr:`by_layer` for what is not to wait."""
+        self.settle()
+        return self.by_layer
+
+    @sums.setter
+    def sums(self, sums: dict[str, LayerSums]) -> None:
+        self.by_layer, self.stacked = sums, Stacked()
+
+    def settle(self) -> None:
+        """Add the batches that wait to be added together with later ones."""
         self.norms.settle()
-        return self._seen
+        if self.stacked.waiting:
+            with ADDING, lasting():
+                quietly(self.stacked.settle, self.by_layer, self.counted, self.troubles.marks)
 
     @lasting()
     def reset(self) -> None:
@@ -152,11 +159,11 @@ class OnlineFisher:
         if kept:
             empty([self.sums[name] for name in copied])
             fresh = {layer.name: fresh.get(layer.name) or self.sums[layer.name] for layer in self.layers}
-        self.sums: dict[str, LayerSums] = fresh
-        first = next(iter(self.sums.values())).counts.device
+        self.sums = fresh
+        first = next(iter(fresh.values())).counts.device
         device = torch.device("cpu") if first.type == "meta" else first
         self.norms = NormSums.empty(len(self.layers), device)
-        self._seen = torch.zeros((), dtype=torch.float64, device=device)
+        self.counted = torch.zeros((), dtype=torch.float64, device=device)
         self.batches = 0
         self.elsewhere = 0.0  # samples that other ranks had seen when they were synchronised
 
@@ -164,9 +171,9 @@ class OnlineFisher:
         """Keep what is counted where the parameters are."""
         for layer in self.layers:
             self.sums[layer.name].follow(layer, self.device, self.dtype)
-        first = self.sums[self.layers[0].name].counts
+        first = self.by_layer[self.layers[0].name].counts
         if self.norms.device != first.device:
-            self._seen = self.seen.to(first)
+            self.counted = self.seen.to(first)
             self.norms = self.norms.to(first.device)
             self.failures = self.failures.to(first.device)
 
@@ -194,14 +201,6 @@ class OnlineFisher:
         """How many batches were recorded."""
         return self.batches + (0 if self.earlier is None else self.earlier.batches)
 
-    def norms_due(self) -> bool:
-        """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
-        if self.penalty is not None:
-            return False
-        if self.accumulate == "trace" or not self.norms.added:
-            return True
-        return now_and_then(self.num_batches, ONE_IN)
-
     def count_of(self, record: ForwardRecord) -> float | Tensor:
         """Samples that a batch counts for: all of them, or those that have a weight."""
         if self.ranks is not None:
@@ -225,10 +224,13 @@ class OnlineFisher:
         self, record: ForwardRecord, layer: Layer, parts: Sequence[Tensor | Sequence[PerSample]], good: Tensor | None
     ) -> None:
         """Add to each parameter's sum: Σ of squares, or those of the sum of per-sample gradients."""
-        sums, low = self.sums[layer.name], self.low(record, layer)
-        with self._adding([layer.name]):
+        sums, low = self.by_layer[layer.name], self.low(record, layer)
+
+        def add() -> None:
             sums.add(layer, parts, decay=self.decay, alpha=self._alpha(record), good=good, low=low)
             sums.count(self.count_of(record), good, self.decay, self.of_all(record))
+
+        add_whole({layer.name: sums}, add, self.troubles.marks)
         if good is not None:
             record.goods.append(good)
 
@@ -236,31 +238,21 @@ class OnlineFisher:
         self, record: ForwardRecord, layers: Sequence[Layer], add: Callable[..., None], goods: Tensor | None
     ) -> None:
         """The same for layers that are added together, by a function of their sums, by the parameters' names."""
-        every = [self.sums[layer.name] for layer in layers]
-        outs = [dict(zip(layer.parameters, own.sums, strict=True)) for layer, own in zip(layers, every, strict=True)]
-        with self._adding([layer.name for layer in layers]):
+        every = {layer.name: self.by_layer[layer.name] for layer in layers}
+        outs = [dict(zip(layer.parameters, every[layer.name].sums, strict=True)) for layer in layers]
+
+        def add_all() -> None:
             add(outs, beta=1.0 if self.decay is None else self.decay, alpha=self._alpha(record))
-            each = None if goods is None else goods.unbind()
-            count_together(every, self.count_of(record), each, self.decay, self.of_all(record))
+            each = None if goods is None else goods.double().unbind()  # as counts are: one cast for all
+            count_together([*every.values()], self.count_of(record), each, self.decay, self.of_all(record))
+
+        add_whole(every, add_all, self.troubles.marks)
         if goods is not None:
             record.goods.append(goods)
 
     def _alpha(self, record: ForwardRecord) -> float:
         """What the squares of a record are multiplied by."""
         return self.factor(record) * (1.0 if self.decay is None else (1 - self.decay) / self.of_all(record))
-
-    @contextmanager
-    def _adding(self, names: Sequence[str]) -> Iterator[None]:
-        """Inside, these layers' sums are added to; where that is broken off, a part of a batch stays in none unseen."""
-        with ADDING:
-            before = [versions(self.sums[name].sums) for name in names]
-            try:
-                yield
-            except BaseException as error:  # out of memory, an interrupt
-                for name, seen in zip(names, before, strict=True):
-                    if seen != versions(self.sums[name].sums):
-                        self.troubles.marks[name] = _INTERRUPTED.format(type(error).__name__)
-                raise
 
     def low(self, record: ForwardRecord, layer: Layer) -> bool:
         """Whether the factors of a layer's squares are rounded to bfloat16."""
@@ -291,14 +283,17 @@ class OnlineFisher:
         self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []
+        known = record.received if record.backward is not None and not record.backward.early else ()
         for index, layer in enumerate(self.layers):
             name = layer.name
+            if name in known:
+                continue
             if name in record.received or name in record.troubled or name in record.without_gradient:
                 audit_early(self, record, index)
                 continue
             if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
                 continue
-            sums = self.sums[name]
+            sums = self.by_layer[name]
             audit_early(self, record, index)
             audit_trained(self, record, index)
             zeros.append(name)
@@ -308,21 +303,23 @@ class OnlineFisher:
                         for total in sums.sums:
                             total.mul_(self.decay)
                     sums.count(self.count_of(record), None, self.decay, self.of_all(record))
-        audit_uncalled(self)
+        if len(self.called) < len(self.layers):
+            audit_uncalled(self)
         with ADDING:
             self.batches += 1
-            if not (takes_norms(record) and self._add_norms(record, zeros)):
-                count_samples(self._seen, self.count_of(record), record.goods, len(self.layers))
+            if not (record.stacked or (takes_norms(record) and _add_norms(self, record, zeros))):
+                count_samples(self.counted, self.count_of(record), record.goods, len(self.layers))
 
-    def _add_norms(self, record: ForwardRecord, zeros: Sequence[str]) -> bool:
-        """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
-        if self.accumulate != "trace":
-            add_norms(self, record, zeros, None)
-            return False
-        counted = add_norms(self, record, zeros, self._seen)
-        for name in (*record.norms, *zeros):
-            self.sums[name].batches += 1
-        return counted
+
+def _add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str]) -> bool:
+    """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
+    if fisher.accumulate != "trace":
+        add_norms(fisher, record, zeros, None)
+        return False
+    counted = add_norms(fisher, record, zeros, fisher.counted)
+    for name in (*record.norms, *zeros):
+        fisher.by_layer[name].batches += 1
+    return counted
 
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:

@@ -66,7 +66,7 @@ def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Seq
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
     dtype, device = like.dtype, like.device
-    for other in (*others, *fisher.sums[layer.name].sums):
+    for other in (*others, *fisher.by_layer[layer.name].totals):
         if other.dtype is not dtype or other.device != device:
             return False
     return True

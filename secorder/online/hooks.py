@@ -34,7 +34,7 @@ from .._torch.compile import (
 )
 from .._torch.engine import in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
-from .._torch.own_hooks import Aside, OwnHook, computes_by_its_hooks
+from .._torch.own_hooks import Aside, FirstHook, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.transforms import inside_transform
@@ -168,7 +168,7 @@ class Attachment:
             if is_running(self.model):
                 return  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
-        if not in_backward():  # backward passes of this thread that have not ended were broken off
+        if self.fisher.backwards and not in_backward():  # those of this thread that have not ended were broken off
             let_go(self.fisher, self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
@@ -282,12 +282,12 @@ class Attachment:
                 continue
             if layer.rule is not None:
                 hook = _LayerCalled(self, record, layer)
-                record.handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+                record.handles.append(FirstHook(module, hook))
             elif id(module) not in modules:
                 modules.add(id(module))
                 starts, called = _ModuleStarts(self, record, layer), _ModuleCalled(self, record, layer)
                 record.handles.append(module.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
-                record.handles.append(module.register_forward_hook(called, prepend=True, with_kwargs=True))
+                record.handles.append(FirstHook(module, called))
 
 
 def differentiable(model: nn.Module, arguments: Any) -> bool:
@@ -310,7 +310,7 @@ class _Begin(OwnHook):
 def begin(attachment: Attachment, args: Any, kwargs: Any, eager: EagerSection) -> None:
     """Begin a forward; what is not recorded runs on as it is compiled."""
     try:
-        attachment.fisher.troubles.guarded(None, attachment.fisher.sums, attachment.begin, args, kwargs, eager)
+        attachment.fisher.troubles.guarded(None, attachment.fisher.by_layer, attachment.begin, args, kwargs, eager)
     finally:
         if not attachment.owns(eager):
             attachment.step_aside()
@@ -328,7 +328,7 @@ class _End(OwnHook):
         sections[0].begin()
         fisher = self.owner.fisher
         try:
-            fisher.troubles.guarded(None, fisher.sums, self.owner.end, args, kwargs, output, sections)
+            fisher.troubles.guarded(None, fisher.by_layer, self.owner.end, args, kwargs, output, sections)
         finally:
             for section in sections:
                 section.end()
@@ -340,15 +340,17 @@ class _LayerHook(OwnHook):
     def __init__(self, owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
         self.owner, self.record, self.layer = owner, record, layer
 
-    def foreign(self) -> bool:
-        """Whether the call is none of the record's: another's, a transform's, or made while it is suspended."""
-        other = (threading.get_ident() != self.record.thread or bool(self.owner.pauses)) and not in_backward()
-        return other or bool(self.owner.suspensions) or inside_transform() or self.record.of_another()
-
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        if not self.foreign():
-            run = self.save if self.owner.pauses else self.run
-            self.owner.fisher.troubles.guarded(self.record, (self.layer.name,), run, module, args, kwargs, output)
+        owner, record = self.owner, self.record
+        if owner.suspensions or inside_transform():
+            return
+        if in_backward():  # a checkpoint computes the layer again, perhaps another forward's
+            if record.of_another():
+                return
+        elif owner.pauses or threading.get_ident() != record.thread:
+            return
+        run = self.save if owner.pauses else self.run
+        owner.fisher.troubles.guarded(record, (self.layer.name,), run, module, args, kwargs, output)
 
     def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         raise NotImplementedError

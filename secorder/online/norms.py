@@ -24,6 +24,7 @@ from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
 from .norm_sums import COLUMNS, Batch, Kind, Terms
 from .record import Backward, ForwardRecord
+from .schedule import now_and_then
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -31,11 +32,25 @@ if TYPE_CHECKING:
 __all__ = [
     "add_norms",
     "keep_norms",
+    "norms_due",
     "read_squares",
     "take_norms",
     "takes_norms",
     "watch_squares",
 ]
+
+
+#: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
+ONE_IN = 32
+
+
+def norms_due(fisher: "OnlineFisher") -> bool:
+    """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
+    if fisher.penalty is not None:
+        return False
+    if fisher.accumulate == "trace" or not fisher.norms.added:
+        return True
+    return now_and_then(fisher.num_batches, ONE_IN)
 
 
 # ---- the norm of the batch's gradient

@@ -117,7 +117,7 @@ def _untold(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
 
 
 def _empty(shapes: Sequence[Shape]) -> bool:
-    return any(0 in shape[:2] for shape in shapes)
+    return True in [0 in shape[:2] for shape in shapes]
 
 
 def _look(
@@ -201,7 +201,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
     users: Users = {}
-    if any(x.by_operations for x in record.attribution.layers):
+    if True in [x.by_operations for x in record.attribution.layers]:
         begins = [*tensors_in(arguments), *carried]
         users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
@@ -364,7 +364,7 @@ def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
 
 def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Mark layers that were not called since they are no longer in the model."""
-    missing = [x for x in record.attribution.layers if x.name not in record.calls and x.name in fisher.sums]
+    missing = [x for x in record.attribution.layers if x.name not in record.calls and x.name in fisher.by_layer]
     if not missing:
         return
     modules: dict[str, nn.Module] = dict(fisher.model.named_modules())

@@ -30,8 +30,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .._torch.autocast import AutocastState, autocast_state
 from .._torch.compile import EagerSection, never_compiled
-from .._torch.engine import accumulate_node, first_gradient_hook, in_backward
+from .._torch.engine import accumulate_node, first_gradient_hook
 from .._torch.modules import Place
+from .._torch.own_hooks import FirstHook
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
 from .._torch.saved_tensors import checkpoint_section, saved_tensor_hooks_active
@@ -209,8 +210,14 @@ def slot(parameter: Tensor) -> Slot:
     return None if parameter.grad is None else (id(parameter.grad), version(parameter.grad))
 
 
-@dataclass(eq=False)
-class ForwardRecord:
+class _Referred:
+    """What weak references refer to, however it holds its attributes."""
+
+    __slots__ = ("__weakref__",)
+
+
+@dataclass(eq=False, slots=True)
+class ForwardRecord(_Referred):
     """One forward; see the module's text for its phases.
 
     Attributes:
@@ -254,6 +261,7 @@ class ForwardRecord:
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.
         goods: of layers that were added, one by one or together, whether their gradients are finite.
+        stacked: whether it waits to be added, and its samples to be counted, with those of later backward passes.
         together: samples on all ranks that parameters lie over.
         counted_together: of these, how many have a loss at all.
         recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
@@ -277,7 +285,7 @@ class ForwardRecord:
     start: Start | None = None
     carried: Sequence[Tensor] = ()
     thread: int = field(default_factory=threading.get_ident)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[RemovableHandle | FirstHook] = field(default_factory=list)
     calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
     hooked: set[tuple[str, int]] = field(default_factory=set)
     recomputed: dict[str, set[int]] = field(default_factory=dict)
@@ -309,6 +317,7 @@ class ForwardRecord:
     weights: Tensor | None = None
     counted: Tensor | None = None
     goods: list[Tensor] = field(default_factory=list)
+    stacked: bool = False
     together: int = 0
     counted_together: int = 0
     recomputes: bool = False
@@ -329,8 +338,8 @@ class ForwardRecord:
         self.handles.clear()
 
     def of_another(self) -> bool:
-        """Whether a checkpoint computes a part of another forward again."""
-        if not saved_tensor_hooks_active() or not in_backward():
+        """Whether what a checkpoint computes again, in backward, is a part of another forward."""
+        if not saved_tensor_hooks_active():
             return False
         section = checkpoint_section()
         return section is not None and (self.sections is None or section not in self.sections)

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,16 +11,22 @@ from torch import Tensor
 
 from .._torch.host_copy import begin_copy, goes_to_host
 from .._torch.several import add_each, add_products, set_to_zero
+from .._torch.versions import versions
 from ..layers.dtypes import compute_dtype, zeros
 from ..layers.low_precision import contraction
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 
-__all__ = ["ADDING", "LayerSums", "count_samples", "count_together", "empty"]
+__all__ = ["ADDING", "LayerSums", "add_whole", "count_samples", "count_together", "empty"]
 
 #: Threads add to sums one after the other.
 ADDING = threading.RLock()
+
+_INTERRUPTED = (
+    "adding a batch to its sums was broken off ({}), so that they hold a part of it: call reset(), or "
+    "load_state_dict() with a state that was saved before."
+)
 
 
 class Arriving(NamedTuple):
@@ -167,16 +173,37 @@ class LayerSums:
         return self._increments[key]
 
 
+def add_whole(every: Mapping[str, LayerSums], add: Callable[[], None], marks: dict[str, str]) -> None:
+    """Add to layers' sums, by their names; a mark tells of each in which a part of a batch is left, if broken off."""
+    with ADDING:
+        before = versions([total for sums in every.values() for total in sums.totals])
+        try:
+            add()
+        except BaseException as error:  # out of memory, an interrupt
+            for name, sums in every.items():
+                seen, before = before[: len(sums.totals)], before[len(sums.totals) :]
+                if seen != versions(sums.totals):
+                    marks[name] = _INTERRUPTED.format(type(error).__name__)
+            raise
+
+
 def count_together(
     every: Sequence[LayerSums],
     samples: float | Tensor,
     goods: Sequence[Tensor] | None,
     decay: float | None,
     size: int | None = None,
+    *,
+    batches: int = 1,
 ) -> None:
-    """:meth:`LayerSums.count` of several layers on one device."""
+    """:meth:`LayerSums.count` of several layers on one device.
+
+    Args:
+        goods: of each layer, whether the batch is good, or how many of several are.
+        batches: how many they are.
+    """
     for sums in every:
-        sums.batches += 1
+        sums.batches += batches
         if decay is not None:
             sums.decays += 1
             sums.counts[1].mul_(decay)

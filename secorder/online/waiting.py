@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..layers.one_by_one import Look, OneByOne
-from ..layers.rank_one import RankOne
-from ..layers.side_by_side import SideBySide
+from ..layers.rank_one import RankOne, overwritten
+from ..layers.side_by_side import Frame, SideBySide, columns_of
 from .directions import Vectors
 from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
+from .sums import ADDING
 from .troubles import OVERWRITTEN
 
 if TYPE_CHECKING:
@@ -42,34 +43,43 @@ def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
     record.received.add(one.layer.name)
     record.waiting.append(one)
-    record.elements_waiting += one.elements
+    record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
         add_waiting(fisher, record)
 
 
 def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
-    add_formed(fisher, record)
-    waiting, record.waiting, record.elements_waiting = record.waiting, [], 0
-    layers: list[RankOne] = []
-    overwritten: list[RankOne] = []
-    for one in waiting:
-        if one.layer.name not in record.troubled:
-            (overwritten if one.overwritten() else layers).append(one)
-    if overwritten:
-        fisher.troubles.leave_out(record, [one.layer.name for one in overwritten], OVERWRITTEN)
+    if record.formed:
+        add_formed(fisher, record)
+    waiting, record.waiting = record.waiting, []
+    elements, record.elements_waiting = record.elements_waiting, 0
+    layers = [one for one in waiting if one.layer.name not in record.troubled]
+    if gone := overwritten(layers):
+        fisher.troubles.leave_out(record, gone, OVERWRITTEN)
+        layers = [one for one in layers if one.layer.name not in gone]
     if layers:
-        fisher.troubles.guarded(record, [one.layer.name for one in layers], _add, fisher, record, layers)
+        fisher.troubles.guarded(record, [one.layer.name for one in layers], _add, fisher, record, layers, elements)
 
 
-def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> None:
+def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], elements: int) -> None:
     assert record.backward is not None
     audit, low = record.backward.audit, record.autocast_dtype
     vectors = None if audit.idle else [audit.vectors(one) for one in layers]
     flags = [float("bias" in one.layer.parameters) for one in layers]
-    together: SideBySide | OneByOne | None = _side_by_side(fisher, layers, vectors, flags)
+    frame: Frame | None = None
+    if elements <= SMALL_ELEMENTS and fisher.on_nonfinite == "skip":  # or a number that is none is to be kept
+        frame = _frame(fisher, layers, vectors, flags)
+    if frame is not None and vectors is None and _may_be_stacked(fisher, record, layers):
+        record.stacked = True
+        with ADDING:
+            fisher.stacked.wait(layers, frame, record.num_samples, fisher.factor(record), fisher.settle)
+        return
     seen = () if vectors is None else layers
-    if together is None:
+    together: SideBySide | OneByOne
+    if frame is not None:
+        together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
+    else:
         looks = [
             None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
             for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
@@ -79,7 +89,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
     goods: Tensor | None = None
     if fisher.on_nonfinite == "skip" and (fisher.accumulate == "diagonal" or isinstance(together, SideBySide)):
-        goods = together.finite()  # norms tell by themselves, unless layers are in one matrix
+        goods = together.finite().flatten()  # norms tell by themselves, unless layers are in one matrix
     if seen:
         audit.explain_weights(seen, *together.explained(), low)
     for one, own in zip(layers, vectors, strict=True) if vectors is not None else ():
@@ -91,20 +101,25 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
 
 
-def _side_by_side(
+def _may_be_stacked(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> bool:
+    """Whether layers may be added together with those of later batches: all that there are, in a plain sum."""
+    if fisher.accumulate != "diagonal" or fisher.decay is not None or takes_norms(record):
+        return False
+    return len(layers) == len(fisher.layers)
+
+
+def _frame(
     fisher: "OnlineFisher",
     layers: Sequence[RankOne],
     vectors: Sequence[Vectors | None] | None,
     flags: Sequence[float],
-) -> SideBySide | None:
-    """The factors of small layers side by side; None where they are not, or a number that is none is to be kept.
+) -> Frame | None:
+    """The frame of small layers whose factors go side by side; None where they cannot.
 
     Args:
         vectors: that the layers are looked at with; None where none is.
         flags: of each, one where it has a bias, else zero.
     """
-    if fisher.on_nonfinite != "skip" or sum([one.elements for one in layers]) > SMALL_ELEMENTS:
-        return None
     weights = [one.layer.parameters["weight"] for one in layers]
     for one, weight in zip(layers, weights, strict=True) if vectors is None else ():
         if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:
@@ -112,5 +127,4 @@ def _side_by_side(
     known = None if vectors is None else [own for own in vectors if own is not None]
     if known is not None and len(known) < len(layers):
         return None
-    frame = fisher.directions.frame(weights, known, flags)
-    return None if frame is None else SideBySide(frame, [one.factors for one in layers])
+    return fisher.directions.frame(weights, known, flags)

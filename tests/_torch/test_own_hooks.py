@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder._torch.own_hooks import OwnHook, added_hooks_removed, suspended
+from secorder._torch.own_hooks import FirstHook, OwnHook, added_hooks_removed, suspended
 
 
 class Owner:
@@ -74,3 +74,29 @@ def test_copies_have_hooks_that_do_nothing(copied: Any) -> None:
     assert [hook.calls for hook in hooks] == [1, 1, 1]
     with suspended(other):
         assert {hook.owner.suspensions for hook in hooks} == {0}
+
+
+def test_a_first_hook_comes_before_all_others_and_leaves_nothing() -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Noting(OwnHook):
+        def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append((self.owner, kwargs))
+
+    layer = nn.Identity()
+    before = vars(layer).copy()
+    layer.register_forward_hook(lambda *_: calls.append(("user", None)))
+    handles = [FirstHook(layer, Noting(name)) for name in ("a", "b")]
+    layer(torch.ones(1))
+    assert calls == [("b", {}), ("a", {}), ("user", None)]
+    handles[0].remove()
+    handles[0].remove()
+    calls.clear()
+    layer(torch.ones(1))
+    assert calls == [("b", {}), ("user", None)]
+    handles[1].remove()
+    assert len(layer._forward_hooks) == 1
+    assert not layer._forward_hooks_with_kwargs
+    assert vars(layer).keys() == before.keys()
+    del layer
+    handles[1].remove()

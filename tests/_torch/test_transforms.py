@@ -10,7 +10,7 @@ def test_transforms_are_seen_from_inside() -> None:
     found: list[bool] = []
 
     def function(x: Tensor) -> Tensor:
-        found.append(inside_transform())
+        found.append(bool(inside_transform()))
         return x.sum()
 
     x = torch.ones(3)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from secorder.layers.per_sample import Outer, PerSample
-from secorder.layers.rank_one import rank_one
+from secorder.layers.rank_one import overwritten, rank_one
 from secorder.layers.selection import select_layers
 
 N = 5
@@ -35,6 +35,7 @@ def test_a_factor_that_is_changed_in_place_is_seen() -> None:
     g = torch.randn(N, 1, 1, 6)
     one = rank_one(LAYERS[0], {"weight": Outer(torch.randn(N, 1, 1, 4), g), "bias": Outer(None, g)})
     assert one is not None
-    assert not one.overwritten()
+    other = one._replace(inputs=torch.ones(N, 4), cotangents=torch.ones(N, 6), versions=[0, 0])
+    assert not overwritten([other, one])
     g.zero_()
-    assert one.overwritten()
+    assert overwritten([other, one]) == [one.layer.name]

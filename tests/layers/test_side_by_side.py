@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from secorder.layers.side_by_side import Frame, SideBySide, frame_of
+from secorder.layers.side_by_side import Frame, SideBySide, columns_of, frame_of
 
 SHAPES = [(4, 3), (2, 5), (3, 3)]
 BIASED = [True, False, True]
@@ -30,8 +30,8 @@ def test_what_they_tell_is_what_each_tells_by_itself(bad: str | None) -> None:
     (layers, vectors), given = frame(), factors()
     if bad is not None:
         given[1][bad == "cotangents"][2, 1] = 1e200 if bad == "too large" else torch.inf
-    together = SideBySide(layers, given)
-    goods = together.finite()
+    together = SideBySide(layers, columns_of(given)[None])
+    goods = together.finite()[0]
     assert goods.tolist() == [True, bad is None, True]
     expected = [written_out(a, g, biased) for (a, g), biased in zip(given, BIASED, strict=True)]
     sums = [torch.ones(2 * width * out) for width, out in SHAPES]
@@ -62,7 +62,7 @@ def test_numbers_whose_squares_are_too_large_are_left_out_in_float32() -> None:
     """They are finite themselves, and nothing of them gets into the other layers."""
     (layers, _), given = frame(), [(a.float(), g.float()) for a, g in factors()]
     given[1][0][2, 1] = 1e25
-    together = SideBySide(Frame(layers.widths, *[x.float() for x in layers[1:]]), given)
-    assert together.finite().tolist() == [True, False, True]
+    together = SideBySide(Frame(layers.widths, *[x.float() for x in layers[1:]]), columns_of(given)[None])
+    assert together.finite()[0].tolist() == [True, False, True]
     assert together.norms().isfinite().all(1).tolist() == [True, False, True]
     assert together.explained()[0].isfinite().tolist() == [True, False, True]
