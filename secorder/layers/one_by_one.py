@@ -4,6 +4,8 @@ What is told of a layer are its squares or their sums, which are formed once, wh
 """
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -48,11 +50,14 @@ class OneByOne:
         inputs, cotangents = [one.inputs for one in layers], [one.cotangents for one in layers]
         if squared:
             self._squares = square_each(inputs), square_each(cotangents)
-            self._sizes = torch.stack([x.sum() for both in self._squares for x in both])
         else:
             self._squares = [], []
             self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (*inputs, *cotangents)]).square_()
-            self._sizes = self._rows.sum(1)
+
+    @cached_property
+    def _sizes(self) -> Tensor:
+        """The sums of the squares of each layer's inputs, then of each one's cotangents."""
+        return torch.stack([x.sum() for x in chain(*self._squares)]) if self._squares[0] else self._rows.sum(1)
 
     def finite(self) -> Tensor:
         """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it."""

@@ -25,8 +25,9 @@ __all__ = ["add_waiting", "may_wait", "wait"]
 
 #: Elements of factors that wait, at most, and layers.
 MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
-#: Elements of factors up to which a copy of them costs less than the calls of the operations that it saves.
-SMALL_ELEMENTS = 1 << 16
+#: Elements of factors up to which a copy of them costs less than the calls of the operations that it saves; and layers
+#: up to which norms, which tell by themselves whether they are finite, take fewer calls layer by layer.
+SMALL_ELEMENTS, FEW_LAYERS = 1 << 16, 6
 
 
 def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> bool:
@@ -68,7 +69,8 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     vectors = None if audit.idle else [audit.vectors(one) for one in layers]
     flags = [float("bias" in one.layer.parameters) for one in layers]
     frame: Frame | None = None
-    if elements <= SMALL_ELEMENTS and fisher.on_nonfinite == "skip":  # or a number that is none is to be kept
+    few = fisher.accumulate == "trace" and len(layers) <= FEW_LAYERS
+    if elements <= SMALL_ELEMENTS and not few and fisher.on_nonfinite == "skip":  # or what is no number is to be kept
         frame = _frame(fisher, layers, vectors, flags)
     if frame is not None and vectors is None and _may_be_stacked(fisher, record, layers):
         record.stacked = True
