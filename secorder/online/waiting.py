@@ -73,9 +73,10 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     if elements <= SMALL_ELEMENTS and not few and fisher.on_nonfinite == "skip":  # or what is no number is to be kept
         frame = _frame(fisher, layers, vectors, flags)
     if frame is not None and vectors is None and _may_be_stacked(fisher, record, layers):
+        alpha = fisher.factor(record)
         record.stacked = True
         with ADDING:
-            fisher.stacked.wait(layers, frame, record.num_samples, fisher.factor(record), fisher.settle)
+            fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
     seen = () if vectors is None else layers
     together: SideBySide | OneByOne
