@@ -14,8 +14,9 @@ from secorder.layers.side_by_side import SideBySide
 from secorder.online import stacked
 from secorder.online.audited import Audited
 
-from ..helpers import data, make, reference, step
+from ..helpers import data, in_sight_of_modes, make, reference, step
 from ..reference import assert_all_close
+from .test_host_reads import Reads
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +163,23 @@ def test_what_is_broken_off_is_added_later_or_told(at: str, monkeypatch: pytest.
         step(model, FIRST)
         assert_all_close(probe.fisher_diagonal().by_parameter(), mean_of(model, [FIRST]))
         assert float(probe._fisher.sums["0"].counts[2]) == stacked.MOST + 2
+
+
+def test_nothing_is_read_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither while batches wait nor as they are added."""
+    in_sight_of_modes(monkeypatch)
+    model = make()
+    with probe_of(model) as probe:
+        for _ in range(7):  # beyond the eighth batch, which is looked at
+            step(model, FIRST)
+        before = waiting(probe)
+        with Reads() as reads:
+            for _ in range(3):
+                step(model, FIRST)
+            assert waiting(probe) == before + 3
+            probe._fisher.settle()
+        assert not waiting(probe)
+        assert not reads.counts
 
 
 def test_averages_and_other_layers_do_not_wait() -> None:
