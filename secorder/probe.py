@@ -58,8 +58,8 @@ from .online.looks import Looks
 from .online.losses.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
-from .online.samples import SampleDim, check_sample_dim
-from .online.told_dimensions import (
+from .online.samples.hypotheses import SampleDim, check_sample_dim
+from .online.samples.told_dimensions import (
     require_known_arguments,
     require_one_dimension,
     told_dimensions,

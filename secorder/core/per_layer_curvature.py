@@ -11,7 +11,7 @@ from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
 from ..oneshot.hessian.budget import HessianMethod
-from ..online.samples import SampleDim
+from ..online.samples.hypotheses import SampleDim
 from ..probe import CurvatureProbe, NoLayerError
 from ..results import Diagonals
 

@@ -32,8 +32,8 @@ from .finite import total_of
 from .fisher import quietly
 from .losses.marks import mark_calls
 from .record import ForwardRecord, ModuleCall, Start
-from .relation import Shape
-from .samples import floating
+from .samples.hypotheses import floating
+from .samples.relation import Shape
 from .troubles import OVERWRITTEN
 
 if TYPE_CHECKING:

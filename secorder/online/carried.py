@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._torch.modules import Place, buffer_places, own_attributes, put_back
 from .._torch.pytree import map_tensors, once_each
-from .losses.beside import inside, made_beside
+from .samples.beside import inside, made_beside
 
 __all__ = ["carried", "carried_cut_off", "cut_off"]
 

@@ -45,7 +45,7 @@ from .fisher import OnlineFisher
 from .looks import Looks
 from .opening import open_record, settle
 from .record import ForwardRecord, Start
-from .samples import floating
+from .samples.hypotheses import floating
 
 __all__ = ["Attachment"]
 

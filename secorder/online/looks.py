@@ -12,13 +12,13 @@ from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
-from .attribution import Attribution, merged
 from .carried import carried_cut_off
 from .losses.returned import told_otherwise
-from .relation import Shape, explain
-from .samples import SampleDim, shapes_of
+from .samples.attribution import Attribution, merged
+from .samples.hypotheses import SampleDim, shapes_of
+from .samples.relation import Shape, explain
+from .samples.search import attribute
 from .schedule import now_and_then
-from .search import attribute
 
 __all__ = ["Looks"]
 

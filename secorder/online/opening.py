@@ -18,7 +18,6 @@ from ..layers.selection import Layer
 from ..oneshot.recording import RecordingFailed
 from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
-from .attribution import Attribution
 from .capture import module_called, module_starts
 from .carried import carried
 from .exchanged import refresh
@@ -29,9 +28,10 @@ from .losses.reduction import weights_of
 from .losses.watching import watch_losses
 from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, Start, slot
-from .relation import Shape, explain, whole_call
-from .sample_dimension import LISTED
-from .samples import shapes_of
+from .samples.attribution import Attribution
+from .samples.hypotheses import shapes_of
+from .samples.relation import Shape, explain, whole_call
+from .samples.sample_dimension import LISTED
 from .troubles import OUTSIDE, coupled, tell_normalised
 
 if TYPE_CHECKING:

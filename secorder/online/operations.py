@@ -14,7 +14,6 @@ from ..layers.layout import Layout
 from ..layers.operations import OperationCall
 from ..layers.selection import Layer
 from ..layers.uses import Later, Piece, Use, Uses, brought, find_uses, hidden, reentrant
-from .attribution import Attribution
 from .backward import enter
 from .capture import counts_in
 from .closing import second_backward
@@ -23,8 +22,9 @@ from .finite import total_of
 from .fisher import quietly
 from .losses.marks import mark_calls
 from .record import ForwardRecord
-from .relation import Verified, explain
 from .rounding import before_sums
+from .samples.attribution import Attribution
+from .samples.relation import Verified, explain
 
 if TYPE_CHECKING:
     from .hooks import Attachment

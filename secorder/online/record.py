@@ -41,9 +41,9 @@ from ..layers.layout import Layout
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..layers.uses import Uses
-from .attribution import Attribution
 from .audit import Audit
-from .relation import Shape
+from .samples.attribution import Attribution
+from .samples.relation import Shape
 
 __all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
 

@@ -9,10 +9,10 @@ from .._caution import caution
 from .._torch.saved_tensors import stops_recomputation
 from .._torch.surroundings import count_modes, out_of_sight
 from ..errors import AttributionError, CouplingError, NonFiniteError, SecorderError
-from .attribution import Attribution
 from .record import ForwardRecord
-from .relation import Shape
-from .sample_dimension import LISTED
+from .samples.attribution import Attribution
+from .samples.relation import Shape
+from .samples.sample_dimension import LISTED
 
 __all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "coupled", "sentence", "tell_normalised"]
 

@@ -11,10 +11,10 @@ from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
 from secorder.online import audited
 from secorder.online import backward as passes
-from secorder.online.attribution import Attribution
 from secorder.online.audited import FIRST, SHARE, share_of
 from secorder.online.reading import unreadable
 from secorder.online.record import Backward, ForwardRecord
+from secorder.online.samples.attribution import Attribution
 
 from ..helpers import Net, data, mlp
 

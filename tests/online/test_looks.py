@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.oneshot.isolation import IsolatedModel
-from secorder.online import rows
 from secorder.online.looks import Looks
+from secorder.online.samples import rows
 
 from ..helpers import Net, data, mlp, run_again_where_nothing_tells, step
 from .loops import follow

@@ -15,8 +15,8 @@ from ..._torch.graph import Node
 from ..._torch.loss_graph import Place, place_of
 from ...layers.layout import Layout
 from ..record import ForwardRecord
-from ..relation import whole_call
-from ..samples import floating
+from ..samples.hypotheses import floating
+from ..samples.relation import whole_call
 
 __all__ = ["Output", "mark_calls", "mark_outputs", "outputs_behind"]
 

@@ -19,8 +19,8 @@ from ..._torch.random_state import cuda_devices, fresh_generator, get_random_sta
 from ...errors import InvalidArgumentError
 from ...layers.dtypes import rounding
 from ...oneshot.isolation import isolate
-from ..attribution import Attribution
-from .beside import Beside, made_beside
+from ..samples.attribution import Attribution
+from ..samples.beside import Beside, made_beside
 from .reduction import token_weights, weights_of
 
 __all__ = ["told_otherwise"]

@@ -17,9 +17,9 @@ from ..._torch.beginning import before_backward, wait_no_more
 from ..._torch.graph import tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..record import ForwardRecord
+from ..samples.beside import layers_behind, watch_beside
 from ..troubles import tell_normalised
 from .accumulation import tell_division
-from .beside import layers_behind, watch_beside
 from .choices import chooses
 from .coupling import couples
 from .marks import Output, mark_outputs, outputs_behind

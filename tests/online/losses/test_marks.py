@@ -11,9 +11,9 @@ from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import DIM_ZERO
-from secorder.online.attribution import Attribution
 from secorder.online.losses.marks import mark_calls, mark_outputs, outputs_behind
 from secorder.online.record import ForwardRecord
+from secorder.online.samples.attribution import Attribution
 
 from ...helpers import make
 

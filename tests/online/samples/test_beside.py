@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
-from secorder.online.losses.beside import Beside
 from secorder.online.reading import unreadable
+from secorder.online.samples.beside import Beside
 
 from ...helpers import Net, data
 from ..loops import Followed, follow

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._arguments import shown
-from .._torch.pytree import map_tensors, tensors_in
-from ..errors import InvalidArgumentError
-from ..layers.layout import Layout, layouts_of
-from ..oneshot.independence import changed_entries, changed_samples, rounding_in
-from ..owners import (
+from ..._arguments import shown
+from ..._torch.pytree import map_tensors, tensors_in
+from ...errors import InvalidArgumentError
+from ...layers.layout import Layout, layouts_of
+from ...oneshot.independence import changed_entries, changed_samples, rounding_in
+from ...owners import (
     Owned,
     changed_rows,
     owned_by_entries,

@@ -3,7 +3,7 @@
 import pytest
 
 from secorder.layers.layout import Layout
-from secorder.online.relation import Verified, explain, whole_call
+from secorder.online.samples.relation import Verified, explain, whole_call
 
 ROWS = Verified(Layout(0, 3, True), 0, (18, 4), ((6, 3, 4),), 6)
 MAJOR = Verified(Layout(0, 3, False), 0, (18, 4), ((6, 3, 4),), 6)

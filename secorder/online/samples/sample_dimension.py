@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch.modules import batch_normalisation, evaluating
-from .._torch.pytree import tensors_in
-from .._torch.random_state import fresh_generator
-from ..layers.layout import Layout
-from ..layers.structure import independent_by_structure
-from ..oneshot.independence import separating_masks
-from ..parallel.ranks import Ranks
+from ..._torch.modules import batch_normalisation, evaluating
+from ..._torch.pytree import tensors_in
+from ..._torch.random_state import fresh_generator
+from ...layers.layout import Layout
+from ...layers.structure import independent_by_structure
+from ...oneshot.independence import separating_masks
+from ...parallel.ranks import Ranks
 from .attribution import Attribution
-from .samples import (
+from .hypotheses import (
     Hypothesis,
     SampleDim,
     Separation,

@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .._torch.modules import Place
-from .._torch.pytree import tensors_in
-from ..layers.layout import Layout
-from ..layers.selection import Layer
-from ..layers.tying import Ties
-from ..layers.uses import Route
-from ..owners import Grouping
-from .losses.beside import Beside
+from ..._torch.modules import Place
+from ..._torch.pytree import tensors_in
+from ...layers.layout import Layout
+from ...layers.selection import Layer
+from ...layers.tying import Ties
+from ...layers.uses import Route
+from ...owners import Grouping
+from .beside import Beside
 from .relation import Shape, Verified
 
 __all__ = ["Attribution", "merged"]
@@ -44,7 +44,7 @@ class Attribution:
         changing: the buffers that a forward overwrites.
         routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.layers.uses`.
         hidden: layers whose operations cannot be followed, since a checkpoint computes them again.
-        selections: how often a forward selected rows by tensors; see :mod:`secorder.online.routes`.
+        selections: how often a forward selected rows by tensors; see :mod:`.routes`.
         coupling: where the forward makes what couples samples where a loss uses it, beside outputs of samples.
         unreduced: why a loss that the model returns is not made of its samples' as is told, by where it is.
         carries: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`.

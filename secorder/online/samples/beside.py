@@ -23,7 +23,7 @@ from ..._torch.transforms import inside_transform
 from ...layers.selection import Layer
 from ...oneshot.independence import without_gradients
 from ...oneshot.user_code import is_foreign
-from ..samples import Hypothesis, run_changed
+from .hypotheses import Hypothesis, run_changed
 
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from .._torch.attention import attention_kernels
-from .._torch.fsdp import local
-from .._torch.modules import (
+from ..._torch.attention import attention_kernels
+from ..._torch.fsdp import local
+from ..._torch.modules import (
     batch_normalisation,
     buffer_places,
     is_scripted,
@@ -29,28 +29,28 @@ from .._torch.modules import (
     observers,
     own_attributes,
 )
-from .._torch.pytree import map_tensors, once_each, tensors_in
-from .._torch.versions import version
-from ..errors import InvalidArgumentError
-from ..layers.layout import Layout
-from ..layers.selection import Layer, ranks_of
-from ..layers.structure import independent_by_structure
-from ..layers.tying import tied_layers
-from ..oneshot.isolation import IsolatedModel, isolate
-from ..oneshot.recorded_layer import RecordedLayer
-from ..oneshot.recording import recorded
-from ..oneshot.restoring import used_up
-from ..parallel.ranks import Ranks
+from ..._torch.pytree import map_tensors, once_each, tensors_in
+from ..._torch.versions import version
+from ...errors import InvalidArgumentError
+from ...layers.layout import Layout
+from ...layers.selection import Layer, ranks_of
+from ...layers.structure import independent_by_structure
+from ...layers.tying import tied_layers
+from ...oneshot.isolation import IsolatedModel, isolate
+from ...oneshot.recorded_layer import RecordedLayer
+from ...oneshot.recording import recorded
+from ...oneshot.restoring import used_up
+from ...parallel.ranks import Ranks
+from ..carried import cut_off
 from .attribution import Attribution
-from .carried import cut_off
+from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
-from .losses.beside import Beside, coupling, made_beside
+from .hypotheses import Hypothesis, SampleDim, floating, shapes_of
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
-from .samples import Hypothesis, SampleDim, floating, shapes_of
 from .use_rows import UseRows, rows_of_uses
 
 __all__ = ["attribute"]

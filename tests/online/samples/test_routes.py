@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from secorder.layers.selection import select_layers
-from secorder.online.routes import Selections, layers_of_routed_rows
-from secorder.online.samples import Hypothesis
+from secorder.online.samples.hypotheses import Hypothesis
+from secorder.online.samples.routes import Selections, layers_of_routed_rows
 
-from ..helpers import Net
+from ...helpers import Net
 
 
 def routed_by_gate(m: Any, x: Tensor) -> Tensor:

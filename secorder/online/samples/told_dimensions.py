@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .._torch.pytree import Shared
-from ..errors import InvalidArgumentError
-from .samples import SampleDim
+from ..._torch.pytree import Shared
+from ...errors import InvalidArgumentError
+from .hypotheses import SampleDim
 
 __all__ = ["require_known_arguments", "require_one_dimension", "told_dimensions", "with_shared_ones_hidden"]
 

@@ -10,9 +10,9 @@ from secorder._torch.graph import users_of
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate
 from secorder.oneshot.recording import recorded
-from secorder.online.outside import share_parameters, uses_outside, without_gradient
+from secorder.online.samples.outside import share_parameters, uses_outside, without_gradient
 
-from ..helpers import Net
+from ...helpers import Net
 
 
 def outside(model: nn.Module, x: Tensor) -> set[str]:

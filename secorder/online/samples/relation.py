@@ -10,7 +10,7 @@ from itertools import combinations
 from math import prod
 from typing import NamedTuple
 
-from ..layers.layout import Layout
+from ...layers.layout import Layout
 
 __all__ = ["Shape", "Verified", "explain", "whole_call"]
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch.graph import Node
-from .._torch.pytree import tensors_in
-from ..layers.selection import Layer
-from .samples import Hypothesis
+from ..._torch.graph import Node
+from ..._torch.pytree import tensors_in
+from ...layers.selection import Layer
+from .hypotheses import Hypothesis
 
 __all__ = ["Selections", "layers_of_routed_rows", "routed_nodes", "unowned_arguments"]
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from secorder.layers.layout import Layout
-from secorder.online.forward_graph import ForwardGraph
-from secorder.online.samples import Hypothesis
-from secorder.online.use_rows import rows_of_uses
+from secorder.online.samples.forward_graph import ForwardGraph
+from secorder.online.samples.hypotheses import Hypothesis
+from secorder.online.samples.use_rows import rows_of_uses
 
-from ..helpers import run_again_where_nothing_tells
+from ...helpers import run_again_where_nothing_tells
 
 N, T = 4, 3
 

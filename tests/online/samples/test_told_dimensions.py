@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CouplingError, CurvatureProbe, InvalidArgumentError, per_layer_fisher_diagonal
-from secorder.online.told_dimensions import told_dimensions
+from secorder.online.samples.told_dimensions import told_dimensions
 
-from ..helpers import make
-from ..reference import assert_all_close, fisher_by_sample
+from ...helpers import make
+from ...reference import assert_all_close, fisher_by_sample
 
 
 def test_told_dimensions() -> None:

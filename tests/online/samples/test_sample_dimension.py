@@ -14,14 +14,14 @@ from secorder.layers.selection import select_layers
 from secorder.layers.structure import independent_by_structure, linear_by_structure
 from secorder.oneshot.independence import outputs_independent, separating_masks
 from secorder.oneshot.isolation import isolate
-from secorder.online import samples
-from secorder.online.attribution import Attribution
-from secorder.online.sample_dimension import Question
-from secorder.online.samples import Hypothesis, SampleDim, Separation
-from secorder.online.search import attribute
+from secorder.online.samples import hypotheses as samples
+from secorder.online.samples.attribution import Attribution
+from secorder.online.samples.hypotheses import Hypothesis, SampleDim, Separation
+from secorder.online.samples.sample_dimension import Question
+from secorder.online.samples.search import attribute
 
-from ..helpers import Net, data, make
-from ..reference import assert_all_close, fisher_by_sample
+from ...helpers import Net, data, make
+from ...reference import assert_all_close, fisher_by_sample
 
 
 def look(forward: Callable[..., Tensor], *shape: int, dim: SampleDim = None) -> Attribution:
@@ -63,7 +63,7 @@ def test_a_dimension_of_which_nothing_tells_is_tried_once(monkeypatch: pytest.Mo
         tried.append(hypothesis.dim)
         return samples.separates(forward, arguments, base, hypothesis, masks)
 
-    monkeypatch.setattr("secorder.online.sample_dimension.separates", separates)
+    monkeypatch.setattr("secorder.online.samples.sample_dimension.separates", separates)
     model = Net(lambda m, x: m.a(x), a=nn.Linear(4, 4))
     nn.init.zeros_(model.a.weight)
     found = attribute(model, select_layers(model), (torch.randn(8, 3, 4),), {}, None)

@@ -6,7 +6,7 @@ from torch import nn
 
 from secorder import InvalidArgumentError
 from secorder.layers.layout import Layout
-from secorder.online.samples import any_layout, check_sample_dim, from_names, hypotheses, shapes_of
+from secorder.online.samples.hypotheses import any_layout, check_sample_dim, from_names, hypotheses, shapes_of
 
 
 @pytest.mark.parametrize("wrong", [-1, True, 1.0, {"x": -1}, {"x": "0"}])

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch.fsdp import local
-from .._torch.pytree import map_tensors, tensors_in
-from ..parallel.spread import is_distributed
+from ..._torch.fsdp import local
+from ..._torch.pytree import map_tensors, tensors_in
+from ...parallel.spread import is_distributed
 
 __all__ = ["ChangedIntegers", "mixed"]
 

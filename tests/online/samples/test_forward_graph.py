@@ -10,9 +10,9 @@ from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate
 from secorder.oneshot.recording import recorded
-from secorder.online.forward_graph import ForwardGraph, Hooks
+from secorder.online.samples.forward_graph import ForwardGraph, Hooks
 
-from ..helpers import Net
+from ...helpers import Net
 
 
 def forward(hook: Callable[[Tensor], Tensor] | None) -> ForwardGraph:

@@ -7,8 +7,8 @@ from torch import nn
 
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
-from secorder.online.attribution import Attribution, merged
-from secorder.online.relation import Verified
+from secorder.online.samples.attribution import Attribution, merged
+from secorder.online.samples.relation import Verified
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from torch import nn
 from secorder import CurvatureProbe
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
-from secorder.online.search import attribute
+from secorder.online.samples.search import attribute
 
-from ..helpers import Shared, data, refused_where_nothing_tells
-from ..reference import assert_all_close, fisher_by_sample
+from ...helpers import Shared, data, refused_where_nothing_tells
+from ...reference import assert_all_close, fisher_by_sample
 
 
 @refused_where_nothing_tells

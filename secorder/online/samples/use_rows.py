@@ -1,6 +1,6 @@
 """Which operations parameters meet the samples in, and where the samples are there: verified on one batch.
 
-As for layers (:mod:`secorder.online.rows`): random cotangents on the model's outputs, weighted sample by sample, must
+As for layers (:mod:`.rows`): random cotangents on the model's outputs, weighted sample by sample, must
 come back weighted by the same factors in the rows of the gradient on an operation's output. Where the model returns no
 tensor with samples, the gradient of samples that are kept must stay while others are changed. An operation of which
 neither holds owns no samples: it is followed to what takes its output.
@@ -13,18 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch.graph import Node, Output, users_of
-from .._torch.pytree import tensors_in
-from .._torch.random_state import fresh_generator
-from ..errors import DoubleBackwardError
-from ..layers.layout import Layout, layouts_of
-from ..layers.uses import Route, find_uses, hidden
-from ..oneshot.independence import changed_entries, separating_masks
-from ..oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
+from ..._torch.graph import Node, Output, users_of
+from ..._torch.pytree import tensors_in
+from ..._torch.random_state import fresh_generator
+from ...errors import DoubleBackwardError
+from ...layers.layout import Layout, layouts_of
+from ...layers.uses import Route, find_uses, hidden
+from ...oneshot.independence import changed_entries, separating_masks
+from ...oneshot.use_rows import ByCotangents, Evidence, Parameters, follow_uses, gradients_at
 from .forward_graph import ForwardGraph
+from .hypotheses import Hypothesis, floating, run_changed
 from .relation import whole_call
 from .routes import routed_nodes
-from .samples import Hypothesis, floating, run_changed
 
 __all__ = ["UseRows", "rows_of_uses"]
 
@@ -69,7 +69,7 @@ def rows_of_uses(
         parameters: by layer and name, as the graph of a forward has them.
         forward: the model on its arguments, from one and the same state.
         routes: by layer, those that were found to be followed before.
-        routed: the forward for :func:`~secorder.online.routes.routed_nodes`, where rows may depend on data.
+        routed: the forward for :func:`.routes.routed_nodes`, where rows may depend on data.
     """
     evidence: Evidence
     if chosen.num_samples == 1:

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from secorder.layers.layout import Layout
 from secorder.layers.selection import select_layers
-from secorder.online.search import attribute
+from secorder.online.samples.search import attribute
 
-from ..helpers import Net, data
-from .loops import follow
+from ...helpers import Net, data
+from ..loops import follow
 
 
 @pytest.mark.parametrize("returns_loss", [False, True])

@@ -8,14 +8,14 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .._torch.engine import accumulate_node
-from .._torch.graph import Node, Users, users_of
-from .._torch.pytree import tensors_in
-from .._torch.sample_graph import InnerSizes, samples_in_nodes
-from .._torch.saved_tensors import keeps_arguments
-from ..layers.layout import Layout
-from ..oneshot.recording import is_watch
-from .samples import floating
+from ..._torch.engine import accumulate_node
+from ..._torch.graph import Node, Users, users_of
+from ..._torch.pytree import tensors_in
+from ..._torch.sample_graph import InnerSizes, samples_in_nodes
+from ..._torch.saved_tensors import keeps_arguments
+from ...layers.layout import Layout
+from ...oneshot.recording import is_watch
+from .hypotheses import floating
 
 __all__ = ["ForwardGraph", "Hooks"]
 

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from secorder.online.integers import ChangedIntegers, mixed
+from secorder.online.samples.integers import ChangedIntegers, mixed
 
-from ..helpers import Net
-from .loops import follow
+from ...helpers import Net
+from ..loops import follow
 
 
 def shifted(m: Any, x: Tensor) -> Tensor:

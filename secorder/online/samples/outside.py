@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
-from .._torch.engine import accumulate_node
-from .._torch.graph import Users
-from .._torch.pytree import tensors_in
-from ..layers.selection import Layer
-from ..oneshot.isolation import IsolatedModel, isolate
+from ..._torch.engine import accumulate_node
+from ..._torch.graph import Users
+from ..._torch.pytree import tensors_in
+from ...layers.selection import Layer
+from ...oneshot.isolation import IsolatedModel, isolate
 
 __all__ = ["share_parameters", "uses_outside", "without_gradient"]
 

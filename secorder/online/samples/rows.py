@@ -6,21 +6,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._torch.engine import accumulate_node
-from .._torch.fsdp import local
-from .._torch.random_state import fresh_generator
-from .._torch.sample_graph import SHARED, InnerSizes
-from .._torch.transforms import inside_transform
-from .._torch.vjp import gradients
-from ..errors import DoubleBackwardError
-from ..layers.layout import Layout
-from ..layers.selection import Layer
-from ..oneshot.cotangents import measured_rounding
-from ..oneshot.independence import changed_entries, over_samples, separating_masks
-from ..oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
-from ..parallel.ranks import Ranks
+from ..._torch.engine import accumulate_node
+from ..._torch.fsdp import local
+from ..._torch.random_state import fresh_generator
+from ..._torch.sample_graph import SHARED, InnerSizes
+from ..._torch.transforms import inside_transform
+from ..._torch.vjp import gradients
+from ...errors import DoubleBackwardError
+from ...layers.layout import Layout
+from ...layers.selection import Layer
+from ...oneshot.cotangents import measured_rounding
+from ...oneshot.independence import changed_entries, over_samples, separating_masks
+from ...oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
-from .samples import Hypothesis, any_layout, floating, run_changed
+from .hypotheses import Hypothesis, any_layout, floating, run_changed
 
 __all__ = ["Rows", "rows_of_layers"]
 
