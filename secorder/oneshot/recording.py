@@ -219,11 +219,18 @@ class ChainForward:
 def _called(module: nn.Module, x: Tensor) -> Any:
     """What a module makes of x; a linear layer by oneDNN, where that is faster at the product of two matrices."""
     if type(module) is nn.Linear and x.dim() == 2:
-        weight = module.weight
-        alike = x.shape[1] == weight.shape[1] and x.device == weight.device and x.dtype is weight.dtype
+        weight, bias = module.weight, module.bias
+        factors = [x, weight] if bias is None else [x, weight, bias]
+        alike = x.shape[1] == weight.shape[1] and all(map(partial(_plain, like=x), factors))
         if alike and multiplied_by_onednn(x, x.numel() * len(weight)):
-            return linear_by_onednn(x, weight, module.bias)
+            return linear_by_onednn(x, weight, bias)
     return module(x)
+
+
+def _plain(tensor: Tensor, like: Tensor) -> bool:
+    """Whether a tensor is dense, of no kind of somebody's own, and where another one is."""
+    own = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return own and tensor.dtype is like.dtype and tensor.device == like.device
 
 
 def _leaf(like: Tensor) -> Tensor:

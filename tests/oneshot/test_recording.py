@@ -146,3 +146,15 @@ def test_a_chain_says_what_is_wrong_with_its_input() -> None:
     forward = ChainForward(Recording(), [model], select_layers(model), onednn=True)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         forward(torch.randn(128, 255, dtype=torch.float32))
+
+
+class _Kind(Tensor):
+    pass
+
+
+def test_weights_of_a_kind_of_their_own_are_multiplied_as_that_says() -> None:
+    model, x = nn.Linear(256, 256).float(), torch.randn(128, 256, dtype=torch.float32)
+    model.weight = nn.Parameter(model.weight.detach().as_subclass(_Kind))
+    z = ChainForward(Recording(), [model], select_layers(model), onednn=True)(x)
+    assert type(z) is _Kind
+    assert torch.equal(z.as_subclass(Tensor), model(x).as_subclass(Tensor))
