@@ -58,7 +58,7 @@ class _Timed:
 
     def bytes_of(self, at_once: int) -> int:
         """Memory with so many columns at once, in proportion to those of the trials."""
-        few, some = min(self.num_bytes), max(self.num_bytes)
+        *_, few, some = min(self.num_bytes), *sorted(self.num_bytes)
         least, most = self.num_bytes[few], self.num_bytes[some]
         if some == few or some >= at_once:
             return most

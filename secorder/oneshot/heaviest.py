@@ -152,7 +152,8 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
         few = min(PILOT_COLUMNS, exact)
         by_column = seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
         seconds = exact * by_column
-        for count in {1, max(1, min(few, int(TRIAL_SECONDS / max(by_column, 1e-9))))}:
+        most = max(1, min(few, int(TRIAL_SECONDS / max(by_column, 1e-9))))
+        for count in {max(1, most // 2), most}:
             num_bytes[count] = most_bytes(lambda: contract(trial(count)))  # noqa: B023
     if enough:
         return Forecast(exact, seconds, num_bytes)
