@@ -56,11 +56,11 @@ class _Alive(TorchDispatchMode):
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run one operation, and note what is new."""
-        given = {_memory(t) for t in tensors_in((args, kwargs))}
         result = function(*args, **(kwargs or {}))
-        for tensor in tensors_in(result):
+        for tensor in tensors_in(result) if _makes_tensors(function) else ():
             place = _memory(tensor)
-            if place and place not in given:
+            known = self._made.get(place)
+            if place and (known is None or known[0].expired()):
                 self._note(place, tensor)
         return result
 
@@ -72,6 +72,13 @@ class _Alive(TorchDispatchMode):
             self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
             self._bound = sum(size for _, size in self._made.values())
             self.most = max(self.most, self._bound)
+
+
+@lru_cache(maxsize=4096)
+def _makes_tensors(function: Any) -> bool:
+    """Whether it returns memory of its own, by its schema; views, and what is changed in place, are somebody's."""
+    schema = getattr(function, "_schema", None)
+    return schema is None or any(returned.alias_info is None for returned in schema.returns)
 
 
 def _memory(tensor: Tensor) -> int:
