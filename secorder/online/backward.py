@@ -23,12 +23,12 @@ from .._torch.graph import current_node
 from .._torch.surroundings import out_of_sight
 from .._torch.transforms import inside_transform
 from ..layers.selection import Layer
-from .audit import Audit
+from .audit.freivalds import Audit
+from .audit.penalty import watch
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
 from .losses.accumulation import note_gradients, tell_accumulation
 from .norms import norms_due, read_squares, watch_squares
-from .penalty import watch
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
 

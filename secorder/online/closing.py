@@ -15,11 +15,11 @@ from ..layers.low_precision import contraction
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from .agreement import share_troubles
-from .audit import Comparison
+from .audit.freivalds import Comparison
+from .audit.penalty import add_shared, explains_all, keep_early
 from .delivery import deliver, deliver_module
 from .losses.scale import tell_scale
 from .norms import take_norms, takes_norms
-from .penalty import add_shared, explains_all, keep_early
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
 

@@ -25,10 +25,10 @@ from ..layers.uses import Later, Piece, pieces
 from ..oneshot.isolation import run_isolated
 from ..parallel.tensor_parallel import own_rows
 from .agreement import give_up
+from .audit.penalty import explain
 from .finite import total_of, witness
 from .formed import form, is_formed, squares_may_wait, wait_formed
 from .norms import take_norms, takes_norms
-from .penalty import explain
 from .record import Call, ForwardRecord
 from .rerun import rerun_gradients
 from .waiting import may_wait, wait

@@ -20,10 +20,11 @@ from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
 from ..layers.selection import Layer, MeasuredBy, ranks_of
 from .agreement import agree
-from .audited import Audited
+from .audit.audited import Audited
+from .audit.directions import Directions
+from .audit.failures import Failures
+from .audit.uncalled import Uncalled
 from .closing import add_tied, audit_early, audit_trained, audit_uncalled
-from .directions import Directions
-from .failures import Failures
 from .finite import all_finite
 from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
@@ -33,7 +34,6 @@ from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
 from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, empty
 from .troubles import Troubles
-from .uncalled import Uncalled
 from .window_sums import WindowSums
 
 __all__ = ["Accumulate", "OnlineFisher", "quietly"]

@@ -14,6 +14,7 @@ from ..layers.layout import Layout
 from ..layers.operations import OperationCall
 from ..layers.selection import Layer
 from ..layers.uses import Later, Piece, Use, Uses, brought, find_uses, hidden, reentrant
+from .audit.rounding import before_sums
 from .backward import enter
 from .capture import counts_in
 from .closing import second_backward
@@ -22,7 +23,6 @@ from .finite import total_of
 from .fisher import quietly
 from .losses.marks import mark_calls
 from .record import ForwardRecord
-from .rounding import before_sums
 from .samples.attribution import Attribution
 from .samples.relation import Verified, explain
 

@@ -41,7 +41,7 @@ from ..layers.layout import Layout
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from ..layers.uses import Uses
-from .audit import Audit
+from .audit.freivalds import Audit
 from .samples.attribution import Attribution
 from .samples.relation import Shape
 

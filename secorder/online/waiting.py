@@ -11,7 +11,7 @@ from torch import Tensor
 from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne, overwritten
 from ..layers.side_by_side import Frame, SideBySide, columns_of
-from .directions import Vectors
+from .audit.directions import Vectors
 from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord

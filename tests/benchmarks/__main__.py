@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from secorder import CurvatureProbe, per_layer_fisher_diagonal, per_layer_hessian_diagonal
-from secorder.online.audited import EACH
+from secorder.online.audit.audited import EACH
 
 from . import peers
 from .architectures import architectures

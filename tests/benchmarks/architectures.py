@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.layers.contraction import contract
 from secorder.layers.per_sample import Outer
-from secorder.online.audited import EACH
+from secorder.online.audit.audited import EACH
 
 from .timing import Results, alternate
 

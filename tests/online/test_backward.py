@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from secorder import AttributionError, CurvatureProbe
-from secorder.online.audit import Audit
+from secorder.online.audit.freivalds import Audit
 
 from ..helpers import data, mlp, step
 

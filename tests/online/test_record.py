@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, ProbeStateError
-from secorder.online.audit import Audit
-from secorder.online.directions import Directions
+from secorder.online.audit.directions import Directions
+from secorder.online.audit.freivalds import Audit
 from secorder.online.record import Backward, Backwards
 
 from ..helpers import Net, data, make, mlp, reference, step

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe
 from secorder.layers.side_by_side import SideBySide
 from secorder.online import stacked
-from secorder.online.audited import Audited
+from secorder.online.audit.audited import Audited
 
 from ..helpers import data, in_sight_of_modes, make, reference, step
 from ..reference import assert_all_close

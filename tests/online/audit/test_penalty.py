@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from secorder import AttributionError, CurvatureProbe
 from secorder.online.reading import unreadable
 
-from ..helpers import Net, data, make
-from ..reference import assert_all_close
+from ...helpers import Net, data, make
+from ...reference import assert_all_close
 
 
 def l2(model: nn.Module) -> Tensor:

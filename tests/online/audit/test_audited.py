@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
-from secorder.online import audited
 from secorder.online import backward as passes
-from secorder.online.audited import FIRST, SHARE, share_of
+from secorder.online.audit import audited
+from secorder.online.audit.audited import FIRST, SHARE, share_of
 from secorder.online.reading import unreadable
 from secorder.online.record import Backward, ForwardRecord
 from secorder.online.samples.attribution import Attribution
 
-from ..helpers import Net, data, mlp
+from ...helpers import Net, data, mlp
 
 
 def train(model: nn.Module, steps: range, *, period: int = 1, penalised: tuple[str, ...] = ()) -> None:

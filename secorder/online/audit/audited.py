@@ -8,8 +8,8 @@ time by random numbers of its own, since penalties may be periodic. Once a layer
 import random
 from collections.abc import Sequence
 
-from ..layers.selection import Layer
-from .record import ForwardRecord
+from ...layers.selection import Layer
+from ..record import ForwardRecord
 
 __all__ = ["Audited", "share_of"]
 

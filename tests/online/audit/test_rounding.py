@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe
+from secorder.online.audit.rounding import UNITS, tolerance_of
 from secorder.online.reading import unreadable
-from secorder.online.rounding import UNITS, tolerance_of
 
-from ..helpers import refused_where_nothing_tells
-from ..reference import relative_error
+from ...helpers import refused_where_nothing_tells
+from ...reference import relative_error
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(1 << 16, 2), (2, 1 << 16), (1 << 20, 2)])

@@ -6,9 +6,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .._torch.float32 import Operation, rounding_of_products
-from ..layers.patches import Patches
-from ..layers.per_sample import Outer, PerSample
+from ..._torch.float32 import Operation, rounding_of_products
+from ...layers.patches import Patches
+from ...layers.per_sample import Outer, PerSample
 
 __all__ = ["FEW", "UNITS", "added", "before_sums", "operations_of", "size_of", "tolerance_of"]
 

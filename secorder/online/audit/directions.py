@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.random_state import fresh_generator
-from ..layers.side_by_side import Frame, frame_of
-from .constants import Constants
+from ..._torch.random_state import fresh_generator
+from ...layers.side_by_side import Frame, frame_of
+from ..constants import Constants
 
 __all__ = ["IN_CHANNELS", "Directions", "Vectors"]
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from secorder.online import failures
-from secorder.online.audit import Comparison
-from secorder.online.failures import MOST_PASSES, Failures
+from secorder.online.audit import failures
+from secorder.online.audit.failures import MOST_PASSES, Failures
+from secorder.online.audit.freivalds import Comparison
 
 
 def found(layer: int, difference: float, kind: torch.dtype = torch.float32) -> Comparison:

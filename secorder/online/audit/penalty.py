@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch.compile import never_compiled
-from .._torch.engine import accumulate_node, will_accumulate
-from ..layers.per_sample import PerSample, total_gradient
-from ..layers.selection import Layer
-from .record import Backward, ForwardRecord
-from .sums import LayerSums
+from ..._torch.compile import never_compiled
+from ..._torch.engine import accumulate_node, will_accumulate
+from ...layers.per_sample import PerSample, total_gradient
+from ...layers.selection import Layer
+from ..record import Backward, ForwardRecord
+from ..sums import LayerSums
 
 __all__ = ["add_shared", "explain", "explains_all", "keep_early", "watch"]
 

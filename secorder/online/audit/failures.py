@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.host_copy import begin_copy
-from .audit import Comparison
-from .constants import Constants
+from ..._torch.host_copy import begin_copy
+from ..constants import Constants
+from .freivalds import Comparison
 
 __all__ = ["Failures"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from secorder import CurvatureProbe
 from secorder.online.reading import unreadable
 
-from ..helpers import Net, data
+from ...helpers import Net, data
 
 
 def suspects(probe: CurvatureProbe) -> set[str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from secorder.layers.side_by_side import Frame, frame_of
-from secorder.online.directions import KEPT, Directions, Vectors
+from secorder.online.audit.directions import KEPT, Directions, Vectors
 
 
 def test_directions_are_private_and_copies_have_their_own() -> None:
@@ -41,7 +41,7 @@ def test_a_frame_is_of_one_backward_whatever_another_thread_begins(monkeypatch: 
     directions.begin()
     vectors = directions.vectors(weight)
     with monkeypatch.context() as patch:
-        patch.setattr("secorder.online.directions.frame_of", begins)
+        patch.setattr("secorder.online.audit.directions.frame_of", begins)
         frame = directions.frame([weight], [vectors], [0.0])
     assert_of(frame, vectors)
     frame = directions.frame([weight], None, [0.0])

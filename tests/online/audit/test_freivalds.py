@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
 from secorder.layers.rules.convolution import convolution as rule
-from secorder.online.audit import actual, explained
-from secorder.online.directions import Directions
-from secorder.online.rounding import UNITS
+from secorder.online.audit.directions import Directions
+from secorder.online.audit.freivalds import actual, explained
+from secorder.online.audit.rounding import UNITS
 
 
 def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
@@ -25,8 +25,8 @@ def forms() -> dict[str, tuple[PerSample, tuple[int, ...]]]:
 @pytest.mark.parametrize("form", forms())
 def test_what_explains_a_gradient(form: str, block: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if block:
-        monkeypatch.setattr("secorder.online.directions.WHOLE_ELEMENTS", 0)
-        monkeypatch.setattr("secorder.online.directions.BLOCK", 2)
+        monkeypatch.setattr("secorder.online.audit.directions.WHOLE_ELEMENTS", 0)
+        monkeypatch.setattr("secorder.online.audit.directions.BLOCK", 2)
     part, shape = forms()[form]
     whole: Tensor = dense(part, torch.Size(shape).numel()).sum(0).view(shape)
     for _ in range(5):

@@ -20,11 +20,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.sparse import looked_up
-from ..layers.dtypes import MANY_TERMS, added_up
-from ..layers.patches import Patches, whole_input
-from ..layers.per_sample import Outer, PerSample, Rows, total_gradient
-from ..layers.rank_one import RankOne
+from ..._torch.sparse import looked_up
+from ...layers.dtypes import MANY_TERMS, added_up
+from ...layers.patches import Patches, whole_input
+from ...layers.per_sample import Outer, PerSample, Rows, total_gradient
+from ...layers.rank_one import RankOne
 from .directions import IN_CHANNELS, Directions, Vectors
 from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.fsdp import local
-from ..layers.selection import Layer
-from .record import slot
+from ..._torch.fsdp import local
+from ...layers.selection import Layer
+from ..record import slot
 
 __all__ = ["Uncalled"]
 
