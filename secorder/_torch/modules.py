@@ -104,6 +104,8 @@ def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Paramete
         return dict(module.named_parameters(recurse=False))
     under = module._modules.get(inner)
     found = own_parameters(module)
+    if not found and under is None:
+        return found
     if under is not None:
         found |= {f"{inner}.{name}": p for name, p in under.named_parameters()}
     first: dict[int, str] = {}
@@ -247,10 +249,9 @@ def convolution_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
 
 def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module's forward is the one of ``kind``, a base of its type: nothing overrides it."""
-    return not any(
-        getattr(type(module), method, None) is not getattr(kind, method, None) or method in vars(module)
-        for method in ("forward", "_conv_forward")
-    )
+    own, methods = type(module), ("forward", "_conv_forward")
+    same = own is kind or all([getattr(own, name, None) is getattr(kind, name, None) for name in methods])
+    return same and vars(module).keys().isdisjoint(methods)
 
 
 def is_running(module: nn.Module) -> bool:
