@@ -15,16 +15,16 @@ __all__ = ["Targets", "divisor_of_sum", "factors_between", "is_mean", "mean_over
 MEAN, SUM = 1, 2
 
 #: What makes one number of others, and how many of these are looked at.
-ARITHMETIC, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
+ARITHMETIC, ADDITION, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), ("Add", "Neg", "Sub"), 16
 
 
-def terms(root: Node, ends: Collection[Node] = ()) -> Iterator[Node]:
+def terms(root: Node, ends: Collection[Node] = (), by: Collection[str] = ARITHMETIC) -> Iterator[Node]:
     """What computed a number, and those that it is made of by arithmetic: the latest first, none behind ``ends``."""
     found = [root]
     for node in found:  # which grows
         if node not in ends:
             yield node
-            if operation_of(node) in ARITHMETIC:
+            if operation_of(node) in by:
                 found.extend(x for x, _ in node.next_functions if x is not None and len(found) < MOST)
 
 
@@ -47,10 +47,10 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
 
 
 def divisor_of_sum(node: Node) -> tuple[float, int]:
-    """What a sum is divided by, and how many numbers it has, where that is all that a node does; else zeros."""
+    """What a sum, or several that are added, is divided by, and how many numbers it has; zeros for any other node."""
     step = _multiplied(node) if operation_of(node) == "Div" else None
-    summed = None if step is None else step[0].next_functions[0][0] if operation_of(step[0]) == "Neg" else step[0]
-    count = 0 if summed is None else _summed(summed)
+    parts = [] if step is None else [x for x in terms(step[0], by=ADDITION) if operation_of(x) not in ADDITION]
+    count = min(map(_summed, parts), default=0)
     return (0.0, 0) if step is None or count < 2 else (1 / step[1], count)
 
 

@@ -58,6 +58,14 @@ def test_terms_of_a_loss_by_arithmetic_alone() -> None:
         (lambda z: z.sum() / 4, (4.0, 6)),
         (lambda z: F.l1_loss(z, torch.zeros(6), reduction="sum") / 5, (5.0, 6)),
         (lambda z: -z.sum() / 4, (4.0, 6)),
+        (lambda z: z.sum() / 6 / 4, (0.0, 0)),
+        (
+            lambda z: (
+                (F.mse_loss(z, torch.ones(6), reduction="sum") + F.mse_loss(z[:3], torch.zeros(3), reduction="sum")) / 4
+            ),
+            (4.0, 3),
+        ),
+        (lambda z: (z.sum() + z.mean()) / 4, (0.0, 0)),
         (lambda z: z.nansum() / 4, (4.0, 6)),
         (lambda z: z.sum() * 0.25, (0.0, 0)),
         (lambda z: z.mean() / 4, (0.0, 0)),

@@ -45,7 +45,7 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
             return _WEIGHTED.format("a mean over targets that are not ignored, of which some have more than others")
         divisor, count = divisor_of_sum(node)
         number = round(divisor)
-        if number < 2 or abs(divisor - number) > 1e-6 * number:
+        if number < 2 or number == count or abs(divisor - number) > 1e-6 * number:  # or a mean, as others are
             continue
         each, rest = divmod(number, num_samples)
         uneven = not rest and number < count and (2 * count // num_samples) % each  # as of tokens without padding
@@ -62,6 +62,7 @@ def _unequal_shares(loss: SeenLoss, num_samples: int) -> int:
     """
     ends = [node for node in loss.order if prod(shape_of(node, 0)) == 1 and is_mean(node)]
     counts = [prod(shape_of(*node.next_functions[0])) for node in ends]
+    counts += [count for divisor, count in map(divisor_of_sum, loss.order) if count and round(divisor) == count]
     for rows, *rest in filter(None, map(selected, loss.order)):
         if rows % num_samples and num_samples not in rest and any(count % rows == 0 for count in counts):
             return rows
