@@ -250,7 +250,7 @@ def convolution_padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> list[int]:
 def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module's forward is the one of ``kind``, a base of its type: nothing overrides it."""
     own, methods = type(module), ("forward", "_conv_forward")
-    same = own is kind or all([getattr(own, name, None) is getattr(kind, name, None) for name in methods])
+    same = own is kind or all(getattr(own, name, None) is getattr(kind, name, None) for name in methods)
     return same and vars(module).keys().isdisjoint(methods)
 
 
