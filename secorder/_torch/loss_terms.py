@@ -1,6 +1,6 @@
 """What the last operations of a loss tell: its terms, what these are multiplied by, and the targets of a mean."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -9,10 +9,25 @@ from torch import Tensor
 
 from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
 
-__all__ = ["Targets", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "selected", "terms"]
+__all__ = [
+    "Targets", "divided_by", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "reduced_alone",
+    "selected", "terms",
+]  # fmt: skip
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
+
+#: What a loss may do with outputs before it adds up or takes a mean, so that no number is multiplied by a constant,
+#: none is left out, and none is a mean already.
+PLAIN = frozenset({
+    "Abs", "Add", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Exp", "Gather", "HuberLoss", "LogSigmoid",
+    "LogSoftmax", "Log", "Logsumexp", "Mul", "MseLoss", "Neg", "NllLoss", "NllLoss2D", "Permute", "Pow", "Reshape",
+    "Rsub", "Sigmoid", "SmoothL1Loss", "SoftMarginLoss", "Softmax", "Softplus", "Sqrt", "Squeeze", "Sub", "T", "Tanh",
+    "ToCopy", "Transpose", "Unsqueeze", "View",
+})  # fmt: skip
+
+#: A factor below so many times the number of samples makes no mean of a sum.
+FAR = 0.75
 
 #: What makes one number of others, and how many of these are looked at.
 ARITHMETIC, ADDITION, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), ("Add", "Neg", "Sub"), 16
@@ -54,6 +69,12 @@ def divisor_of_sum(node: Node) -> tuple[float, int]:
     return (0.0, 0) if step is None or count < 2 else (1 / step[1], count)
 
 
+def divided_by(order: Iterable[Node], number: int) -> set[Node]:
+    """The nodes whose number is divided by this one."""
+    steps = [step for node in order if operation_of(node) == "Div" and (step := _multiplied(node))]
+    return {before for before, factor in steps if abs(factor * number - 1) < 1e-6}
+
+
 def _multiplied(node: Node) -> tuple[Node, float] | None:
     """What computed the number that a node has multiplied, and by what; None where a node does anything else."""
     before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
@@ -86,6 +107,43 @@ def _sums(node: Node) -> bool:
 def is_mean(node: Node) -> bool:
     """Whether a node is the mean of numbers, or of losses."""
     return operation_of(node) == "Mean" or getattr(node, "_saved_reduction", None) == MEAN
+
+
+def reduced_alone(order: Iterable[Node], num_samples: int) -> str:
+    """``"sum"`` or ``"mean"`` of a loss that does nothing else with numbers of samples; empty of any other.
+
+    It may be multiplied by numbers, such as the half of a Gaussian's divergence, that do not make one of the other.
+
+    Args:
+        order: the nodes between loss and outputs.
+    """
+    kinds, factor = set(), 1.0
+    for node in order:
+        step = _multiplied(node)
+        if step is None:
+            kinds.add(_reduction(node, num_samples))
+        elif not step[1]:
+            return ""
+        else:
+            factor *= max(abs(step[1]), 1 / abs(step[1]))
+    kinds.discard("none")
+    return kinds.pop() if len(kinds) == 1 and factor < FAR * num_samples else ""
+
+
+def _reduction(node: Node, num_samples: int) -> str:
+    """How a node reduces numbers of samples: ``"none"`` where it makes as many, empty where that is not known."""
+    name, before = operation_of(node), [place for place in node.next_functions if place[0] is not None]
+    if shape_of(node, 0):
+        return "none" if name in PLAIN and (name != "Mul" or len(before) == 2) else ""
+    if name in ADDITION:
+        return "none"
+    count = prod(shape_of(*before[0])) if len(before) == 1 else 0
+    if num_samples < 2 or count < num_samples or count % num_samples:
+        return ""
+    targets = mean_over_targets(node)
+    if targets is not None and (targets.by_class is not None or bool(targets.ignored.any())):
+        return ""
+    return "mean" if is_mean(node) else "sum" if _sums(node) else ""
 
 
 def selected(node: Node) -> tuple[int, ...]:

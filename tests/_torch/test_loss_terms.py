@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from secorder._torch.graph import nodes_behind, tells_recomputation
 from secorder._torch.loss_terms import (
     MOST,
+    divided_by,
     divisor_of_sum,
     factors_between,
     is_mean,
     mean_over_targets,
+    reduced_alone,
     selected,
     terms,
 )
@@ -75,6 +77,37 @@ def test_terms_of_a_loss_by_arithmetic_alone() -> None:
 )
 def test_what_a_sum_is_divided_by(made: Callable[[Tensor], Tensor], expected: tuple[float, int]) -> None:
     assert divisor_of_sum(made(torch.ones(6, requires_grad=True).exp()).grad_fn) == pytest.approx(expected)
+
+
+def test_what_is_divided_by_a_number() -> None:
+    z = torch.ones(6, requires_grad=True).exp()
+    total = z.sum()
+    loss = total / 2 / 6
+    order = list(nodes_behind([loss.grad_fn]))
+    assert divided_by(order, 2) == {total.grad_fn}
+    assert divided_by(order, 6) == {loss.grad_fn.next_functions[0][0]}
+    assert not divided_by(order, 12)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda z: z.square().sum(), "sum"),
+        (lambda z: F.mse_loss(z, torch.ones(6, 2)), "mean"),
+        (lambda z: z.abs().sum() - z.sum() / 2, "sum"),
+        (lambda z: z.abs().sum() / 6, ""),
+        (lambda z: z.abs().sum() / 2 / 3, ""),
+        (lambda z: z.abs().sum() - z.mean(), ""),
+        (lambda z: (z * torch.rand(6, 1)).sum(), ""),
+        (lambda z: z[:4].sum(), ""),
+        (lambda z: z.sum(1).mean() * 0, ""),
+        (lambda z: z[0].sum(), ""),
+    ],
+)
+def test_how_a_loss_reduces_numbers_of_samples(made: Callable[[Tensor], Tensor], expected: str) -> None:
+    z = torch.rand(6, 2, requires_grad=True).exp()
+    order = [node for node in nodes_behind([made(z).grad_fn]) if node is not z.grad_fn and node.next_functions]
+    assert reduced_alone(order, 6) == expected
 
 
 def test_a_mean_over_targets_tells_what_it_counts() -> None:

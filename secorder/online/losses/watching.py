@@ -25,7 +25,7 @@ from .coupling import couples
 from .marks import Output, mark_outputs, outputs_behind
 from .scale import tell_scaler, watch_scale
 from .seen import SeenLoss, roots_of, see
-from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
+from .weights import MEAN_OF_SEVERAL, reduced_otherwise, takes_mean_of_several, weights_of_loss
 
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
@@ -115,7 +115,7 @@ def _look(
 
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
-        if reason := _no_mean(fisher, loss):
+        if reason := _otherwise(fisher, loss):
             fisher.troubles.mark(names(loss.outputs), reason)
         return
     if any(map(normalises, loss.order)):
@@ -141,11 +141,14 @@ def _seen(fisher: "OnlineFisher", loss: SeenLoss, *ways: Callable[[SeenLoss], li
     return []
 
 
-def _no_mean(fisher: "OnlineFisher", loss: SeenLoss) -> str:
-    """Why a loss is no mean over the samples of each forward, where it is told, or assumed, to be one; else empty."""
-    if fisher.reduction != "mean":
+def _otherwise(fisher: "OnlineFisher", loss: SeenLoss) -> str:
+    """Why a loss is not the mean or sum over the samples that it is told, or assumed, to be; else empty."""
+    told = fisher.reduction
+    if callable(told):
         return ""
-    if len(loss.groups) == 1:
-        return weights_of_loss(loss, *loss.groups.values())
-    untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
-    return MEAN_OF_SEVERAL if untold and takes_mean_of_several(loss) else ""
+    if len(loss.groups) > 1:
+        untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
+        return MEAN_OF_SEVERAL if told == "mean" and untold and takes_mean_of_several(loss) else ""
+    (count,) = loss.groups.values()
+    reason = reduced_otherwise(loss, told, count) if fisher.returned is None else ""
+    return reason or (weights_of_loss(loss, count) if told == "mean" else "")

@@ -7,6 +7,8 @@ unless the number that it divides by does.
 Where each of several forwards has samples of its own, ``reduction="mean"`` is a mean over these: L = Σ_f (1/N_f) Σ_n
 ℓ_fn, as of D(real) + D(fake). A loss of outputs that were put together before, such as of a batch that is cut into
 chunks, or of the steps of an episode, divides by the number of all samples.
+
+A sum that is told to be a mean, or the other way round, shows where nothing is multiplied that may make it one.
 """
 
 from math import prod
@@ -14,15 +16,17 @@ from math import prod
 import torch
 
 from ..._torch.graph import Node, operation_of, shape_of
-from ..._torch.loss_terms import divisor_of_sum, is_mean, mean_over_targets, selected
+from ..._torch.loss_terms import divided_by, divisor_of_sum, is_mean, mean_over_targets, reduced_alone, selected
 from .seen import SeenLoss
 
-__all__ = ["MEAN_OF_SEVERAL", "takes_mean_of_several", "weights_of_loss"]
+__all__ = ["MEAN_OF_SEVERAL", "reduced_otherwise", "takes_mean_of_several", "weights_of_loss"]
 
 _WEIGHTED = (
     "the loss weights its samples ({}), which is no mean over them: pass reduction= with a function of the model's "
     "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
 )
+
+_REDUCED = 'the loss is the {0} of its samples\' losses, and was taken to be their {1}: pass reduction="{0}".'
 
 MEAN_OF_SEVERAL = (
     'the loss is one mean over what several forwards returned together, where reduction="mean" is a mean over the '
@@ -31,19 +35,31 @@ MEAN_OF_SEVERAL = (
 )
 
 
+def reduced_otherwise(loss: SeenLoss, told: str, num_samples: int) -> str:
+    """Why a loss is not the mean, or the sum, of samples' losses that it is told to be; empty where that is not known.
+
+    A loss does not tell that multiplies numbers of samples, or is multiplied by about N: that may make it the other.
+    """
+    if any(g.dim() or float(g) != 1.0 for g in loss.roots.values()):
+        return ""
+    seen = reduced_alone(loss.order, num_samples)
+    return _REDUCED.format(seen, told) if seen not in ("", told) else ""
+
+
 def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
     """How a loss weights the samples of a batch otherwise than alike; empty where that does not show.
 
     Raises:
         UnknownNode: what is between loss and outputs cannot be looked at.
     """
+    means = divided_by(loss.order, num_samples)  # whatever else they are divided by
     for node in loss.order:
         mean = mean_over_targets(node)
         if mean is not None and mean.by_class is not None and bool((mean.by_class != mean.by_class[0]).any()):
             return _WEIGHTED.format("class weights in a mean")
         if mean is not None and bool(mean.ignored.any()) and _differ(loss, mean.classes):
             return _WEIGHTED.format("a mean over targets that are not ignored, of which some have more than others")
-        divisor, count = divisor_of_sum(node)
+        divisor, count = (0.0, 0) if node in means else divisor_of_sum(node)
         number = round(divisor)
         if number < 2 or number == count or abs(divisor - number) > 1e-6 * number:  # or a mean, as others are
             continue

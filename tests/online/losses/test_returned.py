@@ -204,13 +204,13 @@ def test_weights_are_seen_where_the_losses_of_samples_are_nearly_alike() -> None
                 probe.fisher_diagonal()
 
 
-def several(m: Net, x: Tensor, t: Tensor) -> dict[str, Tensor]:
+def several(m: Net, x: Tensor, t: Tensor, reduction: str) -> dict[str, Tensor]:
     """A loss, a balance that couples samples, a sum over samples, and a number that is none of their losses."""
     logits = m.a(x)
     share = logits.softmax(-1).mean(0)
     return {
         "logits": logits,
-        "loss": F.cross_entropy(logits, t),
+        "loss": F.cross_entropy(logits, t, reduction=reduction),
         "balance": share @ share,
         "total": logits.square().sum(),
         "scale": m.norm.weight.square().sum(),
@@ -235,7 +235,7 @@ def test_of_several_it_matters_which_the_loss_uses(loss: Callable[[Any], Tensor]
     with CurvatureProbe(model, reduction=reduction) as probe, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for _ in range(2):
-            loss(model(*batch())).backward()
+            loss(model(*batch(), reduction)).backward()
         if exact:
             assert probe.fisher_diagonal()
         else:
