@@ -11,7 +11,7 @@ from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, si
 
 __all__ = [
     "Targets", "divided_by", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "reduced_alone",
-    "selected", "terms",
+    "selected", "terms", "weighted",
 ]  # fmt: skip
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
@@ -150,6 +150,16 @@ def selected(node: Node) -> tuple[int, ...]:
     """The shape of what a node has selected by indices, a mask, or lengths; empty where it does anything else."""
     selects = operation_of(node) in ("Index", "IndexSelect", "MaskedSelect", "PackPaddedSequence")
     return tuple(shape_of(node, 0)) if selects else ()
+
+
+def weighted(node: Node) -> int | None:
+    """Which operand a node multiplies by constants, of more than one number; None where it does anything else."""
+    before = [(index, place) for index, place in enumerate(node.next_functions) if place[0] is not None]
+    if operation_of(node) not in ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv") or len(before) != 1:
+        return None
+    index, source = before[0]
+    inverse = operation_of(node) == "Div" and index == 1
+    return index if not inverse and prod(shape_of(*source)) > 1 and recomputed(node) is False else None
 
 
 class Targets(NamedTuple):

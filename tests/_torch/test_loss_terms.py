@@ -19,6 +19,7 @@ from secorder._torch.loss_terms import (
     reduced_alone,
     selected,
     terms,
+    weighted,
 )
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
@@ -108,6 +109,12 @@ def test_how_a_loss_reduces_numbers_of_samples(made: Callable[[Tensor], Tensor],
     z = torch.rand(6, 2, requires_grad=True).exp()
     order = [node for node in nodes_behind([made(z).grad_fn]) if node is not z.grad_fn and node.next_functions]
     assert reduced_alone(order, 6) == expected
+
+
+def test_what_is_multiplied_by_constants() -> None:
+    z, w = torch.rand(6, requires_grad=True).exp(), torch.rand(6)
+    assert [weighted(y.grad_fn) for y in (z * w, w * z, z / w, z @ w, w @ z)] == [0, 1, 0, 0, 1]
+    assert [weighted(y.grad_fn) for y in (z * z, z + w, w / z, z.sum() * 2)] == [None] * 4
 
 
 def test_a_mean_over_targets_tells_what_it_counts() -> None:

@@ -15,8 +15,17 @@ from math import prod
 
 import torch
 
-from ..._torch.graph import Node, operation_of, shape_of
-from ..._torch.loss_terms import divided_by, divisor_of_sum, is_mean, mean_over_targets, reduced_alone, selected
+from ..._torch.graph import Node, operation_of, run_node, shape_of
+from ..._torch.loss_graph import UnknownNode, pull_back
+from ..._torch.loss_terms import (
+    divided_by,
+    divisor_of_sum,
+    is_mean,
+    mean_over_targets,
+    reduced_alone,
+    selected,
+    weighted,
+)
 from .seen import SeenLoss
 
 __all__ = ["MEAN_OF_SEVERAL", "reduced_otherwise", "takes_mean_of_several", "weights_of_loss"]
@@ -25,6 +34,9 @@ _WEIGHTED = (
     "the loss weights its samples ({}), which is no mean over them: pass reduction= with a function of the model's "
     "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
 )
+
+#: Operations by constants that are looked at, at most.
+MOST_WEIGHTED = 8
 
 _REDUCED = 'the loss is the {0} of its samples\' losses, and was taken to be their {1}: pass reduction="{0}".'
 
@@ -67,8 +79,36 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
         uneven = not rest and number < count and (2 * count // num_samples) % each  # as of tokens without padding
         if rest or (uneven and _differ(loss, 1)):
             return _WEIGHTED.format(f"a sum that is divided by {number} for {num_samples} samples")
+    if _normalised(loss, num_samples):
+        return _WEIGHTED.format("weights that add up to one")
     number = _unequal_shares(loss, num_samples)
     return _WEIGHTED.format(f"a mean of {number} that were selected for {num_samples} samples") if number else ""
+
+
+def _normalised(loss: SeenLoss, num_samples: int) -> bool:
+    """Whether numbers of samples are added with weights that differ and add up to one, as that of one sample is.
+
+    In a mean over samples, what differs is a part of each one's loss, such as an advantage.
+    """
+    if any(is_mean(node) for node in loss.order) or any(
+        count and abs(divisor - round(divisor)) < 1e-6 * divisor and not round(divisor) % num_samples
+        for divisor, count in map(divisor_of_sum, loss.order)
+    ):
+        return False
+    found = [(node, index) for node in loss.order if (index := weighted(node)) is not None]
+    for node, index in found[:MOST_WEIGHTED]:
+        shape = shape_of(*node.next_functions[index])
+        if num_samples not in (shape[0], prod(shape)):
+            continue
+        try:
+            with torch.no_grad():
+                g = pull_back(loss.roots, {(node, 0)})[node, 0]
+                weights = run_node(node, [g], index).reshape(num_samples, -1).sum(1).double()
+        except UnknownNode:
+            continue
+        if abs(float(weights.sum().abs()) - 1) < 1e-4 and float(weights.max() - weights.min()) > 1e-3 / num_samples:
+            return True
+    return False
 
 
 def _unequal_shares(loss: SeenLoss, num_samples: int) -> int:

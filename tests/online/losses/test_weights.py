@@ -121,6 +121,34 @@ def test_class_weights(smoothing: float) -> None:
     assert all("class weights" in reason for reason in came.refused.values())
 
 
+def of_sample(z: Tensor) -> Tensor:
+    """A weight of each sample, all of them in no round proportion."""
+    return torch.linspace(0.3, 1.9, len(z)).to(z)
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        lambda losses, w: (losses * w).sum() / w.sum(),
+        lambda losses, w: (losses * w / w.sum()).sum(),
+        lambda losses, w: (losses * (w / w.sum())).sum(),
+        lambda losses, w: losses @ (w / w.sum()),
+        lambda losses, w: torch.einsum("n,n->", losses, w) / w.sum(),
+        lambda losses, w: -(w[:, None] / w.sum() * -losses[:, None]).sum(),
+        lambda losses, w: ((losses * w).sum() + (losses.square() * w).sum()) / w.sum(),
+    ],
+    ids=["divided", "elements", "weights", "a product", "einsum", "columns", "two terms"],
+)
+def test_weights_that_add_up_to_one(criterion: Criterion) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return criterion(F.cross_entropy(z, b[1], reduction="none"), of_sample(z))
+
+    came = follow(make(), [data(n) for n in (6, 7)], loss)
+    assert came.refused
+    assert all("token_weights" in reason for reason in came.refused.values())
+
+
 #: Of which each is a mean, or a half of one.
 MEANS: dict[str, Criterion] = {
     "equal weights": lambda z, t: F.cross_entropy(z, t, weight=torch.full((3,), 2.0).to(z)),
@@ -132,6 +160,7 @@ MEANS: dict[str, Criterion] = {
     "a hinge": lambda z, _: z.relu().sum() / len(z),
     "at a temperature": lambda z, t: F.cross_entropy(z / 3, t) / 3,
     "of several": lambda z, t: torch.stack([F.cross_entropy(z * k, t) for k in (1, 2, 3)]).sum() / 3,
+    "soft labels": lambda z, t: -(F.one_hot(t, 3) * z.log_softmax(1)).sum() / len(z),
     "one of each row": lambda z, t: -z.log_softmax(1)[torch.arange(len(z)), t].mean(),
     "some classes": lambda z, _: z[:, torch.tensor([2, 0])].square().mean(),
 }
