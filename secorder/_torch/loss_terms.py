@@ -26,6 +26,9 @@ PLAIN = frozenset({
     "ToCopy", "Transpose", "Unsqueeze", "View",
 })  # fmt: skip
 
+#: And what it may do with the numbers of each sample, while these stay in the first dimension.
+OF_EACH = frozenset({"Index", "Mean", "Select", "Slice"})
+
 #: A factor below so many times the number of samples makes no mean of a sum.
 FAR = 0.75
 
@@ -133,8 +136,9 @@ def reduced_alone(order: Iterable[Node], num_samples: int) -> str:
 def _reduction(node: Node, num_samples: int) -> str:
     """How a node reduces numbers of samples: ``"none"`` where it makes as many, empty where that is not known."""
     name, before = operation_of(node), [place for place in node.next_functions if place[0] is not None]
-    if shape_of(node, 0):
-        return "none" if name in PLAIN and (name != "Mul" or len(before) == 2) else ""
+    if shape := shape_of(node, 0):
+        own = name in OF_EACH and shape[0] == num_samples == shape_of(*before[0])[0]
+        return "none" if own or (name in PLAIN and (name != "Mul" or len(before) == 2)) else ""
     if name in ADDITION:
         return "none"
     count = prod(shape_of(*before[0])) if len(before) == 1 else 0

@@ -90,7 +90,7 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
 
     In a mean over samples, what differs is a part of each one's loss, such as an advantage.
     """
-    if any(is_mean(node) for node in loss.order) or any(
+    if any(is_mean(node) and shape_of(node, 0)[:1] != (num_samples,) for node in loss.order) or any(
         count and abs(divisor - round(divisor)) < 1e-6 * divisor and not round(divisor) % num_samples
         for divisor, count in map(divisor_of_sum, loss.order)
     ):

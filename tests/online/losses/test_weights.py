@@ -136,8 +136,9 @@ def of_sample(z: Tensor) -> Tensor:
         lambda losses, w: torch.einsum("n,n->", losses, w) / w.sum(),
         lambda losses, w: -(w[:, None] / w.sum() * -losses[:, None]).sum(),
         lambda losses, w: ((losses * w).sum() + (losses.square() * w).sum()) / w.sum(),
+        lambda losses, w: (torch.stack([losses, losses.square()], 1).mean(1) * w).sum() / w.sum(),
     ],
-    ids=["divided", "elements", "weights", "a product", "einsum", "columns", "two terms"],
+    ids=["divided", "elements", "weights", "a product", "einsum", "columns", "two terms", "averaged"],
 )
 def test_weights_that_add_up_to_one(criterion: Criterion) -> None:
     def loss(m: nn.Module, b: Any) -> Tensor:
@@ -187,6 +188,9 @@ OF_SAMPLES: dict[str, Criterion] = {
     "binary": lambda z, t: F.binary_cross_entropy_with_logits(z, F.one_hot(t, 3).to(z), reduction="none"),
     "gathered": lambda z, t: -z.log_softmax(1).gather(1, t[:, None]),
     "products": lambda z, _: z * z.sigmoid(),
+    "averaged": lambda z, t: F.mse_loss(z, F.one_hot(t, 3).to(z), reduction="none").mean(1),
+    "indexed": lambda z, t: -z.log_softmax(1)[torch.arange(len(z)), t],
+    "a column": lambda z, _: z[:, 0].square(),
 }
 
 
