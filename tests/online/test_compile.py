@@ -113,11 +113,12 @@ def test_what_the_compiler_leaves_alone_for_the_probe_is_told() -> None:
     for attached in ATTACHED:
         for name in ("sequential", "custom"):
             torch._dynamo.reset()
-            called, model, _ = setup(name, attached, "eager", every=2)
+            called, model, probe = setup(name, attached, "eager", every=2)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 for _ in range(3):
                     called(data()[0])
+            probe.detach()
             told = [str(warning.message) for warning in caught if "compiles nothing of" in str(warning.message)]
             assert len(told) == (0 if compiles_with_a_probe(model, attached) else 1)
 
