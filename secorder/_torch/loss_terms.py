@@ -80,12 +80,10 @@ def divided_by(order: Iterable[Node], number: int) -> set[Node]:
 
 def _multiplied(node: Node) -> tuple[Node, float] | None:
     """What computed the number that a node has multiplied, and by what; None where a node does anything else."""
-    before = [(i, place) for i, place in enumerate(node.next_functions) if place[0] is not None]
-    if operation_of(node) not in ("Div", "Mul", "ToCopy") or len(before) != 1 or recomputed(node) is not False:
+    operand = _operand(node) if operation_of(node) in ("Div", "Mul", "ToCopy") else None
+    if operand is None or shape_of(node, 0) or shape_of(*operand[1]):
         return None
-    index, source = before[0]
-    if shape_of(node, 0) or shape_of(*source) or (index and operation_of(node) == "Div"):
-        return None
+    index, source = operand
     seen = node._input_metadata[0]
     one = torch.ones((), dtype=seen.dtype, device=seen.device)
     return source[0], float(run_node(node, [one], index))
@@ -158,12 +156,20 @@ def selected(node: Node) -> tuple[int, ...]:
 
 def weighted(node: Node) -> int | None:
     """Which operand a node multiplies by constants, of more than one number; None where it does anything else."""
+    products = ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv")
+    operand = _operand(node) if operation_of(node) in products else None
+    return operand[0] if operand is not None and prod(shape_of(*operand[1])) > 1 else None
+
+
+def _operand(node: Node) -> tuple[int, tuple[Node, int]] | None:
+    """The one operand of a node that the graph has, by number and place; None where it is what the node divides by.
+
+    None, too, where what the node has saved would be computed again.
+    """
     before = [(index, place) for index, place in enumerate(node.next_functions) if place[0] is not None]
-    if operation_of(node) not in ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv") or len(before) != 1:
+    if len(before) != 1 or recomputed(node) is not False:
         return None
-    index, source = before[0]
-    inverse = operation_of(node) == "Div" and index == 1
-    return index if not inverse and prod(shape_of(*source)) > 1 and recomputed(node) is False else None
+    return None if operation_of(node) == "Div" and before[0][0] else before[0]
 
 
 class Targets(NamedTuple):

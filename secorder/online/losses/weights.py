@@ -11,6 +11,7 @@ chunks, or of the steps of an episode, divides by the number of all samples.
 A sum that is told to be a mean, or the other way round, shows where nothing is multiplied that may make it one.
 """
 
+from collections.abc import Collection
 from math import prod
 
 import torch
@@ -65,13 +66,14 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
         UnknownNode: what is between loss and outputs cannot be looked at.
     """
     means = divided_by(loss.order, num_samples)  # whatever else they are divided by
+    sums = {node: found for node in loss.order if (found := divisor_of_sum(node))[1]}
     for node in loss.order:
         mean = mean_over_targets(node)
         if mean is not None and mean.by_class is not None and bool((mean.by_class != mean.by_class[0]).any()):
             return _WEIGHTED.format("class weights in a mean")
         if mean is not None and bool(mean.ignored.any()) and _differ(loss, mean.classes):
             return _WEIGHTED.format("a mean over targets that are not ignored, of which some have more than others")
-        divisor, count = (0.0, 0) if node in means else divisor_of_sum(node)
+        divisor, count = (0.0, 0) if node in means else sums.get(node, (0.0, 0))
         number = round(divisor)
         if number < 2 or number == count or abs(divisor - number) > 1e-6 * number:  # or a mean, as others are
             continue
@@ -79,20 +81,22 @@ def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
         uneven = not rest and number < count and (2 * count // num_samples) % each  # as of tokens without padding
         if rest or (uneven and _differ(loss, 1)):
             return _WEIGHTED.format(f"a sum that is divided by {number} for {num_samples} samples")
-    if _normalised(loss, num_samples):
+    if _normalised(loss, num_samples, sums.values()):
         return _WEIGHTED.format("weights that add up to one")
-    number = _unequal_shares(loss, num_samples)
+    number = _unequal_shares(loss, num_samples, sums.values())
     return _WEIGHTED.format(f"a mean of {number} that were selected for {num_samples} samples") if number else ""
 
 
-def _normalised(loss: SeenLoss, num_samples: int) -> bool:
+def _normalised(loss: SeenLoss, num_samples: int, sums: Collection[tuple[float, int]]) -> bool:
     """Whether numbers of samples are added with weights that differ and add up to one, as that of one sample is.
 
     In a mean over samples, what differs is a part of each one's loss, such as an advantage.
+
+    Args:
+        sums: what sums are divided by, and how many numbers they have.
     """
     if any(is_mean(node) and shape_of(node, 0)[:1] != (num_samples,) for node in loss.order) or any(
-        count and abs(divisor - round(divisor)) < 1e-6 * divisor and not round(divisor) % num_samples
-        for divisor, count in map(divisor_of_sum, loss.order)
+        abs(divisor - round(divisor)) < 1e-6 * divisor and not round(divisor) % num_samples for divisor, _ in sums
     ):
         return False
     found = [(node, index) for node in loss.order if (index := weighted(node)) is not None]
@@ -111,14 +115,14 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
     return False
 
 
-def _unequal_shares(loss: SeenLoss, num_samples: int) -> int:
+def _unequal_shares(loss: SeenLoss, num_samples: int, sums: Collection[tuple[float, int]]) -> int:
     """Of how many selected rows a loss is the mean that cannot be as many of each sample; 0 where it is of none.
 
     As of tokens that a mask selects, or that are packed: of rows that no dimension of samples is left in.
     """
     ends = [node for node in loss.order if prod(shape_of(node, 0)) == 1 and is_mean(node)]
     counts = [prod(shape_of(*node.next_functions[0])) for node in ends]
-    counts += [count for divisor, count in map(divisor_of_sum, loss.order) if count and round(divisor) == count]
+    counts += [count for divisor, count in sums if round(divisor) == count]
     for rows, *rest in filter(None, map(selected, loss.order)):
         if rows % num_samples and num_samples not in rest and any(count % rows == 0 for count in counts):
             return rows
