@@ -99,9 +99,8 @@ def _diagnose(options: argparse.Namespace) -> None:
             raise InvalidArgumentError(f"there is no folder {Path(file).parent} for {Path(file).name}.")
     if options.depth is not None and options.depth < 1:
         raise InvalidArgumentError(f"--depth must be at least 1, got {options.depth}.")
-    with (
-        redirect_stdout(sys.stderr) if options.json == "-" else nullcontext()
-    ):  # what the user's code prints is no JSON
+    # What the user's code prints is no JSON.
+    with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
         model, loss_fn, data = _made(options.factory)
         batches = _tried(model, loss_fn, _loader(data, options.batch_size))
         diagnosis = diagnose(
