@@ -976,10 +976,11 @@ class CurvatureProbe:
 
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments.
-            InvalidTypeError: it is no sink.
+            InvalidTypeError: it is no sink, or the step no integer.
         """
         from .monitor.log import CurvatureLog
 
+        require_integer("step", step, 0)
         if self._log is None or self._log.given is not sinks:
             self._log = CurvatureLog(sinks, strict=True)
         self._log.diagonals("fisher", self.fisher_diagonal(), step)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secorder import CurvatureProbe, ProbeStateError, per_layer_hessian_diagonal
+from secorder import CurvatureProbe, InvalidTypeError, ProbeStateError, per_layer_hessian_diagonal
 
 from .helpers import Taking, data, make, reference, step
 from .reference import assert_all_close
@@ -119,6 +119,16 @@ def test_two_probes_on_one_model_do_not_see_each_other() -> None:
     step(model, batch)
     assert (first.num_samples, second.num_samples) == (12, 6)
     assert_all_close(first.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_what_is_no_sink_is_told_at_once() -> None:
+    model = make()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        step(model, data())
+        with pytest.raises(InvalidTypeError, match="a sink has scalars"):
+            probe.log(None, 3)
+        with pytest.raises(InvalidTypeError, match="step must be"):
+            probe.log(Taking(), None)  # type: ignore[arg-type]
 
 
 def test_what_is_accumulated_is_logged_with_a_hessian() -> None:

@@ -144,7 +144,7 @@ class CurvatureRecorder:
         apart = any(hasattr(p, "device_mesh") for group in probe.layer_parameters.values() for p in group)
         self._together = (synchronize or apart) and has_ranks()
         self._window = {"keep_total": keep_total, "synchronize": synchronize and not apart}
-        self._log = CurvatureLog(None if self._together and dist.get_rank() else sinks, strict=strict)
+        self._log = CurvatureLog([] if sinks is None or (self._together and dist.get_rank()) else sinks, strict=strict)
         self._norms = Norms(lambda: probe.layer_parameters)
         self._findings = RunningFindings(on_finding)
         self._steps = 0

@@ -187,9 +187,9 @@ class OnlineFisher:
     def loss_scale_of(self, backward: Backward | None) -> float:
         """Asked for once in a backward: a ``GradScaler`` on an accelerator waits for the device to tell."""
         if backward is None:
-            return usable_scale(self.loss_scale())
+            return usable_scale(self.loss_scale)
         if backward.loss_scale is None:
-            backward.loss_scale = usable_scale(self.loss_scale())
+            backward.loss_scale = usable_scale(self.loss_scale)
         return backward.loss_scale
 
     def of_all(self, record: ForwardRecord) -> int:

@@ -16,6 +16,7 @@ from ..oneshot.state import State
 from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
+from .losses.reduction import usable_scale
 from .losses.scale import fraction
 from .reading import diagonals, unreadable
 from .troubles import sentence
@@ -69,7 +70,7 @@ def verify(
         num_samples: of the batch.
     """
     scale = _scale_of_training(fisher, loss_fn, inputs, targets)
-    told = float(fisher.loss_scale())
+    told = usable_scale(fisher.loss_scale)
     if scale is not None and abs(scale / told - 1) > TOLERANCE:
         return Verification(False, f"gradients are scaled by {fraction(scale)}: pass loss_scale={fraction(scale)}.")
     if scale is None and fisher.accumulation.reason:
@@ -126,7 +127,7 @@ def _online(
     attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim), 1)
     attachment.attach()
     try:
-        _step(fisher.model, loss_fn, inputs, targets, float(fisher.loss_scale()))
+        _step(fisher.model, loss_fn, inputs, targets, usable_scale(fisher.loss_scale))
     finally:
         attachment.detach()
     reasons = {**trial.troubles.left_out, **(untold := unreadable(trial))}

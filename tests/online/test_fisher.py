@@ -60,7 +60,26 @@ def test_a_loss_scale_that_nothing_can_be_divided_by() -> None:
         assert float(probe._fisher.sums["0"].counts[2]) == 2
 
 
-@pytest.mark.parametrize("given", [0.0, -1.0, "big"])
+def _no_scale() -> float:
+    raise KeyError("amp")
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [(_no_scale, "loss_scale= raised KeyError: 'amp'. It is called"), (lambda: [1.0, 2.0], "loss_scale= told")],
+)
+def test_a_loss_scale_that_cannot_be_told_is_named(given: Any, reason: str) -> None:
+    model, batch = make(), data()
+    with CurvatureProbe(model, loss_scale=given, reduction="mean") as probe:
+        with pytest.warns(CurvatureWarning, match=reason):
+            step(model, batch)
+        with pytest.raises(AttributionError, match=reason):
+            probe.fisher_diagonal()
+        with pytest.raises(InvalidArgumentError, match=reason):
+            probe.verify(F.cross_entropy, *batch)
+
+
+@pytest.mark.parametrize("given", [0.0, -1.0, "big", torch.amp.GradScaler])
 def test_a_loss_scale_that_is_none(given: Any) -> None:
     with pytest.raises(InvalidArgumentError, match="loss_scale"):
         CurvatureProbe(make(), loss_scale=given)

@@ -95,9 +95,7 @@ def _of_logger(logger: Any) -> Sink:
 
 
 def sinks_of(given: Any) -> list[Sink]:
-    """The sinks of one, several (a list or tuple) or none (None); see :func:`sink_of`."""
-    if given is None:
-        return []
+    """The sinks of one, or of several (a list or tuple, perhaps empty); see :func:`sink_of`."""
     return [sink_of(one) for one in given] if isinstance(given, (list, tuple)) else [sink_of(given)]
 
 

@@ -38,6 +38,8 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     Raises:
         InvalidArgumentError: it is neither a positive number nor tells one.
     """
+    if isinstance(given, type):
+        raise InvalidArgumentError(f"loss_scale is the class {given.__name__}, not made yet: pass the one in use.")
     if given is None or (isinstance(given, str) and given == "returned"):  # then it is found in each backward
         return _Constant(1.0)
     if hasattr(given, "get_scale"):
@@ -49,13 +51,23 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     return _Constant(float(given))
 
 
-def usable_scale(told: float) -> float:
-    """What a loss scale was told to be.
+def usable_scale(function: Callable[[], float]) -> float:
+    """What a loss scale is told to be now.
 
     Raises:
-        InvalidArgumentError: nothing can be divided by it.
+        InvalidArgumentError: nothing can be divided by it, or the function raised.
     """
-    scale = float(told)
+    try:
+        told = function()
+    except Exception as error:
+        raise InvalidArgumentError(
+            f"loss_scale= raised {type(error).__name__}: {error}. It is called without arguments, and returns what the "
+            "loss is multiplied by before backward."
+        ) from error
+    try:
+        scale = float(told)
+    except (TypeError, ValueError, RuntimeError):
+        scale = 0.0
     if not scale or not math.isfinite(scale):
         raise InvalidArgumentError(f"loss_scale= told {told!r}, which gradients cannot be divided by.")
     return scale
