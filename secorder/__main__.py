@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--num-draws", type=int, help="draws of an estimated Hessian")
     command.add_argument("--reduction", choices=("mean", "sum"), help="of the loss (default: found out)")
     command.add_argument("--sort-by", choices=("name", "parameters", "trace", "mean", "std", "max", "negative"))
-    command.add_argument("--depth", type=int, help="parts of a name: layers that begin alike are told as one row")
+    command.add_argument("--depth", type=int, help="parts of a name: layers that begin alike share one row")
     command.add_argument("--json", metavar="FILE", help="write statistics and findings; - for standard output")
     command.add_argument("--logdir", type=Path, help="write TensorBoard logs to this folder")
     command.add_argument("--html", type=Path, help="write the table as a page")
@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("watch", help="the latest numbers of a run, from its JSON lines, while it goes on")
     command.add_argument("run", help="file of JSON lines that a CurvatureRecorder writes, or a folder that holds one")
     command.add_argument("--once", action="store_true", help="show them once, as where the output is no terminal")
-    command.add_argument("--interval", type=float, default=1.0, help="seconds between two looks (default: 1)")
+    command.add_argument("--interval", type=float, default=1.0, help="seconds between two updates (default: 1)")
     return parser
 
 

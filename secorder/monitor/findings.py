@@ -44,8 +44,8 @@ TEXTS: dict[FindingKind, str] = {
     "dominant": "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or "
     "normalise its input.",
     "saddle": "share of negative entries in the Hessian: the loss curves down along them, far from a minimum.",
-    "disagreement": "ratio of the Hessian's trace to the Fisher's: the empirical Fisher does not stand for the "
-    "curvature here; use the Hessian, or fisher_type='type-2'.",
+    "disagreement": "ratio of the Hessian's trace to the Fisher's: the empirical Fisher is a poor substitute for "
+    "the curvature here; use the Hessian, or fisher_type='type-2'.",
     "coupled": "there is no Fisher",
     "growing": "the trace grew by this factor within the last points: lower the learning rate, or clip gradients.",
     "noisy": "gradient noise scale in batches: steps are mostly noise, so that a larger batch, or a lower learning "

@@ -76,7 +76,7 @@ def require_one_batch(method: str, inputs: Any, targets: Any) -> None:
         InvalidTypeError: it is.
     """
     if is_data_set(inputs, targets):
-        raise InvalidTypeError(f"{method}() looks at one batch: pass its inputs and targets, as of next(iter(loader)).")
+        raise InvalidTypeError(f"{method}() takes one batch: pass its inputs and targets, such as *next(iter(loader)).")
 
 
 def _pair(batch: Any) -> bool:
@@ -121,7 +121,8 @@ def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int
     number = None if isinstance(data, Iterator) else number_of_batches(data)
     if number is None:
         raise InvalidArgumentError(
-            f"a {type(data).__name__} does not tell how many batches it holds: pass a batch, or a loader with a length."
+            f"a {type(data).__name__} has no length, so the number of batches is unknown: pass a batch, or a loader "
+            "with a length."
         )
     batches = batches_of(data, sample_dim)
     first = next(batches, None)

@@ -81,7 +81,7 @@ def _require_invariance(task: Measurement, replacements: list[Tensor], sketch: "
             "the model and loss_fn do not treat the samples of a batch alike: in another order, inputs and targets "
             "together, the loss has another gradient. If the loss holds tensors of the batch itself (weights, a "
             "teacher's outputs), pass them in targets; if model or loss draw random numbers, call model.eval(), or "
-            "pass such numbers in targets; hessian_diagonal goes by the loss as it is."
+            "pass such numbers in targets; hessian_diagonal takes the loss as it is."
         )
 
 

@@ -115,7 +115,7 @@ class LossReduction:
         except InvalidArgumentError as error:
             if self._told is not None:
                 if isinstance(error, NeitherMeanNorSum):
-                    caution(f"{NEITHER}: batches are weighted as those of a {self._told}, as it was told.")
+                    caution(f"{NEITHER}: batches are weighted as those of a {self._told}, as specified.")
                 return self._told
             raise
 
@@ -167,7 +167,7 @@ def find_reduction(
         found = _of_parts(model, loss_fn, whole, both, sizes, dim)
         if found is not None:
             return found
-    raise InvalidArgumentError(f"it cannot be told whether the loss is a mean or a sum over samples: {ADVICE}")
+    raise InvalidArgumentError(f"it cannot be determined whether the loss is a mean or a sum over samples: {ADVICE}")
 
 
 def _of_parts(

@@ -192,7 +192,7 @@ def _output_operators(task: Measurement, of: Curvature) -> Blocks:
     if side is None:
         raise InvalidArgumentError(
             f"of={of!r} needs a loss that is computed by loss_fn from the model's output, cut into samples: here it "
-            'does not go by that alone; take of="hessian".'
+            'depends on more than that; pass of="hessian".'
         )
     require_independent_samples(task, output)
     metric = _metric(task, side, of)

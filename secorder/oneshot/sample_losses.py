@@ -322,7 +322,7 @@ def _require_invariance(
     if not torch.equal(_value(task, output, seed=1), _value(task, output)):
         raise InvalidArgumentError(
             "loss_fn draws random numbers, so that no sample has a loss of its own: draw them beforehand and pass them "
-            "in targets; hessian_diagonal goes by the numbers that are drawn."
+            "in targets; hessian_diagonal takes the numbers that are drawn."
         )
     raise InvalidArgumentError(
         "loss_fn does not treat the samples of a batch alike: exchanged together with their targets, they get other "

@@ -40,9 +40,10 @@ _NOT_ASKED_FOR = (
     "name them all, or call backward without inputs=, or leave the layer out with layers=."
 )
 _UNLIKE = (
-    "one backward runs through several forwards, in which it was measured in different ways, so that what row n of "
-    "each brings cannot be added up (a state that objects in lists hand from one forward to the next, rows that depend "
-    "on data): hand the state on as tensors, leave the layer out with layers=, or measure it with a one-shot call."
+    "one backward runs through several forwards, in which it was measured in different ways, so that row n's "
+    "gradients cannot be added up over them (a state that objects in lists hand from one forward to the next, rows "
+    "that depend on data): hand the state on as tensors, leave the layer out with layers=, or measure it with a "
+    "one-shot call."
 )
 _UNRETURNED = (
     "its gradient comes from a forward of the model that returned nothing that depends on it (an output that is kept "
@@ -108,7 +109,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         fisher.troubles.mark(
             [own for record in records for name in record.calls for own in record.attribution.owners(name)],
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
-            "that its gradients cannot be told apart: pass every=1, or call backward for each forward.",
+            "that their gradients cannot be separated: pass every=1, or call backward for each forward.",
         )
     for record in records:
         fisher.called.update(record.calls)

@@ -134,14 +134,14 @@ def _look(
         cause = error.__cause__ if isinstance(error, RecordingFailed) else error
         fisher.troubles.warn(
             f"a batch is left out, since running the model on it to see where samples are failed "
-            f"({type(cause).__name__}: {cause}); the next one is looked at."
+            f"({type(cause).__name__}: {cause}); the next one is verified instead."
         )
         return None
     if found.unclear:  # a batch that ends in nan tells nothing: it is left out, and the next one is looked at
         fisher.troubles.saw("not finite")
         if fisher.on_nonfinite == "raise":
             raise NonFiniteError(
-                "the model's output holds nan or inf: look at the inputs, lower the learning rate or the scale, or "
+                "the model's output holds nan or inf: check the inputs, lower the learning rate or the scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
         for sums in fisher.sums.values():
@@ -173,17 +173,17 @@ def _tell(
     if before is not None and not found.coupled:
         fisher.troubles.mark(
             looks.moved(before, found),
-            "the rows of its output belong to other samples than they did when they were looked at before, so that "
-            "what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
+            "the rows of its output belong to other samples than they did at the previous verification batch, so "
+            "that what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
             "calls, or leave it out with layers=.",
         )
     slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
-            f"the calls of the layers {slow} do not tell their per-sample gradients (a row that all samples share, "
-            "rows that depend on data, a parameter used outside of them, nothing trainable before them): a module "
-            "that contains them runs once more a step. That is exact and slow; leave them out with layers= if it is "
-            "too slow."
+            f"the calls of the layers {slow} do not determine their per-sample gradients (a row that all samples "
+            "share, rows that depend on data, a parameter used outside of them, nothing trainable before them): a "
+            "module that contains them runs once more a step. That is exact and slow; leave them out with layers= if "
+            "it is too slow."
         )
 
 

@@ -66,9 +66,9 @@ CAUSES = {
     "look failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
     "listed": f"Perhaps {LISTED}.",
-    "other threads": "Other threads ran the model at the same time, while it was to be looked at.",
+    "other threads": "Other threads ran the model at the same time, while a batch was being verified.",
     "one sample": (
-        "The first batch held one sample, which cannot tell where samples are: such batches were left out; pass "
+        "The first batch held one sample, which cannot show where samples are: such batches were left out; pass "
         "sample_dim=."
     ),
 }
@@ -185,7 +185,7 @@ class Troubles:
             if stops_recomputation(error) or self.strict:
                 raise
             own = isinstance(error, SecorderError)
-            reason = str(error) if own else f"looking at it failed ({type(error).__name__}: {error})."
+            reason = str(error) if own else f"analysing it failed ({type(error).__name__}: {error})."
             self.leave_out(record, names, reason)
             return None
 
@@ -245,7 +245,7 @@ def coupled(troubles: Troubles, found: Attribution, shapes: Sequence[Shape]) -> 
     )
     if found.separable is not None:
         reason = (
-            "the dimension that is told to hold the samples does not separate them in the model, and dim "
+            "the dimension given as sample_dim= does not separate the samples in the model, and dim "
             f"{found.separable} of its arguments, of shapes {list(shapes)}, does: pass sample_dim={found.separable}."
         )
     if troubles.strict:

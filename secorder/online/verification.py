@@ -87,12 +87,13 @@ def verify(
         if not abs(ratio - 1) < TOLERANCE
     }
     if not differing:
-        return Verification(True, "the Fisher of training is as told.", ratios)
+        agreed = "the online Fisher agrees with the one-shot one: reduction= and loss_scale= are right."
+        return Verification(True, agreed, ratios)
     if known and len(known) == len(ratios) and max(known) / min(known) - 1 < TOLERANCE:
         message = (
             f"the online Fisher is {known[0]:.3g} times the one-shot one in every layer: the loss does not reduce "
-            f"samples as told; pass reduction= with a function of the model's arguments that returns the weights c_n "
-            f"of L = Σ_n c_n ℓ_n."
+            f"samples as specified; pass reduction= with a function of the model's arguments that returns the weights "
+            f"c_n of L = Σ_n c_n ℓ_n."
         )
         return Verification(False, message, ratios, differing)
     by_reason = {reason: [name for name in differing if differing[name] == reason] for reason in differing.values()}

@@ -87,9 +87,9 @@ def _positive(dim: int | None, tensor: Tensor) -> int | None:
 
 def _otherwise(what: str, placement: Any) -> AttributionError:
     return AttributionError(
-        f"{what} lies over the ranks as {placement}, from which its part of the per-sample gradients cannot be told: "
-        "use ColwiseParallel and RowwiseParallel, whose layers gather their inputs first, or leave the layer out with "
-        "layers=."
+        f"{what} lies over the ranks as {placement}, from which its part of the per-sample gradients cannot be "
+        "computed: use ColwiseParallel and RowwiseParallel, whose layers gather their inputs first, or leave the layer "
+        "out with layers=."
     )
 
 

@@ -130,7 +130,7 @@ def test_where_nothing_tells() -> None:
     def fitted(f: Tensor, t: Tensor) -> Tensor:
         return (f - f.detach()).square().mean()  # neither loss nor gradient
 
-    with CurvatureProbe(Tagger()) as probe, pytest.raises(InvalidArgumentError, match="cannot be told"):
+    with CurvatureProbe(Tagger()) as probe, pytest.raises(InvalidArgumentError, match="cannot be determined"):
         probe.hessian_diagonal(fitted, batches(LABELS))
     with CurvatureProbe(Tagger(), reduction="mean") as probe:
         assert probe.hessian_diagonal(fitted, batches(LABELS)).total > 0

@@ -20,12 +20,12 @@ def gradients(model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("options", "reduction", "message"),
     [
-        ({}, "mean", "as told"),
-        ({"reduction": "sum"}, "sum", "as told"),
-        ({"reduction": nn.CrossEntropyLoss(reduction="sum")}, "sum", "as told"),
+        ({}, "mean", "are right"),
+        ({"reduction": "sum"}, "sum", "are right"),
+        ({"reduction": nn.CrossEntropyLoss(reduction="sum")}, "sum", "are right"),
         ({}, "sum", 'a sum: pass reduction="sum"'),
         ({"reduction": "sum"}, "mean", 'a mean: pass reduction="mean"'),
-        ({"loss_scale": 0.25}, "mean", "as told"),
+        ({"loss_scale": 0.25}, "mean", "are right"),
     ],
 )
 def test_the_reduction_is_found_out(options: dict[str, Any], reduction: str, message: str) -> None:
@@ -35,7 +35,7 @@ def test_the_reduction_is_found_out(options: dict[str, Any], reduction: str, mes
         found = probe.verify(lambda f, t: F.cross_entropy(f, t, reduction=reduction), *batch)
         assert isinstance(found, Verification)
         assert message in str(found)
-        assert bool(found) is ("as told" in message)
+        assert bool(found) is ("are right" in message)
         assert probe.num_samples == 0
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(torch.get_rng_state(), state)

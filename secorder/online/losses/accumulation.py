@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Accumulation", "note_gradients", "tell_accumulation", "tell_division"]
 
 _REASON = (
-    "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and nothing is "
-    "told of it: pass loss_scale={0} where that makes a mean of as many batches, or loss_scale=1 where it is a part of "
-    "the loss."
+    "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and loss_scale= "
+    "is not specified: pass loss_scale={0} where that makes a mean of as many batches, or loss_scale=1 where it is a "
+    "part of the loss."
 )
 
 

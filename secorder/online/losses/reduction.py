@@ -47,7 +47,7 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
     if callable(given):
         return given
     if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 < given < math.inf:
-        raise InvalidArgumentError(f"loss_scale must be a positive number or tell one, got {shown(given)}.")
+        raise InvalidArgumentError(f"loss_scale must be a positive number, or return one, got {shown(given)}.")
     return _Constant(float(given))
 
 
@@ -69,7 +69,7 @@ def usable_scale(function: Callable[[], float]) -> float:
     except (TypeError, ValueError, RuntimeError):
         scale = 0.0
     if not scale or not math.isfinite(scale):
-        raise InvalidArgumentError(f"loss_scale= told {told!r}, which gradients cannot be divided by.")
+        raise InvalidArgumentError(f"loss_scale= returned {told!r}, by which gradients cannot be divided.")
     return scale
 
 

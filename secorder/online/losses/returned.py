@@ -38,8 +38,8 @@ Run = Callable[[Tensor], tuple[dict[Beside, float], bool]]
 
 _WEIGHTED = (
     "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
-    "a statistic of the batch), or not weighted as reduction= tells: pass reduction= with a function of the model's "
-    "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
+    "a statistic of the batch), or not weighted as reduction= specifies: pass reduction= with a function of the "
+    "model's arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
 )
 _SUM = 'the loss that the model returns is the sum of its samples\' losses: pass reduction="sum".'
 _MEAN = 'the loss that the model returns is the mean of its samples\' losses: pass reduction="mean".'

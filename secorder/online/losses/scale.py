@@ -98,9 +98,9 @@ def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None
     if first is not None and scales.count(first) == len(scales) and _by_whole_number(first):
         fisher.troubles.mark(
             fisher.sums,
-            f"the loss that the model returns is multiplied by {fraction(first)} before backward, and nothing is told "
-            'of it: pass loss_scale="returned" where that is no part of the loss (micro-batches whose gradients are '
-            "accumulated, a GradScaler), or loss_scale=1 where it is.",
+            f"the loss that the model returns is multiplied by {fraction(first)} before backward, and loss_scale= is "
+            'not specified: pass loss_scale="returned" where that is no part of the loss (micro-batches whose '
+            "gradients are accumulated, a GradScaler), or loss_scale=1 where it is.",
         )
 
 
@@ -113,6 +113,6 @@ def tell_scaler(fisher: "OnlineFisher", roots: Iterable[Place]) -> None:
     if any(multiplied_by_scaler(node) for node, _ in roots):
         fisher.troubles.mark(
             fisher.sums,
-            "a GradScaler multiplies the loss before backward, and nothing is told of it: pass loss_scale= with the "
-            "scaler.",
+            "a GradScaler multiplies the loss before backward, and loss_scale= is not specified: pass the scaler as "
+            "loss_scale=.",
         )

@@ -46,7 +46,7 @@ _UNSEEN = (
 
 _THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
 
-_OF_SEVERAL = 'say forwards="joined" if only row n of one forward meets row n of another, '
+_OF_SEVERAL = 'say forwards="joined" if row n of one forward is combined with row n of another only, '
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
@@ -91,7 +91,7 @@ def _look_or_say(
     except Exception as error:
         if fisher.troubles.strict:
             raise
-        reason = f"looking at it failed ({type(error).__name__}: {error})"
+        reason = f"analysing it failed ({type(error).__name__}: {error})"
         fisher.troubles.unseen = _UNSEEN.format(reason)
     if id(record) not in met:
         return False

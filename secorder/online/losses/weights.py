@@ -44,7 +44,7 @@ _REDUCED = 'the loss is the {0} of its samples\' losses, and was taken to be the
 MEAN_OF_SEVERAL = (
     'the loss is one mean over what several forwards returned together, where reduction="mean" is a mean over the '
     'samples of each forward: pass loss_scale=1/k for k forwards of as many samples each, reduction="sum" and '
-    "loss_scale=1/n for n samples in all, or loss_scale=1 where it is as told."
+    "loss_scale=1/n for n samples in all, or loss_scale=1 where it is as specified."
 )
 
 

@@ -66,7 +66,7 @@ class Question:
 
 
 LISTED = (
-    "the model is called with a list, or rows that a vector gives to graphs, and its output does not tell whether each "
+    "the model is called with a list, or rows that a vector gives to graphs, and its output does not show whether each "
     'of them is a sample: let it return one tensor of a row a sample, or pass sample_dim="list" where each entry of '
     "the list is one, the dimension that holds the samples, or None by the arguments' names where each call is one"
 )
@@ -233,7 +233,7 @@ def _by_size_alone(
     if len(sizes) > 1:
         return Attribution(
             undecided=f"the model's arguments have sizes {sorted(sizes)} in dim {tried[0].dim}, and its output does "
-            "not tell which of them is the number of samples: pass sample_dim= with a mapping of argument names to "
+            "not show which of them is the number of samples: pass sample_dim= with a mapping of argument names to "
             "dimensions, or let the model return a tensor of that size"
         )
     return tried[0], []

@@ -250,7 +250,7 @@ def _attribute(
             hypothesis, options = choice
             if ranks is not None and ranks.any(hypothesis.num_samples == 0):
                 raise InvalidArgumentError(
-                    "a rank has no samples in a batch that the probe looks at: under fully_shard every rank needs some."
+                    "a rank has no samples in a verification batch: under fully_shard every rank needs some."
                 )
             leaves = [leaf for z in seen for leaf in z.leaves]
             hooked = hooks.put or any(map(is_scripted, model.modules()))

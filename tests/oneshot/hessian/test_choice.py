@@ -170,7 +170,7 @@ def test_the_whole_cost() -> None:
             assert f"{cost.seconds:.3g} s" in repr(cost)
         cost = probe.estimate_cost(F.cross_entropy, loader)
         assert (cost.num_batches, cost.seconds) == (3, 3 * (cost.overhead + sum(c.seconds for c in cost.values())))
-        with pytest.raises(InvalidArgumentError, match="how many batches"):
+        with pytest.raises(InvalidArgumentError, match="number of batches"):
             probe.estimate_cost(F.cross_entropy, iter(loader))
 
 

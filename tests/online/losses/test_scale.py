@@ -88,6 +88,6 @@ def test_a_scaler_that_nothing_is_told_of_is_told_of() -> None:
     ):
         with pytest.warns(CurvatureWarning, match="a GradScaler multiplies the loss"):
             scaler.scale(F.cross_entropy(net(batch[0]), batch[1])).backward()
-        with pytest.raises(AttributionError, match="pass loss_scale= with the scaler"):
+        with pytest.raises(AttributionError, match="pass the scaler as loss_scale="):
             probe.fisher_diagonal()
         assert_all_close(told.fisher_diagonal().by_parameter(), reference(net, batch))

@@ -110,7 +110,7 @@ def test_a_look_at_the_loss_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) 
     model, (x, t) = make(), data()
     with CurvatureProbe(model, reduction="mean") as probe:
         F.cross_entropy(model(x), t).backward()
-        with pytest.warns(UserWarning, match=r"looking at it failed \(ZeroDivisionError"):
+        with pytest.warns(UserWarning, match=r"analysing it failed \(ZeroDivisionError"):
             probe.fisher_diagonal()
 
 
