@@ -79,8 +79,8 @@ def main() -> None:
         )
     spent = ", ".join(f"{name} by {info.strategy} ({info.num_hvps} HVPs)" for name, info in hessian.info.items())
     console.print(f"Exact Hessian diagonal: {spent}.")
-    for told in changes or ["Nothing stood out."]:
-        console.print(f"• {told}", markup=False, highlight=False)
+    for line in changes or ["Nothing stood out."]:
+        console.print(f"• {line}", markup=False, highlight=False)
     Image.fromarray(picture(history, "fisher_trace")).save(arguments.logdir / "layers_over_steps.png")
     console.print(f"Picture of all layers over the run: {arguments.logdir}/layers_over_steps.png")
     console.print(f"TensorBoard log: {arguments.logdir}  (tensorboard --logdir {arguments.logdir.parent})")

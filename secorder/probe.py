@@ -110,7 +110,7 @@ class CurvatureProbe:
         reduction: how the training loss reduces the samples' losses ℓ_n: ``"mean"``, L = (1/N) Σ_n ℓ_n, ``"sum"``, a
             loss module (its ``reduction``), or a function of the model's arguments that returns the weights c_n of
             L = Σ_n c_n ℓ_n, one a sample (token means with padding, class weights; see :func:`secorder.token_weights`).
-            Only the online Fisher needs to be told; where it is not, a mean is assumed, and the first read says so.
+            Only the online Fisher needs it; by default a mean is assumed, and the first read warns about it.
         every: record each ``every``-th forward only; the others cost nothing.
         decay: None for the mean over all samples; a number in (0, 1) for an exponential moving average over batches,
             ``F ← decay · F + (1 − decay) · F_batch``, corrected for its start at zero.
@@ -145,7 +145,7 @@ class CurvatureProbe:
             ``GradScaler`` will skip): ``"skip"`` leaves the batch out of that layer's mean and counts it in
             :attr:`num_skipped`; ``"raise"`` raises :class:`~secorder.NonFiniteError`; ``"keep"`` accumulates it.
         accumulator_device: where the sums are kept; by default where the parameters are. ``"cpu"`` saves an
-            accelerator's memory: what a step brings is copied there while the next steps run.
+            accelerator's memory: the sums of a step are copied there while the next steps run.
         accumulator_dtype: their dtype; by default the parameters', float32 for half precision.
 
     Raises:
@@ -414,7 +414,7 @@ class CurvatureProbe:
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
             progress: show a ``rich`` progress bar.
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
-            missing: without ``loss_fn``, what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"``
+            missing: without ``loss_fn``, what to do where a layer's number cannot be given: ``"raise"``, or ``"skip"``
                 to return the others.
 
         Returns:
@@ -488,7 +488,7 @@ class CurvatureProbe:
 
         Args:
             synchronize: of all samples of all ranks (see :meth:`synchronize`); every rank must call it.
-            missing: what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"`` to return the others.
+            missing: what to do where a layer's number cannot be given: ``"raise"``, or ``"skip"`` to return the others.
 
         Returns:
             layer name → :class:`~secorder.Trace`. Its standard error is that of a mean over ``num_samples`` samples;
@@ -526,7 +526,7 @@ class CurvatureProbe:
 
         Raises:
             ProbeStateError, AttributionError: as :meth:`fisher_diagonal` without arguments; AttributionError where no
-                batch tells it (batches of one sample, several forwards of one backward, ``penalty``).
+                batch determines it (batches of one sample, several forwards of one backward, ``penalty``).
 
         Sources: McCandlish, Kaplan, Amodei, et al. (2018), "An empirical model of large-batch training", appendix A.1;
         Gray, Tiwari, Bergsma, Hestness (2024), "Normalization layer per-example gradients are sufficient to predict
@@ -575,10 +575,10 @@ class CurvatureProbe:
 
     @tells_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
-        """Check on one batch that the probe is told the right reduction of the loss, and the right scale.
+        """Check on one batch that ``reduction`` and ``loss_scale`` are right.
 
-        One forward and backward run with hooks of their own, told the same as this probe; the result is compared with
-        the one-shot empirical Fisher of the batch, which needs to be told nothing. Where parameters hold gradients
+        One forward and backward run with hooks of their own, with this probe's arguments; the result is compared with
+        the one-shot empirical Fisher of the batch, which needs neither. Where parameters hold gradients
         that training left for this very batch, their scale is found too. Nothing is accumulated; gradients, buffers,
         the random state, and what model and loss keep in Python objects are restored.
 
@@ -633,7 +633,7 @@ class CurvatureProbe:
         """The Hessian diagonal ``∂²L/∂θ_i²`` per layer, ``L = loss_fn(model(inputs), targets)`` exactly as given.
 
         ``"exact"`` takes, layer by layer, the cheapest strategy whose conditions hold (see
-        :mod:`secorder.oneshot.hessian`; the result's ``info`` tells which). ``"hutchinson"`` estimates without bias
+        :mod:`secorder.oneshot.hessian`; the result's ``info`` says which). ``"hutchinson"`` estimates without bias
         from random signs v on the layer's output z: ``Σ_n (J_nᵀ (H_z v)_n) ⊙ (J_nᵀ v_n)``; on the parameters where
         samples are coupled. ``"auto"`` is exact for layers that take at most ``max_hvps`` products, and an estimate for
         the others; ``info`` says so, and so does a :class:`~secorder.CurvatureWarning`.
@@ -780,8 +780,8 @@ class CurvatureProbe:
             progress: show a ``rich`` progress bar.
 
         Returns:
-            layer name, or parameter name → :class:`~secorder.Eigenvalues`, which tells whether the tolerance was met.
-            An eigenvalue of higher multiplicity may be told once only.
+            layer name, or parameter name → :class:`~secorder.Eigenvalues`, which says whether the tolerance was met.
+            An eigenvalue of higher multiplicity may be found once only.
 
         Raises:
             InvalidArgumentError: ``count`` or ``max_iterations`` is below 1, ``tolerance`` below 0, ``which`` no end;

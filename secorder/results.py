@@ -71,7 +71,7 @@ class LayerInfo:
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.
         relative_error: the estimate's ``‖standard error‖ / ‖diagonal‖``; 0 where the result is exact, nan where draws
-            do not tell it (``"mc"``).
+            do not show it (``"mc"``).
         converged: whether an estimate met ``rtol`` before it ran out of draws; without ``rtol``, whether its relative
             error is below one half.
         num_batches: how many batches it is the mean, or the sum, of.

@@ -72,7 +72,7 @@ def diagnose(
         progress: show a progress bar over the batches.
 
     Returns:
-        a :class:`Diagnosis`: ``print`` it, or look at its ``fisher``, ``hessian``, ``statistics`` and ``findings``.
+        a :class:`Diagnosis`: ``print`` it, or read its ``fisher``, ``hessian``, ``statistics`` and ``findings``.
 
     Raises:
         SecorderError: as the probe's measurements; coupled samples are no error here but a finding.

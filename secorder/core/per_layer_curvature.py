@@ -47,7 +47,7 @@ def per_layer_hessian_diagonal(
         layer_types: module types to include; None means ``(nn.Linear, nn.Conv2d)``. Frozen layers are left out where
             others are trained.
         create_graph: make the diagonals differentiable with respect to the model's parameters.
-        method: ``"auto"``, exact where that is affordable, else an estimate, of which a warning tells; ``"exact"``;
+        method: ``"auto"``, exact where that is affordable, else an estimate, with a warning; ``"exact"``;
             ``"hutchinson"`` for an unbiased estimate.
         num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.

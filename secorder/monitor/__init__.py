@@ -1,1 +1,1 @@
-"""What is told of measurements: statistics, tables, charts, findings. Reads results; knows no autograd."""
+"""What is shown of measurements: statistics, tables, charts, findings. Reads results; knows no autograd."""

@@ -57,7 +57,7 @@ TEXTS: dict[FindingKind, str] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that deserves a look.
+    """Something that stands out in a measurement.
 
     Attributes:
         kind: what: ``"non-finite"`` entries, ``"unreached"`` parameters, a ``"dead"`` or ``"dominant"`` layer,
@@ -65,7 +65,7 @@ class Finding:
             also a ``"growing"`` trace, ``"noisy"`` gradients, and learning rates at the ``"edge"`` of stability.
         layer: where (``""`` for the whole model).
         value: the number that was found.
-        threshold: from where on it is told.
+        threshold: from where on it is reported.
         text: what it means and what can be done.
     """
 
@@ -89,7 +89,7 @@ class Diagnosis:
         hessian: the Hessian diagonal per layer.
         statistics: ``"fisher"`` and ``"hessian"`` → layer name → statistics
             (:func:`secorder.monitor.statistics.layer_statistics`).
-        findings: what deserves a look.
+        findings: what stands out.
         num_samples: how many samples were measured.
         loss: the loss on them.
     """

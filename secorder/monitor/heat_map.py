@@ -38,7 +38,7 @@ def heat_map(
     """Layers by steps as an image, colours by ``log10`` of the absolute value, names beside the rows.
 
     More than fifty layers go on in a second panel to the right of the first, up to four; of more than two hundred,
-    blocks are named. What all names begin with is told once, in the title.
+    blocks are named. What all names begin with is in the title.
 
     Args:
         values: one row a layer, one column a step; nan, infinite and zero values are grey.

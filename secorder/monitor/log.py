@@ -63,7 +63,7 @@ def numbers_of(kind: str, statistics: Mapping[str, Mapping[str, float]]) -> dict
 
     Args:
         kind: first part of the statistics' names.
-        statistics: layer → what :func:`secorder.monitor.statistics.layer_statistics` tells of it.
+        statistics: layer → what :func:`secorder.monitor.statistics.layer_statistics` returns for it.
     """
     logged = (*LOGGED, "negative") if kind == "hessian" else LOGGED
     numbers = {f"{kind}_{key}": {shown(name): row[key] for name, row in statistics.items()} for key in logged}

@@ -20,7 +20,7 @@ class Norms:
     all layers' parameters together, one that several layers share counted once.
 
     Args:
-        parameters: what gives layer name → parameters, asked at each look: they may be exchanged while a model trains.
+        parameters: what gives layer name → parameters, asked each time: they may be exchanged while a model trains.
 
     Example:
         >>> import torch

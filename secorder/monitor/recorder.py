@@ -46,7 +46,7 @@ class CurvatureRecorder:
     steps. Of a probe with ``decay`` it is the moving average. Names are ``statistic/layer``:
 
     - at each ``log_every``-th step ``fisher_trace``, ``fisher_mean``, ``fisher_max`` (the trace alone of a probe that
-      accumulates traces), ``gradient_noise_scale`` (in samples; where a batch tells it), and of the whole model
+      accumulates traces), ``gradient_noise_scale`` (in samples; where a batch determines it), and of the whole model
       ``model/loss``, ``model/learning_rate``, ``model/fisher_trace``, ``model/gradient_noise_scale``;
     - ``norms_every``: ``gradient_norm`` and ``weight_norm`` of the layers' parameters, and ``update_to_weight``, the
       norm of the last update relative to theirs, for which the weights are copied from one step to the next;
@@ -56,7 +56,7 @@ class CurvatureRecorder:
     - ``eigenvalues_every``: ``hessian_top_eigenvalue`` of each layer's block, and ``learning_rate_times_eigenvalue``,
       which gradient descent without momentum keeps below 2.
 
-    Those that are measured on ``batch`` tell how long they took (``model/seconds_hessian``).
+    Those that are measured on ``batch`` log the seconds they took, too (``model/seconds_hessian``).
 
     Training goes on whatever happens here: what fails, in a measurement or in a sink, is warned of once.
 
@@ -71,7 +71,7 @@ class CurvatureRecorder:
         batch: ``(inputs, targets)`` that the Hessian is measured on, held fixed so that steps compare.
         optimizer: of the training, to log its learning rates and their products with eigenvalues.
         on_finding: called with a :class:`~secorder.monitor.running_findings.Change` when something that stands out
-            begins or ends (a dead layer, a trace that grew tenfold); by default a warning tells it. Sinks that take
+            begins or ends (a dead layer, a trace that grew tenfold); by default a warning says so. Sinks that take
             texts get all findings of now in either case.
         keep_total: as for :meth:`secorder.CurvatureProbe.window`.
         synchronize: the numbers are those of all ranks of the default process group, as is the loss, and the first rank

@@ -81,7 +81,7 @@ def layer_statistics(layer_curvatures: Mapping[str, Tensor]) -> dict[str, dict[s
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What is told of one layer's diagonal.
+    """Statistics of one layer's diagonal.
 
     Attributes:
         statistics: :data:`STATISTICS` by name.

@@ -75,7 +75,7 @@ def report(
     """A table of layers: name, type, shape, parameters, and of each curvature trace, mean, std, max, histogram.
 
     The last row is of all layers together, one whose parameters another holds (a tied head) left out. Where training
-    measures a layer by anything but a rule for its type, a column tells by what
+    measures a layer by anything but a rule for its type, a column says by what
     (:attr:`secorder.LayerInfo.measured_by`).
 
     Args:
@@ -83,8 +83,8 @@ def report(
         hessian: layer name → Hessian diagonal; adds the share of negative entries.
         sort_by: ``"name"``, ``"parameters"``, or a statistic of the Fisher (of the Hessian where there is no Fisher),
             largest first; by default the order of the diagonals, which is the model's.
-        group_by: ``"type"``, or a function of the layer's name that tells its group.
-        depth: parts of a name at most: layers that begin alike are told as one row (``"encoder.layers"`` at 2).
+        group_by: ``"type"``, or a function from a layer's name to its group.
+        depth: parts of a name at most: layers that begin alike share one row (``"encoder.layers"`` at 2).
         title: shown above the table.
 
     Returns:

@@ -158,8 +158,8 @@ def watch(
         run: its file of JSON lines, or a folder that holds one.
         console: where.
         once: show them once; else until the user interrupts it.
-        interval: seconds between two looks.
-        until: asked after each look whether to end.
+        interval: seconds between two updates.
+        until: asked after each update whether to end.
 
     Raises:
         InvalidArgumentError: there is no such file, it holds something else, or the interval is below zero.

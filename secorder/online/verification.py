@@ -29,13 +29,13 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class Verification:
-    """What :meth:`secorder.CurvatureProbe.verify` found; true where the probe is told right.
+    """What :meth:`secorder.CurvatureProbe.verify` found; true where reduction and scale are right.
 
     Attributes:
         agrees: whether the Fisher of training and the one-shot one agree.
-        message: one sentence: as told, or what to pass.
-        ratios: by layer, the online Fisher over the one-shot one, by their traces; nan where one of them cannot be
-            told.
+        message: one sentence: that they are, or what to pass.
+        ratios: by layer, the online Fisher over the one-shot one, by their traces; nan where one of them is not
+            known.
         differing: by layer, why it differs.
     """
 

@@ -55,7 +55,7 @@ class Window:
         """The empirical Fisher diagonal per layer of the window's samples, their mean or moving average.
 
         Args:
-            missing: what to do where a layer's number cannot be told: ``"raise"``, or ``"skip"`` to return the others.
+            missing: what to do where a layer's number cannot be given: ``"raise"``, or ``"skip"`` to return the others.
 
         Returns:
             layer name → 1-D tensor (weight flattened, then bias), as of
@@ -91,7 +91,7 @@ class Window:
             layer name → :class:`~secorder.NoiseScale`, as of :meth:`~secorder.CurvatureProbe.gradient_noise_scale`.
 
         Raises:
-            SecorderError: as :meth:`fisher_diagonal`; AttributionError where no batch of the window tells it.
+            SecorderError: as :meth:`fisher_diagonal`; AttributionError where no batch of the window determines it.
         """
         return noise_scales(self._fisher, missing, self._read)
 
