@@ -100,6 +100,6 @@ def opened_together(
 
 def leave_out_together(fisher: "OnlineFisher", ranks: Ranks, record: ForwardRecord) -> None:
     """Leave a batch out of the layers that are troubled in it on any rank."""
-    elsewhere = zip(fisher.sums, ranks.largest([name in record.troubled for name in fisher.sums]), strict=True)
-    names = [name for name, troubled in elsewhere if troubled and name not in record.troubled]
+    elsewhere = zip(fisher.sums, ranks.largest([record.layers[name].troubled for name in fisher.sums]), strict=True)
+    names = [name for name, troubled in elsewhere if troubled and not record.layers[name].troubled]
     fisher.troubles.leave_out(record, names, ELSEWHERE)

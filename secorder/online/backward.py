@@ -140,7 +140,7 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> N
     if fisher.penalty is not None:
         watch(backward, fisher.layers)
         return
-    captured = {name for one in backward.records for name, _ in one.hooked}
+    captured = {name for one in backward.records for name, own in one.layers.items() if own.hooked}
     if len(backward.records) == 1:  # what an earlier forward has brought of another layer is not known any more
         every = record.verified or record.scheduled or fisher.failures.known
         layers = [layer for layer in fisher.layers if layer.name in captured]
@@ -151,7 +151,7 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> N
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))
         parts = {name: local(p) for name, p in graph.items()} if layer.split else graph
-        outputs = record.elements(layer)
+        outputs = record.layers[layer.name].elements
         for name in backward.audit.watch(layer.parameters, parts, apart=apart, outputs=outputs):
             parameter = layer.parameters[name]
             if id(parameter) in fresh:
@@ -168,7 +168,7 @@ def _saw(
     backward: Backward, record: ForwardRecord, layer: Layer, parameter: Tensor, node: Any, gradient: Tensor
 ) -> None:
     """The whole gradient of a parameter: what is compared with what the captured calls explain."""
-    if not backward.ended and _runs(backward) and (layer.name in record.received or will_accumulate(node)):
+    if not backward.ended and _runs(backward) and (record.layers[layer.name].received or will_accumulate(node)):
         part = layer.gradient(parameter, gradient)
         if part is not None:
             out_of_sight(backward.audit.see, parameter, part)
@@ -219,11 +219,4 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
 
 
 def _reached(record: ForwardRecord, backward: Backward) -> bool:
-    return bool(
-        record.received
-        or record.captured
-        or record.modules
-        or record.parts
-        or not backward.audit.empty
-        or backward.whole
-    )
+    return not backward.audit.empty or bool(backward.whole) or any(own.reached for own in record.layers.values())

@@ -24,14 +24,16 @@ from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, k
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
-from ..parallel.tensor_parallel import Layouts, layouts, own
+from ..parallel.tensor_parallel import Layouts, layouts
+from ..parallel.tensor_parallel import own as own_part
 from .backward import enter
 from .closing import second_backward
 from .delivery import bring, bring_rank_one
 from .finite import total_of
 from .fisher import quietly
+from .layer_record import LayerRecord, ModuleCall, Start
 from .losses.marks import mark_calls
-from .record import ForwardRecord, ModuleCall, Start
+from .record import ForwardRecord
 from .samples.hypotheses import floating
 from .samples.relation import Shape
 from .troubles import OVERWRITTEN
@@ -50,16 +52,17 @@ def layer_called(
     ends = None
     if layer.spread is not None and layer.split:
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
-        inputs = tuple(own(x, ends[0], "its input") for x in inputs)
-    index = _call(record, layer, (local_shape(output),))
+        inputs = tuple(own_part(x, ends[0], "its input") for x in inputs)
+    own = record.layers[layer.name]
+    index = _call(record, own, (local_shape(output),))
     if not _recordable(record, layer, (output,)):
         return
     kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
-    if (layer.name, index) in record.hooked:
+    if index in own.hooked:
         return
-    record.hooked.add((layer.name, index))
+    own.hooked.add(index)
     if layer.sharded:
-        record.gathered[layer.name] = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
+        own.gathered = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
     made_by = output.grad_fn
     assert made_by is not None
     if record.scheduled:
@@ -77,13 +80,12 @@ def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: S
         keep(inputs, here=layer.rule is None and layer.enclosing is model)
 
 
-def _call(record: ForwardRecord, layer: Layer, shapes: tuple[Shape, ...]) -> int:
+def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...]) -> int:
     """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
-    calls = record.calls.setdefault(layer.name, [])
+    calls, again = own.calls, own.recomputed
     if record.backward is None or not in_backward():
         calls.append(shapes)
         return len(calls) - 1
-    again = record.recomputed.setdefault(layer.name, set())
     index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in again), len(calls) - 1)
     again.add(index)
     return max(index, 0)
@@ -106,26 +108,26 @@ def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) 
         if t.requires_grad:
             return True
     if not any(p.requires_grad for p in layer.parameters.values()):
-        record.without_gradient.add(layer.name)
+        record.layers[layer.name].without_gradient = True
     return False
 
 
 def module_starts(record: ForwardRecord, layer: Layer, start: Start) -> None:
     """An enclosing module without a rule is about to run."""
-    record.starts.setdefault(layer.name, []).append(start)
+    record.layers[layer.name].starts.append(start)
 
 
 def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer, output: Any) -> None:
     """An enclosing module ran whose parts are layers without a rule of their own."""
-    starts = record.starts.get(layer.name)
-    if not starts:
+    own = record.layers[layer.name]
+    if not own.starts:
         return
-    start = starts.pop()
+    start = own.starts.pop()
     tensors = floating(output)
     parts = record.parts_of(layer)
-    index = _call(record, layer, tuple(tuple(t.shape) for t in tensors))
+    index = _call(record, own, tuple(tuple(t.shape) for t in tensors))
     for part in parts[1:]:
-        record.calls[part.name] = record.calls[layer.name]
+        record.layers[part.name].calls = own.calls
     recordable = [_recordable(record, part, tensors) for part in parts]
     if not recordable[0]:
         return
@@ -137,9 +139,9 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
         )
     # A checkpoint around the model keeps its arguments, too, and computes it again without this.
     kept = keep(tensors_in(start.arguments), here=layer.enclosing is attachment.model)
-    if (layer.name, index) in record.hooked:
+    if index in own.hooked:
         return
-    record.hooked.add((layer.name, index))
+    own.hooked.add(index)
     arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
     call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
     gradient = _ModuleGradient(attachment, record, layer, call, kept)
@@ -182,7 +184,7 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not counts_in(fisher, record, [layer], self.node):
+        if record.layers[layer.name].replaced or not counts_in(fisher, record, [layer], self.node):
             return
         if not enter(self.attachment, record):
             if not self.freed:
@@ -201,7 +203,7 @@ class _LayerGradient:
             self.total = None if self.freed else total_of(local(g))
             if bring_rank_one(fisher, record, layer, inputs, g):
                 return
-            call = (inputs, g if self.ends is None else own(g, self.ends[1], "the gradient on its output"))
+            call = (inputs, g if self.ends is None else own_part(g, self.ends[1], "the gradient on its output"))
         except Exception as error:
             call = error
             self.total = total_of(local(g))
@@ -233,7 +235,7 @@ class _ModuleGradient:
         parts = record.parts_of(self.layer)
         fallen_back = any(x is self.layer for x in record.fallback)
         if not fallen_back:
-            parts = [x for x in parts if x.name not in record.replaced]
+            parts = [x for x in parts if not record.layers[x.name].replaced]
         if not parts:
             return
         # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
@@ -248,7 +250,7 @@ class _ModuleGradient:
         kept, self.kept = self.kept, None
         if kept is not None:
             self.call.tensors = _unpacked(kept)
-            record.modules.setdefault(self.layer.name, []).append(self.call)
+            record.layers[self.layer.name].modules.append(self.call)
         if self.call.gradients[position] is None:
             self.call.gradients[position] = g.detach()
 
@@ -272,7 +274,8 @@ def counts_in(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[La
         counts = any(will_accumulate(accumulate_node(p)) for p in own or fisher.model.parameters() if p.requires_grad)
     if not counts:
         names = [layer.name for layer in layers]
-        record.passed.update(dict.fromkeys(names, current_backward()))
+        for name in names:
+            record.layers[name].passed = current_backward()
         if record.create_graph:
             fisher.troubles.saw_at("derivative", [own for name in names for own in record.attribution.owners(name)])
     return counts

@@ -60,12 +60,12 @@ def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRe
     if fisher.forwards == "joined":
         if len(same) < len(others):
             fisher.troubles.mark(
-                record.calls,
+                record.called,
                 'the forwards of one backward hold different numbers of samples, so that forwards="joined" cannot '
                 'be: say forwards="separate".',
             )
         return
-    both = [name for name in record.calls if any(name in one.calls for one in same)]
+    both = [name for name in record.called if any(one.layers[name].calls for one in same)]
     names = [own for name in both for own in record.attribution.owners(name)]
     if derived := [name for name in names if fisher.troubles.saw_derivative(name)]:  # which no answer would help
         fisher.troubles.mark(derived, fisher.troubles.outside(derived[0]))
@@ -107,12 +107,12 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
     """A backward has ended: add what its records still hold, and audit it."""
     if records and backward.number in fisher.others:
         fisher.troubles.mark(
-            [own for record in records for name in record.calls for own in record.attribution.owners(name)],
+            [own for record in records for name in record.called for own in record.attribution.owners(name)],
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that their gradients cannot be separated: pass every=1, or call backward for each forward.",
         )
     for record in records:
-        fisher.called.update(record.calls)
+        fisher.called.update(record.called)
     tell_scale(fisher, records)
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
@@ -132,13 +132,13 @@ def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[Forwa
     first, *others = group
     if others:
         _leave_out_unlike(fisher, group)
-    captured = {name for record in group for name in record.captured}
+    captured = {name for record in group for name, own in record.layers.items() if own.captured}
     for layer in first.attribution.layers if captured else ():
         if layer.name in captured:
             fisher.troubles.guarded(first, (layer.name,), deliver, fisher, group, layer)
     for record in group:
         add_waiting(fisher, record)
-    for key in dict.fromkeys(name for record in group for name in record.modules):
+    for key in dict.fromkeys(name for record in group for name, own in record.layers.items() if own.modules):
         layer = next(x for x in (*first.fallback, *first.attribution.layers) if x.name == key)
         names = [x.name for x in first.parts_of(layer)]
         fisher.troubles.guarded(first, names, deliver_module, fisher, group, layer)
@@ -150,11 +150,11 @@ def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[Forwa
 
 def _leave_out_unlike(fisher: "OnlineFisher", group: Sequence[ForwardRecord]) -> None:
     """Leave the batch out of layers that the forwards are not measured alike at."""
-    names = dict.fromkeys(name for record in group for name in record.calls)
-    unlike = [x for x in names if len({record.way(x) for record in group if x in record.calls}) > 1]
+    names = dict.fromkeys(name for record in group for name in record.called)
+    unlike = [x for x in names if len({record.way(x) for record in group if record.layers[x].calls}) > 1]
     owners = dict.fromkeys(own for name in unlike for record in group for own in record.attribution.owners(name))
     fisher.troubles.leave_out(group[0], owners, _UNLIKE)
-    group[0].troubled.update(unlike)
+    group[0].leave_out(unlike)
 
 
 def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
@@ -176,7 +176,7 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     """Compare the whole gradients of a backward that has ended with what its records explain."""
     if backward.audit.empty or not backward.alone:
         return  # nothing was looked at, or what reached the parameters meanwhile may be another thread's
-    troubled = {name for record in backward.records for name in record.troubled}
+    troubled = {name for record in backward.records for name, own in record.layers.items() if own.troubled}
     tied = [record.attribution for record in backward.records if record.attribution.ties]
     chosen = [(index, layer) for index, layer in enumerate(fisher.layers) if layer.name not in troubled]
     if halves := backward.audit.halves():
@@ -196,12 +196,12 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
     parameter that the loss uses.
     """
     layer, backward = fisher.layers[index], record.backward
-    if layer.name in record.troubled:
+    if record.layers[layer.name].troubled:
         return
     if fisher.penalty is not None and explains_all(record, layer):
         return
     records = [record] if backward is None else backward.records
-    reached = any(layer.name in one.received for one in records)
+    reached = any(one.layers[layer.name].received for one in records)
     for p in layer.parameters.values() if not layer.sharded else ():
         unseen = not reached or (
             backward is not None and backward.alone and id(p) in backward.early and not backward.audit.saw(p)
@@ -230,34 +230,36 @@ def audit_uncalled(fisher: "OnlineFisher") -> None:
 
 def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
     """Layers that a backward with ``inputs=`` does not ask for have a gradient that is not known, rather than none."""
-    if not (record.passed or backward.partial):
-        return
-    received = record.received.union(record.parts)
-    passed = {name for name, number in record.passed.items() if number == backward.number} - received
+    missing = {name: own for name, own in record.layers.items() if not (own.received or own.parts)}
+    passed = [name for name, own in missing.items() if own.passed == backward.number]
     if passed:
         owners = [own for name in passed for own in record.attribution.owners(name)]
         fisher.troubles.leave_out(record, [x for x in fisher.sums if x in owners], _NOT_ASKED_FOR)
     if backward.partial:
-        without = set(record.calls) - received - record.troubled - record.without_gradient
+        without = [x for x, own in missing.items() if own.calls and not (own.troubled or own.without_gradient)]
         fisher.troubles.mark([x for x in fisher.sums if x in without], _NOT_ASKED_FOR)
-        record.troubled |= without
+        record.leave_out(without)
 
 
 def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add what the layers that share a parameter brought in this backward."""
-    parts, record.parts = record.parts, {}
+    if not record.attribution.ties:
+        return
+    parts = {name: own.parts for name, own in record.layers.items() if own.parts is not None}
+    for own in record.layers.values():
+        own.parts = None
     found: list[tuple[Layer, list[list[PerSample]], Tensor | None]] = []
-    for layer in fisher.layers if record.attribution.ties else ():
+    for layer in fisher.layers:
         holders = record.attribution.ties.get(layer.name, {})
-        brought = {local: [(parts[name], own) for name, own in by if name in parts] for local, by in holders.items()}
+        brought = {local: [(parts[x], name) for x, name in by if x in parts] for local, by in holders.items()}
         here = [part for pairs in brought.values() for part, _ in pairs]
-        if here and layer.name not in record.troubled:
-            gradients = [[part[0][own] for part, own in brought[local]] for local in layer.parameters]
+        if here and not record.layers[layer.name].troubled:
+            gradients = [[part[0][name] for part, name in brought[local]] for local in layer.parameters]
             goods = [good for _, good in here if good is not None]
             found.append((layer, gradients, torch.stack(goods).all() if goods else None))
-            record.received.add(layer.name)
+            record.layers[layer.name].received = True
         elif holders:
-            record.received.discard(layer.name)
+            record.layers[layer.name].received = False
     _add_tied(fisher, record, found)
 
 

@@ -28,8 +28,9 @@ from .agreement import give_up
 from .audit.penalty import explain
 from .finite import total_of, witness
 from .formed import form, is_formed, squares_may_wait, wait_formed
+from .layer_record import Call
 from .norms import take_norms, takes_norms
-from .record import Call, ForwardRecord
+from .record import ForwardRecord
 from .rerun import rerun_gradients
 from .waiting import may_wait, wait
 
@@ -57,9 +58,9 @@ def bring(
         call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
         total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
     """
-    calls = record.captured.setdefault(layer.name, [])
-    calls.append((index, call, total))
-    if fisher.forwards != "joined" and len(calls) == len(record.calls[layer.name]):
+    own = record.layers[layer.name]
+    own.captured.append((index, call, total))
+    if fisher.forwards != "joined" and len(own.captured) == len(own.calls):
         deliver(fisher, [record], layer)
 
 
@@ -69,10 +70,10 @@ def bring_rank_one(
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
     if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
         return False
-    a, name = inputs[0], layer.name
+    a, own = inputs[0], record.layers[layer.name]
     if not a.dim() == g.dim() == 2 or a.layout is not torch.strided or g.dtype is not compute_dtype(layer):
         return False
-    if name in record.troubled or len(record.calls[name]) != 1 or record.layouts.get(name) != ONE_ROW_A_SAMPLE:
+    if own.troubled or len(own.calls) != 1 or own.layouts != ONE_ROW_A_SAMPLE:
         return False
     g = g.detach()
     one = RankOne(layer, a, g, versions((a, g)))
@@ -89,13 +90,11 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         records: the forward, or those whose row n is one sample.
         layer: a layer with a rule.
     """
-    record = records[0]
-    came = [
-        (call, one.layouts[layer.name][index][0], total)
-        for one in records
-        for index, call, total in sorted(one.captured.pop(layer.name, []), key=lambda found: found[0])
-        if layer.name not in record.troubled
-    ]
+    record, came = records[0], []
+    for own in [one.layers[layer.name] for one in records]:
+        captured, own.captured = sorted(own.captured, key=lambda found: found[0]), []
+        if not record.layers[layer.name].troubled:
+            came += [(call, own.layouts[index][0], total) for index, call, total in captured]
     if not came:
         return
     calls, layouts, totals = zip(*came, strict=True)
@@ -113,12 +112,13 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         raise
     if found is None:
         return
-    record.received.add(layer.name)
+    own = record.layers[layer.name]
+    own.received = True
     if fisher.accumulate == "diagonal":
         parts, numbers = found
         good = fisher.good(layer, numbers)
-        if layer.name in record.parts:
-            record.parts[layer.name] = (record.parts[layer.name][0], good)
+        if own.parts is not None:
+            own.parts = (own.parts[0], good)
         else:
             fisher.add_squares(record, layer, parts, good)
 
@@ -197,7 +197,7 @@ def _parts(
     """
     if record.attribution.sharing(layer.name):
         seen += [witness(part, products.get(name)) for name, part in gradients.items()]
-        record.parts[layer.name] = (gradients, None)
+        record.layers[layer.name].parts = (gradients, None)
         return []
     if fisher.accumulate != "diagonal":
         return []
@@ -232,7 +232,7 @@ def _deliver_pieces(
     if record.weights is not None:
         weights = record.weights
         parts = {name: [weighted(form, weights) for form in forms] for name, forms in parts.items()}
-    record.received.add(layer.name)
+    record.layers[layer.name].received = True
     fisher.add_gradients(record, layer, [parts.get(name, []) for name in layer.parameters], good)
 
 
@@ -268,22 +268,24 @@ def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, 
 def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key: Layer) -> None:
     """The same for layers that are parts of a module that is run again."""
     record = records[0]
-    layers = [x for x in record.parts_of(key) if x.name not in record.troubled]
+    layers = [x for x in record.parts_of(key) if not record.layers[x.name].troubled]
     calls = []
-    for one in records:
-        for call in one.modules.pop(key.name, []):
-            call.layouts = one.layouts[key.name][call.index] if layers else []
+    for own in [one.layers[key.name] for one in records]:
+        for call in own.modules:
+            call.layouts = list(own.layouts[call.index]) if layers else []
             calls.append(call)
+        own.modules = []
     if not layers or not calls:
         return
     totals = [total_of(g) for call in calls for g in call.gradients if g is not None] + _multiplied_by(record)
     found: list[Any] = run_isolated(lambda direct: _rerun(fisher, record, layers, calls, direct))
     for layer, (squares, norms) in zip(layers, found, strict=True):
+        own = record.layers[layer.name]
         if norms is not None:
-            record.norms[layer.name], record.squares[layer.name] = norms.squares()
+            own.norms, own.squares = norms.squares()
         if fisher.accumulate == "diagonal":
-            fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [own.sum() for own in squares]))
-        record.received.add(layer.name)
+            fisher.add_squares(record, layer, squares, fisher.good(layer, totals + [x.sum() for x in squares]))
+        own.received = True
 
 
 def _rerun(
@@ -326,9 +328,8 @@ def _tell(
     if fisher.penalty is not None:
         explain(record, layer, gradients)
     elif record.backward is not None:
-        audit, low = record.backward.audit, record.autocast_dtype
-        sizes = {name: size for (of, name), size in record.sizes.items() if of == layer.name}
-        return audit.explain(layer.name, layer.parameters, gradients, low, record.elements(layer), cotangents, sizes)
+        audit, low, own = record.backward.audit, record.autocast_dtype, record.layers[layer.name]
+        return audit.explain(layer.name, layer.parameters, gradients, low, own.elements, cotangents, own.sizes)
     return {}
 
 

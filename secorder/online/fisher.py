@@ -283,15 +283,15 @@ class OnlineFisher:
         self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
         add_tied(self, record)
         zeros = []
-        known = record.received if record.backward is not None and not record.backward.early else ()
+        nothing_early = record.backward is not None and not record.backward.early
         for index, layer in enumerate(self.layers):
-            name = layer.name
-            if name in known:
+            name, own = layer.name, record.layers[layer.name]
+            if own.received and nothing_early:
                 continue
-            if name in record.received or name in record.troubled or name in record.without_gradient:
+            if own.received or own.troubled or own.without_gradient:
                 audit_early(self, record, index)
                 continue
-            if not any(p.requires_grad for p in layer.parameters.values()) and name not in record.calls:
+            if not any(p.requires_grad for p in layer.parameters.values()) and not own.calls:
                 continue
             sums = self.by_layer[name]
             audit_early(self, record, index)
@@ -317,7 +317,7 @@ def _add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str]
         add_norms(fisher, record, zeros, None)
         return False
     counted = add_norms(fisher, record, zeros, fisher.counted)
-    for name in (*record.norms, *zeros):
+    for name in (*[name for name, own in record.layers.items() if own.norms is not None], *zeros):
         fisher.by_layer[name].batches += 1
     return counted
 

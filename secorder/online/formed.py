@@ -74,7 +74,7 @@ def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Seq
 
 def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> None:
     """A layer's squares wait from now on; where too much would, all are added."""
-    record.received.add(layer.name)
+    record.layers[layer.name].received = True
     record.formed.append((layer, squares))
     record.elements_formed += squares.numel()
     if record.elements_formed > chunk_elements(squares.device):
@@ -84,7 +84,7 @@ def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squ
 def add_formed(fisher: "OnlineFisher", record: ForwardRecord) -> None:
     """Add the squares of a record that wait."""
     waiting, record.formed, record.elements_formed = record.formed, [], 0
-    every = [(layer, squares) for layer, squares in waiting if layer.name not in record.troubled]
+    every = [(layer, squares) for layer, squares in waiting if not record.layers[layer.name].troubled]
     if every:
         fisher.troubles.guarded(record, [layer.name for layer, _ in every], _add, fisher, record, every)
 

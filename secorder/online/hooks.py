@@ -42,9 +42,10 @@ from ..layers.selection import Layer
 from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .fisher import OnlineFisher
+from .layer_record import Start
 from .looks import Looks
 from .opening import open_record, settle
-from .record import ForwardRecord, Start
+from .record import ForwardRecord
 from .samples.hypotheses import floating
 
 __all__ = ["Attachment"]

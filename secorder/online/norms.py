@@ -140,14 +140,15 @@ def take_norms(
     """
     sizes = layer.sizes()
     if layer.split:  # of what several ranks have, one counts it
-        own = _answered_for(layer)
-        parts_of, sizes = [parts_of[i] for i in own], [sizes[i] for i in own]
+        here = _answered_for(layer)
+        parts_of, sizes = [parts_of[i] for i in here], [sizes[i] for i in here]
     none = torch.zeros(record.num_samples, dtype=torch.float64, device=fisher.norms.device) if not sizes else None
     low = fisher.low(record, layer)
-    norms = record.norms.get(known) if known else none
-    record.norms[layer.name] = squared_norms(parts_of, sizes, low=low) if norms is None else norms
+    own = record.layers[layer.name]
+    norms = record.layers[known].norms if known else none
+    own.norms = squared_norms(parts_of, sizes, low=low) if norms is None else norms
     if _by_factors(fisher, record, layer):
-        record.squares[layer.name] = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
+        own.squares = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
 
 
 def _answered_for(layer: Layer) -> list[int]:
@@ -158,12 +159,13 @@ def _answered_for(layer: Layer) -> list[int]:
 
 def keep_norms(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Tensor) -> None:
     """Keep the squared norms of layers' per-sample gradients, shape ``(layers, N)``, until the backward has ended."""
-    for one, own in zip(layers, norms.unbind(), strict=True):
-        record.norms[one.layer.name] = own
+    for one, norm in zip(layers, norms.unbind(), strict=True):
+        own = record.layers[one.layer.name]
+        own.norms = norm
         if _by_factors(fisher, record, one.layer):
             sizes = [p.numel() for p in one.layer.parameters.values()]
             parts = [[part] for part in one.gradients.values()]
-            record.squares[one.layer.name] = squared_norm_of_sum(parts, sizes)
+            own.squares = squared_norm_of_sum(parts, sizes)
 
 
 def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
@@ -174,7 +176,7 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
         zeros: layers that the loss does not depend on.
         seen: what the samples are counted in, unless no layer was finite; None where they are counted elsewhere.
     """
-    here = [x.name in record.norms or x.name in zeros for x in fisher.layers]
+    here = [record.layers[x.name].norms is not None or x.name in zeros for x in fisher.layers]
     if fisher.ranks is not None:  # what one rank has not, is left out by all
         here = [not missing for missing in fisher.ranks.largest([not x for x in here])]
     places = tuple(i for i, present in enumerate(here) if present)
@@ -184,7 +186,8 @@ def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / fisher.of_all(record)
     count = record.num_samples if record.counted is None else record.counted
     none = torch.zeros(record.num_samples, dtype=torch.float64, device=sums.device) if zeros else None
-    norms: Any = [record.norms.get(layer.name, none) for layer in layers]
+    brought = [record.layers[layer.name].norms for layer in layers]
+    norms: Any = [none if norm is None else norm for norm in brought]
     totals, told = _totals(fisher, record, layers, sums.device)
     terms, keep = Terms(count, weight, fisher.factor(record)), fisher.on_nonfinite == "keep"
     batch, kind = Batch(norms, totals), Kind(places, told, record.num_samples, terms, fisher.decay, keep)
@@ -241,10 +244,10 @@ def _totals(
     rows: list[Sequence[Tensor]] = []
     told = []
     for layer in layers:
-        known = True
-        if layer.name in record.squares:
-            norms = [record.squares[layer.name].sqrt()]
-        elif layer.name not in record.norms:
+        known, own = True, record.layers[layer.name]
+        if own.squares is not None:
+            norms = [own.squares.sqrt()]
+        elif own.norms is None:
             norms = []  # the loss does not depend on it
         else:
             parts = [backward.norms.get(id(p)) for p in layer.parameters.values()]

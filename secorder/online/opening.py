@@ -23,11 +23,12 @@ from .carried import carried
 from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
+from .layer_record import Start
 from .looks import Looks
 from .losses.reduction import weights_of
 from .losses.watching import watch_losses
 from .operations import explain_uses, follow, hook_uses
-from .record import ForwardRecord, Start, slot
+from .record import ForwardRecord, slot
 from .samples.attribution import Attribution
 from .samples.hypotheses import shapes_of
 from .samples.relation import Shape, explain, whole_call
@@ -205,7 +206,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         begins = [*tensors_in(arguments), *carried]
         users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
         if follow(record, record.attribution, users):
-            attachment.looks.give_up_on(record.unfollowed)
+            attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
     if fisher.ranks is not None:
         _settle_together(attachment, fisher.ranks, record, start)
         return
@@ -238,7 +239,7 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
         unexplained = _explain(record, record.attribution)
     except Exception as raised:
         error = raised
-        record.troubled |= set(fisher.sums)
+        record.leave_out(fisher.sums)
     wanted, unable = ranks.largest([bool(unexplained), start is None or record.verified])
     if wanted and not unable:
         assert start is not None
@@ -268,21 +269,20 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
     """Decide on the layouts of the record's calls; the layers of which some cannot be explained."""
     unexplained = []
     for layer in record.attribution.layers:
-        name = layer.name
-        calls = record.calls.get(name)
-        if name in record.unfollowed:
+        name, own = layer.name, record.layers[layer.name]
+        if own.unfollowed:
             unexplained.append(layer)
             continue
-        if not calls:
+        if not own.calls:
             continue
-        key = (name, record.shapes, record.num_samples, *calls)
+        key = (name, record.shapes, record.num_samples, *own.calls)
         if key not in attribution.explained or layer.by_operations:
             if len(attribution.explained) > REMEMBERED:
                 attribution.explained.clear()
             attribution.explained[key] = _layouts(record, attribution, layer)
         layouts = attribution.explained[key]
         if layouts is not None and name not in attribution.outside:
-            record.layouts[name] = layouts
+            own.layouts = layouts
         else:
             unexplained.append(layer)
     return unexplained
@@ -290,15 +290,15 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
 
 def _layouts(record: ForwardRecord, attribution: Attribution, layer: Layer) -> list[list[Layout]] | None:
     """Where the samples are in each output of a layer's calls; None where that is not known of some."""
-    name = layer.name
+    name, own = layer.name, record.layers[layer.name]
     known = () if name in attribution.outside | attribution.unknown else attribution.known.get(name, ())
     indices = itertools.count()
     found = (
-        explain_uses(record, layer, known)
-        if layer.by_operations
+        explain_uses(record, own.uses, known)
+        if own.uses is not None
         else [
             [explain(known, next(indices), shape, record.shapes, record.num_samples) for shape in shapes]
-            for shapes in record.calls[name]
+            for shapes in own.calls
         ]
     )
     return None if any(None in row for row in found) else [[x for x in row if x is not None] for row in found]
@@ -320,19 +320,19 @@ def _fall_back(
             _unknown(fisher, record, found, layer)
     if not able:
         return
-    record.calls = {name: calls for name, calls in record.calls.items() if name not in {x.name for x in able}}
-    record.hooked = {(name, index) for name, index in record.hooked if name not in {x.name for x in able}}
-    record.replaced = {x.name for x in able}
+    for own in [record.layers[x.name] for x in able]:
+        own.calls, own.hooked, own.replaced = [], set(), True
     record.fallback = [replace(x, enclosing=model, rule=None, by_operations=False) for x in able]
     module_starts(record, record.fallback[0], start)
     module_called(attachment, record, record.fallback[0], output)
-    outputs = record.calls.get(record.fallback[0].name, [()])[0]
+    calls = record.layers[record.fallback[0].name].calls
+    outputs = calls[0] if calls else ()
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]
     if any(layout is None for layout in layouts):
         fisher.troubles.leave_out(record, [x.name for x in able], _no_dimension(record, able[0]))
         return
     for layer in record.fallback:
-        record.layouts[layer.name] = [[x for x in layouts if x is not None]]
+        record.layers[layer.name].layouts = [[x for x in layouts if x is not None]]
 
 
 def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
@@ -349,12 +349,12 @@ def _output_layout(found: Attribution, index: int, shape: Shape, record: Forward
 
 def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
     reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
-    record.troubled.add(layer.name)
+    record.leave_out([layer.name])
     fisher.troubles.leave_out(record, record.attribution.owners(layer.name), reason)
 
 
 def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
-    shapes = [shape for call in record.calls.get(layer.name, ()) for shape in call]
+    shapes = [shape for call in record.layers[layer.name].calls for shape in call]
     return (
         f"it returned {shapes} for a batch of {record.num_samples} samples, and no dimension of it holds them (a row "
         "that all samples share, rows that depend on data, samples in another dimension of the model's inputs, or in "
@@ -364,10 +364,10 @@ def _no_dimension(record: ForwardRecord, layer: Layer) -> str:
 
 def _require_present(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Mark layers that were not called since they are no longer in the model."""
-    missing = [x for x in record.attribution.layers if x.name not in record.calls and x.name in fisher.by_layer]
+    missing = [x for x in record.attribution.layers if not record.layers[x.name].calls and x.name in fisher.by_layer]
     if not missing:
         return
     modules: dict[str, nn.Module] = dict(fisher.model.named_modules())
     gone = [x.name for x in missing if modules.get(x.name) is not x.module]
     fisher.troubles.mark(gone, "it is no longer in the model (another module has taken its place): make a new probe.")
-    record.troubled |= set(gone)
+    record.leave_out(gone)

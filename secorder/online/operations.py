@@ -41,21 +41,18 @@ def follow(record: ForwardRecord, attribution: Attribution, users: Users) -> boo
         found = find_uses(users, layer.parameters, attribution.routes.get(layer.name, ()))
         out_of_sight = in_part or (found is not None and hidden(found))
         checkpoints |= out_of_sight
-        record.unfollowed.discard(layer.name)
-        record.calls.pop(layer.name, None)
-        if found is None or out_of_sight:
-            record.unfollowed.add(layer.name)
-        elif found.uses:
-            record.uses[layer.name] = found
-            record.calls[layer.name] = [tuple(output.shape for output in use.outputs) for use in found.uses]
+        own = record.layers[layer.name]
+        own.uses = None if out_of_sight else found
+        own.unfollowed = own.uses is None
+        own.calls = [tuple(output.shape for output in use.outputs) for use in own.uses.uses] if own.uses else []
     return checkpoints
 
 
-def explain_uses(record: ForwardRecord, layer: Layer, known: Sequence[Verified]) -> list[list[Layout | None]]:
+def explain_uses(record: ForwardRecord, uses: Uses, known: Sequence[Verified]) -> list[list[Layout | None]]:
     """The layouts of a layer's uses, by what was verified of such as are on the same routes."""
     explained: dict[tuple[str, tuple[int, ...]], Layout | None] = {}
     layouts = []
-    for use in record.uses[layer.name].uses:
+    for use in uses.uses:
         row = []
         for place, output in zip(use.places, use.outputs, strict=True):
             key = place, output.shape
@@ -68,23 +65,20 @@ def explain_uses(record: ForwardRecord, layer: Layer, known: Sequence[Verified])
 
 def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
     """Hook the operations of which it is known where the samples are."""
-    if not record.uses:
-        return
-    by_name = {layer.name: layer for layer in record.attribution.layers}
-    for name, found in record.uses.items():
-        if name not in record.layouts or name in record.replaced | record.troubled:
+    for layer in record.attribution.layers:
+        own = record.layers[layer.name]
+        found, own.uses = own.uses, None  # the graph is held by what holds it, and by nothing of ours that it holds
+        if found is None or not own.layouts or own.replaced or own.troubled:
             continue
-        layer = by_name[name]
         kind = compute_dtype(layer)
         _note_digits(record, kind, dtypes_of(found.followed))
         trained = [p for p in layer.parameters.values() if p.requires_grad]
         node = accumulate_node(trained[0]) if len(trained) == 1 else None
         for index, use in enumerate(found.uses):
-            record.hooked.add((name, index))
+            own.hooked.add(index)
             received = _UseGradient(attachment, record, layer, index, use, found, node, kind)
             use.node.register_prehook(received)
-            mark_calls(attachment, record, name, index, [(use.node, output.number) for output in use.outputs])
-    record.uses.clear()  # the graph is held by what holds it, and by nothing of ours that it holds
+            mark_calls(attachment, record, layer.name, index, [(use.node, output.number) for output in use.outputs])
 
 
 def _note_digits(record: ForwardRecord, kind: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
@@ -101,8 +95,8 @@ def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: S
         if isinstance(part, Tensor) and record.backward.audit.looks_at(layer.parameters[name]):
             size = before_sums(cotangents, part)
             if size is not None:
-                before = record.sizes.get((layer.name, name))
-                record.sizes[layer.name, name] = size if before is None else before + size
+                sizes = record.layers[layer.name].sizes
+                sizes[name] = size + sizes[name] if name in sizes else size
 
 
 def _total(gradients: Sequence[Tensor]) -> Tensor:
@@ -140,22 +134,21 @@ class _UseGradient:
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if layer.name in record.replaced or not self._counts():
+        own = record.layers[layer.name]
+        if own.replaced or not self._counts():
             return
-        own = [gradients[number] for number in self.numbers]
-        given = [g for g in own if g is not None]
+        cotangents = [gradients[number] for number in self.numbers]
+        given = [g for g in cotangents if g is not None]
         if not enter(self.attachment, record):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, _total(given))
             return
-        if self.came or layer.name not in record.layouts or layer.name in record.troubled:
+        if self.came or not own.layouts or own.troubled:
             return
         self.came = True
         _note_digits(record, self.kind, [g.dtype for g in given])
-        layouts = record.layouts[layer.name][self.index]
-        call = OperationCall(current_node(), own, layouts, record.num_samples, self.kind)
-        several = len(record.calls[layer.name]) > 1
-        found = brought(call, self.sources, self.leaves, self.followed, several=several)
+        call = OperationCall(current_node(), cotangents, own.layouts[self.index], record.num_samples, self.kind)
+        found = brought(call, self.sources, self.leaves, self.followed, several=len(own.calls) > 1)
         if isinstance(found, Later):  # what a weight's gradient is made of was saved in the graph: a bias's is not
             self.freed = found.targets.keys() != {0} and not graph_is_kept()
         else:
@@ -166,10 +159,10 @@ class _UseGradient:
     def _counts(self) -> bool:
         """Whether this backward is a training step of the layer: asked once for all of its uses."""
         number, record, layer = current_backward(), self.record, self.layer
-        if record.counting.get(layer.name) == number:
+        own = record.layers[layer.name]
+        if own.counting == number:
             return True
         if not counts_in(self.attachment.fisher, record, [layer], self.node):
             return False
-        if number is not None:
-            record.counting[layer.name] = number
+        own.counting = number
         return True

@@ -17,93 +17,33 @@ hook holds the record that it was made for. What several forwards share that one
 """
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from .._torch.autocast import AutocastState, autocast_state
 from .._torch.compile import EagerSection, never_compiled
 from .._torch.engine import accumulate_node, first_gradient_hook
-from .._torch.modules import Place
 from .._torch.own_hooks import FirstHook
-from .._torch.pytree import tensors_in
-from .._torch.random_state import RandomState, cuda_devices, get_random_state
 from .._torch.saved_tensors import checkpoint_section, saved_tensor_hooks_active
 from .._torch.versions import version
-from ..layers.layout import Layout
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
-from ..layers.uses import Uses
 from .audit.freivalds import Audit
+from .layer_record import LayerRecord, Start
 from .samples.attribution import Attribution
 from .samples.relation import Shape
 
-__all__ = ["Backward", "Backwards", "Call", "ForwardRecord", "ModuleCall", "Start", "slot"]
+__all__ = ["Backward", "Backwards", "ForwardRecord", "slot"]
 
 #: What is in ``.grad`` of a parameter: an ``id`` and how often it was changed; None where there is nothing.
 Slot = tuple[int, int] | None
-
-#: One use of a layer: the tensors it was called with, and the gradient on its output.
-Call = tuple[tuple[Tensor, ...], Tensor]
-
-
-class State(NamedTuple):
-    """What a call of a module starts from.
-
-    Attributes:
-        random_state: the global one.
-        autocast: what is enabled.
-        buffers: those that the call overwrites, as they were.
-    """
-
-    random_state: RandomState
-    autocast: AutocastState
-    buffers: tuple[tuple[Place, Tensor], ...]
-
-
-class Start:
-    """How a module was called: its arguments, before its other hooks see them, and what the call starts from."""
-
-    def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], changing: Sequence[Place] = ()
-    ) -> None:
-        self.arguments = (args, kwargs)
-        buffers = tuple((place, place.held().detach().clone()) for place in changing)
-        self.state = State(get_random_state(cuda_devices(module)), autocast_state(), buffers)
-        self._versions = [version(t) for t in tensors_in(self.arguments)]
-
-    def overwritten(self) -> bool:
-        """Whether the call changed its arguments in place, so that it cannot be run again."""
-        return self._versions != [version(t) for t in tensors_in(self.arguments)]
-
-
-@dataclass(eq=False)
-class ModuleCall:
-    """One use of an enclosing module, to be run again: how it was called, and the gradients on its outputs.
-
-    Attributes:
-        arguments: positional and keyword arguments, tensors replaced by empty ones.
-        state: what it started from.
-        index: the call's number in the forward.
-        tensors: the tensors of the arguments.
-        gradients: dL/d(output tensor), None where the loss does not depend on it.
-        layouts: where each output tensor's samples are.
-    """
-
-    arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    state: State
-    index: int
-    tensors: tuple[Tensor, ...] = ()
-    gradients: list[Tensor | None] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)
-
 
 #: Threads put hooks on parameters, and take them off, one after the other.
 HOOKING = threading.Lock()
@@ -229,33 +169,13 @@ class ForwardRecord(_Referred):
         start: how the model was called; forgotten at the forward's end unless the model is to run again.
         carried: what modules carry from the forward before, while this one runs.
         handles: of the layers' hooks, while the forward runs.
-        calls: by layer, the shapes of the outputs of each of its calls.
-        hooked: calls, by layer and number, whose gradient will come.
-        recomputed: by layer, the calls that were computed again in backward.
-        starts: by layer, how the enclosing module's calls that are running were started.
-        uses: by layer, the operations that its parameters meet the samples in, until they are hooked.
-        unfollowed: layers whose operations could not be followed in this forward.
-        counting: by layer that is measured by operations, the latest backward that is a training step of it.
-        sizes: by layer that is measured by operations and parameter that the audit looks at, the square of the size of
-            what its per-sample gradients are sums of.
-        layouts: by layer, where the samples are in each call's outputs; decided when the forward has ended.
+        layers: by name, what is known of each.
         fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
-        replaced: the names of these: what their own calls bring is not to be counted.
-        captured: by layer, the calls whose gradient has come: number, call, sum of the gradient's elements if known.
-        modules: by layer, the calls of enclosing modules whose gradient has come.
-        passed: layers by which a gradient passed that was not accumulated, with the engine's number of the pass.
-        received: layers whose squares are added, or wait to be.
         waiting: layers that are to be added together.
         elements_waiting: of their factors.
         formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
         elements_formed: of these.
-        troubled: layers that are marked: nothing more is done for them in this record.
-        parts: what tied layers have brought, until all have.
-        norms: by layer, the squared norms of its per-sample gradients, where they are taken.
-        squares: by layer, the squared norm of their sum, where the whole gradient does not tell it.
         totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
-        without_gradient: layers that ran with nothing to differentiate.
-        gathered: of sharded layers, the whole parameters that FSDP2 puts into the module while it runs.
         autocast_dtype: of the latest call.
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
@@ -286,32 +206,13 @@ class ForwardRecord(_Referred):
     carried: Sequence[Tensor] = ()
     thread: int = field(default_factory=threading.get_ident)
     handles: list[RemovableHandle | FirstHook] = field(default_factory=list)
-    calls: dict[str, list[tuple[Shape, ...]]] = field(default_factory=dict)
-    hooked: set[tuple[str, int]] = field(default_factory=set)
-    recomputed: dict[str, set[int]] = field(default_factory=dict)
-    starts: dict[str, list[Start]] = field(default_factory=dict)
-    uses: dict[str, Uses] = field(default_factory=dict)
-    unfollowed: set[str] = field(default_factory=set)
-    counting: dict[str, int] = field(default_factory=dict)
-    sizes: dict[tuple[str, str], Tensor] = field(default_factory=dict)
-    layouts: dict[str, list[list[Layout]]] = field(default_factory=dict)
+    layers: dict[str, LayerRecord] = field(default_factory=partial(defaultdict, LayerRecord))
     fallback: list[Layer] = field(default_factory=list)
-    replaced: set[str] = field(default_factory=set)
-    captured: dict[str, list[tuple[int, Any, Tensor | None]]] = field(default_factory=dict)
-    modules: dict[str, list[ModuleCall]] = field(default_factory=dict)
-    passed: dict[str, int | None] = field(default_factory=dict)
-    received: set[str] = field(default_factory=set)
     waiting: list[RankOne] = field(default_factory=list)
     elements_waiting: int = 0
     formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
     elements_formed: int = 0
-    troubled: set[str] = field(default_factory=set)
-    parts: dict[str, Any] = field(default_factory=dict)
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    squares: dict[str, Tensor] = field(default_factory=dict)
     totals: dict[int, Tensor] = field(default_factory=dict)
-    without_gradient: set[str] = field(default_factory=set)
-    gathered: dict[str, dict[str, Any]] = field(default_factory=dict)
     autocast_dtype: torch.dtype | None = None
     mean: bool = True
     weights: Tensor | None = None
@@ -336,6 +237,16 @@ class ForwardRecord(_Referred):
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+
+    @property
+    def called(self) -> list[str]:
+        """The names of the layers that were called."""
+        return [name for name, own in self.layers.items() if own.calls]
+
+    def leave_out(self, names: Iterable[str]) -> None:
+        """Nothing more is done for these layers."""
+        for name in names:
+            self.layers[name].troubled = True
 
     def of_another(self) -> bool:
         """Whether what a checkpoint computes again, in backward, is a part of another forward."""
@@ -369,10 +280,6 @@ class ForwardRecord(_Referred):
         """Whether something was in ``.grad`` when the forward ended."""
         return self.slots is None or self.slots.get(id(parameter)) is not None
 
-    def elements(self, layer: Layer) -> int:
-        """Of what the layer's calls have returned."""
-        return sum([prod(shape) for call in self.calls.get(layer.name, ()) for shape in call])
-
     def parameters(self, layer: Layer) -> dict[str, Any]:
         """The layer's parameters as the autograd graph knows them: under FSDP2, whole ones while the layer runs."""
-        return self.gathered.get(layer.name, layer.parameters)
+        return self.layers[layer.name].gathered or layer.parameters

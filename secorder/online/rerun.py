@@ -19,7 +19,7 @@ from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import over_samples
 from ..oneshot.isolation import IsolatedModel, isolate
-from .record import ModuleCall, State
+from .layer_record import ModuleCall, State
 
 __all__ = ["rerun_gradients"]
 

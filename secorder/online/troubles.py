@@ -135,7 +135,7 @@ class Troubles:
         new = [name for name in names if self.left_out.get(name) != reason]
         self.left_out.update(dict.fromkeys(new, reason))
         if record is not None:
-            record.troubled |= set(names)
+            record.leave_out(names)
         if self.strict and names:
             raise AttributionError(sentence(names, reason))
         if new:

@@ -42,7 +42,7 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
 
 def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on; where too much would, all are added."""
-    record.received.add(one.layer.name)
+    record.layers[one.layer.name].received = True
     record.waiting.append(one)
     record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
@@ -55,7 +55,7 @@ def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
         add_formed(fisher, record)
     waiting, record.waiting = record.waiting, []
     elements, record.elements_waiting = record.elements_waiting, 0
-    layers = [one for one in waiting if one.layer.name not in record.troubled]
+    layers = [one for one in waiting if not record.layers[one.layer.name].troubled]
     if gone := overwritten(layers):
         fisher.troubles.leave_out(record, gone, OVERWRITTEN)
         layers = [one for one in layers if one.layer.name not in gone]

@@ -73,5 +73,5 @@ def share_of(record: ForwardRecord, layers: Sequence[Layer]) -> float:
         inputs = max(
             [p.numel() // p.shape[0] for p in layer.parameters.values() if p.dim() > 1 and p.numel()], default=1
         )
-        work += record.elements(layer) * inputs
+        work += record.layers[layer.name].elements * inputs
     return min(1.0, max(SHARE, work / (WORK * max(1, len(layers)))))

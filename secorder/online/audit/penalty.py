@@ -83,7 +83,7 @@ def add_shared(
     """
     count = record.num_samples
     for layer in layers:
-        if layer.name in record.troubled:
+        if record.layers[layer.name].troubled:
             continue
         for total, p in zip(sums[layer.name].sums, layer.parameters.values(), strict=True):
             whole = backward.whole.get(id(p))

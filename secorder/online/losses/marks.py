@@ -54,7 +54,7 @@ class _Call(NamedTuple):
     def output(self) -> Output | None:
         """What is known of it by now."""
         record = self.record()
-        layouts = [] if record is None else record.layouts.get(self.name, [])
+        layouts = () if record is None else record.layers[self.name].layouts
         if record is None or self.call >= len(layouts) or self.position >= len(layouts[self.call]):
             return None
         return Output(layouts[self.call][self.position], 1.0, record.num_samples)

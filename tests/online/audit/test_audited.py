@@ -74,7 +74,7 @@ def test_a_layer_that_comes_late_is_looked_at_as_often(looked_at: list[set[str]]
 def test_the_more_work_the_larger_the_share_of_the_passes(rows: int, width: int, share: float) -> None:
     layers = select_layers(nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 10), nn.LayerNorm(10)))
     record = ForwardRecord(Attribution(), rows, (), verified=False)
-    record.calls = {"0": [((rows, width),)], "2": [((rows, 10),)]}
+    record.layers["0"].calls, record.layers["2"].calls = [((rows, width),)], [((rows, 10),)]
     assert share_of(record, layers) == share
 
 

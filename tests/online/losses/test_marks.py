@@ -32,7 +32,9 @@ def forward(count: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def record(count: int = 4) -> ForwardRecord:
-    return ForwardRecord(Attribution(), count, (), verified=True, scheduled=True, layouts={"a": [[DIM_ZERO]]})
+    made = ForwardRecord(Attribution(), count, (), verified=True, scheduled=True)
+    made.layers["a"].layouts = [[DIM_ZERO]]
+    return made
 
 
 def test_layers_are_met_where_a_loss_goes_past_the_models_outputs() -> None:
