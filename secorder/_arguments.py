@@ -1,8 +1,11 @@
 """Checks of what users pass: numbers, devices, dtypes, words."""
 
-from collections.abc import Sequence
+import difflib
+import os
+from collections.abc import Iterable, Sequence
 from numbers import Real
 from operator import index
+from os import PathLike
 from typing import Any
 
 import torch
@@ -10,8 +13,8 @@ import torch
 from .errors import InvalidArgumentError, InvalidTypeError
 
 __all__ = [
-    "require_device", "require_flag", "require_floating_dtype", "require_integer", "require_number", "require_one_of",
-    "shown",
+    "like", "require_device", "require_flag", "require_floating_dtype", "require_integer", "require_number",
+    "require_one_of", "require_path", "shown",
 ]  # fmt: skip
 
 #: Characters of a value that a message shows.
@@ -25,6 +28,12 @@ def shown(value: Any) -> str:
         return f"a {type(value).__name__} of shape {tuple(shape)}"
     text = " ".join(repr(value).split())
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def like(unknown: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is unknown: what may have been meant by it."""
+    close = difflib.get_close_matches(unknown, list(known), n=1)
+    return f": did you mean {close[0]!r}?" if close else "."
 
 
 def require_device(name: str, value: Any) -> None:
@@ -100,6 +109,19 @@ def require_number(name: str, value: Any, *, zero: bool = False) -> None:
         raise InvalidTypeError(f"{name} must be a number, got {shown(value)}.")
     if not (float(value) > 0 or (zero and float(value) == 0)):
         raise InvalidArgumentError(f"{name} must be {'zero or ' if zero else ''}positive, got {value!r}.")
+
+
+def require_path(name: str, value: Any) -> None:
+    """Raise unless an argument is the path of a file or a folder.
+
+    Raises:
+        InvalidTypeError: it is something else.
+        InvalidArgumentError: it is empty.
+    """
+    if not isinstance(value, (str, PathLike)):
+        raise InvalidTypeError(f"{name} must be the path of a file or folder, got {shown(value)}.")
+    if not os.fspath(value):
+        raise InvalidArgumentError(f"{name} must not be empty.")
 
 
 def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:

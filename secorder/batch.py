@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import shown
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
 from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
@@ -49,8 +50,11 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
         return owned.num_samples
     sizes = sample_sizes(inputs, sample_dim)
     if not sizes:
+        if isinstance(inputs, list) and not inputs:
+            raise InvalidArgumentError(NO_BATCH)
         raise InvalidTypeError(
-            f"inputs must be a tensor, or a tuple or dict of tensors, with samples in dim {sample_dim}."
+            f"inputs must be a tensor, or a tuple or dict of tensors, with samples in dim {sample_dim}, got "
+            f"{shown(inputs)}."
         )
     if 0 in sizes:
         raise InvalidArgumentError("the batch is empty: pass at least one sample.")

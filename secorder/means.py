@@ -7,6 +7,7 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from ._arguments import require_number
 from .errors import InvalidArgumentError, InvalidTypeError
 from .parallel.all_reduce import add_up, raised_on_all
 from .results import Diagonals
@@ -87,6 +88,7 @@ def mean_over_ranks(
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised, or measuring failed on another rank.
     """
+    require_number("weight", weight, zero=True)
     if not isinstance(diagonals, Diagonals):
         with raised_on_all(group):
             diagonals = diagonals()

@@ -21,7 +21,7 @@ from ._caution import caution
 from ._keywords import tells_renamed_keywords
 from ._torch.random_state import random_state_kept
 from .batch import batch_size
-from .errors import InvalidArgumentError, ProbeStateError
+from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
 from .layers.low_precision import Precision
 from .layers.selection import (
     Layer,
@@ -602,6 +602,8 @@ class CurvatureProbe:
             ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
             your loss is a sum: pass reduction="sum".
         """
+        if loss_fn is None:
+            raise InvalidTypeError("loss_fn must be callable as loss_fn(outputs, targets), got NoneType.")
         require_one_batch("verify", inputs, targets)
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)

@@ -14,7 +14,7 @@ from ..layers.selection import LayerTypes
 from ..monitor.recorder import CurvatureRecorder
 from ..online.losses.reduction import Reduction, token_weights
 from ..probe import CurvatureProbe
-from .options import divided
+from .options import divided, try_options
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -60,7 +60,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         recorder: the recorder, with its history.
 
     Raises:
-        InvalidArgumentError: an option is unknown.
+        InvalidArgumentError, InvalidTypeError: an option is unknown, or has an unusable value.
 
     Example:
         >>> from secorder.integrations.huggingface import CurvatureCallback  # doctest: +SKIP
@@ -87,6 +87,7 @@ class CurvatureCallback(TrainerCallback, ExportableState):
         if batch is not None:
             self._schedule["batch"] = (batch, None)
             self._schedule["loss_fn"] = loss_fn or _own_loss
+        try_options(self._probe_arguments, self._schedule)
         self._sinks = sinks
         self.probe = None
         self.recorder = None

@@ -16,7 +16,7 @@ from ..parallel.fsdp import whole
 from ..parallel.spread import is_distributed
 from ..probe import CurvatureProbe, NoLayerError
 from .called import Called
-from .options import divided, submodule
+from .options import divided, submodule, try_options
 
 try:
     import lightning.pytorch as pl
@@ -54,7 +54,8 @@ class CurvatureCallback(pl.Callback):
         recorder: the recorder, with its history.
 
     Raises:
-        InvalidArgumentError: the LightningModule has no such module, at ``on_fit_start``; or an option is unknown.
+        InvalidArgumentError, InvalidTypeError: an option is unknown, or has an unusable value; at ``on_fit_start``, the
+            LightningModule has no such module.
 
     Example:
         >>> from secorder.integrations.lightning import CurvatureCallback  # doctest: +SKIP
@@ -71,15 +72,16 @@ class CurvatureCallback(pl.Callback):
         *,
         reduction: Literal["mean", "sum"] = "mean",
         sinks: Any = None,
-        self_log: Iterable[str] = ("model/*",),
+        self_log: str | Iterable[str] = ("model/*",),
         **options: Any,
     ) -> None:
         of_probe, self._schedule = divided(options)
         self._probe_arguments = {"layer_types": layer_types, "reduction": reduction, **of_probe}
         self._module = module
+        try_options(self._probe_arguments, self._schedule)
         self._found = ""
         self._sinks = sinks
-        self._self_log = tuple(self_log)
+        self._self_log = (self_log,) if isinstance(self_log, str) else tuple(self_log)
         self.probe = None
         self.recorder = None
         self._called: Called | None = None

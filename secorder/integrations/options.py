@@ -6,12 +6,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import skip_init
 
 from ..errors import InvalidArgumentError
 from ..monitor.recorder import CurvatureRecorder
 from ..probe import CurvatureProbe
 
-__all__ = ["divided", "submodule"]
+__all__ = ["divided", "submodule", "try_options"]
 
 
 def _keywords(function: Any) -> set[str]:
@@ -31,6 +32,17 @@ def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
     of_probe = {key: value for key, value in options.items() if key in probe}
     of_recorder = {key: value for key, value in options.items() if key in recorder or key not in probe}
     return of_probe, of_recorder
+
+
+def try_options(of_probe: Mapping[str, Any], of_recorder: Mapping[str, Any]) -> None:
+    """Refuse now what a probe or a recorder would refuse when training begins: both are made, of a layer of one number.
+
+    Raises:
+        SecorderError: as :class:`secorder.CurvatureProbe` and :class:`secorder.CurvatureRecorder`.
+    """
+    of_any_model = {key: value for key, value in of_probe.items() if key not in ("layer_types", "layers", "sample_dim")}
+    with CurvatureProbe(skip_init(nn.Linear, 1, 1), **of_any_model) as probe:
+        CurvatureRecorder(probe, **of_recorder)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InvalidArgumentError
 from .blocks import blocks, shortened
 
 __all__ = ["heat_map"]
@@ -48,7 +49,15 @@ def heat_map(
 
     Returns:
         RGB image of shape ``(height, width, 3)``.
+
+    Raises:
+        InvalidArgumentError: there are not as many rows as names, or not as many columns as steps, or none.
     """
+    if not names or len(values) != len(names) or any(len(row) != len(steps) for row in values) or not steps:
+        raise InvalidArgumentError(
+            f"values must hold a row for each of {len(names)} names, of a number for each of {len(steps)} steps; at "
+            "least one each."
+        )
     from PIL import Image, ImageDraw, ImageFont
 
     colours, low, high = _colours(values)

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .._arguments import require_integer
 from .._caution import caution
 from ..results import Diagonals
 from .heat_map import heat_map
@@ -43,6 +44,10 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
         step: the training step.
         kind: first part of the names: ``"fisher"``, ``"hessian"``, or a name of yours.
 
+    Raises:
+        InvalidTypeError: one of the sinks is none, or another argument has a wrong type.
+        InvalidArgumentError: the step is below zero.
+
     Example:
         >>> import tempfile, torch
         >>> from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +55,7 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
         >>> with tempfile.TemporaryDirectory() as folder, SummaryWriter(folder) as writer:
         ...     log_diagonals(writer, {"fc1": torch.rand(10), "fc2": torch.rand(5)}, step=0, kind="fisher")
     """
+    require_integer("step", step, 0)
     summaries = summarize(diagonals)
     made = sinks_of(sinks)
     statistics = {name: summary.statistics for name, summary in summaries.items()}

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._arguments import require_integer
-from ..errors import InvalidArgumentError
+from .._arguments import require_integer, shown
+from ..errors import InvalidArgumentError, InvalidTypeError
 from .blocks import shortened
 from .history import History
 
@@ -29,6 +29,7 @@ def plot(history: History, statistic: str = "fisher_trace", *, top: int = 10) ->
 
     Raises:
         ImportError: matplotlib is missing.
+        InvalidTypeError: ``history`` is none.
         InvalidArgumentError: nothing was logged of it.
 
     Example:
@@ -39,6 +40,8 @@ def plot(history: History, statistic: str = "fisher_trace", *, top: int = 10) ->
         ...     history.add(step, {"fisher_trace": {"fc1": step, "fc2": 10.0 * step}})
         >>> plot(history).savefig("run.png")  # doctest: +SKIP
     """
+    if not isinstance(history, History):
+        raise InvalidTypeError(f"history must be a History, such as recorder.history, got {shown(history)}.")
     require_integer("top", top, 0)
     points = history.points(statistic)
     if not points:

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -137,7 +138,7 @@ class CurvatureRecorder:
         check_flags(keep_total=keep_total, synchronize=synchronize, strict=strict)
         self._probe = probe
         self._measured_on = (loss_fn, *(batch or ()))
-        self._options = measurement_options(probe, hessian_options)
+        self._options = measurement_options(probe, hessian_options, signature(CurvatureRecorder).parameters)
         self._optimizer = optimizer
         self._strict = strict
         self._failed: set[str] = set()

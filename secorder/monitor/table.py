@@ -92,8 +92,8 @@ def report(
 
     Raises:
         InvalidTypeError: a curvature is no mapping of layer names to tensors.
-        InvalidArgumentError: neither curvature is given, ``sort_by`` or ``group_by`` is unknown, or ``depth`` is below
-            1.
+        InvalidArgumentError: neither curvature is given, ``sort_by`` or ``group_by`` is unknown, ``depth`` is below 1,
+            or the two differ in a layer's size.
 
     Example:
         >>> import torch, secorder
@@ -126,7 +126,9 @@ def _rows(diagonals: Mapping[str, Mapping[str, Tensor]]) -> list[_Row]:
     rows = []
     for name in names:
         shape = next(("×".join(map(str, s)) for s in shapes.get(name, {}).values()), "")
-        size = next(d[name].numel() for d in diagonals.values() if name in d)
+        size, *others = {d[name].numel() for d in diagonals.values() if name in d}
+        if others:
+            raise InvalidArgumentError(f"Fisher and Hessian of layer {name!r} differ in size: are they of one model?")
         here = {kind: rows_[name] for kind, rows_ in summaries.items() if name in rows_}
         rows.append(_Row(name, types.get(name, ""), shape, size, here, measured_by.get(name, "")))
     return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._arguments import require_number
+from .._arguments import require_number, require_path
 from ..errors import InvalidArgumentError
 from .fitting import fitting
 from .names import WHOLE_MODEL
@@ -164,6 +164,7 @@ def watch(
     Raises:
         InvalidArgumentError: there is no such file, it holds something else, or the interval is below zero.
     """
+    require_path("run", run)
     require_number("interval", interval, zero=True)
     seen = Run(file_of(run))
     seen.read()

@@ -1,12 +1,12 @@
 """What a recorder needs of the probe that it watches."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args, get_origin
 
 from torch import Tensor
 
-from .._arguments import require_flag, require_integer, require_one_of, shown
+from .._arguments import like, require_flag, require_integer, require_one_of, shown
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -57,15 +57,22 @@ class Watched(Protocol):
         """The method that measures extreme eigenvalues."""
 
 
-def measurement_options(probe: Watched, given: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def measurement_options(probe: Watched, given: Mapping[str, Any], own: Iterable[str]) -> dict[str, dict[str, Any]]:
     """For each measurement of a probe, those of the given keywords that it takes.
+
+    Args:
+        probe: the probe.
+        given: what the recorder itself does not take.
+        own: names of what it takes.
 
     Raises:
         InvalidArgumentError: one had another name, no measurement takes it, or it is a word that none knows.
         InvalidTypeError: it is no probe.
     """
-    if not hasattr(probe, "window"):
-        raise InvalidTypeError(f"a recorder watches a probe, got {type(probe).__name__}: pass CurvatureProbe(model).")
+    if not hasattr(probe, "window") or isinstance(probe, type):
+        raise InvalidTypeError(
+            f"probe must be a CurvatureProbe, got {type(probe).__name__}: pass CurvatureProbe(model)."
+        )
     refuse_renamed(given, "hessian_diagonal()")
     methods = ("hessian_diagonal", "hessian_trace", "hessian_eigenvalues")
     taken = {method: inspect.signature(getattr(probe, method)).parameters for method in methods}
@@ -73,7 +80,9 @@ def measurement_options(probe: Watched, given: Mapping[str, Any]) -> dict[str, d
         raise InvalidArgumentError("CurvatureRecorder takes log_every= in place of every=.")
     unknown = sorted(given.keys() - set().union(*taken.values()))
     if unknown:
-        raise InvalidArgumentError(f"CurvatureRecorder has no option {unknown[0]!r}, and neither has a measurement.")
+        raise InvalidArgumentError(
+            f"there is no option {unknown[0]!r}{like(unknown[0], {*own, *set().union(*taken.values())})}"
+        )
     options = {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
     for method, chosen in options.items():
         for key, value in chosen.items():

@@ -1,10 +1,13 @@
 """Keywords of callbacks."""
 
+from typing import Any
+
 import pytest
+import torch
 from torch import nn
 
-from secorder import InvalidArgumentError
-from secorder.integrations.options import divided, submodule
+from secorder import InvalidArgumentError, SecorderError
+from secorder.integrations.options import divided, submodule, try_options
 
 
 def test_keywords_find_their_owner() -> None:
@@ -20,3 +23,26 @@ def test_a_misspelt_module_is_told_which_there_are() -> None:
     assert submodule(model, "") is model
     with pytest.raises(InvalidArgumentError, match=r"Module has no module 'encodr': it has encoder, encoder\.0, head"):
         submodule(model, "encodr")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"log_evry": 3}, "no option 'log_evry': did you mean 'log_every'?"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0."),
+        ({"every": "3"}, "every must be an integer, got '3'."),
+        ({"reduction": "none"}, "reduction must be"),
+        ({"hessian_every": 5}, "hessian_every needs loss_fn= and batch="),
+        ({"method": "quick"}, "method must be"),
+    ],
+)
+def test_an_option_is_refused_before_training(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(SecorderError) as refused:
+        try_options(*divided(options))
+    assert message in str(refused.value)
+
+
+def test_to_try_options_draws_nothing_and_takes_what_needs_a_model() -> None:
+    state = torch.get_rng_state()
+    try_options(*divided({"layers": "encoder.*", "sample_dim": {"ids": 1}, "accumulate": "trace", "log_every": 5}))
+    assert torch.equal(torch.get_rng_state(), state)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from secorder import InvalidArgumentError
 from secorder.monitor.heat_map import heat_map
 
 
@@ -33,3 +34,11 @@ def test_colours_go_by_the_logarithm() -> None:
     assert min(widths) > 200
     assert max(widths) - min(widths) <= 20  # the strip beside the map has the colours too
     assert places[0][0] < places[1][0] < places[2][0]
+
+
+@pytest.mark.parametrize(
+    ("values", "names", "steps"), [([], [], []), ([[1.0]], ["a", "b"], [1]), ([[1.0, 2.0], [1.0]], ["a", "b"], [1, 2])]
+)
+def test_what_no_map_can_be_drawn_of(values: list[list[float]], names: list[str], steps: list[int]) -> None:
+    with pytest.raises(InvalidArgumentError, match="a row for each of"):
+        heat_map(values, names, steps)

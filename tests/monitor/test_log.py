@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from secorder import InvalidTypeError
 from secorder.monitor.log import PICTURES, CurvatureLog, log_diagonals
 
 from ..helpers import Taking
@@ -70,3 +71,9 @@ def test_pictures_are_drawn_ever_less_often() -> None:
         log.numbers({"fisher_trace": {"a": 1.0}}, step)
     assert set(sink.images) == {f"{PICTURES}/fisher_trace"}
     assert 5 < len(sink.images) < 30
+
+
+@pytest.mark.parametrize("step", [None, "1", 1.5])
+def test_a_step_is_an_integer(step: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="step must be an integer"):
+        log_diagonals(Taking(), {"a": torch.rand(3)}, step, "fisher")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from secorder import InvalidArgumentError
+from secorder import InvalidArgumentError, InvalidTypeError
 from secorder.monitor.history import History
 from secorder.monitor.plot import plot
 
@@ -25,3 +25,8 @@ def test_a_figure_has_all_layers_and_lines_of_the_largest(tmp_path: Path) -> Non
 def test_what_was_not_logged() -> None:
     with pytest.raises(InvalidArgumentError, match=r"nothing was logged of 'loss'"):
         plot(History(), "loss")
+
+
+def test_what_is_no_history() -> None:
+    with pytest.raises(InvalidTypeError, match=r"such as recorder\.history"):
+        plot(None)  # type: ignore[arg-type]

@@ -311,7 +311,7 @@ def test_what_cannot_be_watched_is_refused_at_once(tmp_path: Path) -> None:
     model: Any = nn.Linear(3, 2)
     (tmp_path / "file").write_text("")
     with CurvatureProbe(model, reduction="mean") as probe:
-        with pytest.raises(InvalidTypeError, match="watches a probe, got Linear"):
+        with pytest.raises(InvalidTypeError, match="a CurvatureProbe, got Linear"):
             CurvatureRecorder(model)
         with pytest.raises(InvalidTypeError, match="batch must be a pair"):
             CurvatureRecorder(probe, hessian_every=1, loss_fn=nn.MSELoss(), batch=torch.ones(2, 3))  # type: ignore

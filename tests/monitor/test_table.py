@@ -79,7 +79,7 @@ def test_sorted_and_grouped() -> None:
 
 
 def test_any_mapping_and_odd_values() -> None:
-    text = str(report({"a": torch.zeros(3), "": torch.tensor([float("nan"), 1.0])}, {"a": torch.tensor([-1.0])}))
+    text = str(report({"a": torch.zeros(3), "": torch.tensor([float("nan"), 1.0])}, {"a": -torch.ones(3)}))
     assert names(text) == ["a", "model"]
     assert "nan" in text
     assert "type" not in text
@@ -90,6 +90,11 @@ def test_bad_input() -> None:
         report()
     with pytest.raises(InvalidArgumentError, match="sort_by must be one of"):
         report({"a": torch.ones(2)}, sort_by="size")  # type: ignore[arg-type]
+
+
+def test_curvatures_of_two_models_are_no_table() -> None:
+    with pytest.raises(InvalidArgumentError, match="'a' differ in size"):
+        report({"a": torch.rand(3)}, {"a": torch.rand(4)})
 
 
 def test_files(tmp_path: Path) -> None:

@@ -4,9 +4,8 @@ import csv
 import io
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 
-from .sink import append_lines
+from .sink import append_lines, file_at
 
 __all__ = ["CSVSink"]
 
@@ -23,8 +22,7 @@ class CSVSink:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = file_at(path)
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append the numbers of a step."""

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .sink import append_lines
+from .sink import append_lines, file_at
 
 __all__ = ["JSONLinesSink", "points"]
 
@@ -35,8 +35,7 @@ class JSONLinesSink:
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = file_at(path)
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:
         """Append the numbers of a step."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from .sink import require_method
+
 __all__ = ["LightningSink"]
 
 
@@ -14,6 +16,7 @@ class LightningSink:
     """
 
     def __init__(self, logger: Any) -> None:
+        require_method("logger", logger, "log_metrics")
         self._logger = logger
 
     def scalars(self, step: int, numbers: Mapping[str, float]) -> None:

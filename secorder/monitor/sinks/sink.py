@@ -6,9 +6,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from ..._arguments import require_path, shown
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Sink", "append_lines", "give", "sink_of", "sinks_of"]
+__all__ = ["Sink", "append_lines", "file_at", "give", "require_method", "sink_of", "sinks_of"]
 
 
 @runtime_checkable
@@ -48,12 +49,15 @@ def sink_of(given: Any) -> Sink:
         InvalidArgumentError: a path cannot be written to.
     """
     if isinstance(given, (str, PathLike)):
+        require_path("a sink", given)
         try:
             return _of_path(Path(given))
         except OSError as error:
             raise InvalidArgumentError(f"{given} cannot be written to ({error}): pass another path.") from error
     if isinstance(given, Sink) and not isinstance(given, type):
         return given
+    if isinstance(given, type):
+        raise InvalidTypeError(f"a sink is the class {given.__name__}, not made yet: pass {given.__name__}(…).")
     if hasattr(given, "add_scalar"):
         from .tensorboard import TensorBoardSink
 
@@ -105,6 +109,24 @@ def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:
         method = getattr(sink, what, None)
         if method is not None:
             method(*arguments)
+
+
+def file_at(path: str | PathLike[str]) -> Path:
+    """The file of a path, whose folders are made where they are missing."""
+    require_path("path", path)
+    file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+def require_method(name: str, value: Any, method: str) -> None:
+    """Raise unless an argument has a method.
+
+    Raises:
+        InvalidTypeError: it has none, or is a class.
+    """
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise InvalidTypeError(f"{name} must have {method}(), got {shown(value)}.")
 
 
 def append_lines(path: Path, lines: str) -> None:

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 from ..blocks import blocks
 from ..names import WHOLE_MODEL
+from .sink import require_method
 
 __all__ = ["TensorBoardSink", "layout"]
 
@@ -55,6 +56,7 @@ class TensorBoardSink:
             from torch.utils.tensorboard import SummaryWriter
 
             writer = SummaryWriter(str(writer))
+        require_method("writer", writer, "add_scalar")
         self.writer = writer
         self._layers, self._twins = _written_to(writer)
 

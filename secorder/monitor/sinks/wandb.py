@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...errors import InvalidArgumentError
+from .sink import require_method
 
 __all__ = ["WandbSink"]
 
@@ -31,6 +32,7 @@ class WandbSink:
         self._run: Any = wandb.run if run is None else run
         if self._run is None:
             raise InvalidArgumentError("there is no active run of wandb: call wandb.init(), or pass run=.")
+        require_method("run", self._run, "define_metric")
         self._run.define_metric(self.STEP, hidden=True)
         self._groups: set[str] = set()
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from secorder import InvalidTypeError
+from secorder import InvalidArgumentError, InvalidTypeError
 from secorder.monitor.sinks.csv import CSVSink
 from secorder.monitor.sinks.json_lines import JSONLinesSink
 from secorder.monitor.sinks.lightning import LightningSink
@@ -47,7 +47,20 @@ def test_each_kind_finds_its_sink(tmp_path: Path) -> None:
     assert sinks_of(own) == [own]
 
 
-@pytest.mark.parametrize("given", [None, 3, object(), Taking, {"a": 1}])
+@pytest.mark.parametrize("given", [None, 3, object(), {"a": 1}])
 def test_what_is_no_sink(given: Any) -> None:
     with pytest.raises(InvalidTypeError, match="a sink has scalars"):
         sink_of(given)
+
+
+def test_a_class_or_an_empty_path_is_no_sink() -> None:
+    with pytest.raises(InvalidTypeError, match=r"the class Writer, not made yet: pass Writer\("):
+        sink_of(Writer)
+    with pytest.raises(InvalidArgumentError, match="must not be empty"):
+        sink_of("")
+
+
+@pytest.mark.parametrize("kind", [CSVSink, JSONLinesSink, TensorBoardSink, LightningSink])
+def test_a_sink_is_made_of_what_it_writes_to(kind: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="must "):
+        kind(None)
