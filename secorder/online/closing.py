@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._torch.engine import current_backward
+from .._torch.engine import accumulate_node, current_backward, will_accumulate
 from .._torch.fsdp import local
 from .._torch.sparse import entries
 from ..layers.contraction import IN_PLACE_ELEMENTS
@@ -89,7 +89,8 @@ def second_backward(
 ) -> None:
     """A second backward reaches layers through a forward whose samples are counted.
 
-    The same loss once more changes nothing: the forward is counted once. Another loss is to be told of.
+    The same loss once more changes nothing: the forward is counted once. Another loss is to be told of, at all layers
+    that it reaches, also by no call: the derivatives that a gradient penalty is made of.
     """
     owners = [own for name in names for own in record.attribution.owners(name) if own in fisher.sums]
     if record.unreturned:
@@ -97,10 +98,19 @@ def second_backward(
     elif before is None:
         fisher.troubles.mark(owners, _SECOND)
     else:
-        names = [layer.name for layer in fisher.layers]
-        fisher.troubles.saw_at("second", owners)
-        for name in owners:
-            fisher.failures.counts[names.index(name)].add_(before != now)
+        if record.again is None or record.again[0] != current_backward():
+            reached = [x.name for x in fisher.layers if _reached(record, x)]
+            fisher.troubles.saw_at("second", reached)
+            is_one = [int(x.name in reached) for x in fisher.layers]
+            record.again = current_backward(), torch.tensor(is_one, device=fisher.failures.counts.device)
+        reaches = record.again[1]
+        fisher.failures.counts.add_(reaches * (before != now).to(reaches))
+
+
+def _reached(record: ForwardRecord, layer: Layer) -> bool:
+    """Whether the backward that runs now accumulates a gradient of a layer; of a frozen one, whether it may pass by."""
+    own = [p for p in record.parameters(layer).values() if p.requires_grad]
+    return any(will_accumulate(accumulate_node(p)) for p in own) if own else layer.name in record.calls
 
 
 def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:

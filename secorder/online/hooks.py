@@ -156,7 +156,7 @@ class Attachment:
             saw("paused")
             return
         if inside_transform() or is_traced():
-            saw("traced")
+            saw("transformed" if inside_transform() else "traced")
             return
         if in_backward() and (self._computed_again() or self.fisher.backwards.here()):
             return  # a checkpoint computes the whole model again; the layers' hooks are back by themselves

@@ -57,6 +57,7 @@ CAUSES = {
         "can run: attach to what torch.compile returned for the model, or run every k-th step uncompiled."
     ),
     "traced": "The model was traced or exported while the probe was attached, which is not recorded.",
+    "transformed": "It was called inside of a transform (torch.func.grad, vmap, jvp), which is not recorded.",
     "no grad": "It was called under torch.no_grad or in inference mode.",
     "computed": "It was called with parameters that are computed from others (torch.func.functional_call).",
     "paused": "It was called inside of probe.paused().",
@@ -78,9 +79,9 @@ BESIDE_OTHERS = frozenset(("no grad", "no gradient"))
 
 _IN_ITS_PLACE = (
     "methods of it that are called in its place (such as model.forward(x), agent.get_value(x), "
-    "policy.evaluate_actions(x) or flow.log_prob(x)), a parent that calls its parts, and a copy that shares them "
-    "(copy.copy) run no hook of it: attach to the modules that are called{}, or to one of your own whose forward calls "
-    "the method."
+    "policy.evaluate_actions(x) or flow.log_prob(x)), a parent that calls its parts, and copies of it (copy.copy, "
+    "copy.deepcopy) run no hook of it: attach to the modules that are called{}, or to one of your own whose forward "
+    "calls the method."
 )
 _NEVER_CALLED = (
     f"The model that the probe is attached to was not called: {_IN_ITS_PLACE} A model that torch.compile had run "

@@ -19,19 +19,45 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+@pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("same", [True, False])
-def test_a_second_backward_through_one_forward(same: bool) -> None:
+def test_a_second_backward_through_one_forward(same: bool, frozen: bool) -> None:
     """The same loss once more changes nothing; another one is to be told of."""
     model, batch = make(), data()
-    probe = CurvatureProbe(model, reduction="mean")
+    model[-1].requires_grad_(not frozen)
+    probe = CurvatureProbe(model, layers="2" if frozen else None, reduction="mean")
     outputs = model(batch[0])
     F.cross_entropy(outputs, batch[1]).backward(retain_graph=True)
     (F.cross_entropy(outputs, batch[1]) if same else outputs.square().sum()).backward()
     if same:
-        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+        found = probe.fisher_diagonal().by_parameter()
+        expected = reference(model.requires_grad_(), batch)
+        assert_all_close(found, {name: expected[name] for name in found})
     else:
         with pytest.raises(AttributionError, match="second backward"):
             probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.LeakyReLU])
+def test_a_second_backward_that_reaches_a_layer_by_none_of_its_calls(activation: type[nn.Module]) -> None:
+    """The weight of the last layer is in the derivatives by the inputs, whatever its output is."""
+    model, inputs = nn.Sequential(nn.Linear(4, 6), activation(), nn.Linear(6, 1)), data()[0].requires_grad_()
+    probe = CurvatureProbe(model, reduction="mean")
+    outputs = model(inputs)
+    F.softplus(outputs).mean().backward(retain_graph=True)
+    (slopes,) = torch.autograd.grad(outputs.sum(), inputs, create_graph=True)
+    slopes.square().sum(1).mean().backward()
+    with pytest.raises(AttributionError, match=r"layers \['0', '2'\]: .*another loss in a second backward"):
+        probe.fisher_diagonal()
+
+
+def test_a_second_backward_leaves_layers_that_it_does_not_reach() -> None:
+    model, batch = Net(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 3)), data()
+    probe = CurvatureProbe(model, reduction="mean")
+    a, b = model(batch[0])
+    (F.cross_entropy(a, batch[1]) + F.cross_entropy(b, batch[1])).backward(retain_graph=True)
+    b.square().sum().backward()
+    assert probe.fisher_diagonal(missing="skip").keys() == {"a"}
 
 
 @pytest.mark.parametrize(("sizes", "forwards"), [((6, 6), None), ((6, 4), "joined")])

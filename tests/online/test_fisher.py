@@ -66,7 +66,7 @@ def _no_scale() -> float:
 
 @pytest.mark.parametrize(
     ("given", "reason"),
-    [(_no_scale, "loss_scale= raised KeyError: 'amp'. It is called"), (lambda: [1.0, 2.0], "loss_scale= told")],
+    [(_no_scale, "loss_scale= raised KeyError: 'amp'. It is called"), (lambda: [1.0, 2.0], "loss_scale= returned")],
 )
 def test_a_loss_scale_that_cannot_be_told_is_named(given: Any, reason: str) -> None:
     model, batch = make(), data()

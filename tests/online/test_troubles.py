@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError
 from secorder.online.troubles import Troubles, sentence
 
 from ..helpers import Net
@@ -56,6 +56,27 @@ def test_why_nothing_was_accumulated_goes_by_what_was_seen() -> None:
 def test_sentences_name_the_layers() -> None:
     assert sentence(["a"], "why") == "layer 'a': why"
     assert sentence(["a", "b"], "why") == "layers ['a', 'b']: why"
+
+
+def _functional(model: nn.Module, x: Tensor) -> None:
+    loss = lambda values: torch.func.functional_call(model, values, (x,)).mean()  # noqa: E731
+    torch.func.grad(loss)({name: p.detach() for name, p in model.named_parameters()})
+
+
+def _traced(model: nn.Module, x: Tensor) -> None:
+    torch.jit.trace(model, x)
+
+
+@pytest.mark.parametrize(("call", "cause"), [(_functional, "torch.func.grad"), (_traced, "traced or exported")])
+def test_a_forward_that_no_backward_of_training_can_reach_is_said(
+    call: Callable[[nn.Module, Tensor], None], cause: str
+) -> None:
+    model = nn.Linear(4, 3)
+    with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        call(model, torch.randn(5, 4))
+        with pytest.raises(ProbeStateError, match=cause):
+            probe.fisher_diagonal()
 
 
 def gradient_penalty(model: Any, x: Tensor) -> None:
