@@ -142,7 +142,7 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
     if index in own.hooked:
         return
     own.hooked.add(index)
-    arguments = map_tensors(lambda t: t.new_empty(0), start.arguments)
+    arguments = map_tensors(lambda t: torch.empty(0, dtype=t.dtype, device=t.device), start.arguments)
     call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
     gradient = _ModuleGradient(attachment, record, layer, call, kept)
     mark_calls(attachment, record, layer.name, index, [place_of(t) for t in tensors if t.requires_grad])

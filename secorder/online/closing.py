@@ -110,7 +110,7 @@ def second_backward(
 def _reached(record: ForwardRecord, layer: Layer) -> bool:
     """Whether the backward that runs now accumulates a gradient of a layer; of a frozen one, whether it may pass by."""
     own = [p for p in record.parameters(layer).values() if p.requires_grad]
-    return any(will_accumulate(accumulate_node(p)) for p in own) if own else layer.name in record.calls
+    return any(will_accumulate(accumulate_node(p)) for p in own) if own else layer.name in record.called
 
 
 def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:

@@ -192,6 +192,29 @@ def test_graphs_whose_number_no_shape_tells(integers: bool) -> None:
     assert came.exact
 
 
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr, torch.sparse_csc])
+def test_graphs_with_a_sparse_matrix_of_their_edges(layout: torch.layout) -> None:
+    def forward(m: Any, nodes: Tensor, edges: Tensor, graph: Tensor) -> Tensor:
+        return graphs(m, torch.sparse.mm(edges, nodes), graph)
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        nodes, edges, graph, y = batch
+        return F.cross_entropy(model(nodes, edges.to_sparse(layout=layout), graph), y)
+
+    def batch(*sizes: int) -> Any:
+        nodes, graph, y = graph_batch(*sizes, integers=False)
+        return nodes, torch.block_diag(*[torch.rand(n, n).round() for n in sizes]), graph, y
+
+    def alone(b: Any) -> list[Any]:
+        nodes, edges, graph, y = b
+        own = [graph == n for n in range(len(y))]
+        return [(nodes[at], edges[at][:, at], graph[at] * 0, y[n : n + 1]) for n, at in enumerate(own)]
+
+    model = Net(forward, a=nn.Linear(4, 5), gate=nn.Linear(5, 1), b=nn.Linear(5, 3))
+    assert follow(model, [batch(2, 4, 3), batch(3, 3), batch(2, 2, 2)], loss, alone).exact
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_a_nested_tensor_is_named() -> None:
     model = Net(lambda m, xs: m.head(xs.to_padded_tensor(0.0).sum(1)), head=nn.Linear(4, 3))
