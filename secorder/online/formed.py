@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from .._torch.several import add_each, add_products, multiply_each
+from ..layers.common_factor import contract_each
 from ..layers.contraction import IN_PLACE_ELEMENTS
 from ..layers.dtypes import compute_dtype
-from ..layers.low_precision import contraction
+from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import Outer, PerSample, Rows, chunk_elements
 from ..layers.selection import Layer
 from .finite import finite
@@ -45,9 +46,12 @@ def form(
         return None
     like = next(iter(layer.parameters.values()))
     squares = torch.empty(sum(sizes), dtype=compute_dtype(layer), device=like.device)
-    contracted = contraction(fisher.low(record, layer))
-    for part, size, out in zip(parts, sizes, squares.split_with_sizes(sizes), strict=True):
-        contracted([part], numel=size, out=out, beta=0.0)
+    outs = squares.split_with_sizes(sizes)
+    if fisher.low(record, layer):
+        for part, size, out in zip(parts, sizes, outs, strict=True):
+            contract_sum_low([part], numel=size, out=out, beta=0.0)
+    else:
+        contract_each(parts, outs)
     return squares
 
 

@@ -122,23 +122,22 @@ TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _shaped_alike, _gone_th
 def _gradients_on_gates(passes: Sequence[Pass]) -> Tensor:
     """The gradients on the gates before their activations, of each pass: shape ``(passes, N, steps, 4 · width)``."""
     steps, count, _, width = passes[0].gates.shape
-    on_cells, on_output, through = _derivatives(passes)
+    forget, on_cells, on_output, through = _derivatives(passes)
     weights = torch.stack([one.weight for one in passes])
     dh = torch.stack([_or_zeros(one.last_h, one.cell) for one in passes])
     dc = torch.stack([_or_zeros(one.last_c, one.cell) for one in passes])
     outside = torch.stack([_or_zeros(one.outside, one.gates[:, :, 0]) for one in passes], 1).unbind(0)
     dh += outside[-1]
-    # By step, what the gradient on the cell brings to the cell before, and then the gradients on the four gates.
-    found = dh.new_empty(len(passes), count, steps, 5, width)
-    of_cells, of_output = found[:, :, :, :4].unbind(2), found[:, :, :, 4].unbind(2)
-    of_gates = found.flatten(3)[:, :, :, width:]
-    rows, before = of_gates.unbind(2), found[:, :, :, 0].unbind(2)
+    found = dh.new_empty(len(passes), count, steps, 4, width)
+    of_cells, of_output = found[:, :, :, :3].unbind(2), found[:, :, :, 3].unbind(2)
+    of_gates = found.flatten(3)
+    rows = of_gates.unbind(2)
     for t in range(steps - 1, -1, -1):
         dc.addcmul_(dh, through[t])
         torch.mul(on_cells[t], dc.unsqueeze(2), out=of_cells[t])
         torch.mul(on_output[t], dh, out=of_output[t])
         if t:
-            dc = before[t]
+            dc *= forget[t]
             torch.baddbmm(outside[t - 1], rows[t], weights, out=dh)
     return of_gates
 
@@ -169,33 +168,34 @@ def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
     return gates
 
 
-def _derivatives(passes: Sequence[Pass]) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+def _derivatives(passes: Sequence[Pass]) -> tuple[Sequence[Tensor], ...]:
     """What gradients on cells and outputs are multiplied by, from the gates and the first cell.
 
     Returns:
-        by step, what the gradient on the cells brings to those before, and to the three gates that make them, shape
-        ``(passes, N, 4, width)``; what that on the outputs brings to the last gate, and to the cells.
+        by step, what the gradient on the cells brings to those before, shape ``(passes, N, width)``, and to the three
+        gates that make them, ``(passes, N, 3, width)``; what that on the outputs brings to the last gate, and to the
+        cells.
     """
     steps, count, _, width = passes[0].gates.shape
     shape = (steps, len(passes), count, width)
     like = passes[0].cell
-    on_cells = like.new_empty(steps, len(passes), count, 4, width)
-    fresh, on_output, through = (like.new_empty(shape) for _ in range(3))
+    on_cells = like.new_empty(steps, len(passes), count, 3, width)
+    forget, fresh, on_output, through = (like.new_empty(shape) for _ in range(4))
     cells = like.new_empty(steps + 1, *shape[1:])
     torch.stack([one.cell for one in passes], out=cells[0])
     every = [one.gates.unbind(2) for one in passes]
     for k, (i, f, c, _) in enumerate(every):
         torch.mul(i, c, out=fresh[:, k])
-        on_cells[:, k, :, 0] = f
-    rows, forget = cells.unbind(0), on_cells[:, :, :, 0].unbind(0)
+        forget[:, k] = f
+    rows, by_step = cells.unbind(0), forget.unbind(0)
     for t, new in enumerate(fresh.unbind(0)):
-        torch.addcmul(new, forget[t], rows[t], out=rows[t + 1])
+        torch.addcmul(new, by_step[t], rows[t], out=rows[t + 1])
     squashed = cells[1:].tanh()
     sigmoid, tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
     for k, (i, f, c, o) in enumerate(every):
-        sigmoid.grad_input(c, i, grad_input=on_cells[:, k, :, 1])
-        sigmoid.grad_input(cells[:-1, k], f, grad_input=on_cells[:, k, :, 2])
-        tanh.grad_input(i, c, grad_input=on_cells[:, k, :, 3])
+        sigmoid.grad_input(c, i, grad_input=on_cells[:, k, :, 0])
+        sigmoid.grad_input(cells[:-1, k], f, grad_input=on_cells[:, k, :, 1])
+        tanh.grad_input(i, c, grad_input=on_cells[:, k, :, 2])
         sigmoid.grad_input(squashed[:, k], o, grad_input=on_output[:, k])
         tanh.grad_input(o, squashed[:, k], grad_input=through[:, k])
-    return on_cells.unbind(0), on_output.unbind(0), through.unbind(0)
+    return by_step, on_cells.unbind(0), on_output.unbind(0), through.unbind(0)
