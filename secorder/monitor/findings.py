@@ -80,7 +80,7 @@ class Finding:
         return f"[{self.kind}] {where}{self.text} ({self.value:.3g}, threshold {self.threshold:.3g})"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """What :func:`diagnose` found.
 
@@ -111,6 +111,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         return "\n".join([str(self.report()), *self._sentences()])
+
+    __repr__ = __str__  # what a prompt shows
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         mark = "• " if self.findings else ""

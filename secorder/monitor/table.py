@@ -271,6 +271,8 @@ class Report:
             console.print(self)
         return "\n".join(line.rstrip() for line in captured.get().rstrip("\n").split("\n"))
 
+    __repr__ = __str__  # what a prompt shows
+
     def _repr_html_(self) -> str:
         """What a notebook shows: all columns, for it can be scrolled."""
         columns = self._columns()

@@ -218,3 +218,8 @@ def test_what_measures_a_layer_is_told_where_it_is_no_rule() -> None:
     with CurvatureProbe(model, layers="0", reduction="mean") as probe:
         model(torch.randn(5, 4)).square().mean().backward()
         assert " by " not in shown(report(probe.fisher_diagonal()), 200)
+
+
+def test_a_prompt_shows_the_table() -> None:
+    table = report({"a": torch.rand(3)})
+    assert repr(table) == str(table)
