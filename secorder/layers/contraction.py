@@ -14,19 +14,12 @@ from torch import Tensor
 from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.vjp import chunks
 from .patches import Patches, matrix_products, whole_input
-from .per_sample import Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
+from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
 
 __all__ = [
-    "CONVOLUTION_ELEMENTS",
-    "IN_PLACE_ELEMENTS",
-    "added",
-    "alike",
-    "contract",
-    "contract_basis",
-    "contract_one_position",
-    "contract_sum",
-    "kept",
-]
+    "CONVOLUTION_ELEMENTS", "IN_PLACE_ELEMENTS", "added", "alike", "contract", "contract_basis",
+    "contract_one_position", "contract_sum", "kept",
+]  # fmt: skip
 
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22
@@ -195,6 +188,8 @@ def _add_sample_by_sample(
 ) -> None:
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
+    if onednn and isinstance(a, Tensor):
+        a, gu, gv = _samples_apart(a), _samples_apart(gu), None if gv is None else _samples_apart(gv)
     if onednn and isinstance(a, Tensor) and _are_turned(target, gu):
         turned = target.new_zeros(fan_in, width)
         _add_turned(turned, a, gu, gv)
@@ -216,6 +211,11 @@ def _add_sample_by_sample(
                 formed = [_product(left, right, own) for left, own in zip(lefts, memory, strict=True)]
                 here.addcmul_(formed[0], formed[-1], value=alpha)
                 del formed  # so that the next is formed in its memory
+
+
+def _samples_apart(factor: Tensor) -> Tensor:
+    """A factor whose samples lie one after the other: one copy, where that is small, in place of one each or more."""
+    return factor if factor[0].is_contiguous() or factor.numel() > CHUNK_ELEMENTS else factor.contiguous()
 
 
 def _are_turned(target: Tensor, g: Tensor) -> bool:

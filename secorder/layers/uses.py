@@ -41,12 +41,24 @@ class Later(NamedTuple):
     Attributes:
         operation: the name of its node.
         kept: what its rule for several calls needs of it.
-        targets: by the input's number, the parameter, and whether the input is its transpose.
+        targets: those of its inputs that are parameters.
     """
 
     operation: str
     kept: Any
-    targets: Mapping[int, tuple[str, bool]]
+    targets: "Targets"
+
+
+class Targets(NamedTuple):
+    """Inputs of an operation that are parameters as they are, or their transposes.
+
+    Attributes:
+        names: by the number of the input, the parameter's.
+        turned: those that are transposes.
+    """
+
+    names: Mapping[int, str]
+    turned: frozenset[int]
 
 
 #: Operations that do nothing but put the elements of a parameter elsewhere.
@@ -56,7 +68,7 @@ MOVES = frozenset(MAPS) - {"AddBackward0", "SubBackward0", "EmbeddingBackward0",
 MOST = 400
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Use:
     """An operation that a layer's parameters meet the samples in.
 
@@ -65,12 +77,14 @@ class Use:
         routes: that end in it.
         sources: for each of its inputs that leads to parameters, the node and the output that it comes from.
         outputs: what it computed.
+        targets: where all of these inputs are parameters.
     """
 
     node: Node
     routes: list[Route] = field(default_factory=list)
     sources: dict[int, tuple[Node, int]] = field(default_factory=dict)
     outputs: list[Output] = field(default_factory=list)
+    targets: Targets | None = None
 
     @property
     def places(self) -> list[str]:
@@ -111,8 +125,7 @@ def find_uses(
     found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
     waiting: list[Node] = list(leaves)
     uses: dict[Node, Use] = {}
-    while waiting:
-        node = waiting.pop(0)
+    for node in waiting:  # which grows meanwhile
         route = found.followed[node]
         taken = users.get(node, ())
         if not taken and node not in leaves:
@@ -130,15 +143,35 @@ def find_uses(
                     found.followed[user] = here
                     waiting.append(user)
                 continue
-            if not can_be_run(user) and name not in OPERATIONS:
+            if name not in OPERATIONS and not can_be_run(user):
                 return None
-            use = uses.setdefault(user, Use(user))
+            use = uses.get(user)
+            if use is None:
+                use = uses[user] = Use(user)
             use.routes.append(here)
             use.sources[index] = (node, user.next_functions[index][1])
     found.uses = [use for node, use in uses.items() if node not in found.followed]
+    ends = {node: (leaf, turned) for node in waiting for leaf, turned in _parameter(node, leaves)}
+    alike: dict[tuple[tuple[int, str, bool], ...], Targets] = {}
     for use in found.uses:
         use.outputs = outputs_of(use.node)
+        if all(node in ends for node, _ in use.sources.values()):
+            inputs = tuple([(index, *ends[node]) for index, (node, _) in use.sources.items()])
+            if inputs not in alike:
+                names = {index: name for index, name, _ in inputs}
+                alike[inputs] = Targets(names, frozenset([index for index, _, turned in inputs if turned]))
+            use.targets = alike[inputs]
     return found
+
+
+def _parameter(node: Node, leaves: Mapping[Node, str]) -> Iterable[tuple[str, bool]]:
+    """The parameter that a node's output is, or whose transpose it is: its name, and which of them; if any."""
+    if node in leaves:
+        yield leaves[node], False
+    elif node.name() == "TBackward0":
+        leaf = node.next_functions[0][0]
+        if leaf in leaves and len(shape_of(node, 0)) == 2:
+            yield leaves[leaf], True
 
 
 def reentrant(users: Users) -> bool:
@@ -156,8 +189,7 @@ def brought(
     sources: Mapping[int, tuple[Node, int]],
     leaves: Mapping[Node, str],
     followed: Collection[Node],
-    *,
-    several: bool,
+    targets: Targets | None,
 ) -> Piece | Later:
     """What one of a layer's uses brings, whose gradient is here.
 
@@ -165,13 +197,12 @@ def brought(
         sources: of the use.
         leaves: by the node of each parameter, its name.
         followed: the nodes between.
-        several: whether there are more that may be gone through together with it.
+        targets: of the use, where there are more that may be gone through together with it.
     """
     name = call.node.name()
-    together = TOGETHER.get(name) if several else None
-    targets = None if together is None else _targets(sources, leaves)
+    together = None if targets is None else TOGETHER.get(name)
     if together is not None and targets is not None:
-        kept = together.keep(call, {index: name for index, (name, _) in targets.items()})
+        kept = together.keep(call, targets.names)
         if kept is not None:
             return Later(name, kept, targets)
     return [
@@ -179,18 +210,6 @@ def brought(
         for index, source in sources.items()
         for part in carried(per_sample_gradient(call, index), source, leaves, followed)
     ]
-
-
-def _targets(sources: Mapping[int, tuple[Node, int]], leaves: Mapping[Node, str]) -> dict[int, tuple[str, bool]] | None:
-    """By the number of an input, the parameter that it is, or is the transpose of; None where one is something else."""
-    found = {}
-    for index, (node, number) in sources.items():
-        transposed = node not in leaves and node.name() == "TBackward0" and len(shape_of(node, number)) == 2
-        leaf = node.next_functions[0][0] if transposed else node
-        if leaf not in leaves:
-            return None
-        found[index] = leaves[leaf], transposed
-    return found
 
 
 def carried(
@@ -299,9 +318,8 @@ def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
     every: list[Piece] = []
     for one in found:
         if isinstance(one, Later):
-            # A parameter's transpose has its factors the other way round.
-            turned = frozenset([index for index, (_, transposed) in one.targets.items() if transposed])
-            later.setdefault((one.operation, TOGETHER[one.operation].alike(one.kept), turned), []).append(one)
+            key = one.operation, TOGETHER[one.operation].alike(one.kept), one.targets.turned
+            later.setdefault(key, []).append(one)
         else:
             every.append(one)
     for name, part in itertools.chain(*every, *(_together(name, waiting) for (name, *_), waiting in later.items())):
@@ -312,9 +330,9 @@ def pieces(found: Iterable[Piece | Later]) -> dict[str, list[PerSample]]:
 def _together(operation: str, waiting: Sequence[Later]) -> Iterable[tuple[str, PerSample]]:
     """What uses bring that are gone through together."""
     for number, index, part in TOGETHER[operation].bring([one.kept for one in waiting]):
-        name, transposed = waiting[number].targets[index]
-        if transposed:
+        names, turned = waiting[number].targets
+        if index in turned:  # a parameter's transpose has its factors the other way round
             assert isinstance(part, Outer)
             assert isinstance(part.a, Tensor)
             part = Outer(part.g, part.a)
-        yield name, part
+        yield names[index], part

@@ -116,8 +116,8 @@ def _pulled_back(
                     continue
                 layouts = [x for x in evidence.layouts[use.node] if x is not None]
                 call = OperationCall(use.node, own, layouts, task.num_samples, compute_dtype(layer))
-                several = len(uses.uses) > 1
-                found.append(brought(call, use.sources, uses.leaves, uses.followed, several=several))
+                targets = use.targets if len(uses.uses) > 1 else None
+                found.append(brought(call, use.sources, uses.leaves, uses.followed, targets))
             result[layer.name] = pieces(found)
     return result
 

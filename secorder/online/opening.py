@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .._torch.graph import Users, users_of
 from .._torch.modules import batch_normalisation
 from .._torch.pytree import tensors_in
 from ..errors import NonFiniteError, SecorderError
@@ -201,12 +200,10 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         return
     watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
-    users: Users = {}
-    if True in [x.by_operations for x in record.attribution.layers]:
-        begins = [*tensors_in(arguments), *carried]
-        users = users_of(tensors_in(output), begins)  # not what another forward has computed them by
-        if follow(record, record.attribution, users):
-            attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
+    begins = [*tensors_in(arguments), *carried]  # what another forward has computed them by is not followed
+    graph = list(tensors_in(output)), begins
+    if follow(record, record.attribution, *graph):
+        attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
     if fisher.ranks is not None:
         _settle_together(attachment, fisher.ranks, record, start)
         return
@@ -218,8 +215,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
             found = _look_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
-            if users:
-                follow(record, found, users)
+            follow(record, found, *graph)
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
             hook_uses(attachment, record)
             _fall_back(attachment, record, found, unexplained, start, output)

@@ -1,13 +1,14 @@
 """Layers that are measured by operations: their uses in a recorded forward, and what the gradients on these do."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .._torch.engine import accumulate_node, current_backward, graph_is_kept
-from .._torch.graph import Users, current_node, dtypes_of
+from .._torch.graph import Node, collection_paused, current_node, dtypes_of, users_of
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
@@ -21,6 +22,7 @@ from .closing import second_backward
 from .delivery import bring
 from .finite import total_of
 from .fisher import quietly
+from .layer_record import LayerRecord
 from .losses.marks import mark_calls
 from .record import ForwardRecord
 from .samples.attribution import Attribution
@@ -32,12 +34,22 @@ if TYPE_CHECKING:
 __all__ = ["explain_uses", "follow", "hook_uses"]
 
 
-def follow(record: ForwardRecord, attribution: Attribution, users: Users) -> bool:
-    """Find the uses of the layers that are measured by them; whether a checkpoint hides any."""
+@collection_paused()
+def follow(
+    record: ForwardRecord, attribution: Attribution, outputs: Iterable[Tensor], inputs: Iterable[Tensor]
+) -> bool:
+    """Find the uses of the layers that are measured by them; whether a checkpoint hides any.
+
+    Args:
+        outputs: that the forward has computed.
+        inputs: that it has computed them from.
+    """
+    layers = [layer for layer in record.attribution.layers if layer.by_operations]
+    if not layers:
+        return False
+    users = users_of(outputs, inputs)
     checkpoints, in_part = False, reentrant(users)
-    for layer in record.attribution.layers:
-        if not layer.by_operations:
-            continue
+    for layer in layers:
         found = find_uses(users, layer.parameters, attribution.routes.get(layer.name, ()))
         out_of_sight = in_part or (found is not None and hidden(found))
         checkpoints |= out_of_sight
@@ -50,16 +62,16 @@ def follow(record: ForwardRecord, attribution: Attribution, users: Users) -> boo
 
 def explain_uses(record: ForwardRecord, uses: Uses, known: Sequence[Verified]) -> list[list[Layout | None]]:
     """The layouts of a layer's uses, by what was verified of such as are on the same routes."""
-    explained: dict[tuple[str, tuple[int, ...]], Layout | None] = {}
+    explained: dict[object, list[Layout | None]] = {}
     layouts = []
     for use in uses.uses:
-        row = []
-        for place, output in zip(use.places, use.outputs, strict=True):
-            key = place, output.shape
-            if key not in explained:
-                explained[key] = explain(known, place, output.shape, record.shapes, record.num_samples)
-            row.append(explained[key])
-        layouts.append(row)
+        key = (*use.routes, *use.outputs)
+        if key not in explained:
+            explained[key] = [
+                explain(known, place, output.shape, record.shapes, record.num_samples)
+                for place, output in zip(use.places, use.outputs, strict=True)
+            ]
+        layouts.append(explained[key])
     return layouts
 
 
@@ -74,11 +86,12 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
         _note_digits(record, kind, dtypes_of(found.followed))
         trained = [p for p in layer.parameters.values() if p.requires_grad]
         node = accumulate_node(trained[0]) if len(trained) == 1 else None
+        every = _LayerUses(attachment, record, layer, own, found.leaves, found.followed, kind, node)
         for index, use in enumerate(found.uses):
             own.hooked.add(index)
-            received = _UseGradient(attachment, record, layer, index, use, found, node, kind)
-            use.node.register_prehook(received)
-            mark_calls(attachment, record, layer.name, index, [(use.node, output.number) for output in use.outputs])
+            use.node.register_prehook(_UseGradient(every, index, use))
+            if record.scheduled:
+                mark_calls(attachment, record, layer.name, index, [(use.node, output.number) for output in use.outputs])
 
 
 def _note_digits(record: ForwardRecord, kind: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
@@ -104,65 +117,88 @@ def _total(gradients: Sequence[Tensor]) -> Tensor:
     return sum(others, first)
 
 
+@dataclass(eq=False, slots=True)
+class _LayerUses:
+    """What the uses of a layer have in common.
+
+    Attributes:
+        attachment: that hooks them.
+        record: of the forward.
+        layer: whose they are.
+        own: what the record tells of it.
+        leaves: by the node of each parameter, its name.
+        followed: the nodes between.
+        kind: the dtype that is computed in.
+        node: where the gradient of its only trained parameter is accumulated.
+    """
+
+    attachment: "Attachment"
+    record: ForwardRecord
+    layer: Layer
+    own: LayerRecord
+    leaves: Mapping[Node, str]
+    followed: Collection[Node]
+    kind: torch.dtype
+    node: Node | None
+
+    def counts(self, number: int | None) -> bool:
+        """Whether this backward is a training step of the layer: asked once for all of its uses."""
+        if self.own.counting == number is not None:
+            return True
+        if not counts_in(self.attachment.fisher, self.record, [self.layer], self.node):
+            return False
+        self.own.counting = number
+        return True
+
+    def entered(self, number: int | None) -> bool:
+        """Whether this backward is the first through the forward."""
+        record = self.record
+        if record.backward is not None and record.backward.number == number and not record.closed:
+            return True
+        return enter(self.attachment, record)
+
+
 class _UseGradient:
     """What the gradients on an operation's outputs do."""
 
-    def __init__(
-        self,
-        attachment: "Attachment",
-        record: ForwardRecord,
-        layer: Layer,
-        index: int,
-        use: Use,
-        found: Uses,
-        node: Any,
-        kind: torch.dtype,
-    ) -> None:
-        self.attachment, self.record, self.layer, self.index, self.node = attachment, record, layer, index, node
-        self.kind = kind  # that is computed in
+    __slots__ = ("came", "every", "freed", "index", "numbers", "sources", "targets", "total")
+
+    def __init__(self, every: _LayerUses, index: int, use: Use) -> None:
+        self.every, self.index = every, index
         # Nodes that the operation's own leads to, so that no cycle forms with what it holds.
-        self.sources, self.leaves, self.followed = use.sources, found.leaves, found.followed
+        self.sources, self.targets = use.sources, use.targets
         self.numbers = [output.number for output in use.outputs]
         self.came = self.freed = False  # freed: no second gradient can come, since the graph is not kept
         self.total: Tensor | None = None  # the sum of the gradients' elements, where one may
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
-        attachment = self.attachment
+        every = self.every
+        attachment = every.attachment
         if all(g is None for g in gradients) or attachment.pauses or inside_transform():
             return
-        attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, gradients)
+        attachment.fisher.troubles.guarded(every.record, (every.layer.name,), quietly, self.receive, gradients)
 
     def receive(self, gradients: Sequence[Tensor | None]) -> None:
-        fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        own = record.layers[layer.name]
-        if own.replaced or not self._counts():
+        every, number = self.every, current_backward()
+        fisher, record, layer, own = every.attachment.fisher, every.record, every.layer, every.own
+        if own.replaced or not every.counts(number):
             return
         cotangents = [gradients[number] for number in self.numbers]
         given = [g for g in cotangents if g is not None]
-        if not enter(self.attachment, record):
+        if not every.entered(number):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, _total(given))
             return
         if self.came or not own.layouts or own.troubled:
             return
         self.came = True
-        _note_digits(record, self.kind, [g.dtype for g in given])
-        call = OperationCall(current_node(), cotangents, own.layouts[self.index], record.num_samples, self.kind)
-        found = brought(call, self.sources, self.leaves, self.followed, several=len(own.calls) > 1)
+        _note_digits(record, every.kind, [g.dtype for g in given])
+        call = OperationCall(current_node(), cotangents, own.layouts[self.index], record.num_samples, every.kind)
+        several = len(own.calls) > 1
+        found = brought(call, self.sources, every.leaves, every.followed, self.targets if several else None)
         if isinstance(found, Later):  # what a weight's gradient is made of was saved in the graph: a bias's is not
-            self.freed = found.targets.keys() != {0} and not graph_is_kept()
+            self.freed = found.targets.names.keys() != {0} and not graph_is_kept()
         else:
             _note_sizes(record, layer, found, given)
         self.total = None if self.freed else _total(given)
         bring(fisher, record, layer, self.index, found, self.total)
-
-    def _counts(self) -> bool:
-        """Whether this backward is a training step of the layer: asked once for all of its uses."""
-        number, record, layer = current_backward(), self.record, self.layer
-        own = record.layers[layer.name]
-        if own.counting == number:
-            return True
-        if not counts_in(self.attachment.fisher, record, [layer], self.node):
-            return False
-        own.counting = number
-        return True

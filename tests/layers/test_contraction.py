@@ -113,10 +113,15 @@ def test_tall_products_by_onednn(samples: int, same: bool, monkeypatch: pytest.M
     out = torch.ones(21, dtype=torch.float32)
     contract(u, None if same else v, numel=21, out=out, alpha=3.0)
     torch.testing.assert_close(out.double(), 1 + 3 * expected, rtol=1e-5, atol=1e-5)
-    assert len(turned) == (samples >= contraction.MANY_SAMPLES and has_onednn())
-    apart = u._replace(g=torch.nn.functional.pad(u.g, (0, 1))[..., :-1])  # whose rows are apart
-    torch.testing.assert_close(contract(apart, numel=21), contract(u, numel=21), rtol=1e-5, atol=1e-5)
-    assert len(turned) == 2 * (samples >= contraction.MANY_SAMPLES and has_onednn())
+    many = samples >= contraction.MANY_SAMPLES and has_onednn()
+    assert len(turned) == many
+    apart = torch.nn.functional.pad(u.g, (0, 1))[..., :-1]  # whose rows are apart
+    steps_first = u.g.transpose(0, 2).contiguous().transpose(0, 2)
+    for most, times in ((1 << 20, 5), (0, 7)):  # where a copy is small, they are put together for it
+        monkeypatch.setattr(contraction, "CHUNK_ELEMENTS", most)
+        for g in (apart, steps_first):
+            torch.testing.assert_close(contract(u._replace(g=g), numel=21), contract(u, numel=21), rtol=1e-5, atol=1e-5)
+        assert len(turned) == many * times
 
 
 def test_patches_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,8 @@ def test_uses_are_gone_through_together_as_one_by_one() -> None:
     def hook(use: Use, gradients: tuple[Tensor | None, ...]) -> None:
         for several, here in zip((True, False), brings, strict=True):
             call = OperationCall(use.node, gradients, [Layout()], 4, z.dtype)
-            here.append(brought(call, use.sources, found.leaves, found.followed, several=several))
+            targets = use.targets if several else None
+            here.append(brought(call, use.sources, found.leaves, found.followed, targets))
 
     brings: tuple[list[Piece | Later], list[Piece | Later]] = ([], [])
     for use in found.uses:

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
+from secorder.online import operations
 
 from ..helpers import Shared, data, reference, refused_where_nothing_tells, run_again_where_nothing_tells, step
 from ..reference import assert_all_close, fisher_by_sample
@@ -253,3 +254,16 @@ def test_a_table_that_is_used_twice_for_a_loss_alone_costs_no_run_of_its_own() -
         model(ids).backward()
         found = probe.fisher_diagonal().by_parameter()
     assert_all_close(found, fisher_by_sample(model, lambda loss, _: loss, ids, None, 6))
+
+
+def test_no_garbage_is_looked_for_while_a_graph_is_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which makes objects by the thousand, and lets go of them."""
+    enabled: list[bool] = []
+    find = operations.find_uses
+    monkeypatch.setattr(operations, "find_uses", lambda *args: enabled.append(gc.isenabled()) or find(*args))
+    model = Words()
+    with CurvatureProbe(model, "all", reduction="mean"):
+        step(model, batch())
+    assert enabled
+    assert not any(enabled)
+    assert gc.isenabled()
