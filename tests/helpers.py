@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import AttributionError
+from secorder._torch import onednn
 from secorder._torch.graph import tells_recomputation
 from secorder.layers.per_sample import Outer, PerSample
 from secorder.layers.selection import select_layers
@@ -80,6 +81,12 @@ class Net(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self, *args, **kwargs)
+
+
+def by_onednn(patch: pytest.MonkeyPatch) -> None:
+    """Let every product that oneDNN could make go by its nodes, in float64: around what PyTorch computes."""
+    patch.setattr(onednn, "multiplied_by_onednn", lambda *_: True)
+    patch.setattr(onednn, "product_by_onednn", lambda a, b, c=None: a @ b if c is None else torch.addmm(c, a, b))
 
 
 def in_sight_of_modes(patch: pytest.MonkeyPatch) -> None:

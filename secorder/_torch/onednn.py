@@ -2,17 +2,22 @@
 
 PyTorch multiplies matrices by MKL, which makes no use of AVX-512 on processors of other makers than its own: on one of
 AMD's, oneDNN is twice as fast. It is reached by the operator that ``torch.compile`` puts in place of a linear layer,
-which can't be differentiated.
+which has no derivative: the nodes that are put around it here are called, and read, as those of PyTorch's own products.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 
-__all__ = ["linear_by_onednn", "multiplied_by_onednn", "product_by_onednn"]
+from .autocast import autocast_enabled
+from .graph import Node
+from .saved_tensors import saved_tensor_hooks_active
+from .transforms import inside_transform
+
+__all__ = ["addmm_by_onednn", "linear_by_onednn", "multiplied_by_onednn", "product_by_onednn"]
 
 #: Multiplications from which on one product is worth a call of its own: what oneDNN gains is more than a call costs,
 #: and two threads have enough to share (measured from 64 to 4,608 rows and columns, on one thread and on two).
@@ -41,50 +46,120 @@ def product_by_onednn(left: Tensor, right: Tensor, bias: Tensor | None = None) -
     return product
 
 
-def linear_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``F.linear`` of a matrix x, to be differentiated by x alone, and once, also by vmap; its result has a node."""
-    values = weight.detach(), None if bias is None else bias.detach()
-    result: Tensor = _Linear.apply(x, *values, _one())  # type: ignore[no-untyped-call]
-    return result
+def linear_by_onednn(x: Any, weight: Any, bias: Any = None) -> Tensor | None:
+    """``F.linear`` by oneDNN, where that is faster; None where it is not, or somebody's own code has a part in it.
+
+    In the autograd graph it is what PyTorch's own is, to be differentiated as often as one likes.
+    """
+    if not _fit(bias, x, weight, 1):
+        return None
+    rows = x if x.dim() == 2 else x.flatten(0, -2)
+    found = _differentiable(bias, rows, weight.t())
+    return found if x.dim() == 2 else found.unflatten(0, x.shape[:-1])
 
 
-class _Linear(torch.autograd.Function):
-    """The product; a leaf besides, so that there is a node where no input requires a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, _: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return product_by_onednn(x, weight.t(), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        product = _Product.apply(g, weight) if ctx.needs_input_grad[0] else None  # type: ignore[no-untyped-call]
-        return product, None, None, None
+def addmm_by_onednn(bias: Any, left: Any, right: Any) -> Tensor | None:
+    """``torch.addmm`` of a vector and two matrices, likewise."""
+    if not _fit(bias, left, right, 0) or left.dim() != 2 or bias is None:
+        return None
+    return _differentiable(bias, left, right)
 
 
-class _Product(torch.autograd.Function):
-    """:func:`product_by_onednn`, of whose left factors vmap may stack many."""
+def _differentiable(bias: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    product: Tensor = _Mm.apply(left, right) if bias is None else _Addmm.apply(bias, left, right)  # type: ignore
+    return product
+
+
+def _fit(bias: Any, x: Any, matrix: Any, inner: int) -> bool:
+    """Whether a product of the rows of x with a matrix, along this dimension of it, is for oneDNN alone."""
+    factors = [x, matrix] if bias is None else [x, matrix, bias]
+    if not all(type(f) in (Tensor, nn.Parameter) and f.layout is torch.strided for f in factors):
+        return False
+    if x.dim() < 2 or matrix.dim() != 2 or x.shape[-1] != matrix.shape[inner] or not x.is_contiguous():
+        return False
+    columns = matrix.shape[1 - inner]
+    alike = all(f.dtype is x.dtype and f.device == x.device for f in factors)
+    fits = alike and (bias is None or bias.shape == (columns,))
+    return fits and multiplied_by_onednn(x, x.numel() * columns) and not _watched()
+
+
+def _watched() -> bool:
+    """Whether what PyTorch does now is transformed, rounded, or kept by others, such as a checkpoint."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return bool(inside_transform()) or autocast_enabled() or saved_tensor_hooks_active() or forward_mode
+
+
+class _Mm(torch.autograd.Function):
+    """``left @ right``; under vmap by oneDNN where left ones are stacked alone."""
 
     @staticmethod
     def forward(left: Tensor, right: Tensor) -> Tensor:
         return product_by_onednn(left, right)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Nothing is differentiated."""
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Both factors are kept."""
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int, None], left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        left = left.movedim(in_dims[0], 0)
-        return product_by_onednn(left.flatten(0, 1), right).view(*left.shape[:2], -1), 0
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _of_inputs(ctx, g, _wanted)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], left: Tensor, right: Tensor) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            left, right = (x if d is None else x.movedim(d, 0) for x, d in zip((left, right), in_dims, strict=True))
+            return left @ right, 0
+        left = left.movedim(in_dims[0] or 0, 0)
+        product: Tensor = _Mm.apply(left.flatten(0, 1), right)  # type: ignore[no-untyped-call]
+        return product.unflatten(0, left.shape[:2]), 0
 
 
-@cache
-def _one() -> Tensor:
-    """A leaf that nothing depends on."""
-    return torch.zeros((), requires_grad=True)
+class _Addmm(torch.autograd.Function):
+    """``bias + left @ right``."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
+        return product_by_onednn(left, right, bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        return _of_inputs(ctx, g, _wanted)
+
+
+def _of_inputs(
+    node: Any, g: Tensor, wanted: Callable[[Node], bool] = lambda before: before is not None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a product's inputs, as far as they are wanted."""
+    left, right = node.saved_tensors
+    ways: list[Callable[[], Any]] = [lambda: _Mm.apply(g, right.t()), lambda: _Mm.apply(left.t(), g)]  # type: ignore
+    if len(node.next_functions) > len(ways):
+        ways.insert(0, lambda: g.sum(0))
+    edges = zip(ways, node.next_functions, strict=True)
+    return tuple([way() if wanted(before) else None for way, (before, _) in edges])
+
+
+def _wanted(before: Node) -> bool:
+    """Whether the backward pass that runs now goes on to a node."""
+    try:
+        return before is not None and bool(torch._C._will_engine_execute_node(before))
+    except RuntimeError:  # of a leaf whose gradient is handed out
+        return True
+
+
+def _named(function: Any, name: str, **saved: Any) -> None:
+    """Let the nodes of a function be called as those of PyTorch's operation, and tell what they saved as those do."""
+    node = function._backward_cls
+    node.__name__ = name
+    node.__call__ = _of_inputs
+    for key, value in saved.items():
+        setattr(node, f"_saved_{key}", value)
+
+
+_LEFT, _RIGHT = property(lambda node: node.saved_tensors[0]), property(lambda node: node.saved_tensors[1])
+_named(_Mm, "MmBackward0", self=_LEFT, mat2=_RIGHT)
+_named(_Addmm, "AddmmBackward0", mat1=_LEFT, mat2=_RIGHT, alpha=1, beta=1)
 
 
 @cache

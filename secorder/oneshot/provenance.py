@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.graph import leads_to_these_alone
 from .._torch.modules import is_scripted
+from .._torch.onednn import addmm_by_onednn, linear_by_onednn
 from .._torch.pytree import call_model, map_tensors, once_each, tensors_in
 from .._torch.sample_graph import InnerSizes, inner_size, samples_in_leaves, samples_in_nodes
 from .._torch.saved_tensors import saved_tensor_hooks_active
@@ -31,6 +32,13 @@ _QUESTIONS = frozenset({
     "is_contiguous", "is_tensor", "is_same_size", "get_device", "type", "storage_offset", "__len__", "__hash__",
     "is_inference", "is_conj", "is_neg", "is_signed",
 })  # fmt: skip
+
+
+#: Calls that are made by oneDNN, where that is faster.
+_BY_ONEDNN: dict[Any, Callable[..., Tensor | None]] = {
+    nn.functional.linear: linear_by_onednn,
+    torch.addmm: addmm_by_onednn,
+}
 
 
 class Calls(TorchFunctionMode):
@@ -57,7 +65,10 @@ class Calls(TorchFunctionMode):
         """Look at one call."""
         kwargs = kwargs or {}
         self.packed = self.packed or saved_tensor_hooks_active()
-        result = function(*args, **kwargs)
+        faster = None if kwargs else _BY_ONEDNN.get(function)
+        result = None if faster is None else faster(*args)
+        if result is None:
+            result = function(*args, **kwargs)
         name = getattr(function, "__name__", "")
         if name == "register_hook":
             self.hooked |= not (len(args) > 1 and self._own(args[1]))

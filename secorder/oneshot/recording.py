@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._torch.engine import backward_since, current_backward
 from .._torch.graph import leaves_of
 from .._torch.modules import Place, parameter_places, put_back
-from .._torch.onednn import linear_by_onednn, multiplied_by_onednn
+from .._torch.onednn import linear_by_onednn
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.transforms import inside_transform
 from .._torch.versions import same_memory, version
@@ -217,20 +217,9 @@ class ChainForward:
 
 
 def _called(module: nn.Module, x: Tensor) -> Any:
-    """What a module makes of x; a linear layer by oneDNN, where that is faster at the product of two matrices."""
-    if type(module) is nn.Linear and x.dim() == 2:
-        weight, bias = module.weight, module.bias
-        factors = [x, weight] if bias is None else [x, weight, bias]
-        alike = x.shape[1] == weight.shape[1] and all(map(partial(_plain, like=x), factors))
-        if alike and multiplied_by_onednn(x, x.numel() * len(weight)):
-            return linear_by_onednn(x, weight, bias)
-    return module(x)
-
-
-def _plain(tensor: Tensor, like: Tensor) -> bool:
-    """Whether a tensor is dense, of no kind of somebody's own, and where another one is."""
-    own = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
-    return own and tensor.dtype is like.dtype and tensor.device == like.device
+    """What a module makes of x; a linear layer by oneDNN, where that is faster."""
+    found = linear_by_onednn(x, module.weight, module.bias) if type(module) is nn.Linear else None
+    return module(x) if found is None else found
 
 
 def _leaf(like: Tensor) -> Tensor:

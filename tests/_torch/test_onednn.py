@@ -1,5 +1,6 @@
 """Matrix products by oneDNN against those in float64, however the factors lie in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from secorder._torch import onednn
-from secorder._torch.onednn import linear_by_onednn, multiplied_by_onednn, product_by_onednn
+from secorder._torch.graph import can_be_run, operation_of, outputs_of, recomputed, run_node, saved
+from secorder._torch.onednn import addmm_by_onednn, linear_by_onednn, multiplied_by_onednn, product_by_onednn
+
+from ..helpers import by_onednn
 
 ROWS, INNER, COLUMNS = 24, 40, 56
 
@@ -77,21 +81,132 @@ def test_what_is_not_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not multiplied_by_onednn(single, onednn.ALONE)
 
 
+#: By name, a product by oneDNN and by PyTorch, both of x, weight and bias.
+CALLS: dict[str, tuple[Callable[..., Any], Callable[..., Tensor]]] = {
+    "linear": (linear_by_onednn, nn.functional.linear),
+    "without_bias": (lambda x, w, _: linear_by_onednn(x, w), lambda x, w, _: nn.functional.linear(x, w)),
+    "addmm": (lambda x, w, b: addmm_by_onednn(b, x, w.t()), lambda x, w, b: torch.addmm(b, x, w.t())),
+}
+
+
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_onednn(monkeypatch)
+
+
+def drawn(rows: int = 3, inner: int = 4, columns: int = 2, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """x, weight and bias."""
+    shapes = (rows, inner), (columns, inner), (columns,)
+    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("call", CALLS)
+def test_a_product_can_be_differentiated_as_often_as_one_likes(call: str) -> None:
+    ours, _ = CALLS[call]
+
+    def curved(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        result: Tensor = ours(x, w, b).tanh() + b
+        return result
+
+    assert torch.autograd.gradcheck(curved, drawn(), check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(curved, drawn(), check_batched_grad=True)
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("call", CALLS)
+def test_its_node_is_read_as_that_of_pytorch(call: str) -> None:
+    given = drawn()
+    ours, theirs = (f(*given).grad_fn for f in CALLS[call])
+    assert ours.name() == theirs.name()
+    assert operation_of(ours) == operation_of(theirs) != ""
+    assert [n and n.name() for n, _ in ours.next_functions] == [n and n.name() for n, _ in theirs.next_functions]
+    assert outputs_of(ours) == outputs_of(theirs)
+    assert can_be_run(ours)
+    assert recomputed(ours) is recomputed(theirs)
+    for name in ("self", "mat2") if call == "without_bias" else ("mat1", "mat2", "alpha", "beta"):
+        assert torch.equal(torch.as_tensor(saved(ours, name)), torch.as_tensor(saved(theirs, name)))
+    g = torch.randn(3, 2, dtype=torch.float64)
+    for index in range(len(ours.next_functions)):
+        torch.testing.assert_close(run_node(ours, [g], index), run_node(theirs, [g], index))
+
+
+@pytest.mark.usefixtures("everything")
+def test_what_a_backward_pass_does_not_want_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = drawn()
+    z = linear_by_onednn(x * 2, w * 1, b)
+    assert z is not None
+    calls: list[Any] = []
+    monkeypatch.setattr(onednn, "product_by_onednn", lambda *factors: calls.append(factors) or factors[0] @ factors[1])
+    torch.autograd.grad(z, x, torch.ones_like(z), retain_graph=True)
+    assert len(calls) == 1
+    torch.autograd.grad(z, [x, w, b], torch.ones_like(z), retain_graph=True)
+    assert len(calls) == 3
+    torch.autograd.grad(z, b, torch.ones_like(z))
+    assert len(calls) == 3
+
+
 @pytest.mark.skipif(not has_it(), reason="PyTorch was built without oneDNN, or for another processor")
-@pytest.mark.parametrize("biased", [True, False])
-def test_a_linear_layer_and_what_comes_back_through_it(biased: bool) -> None:
-    x, w, b = (torch.randn(*shape, dtype=torch.float32) for shape in ((ROWS, INNER), (COLUMNS, INNER), (COLUMNS,)))
-    parameters = [nn.Parameter(w), nn.Parameter(b)]
-    cotangents = torch.randn(3, ROWS, COLUMNS, dtype=torch.float32)
-    x.requires_grad_(True)
-    z = linear_by_onednn(x, parameters[0], parameters[1] if biased else None)
-    expected = torch.nn.functional.linear(x.double(), w.double(), b.double() if biased else None)
+@pytest.mark.parametrize("call", CALLS)
+def test_large_products(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onednn, "ALONE", ROWS * INNER * COLUMNS)
+    ours, theirs = CALLS[call]
+    given = drawn(ROWS, INNER, COLUMNS, torch.float32)
+    exact = [t.detach().double().requires_grad_(True) for t in given]
+    z, expected = ours(*given), theirs(*exact)
     torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
-    (found,) = torch.autograd.grad(z, x, cotangents, is_grads_batched=True, retain_graph=True)
-    torch.testing.assert_close(found.double(), cotangents.double() @ w.double(), rtol=1e-5, atol=1e-5)
-    cotangent = cotangents[0].clone().requires_grad_(True)
-    (alone,) = torch.autograd.grad(z, x, cotangent, retain_graph=True, create_graph=True)
-    torch.testing.assert_close(alone, found[0], rtol=1e-5, atol=1e-5)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        alone.sum().backward()
-    assert linear_by_onednn(x.detach(), parameters[0], None).grad_fn is not None
+    for shape in ((), (3,)):
+        cotangents = torch.randn(*shape, *z.shape, dtype=torch.float64)
+        found, true = (
+            torch.autograd.grad(f, t, c, is_grads_batched=bool(shape), retain_graph=True, allow_unused=True)
+            for f, t, c in ((z, given, cotangents.float()), (expected, exact, cotangents))
+        )
+        for ours_of_one, theirs_of_one in zip(found, true, strict=True):
+            if theirs_of_one is None:
+                assert ours_of_one is None
+            else:
+                torch.testing.assert_close(ours_of_one.double(), theirs_of_one, rtol=1e-5, atol=1e-4)
+
+
+def _left_alone() -> dict[str, Callable[[], Any]]:
+    """Calls that are PyTorch's own affair."""
+    x, w, b = drawn()
+
+    def under(context: Callable[[], Any]) -> Tensor | None:
+        with context():
+            return linear_by_onednn(x, w, b)
+
+    def forward_mode() -> Tensor | None:
+        with torch.autograd.forward_ad.dual_level():
+            return linear_by_onednn(x, w, b)
+
+    def transformed() -> Tensor | None:
+        seen: list[Tensor | None] = []
+        torch.vmap(lambda one: seen.append(linear_by_onednn(x, w, b)) or one)(torch.zeros(2))
+        return seen[0]
+
+    class Mine(Tensor):
+        pass
+
+    return {
+        "vector": lambda: linear_by_onednn(x[0], w, b),
+        "other_width": lambda: linear_by_onednn(x[:, :2], w, b),
+        "one_bias_for_all": lambda: linear_by_onednn(x, w, b[:1]),
+        "other_dtype": lambda: linear_by_onednn(x, w.half(), b),
+        "subclass": lambda: linear_by_onednn(x.as_subclass(Mine), w, b),
+        "sparse": lambda: linear_by_onednn(x, w.detach().to_sparse(), b),
+        "rows_apart": lambda: linear_by_onednn(x.t().contiguous().t(), w, b),
+        "number": lambda: addmm_by_onednn(1.0, x, w.t()),
+        "matrix_added": lambda: addmm_by_onednn(x @ w.t(), x, w.t()),
+        "autocast": lambda: under(lambda: torch.autocast("cpu", torch.bfloat16)),
+        "saved_elsewhere": lambda: under(lambda: torch.autograd.graph.save_on_cpu()),
+        "transform": transformed,
+        "forward_mode": forward_mode,
+    }
+
+
+@pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("case", _left_alone())
+def test_what_is_left_to_pytorch(case: str) -> None:
+    assert _left_alone()[case]() is None
+    assert linear_by_onednn(*drawn()) is not None

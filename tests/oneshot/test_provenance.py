@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CouplingError, CurvatureProbe
 from secorder._torch.sample_graph import samples_in_nodes
@@ -60,6 +61,36 @@ BENIGN = {
 def test_independent_samples_are_exact(name: str) -> None:
     found, expected = measured(BENIGN[name])
     assert_all_close(found, expected)
+
+
+def forces(m: Any, x: Tensor) -> Tensor:
+    """The model differentiates itself."""
+    x = x.detach().requires_grad_(True)
+    with torch.enable_grad():
+        return m.b(m.a(torch.autograd.grad(m.a(x).square().sum(), x, create_graph=True)[0].tanh()))
+
+
+ONEDNN = {
+    **{name: BENIGN[name] for name in ("plain", "residual", "in place", "through numpy", "detached", "by halves")},
+    "forces": forces,
+    "positions": lambda m, x: m.b(torch.tanh(m.a(x.view(-1, 1, 3) * torch.arange(1, 6)[:, None]))).mean(1),
+    "without bias": lambda m, x: F.linear(torch.tanh(m.a(x)), m.b.weight),
+    "addmm": lambda m, x: torch.addmm(m.b.bias, torch.tanh(m.a(x)), m.b.weight.t()),
+    "tied": lambda m, x: m.b(torch.tanh(m.a(F.linear(m.a(x), m.a.weight.t())))),
+    "checkpoint": lambda m, x: m.b(checkpoint(lambda h: m.a(h).tanh(), x, use_reentrant=False)),
+    "transform": lambda m, x: m.b(torch.vmap(lambda one: m.a(one).tanh())(x)),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"fisher_type": "type-2"}], ids=str)
+@pytest.mark.parametrize("name", ONEDNN)
+def test_products_by_onednn_are_read_as_those_of_pytorch(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, expected = measured(ONEDNN[name], **options)
+    helpers.by_onednn(monkeypatch)
+    found, _ = measured(ONEDNN[name], **options)
+    assert_all_close(found, plain if options else expected)
 
 
 @run_again_where_nothing_tells
