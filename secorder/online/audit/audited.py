@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ...layers.selection import Layer
 from ..record import ForwardRecord
+from .compared import count_numbers
 
 __all__ = ["Audited", "share_of"]
 
@@ -19,9 +20,9 @@ FIRST = 16
 LEAST, MOST = 3, 24
 #: Passes that are all audited, before passes are drawn: short runs have no other to be caught in.
 EACH = 256
-#: Multiplications of a layer's forward beside which its audit is a fortieth of its step (measured on two cores, without
-#: and with several positions a sample), and the least share of the passes that are audited: of the smallest layers, an
-#: audit is a quarter of a step.
+#: Multiplications of a layer's forward beside which the audit of one number is a fortieth of its step (measured on two
+#: cores, without and with several positions a sample), and the least share of the passes that are audited: of the
+#: smallest layers, an audit is a quarter of a step.
 WORK, SHARE = 3 << 25, 0.125
 
 
@@ -67,11 +68,16 @@ class Audited:
 
 
 def share_of(record: ForwardRecord, layers: Sequence[Layer]) -> float:
-    """The share of a model's backward passes that are audited, by the multiplications of its layers' forwards."""
-    work = 0
+    """The share of a model's backward passes that are audited.
+
+    By the multiplications of its layers' forwards, and how many numbers are compared: of some layers one, and of a
+    recurrent one four for each of its own layers and directions.
+    """
+    work = numbers = 0
     for layer in layers:
         inputs = max(
             [p.numel() // p.shape[0] for p in layer.parameters.values() if p.dim() > 1 and p.numel()], default=1
         )
         work += record.layers[layer.name].elements * inputs
-    return min(1.0, max(SHARE, work / (WORK * max(1, len(layers)))))
+        numbers += count_numbers(layer.parameters)
+    return min(1.0, max(SHARE, work / (WORK * max(1, numbers))))

@@ -25,6 +25,7 @@ from ...layers.dtypes import MANY_TERMS, added_up
 from ...layers.patches import Patches, whole_input
 from ...layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ...layers.rank_one import RankOne
+from .compared import Number, are_one
 from .directions import IN_CHANNELS, Directions, Vectors
 from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 
@@ -182,20 +183,6 @@ class Comparison(NamedTuple):
     tolerance: float
 
 
-class Number(NamedTuple):
-    """What one side of the identity is a number of.
-
-    Attributes:
-        parameter: a weight, mostly.
-        bias: that is one number with it.
-        vectors: the random ones.
-    """
-
-    parameter: Tensor
-    bias: Tensor | None
-    vectors: Vectors
-
-
 class Audit:
     """Both sides of the identity for the parameters of one backward; weight and bias of a layer are one number."""
 
@@ -229,12 +216,11 @@ class Audit:
             outputs: elements of what it returns.
         """
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self.looks_at(p)]
-        if not apart and chosen == ["weight", "bias"]:
-            weight, bias, matrix = parameters["weight"], parameters["bias"], graph["weight"]
-            if matrix.dim() > 1 and graph["bias"].shape == matrix.shape[:1]:
-                self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(matrix, outputs))
-                self._home[id(bias)] = id(weight)
-                return chosen
+        if not apart and are_one({name: graph[name] for name in chosen}):
+            weight, bias = parameters["weight"], parameters["bias"]
+            self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"], outputs))
+            self._home[id(bias)] = id(weight)
+            return chosen
         for name, p in [(name, parameters[name]) for name in chosen]:
             self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name], outputs))
         return chosen

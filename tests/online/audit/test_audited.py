@@ -78,6 +78,17 @@ def test_the_more_work_the_larger_the_share_of_the_passes(rows: int, width: int,
     assert share_of(record, layers) == share
 
 
+def test_the_more_numbers_are_compared_the_smaller_the_share() -> None:
+    """A weight and its bias are one; those of a recurrent layer are one each."""
+    shares = []
+    for layer in (nn.Linear(512, 512), nn.LSTM(512, 128)):
+        record = ForwardRecord(Attribution(), 128, (), verified=False)
+        record.layers[""].calls = [((256, 512),)]
+        shares.append(share_of(record, select_layers(layer, "all")))
+    assert shares[1] == shares[0] / 4
+    assert shares[1] > SHARE
+
+
 def test_a_penalty_at_each_twentieth_step_is_caught_at_the_first_of_them() -> None:
     """In a short run each pass is looked at."""
     model = mlp()
