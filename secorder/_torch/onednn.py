@@ -90,29 +90,16 @@ def _watched() -> bool:
 
 
 class _Mm(torch.autograd.Function):
-    """``left @ right``; under vmap by oneDNN where left ones are stacked alone."""
+    """``left @ right``."""
 
     @staticmethod
-    def forward(left: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: Any, left: Tensor, right: Tensor) -> Tensor:
+        ctx.save_for_backward(left, right)
         return product_by_onednn(left, right)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """Both factors are kept."""
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         return _of_inputs(ctx, g, _wanted)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], left: Tensor, right: Tensor) -> tuple[Tensor, int]:
-        if in_dims[1] is not None:
-            left, right = (x if d is None else x.movedim(d, 0) for x, d in zip((left, right), in_dims, strict=True))
-            return left @ right, 0
-        left = left.movedim(in_dims[0] or 0, 0)
-        product: Tensor = _Mm.apply(left.flatten(0, 1), right)  # type: ignore[no-untyped-call]
-        return product.unflatten(0, left.shape[:2]), 0
 
 
 class _Addmm(torch.autograd.Function):
@@ -133,7 +120,9 @@ def _of_inputs(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a product's inputs, as far as they are wanted."""
     left, right = node.saved_tensors
-    ways: list[Callable[[], Any]] = [lambda: _Mm.apply(g, right.t()), lambda: _Mm.apply(left.t(), g)]  # type: ignore
+    again = torch.is_grad_enabled() or inside_transform()  # is this to be differentiated, or transformed?
+    product: Callable[[Tensor, Tensor], Tensor] = torch.matmul if again else product_by_onednn
+    ways: list[Callable[[], Tensor]] = [lambda: product(g, right.t()), lambda: product(left.t(), g)]
     if len(node.next_functions) > len(ways):
         ways.insert(0, lambda: g.sum(0))
     edges = zip(ways, node.next_functions, strict=True)

@@ -114,6 +114,25 @@ def test_a_product_can_be_differentiated_as_often_as_one_likes(call: str) -> Non
 
 
 @pytest.mark.usefixtures("everything")
+@pytest.mark.parametrize("wanted", range(3))
+@pytest.mark.parametrize("call", CALLS)
+def test_many_products_at_once_are_differentiated_too(call: str, wanted: int) -> None:
+    given, cotangents = drawn(), torch.randn(5, 3, 2, dtype=torch.float64)
+    found = []
+    for product in CALLS[call]:
+        x, w, b = given
+        z = product(x.tanh(), w, b).sin()
+        gradients = torch.autograd.grad(z, [x, w], cotangents, is_grads_batched=True, create_graph=True)
+        total = torch.stack([g.sin().sum() for g in gradients]).sum()
+        found.append(torch.autograd.grad(total, given[wanted], allow_unused=True)[0])
+    ours, theirs = found
+    if theirs is None:
+        assert ours is None
+    else:
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("call", CALLS)
 def test_its_node_is_read_as_that_of_pytorch(call: str) -> None:
     given = drawn()
