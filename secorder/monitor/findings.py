@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from ..errors import CouplingError
@@ -35,23 +35,33 @@ THRESHOLDS: dict[FindingKind, float] = {
 TABLES = ("Embedding", "EmbeddingBag")
 
 
+#: What the value of a finding is.
+MEASURES: dict[FindingKind, str] = {
+    "non-finite": "share of numbers that are nan or infinite",
+    "unreached": "number of parameters that the loss does not depend on",
+    "dead": "share of parameters with no gradient on any sample",
+    "dominant": "share of the whole trace",
+    "saddle": "share of negative entries in the Hessian",
+    "disagreement": "ratio of the Hessian's trace to the Fisher's",
+    "growing": "growth of the trace within the last points",
+    "noisy": "gradient noise scale in batches",
+    "edge": "learning rate times top eigenvalue",
+}
+
+
 #: What a finding means, and what can be done.
 TEXTS: dict[FindingKind, str] = {
-    "non-finite": "what is measured is nan or infinite: lower the learning rate, or clip gradients.",
-    "unreached": "the loss does not depend on these parameters: a layer that is not used, detached, or wholly dead.",
-    "dead": "share of parameters with no gradient on any sample: dead units (ReLU), or inputs that are always zero; "
-    "they can be pruned at no cost.",
-    "dominant": "share of the whole trace: steps are bounded by this layer; give it a smaller learning rate, or "
-    "normalise its input.",
-    "saddle": "share of negative entries in the Hessian: the loss curves down along them, far from a minimum.",
-    "disagreement": "ratio of the Hessian's trace to the Fisher's: the empirical Fisher is a poor substitute for "
-    "the curvature here; use the Hessian, or fisher_type='type-2'.",
+    "non-finite": "lower the learning rate, or clip gradients.",
+    "unreached": "the layer is not used, detached, or wholly dead.",
+    "dead": "dead units (ReLU), or inputs that are always zero; they can be pruned at no cost.",
+    "dominant": "steps are bounded by this layer; give it a smaller learning rate, or normalise its input.",
+    "saddle": "the loss curves down along them, far from a minimum.",
+    "disagreement": "the empirical Fisher is a poor substitute for the curvature here; use the Hessian, or "
+    "fisher_type='type-2'.",
     "coupled": "there is no Fisher",
-    "growing": "the trace grew by this factor within the last points: lower the learning rate, or clip gradients.",
-    "noisy": "gradient noise scale in batches: steps are mostly noise, so that a larger batch, or a lower learning "
-    "rate, goes further.",
-    "edge": "learning rate times top eigenvalue: beyond 2 plain gradient descent diverges along that direction; lower "
-    "the learning rate of this layer.",
+    "growing": "lower the learning rate, or clip gradients.",
+    "noisy": "steps are mostly noise, so that a larger batch, or a lower learning rate, goes further.",
+    "edge": "beyond 2 plain gradient descent diverges along that direction; lower the learning rate of this layer.",
 }
 
 
@@ -75,9 +85,15 @@ class Finding:
     threshold: float
     text: str
 
+    @property
+    def measured(self) -> str:
+        """What was found, without what can be done."""
+        threshold = f" (threshold {self.threshold:.3g})" if self.threshold else ""
+        value = f"{MEASURES[self.kind]} is {self.value:.3g}{threshold}" if self.kind in MEASURES else ""
+        return f"[{self.kind}] " + ": ".join(filter(None, [self.layer, value]))
+
     def __str__(self) -> str:
-        where = f"{self.layer}: " if self.layer else ""
-        return f"[{self.kind}] {where}{self.text} ({self.value:.3g}, threshold {self.threshold:.3g})"
+        return f"{self.measured}{': ' if self.kind in MEASURES else ''}{self.text}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -204,4 +220,6 @@ def _findings_of_layer(
     if own is not None and own["trace"] > 0:
         ratio = abs(row["trace"]) / samples / own["trace"]
         if not 1 / THRESHOLDS["disagreement"] <= ratio <= THRESHOLDS["disagreement"]:
-            yield finding("disagreement", name, ratio)
+            yield replace(
+                finding("disagreement", name, ratio), threshold=THRESHOLDS["disagreement"] ** (1 if ratio > 1 else -1)
+            )

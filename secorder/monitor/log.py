@@ -34,8 +34,8 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
 
     Numbers are ``kind_statistic/layer`` (``fisher_trace/conv1``) for the trace, the mean and the largest entry; for a
     Hessian also the share of ``negative`` entries; and ``nonfinite``, the share of entries that are nan or infinite,
-    where there are any. Histograms are of ``log10 |entry|``, as ``kind_histogram/layer``. Everything travels to the
-    host in one transfer.
+    where there are any. Histograms are of ``log10 |entry|``, as ``kind_histogram_log10/layer``. Everything travels to
+    the host in one transfer.
 
     Args:
         sinks: a sink, or what makes one (:func:`secorder.monitor.sinks.sink.sink_of`): a ``SummaryWriter``, a path; or
@@ -84,7 +84,7 @@ def _histograms(kind: str, summaries: Mapping[str, LayerSummary]) -> Iterator[tu
             bins = len(summary.counts)
             width = (summary.high - summary.low) / bins or 1e-6
             edges = [summary.low + width * i for i in range(bins)] + [max(summary.high, summary.low + 1e-6)]
-            yield f"{kind}_histogram/{shown(name)}", edges, summary.counts
+            yield f"{kind}_histogram_log10/{shown(name)}", edges, summary.counts
 
 
 class CurvatureLog:

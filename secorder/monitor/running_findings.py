@@ -63,7 +63,7 @@ class Change:
     step: int
 
     def __str__(self) -> str:
-        return f"step {self.step}: {'' if self.begins else 'no longer '}{self.finding}"
+        return f"step {self.step}: {self.finding if self.begins else f'no longer {self.finding.measured}'}"
 
 
 class RunningFindings:
@@ -168,6 +168,6 @@ def _warn(changes: list[Change], step: int) -> None:
     groups: dict[tuple[str, bool], list[Finding]] = {}
     for change in changes:
         groups.setdefault((change.finding.kind, change.begins), []).append(change.finding)
-    for (_, begins), found in groups.items():
-        more = f" (and {len(found) - 1} more: {', '.join(x.layer for x in found[1:4])} …)" if len(found) > 1 else ""
-        caution(f"step {step}: {'' if begins else 'no longer '}{found[0]}{more}")
+    for (_, begins), (first, *others) in groups.items():
+        names = ", ".join(x.layer for x in others[:3]) + (" …" if len(others) > 3 else "")
+        caution(f"{Change(first, begins, step)}{f' (and {len(others)} more: {names})' if others else ''}")

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureRecorder, Diagnosis, Finding, diagnose
-from secorder.monitor.findings import find
+from secorder.monitor.findings import find, finding
 from secorder.monitor.statistics import STATISTICS
 
 from ..helpers import data, make
@@ -134,3 +134,13 @@ def test_rows_of_a_table_that_nobody_looked_up_are_not_dead() -> None:
         F.cross_entropy(model(inputs), targets).backward()
         recorder.step()
     assert "dead" not in {one.kind for one in recorder.findings}
+
+
+def test_a_finding_says_what_was_measured_and_what_can_be_done() -> None:
+    one = finding("edge", "fc", 2.5)
+    assert one.measured == "[edge] fc: learning rate times top eigenvalue is 2.5 (threshold 2)"
+    assert str(one) == f"{one.measured}: {one.text}"
+    assert (
+        str(finding("coupled", "", 1.0, "there is no Fisher: a reason.")) == "[coupled] there is no Fisher: a reason."
+    )
+    assert finding("unreached", "fc", 40.0).measured.endswith("does not depend on is 40")

@@ -44,8 +44,8 @@ def test_values_that_are_not_finite_are_logged_and_crash_nothing() -> None:
     assert scalars["hessian_nonfinite/nan"] == 0.5
     assert scalars["hessian_nonfinite/inf"] == pytest.approx(1 / 3)
     assert "hessian_nonfinite/zero" not in scalars
-    assert set(sink.histograms) == {"hessian_histogram/nan", "hessian_histogram/inf"}
-    edges, counts = sink.histograms["hessian_histogram/inf"]
+    assert set(sink.histograms) == {"hessian_histogram_log10/nan", "hessian_histogram_log10/inf"}
+    edges, counts = sink.histograms["hessian_histogram_log10/inf"]
     assert sum(counts) == 2
     assert (edges[0], edges[-1]) == (pytest.approx(0.0), pytest.approx(math.log10(2)))
 

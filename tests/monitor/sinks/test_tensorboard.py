@@ -56,14 +56,16 @@ def test_everything_is_in_the_files(tmp_path: Path) -> None:
     tags: Any = log.Tags()
     groups = {tag.partition("/")[0] for tag in tags["scalars"] if not tag.partition("/")[0].endswith("_log10")}
     assert groups >= FISHER | HESSIAN | NORMS | {"model"}
-    assert set(tags["histograms"]) == {f"{kind}_histogram/{layer}" for kind in ("fisher", "hessian") for layer in "02"}
+    assert set(tags["histograms"]) == {
+        f"{kind}_histogram_log10/{layer}" for kind in ("fisher", "hessian") for layer in "02"
+    }
     assert set(tags["images"]) == {f"{PICTURES}/fisher_trace", f"{PICTURES}/hessian_trace"}
     assert "custom_scalars__config__" in tags["tensors"]
     assert [e.step for e in log.Scalars("fisher_mean/0")] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in log.Scalars("hessian_negative/2")] == [3, 6]
     for name in ("fisher_trace/2", "model/loss", "update_to_weight/0"):
         assert log.Scalars(name)[-1].value == pytest.approx(history[name][-1], rel=1e-6)
-    histogram = log.Histograms("fisher_histogram/0")[-1].histogram_value
+    histogram = log.Histograms("fisher_histogram_log10/0")[-1].histogram_value
     assert histogram.num == 25
     assert histogram.max == pytest.approx(math.log10(history["fisher_max/0"][-1]))
     assert sum(histogram.bucket) == 25
