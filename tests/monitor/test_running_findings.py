@@ -107,10 +107,11 @@ def test_a_layer_that_dies_in_training_is_told_in_the_log_too() -> None:
 
 def test_one_warning_for_several_layers_names_them_and_an_end_gives_no_advice() -> None:
     findings = RunningFindings()
-    with pytest.warns(CurvatureWarning) as told:
+    with pytest.warns(CurvatureWarning) as begin:
         seen(findings, 1, learning_rate_times_eigenvalue=dict.fromkeys("abcde", 3.0))
+    with pytest.warns(CurvatureWarning) as end:
         seen(findings, 2, learning_rate_times_eigenvalue={**dict.fromkeys("abc", 1.0), **dict.fromkeys("de", 3.0)})
-    begins, ends = (str(warning.message) for warning in told)
+    (begins,), (ends,) = ([str(warning.message) for warning in told] for told in (begin, end))
     assert begins.startswith("step 1: [edge] a: learning rate times top eigenvalue is 3 (threshold 2): beyond 2")
     assert begins.endswith("(and 4 more: b, c, d …)")
     ended = "step 2: no longer [edge] a: learning rate times top eigenvalue is 1 (threshold 2) (and 2 more: b, c)"
