@@ -6,20 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet, finalize
+
+from .saved_tensors import checkpoint_section
 
 __all__ = ["eager", "enter_eager", "leave_eager"]
 
 
 class _Stance:
-    """The one switch of the process, held by whoever is inside: the first turns it, and the last turns it back.
+    """What the compiler asks whenever a compiled function is called: in place from the first who needs it to the last.
 
-    It is turned at each recorded step: where it lies, since ``torch.compiler.set_stance`` makes much of a turn.
+    What runs as it was written does so, too, when a checkpoint computes it again in a backward, where it is to save as
+    many tensors as at first: until that is over, or can no longer come, this stays in place, and answers all others as
+    the stance before. It lies where it is turned at each recorded step, since ``torch.compiler.set_stance`` makes much
+    of a turn.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a section may go at any time
         self.inside = 0
-        self.before: Any = None
+        self.sections: WeakSet[Any] = WeakSet()
+        self.before: Any = None  # what this has taken the place of
+        self.displaced: Any = None  # the same, or what lay there when someone came inside
 
     @cached_property
     def compiler(self) -> Any:
@@ -28,10 +36,41 @@ class _Stance:
 
         return eval_frame
 
-    @cached_property
-    def eager(self) -> Any:
-        """The stance in which compiled functions run as they were written."""
-        return self.compiler.DynamoStance("force_eager")
+    @property
+    def stance(self) -> str:
+        """How the function that is called runs."""
+        section = checkpoint_section()
+        if self.inside and section is not None and section not in self.sections:
+            finalize(section, self.leave_if_last).atexit = False
+            self.sections.add(section)
+        known = section is not None and section in self.sections
+        return "force_eager" if self.inside or known else str(self.before.stance)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.before, name)
+
+    def enter(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.displaced, self.compiler._stance = self.compiler._stance, self
+                if self.displaced is not self and not self.sections:
+                    self.before = self.displaced
+            self.inside += 1
+
+    def leave(self) -> None:
+        with self.lock:
+            self.inside -= 1
+            self.leave_if_last()
+
+    def leave_if_last(self) -> None:
+        """As it was before, unless someone is inside, or a checkpoint may compute again what was."""
+        with self.lock:
+            if self.inside or self.compiler._stance is not self:
+                return
+            if self.displaced not in (self, self.before):  # the user's, in the midst of a section
+                self.displaced, self.compiler._stance = self, self.displaced
+            elif not self.sections:
+                self.compiler._stance = self.before
 
 
 _STANCE = _Stance()
@@ -39,18 +78,12 @@ _STANCE = _Stance()
 
 def enter_eager() -> None:
     """Until :func:`leave_eager`, compiled functions run as they were written, in every thread; several may overlap."""
-    with _STANCE.lock:
-        if not _STANCE.inside:
-            _STANCE.before, _STANCE.compiler._stance = _STANCE.compiler._stance, _STANCE.eager
-        _STANCE.inside += 1
+    _STANCE.enter()
 
 
 def leave_eager() -> None:
     """As it was before, unless someone else is inside."""
-    with _STANCE.lock:
-        _STANCE.inside -= 1
-        if not _STANCE.inside:
-            _STANCE.compiler._stance = _STANCE.before
+    _STANCE.leave()
 
 
 @contextmanager

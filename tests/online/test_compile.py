@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, CurvatureWarning, ProbeStateError
 from secorder._torch.compile import hooks_prevent_compiling
@@ -43,6 +44,18 @@ class Breaks(Branches):
         hidden = torch.tanh(self.a(x))
         torch._dynamo.graph_break()
         return self.head(hidden * self.b(x))
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = self.model
+        for layer in others:
+            x = layer(checkpoint(first, x, use_reentrant=False) if layer is others[0] else x)
+        return x
 
 
 def seeded_model(kind: type[nn.Module]) -> nn.Module:
@@ -324,6 +337,31 @@ def test_parts_that_are_compiled() -> None:
         assert runs == [0, 2, 0, 2]
         found = {n.replace("_orig_mod.", ""): f for n, f in probe.fisher_diagonal().by_parameter().items()}
         assert_all_close(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layers", ["*", "2"])
+@pytest.mark.parametrize("inside", [False, True])
+def test_parts_that_are_compiled_within_a_checkpoint(layers: str, inside: bool) -> None:
+    """They are computed again in backward as they were at first, in steps that are recorded and in others."""
+
+    def trained(probed: bool) -> tuple[list[Tensor], Any]:
+        torch._dynamo.reset()
+        model, batches = mlp(), [data(6), data(6), data(4), data(6)]
+        if inside:
+            model[0].compile(backend="aot_eager")
+        else:
+            model[0] = torch.compile(model[0], backend="aot_eager")
+        whole = Checkpointed(model)
+        probe = CurvatureProbe(whole, layers=f"model.{layers}", every=2, reduction="mean") if probed else None
+        for x, y in batches:
+            F.cross_entropy(whole(x), y).backward()
+        return [p.grad for p in whole.parameters() if p.grad is not None], probe
+
+    (bare, _), (found, probe) = trained(False), trained(True)
+    assert all(torch.equal(one, other) for one, other in zip(bare, found, strict=True))
+    assert probe.num_samples == 10
+    assert len(probe.fisher_diagonal()) == (3 if layers == "*" else 1)
 
 
 @pytest.mark.filterwarnings("ignore")
