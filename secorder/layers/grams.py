@@ -14,9 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._torch.matrix_units import product_in_float32
+from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .patches import Patches
 
-__all__ = ["pixel_grams", "pixels", "row_grams"]
+__all__ = ["gram_by_onednn", "pixel_grams", "pixels", "row_grams"]
+
+#: How many times as large as other matrices have to be those whose rows are multiplied with one another: products that
+#: are small beside what is read (measured on a CPU, of 64 to 512 rows that other work has driven out of the caches).
+SMALL = 2
+
+
+def gram_by_onednn(like: Tensor, positions: int, width: int) -> bool:
+    """Whether one sample's products of so many rows with one another are for oneDNN, by shape."""
+    return multiplied_by_onednn(like, positions**2 * width // SMALL)
 
 
 def row_grams(rows: Tensor) -> Tensor:
@@ -28,6 +38,8 @@ def row_grams(rows: Tensor) -> Tensor:
     Returns:
         shape ``(N, positions, positions)``.
     """
+    if gram_by_onednn(rows, *rows.shape[1:]):
+        return torch.stack([product_by_onednn(own, own.t()) for own in rows.unbind()])
     columns = rows.transpose(1, 2)
     return product_in_float32(rows, columns) if rows.dtype is torch.bfloat16 else torch.bmm(rows, columns)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.vjp import chunks
 from .contraction import CONVOLUTION_ELEMENTS, alike
-from .grams import pixel_grams, pixels, row_grams
+from .grams import gram_by_onednn, pixel_grams, pixels, row_grams
 from .low_precision import rounded
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import (
@@ -164,7 +164,7 @@ def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor
         passes = 2 + sum([size - 1 for size in a.kernel])
         if pixel**2 * (a.image.shape[1] // groups + passes * TRAFFIC) + position**2 * width < gradients:
             return _by_pixels, most // pixel**2
-    elif positions**2 * (fan_in + width + TRAFFIC) < gradients:
+    elif positions**2 * (_gram_cost(g, fan_in) + _gram_cost(g, width) + TRAFFIC) < gradients:
         return _by_products, most // (positions**2 + copied)
     if convolved:
         return _by_gradients, min(CONVOLUTION_ELEMENTS, most) // max(1, width * fan_in)
@@ -210,6 +210,11 @@ def _formed_by_onednn(a: Tensor | Patches, g: Tensor) -> bool:
     """Whether one sample's gradient is a product that oneDNN makes."""
     _, groups, positions, width = g.shape
     return groups == 1 and multiplied_by_onednn(g, positions * width * a.shape[-1])
+
+
+def _gram_cost(g: Tensor, width: int) -> float:
+    """What a product of two positions costs, of so many numbers each."""
+    return width * (BY_ONEDNN if gram_by_onednn(g, g.shape[2], width) else 1.0)
 
 
 def _of_rows(part: Rows) -> Tensor:

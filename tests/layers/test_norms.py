@@ -3,13 +3,14 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from secorder._torch import onednn
-from secorder.layers import norms, per_sample
+from secorder.layers import grams, norms, per_sample
 from secorder.layers.norms import DenseNorms, squared_norm_of_sum, squared_norms
 from secorder.layers.patches import Patches, whole_input
 from secorder.layers.per_sample import Outer, PerSample, Rows, dense
@@ -57,6 +58,22 @@ def test_gradients_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(onednn, "ALONE", 1)
             found = squared_norms([[Outer(single, g.float())], [Outer(None, g.float())]], sizes)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_products_of_positions_by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In single precision, of rows that lie side by side or apart, with a bias or without."""
+    monkeypatch.setattr(onednn, "ALONE", 1)
+    product = Mock(wraps=grams.product_by_onednn)
+    monkeypatch.setattr(grams, "product_by_onednn", product)
+    a, g = torch.randn(3, 1, 9, 300), torch.randn(3, 1, 9, 200)
+    for parts_of, sizes in (([[Outer(a, g)], [Outer(None, g)]], [60000, 200]), ([[Outer(a, g)]], [60000])):
+        expected = squared_norms(parts_of, sizes)
+        for step in (1, 2):  # of twice as many every second one
+            product.reset_mock()
+            left, right = (x.float().repeat_interleave(step, 2)[:, :, ::step] for x in (a, g))
+            found = squared_norms([[Outer(left, right)], [Outer(None, right)]][: len(sizes)], sizes)
+            assert product.call_count == 2 * len(a)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_rows_that_are_looked_up_more_than_once() -> None:
