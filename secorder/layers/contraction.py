@@ -31,6 +31,9 @@ ALONE_ELEMENTS, CACHED_ELEMENTS = 1 << 15, 1 << 18
 #: The same of a product that oneDNN makes, which puts its factors in an order of its own each time.
 ONEDNN_ELEMENTS = 1 << 20
 
+#: Elements of a sample's factor below which all are put in order at once: the copy of one alone is for one thread.
+COPIED_ELEMENTS = 1 << 16
+
 #: Rows to a column from which on, of so many samples, products are made as their transposes: a tenth to a sixth faster
 #: each, for a transposition of their sum (measured from 480 to 1,000 rows of 160 and 192 columns).
 TALL, MANY_SAMPLES = 2, 16
@@ -188,8 +191,6 @@ def _add_sample_by_sample(
 ) -> None:
     """:func:`_accumulate_products`, some rows of one sample's gradient at a time, always in the same memory."""
     groups, width, fan_in = target.shape
-    if onednn and isinstance(a, Tensor):
-        a, gu, gv = _samples_apart(a), _samples_apart(gu), None if gv is None else _samples_apart(gv)
     if onednn and isinstance(a, Tensor) and _are_turned(target, gu):
         turned = target.new_zeros(fan_in, width)
         _add_turned(turned, a, gu, gv)
@@ -203,7 +204,7 @@ def _add_sample_by_sample(
         inputs = a[n.start : n.stop]
         factors = [g[n.start : n.stop].transpose(2, 3) for g in (gu, gv) if g is not None]
         if onednn:  # of one group, whose dimension would cost each product three views
-            inputs, factors = inputs[:, 0], [own[:, 0] for own in factors]
+            inputs, factors = _in_order(inputs[:, 0]), [_in_order(own[:, 0]) for own in factors]
         for r in chunks(width, rows):
             here = target[0, r.start : r.stop] if onednn else target[:, r.start : r.stop]
             of_samples = zip(inputs.unbind(), *[own[..., r.start : r.stop, :].unbind() for own in factors], strict=True)
@@ -213,22 +214,25 @@ def _add_sample_by_sample(
                 del formed  # so that the next is formed in its memory
 
 
-def _samples_apart(factor: Tensor) -> Tensor:
-    """A factor whose samples lie one after the other: one copy, where that is small, in place of one each or more."""
-    return factor if factor[0].is_contiguous() or factor.numel() > CHUNK_ELEMENTS else factor.contiguous()
+def _in_order(factors: Tensor) -> Tensor:
+    """Samples' matrices, row after row: one copy, where they are small, in place of one a product."""
+    return factors.contiguous() if _few(factors) else factors
+
+
+def _few(factors: Tensor) -> bool:
+    return factors[0].numel() < COPIED_ELEMENTS and factors.numel() <= CHUNK_ELEMENTS
 
 
 def _are_turned(target: Tensor, g: Tensor) -> bool:
     """Whether products are made as their transposes: in one piece, by cotangents that need no copy."""
-    _, width, fan_in = target.shape
-    many = len(g) >= MANY_SAMPLES and width >= TALL * fan_in
-    return many and target.numel() <= ONEDNN_ELEMENTS and g[0].is_contiguous()
+    tall = len(g) >= MANY_SAMPLES and target.shape[1] >= TALL * target.shape[2]
+    return tall and target.numel() <= ONEDNN_ELEMENTS and (g[0].is_contiguous() or _few(g))
 
 
 def _add_turned(turned: Tensor, a: Tensor, gu: Tensor, gv: Tensor | None) -> None:
     """The same of tall matrices, as their transposes: oneDNN's products are the faster the longer their rows are."""
-    factors = [g[:, 0].unbind() for g in (gu, gv) if g is not None]
-    for left, *rights in zip(a[:, 0].transpose(1, 2).unbind(), *factors, strict=True):
+    factors = [_in_order(g[:, 0]).unbind() for g in (gu, gv) if g is not None]
+    for left, *rights in zip(_in_order(a[:, 0].transpose(1, 2)).unbind(), *factors, strict=True):
         formed = [product_by_onednn(left, right) for right in rights]
         turned.addcmul_(formed[0], formed[-1])
         del formed

@@ -117,8 +117,8 @@ def test_tall_products_by_onednn(samples: int, same: bool, monkeypatch: pytest.M
     assert len(turned) == many
     apart = torch.nn.functional.pad(u.g, (0, 1))[..., :-1]  # whose rows are apart
     steps_first = u.g.transpose(0, 2).contiguous().transpose(0, 2)
-    for most, times in ((1 << 20, 5), (0, 7)):  # where a copy is small, they are put together for it
-        monkeypatch.setattr(contraction, "CHUNK_ELEMENTS", most)
+    for most, times in ((1 << 16, 5), (0, 7)):  # where a copy is small, they are put together for it
+        monkeypatch.setattr(contraction, "COPIED_ELEMENTS", most)
         for g in (apart, steps_first):
             torch.testing.assert_close(contract(u._replace(g=g), numel=21), contract(u, numel=21), rtol=1e-5, atol=1e-5)
         assert len(turned) == many * times
