@@ -9,6 +9,7 @@ from math import prod
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from .ddp import passes_on
 from .graph import (
     Node,
     collection_paused,
@@ -92,14 +93,19 @@ def pull_back(
         own = [found.pop((node, i), None) for i in range(len(node._input_metadata))]
         if all(g is None for g in own):
             continue
-        if not callable(node) or is_complex(node) or recomputed(node) is not False:
+        on = passes_on(node)
+        if not on and (not callable(node) or is_complex(node) or recomputed(node) is not False):
             raise UnknownNode(node.name())
         wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
         if statistics_fixed and wanted == [0] and own[0] is not None and normalises(node):
-            pulled: Sequence[Tensor] = [_by_constants(node, own[0])]
+            pulled: Sequence[Tensor | None] = [_by_constants(node, own[0])]
+        elif on:
+            pulled = [own[k] for k in wanted]
         else:
             pulled = run_node_once(node, own, wanted)
         for k, g in zip(wanted, pulled, strict=True):
+            if g is None:
+                continue
             place = node.next_functions[k]
             g = g.to(place[0]._input_metadata[place[1]].dtype)
             found[place] = found[place] + g if place in found else g

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .ddp import passes_on
 from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
 
 __all__ = [
@@ -133,6 +134,8 @@ def reduced_alone(order: Iterable[Node], num_samples: int) -> str:
 
 def _reduction(node: Node, num_samples: int) -> str:
     """How a node reduces numbers of samples: ``"none"`` where it makes as many, empty where that is not known."""
+    if passes_on(node):
+        return "none"
     name, before = operation_of(node), [place for place in node.next_functions if place[0] is not None]
     if shape := shape_of(node, 0):
         own = name in OF_EACH and shape[0] == num_samples == shape_of(*before[0])[0]

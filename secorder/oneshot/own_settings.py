@@ -9,11 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._torch.autocast import autocast_enabled, no_autocast
 from .._torch.checkpoint import plain_checkpoints
+from .._torch.collectives import has_ranks
 from .._torch.cudnn import differentiable_recurrence
+from .._torch.ddp import within_rank
 from .._torch.float32 import full_float32
 from .._torch.own_hooks import suspended
 from .._torch.stance import eager
 from .._torch.surroundings import parametrizations_computed_anew, unseen
+from .._torch.walk import modules_in
 
 __all__ = ["as_written", "own_settings"]
 
@@ -23,6 +26,8 @@ def own_settings(model: nn.Module, *, training: bool) -> Iterator[None]:
     """The settings of PyTorch that passes of our own run under, perhaps in the middle of the user's (``training``)."""
     with ExitStack() as stack:
         stack.enter_context(suspended(model))
+        if has_ranks():
+            stack.enter_context(within_rank(modules_in(model)))
         if training:
             stack.enter_context(unseen())
         else:

@@ -1,0 +1,43 @@
+"""``DistributedDataParallel`` around a model: its forward speaks with the other ranks, which run none of our passes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .pytree import map_tensors
+
+__all__ = ["passes_on", "within_rank"]
+
+
+@contextmanager
+def within_rank(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, wrappers run what they wrap, and nothing else: no buffers are sent, and nobody is waited for."""
+    wrappers = [m for m in modules if isinstance(m, DistributedDataParallel) and "forward" not in vars(m)]
+    for wrapper in wrappers:
+        vars(wrapper)["forward"] = partial(_run, wrapper)
+    try:
+        yield
+    finally:
+        for wrapper in wrappers:
+            vars(wrapper).pop("forward", None)
+
+
+def _run(wrapper: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
+    device = torch.device(wrapper.device_type, wrapper.device_ids[0]) if wrapper.device_ids else None
+    dtype = getattr(wrapper.mixed_precision, "param_dtype", None)
+
+    def as_given(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    args, kwargs = map_tensors(as_given, (args, kwargs)) if device or dtype else (args, kwargs)
+    return wrapper.module(*args, **kwargs)
+
+
+def passes_on(node: Any) -> bool:
+    """Whether a node of the autograd graph is a wrapper's own, which hands every gradient on as it is."""
+    return node.name() == "_DDPSinkBackward" and len(node.next_functions) == len(node._input_metadata)
