@@ -16,7 +16,7 @@ from secorder.monitor.log import log_diagonals
 
 
 def main() -> None:
-    """Train a good and a badly started network, and let the diagnosis tell them apart."""
+    """Train a good and a badly started network, and let the diagnosis show the difference."""
     arguments = parser(__doc__, epochs=8, name="report").parse_args()
     torch.manual_seed(0)
     console = Console()
@@ -29,7 +29,7 @@ def main() -> None:
                 model.fc1.bias[:40] = -20.0  # a bad start: these units never fire
         train(model, torch.optim.Adam(model.parameters(), lr=3e-3), data, arguments.epochs)
         diagnosis = secorder.diagnose(
-            model, nn.CrossEntropyLoss(), DataLoader(data, batch_size=256), progress=console.is_terminal
+            model, nn.CrossEntropyLoss(), DataLoader(data, batch_size=512), progress=console.is_terminal
         )
         console.print(f"\n[bold]{name}[/bold], test accuracy {accuracy(model, test):.1%}")
         console.print(diagnosis)
