@@ -63,6 +63,9 @@ def layer_called(
     own.hooked.add(index)
     if layer.sharded:
         own.gathered = dict(layer.module.named_parameters(recurse=False, remove_duplicate=False))
+        (computed_in,) = {p.dtype for p in own.gathered.values()}  # by a policy of mixed precision
+        if computed_in is not next(iter(layer.parameters.values())).dtype:
+            record.autocast_dtype = computed_in
     made_by = output.grad_fn
     assert made_by is not None
     if record.scheduled:

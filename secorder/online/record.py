@@ -176,7 +176,7 @@ class ForwardRecord(_Referred):
         formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
         elements_formed: of these.
         totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
-        autocast_dtype: of the latest call.
+        autocast_dtype: of the latest call, or that of FSDP2's policy of mixed precision.
         mean: whether the loss is a mean over the samples.
         weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
         counted: how many samples have a loss at all, where the reduction tells.

@@ -4,13 +4,14 @@ import io
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from secorder import CurvatureProbe, InvalidArgumentError
+from secorder import AttributionError, CurvatureProbe, InvalidArgumentError
 from secorder._torch.fsdp import local
 from secorder.layers.selection import ranks_of, select_layers
 from secorder.parallel.fsdp import Shard, shard_of_sum, whole
@@ -55,6 +56,30 @@ def test_a_mixed_precision_policy_is_refused_and_nothing_changed(alone: nn.Seque
             probe.hessian_diagonal(nn.functional.cross_entropy, *data())
         assert hooks == [len(m._forward_hooks) for m in model.modules()]
     assert all(is_distributed(p) for p in model.parameters())
+
+
+@pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
+@pytest.mark.parametrize("policy", [{}, {"reduce_dtype": torch.float32}, {"output_dtype": torch.float32}], ids=str)
+def test_training_under_a_mixed_precision_policy(mesh: Any, policy: dict[str, Any], accumulate: Any) -> None:
+    """What rounds is no gradient from outside, which is seen all the same."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    torch.set_default_dtype(torch.float32)
+    model = nn.Sequential(nn.Linear(4, 40), nn.LayerNorm(40), nn.Tanh(), nn.Linear(40, 3))
+    batches = [data(16) for _ in range(8)]
+    expected = dict.fromkeys(("0", "1", "3"), 0.0)
+    for batch in batches:
+        for name, squares in reference(model, batch).items():
+            expected[name[0]] += float(squares.sum()) / len(batches)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, **policy))
+    with CurvatureProbe(model, "all", reduction="mean", accumulate=accumulate) as probe:
+        for batch in batches:
+            step(model, batch)
+        assert {name: trace.value for name, trace in probe.fisher_trace().items()} == pytest.approx(expected, rel=0.03)
+        inputs, targets = batches[0]
+        (nn.functional.cross_entropy(model(inputs), targets) + model[3].weight.sum()).backward()
+        with pytest.raises(AttributionError, match="from outside"):
+            probe.fisher_trace()
 
 
 def test_shards_and_sums(alone: nn.Sequential) -> None:
