@@ -1,12 +1,18 @@
-"""Asynchronous copies from an accelerator to the host."""
+"""What the host knows of a tensor without waiting, and asynchronous copies to it from an accelerator."""
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["begin_copy", "goes_to_host"]
+__all__ = ["at_hand", "begin_copy", "goes_to_host"]
+
+
+def at_hand(tensor: Tensor) -> list[Any] | None:
+    """The numbers of a tensor that is on the host anyway; None of one that the host would wait for."""
+    return tensor.tolist() if tensor.is_cpu else None
 
 
 def goes_to_host(tensor: Tensor, there: Tensor) -> bool:

@@ -4,13 +4,13 @@ What is told of a layer are its squares or their sums, which are formed once, wh
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import chain
+from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._torch.host_copy import at_hand
 from .._torch.several import add_each, multiply_each, square_each
 from .dtypes import MANY_TERMS, added_up
 from .rank_one import RankOne
@@ -47,21 +47,32 @@ class OneByOne:
     ) -> None:
         self._layers, self._looks, self._with_bias = layers, looks, with_bias
         self._goods: Tensor | None = None
-        inputs, cotangents = [one.inputs for one in layers], [one.cotangents for one in layers]
+        self._sums: Tensor | None = None
+        factors = [one.inputs for one in layers] + [one.cotangents for one in layers]
         if squared:
-            self._squares = square_each(inputs), square_each(cotangents)
+            squares, count = square_each(factors), len(layers)
+            self._squares = squares[:count], squares[count:]
         else:
             self._squares = [], []
-            self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in (*inputs, *cotangents)]).square_()
+            self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in factors]).square_()
 
-    @cached_property
     def _sizes(self) -> Tensor:
         """The sums of the squares of each layer's inputs, then of each one's cotangents."""
-        return torch.stack([x.sum() for x in chain(*self._squares)]) if self._squares[0] else self._rows.sum(1)
+        if self._sums is None:
+            of_a, of_g = self._squares
+            self._sums = torch.stack([x.sum() for x in of_a + of_g]) if of_a else self._rows.sum(1)
+        return self._sums
 
-    def finite(self) -> Tensor:
-        """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it."""
-        both = self._sizes.view(2, -1).sum(0)
+    def finite(self) -> Tensor | None:
+        """Of each layer, whether all squares are finite; where they are not, :meth:`add_to` adds nothing of it.
+
+        None where all are, as far as the host knows without waiting.
+        """
+        sizes = self._sizes()
+        numbers = at_hand(sizes)
+        if numbers is not None and isfinite(sum(numbers)):
+            return None
+        both = sizes.view(2, -1).sum(0)
         self._goods = (both - both) == 0
         return self._goods
 
@@ -82,7 +93,7 @@ class OneByOne:
                 parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()
             lefts.append(torch.mv(g, r))
             rights.append(torch.addmv(ones[i], a, s))
-        of_inputs, of_cotangents = self._sizes.view(2, -1).unbind()
+        of_inputs, of_cotangents = self._sizes().view(2, -1).unbind()
         with_bias = self._with_bias
         if len(here) < len(ones):  # an index made of a list would be waited for
             each = of_inputs.unbind()

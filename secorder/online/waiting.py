@@ -79,9 +79,11 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
             fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
     seen = () if vectors is None else layers
+    goods: Tensor | None = None
     together: SideBySide | OneByOne
     if frame is not None:
         together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
+        goods = together.finite()[0]
     else:
         looks = [
             None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
@@ -90,9 +92,8 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
-    goods: Tensor | None = None
-    if fisher.on_nonfinite == "skip" and (fisher.accumulate == "diagonal" or isinstance(together, SideBySide)):
-        goods = together.finite().flatten()  # norms tell by themselves, unless layers are in one matrix
+        if fisher.accumulate == "diagonal" and fisher.on_nonfinite == "skip":  # norms tell by themselves
+            goods = together.finite()
     if seen:
         audit.explain_weights(seen, *together.explained(), low)
     for one, own in zip(layers, vectors, strict=True) if vectors is not None else ():
