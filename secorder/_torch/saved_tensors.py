@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import autocast_enabled
 from .versions import versions
 
 __all__ = [
     "Kept", "OverwrittenError", "checkpoint_section", "keep", "keeps_arguments",
-    "saved_tensor_hooks_active", "section_computed_again", "stops_recomputation",
+    "saved_tensor_hooks_active", "section_computed_again", "stops_recomputation", "surrounded_as_usual",
 ]  # fmt: skip
 
 
@@ -35,6 +36,16 @@ def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
     """Keep tensors until backward as autograd does, also in a checkpoint; or ``here``, whatever autograd was told."""
     detached = tuple([t.detach() for t in tensors])
     return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
+
+
+def surrounded_as_usual() -> bool:
+    """Whether a call is recorded for backward as it is: no autocast, no checkpoint, no backward that computes it."""
+    return (
+        torch.is_grad_enabled()
+        and not autocast_enabled()
+        and torch._C._current_graph_task_id() == -1
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    )
 
 
 def saved_tensor_hooks_active() -> bool:

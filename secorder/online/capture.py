@@ -20,7 +20,14 @@ from .._torch.engine import (
 from .._torch.fsdp import local, local_shape
 from .._torch.loss_graph import place_of
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.saved_tensors import Kept, OverwrittenError, checkpoint_section, keep, saved_tensor_hooks_active
+from .._torch.saved_tensors import (
+    Kept,
+    OverwrittenError,
+    checkpoint_section,
+    keep,
+    saved_tensor_hooks_active,
+    surrounded_as_usual,
+)
 from .._torch.transforms import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
@@ -49,15 +56,14 @@ def layer_called(
     attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor
 ) -> None:
     """A layer with a rule ran."""
-    ends = None
+    ends, own, usual = None, record.layers[layer.name], surrounded_as_usual()
     if layer.spread is not None and layer.split:
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own_part(x, ends[0], "its input") for x in inputs)
-    own = record.layers[layer.name]
-    index = _call(record, own, (local_shape(output),))
-    if not _recordable(record, layer, (output,)):
+    index = _call(record, own, (local_shape(output),), usual=usual)
+    if not (usual and output.requires_grad) and not _recordable(record, layer, (output,)):
         return
-    kept = keep(inputs)  # also where a checkpoint computes the layer again, which keeps as many tensors as at first
+    kept = keep(inputs, here=usual)  # also of a call that a checkpoint computes again: as many tensors as at first
     if index in own.hooked:
         return
     own.hooked.add(index)
@@ -83,10 +89,10 @@ def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: S
         keep(inputs, here=layer.rule is None and layer.enclosing is model)
 
 
-def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...]) -> int:
+def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...], *, usual: bool = False) -> int:
     """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
     calls, again = own.calls, own.recomputed
-    if record.backward is None or not in_backward():
+    if usual or record.backward is None or not in_backward():
         calls.append(shapes)
         return len(calls) - 1
     index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in again), len(calls) - 1)

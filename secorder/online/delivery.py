@@ -19,7 +19,6 @@ from ..layers.norms import DenseNorms
 from ..layers.per_sample import PerSample, Rows, dense, per_sample_gradients, with_cotangents
 from ..layers.rank_one import RankOne, rank_one
 from ..layers.rules import takes_any_leading_dim
-from ..layers.rules.linear import linear
 from ..layers.selection import Layer
 from ..layers.uses import Later, Piece, pieces
 from ..oneshot.isolation import run_isolated
@@ -68,18 +67,17 @@ def bring_rank_one(
     fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, inputs: Sequence[Tensor], g: Tensor
 ) -> bool:
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
-    if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
+    plan, own, a = fisher.plan(layer), record.layers[layer.name], inputs[0]
+    if plan is None or not plan.admits(a, g) or own.troubled or len(own.calls) != 1:
         return False
-    a, own = inputs[0], record.layers[layer.name]
-    if not a.dim() == g.dim() == 2 or a.layout is not torch.strided or g.dtype is not compute_dtype(layer):
+    if own.layouts != ONE_ROW_A_SAMPLE or record.weights is not None or record.autocast_dtype is not None:
         return False
-    if own.troubled or len(own.calls) != 1 or own.layouts != ONE_ROW_A_SAMPLE:
+    if record.waiting and not plan.admits(*record.waiting[0].factors):
+        return False
+    if record.attribution.ties and record.attribution.sharing(layer.name):
         return False
     g = g.detach()
-    one = RankOne(layer, a, g, versions((a, g)))
-    if not may_wait(fisher, record, one):
-        return False
-    wait(fisher, record, one)
+    wait(fisher, record, RankOne(layer, a, g, versions((a, g))))
     return True
 
 

@@ -16,6 +16,7 @@ from secorder._torch.saved_tensors import (
     checkpoint_section,
     keep,
     saved_tensor_hooks_active,
+    surrounded_as_usual,
 )
 
 
@@ -32,6 +33,21 @@ def test_hooks_on_saved_tensors_are_seen(reentrant: bool) -> None:
 
     checkpoint(inner, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
     assert found == [not reentrant]  # a reentrant one runs without gradients, and saves nothing
+
+
+def test_what_is_not_as_usual_around_a_call() -> None:
+    assert surrounded_as_usual()
+    unusual: list[AbstractContextManager[object]] = [
+        torch.no_grad(), torch.autocast("cpu"), torch.autograd.graph.save_on_cpu(), torch.inference_mode(),
+    ]  # fmt: skip
+    for around in unusual:
+        with around:
+            assert not surrounded_as_usual()
+    found: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda g: found.append(surrounded_as_usual()))  # where gradients are off
+    checkpoint(lambda t: (found.append(surrounded_as_usual()), t.sin())[1], x, use_reentrant=True).sum().backward()
+    assert found == [False, False, False]
 
 
 @pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])

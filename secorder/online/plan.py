@@ -1,0 +1,54 @@
+"""How a layer is measured as long as nothing about it changes: decided once, and held against each call."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers.dtypes import compute_dtype
+from ..layers.low_precision import is_low
+from ..layers.rules.linear import linear
+from ..layers.selection import Layer
+
+if TYPE_CHECKING:
+    from .fisher import OnlineFisher
+
+__all__ = ["Plan", "plan_of"]
+
+
+class Plan(NamedTuple):
+    """Of a layer whose calls, where their rows are samples, may wait to be added together with those of others.
+
+    Attributes:
+        dtype: of its parameters, and of what is accumulated of it.
+        device: where these are.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+
+    def admits(self, inputs: Tensor, cotangents: Tensor) -> bool:
+        """Whether the factors of a call are such as it was made for."""
+        return (
+            inputs.dim() == cotangents.dim() == 2
+            and inputs.layout is torch.strided
+            and inputs.dtype is cotangents.dtype is self.dtype
+            and inputs.device == cotangents.device == self.device
+        )
+
+
+def plan_of(fisher: "OnlineFisher", layer: Layer) -> Plan | None:
+    """The plan of a linear layer that is whole and accumulated as it is computed; None of any other.
+
+    It holds until the sums are others, or elsewhere.
+    """
+    if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
+        return None
+    if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
+        return None
+    (dtype, device), *others = {
+        (x.dtype, x.device) for x in (*layer.parameters.values(), *fisher.by_layer[layer.name].totals)
+    }
+    if others or dtype is not compute_dtype(layer) or is_low(fisher.precision, device, dtype):
+        return None
+    return Plan(dtype, device)
