@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import is_
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
@@ -117,7 +118,7 @@ def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Paramete
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
-    return False not in [held.get(name) is parameter for name, parameter in parameters.items()]
+    return all(map(is_, map(held.get, parameters), parameters.values()))
 
 
 def held_parameter(module: nn.Module, name: str) -> Any:

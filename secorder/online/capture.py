@@ -193,7 +193,8 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if record.layers[layer.name].replaced or not counts_in(fisher, record, [layer], self.node):
+        counts = self.node is not None and will_accumulate(self.node)
+        if record.layers[layer.name].replaced or not (counts or counts_in(fisher, record, [layer], self.node)):
             return
         if not enter(self.attachment, record):
             if not self.freed:

@@ -56,10 +56,10 @@ def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
 def _as_they_were(fisher: OnlineFisher) -> bool:
     """Whether the modules hold the parameters that the layers have, where these are counted."""
     for layer in fisher.layers:
-        here = fisher.by_layer[layer.name].counts.device
-        if here.type == "meta" or not holds(layer.module, layer.parameters):
+        parameters, here = layer.parameters, fisher.by_layer[layer.name].counts.device
+        if here.type == "meta" or not holds(layer.module, parameters):
             return False
-        for p in layer.parameters.values():
+        for p in parameters.values():
             if p.device != here:
                 return False
     return fisher.norms.device == fisher.by_layer[fisher.layers[0].name].counts.device

@@ -70,7 +70,7 @@ class Attachment:
         self.pauses = 0  # by the user
         #: Forwards counted towards ``every``, in train and in eval mode.
         self.counts = {True: 0, False: 0}
-        self._running: dict[int, ForwardRecord] = {}  # by thread
+        self.running: dict[int, ForwardRecord] = {}  # by thread
         self._again: dict[int, ForwardRecord] = {}  # by thread, what a checkpoint around the model computes again
         self._sections: WeakKeyDictionary[Any, ref[ForwardRecord]] = WeakKeyDictionary()  # of checkpoints
         self._handles: list[Any] = []
@@ -101,7 +101,7 @@ class Attachment:
             self._aside.remove()
         while self._handles:
             self._handles.pop().remove()
-        for thread in list(self._running):
+        for thread in list(self.running):
             self._drop(thread)
         wait_no_more(self)
         let_go(self.fisher, list(self.fisher.backwards.values()))
@@ -109,7 +109,7 @@ class Attachment:
 
     def _drop(self, thread: int) -> ForwardRecord:
         """The forward that runs in a thread has ended: its hooks go, and what was compiled runs compiled again."""
-        record = self._running.pop(thread)
+        record = self.running.pop(thread)
         record.unhook()
         if record.eager is not None:
             record.eager.end()
@@ -135,7 +135,7 @@ class Attachment:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
         if in_backward():  # perhaps in a thread of the engine's, for which the look at the model waits
-            self._begin(args, kwargs, eager)
+            self._begin(args, kwargs, eager, within=True)
             return
         thread = threading.get_ident()
         self._waiting.add(thread)
@@ -144,11 +144,12 @@ class Attachment:
         finally:
             self._waiting.discard(thread)
         try:
-            self._begin(args, kwargs, eager)
+            self._begin(args, kwargs, eager, within=False)
         finally:
             self._beginning.release()
 
-    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
+    def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection, *, within: bool) -> None:
+        """The same, one thread at a time, or ``within`` a backward."""
         saw = self.fisher.troubles.saw
         if self.suspensions:
             return
@@ -158,18 +159,18 @@ class Attachment:
         if inside_transform() or is_traced():
             saw("transformed" if inside_transform() else "traced")
             return
-        if in_backward() and (self._computed_again() or self.fisher.backwards.here()):
+        if within and (self._computed_again() or self.fisher.backwards.here()):
             return  # a checkpoint computes the whole model again; the layers' hooks are back by themselves
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
             saw("no grad")
             return
         thread = threading.get_ident()
-        stale = self._running.get(thread)
+        stale = self.running.get(thread)
         if stale is not None:
             if is_running(self.model):
                 return  # a model that calls itself: its inner calls are a part of the outer one
             self._drop(thread)  # an interrupt kept the end of an earlier forward from being told
-        if self.fisher.backwards and not in_backward():  # those of this thread that have not ended were broken off
+        if self.fisher.backwards and not within:  # those of this thread that have not ended were broken off
             let_go(self.fisher, self.fisher.backwards.here())
         count = self.counts[self.model.training]
         self.counts[self.model.training] = count + 1
@@ -197,7 +198,7 @@ class Attachment:
         except BaseException:
             record.unhook()
             raise
-        self._running[thread] = record
+        self.running[thread] = record
         record.eager = eager
         saw("forward")
 
@@ -208,7 +209,7 @@ class Attachment:
 
     def owns(self, eager: EagerSection) -> bool:
         """Whether the forward that this thread runs is within this section."""
-        record = self._running.get(threading.get_ident())
+        record = self.running.get(threading.get_ident())
         return record is not None and record.eager is eager
 
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
@@ -218,7 +219,7 @@ class Attachment:
             sections: that of the forward is added to them, to be ended when all here is done.
         """
         thread = threading.get_ident()
-        record = self._running.get(thread)
+        record = self.running.get(thread)
         if is_running(self.model):
             return
         if record is None:
@@ -325,8 +326,10 @@ class _End(OwnHook):
             if may_break_graph():
                 leave_graph()
             return
-        sections = [EagerSection()]  # this hook's own, and then the forward's
-        sections[0].begin()
+        sections: list[EagerSection] = []  # of a forward that is recorded the forward's own
+        if threading.get_ident() not in self.owner.running:
+            sections.append(EagerSection())
+            sections[0].begin()
         fisher = self.owner.fisher
         try:
             fisher.troubles.guarded(None, fisher.by_layer, self.owner.end, args, kwargs, output, sections)

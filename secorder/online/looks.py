@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,8 @@ __all__ = ["Looks"]
 
 #: One recorded batch in so many is looked at again.
 ONE_IN = 100
+
+_TRAINING = attrgetter("training")
 
 
 class Looks:
@@ -59,7 +62,7 @@ class Looks:
         return next((found for known in self._known.values() for found in known.values()), None)
 
     def _mode(self) -> tuple[bool, ...]:
-        return tuple([module.training for module in self._modules])
+        return tuple(map(_TRAINING, self._modules))
 
     def scheduled(self, found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
@@ -161,7 +164,7 @@ class Looks:
 
 
 def _ranks(shapes: Sequence[Shape]) -> tuple[int, ...]:
-    return tuple([len(shape) for shape in shapes])
+    return tuple(map(len, shapes))
 
 
 def _alike(one: Layer, other: Layer) -> bool:

@@ -42,6 +42,8 @@ __all__ = ["open_record", "settle"]
 #: Shapes of calls of which an attribution remembers where their samples are.
 REMEMBERED = 4096
 
+UNSEEN: Any = object()
+
 
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
     """The record of a forward that begins; None where there is nothing to record."""
@@ -56,7 +58,9 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not looks.certain(known) and count is not None and count > 1
-    empty = _empty(shapes)
+    if not (needed or wanted or fisher.ranks):
+        return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
+    empty = True in [0 in shape[:2] for shape in shapes]
     if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
         someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
         needed, wanted, empty = someone_needs > 0, not someone_does_not_want, someone_has_none > 0
@@ -114,10 +118,6 @@ def _untold(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
         fisher.troubles.mark(fisher.sums, reason)
         return None
     return ForwardRecord(Attribution(), 0, (), verified=False, untold=reason)
-
-
-def _empty(shapes: Sequence[Shape]) -> bool:
-    return True in [0 in shape[:2] for shape in shapes]
 
 
 def _look(
@@ -272,11 +272,11 @@ def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
         if not own.calls:
             continue
         key = (name, record.shapes, record.num_samples, *own.calls)
-        if key not in attribution.explained or layer.by_operations:
+        layouts = UNSEEN if layer.by_operations else attribution.explained.get(key, UNSEEN)
+        if layouts is UNSEEN:
             if len(attribution.explained) > REMEMBERED:
                 attribution.explained.clear()
-            attribution.explained[key] = _layouts(record, attribution, layer)
-        layouts = attribution.explained[key]
+            layouts = attribution.explained[key] = _layouts(record, attribution, layer)
         if layouts is not None and name not in attribution.outside:
             own.layouts = layouts
         else:

@@ -241,12 +241,12 @@ class OneThreads(dict[int, Any]):
 def test_a_forward_asks_for_no_record_of_another_thread() -> None:
     model, batch = make(), data()
     with CurvatureProbe(model) as probe:
-        probe._attachment._running = OneThreads()
+        probe._attachment.running = OneThreads()
         step(model, batch)
         with torch.no_grad():
             model(batch[0])
         assert probe.num_samples == 6
-        probe._attachment._running = {}
+        probe._attachment.running = {}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
