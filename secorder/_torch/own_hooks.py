@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
@@ -43,7 +42,7 @@ class FirstHook:  # a handle
     """A hook on a module's calls that comes before all others and gets keyword arguments, until :meth:`remove`.
 
     What ``register_forward_hook(hook, prepend=True, with_kwargs=True)`` makes, at a fraction of the cost: it is put on
-    and taken off at each step.
+    and taken off at each step. Until then it keeps the module's tables alive.
     """
 
     __slots__ = ("_hooks", "_with_kwargs")
@@ -54,13 +53,12 @@ class FirstHook:  # a handle
         hooks[id(self)], with_kwargs[id(self)] = hook, True
         if len(hooks) > 1:
             hooks.move_to_end(id(self), last=False)
-        self._hooks, self._with_kwargs = ref(hooks), ref(with_kwargs)
+        self._hooks, self._with_kwargs = hooks, with_kwargs
 
     def remove(self) -> None:
         """The hook goes."""
-        for table in (self._hooks(), self._with_kwargs()):
-            if table is not None:
-                table.pop(id(self), None)
+        self._hooks.pop(id(self), None)
+        self._with_kwargs.pop(id(self), None)
 
 
 def is_own(hook: Any) -> bool:

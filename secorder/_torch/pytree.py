@@ -22,6 +22,8 @@ _LEAVES = (
     types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.CodeType, types.FrameType,
 )  # fmt: skip
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+
 #: Objects in a list of an object's are no batches: they are what it works with, such as the layers of a cache.
 _Where = Literal["outside", "in an object", "in a sequence of an object"]
 
@@ -30,7 +32,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors of a nested structure, depth first; of a structure that is in it twice, once."""
     if isinstance(tree, Tensor):
         return iter((tree,))
-    if type(tree) is tuple and all(isinstance(child, Tensor) for child in tree):  # as most modules are called
+    if type(tree) is tuple and _PLAIN.issuperset(map(type, tree)):  # as most modules are called
         return iter(tree)
     return _tensors(tree, {})
 

@@ -29,6 +29,7 @@ from .finite import total_of, witness
 from .formed import form, is_formed, squares_may_wait, wait_formed
 from .layer_record import Call
 from .norms import take_norms, takes_norms
+from .plan import plan_of
 from .record import ForwardRecord
 from .rerun import rerun_gradients
 from .waiting import may_wait, wait
@@ -67,7 +68,7 @@ def bring_rank_one(
     fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, inputs: Sequence[Tensor], g: Tensor
 ) -> bool:
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
-    plan, own, a = fisher.plan(layer), record.layers[layer.name], inputs[0]
+    plan, own, a = plan_of(fisher, layer), record.layers[layer.name], inputs[0]
     if plan is None or not plan.admits(a, g) or own.troubled or len(own.calls) != 1:
         return False
     if own.layouts != ONE_ROW_A_SAMPLE or record.weights is not None or record.autocast_dtype is not None:

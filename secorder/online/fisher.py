@@ -30,7 +30,7 @@ from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
 from .norm_sums import NormSums
 from .norms import add_norms, take_norms, takes_norms
-from .plan import Plan, plan_of
+from .plan import Plan
 from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
 from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, empty
@@ -107,7 +107,7 @@ class OnlineFisher:
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**vars(self), "backwards": Backwards(), "_plans": {}}
+        return {**vars(self), "backwards": Backwards(), "plans": {}}
 
     @property
     def seen(self) -> Tensor:
@@ -124,13 +124,7 @@ class OnlineFisher:
     @sums.setter
     def sums(self, sums: dict[str, LayerSums]) -> None:
         self.by_layer, self.stacked = sums, Stacked()
-        self._plans: dict[Layer, Plan | None] = {}
-
-    def plan(self, layer: Layer) -> Plan | None:
-        """How a layer is measured in any batch, where that can be said."""
-        if layer not in self._plans:
-            self._plans[layer] = plan_of(self, layer)
-        return self._plans[layer]
+        self.plans: dict[Layer, Plan | None] = {}
 
     def settle(self) -> None:
         """Add the batches that wait to be added together with later ones."""
@@ -177,7 +171,7 @@ class OnlineFisher:
 
     def follow(self) -> None:
         """Keep what is counted where the parameters are."""
-        self._plans.clear()
+        self.plans.clear()
         for layer in self.layers:
             self.sums[layer.name].follow(layer, self.device, self.dtype)
         first = self.by_layer[self.layers[0].name].counts

@@ -232,11 +232,11 @@ class Attachment:
             sections.append(record.eager)
             record.eager = None
         self._drop(thread)
-        root = next((x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations), None)
+        roots = [x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations]
         if output is None or self.pauses:
             record.closed, record.unreturned = True, output is None
             return
-        if root is not None:
+        for root in roots[:1]:
             if root.rule is None and record.start is not None:
                 module_starts(record, root, record.start)
             hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)

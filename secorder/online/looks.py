@@ -23,8 +23,8 @@ from .schedule import now_and_then
 
 __all__ = ["Looks"]
 
-#: One recorded batch in so many is looked at again.
-ONE_IN = 100
+#: One recorded batch in so many is looked at again; and shapes of which it is remembered what is known.
+ONE_IN, REMEMBERED = 100, 256
 
 _TRAINING = attrgetter("training")
 
@@ -43,10 +43,30 @@ class Looks:
         #: By modes, and by how many dimensions each of the arguments has; the latest last.
         self._known: dict[tuple[bool, ...], dict[tuple[int, ...], Attribution]] = {}
         self._batches: dict[tuple[bool, ...], int] = {}
+        #: By modes and shapes, what is known and how many samples that makes, where shapes alone tell it.
+        self._met: dict[tuple[Any, Any], tuple[Attribution, int | None]] = {}
         self._not_followed: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_known": {}, "_batches": {}}  # what is known of a model is not carried to its copy
+        return {
+            **vars(self),
+            "_known": {},
+            "_batches": {},
+            "_met": {},
+        }  # its copy is to be looked at anew
+
+    def meet(self, arguments: Any, shapes: Sequence[Shape]) -> tuple[Attribution | None, int | None, bool]:
+        """What is known of where the samples of a batch are, how many they are, and whether it is :meth:`scheduled`."""
+        mode = self._mode()
+        known, count = self._met.get((mode, shapes), (None, None))
+        if known is None:
+            known = self.known(shapes)
+            count = None if known is None else known.count(arguments, shapes)
+            if known is not None and known.grouping is None:
+                if len(self._met) >= REMEMBERED:
+                    self._met.clear()
+                self._met[mode, shapes] = known, count
+        return known, count, self.scheduled(mode, known)
 
     def known(self, shapes: Sequence[Shape]) -> Attribution | None:
         """For the modes of now, and arguments of these shapes."""
@@ -64,9 +84,8 @@ class Looks:
     def _mode(self) -> tuple[bool, ...]:
         return tuple(map(_TRAINING, self._modules))
 
-    def scheduled(self, found: Attribution | None) -> bool:
+    def scheduled(self, mode: tuple[bool, ...], found: Attribution | None) -> bool:
         """Count a recorded batch: whether it is to be looked at (1, 2, 4, 8, …, and now and then), as it is known."""
-        mode = self._mode()
         batch = self._batches[mode] = self._batches.get(mode, 0) + 1
         if found is None or found.provisional:
             return True
@@ -118,6 +137,7 @@ class Looks:
             unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
             found = replace(found, unreduced=unreduced, coupling=found.coupling - as_told)
         found = replace(found, carries=carries)
+        self._met.clear()
         known.pop(ranks, None)
         known[ranks] = found if before is None or found.undecided else merged(before, found)
         return found
@@ -160,6 +180,7 @@ class Looks:
         """The model is not what it was: look again."""
         self._modules = list(self._model.modules())
         self._known.clear()
+        self._met.clear()
         self._batches.clear()
 
 

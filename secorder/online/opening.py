@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -39,10 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["open_record", "settle"]
 
-#: Shapes of calls of which an attribution remembers where their samples are.
-REMEMBERED = 4096
-
-UNSEEN: Any = object()
+#: Shapes of calls of which an attribution remembers where their samples are, and what stands for others.
+REMEMBERED, UNSEEN = 4096, cast(Any, object())
 
 
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
@@ -51,9 +49,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     if not refresh(fisher, looks):
         return None
     shapes = shapes_of((args, kwargs) if kwargs else args)
-    known = looks.known(shapes)
-    scheduled = looks.scheduled(known)
-    count = None if known is None else known.count((args, kwargs), shapes)
+    known, count, scheduled = looks.meet((args, kwargs), shapes)
     verified = False
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
@@ -192,7 +188,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     fisher = attachment.fisher
     start, record.start = record.start, None
     carried, record.carried = record.carried, ()
-    if not any(t.requires_grad for t in tensors_in(output)):
+    if True not in [t.requires_grad for t in tensors_in(output)]:
         fisher.troubles.saw("no gradient")
         record.closed = record.unreturned = True
         return
@@ -200,10 +196,11 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         return
     watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}
-    begins = [*tensors_in(arguments), *carried]  # what another forward has computed them by is not followed
-    graph = list(tensors_in(output)), begins
-    if follow(record, record.attribution, *graph):
-        attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
+    if record.attribution.by_operations:
+        begins = [*tensors_in(arguments), *carried]  # what another forward has computed them by is not followed
+        graph = list(tensors_in(output)), begins
+        if follow(record, record.attribution, *graph):
+            attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
     if fisher.ranks is not None:
         _settle_together(attachment, fisher.ranks, record, start)
         return
@@ -215,7 +212,8 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
             found = _look_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
-            follow(record, found, *graph)
+            if record.attribution.by_operations:
+                follow(record, found, *graph)
             unexplained = [x for x in _explain(record, found) if x in unexplained or x.name not in same]
             hook_uses(attachment, record)
             _fall_back(attachment, record, found, unexplained, start, output)

@@ -77,7 +77,7 @@ def explain_uses(record: ForwardRecord, uses: Uses, known: Sequence[Verified]) -
 
 def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
     """Hook the operations of which it is known where the samples are."""
-    for layer in record.attribution.layers:
+    for layer in record.attribution.layers if record.attribution.by_operations else ():
         own = record.layers[layer.name]
         found, own.uses = own.uses, None  # the graph is held by what holds it, and by nothing of ours that it holds
         if found is None or not own.layouts or own.replaced or own.troubled:

@@ -40,8 +40,14 @@ class Plan(NamedTuple):
 def plan_of(fisher: "OnlineFisher", layer: Layer) -> Plan | None:
     """The plan of a linear layer that is whole and accumulated as it is computed; None of any other.
 
-    It holds until the sums are others, or elsewhere.
+    It is kept until the sums are others, or elsewhere.
     """
+    if layer not in fisher.plans:
+        fisher.plans[layer] = _decided(fisher, layer)
+    return fisher.plans[layer]
+
+
+def _decided(fisher: "OnlineFisher", layer: Layer) -> Plan | None:
     if layer.rule is not linear or layer.spread is not None or fisher.forwards == "joined":
         return None
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":

@@ -282,7 +282,7 @@ class _Watched:
         """As a batch that is looked at again."""
         looks = self.probe._looks
         scheduled = looks.scheduled
-        looks.scheduled = lambda known: scheduled(known) or True  # type: ignore[method-assign]
+        looks.scheduled = lambda *batch: scheduled(*batch) or True  # type: ignore[method-assign]
         try:
             self.step()
         finally:

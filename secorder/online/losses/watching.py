@@ -56,7 +56,8 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
         record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
     """
     fisher, found = attachment.fisher, record.attribution
-    watch_scale(fisher, record, output)
+    if record.verified:
+        watch_scale(fisher, record, output)
     if found.coupling or found.unreduced:
         watch_beside(fisher, output, found.coupling, found.unreduced)
     if record.scheduled and fisher.ranks is None and tells_recomputation():

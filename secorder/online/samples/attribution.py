@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from ..._torch.modules import Place
@@ -77,6 +78,11 @@ class Attribution:
     unreduced: Mapping[Beside, str] = field(default_factory=dict)
     carries: bool = False
     explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
+
+    @cached_property
+    def by_operations(self) -> bool:
+        """Whether any layer is measured by operations, so that a forward's graph is gone through."""
+        return any(layer.by_operations for layer in self.layers)
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
