@@ -70,13 +70,16 @@ def accumulate_node(parameter: Tensor) -> Any:
 
 def accumulates_into(parameters: Iterable[Tensor], node: Any) -> Any:
     """The node that accumulates into one of the parameters, where it is near a node of the graph; else None."""
-    wanted = [id(p) for p in parameters]
-    behind = [node]
+    wanted = set(map(id, parameters))
+    behind, before = [], [node]
     for _ in range(NEAR):
-        behind = [before for one in behind for before, _ in one.next_functions if before is not None]
-        for following in behind:
-            if id(getattr(following, "variable", None)) in wanted:
-                return following
+        behind, before = before, []
+        for one in behind:
+            for following, _ in one.next_functions:
+                if following is not None:
+                    if id(getattr(following, "variable", None)) in wanted:
+                        return following
+                    before.append(following)
     return None
 
 

@@ -34,7 +34,7 @@ class Kept:
 
 def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
     """Keep tensors until backward as autograd does, also in a checkpoint; or ``here``, whatever autograd was told."""
-    detached = tuple([t.detach() for t in tensors])
+    detached = tuple(map(Tensor.detach, tensors))
     return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
 
 

@@ -60,7 +60,8 @@ def layer_called(
     if layer.spread is not None and layer.split:
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own_part(x, ends[0], "its input") for x in inputs)
-    index = _call(record, own, (local_shape(output),), usual=usual)
+    shapes = (output.shape if type(output) is Tensor else local_shape(output),)
+    index = _call(record, own, shapes, usual=usual)
     if not (usual and output.requires_grad) and not _recordable(record, layer, (output,)):
         return
     kept = keep(inputs, here=usual)  # also of a call that a checkpoint computes again: as many tensors as at first
@@ -76,7 +77,7 @@ def layer_called(
     assert made_by is not None
     if record.scheduled:
         mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
-    node = accumulates_into(record.parameters(layer).values(), made_by)
+    node = accumulates_into((own.gathered or layer.parameters).values(), made_by)
     made_by.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends))
 
 
@@ -196,7 +197,9 @@ class _LayerGradient:
         counts = self.node is not None and will_accumulate(self.node)
         if record.layers[layer.name].replaced or not (counts or counts_in(fisher, record, [layer], self.node)):
             return
-        if not enter(self.attachment, record):
+        known = record.backward
+        entered = known is not None and known.number == current_backward() and not record.closed
+        if not (entered or enter(self.attachment, record)):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, total_of(local(g)))
             return

@@ -69,11 +69,9 @@ def bring_rank_one(
 ) -> bool:
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
     plan, own, a = plan_of(fisher, layer), record.layers[layer.name], inputs[0]
-    if plan is None or not plan.admits(a, g) or own.troubled or len(own.calls) != 1:
+    if plan is None or not plan.admits(a, g, record.waiting) or own.troubled or len(own.calls) != 1:
         return False
     if own.layouts != ONE_ROW_A_SAMPLE or record.weights is not None or record.autocast_dtype is not None:
-        return False
-    if record.waiting and not plan.admits(*record.waiting[0].factors):
         return False
     if record.attribution.ties and record.attribution.sharing(layer.name):
         return False

@@ -1,5 +1,6 @@
 """How a layer is measured as long as nothing about it changes: decided once, and held against each call."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from ..layers.dtypes import compute_dtype
 from ..layers.low_precision import is_low
+from ..layers.rank_one import RankOne
 from ..layers.rules.linear import linear
 from ..layers.selection import Layer
 
@@ -27,13 +29,14 @@ class Plan(NamedTuple):
     dtype: torch.dtype
     device: torch.device
 
-    def admits(self, inputs: Tensor, cotangents: Tensor) -> bool:
-        """Whether the factors of a call are such as it was made for."""
+    def admits(self, inputs: Tensor, cotangents: Tensor, others: Sequence[RankOne]) -> bool:
+        """Whether the factors of a call are such as it was made for, and those of the first that waits already are."""
+        other = others[0].cotangents if others else cotangents
         return (
             inputs.dim() == cotangents.dim() == 2
             and inputs.layout is torch.strided
-            and inputs.dtype is cotangents.dtype is self.dtype
-            and inputs.device == cotangents.device == self.device
+            and inputs.dtype is cotangents.dtype is other.dtype is self.dtype
+            and inputs.device == cotangents.device == other.device == self.device
         )
 
 
@@ -52,9 +55,10 @@ def _decided(fisher: "OnlineFisher", layer: Layer) -> Plan | None:
         return None
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return None
-    (dtype, device), *others = {
-        (x.dtype, x.device) for x in (*layer.parameters.values(), *fisher.by_layer[layer.name].totals)
-    }
+    if layer.name not in fisher.by_layer:  # it shares a parameter with one that is
+        return None
+    totals = fisher.by_layer[layer.name].totals
+    (dtype, device), *others = {(x.dtype, x.device) for x in (*layer.parameters.values(), *totals)}
     if others or dtype is not compute_dtype(layer) or is_low(fisher.precision, device, dtype):
         return None
     return Plan(dtype, device)

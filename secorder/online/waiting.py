@@ -85,10 +85,10 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
         goods = together.finite()[0]
     else:
-        looks = [
-            None if own is None or not audit.looks_at(one.layer.parameters["weight"]) else Look(own.r, own.s, own.start)
-            for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
-        ]
+        looks: list[Look | None] = [None] * len(layers)
+        for i, own in enumerate(vectors or ()):
+            if own is not None and audit.looks_at(layers[i].layer.parameters["weight"]):
+                looks[i] = Look(own.r, own.s, own.start)
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
         together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")

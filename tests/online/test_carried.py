@@ -140,7 +140,7 @@ def test_what_was_carried_is_not_kept() -> None:
         output.sum().backward()
         del output
         assert probe._attachment is not None
-        assert not any(record.carried for record in probe._attachment._running.values())
+        assert not any(record.carried for record in probe._attachment.running.values())
         assert state.next_functions
 
 

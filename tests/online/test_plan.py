@@ -56,6 +56,18 @@ def test_what_is_not_accumulated_layer_by_layer_as_it_is_has_none(planned: list[
     assert not any(planned)
 
 
+def test_a_layer_that_is_told_for_another_ones_sake_has_none(planned: list[bool]) -> None:
+    """It is not selected, and shares the weight of one that is."""
+    batch = data()
+    twin = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3))
+    twin[2].weight = twin[0].weight
+    with CurvatureProbe(twin, layers=["0", "3"], reduction="mean") as probe:
+        step(twin, batch)
+        expected = reference(twin, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+    assert planned.count(True) == 1  # of the one that shares nothing
+
+
 class Twice(nn.Module):
     """Whose layer is called twice where the first entry of its input is positive; over positions where told."""
 
