@@ -99,6 +99,8 @@ def _diagnose(options: argparse.Namespace) -> None:
             raise InvalidArgumentError(f"there is no folder {Path(file).parent} for {Path(file).name}.")
     if options.depth is not None and options.depth < 1:
         raise InvalidArgumentError(f"--depth must be at least 1, got {options.depth}.")
+    if options.logdir is not None:
+        options.logdir.mkdir(parents=True, exist_ok=True)
     # What the user's code prints is no JSON.
     with redirect_stdout(sys.stderr) if options.json == "-" else nullcontext():
         model, loss_fn, data = _made(options.factory)
@@ -149,7 +151,8 @@ def _told(error: BaseException) -> str:
     """An exception in one sentence, with the line where it was raised."""
     trace, where = error.__traceback__, ""
     while trace is not None:
-        where = f" ({Path(trace.tb_frame.f_code.co_filename).name}, line {trace.tb_lineno})"
+        file = trace.tb_frame.f_code.co_filename
+        where = where if file.startswith("<") else f" ({Path(file).name}, line {trace.tb_lineno})"
         trace = trace.tb_next
     return f"{type(error).__name__}: {error}{where}"
 

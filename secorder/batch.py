@@ -50,7 +50,7 @@ def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
         return owned.num_samples
     sizes = sample_sizes(inputs, sample_dim)
     if not sizes:
-        if isinstance(inputs, list) and not inputs:
+        if targets is None and isinstance(inputs, list) and not inputs:
             raise InvalidArgumentError(NO_BATCH)
         raise InvalidTypeError(
             f"inputs must be a tensor, or a tuple or dict of tensors, with samples in dim {sample_dim}, got "

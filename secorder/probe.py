@@ -1060,6 +1060,8 @@ def _layers_to_measure(
     layers = list(layers) if isinstance(layers, Iterator) else layers
     selected = select_layers(model, layer_types, layers)
     if not selected:
+        if next(model.parameters(), None) is None:
+            raise NoLayerError("the model has no parameters: there is nothing to measure.")
         raise NoLayerError(
             "no layer of the model matches: pass layer_types= with the types to measure, or layers= with names "
             "from model.named_modules()."

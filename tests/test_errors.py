@@ -43,6 +43,8 @@ def test_no_layer_matches(measure: Measure) -> None:
     with pytest.raises(InvalidArgumentError, match="no layer of the model matches") as caught:
         CurvatureProbe(make(), nn.Conv3d)
     assert isinstance(caught.value, ValueError)
+    with pytest.raises(InvalidArgumentError, match="the model has no parameters"):
+        CurvatureProbe(nn.ReLU())
 
 
 def test_a_name_that_matches_nothing() -> None:
@@ -98,6 +100,12 @@ def test_empty_batch(measure: Measure) -> None:
 def test_inputs_without_a_tensor(measure: Measure, inputs: Any) -> None:
     with pytest.raises(InvalidTypeError, match="inputs must be a tensor"):
         measure(make(), F.cross_entropy, inputs, data()[1])
+
+
+@BOTH
+def test_an_empty_data_set(measure: Measure) -> None:
+    with pytest.raises(InvalidArgumentError, match="the data holds no batch"):
+        measure(make(), F.cross_entropy, [])
 
 
 @BOTH

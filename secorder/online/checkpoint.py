@@ -69,7 +69,8 @@ def _state_of(fisher: OnlineFisher, window: "OnlineFisher | WindowSums", prefix:
 def load_state(fisher: OnlineFisher, attachment: "Attachment | None", state: Mapping[str, Tensor]) -> None:
     """See :meth:`secorder.CurvatureProbe.load_state_dict`."""
     none = torch.zeros(0)
-    header, decay = (state.get(key, none) if isinstance(state, Mapping) else none for key in ("header", "decay"))
+    tensors = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
+    header, decay = (state.get(key, none) if tensors else none for key in ("header", "decay"))
     if header.shape != (5,) or decay.numel() != 1 or int(header[0]) != VERSION:
         raise InvalidArgumentError(f"the state is not one of CurvatureProbe.state_dict(), version {VERSION}.")
     _, kind, accumulated, *counts = (int(number) for number in header.tolist())

@@ -35,8 +35,9 @@ def test_the_default_device_is_no_concern_of_a_state() -> None:
 
 def test_a_state_that_is_none() -> None:
     probe = CurvatureProbe(mlp())
-    with pytest.raises(InvalidArgumentError, match="version"):
-        probe.load_state_dict({})
+    for state in ({}, None, "probe.pt", dict.fromkeys(probe.state_dict(), 1)):
+        with pytest.raises(InvalidArgumentError, match="version"):
+            probe.load_state_dict(state)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("accumulate", ["diagonal", "trace"])
