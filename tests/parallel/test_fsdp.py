@@ -13,6 +13,7 @@ from torch import nn
 
 from secorder import AttributionError, CurvatureProbe, InvalidArgumentError
 from secorder._torch.fsdp import local
+from secorder._torch.graph import tells_recomputation
 from secorder.layers.selection import ranks_of, select_layers
 from secorder.parallel.fsdp import Shard, shard_of_sum, whole
 from secorder.parallel.spread import Spread, is_distributed
@@ -80,6 +81,23 @@ def test_training_under_a_mixed_precision_policy(mesh: Any, policy: dict[str, An
         (nn.functional.cross_entropy(model(inputs), targets) + model[3].weight.sum()).backward()
         with pytest.raises(AttributionError, match="from outside"):
             probe.fisher_trace()
+
+
+LOSSES = {
+    "the sum of its samples' losses": lambda m, x, y: nn.functional.cross_entropy(m(x), y, reduction="sum").backward(),
+    "couples the samples": lambda m, x, y: nn.functional.cross_entropy(m(x), y).square().backward(),
+    "is multiplied by 1/2": lambda m, x, y: (nn.functional.cross_entropy(m(x), y) / 2).backward(),
+}
+
+
+@pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
+@pytest.mark.parametrize("reason", LOSSES)
+def test_a_loss_that_is_not_as_told_is_seen_of_shards_as_of_whole_parameters(alone: nn.Sequential, reason: str) -> None:
+    with CurvatureProbe(alone, reduction="mean") as probe:
+        for batch in (data(), data()):
+            LOSSES[reason](alone, *batch)
+        with pytest.raises(AttributionError, match=reason):
+            probe.fisher_diagonal()
 
 
 def test_shards_and_sums(alone: nn.Sequential) -> None:

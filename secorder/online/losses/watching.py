@@ -60,7 +60,8 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
         watch_scale(fisher, record, output)
     if found.coupling or found.unreduced:
         watch_beside(fisher, output, found.coupling, found.unreduced)
-    if record.scheduled and fisher.ranks is None and tells_recomputation():
+    # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
+    if record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers):
         told = not found.provisional and found.alternative is None
         if mark_outputs(attachment, record, output, found.outputs if told else ()):
             before_backward(record, partial(_begins, ref(attachment)), attachment)
