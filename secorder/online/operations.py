@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, current_backward, graph_is_kept
+from .._torch.engine import current_backward, graph_is_kept, will_accumulate
 from .._torch.graph import Node, collection_paused, current_node, dtypes_of, users_of
 from .._torch.transforms import inside_transform
 from ..layers.dtypes import compute_dtype
@@ -84,9 +84,7 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
             continue
         kind = compute_dtype(layer)
         _note_digits(record, kind, dtypes_of(found.followed))
-        trained = [p for p in layer.parameters.values() if p.requires_grad]
-        node = accumulate_node(trained[0]) if len(trained) == 1 else None
-        every = _LayerUses(attachment, record, layer, own, found.leaves, found.followed, kind, node)
+        every = _LayerUses(attachment, record, layer, own, found.leaves, found.followed, kind)
         for index, use in enumerate(found.uses):
             own.hooked.add(index)
             use.node.register_prehook(_UseGradient(every, index, use))
@@ -129,7 +127,6 @@ class _LayerUses:
         leaves: by the node of each parameter, its name.
         followed: the nodes between.
         kind: the dtype that is computed in.
-        node: where the gradient of its only trained parameter is accumulated.
     """
 
     attachment: "Attachment"
@@ -139,14 +136,13 @@ class _LayerUses:
     leaves: Mapping[Node, str]
     followed: Collection[Node]
     kind: torch.dtype
-    node: Node | None
 
     def counts(self, number: int | None) -> bool:
         """Whether this backward is a training step of the layer: asked once for all of its uses."""
         if self.own.counting == number is not None:
             return True
-        if not counts_in(self.attachment.fisher, self.record, [self.layer], self.node):
-            return False
+        if True not in map(will_accumulate, self.leaves):
+            return counts_in(self.attachment.fisher, self.record, [self.layer])
         self.own.counting = number
         return True
 
