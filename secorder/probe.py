@@ -477,8 +477,8 @@ class CurvatureProbe:
         if not self._verified:
             self._verified = True
             caution(
-                "the loss of training was assumed to be a mean over the samples of each batch: say reduction=, or "
-                "let probe.verify(loss_fn, inputs, targets) find out."
+                "the loss of training was assumed to be a mean over the samples of each batch: pass reduction=, or "
+                "check with probe.verify(loss_fn, inputs, targets)."
             )
 
     def fisher_trace(self, *, synchronize: bool = False, missing: Missing = "raise") -> dict[str, Trace]:

@@ -160,8 +160,8 @@ class CurvatureCallback(pl.Callback):
         names = ", ".join(repr(name) for name in called.names)
         what = f"calls several modules: {names}" if names else "calls no module of the LightningModule"
         caution(
-            f"CurvatureCallback records nothing: training_step {what}. Say the name of the one whose call is one batch "
-            'by CurvatureCallback(module="…").'
+            f"CurvatureCallback records nothing: training_step {what}. Pass the name of the module whose call is one "
+            'batch: CurvatureCallback(module="…").'
         )
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

@@ -30,7 +30,7 @@ Batch = tuple[Any, Any]
 CountedBatch = tuple[Any, Any, int]
 
 ADVICE = (
-    'say reduction="mean" or "sum", by which batches are weighted, to the probe (or to diagnose), or measure batch by '
+    'pass reduction="mean" or "sum", by which batches are weighted, to the probe (or to diagnose), or measure batch by '
     "batch and take secorder.weighted_mean of the results."
 )
 

@@ -62,7 +62,7 @@ def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRe
             fisher.troubles.mark(
                 record.called,
                 'the forwards of one backward hold different numbers of samples, so that forwards="joined" cannot '
-                'be: say forwards="separate".',
+                'be: pass forwards="separate".',
             )
         return
     both = [name for name in record.called if any(one.layers[name].calls for one in same)]
@@ -72,7 +72,7 @@ def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRe
     fisher.troubles.mark(
         names,
         "one backward runs through several forwards of the model with as many samples each, and it cannot be seen "
-        'whether row n of all of them is one sample: say forwards="joined" where it is (a siamese net, a rollout), '
+        'whether row n of all of them is one sample: pass forwards="joined" where it is (a siamese net, a rollout), '
         'or forwards="separate" where each forward has samples of its own.',
     )
 

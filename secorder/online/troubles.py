@@ -27,7 +27,7 @@ OUTSIDE = _OUTSIDE.format(
     "or after the model's forward, a derivative that the model takes of itself, or the loss of its output (let the "
     "model return what the loss is the mean of), a method such as get_value(x) that is called in place of the model, "
     "or another loss in a second backward through one forward",
-    'say penalty="shared" where it is a term of the loss that is the same for each sample, ',
+    'pass penalty="shared" where it is a term of the loss that is the same for each sample, ',
 )
 
 #: What it is most likely, by what the hooks saw at the layer, the surest first; and what to do.
@@ -40,7 +40,7 @@ OUTSIDE_CAUSES = {
     "uncalled": (
         "a method such as get_value(x) that is called in place of the model, a weight penalty, or a running average of "
         "other weights, since no recorded forward has called it",
-        'attach to the module that is called, say penalty="shared" where it is a penalty that is a term of the loss, ',
+        'attach to the module that is called, pass penalty="shared" where it is a penalty that is a term of the loss, ',
     ),
 }
 

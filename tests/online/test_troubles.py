@@ -106,7 +106,7 @@ def weight_penalty(model: Any, x: Tensor) -> None:
         (gradient_penalty, "a", "a derivative of the model's output", "let the model itself return"),
         (two_losses, "a", "another loss in a second backward", "call backward once"),
         (another_method, "b", "a method such as get_value", "attach to the module that is called"),
-        (weight_penalty, "a", "", 'say penalty="shared"'),
+        (weight_penalty, "a", "", 'pass penalty="shared"'),
     ],
 )
 def test_where_gradient_from_outside_comes_from_is_said(

@@ -46,7 +46,7 @@ _UNSEEN = (
 
 _THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
 
-_OF_SEVERAL = 'say forwards="joined" if row n of one forward is combined with row n of another only, '
+_OF_SEVERAL = 'pass forwards="joined" if row n of one forward is combined with row n of another only, '
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:

@@ -41,8 +41,8 @@ _COUPLED = (
 #: Where all that the model returns is so: then it may have been called with no more than one sample.
 _NO_SAMPLES = (
     "no output of the model holds the samples that a dimension of its arguments was taken to hold, and {} is no sum of "
-    'what each of them makes, as a loss would be: say None by the arguments\' names, such as sample_dim={{"x": None}}, '
-    "where each call is one sample without a dimension for it; else samples influence one another's gradients, so that "
+    'what each of them makes, as a loss would be: pass None by the arguments\' names (sample_dim={{"x": None}}) where '
+    "each call is one sample without a dimension for it; else samples influence one another's gradients, so that "
     "none has one of its own: leave the term out of the loss, or these layers with layers=."
 )
 
