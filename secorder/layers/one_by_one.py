@@ -13,7 +13,7 @@ from torch import Tensor
 from .._torch.host_copy import at_hand
 from .._torch.several import add_each, multiply_each, square_each
 from .dtypes import MANY_TERMS, added_up
-from .rank_one import RankOne
+from .rank_one import FactorNorms, RankOne
 
 __all__ = ["Look", "OneByOne"]
 
@@ -39,22 +39,25 @@ class OneByOne:
         layers: of one dtype, on one device, and of one batch.
         looks: of each layer, how the audit looks at it; None where it does not.
         with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
-        squared: whether squares are formed, as :meth:`add_to` needs them; else norms.
+        norms: of the layers' factors; where there are none, squares are formed, as :meth:`add_to` needs them.
     """
 
     def __init__(
-        self, layers: Sequence[RankOne], looks: Sequence[Look | None], with_bias: Tensor, *, squared: bool
+        self,
+        layers: Sequence[RankOne],
+        looks: Sequence[Look | None],
+        with_bias: Tensor,
+        norms: Sequence[FactorNorms] | None = None,
     ) -> None:
         self._layers, self._looks, self._with_bias = layers, looks, with_bias
         self._goods: Tensor | None = None
         self._sums: Tensor | None = None
-        factors = [one.inputs for one in layers] + [one.cotangents for one in layers]
-        if squared:
-            squares, count = square_each(factors), len(layers)
+        if norms is None:
+            squares, count = square_each([x.inputs for x in layers] + [x.cotangents for x in layers]), len(layers)
             self._squares = squares[:count], squares[count:]
         else:
             self._squares = [], []
-            self._rows = torch.stack([torch.linalg.vector_norm(x, dim=1) for x in factors]).square_()
+            self._rows = torch.stack([x.inputs for x in norms] + [x.cotangents for x in norms]).square_()
 
     def _sizes(self) -> Tensor:
         """The sums of the squares of each layer's inputs, then of each one's cotangents."""
@@ -107,16 +110,6 @@ class OneByOne:
             return torch.linalg.vecdot(left, right), sizes
         values, rounds = added_up(left.mul_(right), 1)
         return values, sizes.mul_(rounds)
-
-    def norms(self) -> Tensor:
-        """‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.
-
-        Source: Goodfellow (2015), "Efficient per-example gradient computations".
-        """
-        inputs, cotangents = self._squares
-        rows = torch.stack([x.sum(1) for x in (*inputs, *cotangents)]) if inputs else self._rows
-        of_a, of_g = rows.view(2, len(self._layers), -1).unbind()
-        return torch.add(of_a, self._with_bias[:, None]).mul_(of_g)
 
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²``: Σ_n g_n² (a_n²)ᵀ of weights, and Σ_n g_n² of biases.

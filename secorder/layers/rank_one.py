@@ -6,13 +6,36 @@ What a small layer's squares cost is mostly the calls of the operations, of whic
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .._torch.versions import versions
 from .per_sample import Outer, PerSample
 from .selection import Layer
 
-__all__ = ["RankOne", "overwritten", "rank_one"]
+__all__ = ["FactorNorms", "RankOne", "overwritten", "rank_one"]
+
+
+class FactorNorms(NamedTuple):
+    """The norms of the factors of per-sample gradients that are products of one input and one cotangent.
+
+    Attributes:
+        inputs: ‖a_n‖, shape ``(…, N)``.
+        cotangents: ‖g_n‖, likewise.
+        with_bias: whether there is a bias, whose input is one.
+    """
+
+    inputs: Tensor
+    cotangents: Tensor
+    with_bias: bool
+
+    def squares(self) -> Tensor:
+        """``‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1)``, the one of the bias.
+
+        Source: Goodfellow (2015), "Efficient per-example gradient computations".
+        """
+        of_g, of_a = self.cotangents.square(), self.inputs.square()
+        return torch.addcmul(of_g, of_g, of_a) if self.with_bias else of_g * of_a
 
 
 class RankOne(NamedTuple):
@@ -36,6 +59,11 @@ class RankOne(NamedTuple):
         a, g = (x.view(x.shape[0], 1, 1, x.shape[1]) for x in self.factors)
         both = {"weight": Outer(a, g), "bias": Outer(None, g)}
         return {name: both[name] for name in self.layer.parameters}
+
+    def norms(self) -> FactorNorms:
+        """The norms of its factors; each is read once, and nothing is written but these."""
+        a, g = (torch.linalg.vector_norm(x, dim=1) for x in self.factors)
+        return FactorNorms(a, g, "bias" in self.layer.parameters)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -95,15 +95,6 @@ class SideBySide:
             values = (left * right).sum(0)
         return values if self._goods is None else values.div_(self._goods[0]), sizes
 
-    def norms(self) -> Tensor:
-        """Of one batch ‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1), the one of the bias, shape ``(layers, N)``.
-
-        Not finite where it is not.
-        """
-        of_a, of_g = torch.mm(self._squares[0], self._frame.blocks).t().chunk(2)
-        norms = of_a * of_g
-        return norms if self._goods is None else norms.div_(self._goods[0, :, None])  # where it is zero, by zero
-
     def add_to(self, outs: Sequence[Mapping[str, Tensor]], *, beta: float, alpha: float) -> None:
         """``out ← beta · out + alpha · Σ_n (g_n a_nᵀ)²`` and, of biases, alpha · Σ_n g_n²; 1-D, by parameter."""
         widths, layers = self._frame.widths, len(outs)

@@ -22,6 +22,7 @@ from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
 from .._torch.versions import version
 from ..layers.layout import Layout
+from ..layers.rank_one import FactorNorms
 from ..layers.uses import Uses
 from .samples.relation import Shape
 
@@ -104,7 +105,7 @@ class LayerRecord:
         passed: the latest backward in which a gradient passed by that was not accumulated.
         received: whether its squares are added, or wait to be.
         parts: what it has brought, where it shares a parameter, until all layers that do have.
-        norms: the squared norms of its per-sample gradients, where they are taken.
+        norms: the squared norms of its per-sample gradients, or what they are products of, where they are taken.
         squares: the squared norm of their sum, where the whole gradient does not tell it.
         sizes: where it is measured by operations, by parameter that the audit looks at the square of the size of what
             its per-sample gradients are sums of.
@@ -127,7 +128,7 @@ class LayerRecord:
     passed: int | None = None
     received: bool = False
     parts: tuple[Any, Tensor | None] | None = None
-    norms: Tensor | None = None
+    norms: Tensor | FactorNorms | None = None
     squares: Tensor | None = None
     sizes: dict[str, Tensor] = field(default_factory=dict)
 

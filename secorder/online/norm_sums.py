@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._torch.surroundings import lasting
+from ..layers.rank_one import FactorNorms
 from .constants import Constants
 from .finite import finite
 from .sums import ADDING
@@ -20,7 +21,7 @@ from .sums import ADDING
 __all__ = ["COLUMNS", "Batch", "Kind", "NormSums", "Row", "Terms", "together_norms"]
 
 #: Batches that wait at most, and elements of their norms.
-MOST, MOST_ELEMENTS = 16, 1 << 16
+MOST, MOST_ELEMENTS = 64, 1 << 16
 
 
 class Row(NamedTuple):
@@ -119,12 +120,13 @@ class Batch(NamedTuple):
     """What the norms of one batch are.
 
     Attributes:
-        norms: of each layer the squared norms of its per-sample gradients, shape ``(samples,)``.
+        norms: of each layer the squared norms of its per-sample gradients, shape ``(samples,)``, or what they are
+            products of.
         totals: of each layer in turn, equally many numbers: the sum of their squares is its batch gradient's squared
             norm.
     """
 
-    norms: Sequence[Tensor]
+    norms: Sequence[Tensor | FactorNorms]
     totals: Sequence[Tensor]
 
 
@@ -221,7 +223,7 @@ class NormSums:
             everywhere: of one batch, what makes of the squared norms of this rank's parts those of whole layers.
         """
         like, shape = self._table, (len(batches), len(kind.places), -1)
-        squares = _stack([x for batch in batches for x in batch.norms], like).view(shape)
+        squares = torch.stack([_squares(own, like) for own in zip(*[batch.norms for batch in batches], strict=True)], 1)
         totals = _stack([x for batch in batches for x in batch.totals], like).view(shape).square().sum(2)
         if everywhere is not None:
             squares, totals = (x[None] for x in everywhere(squares[0], totals[0]))
@@ -273,6 +275,15 @@ def _not_finite(linear: Tensor) -> Tensor:
     row = linear[0].clone()
     row[[COLUMNS[name] for name in ("squares", "fourth", "signal", "noise")]] = torch.nan
     return row
+
+
+def _squares(norms: Sequence[Tensor | FactorNorms], like: Tensor) -> Tensor:
+    """Of a layer's batches the squared norms, shape ``(batches, samples)``, in float64."""
+    factors = [x for x in norms if isinstance(x, FactorNorms)]
+    if not factors or len(factors) < len(norms):
+        return _stack([x.squares() if isinstance(x, FactorNorms) else x for x in norms], like)
+    inputs, cotangents, with_bias = zip(*factors, strict=True)
+    return FactorNorms(_stack(inputs, like), _stack(cotangents, like), with_bias[0]).squares()
 
 
 def _stack(tensors: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
-from ..layers.rank_one import RankOne
+from ..layers.rank_one import FactorNorms, RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
 from .norm_sums import COLUMNS, Batch, Kind, Terms
@@ -157,9 +157,11 @@ def _answered_for(layer: Layer) -> list[int]:
     return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
 
 
-def keep_norms(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Tensor) -> None:
-    """Keep the squared norms of layers' per-sample gradients, shape ``(layers, N)``, until the backward has ended."""
-    for one, norm in zip(layers, norms.unbind(), strict=True):
+def keep_norms(
+    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Sequence[FactorNorms]
+) -> None:
+    """Keep what the norms of layers' per-sample gradients are products of, until the backward has ended."""
+    for one, norm in zip(layers, norms, strict=True):
         own = record.layers[one.layer.name]
         own.norms = norm
         if _by_factors(fisher, record, one.layer):

@@ -78,6 +78,11 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         with ADDING:
             fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
+    norms = [one.norms() for one in layers] if takes_norms(record) else None
+    if norms is not None:
+        keep_norms(fisher, record, layers, norms)
+    if fisher.accumulate == "trace" and vectors is None:
+        return
     seen = () if vectors is None else layers
     goods: Tensor | None = None
     together: SideBySide | OneByOne
@@ -91,7 +96,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
                 looks[i] = Look(own.r, own.s, own.start)
         seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
-        together = OneByOne(layers, looks, with_bias, squared=fisher.accumulate == "diagonal")
+        together = OneByOne(layers, looks, with_bias, norms if fisher.accumulate == "trace" else None)
         if fisher.accumulate == "diagonal" and fisher.on_nonfinite == "skip":  # norms tell by themselves
             goods = together.finite()
     if seen:
@@ -99,8 +104,6 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     for one, own in zip(layers, vectors, strict=True) if vectors is not None else ():
         if own is None:
             audit.explain(one.layer.name, one.layer.parameters, one.gradients, low)
-    if takes_norms(record):
-        keep_norms(fisher, record, layers, together.norms())
     if fisher.accumulate == "diagonal":
         fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
 

@@ -1,11 +1,15 @@
 """Layers whose per-sample gradients are products of one input and one cotangent."""
 
+import pytest
 import torch
 from torch import nn
 
-from secorder.layers.per_sample import Outer, PerSample
+from secorder.layers.norms import squared_norms
+from secorder.layers.per_sample import Outer, PerSample, dense
 from secorder.layers.rank_one import overwritten, rank_one
 from secorder.layers.selection import select_layers
+
+from ..reference import assert_close
 
 N = 5
 MODEL = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3, bias=False))
@@ -29,6 +33,23 @@ def test_what_is_such_a_product() -> None:
     assert rank_one(layer, {"weight": Outer(torch.randn(N, 1, 2, 6), torch.randn(N, 1, 2, 3))}) is None
     assert rank_one(layer, {"weight": Outer(torch.randn(N, 3, 1, 6), torch.randn(N, 3, 1, 1))}) is None
     assert rank_one(layer, {"weight": torch.randn(N, 18)}) is None
+
+
+@pytest.mark.parametrize("bad", [None, "inputs", "cotangents"])
+def test_norms_of_factors_tell_those_of_their_products(bad: str | None) -> None:
+    """With a bias, and without; of one that is not finite nothing is, whatever the other factor is."""
+    for layer, gradients in zip(LAYERS, products(), strict=True):
+        one = rank_one(layer, gradients)
+        assert one is not None
+        if bad is not None:
+            one.inputs[2], one.cotangents[2] = (torch.inf, 0.0) if bad == "inputs" else (0.0, torch.inf)
+        found, sizes = one.norms().squares(), [p.numel() for p in layer.parameters.values()]
+        own = {name: gradients[name] for name in layer.parameters}
+        rows = torch.cat([dense(part, size) for part, size in zip(own.values(), sizes, strict=True)], 1)
+        assert found.isfinite().tolist() == [True, True, bad is None, True, True]
+        keep = found.isfinite()
+        assert_close(found[keep], rows.square().sum(1)[keep], 1e-12)
+        assert_close(squared_norms([[part] for part in own.values()], sizes)[keep], found[keep], 1e-12)
 
 
 def test_a_factor_that_is_changed_in_place_is_seen() -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from secorder import CurvatureProbe
+from secorder.layers.rank_one import FactorNorms
 from secorder.online import norm_sums
-from secorder.online.norm_sums import COLUMNS, NormSums, together_norms
+from secorder.online.norm_sums import COLUMNS, Batch, Kind, NormSums, Terms, together_norms
 
 from ..helpers import data, make, step
 from ..reference import assert_close
@@ -26,6 +27,23 @@ def test_windows_are_put_together_as_if_they_were_one() -> None:
     both = together_norms(*parts)
     assert_close(both.table, whole.table, 1e-12)
     assert both.added == whole.added
+
+
+def test_norms_may_come_as_factors() -> None:
+    """Of all batches that are added at once, or of some; with a bias, and without."""
+    kind = Kind((0, 1, 2), (True,) * 3, 4, Terms(4, 1.0, 2.0), None, False)
+    mixed, plain = [], []
+    for index in range(3):
+        norms = [FactorNorms(torch.rand(4), torch.rand(4), biased) for biased in (True, False)]
+        third = norms[1] if index else norms[1].squares()
+        totals = list(torch.rand(3))
+        mixed.append(Batch([norms[0], norms[1].squares().double(), third], totals))
+        first = norms[0].cotangents.double().square() * (norms[0].inputs.double().square() + 1)
+        both = norms[1].cotangents.double().square() * norms[1].inputs.double().square()
+        plain.append(Batch([first, both, both], totals))
+    sums = NormSums.empty(3, torch.device("cpu"))
+    expected, _ = sums.increments(plain, kind)
+    torch.testing.assert_close(sums.increments(mixed, kind)[0], expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("decay", [None, 0.5])
