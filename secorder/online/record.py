@@ -246,9 +246,9 @@ class ForwardRecord(_Referred):
         return [name for name, own in self.layers.items() if own.calls]
 
     def leave_out(self, names: Iterable[str]) -> None:
-        """Nothing more is done for these layers."""
+        """Nothing more is done for these layers, and what is to be added at the end is not."""
         for name in names:
-            self.layers[name].troubled = True
+            self.layers[name].troubled, self.layers[name].norms = True, None
 
     def of_another(self) -> bool:
         """Whether what a checkpoint computes again, in backward, is a part of another forward."""

@@ -41,8 +41,11 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
 
 
 def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
-    """A layer waits from now on; where too much would, all are added."""
+    """A layer waits from now on, unless its norms are all that is asked; where too much would, all are added."""
     record.layers[one.layer.name].received = True
+    if fisher.accumulate == "trace" and record.backward is not None and record.backward.audit.idle:
+        keep_norms(fisher, record, [one], [one.norms()])  # nothing else is asked of its factors
+        return
     record.waiting.append(one)
     record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
@@ -81,8 +84,6 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
     norms = [one.norms() for one in layers] if takes_norms(record) else None
     if norms is not None:
         keep_norms(fisher, record, layers, norms)
-    if fisher.accumulate == "trace" and vectors is None:
-        return
     seen = () if vectors is None else layers
     goods: Tensor | None = None
     together: SideBySide | OneByOne

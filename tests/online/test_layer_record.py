@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from secorder import CurvatureProbe
+from secorder.online.audit.audited import Audited
 from secorder.online.hooks import Attachment
 from secorder.online.layer_record import LayerRecord, Start
 from secorder.online.record import ForwardRecord
 
-from ..helpers import Net, data, mlp
+from ..helpers import Net, data, mlp, step
 
 
 @pytest.fixture
@@ -59,6 +60,24 @@ def test_a_layer_that_is_left_out_is_troubled_in_this_forward_alone(records: lis
             loss.backward()
     assert [record.layers["2"].troubled for record in records] == [True, False]
     assert {name: sums.batches for name, sums in probe._fisher.sums.items()} == {"0": 2, "2": 1, "4": 2}
+
+
+def test_a_layer_that_is_left_out_after_its_gradient_has_come_brings_no_norms(
+    records: list[ForwardRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Audited, "draw", lambda *_, **__: set())  # so that its norms are taken at once
+    model, batch = mlp(), data()
+    with CurvatureProbe(model, accumulate="trace") as probe:
+        step(model, batch)
+        expected = probe.fisher_trace()["2"].value
+        handle = model[0].register_full_backward_hook(lambda *_: records[-1].leave_out(["2"]))
+        for p in model.parameters():
+            p.data.mul_(1.5)
+        step(model, batch)
+        handle.remove()
+        found = probe.fisher_trace()
+    assert [own.num_samples for own in found.values()] == [12, 6, 12]
+    assert found["2"].value == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_call_that_overwrites_its_arguments_cannot_start_again() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 from secorder.online import waiting
+from secorder.online.audit.audited import Audited
 
 from ..helpers import data, reference, step
 from ..reference import assert_all_close
@@ -38,13 +39,13 @@ def test_how_many_wait_changes_nothing(most: str, monkeypatch: pytest.MonkeyPatc
             assert math.isclose(found.value, trace, rel_tol=1e-5)
 
 
+def overwrite(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    output.register_hook(lambda g: output.detach().zero_() * 0 + g)
+
+
 def test_an_input_that_is_overwritten_while_its_layer_waits() -> None:
     """The batch is left out of that layer; the others have theirs."""
     model, batch = chain(), data()
-
-    def overwrite(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.register_hook(lambda g: output.detach().zero_() * 0 + g)
-
     with CurvatureProbe(model, reduction="mean") as probe:
         step(model, batch)
         expected = reference(model, batch)
@@ -52,6 +53,30 @@ def test_an_input_that_is_overwritten_while_its_layer_waits() -> None:
         with pytest.warns(CurvatureWarning, match="'4'.*overwritten in place"):
             step(model, batch)
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_a_layer_whose_norms_are_all_that_is_asked_does_not_wait(
+    audited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its factors may be overwritten as soon as its gradient has come; where it is audited, the batch is left out."""
+    model, batch = chain(), data()
+    with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+        step(model, batch)
+        expected = reference(model, batch)
+        if not audited:
+            monkeypatch.setattr(Audited, "draw", lambda *_, **__: set())
+        model[3].register_forward_hook(overwrite)  # the input of the last layer, whose gradient has come
+        if audited:
+            with pytest.warns(CurvatureWarning, match="'4'.*overwritten in place"):
+                step(model, batch)
+        else:
+            step(model, batch)
+        found = probe.fisher_trace()
+    assert [x.num_samples for x in found.values()] == [12, 12, 6 if audited else 12]
+    for name, own in found.items():
+        trace = sum(float(part.sum()) for key, part in expected.items() if key.startswith(f"{name}."))
+        assert math.isclose(own.value, trace, rel_tol=1e-9)
 
 
 def test_what_waits_when_a_backward_is_broken_off_is_forgotten_by_a_reset() -> None:
