@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 from .._torch.modules import held_parameter, holds
+from .._torch.stand_ins import constant_in_place_of
+from ..layers.selection import Layer
 from .fisher import OnlineFisher
 from .looks import Looks
 
@@ -13,6 +15,9 @@ def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
     if _as_they_were(fisher):
         return True
+    if all(_others_stand_in(layer) for layer in fisher.layers):
+        fisher.troubles.saw("no gradient")
+        return False
     changed = False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
@@ -51,6 +56,12 @@ def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     else:
         fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
     return len(meta) < len(fisher.layers)
+
+
+def _others_stand_in(layer: Layer) -> bool:
+    """Whether a layer holds constants in place of its parameters, such as those of a target network, for a while."""
+    found = [(constant_in_place_of(layer.module, name), p) for name, p in layer.parameters.items()]
+    return all(constant is not None and constant.shape == p.shape for constant, p in found)
 
 
 def _as_they_were(fisher: OnlineFisher) -> bool:

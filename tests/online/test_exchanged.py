@@ -1,7 +1,8 @@
 """What is recorded follows parameters that are exchanged or moved."""
 
+import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.online.exchanged import refresh
@@ -25,3 +26,42 @@ def test_nothing_is_recorded_of_a_model_without_memory() -> None:
     with CurvatureProbe(model, reduction="mean") as probe:
         assert not refresh(probe._fisher, probe._looks)
         assert "meta device" in probe._fisher.troubles.marks["0"]
+
+
+@pytest.mark.parametrize("by", ["functional_call", "buffers", "attributes"])
+def test_a_forward_with_constants_in_place_of_all_parameters_is_passed_over(
+    by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That of a target network, which modules of other libraries are for a while."""
+    model, batch = mlp(), data()
+    constants = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    looks: list[int] = []
+
+    def target(inputs: Tensor) -> Tensor:
+        if by == "functional_call":
+            return torch.func.functional_call(model, constants, inputs)
+        kept = [(m, dict(m._parameters)) for m in model if m._parameters]
+        for name, value in constants.items():
+            layer, _, local = name.partition(".")
+            delattr(model[int(layer)], local)
+            if by == "buffers":
+                model[int(layer)].register_buffer(local, value)
+            else:
+                setattr(model[int(layer)], local, value)
+        try:
+            return model(inputs)
+        finally:
+            for module, parameters in kept:
+                for local in parameters:
+                    delattr(module, local)
+                module._parameters.update(parameters)
+
+    with CurvatureProbe(model, reduction="mean") as probe:
+        look = probe._looks.look
+        monkeypatch.setattr(probe._looks, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+        for _ in range(4):
+            step(model, batch)
+            target(batch[0])
+        assert len(looks) == 1
+        assert probe.num_samples == 4 * 6
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
