@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 
 from torch import Tensor
 
-from .._arguments import like, require_flag, require_integer, require_one_of, shown
+from .._arguments import like, require_flag, require_integer, require_number, require_one_of, shown
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -86,9 +86,19 @@ def measurement_options(probe: Watched, given: Mapping[str, Any], own: Iterable[
     options = {method: {key: value for key, value in given.items() if key in taken[method]} for method in methods}
     for method, chosen in options.items():
         for key, value in chosen.items():
-            if get_origin(words := taken[method][key].annotation) is Literal:
-                require_one_of(key, value, get_args(words))  # now, not at the first step that measures
+            _check_option(key, value, taken[method][key].annotation)  # now, not at the first step that measures
     return options
+
+
+def _check_option(name: str, value: Any, annotation: Any) -> None:
+    """Refuse what is none of an option's words, no number of its kind, or below zero."""
+    kinds = get_args(annotation) or (annotation,)
+    if get_origin(annotation) is Literal:
+        require_one_of(name, value, kinds)
+    elif value is not None and int in kinds:
+        require_integer(name, value, 0)
+    elif value is not None and float in kinds:
+        require_number(name, value, zero=True)
 
 
 def check_flags(**flags: Any) -> None:

@@ -34,6 +34,8 @@ def test_a_misspelt_module_is_told_which_there_are() -> None:
         ({"reduction": "none"}, "reduction must be"),
         ({"hessian_every": 5}, "hessian_every needs loss_fn= and batch="),
         ({"method": "quick"}, "method must be"),
+        ({"rtol": -0.1}, "rtol must be zero or positive, got -0.1."),
+        ({"max_iterations": 2.5}, "max_iterations must be an integer, got 2.5."),
     ],
 )
 def test_an_option_is_refused_before_training(options: dict[str, Any], message: str) -> None:
