@@ -89,8 +89,9 @@ def _easier(rest: Pilot, whole: Pilot, known: Estimate, count: int) -> bool:
     """Whether the rest, besides what is known, has less of an error than the whole."""
     if not known.errors:
         return rest.spread < whole.spread
-    variances = [sum(float(v.double().var(0).sum()) for v in tried.values) / count for tried in (rest, whole)]
-    return variances[0] + sum(float(e.double().square().sum()) for e in known.errors) < variances[1]
+    wide = torch.float64
+    variances = [sum(float(v.var(0).sum(dtype=wide)) for v in tried.values) / count for tried in (rest, whole)]
+    return variances[0] + sum(float(e.square().sum(dtype=wide)) for e in known.errors) < variances[1]
 
 
 def space_of(

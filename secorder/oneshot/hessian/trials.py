@@ -139,21 +139,29 @@ def _draw_some(
     for name, (seconds, num_bytes) in zip(alone, of_nearest(len(alone), of_layer), strict=True):
         found.learn(name, num_bytes=num_bytes)
         expected[name] = seconds
-    for name, seconds in _seconds_of_columns_beside(task, found, budget, alone).items():
+    for name, seconds in _seconds_of_columns_beside(task, found, budget, alone, reduce, limit).items():
         expected[name] += seconds
     return expected
 
 
 def _seconds_of_columns_beside(
-    task: Measurement, found: Findings, budget: Budget, drawn: Sequence[str]
+    task: Measurement, found: Findings, budget: Budget, drawn: Sequence[str], reduce: Reduce, limit: float
 ) -> dict[str, float]:
     """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
     names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_told(found, x, budget)]
-    if not names or found.output_side is None:
-        return {}
-    graphs = [found.graphs[name] for name in names]
-    seconds, _ = _of_columns(task, found.output_side, graphs, partial(_told_seconds, allowance=TRIAL_SECONDS))
-    return {name: min(found.facts[name].num_columns, budget.num_draws) * seconds / len(names) for name in names}
+    side, seconds = found.output_side, dict[str, float]()
+    if side is None:
+        return seconds
+    few = [found.graphs[x] for x in names if found.facts[x].num_columns <= budget.num_draws]
+    many = [found.graphs[x] for x in names if found.facts[x].num_columns > budget.num_draws]
+    if few:
+        by_column, _ = _of_columns(task, side, few, partial(_told_seconds, allowance=TRIAL_SECONDS))
+        seconds |= {g.layer.name: found.facts[g.layer.name].num_columns * by_column / len(few) for g in few}
+    if many:
+        work = partial(_drawn_columns, task, side, many, reduce)
+        _, whole = _seconds_of_draws(work, budget.closer(0.5), len(many) * limit, TRIAL_SECONDS)
+        seconds |= {g.layer.name: whole / len(many) for g in many}
+    return seconds
 
 
 def gauss_newton_alone(found: Findings, budget: Budget) -> list[str]:

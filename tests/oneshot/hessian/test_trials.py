@@ -180,3 +180,28 @@ def test_a_layer_that_a_checkpoint_calls_twice_is_timed_as_it_runs(method: Any) 
     assert cost["b"].strategy == info["b"].strategy
     assert str(cost["b"].strategy).startswith("parameter")
     assert cost["b"].seconds > 0
+
+
+@pytest.mark.usefixtures("no_chain")
+@pytest.mark.parametrize(("draws", "expected"), [(6, 1.0 + 7.0 / 2), (12, 1.0 + 8 * 0.1)])
+def test_columns_that_are_drawn_beside_draws_are_told(
+    monkeypatch: pytest.MonkeyPatch, draws: int, expected: float
+) -> None:
+    """As they run: the heaviest and draws of the rest, for all layers; all columns, and pilots, where they are few."""
+
+    def seconds_of_draws(work: Any, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
+        work(budget, limit)
+        return 0.1, 7.0 if work.func is trials._drawn_columns else 1.0
+
+    def told(task: Measurement) -> dict[str, float]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            budget = Budget("hutchinson", num_draws=draws)
+            found = investigate(task, recording, budget, columns=True)
+            return learn_seconds(task, found, budget, recording, draws=whole)
+
+    monkeypatch.setattr(trials, "_seconds_of_draws", seconds_of_draws)
+    monkeypatch.setattr(trials, "_told_seconds", lambda *_, allowance: (0.0, 0))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 12))
+    x, y = torch.randn(6, 3), torch.randint(12, (6,))
+    found = measure(told, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
+    assert {name: found[name] for name in ("0", "2")} == dict.fromkeys(("0", "2"), pytest.approx(expected))
