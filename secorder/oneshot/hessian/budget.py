@@ -97,6 +97,13 @@ class Budget:
             return replace(self, num_draws=max(2, self.num_draws - spent))
         return replace(self, max_draws=max(self.num_draws, self.max_draws - spent))
 
+    def after(self, seconds: float) -> "Budget":
+        """The budget when so many seconds of its own were spent; a quarter is left, for what cannot do with nothing."""
+        if self.max_seconds == math.inf:
+            return self
+        left = max(0.25, 1 - seconds / self.max_seconds)
+        return replace(self, max_seconds=left * self.max_seconds, draw_seconds=left * self.draw_seconds)
+
     def within(self, seconds: float, by_draw: float) -> "Budget":
         """The budget with as many draws as fit in the seconds, at least two, where an error is asked for.
 

@@ -108,6 +108,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
         by_chain = _seconds_by_chain(task, found, budget)
+        budget = budget.after(sum(by_chain.values()))
         if matters(found, budget):  # as it is found out when it is measured
             overhead += seconds_of(lambda: learn_seconds(task, found, budget, recording))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)

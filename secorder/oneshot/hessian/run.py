@@ -9,6 +9,7 @@ from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
+from ..timing import seconds_of
 from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
@@ -47,7 +48,7 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
-        _chain(task, found, budget, reduce, outcomes)
+        budget = budget.after(seconds_of(lambda: _chain(task, found, budget, reduce, outcomes)))
         if matters(found, budget):
             learn_seconds(task, found, budget, recording)
         known = _columns(task, found, budget, reduce, outcomes)

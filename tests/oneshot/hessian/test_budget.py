@@ -1,12 +1,17 @@
 """How exact, and what it may cost."""
 
 import math
+import time
 from typing import Any
 
 import pytest
+import torch.nn.functional as F
 
-from secorder import InvalidArgumentError
+from secorder import CurvatureProbe, InvalidArgumentError
+from secorder.oneshot.hessian import chain
 from secorder.oneshot.hessian.budget import AUTO_RTOL, AUTO_SECONDS, MAX_HVPS, MAX_WORK, Budget
+
+from ...helpers import data, mlp
 
 
 def checked(
@@ -67,3 +72,33 @@ def test_draws_that_there_is_time_for() -> None:
     assert auto.within(5.0, 100.0).max_draws == 2  # of which there is an error
     for budget, seconds, by_draw in ((auto, 5.0, 0.0), (auto, math.inf, 1.0), (Budget("hutchinson", 50), 1.0, 1.0)):
         assert budget.within(seconds, by_draw) is budget
+
+
+def test_what_was_spent_is_not_there_for_the_rest() -> None:
+    auto = checked()
+    assert (auto.after(4.0).max_seconds, auto.after(4.0).draw_seconds) == pytest.approx((6.0, 3.0))
+    assert (auto.after(99.0).max_seconds, auto.after(99.0).draw_seconds) == pytest.approx((2.5, 1.25))
+    assert checked(rtol=0.1).after(4.0).draw_seconds == math.inf
+    for others in (checked("hutchinson"), checked("exact"), checked(max_hvps=7)):
+        assert others.after(4.0) == others
+
+
+def test_the_seconds_of_a_chain_are_spent_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    spent, carried = [], chain.run
+
+    def after(self: Budget, seconds: float) -> Budget:
+        spent.append(seconds)
+        return self
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.2)
+        return carried(*args)
+
+    monkeypatch.setattr(Budget, "after", after)
+    monkeypatch.setattr(chain, "run", slowly)
+    monkeypatch.setattr("secorder.oneshot.hessian.cost.seconds_of_chain", lambda *_: 3.0)
+    with CurvatureProbe(mlp()) as probe:
+        assert {i.strategy for i in probe.hessian_diagonal(F.cross_entropy, *data()).info.values()} == {"chain"}
+        probe.estimate_cost(F.cross_entropy, *data())
+    assert spent[0] >= 0.2
+    assert spent[1:] == [pytest.approx(3.0)]
