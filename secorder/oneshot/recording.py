@@ -297,6 +297,11 @@ class _Tap:
         """The tensor plus a zero leaf, which is entered in ``leaves``; or as it is, with what stands for it there."""
         if not tensor.is_floating_point():
             return tensor
+        if tensor.is_nested:
+            raise AttributionError(
+                f"layer {self.layer.name!r} returns a nested tensor, which has no dimension that samples could be "
+                "found in: let it compute with padded ones, or leave the layer out with layers=."
+            )
         leaf = _leaf(tensor)
         leaves.append(leaf)
         result = tensor + leaf

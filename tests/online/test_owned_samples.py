@@ -224,6 +224,21 @@ def test_a_nested_tensor_is_named() -> None:
             probe.fisher_diagonal()
 
 
+def test_a_nested_tensor_within_the_model_is_named() -> None:
+    def forward(m: Any, x: Tensor, lengths: Tensor) -> Tensor:
+        pieces = [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)]
+        hidden = torch.tanh(m.a(torch.nested.as_nested_tensor(pieces, layout=torch.jagged)))
+        return m.b(torch.nested.to_padded_tensor(hidden, 0.0).sum(1))
+
+    batches = [(torch.randn(n, 4, 4), torch.randint(1, 5, (n,)), torch.randint(3, (n,))) for n in (4, 3)]
+    model = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3))
+    with CurvatureProbe(model, reduction="mean") as probe:
+        classify(model, batches[0]).backward()
+        with pytest.raises(AttributionError, match=r"layer 'a' returns a nested tensor.*padded ones, or leave"):
+            probe.fisher_diagonal()
+    assert follow(model, batches, classify, layers="!a").exact
+
+
 def test_calls_of_one_tree() -> None:
     model = Net(
         lambda m, tree: of_trees(m, [tree]), table=nn.Embedding(6, 4), join=nn.Linear(8, 4), head=nn.Linear(4, 2)
