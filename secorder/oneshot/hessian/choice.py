@@ -115,7 +115,8 @@ def _chain_pays(facts: Sequence[Facts], budget: Budget) -> list[Facts]:
         saved += f.basis_work - f.chain_work
         if saved >= most and chain.affords(served[: index + 1], budget):
             best, most = served[: index + 1], saved
-    return best
+    # Where z is the output, of many positions, H_z would be formed whole, of which the loss's diagonal may be all.
+    return best if any(f.chain_products or f.outputs <= f.numel for f in best) else []
 
 
 def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:

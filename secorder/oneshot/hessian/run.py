@@ -48,7 +48,8 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
-        budget = budget.after(seconds_of(lambda: _chain(task, found, budget, reduce, outcomes)))
+        seconds = seconds_of(lambda: _chain(task, found, budget, reduce, outcomes))
+        budget = budget.after(seconds) if outcomes else budget
         if matters(found, budget):
             learn_seconds(task, found, budget, recording)
         known = _columns(task, found, budget, reduce, outcomes)

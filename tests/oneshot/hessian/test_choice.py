@@ -27,6 +27,16 @@ TIMED = Budget("auto", num_draws=16, max_hvps=100, max_seconds=2.0)
 CHOICES: dict[str, tuple[list[Facts], Budget, dict[str, tuple[str, int]]]] = {
     "basis_of_outputs": ([FREE], BASIS, {"a": ("output-basis", 5)}),
     "fewer_parameters": ([dataclasses.replace(FREE, numel=4)], BASIS, {"a": ("parameter-basis", 4)}),
+    "chain_to_the_output": (
+        [dataclasses.replace(FREE, chain_depth=1, basis_work=1)],
+        BASIS,
+        {"a": ("chain", 0)},
+    ),
+    "many_positions_of_the_output": (
+        [dataclasses.replace(FREE, chain_depth=1, basis_work=1, outputs=50)],
+        BASIS,
+        {"a": ("parameter-basis", 40)},
+    ),
     "coupled": (
         [dataclasses.replace(FREE, samples_independent=False)],
         BASIS,
