@@ -90,20 +90,15 @@ def is_traced() -> bool:
 
 
 class EagerSection:
-    """From :meth:`begin` to :meth:`end` nothing is compiled, and what is compiled runs as it was written.
+    """From now on to :meth:`end` nothing is compiled, and what is compiled may run as it was written.
 
-    No compiled code is lost: it runs again after the end. To be begun by a function that is :func:`uncompiled`.
+    No compiled code is lost: it runs again after the end. To be made by a function that is :func:`uncompiled`.
     """
 
-    @uncompiled
-    def __init__(self) -> None:
-        self._callback: Any = None
-        self._eager = False
-
     @uncompiled  # as yet, compiling is on
-    def begin(self) -> None:
-        """Nothing is compiled from now on."""
-        self._callback = eval_frame.set_eval_frame(None)
+    def __init__(self) -> None:
+        self._callback: Any = eval_frame.set_eval_frame(None)
+        self._eager = False
 
     def within_compiled_code(self) -> bool:
         """Whether the code around is being compiled, or was."""

@@ -61,9 +61,13 @@ def layer_called(
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own_part(x, ends[0], "its input") for x in inputs)
     shapes = (output.shape if type(output) is Tensor else local_shape(output),)
-    index = _call(record, own, shapes, usual=usual)
-    if not (usual and output.requires_grad) and not _recordable(record, layer, (output,)):
-        return
+    if usual and output.requires_grad:
+        index = len(own.calls)
+        own.calls.append(shapes)
+    else:
+        index = _call(record, own, shapes)
+        if not _recordable(record, layer, (output,)):
+            return
     kept = keep(inputs, here=usual)  # also of a call that a checkpoint computes again: as many tensors as at first
     if index in own.hooked:
         return
@@ -90,10 +94,10 @@ def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: S
         keep(inputs, here=layer.rule is None and layer.enclosing is model)
 
 
-def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...], *, usual: bool = False) -> int:
+def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...]) -> int:
     """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
     calls, again = own.calls, own.recomputed
-    if usual or record.backward is None or not in_backward():
+    if record.backward is None or not in_backward():
         calls.append(shapes)
         return len(calls) - 1
     index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in again), len(calls) - 1)

@@ -134,10 +134,12 @@ class Attachment:
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
+        thread = threading.get_ident()
+        if (around := self.running.get(thread)) is not None:
+            around.nested = True
         if in_backward():  # perhaps in a thread of the engine's, for which the look at the model waits
             self._begin(args, kwargs, eager, within=True)
             return
-        thread = threading.get_ident()
         self._waiting.add(thread)
         try:
             self._beginning.acquire()
@@ -220,7 +222,7 @@ class Attachment:
         """
         thread = threading.get_ident()
         record = self.running.get(thread)
-        if is_running(self.model):
+        if (record is None or record.nested) and is_running(self.model):
             return
         if record is None:
             if in_backward():
@@ -305,7 +307,6 @@ class _Begin(OwnHook):
                 leave_graph()
             return
         eager = EagerSection()
-        eager.begin()
         begin(self.owner, args, kwargs, eager)
 
 
@@ -329,7 +330,6 @@ class _End(OwnHook):
         sections: list[EagerSection] = []  # of a forward that is recorded the forward's own
         if threading.get_ident() not in self.owner.running:
             sections.append(EagerSection())
-            sections[0].begin()
         fisher = self.owner.fisher
         try:
             fisher.troubles.guarded(None, fisher.by_layer, self.owner.end, args, kwargs, output, sections)

@@ -195,6 +195,7 @@ class ForwardRecord(_Referred):
         untold: why it is not known where samples are, which is told once a backward comes; else empty.
         unreturned: whether the forward ended without an output: it returned none, or raised.
         eager: the section in which nothing is compiled, while the forward runs.
+        nested: whether the model was called again while it runs, as by itself.
         again: the engine's number of the latest backward that came once it was closed, and which layers it reaches.
     """
 
@@ -232,6 +233,7 @@ class ForwardRecord(_Referred):
     untold: str = ""
     unreturned: bool = False
     eager: EagerSection | None = None
+    nested: bool = False
     again: tuple[int | None, Tensor] | None = None
 
     def unhook(self) -> None:

@@ -42,7 +42,6 @@ def test_nothing_is_compiled_in_an_eager_section() -> None:
 
     compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
     section = EagerSection()
-    section.begin()
     section.run_compiled_code_eagerly()
     compiled(torch.ones(2))
     section.end()

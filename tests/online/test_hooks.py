@@ -2,12 +2,14 @@
 
 import gc
 import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError
@@ -278,3 +280,31 @@ def test_a_checkpoint_whose_backward_is_not_recorded_saves_as_many_tensors(
         assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
     probe.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class CallsItself(nn.Module):
+    """Its own answer, taken in some state, is a part of what it computes."""
+
+    def __init__(self, around: Callable[[], AbstractContextManager[object]]) -> None:
+        super().__init__()
+        self.body, self.head, self.around = nn.Linear(4, 5), nn.Linear(5, 3), around
+
+    def forward(self, x: Tensor, inner: bool = False) -> Tensor:
+        answer = self.head(torch.tanh(self.body(x)))
+        if inner:
+            return answer
+        with self.around():
+            other = self(x.detach(), inner=True)
+        return answer * (2 + other.detach().tanh())
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, nullcontext])
+def test_a_model_that_calls_itself_ends_once(around: Callable[[], AbstractContextManager[object]]) -> None:
+    """Whatever keeps the inner call from being recorded, the outer one's hooks stay until it has ended itself."""
+    model, batch = CallsItself(around), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for _ in range(3):
+            step(model, batch)
+            assert not any(module._forward_hooks for module in model.children())
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+    assert probe.num_samples == 18
