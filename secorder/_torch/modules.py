@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from operator import is_
+from operator import attrgetter, is_
 from threading import get_ident
 from types import FrameType
 from typing import Any, NamedTuple
@@ -14,39 +14,13 @@ from torch import Tensor, nn
 from .pytree import once_each
 
 __all__ = [
-    "Place",
-    "backward_hooks",
-    "backward_hooks_on_all_modules",
-    "backward_hooks_removed",
-    "batch_normalisation",
-    "buffer_places",
-    "computes_as",
-    "convolution_padding",
-    "evaluating",
-    "forward_hook_dicts",
-    "forward_hooks",
-    "forward_hooks_removed",
-    "gradient_hooks_removed",
-    "has_hooks",
-    "held_parameter",
-    "holds",
-    "hooks_on_all_modules",
-    "is_running",
-    "is_scripted",
-    "kept_out_of_copies",
-    "observe_nothing",
-    "observers",
-    "own_attributes",
-    "own_parameters",
-    "own_tensors",
-    "parameter_places",
-    "parameters_replaced",
-    "parameters_with",
-    "put_back",
-    "put_copies",
-    "tables_of",
-    "threads_running",
-]
+    "Place", "backward_hooks", "backward_hooks_on_all_modules", "backward_hooks_removed", "batch_normalisation",
+    "buffer_places", "computes_as", "convolution_padding", "evaluating", "forward_hook_dicts", "forward_hooks",
+    "forward_hooks_removed", "gradient_hooks_removed", "has_hooks", "held_parameter", "holds", "hooks_on_all_modules",
+    "is_running", "is_scripted", "kept_out_of_copies", "observe_nothing", "observers", "own_attributes",
+    "own_parameters", "own_tensors", "parameter_places", "parameter_table", "parameters_replaced", "parameters_with",
+    "put_back", "put_copies", "tables_of", "threads_running",
+]  # fmt: skip
 
 
 class Place(NamedTuple):
@@ -119,6 +93,10 @@ def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
     return all(map(is_, map(held.get, parameters), parameters.values()))
+
+
+#: What a module itself holds as its parameters, by name.
+parameter_table: Callable[[nn.Module], dict[str, Tensor | None]] = attrgetter("_parameters")
 
 
 def held_parameter(module: nn.Module, name: str) -> Any:

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 
-from .._torch.modules import held_parameter, holds
+from .._torch.modules import held_parameter, parameter_table
 from .._torch.stand_ins import constant_in_place_of
 from ..layers.selection import Layer
 from .fisher import OnlineFisher
 from .looks import Looks
+from .plan import Held
 
 __all__ = ["refresh"]
 
@@ -18,7 +19,7 @@ def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     if all(_others_stand_in(layer) for layer in fisher.layers):
         fisher.troubles.saw("no gradient")
         return False
-    changed = False
+    fisher.places, changed = [], False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same, on_meta = True, False
@@ -66,11 +67,12 @@ def _others_stand_in(layer: Layer) -> bool:
 
 def _as_they_were(fisher: OnlineFisher) -> bool:
     """Whether the modules hold the parameters that the layers have, where these are counted."""
-    for layer in fisher.layers:
-        parameters, here = layer.parameters, fisher.by_layer[layer.name].counts.device
-        if here.type == "meta" or not holds(layer.module, parameters):
+    fisher.places = fisher.places or [
+        Held(layer.module, name, p, fisher.by_layer[layer.name])
+        for layer in fisher.layers
+        for name, p in layer.parameters.items()
+    ]
+    for module, name, p, sums in fisher.places:
+        if parameter_table(module).get(name) is not p or p.is_meta or p.device != sums.counts.device:
             return False
-        for p in parameters.values():
-            if p.device != here:
-                return False
     return fisher.norms.device == fisher.by_layer[fisher.layers[0].name].counts.device

@@ -30,7 +30,7 @@ from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
 from .norm_sums import NormSums
 from .norms import add_norms, take_norms, takes_norms
-from .plan import Plan
+from .plan import Held, Plan
 from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
 from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, empty
@@ -107,7 +107,7 @@ class OnlineFisher:
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**vars(self), "backwards": Backwards(), "plans": {}}
+        return {**vars(self), "backwards": Backwards(), "plans": {}, "places": []}
 
     @property
     def seen(self) -> Tensor:
@@ -125,6 +125,7 @@ class OnlineFisher:
     def sums(self, sums: dict[str, LayerSums]) -> None:
         self.by_layer, self.stacked = sums, Stacked()
         self.plans: dict[Layer, Plan | None] = {}
+        self.places: list[Held] = []
 
     def settle(self) -> None:
         """Add the batches that wait to be added together with later ones."""

@@ -4,18 +4,35 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..layers.dtypes import compute_dtype
 from ..layers.low_precision import is_low
 from ..layers.rank_one import RankOne
 from ..layers.rules.linear import linear
 from ..layers.selection import Layer
+from .sums import LayerSums
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["Held", "Plan", "plan_of"]
+
+
+class Held(NamedTuple):
+    """Where a parameter of a layer is held as long as nobody exchanges or moves it.
+
+    Attributes:
+        module: that holds it.
+        name: under which it does.
+        parameter: that is to be there.
+        sums: of its layer, which are counted where it is.
+    """
+
+    module: nn.Module
+    name: str
+    parameter: Tensor
+    sums: LayerSums
 
 
 class Plan(NamedTuple):

@@ -65,3 +65,16 @@ def test_a_forward_with_constants_in_place_of_all_parameters_is_passed_over(
         assert len(looks) == 1
         assert probe.num_samples == 4 * 6
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+def test_a_parameter_that_comes_back_is_told_again() -> None:
+    """Whatever was seen of the model meanwhile: what is compared with is what the layers have now."""
+    model, batch = mlp(), data()
+    first = next(x for x in model.modules() if isinstance(x, nn.Linear))
+    weights = [first.weight, nn.Parameter(2 * first.weight.detach())]
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for turn in (0, 1, 0, 0, 1):
+            first.weight = weights[turn]
+            probe.reset()
+            step(model, batch)
+            assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
