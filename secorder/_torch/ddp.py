@@ -40,4 +40,4 @@ def _run(wrapper: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
 
 def passes_on(node: Any) -> bool:
     """Whether a node of the autograd graph is a wrapper's own, which hands every gradient on as it is."""
-    return node.name() == "_DDPSinkBackward" and len(node.next_functions) == len(node._input_metadata)
+    return type(node).__name__ == "_DDPSinkBackward" and len(node.next_functions) == len(node._input_metadata)
