@@ -1,6 +1,6 @@
 """What the last operations of a loss tell: its terms, what these are multiplied by, and the targets of a mean."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from math import prod
 from typing import NamedTuple
 
@@ -11,30 +11,18 @@ from .ddp import passes_on
 from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
 
 __all__ = [
-    "Targets", "divided_by", "divisor_of_sum", "factors_between", "is_mean", "mean_over_targets", "reduced_alone",
-    "selected", "terms", "weighted",
+    "Targets", "averaged", "factors_between", "hides", "is_mean", "mean_over_targets", "multiplier", "ones_for",
+    "selected", "summed", "terms", "uniform", "weights_within",
 ]  # fmt: skip
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
 
-#: What a loss may do with outputs before it adds up or takes a mean, so that no number is multiplied by a constant,
-#: none is left out, and none is a mean already.
-PLAIN = frozenset({
-    "Abs", "Add", "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Exp", "Gather", "HuberLoss", "LogSigmoid",
-    "LogSoftmax", "Log", "Logsumexp", "Mul", "MseLoss", "Neg", "NllLoss", "NllLoss2D", "Permute", "Pow", "Reshape",
-    "Rsub", "Sigmoid", "SmoothL1Loss", "SoftMarginLoss", "Softmax", "Softplus", "Sqrt", "Squeeze", "Sub", "T", "Tanh",
-    "ToCopy", "Transpose", "Unsqueeze", "View",
-})  # fmt: skip
-
-#: And what it may do with the numbers of each sample, while these stay in the first dimension.
-OF_EACH = frozenset({"Index", "Mean", "Select", "Slice"})
-
-#: A factor below so many times the number of samples makes no mean of a sum.
-FAR = 0.75
+#: What multiplies by constants.
+PRODUCTS = ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv")
 
 #: What makes one number of others, and how many of these are looked at.
-ARITHMETIC, ADDITION, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), ("Add", "Neg", "Sub"), 16
+ARITHMETIC, MOST = ("Add", "Div", "Mul", "Neg", "Sub"), 16
 
 
 def terms(root: Node, ends: Collection[Node] = (), by: Collection[str] = ARITHMETIC) -> Iterator[Node]:
@@ -60,23 +48,9 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
         if operation_of(node) != "ToCopy":
             found.append(step[1])
         node = step[0]
-    if found and (count := _summed(node)) and count * found[-1] < 1:  # divided by more than there is
+    if found and (count := summed(node)) and count * found[-1] < 1:  # divided by more than there is
         return [*found[:-1], count * found[-1]]
     return found[:-1] if any(map(_sums, terms(node, ends))) else found
-
-
-def divisor_of_sum(node: Node) -> tuple[float, int]:
-    """What a sum, or several that are added, is divided by, and how many numbers it has; zeros for any other node."""
-    step = _multiplied(node) if operation_of(node) == "Div" else None
-    parts = [] if step is None else [x for x in terms(step[0], by=ADDITION) if operation_of(x) not in ADDITION]
-    count = min(map(_summed, parts), default=0)
-    return (0.0, 0) if step is None or count < 2 else (1 / step[1], count)
-
-
-def divided_by(order: Iterable[Node], number: int) -> set[Node]:
-    """The nodes whose number is divided by this one."""
-    steps = [step for node in order if operation_of(node) == "Div" and (step := _multiplied(node))]
-    return {before for before, factor in steps if abs(factor * number - 1) < 1e-6}
 
 
 def _multiplied(node: Node) -> tuple[Node, float] | None:
@@ -85,21 +59,26 @@ def _multiplied(node: Node) -> tuple[Node, float] | None:
     if operand is None or shape_of(node, 0) or shape_of(*operand[1]):
         return None
     index, source = operand
-    seen = node._input_metadata[0]
-    one = torch.ones((), dtype=seen.dtype, device=seen.device)
-    return source[0], float(run_node(node, [one], index))
+    return source[0], float(run_node(node, [ones_for(node)], index))
 
 
-def _summed(node: Node) -> int:
+def summed(node: Node) -> int:
     """How many numbers a node has added up to one; 0 where it is no sum of all of its numbers."""
-    if shape_of(node, 0):
-        return 0
-    if operation_of(node) in ("Sum", "Nansum"):
-        return prod(shape_of(*node.next_functions[0]))
-    if _sums(node) and recomputed(node) is False:
-        target: Tensor = getattr(node, "_saved_target", torch.empty(0))
-        return target.numel()
-    return 0
+    adds = operation_of(node) in ("Sum", "Nansum") or (_sums(node) and recomputed(node) is False)
+    return _reduced(node) if adds and not shape_of(node, 0) else 0
+
+
+def averaged(node: Node) -> int:
+    """How many numbers each one is the mean of that a node makes; 0 where it is no mean."""
+    return _reduced(node) if is_mean(node) and recomputed(node) is False else 0
+
+
+def _reduced(node: Node) -> int:
+    """How many numbers a node reduces to each one that it makes: of a loss of targets, how many targets."""
+    if operation_of(node) in ("NllLoss", "NllLoss2D"):
+        return int(node._saved_target.numel())
+    before = next(place for place in node.next_functions if place[0] is not None)
+    return prod(shape_of(*before)) // max(prod(shape_of(node, 0)), 1)
 
 
 def _sums(node: Node) -> bool:
@@ -111,57 +90,54 @@ def is_mean(node: Node) -> bool:
     return operation_of(node) == "Mean" or getattr(node, "_saved_reduction", None) == MEAN
 
 
-def reduced_alone(order: Iterable[Node], num_samples: int) -> str:
-    """``"sum"`` or ``"mean"`` of a loss that does nothing else with numbers of samples; empty of any other.
-
-    It may be multiplied by numbers, such as the half of a Gaussian's divergence, that do not make one of the other.
-
-    Args:
-        order: the nodes between loss and outputs.
-    """
-    kinds, factor = set(), 1.0
-    for node in order:
-        step = _multiplied(node)
-        if step is None:
-            kinds.add(_reduction(node, num_samples))
-        elif not step[1]:
-            return ""
-        else:
-            factor *= max(abs(step[1]), 1 / abs(step[1]))
-    kinds.discard("none")
-    return kinds.pop() if len(kinds) == 1 and factor < FAR * num_samples else ""
-
-
-def _reduction(node: Node, num_samples: int) -> str:
-    """How a node reduces numbers of samples: ``"none"`` where it makes as many, empty where that is not known."""
-    if passes_on(node):
-        return "none"
-    name, before = operation_of(node), [place for place in node.next_functions if place[0] is not None]
-    if shape := shape_of(node, 0):
-        own = name in OF_EACH and shape[0] == num_samples == shape_of(*before[0])[0]
-        return "none" if own or (name in PLAIN and (name != "Mul" or len(before) == 2)) else ""
-    if name in ADDITION:
-        return "none"
-    count = prod(shape_of(*before[0])) if len(before) == 1 else 0
-    if num_samples < 2 or count < num_samples or count % num_samples:
-        return ""
-    targets = mean_over_targets(node)
-    if targets is not None and (targets.by_class is not None or bool(targets.ignored.any())):
-        return ""
-    return "mean" if is_mean(node) else "sum" if _sums(node) else ""
-
-
 def selected(node: Node) -> tuple[int, ...]:
     """The shape of what a node has selected by indices, a mask, or lengths; empty where it does anything else."""
     selects = operation_of(node) in ("Index", "IndexSelect", "MaskedSelect", "PackPaddedSequence")
     return tuple(shape_of(node, 0)) if selects else ()
 
 
-def weighted(node: Node) -> int | None:
-    """Which operand a node multiplies by constants, of more than one number; None where it does anything else."""
-    products = ("Bmm", "Div", "Dot", "Mm", "Mul", "Mv")
-    operand = _operand(node) if operation_of(node) in products else None
-    return operand[0] if operand is not None and prod(shape_of(*operand[1])) > 1 else None
+def ones_for(node: Node) -> Tensor:
+    """Ones in place of the first tensor that a node has computed."""
+    made = node._input_metadata[0]
+    return torch.ones(shape_of(node, 0), dtype=made.dtype, device=made.device)
+
+
+def hides(node: Node) -> bool:
+    """Whether a node does not tell what it does: a custom function's, or of what a checkpoint computes again."""
+    if passes_on(node):
+        return False
+    return not operation_of(node) or recomputed(node) is not False
+
+
+def multiplier(node: Node, index: int, leads: Collection[Node]) -> Tensor | None:
+    """What a node multiplies an input by, number by number; None where that is no constant.
+
+    Args:
+        node: which computes nothing again.
+        index: of the input.
+        leads: the nodes that are no constants, such as parameters that a loss is weighted by.
+    """
+    others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
+    if operation_of(node) not in PRODUCTS or others or (operation_of(node) == "Div" and index):
+        return None
+    ones = ones_for(node)
+    if operation_of(node) in ("Div", "Mul") and not ones.is_complex():  # a twelfth is none in half precision
+        ones = ones.to(torch.promote_types(ones.dtype, torch.float32))
+    return run_node(node, [ones], index)
+
+
+def weights_within(node: Node) -> Tensor | None:
+    """What a binary cross entropy multiplies its losses by, number by number; None where it has no weights."""
+    if not operation_of(node).startswith("BinaryCrossEntropy") or (weight := saved(node, "weight")) is None:
+        return None
+    found: Tensor = weight.expand(shape_of(*node.next_functions[0]))
+    return found
+
+
+def uniform(numbers: Tensor) -> bool:
+    """Whether numbers are all the same, to rounding."""
+    least, most = numbers.aminmax()
+    return bool(most - least <= 8 * torch.finfo(numbers.dtype).eps * torch.maximum(most.abs(), least.abs()))
 
 
 def _operand(node: Node) -> tuple[int, tuple[Node, int]] | None:

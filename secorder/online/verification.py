@@ -125,6 +125,7 @@ def _online(
 ) -> tuple[Mapping[str, Tensor], dict[str, str]]:
     """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
     trial = fisher.fresh("diagonal")
+    trial.returned = bool(trial.returned)  # as if the scale were given: whatever the loss is, numbers tell
     attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim), 1)
     attachment.attach()
     try:

@@ -7,19 +7,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder._torch.graph import nodes_behind, tells_recomputation
 from secorder._torch.loss_terms import (
     MOST,
-    divided_by,
-    divisor_of_sum,
+    averaged,
     factors_between,
+    hides,
     is_mean,
     mean_over_targets,
-    reduced_alone,
+    multiplier,
+    ones_for,
     selected,
+    summed,
     terms,
-    weighted,
+    uniform,
+    weights_within,
 )
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
@@ -58,63 +62,91 @@ def test_terms_of_a_loss_by_arithmetic_alone() -> None:
 @pytest.mark.parametrize(
     ("made", "expected"),
     [
-        (lambda z: z.sum() / 4, (4.0, 6)),
-        (lambda z: F.l1_loss(z, torch.zeros(6), reduction="sum") / 5, (5.0, 6)),
-        (lambda z: -z.sum() / 4, (4.0, 6)),
-        (lambda z: z.sum() / 6 / 4, (0.0, 0)),
-        (
-            lambda z: (
-                (F.mse_loss(z, torch.ones(6), reduction="sum") + F.mse_loss(z[:3], torch.zeros(3), reduction="sum")) / 4
-            ),
-            (4.0, 3),
-        ),
-        (lambda z: (z.sum() + z.mean()) / 4, (0.0, 0)),
-        (lambda z: z.nansum() / 4, (4.0, 6)),
-        (lambda z: z.sum() * 0.25, (0.0, 0)),
-        (lambda z: z.mean() / 4, (0.0, 0)),
-        (lambda z: 4 / z.sum(), (0.0, 0)),
-        (lambda z: z.sum() / z.square().sum(), (0.0, 0)),
+        (lambda z: z.sum(), 6),
+        (lambda z: z.nansum(), 6),
+        (lambda z: F.l1_loss(z, torch.zeros(6), reduction="sum"), 6),
+        (lambda z: F.mse_loss(z, torch.zeros(6), reduction="sum"), 6),
+        (lambda z: F.nll_loss(z.view(2, 3), torch.tensor([0, 2]), reduction="sum"), 2),
+        (lambda z: z.view(2, 3).sum(1), 0),
+        (lambda z: z.mean(), 0),
     ],
 )
-def test_what_a_sum_is_divided_by(made: Callable[[Tensor], Tensor], expected: tuple[float, int]) -> None:
-    assert divisor_of_sum(made(torch.ones(6, requires_grad=True).exp()).grad_fn) == pytest.approx(expected)
+def test_how_many_are_added_up(made: Callable[[Tensor], Tensor], expected: int) -> None:
+    assert summed(made(torch.ones(6, requires_grad=True).exp()).grad_fn) == expected
 
 
-def test_what_is_divided_by_a_number() -> None:
-    z = torch.ones(6, requires_grad=True).exp()
-    total = z.sum()
-    loss = total / 2 / 6
-    order = list(nodes_behind([loss.grad_fn]))
-    assert divided_by(order, 2) == {total.grad_fn}
-    assert divided_by(order, 6) == {loss.grad_fn.next_functions[0][0]}
-    assert not divided_by(order, 12)
-
-
-@pytest.mark.parametrize(
-    ("made", "expected"),
-    [
-        (lambda z: z.square().sum(), "sum"),
-        (lambda z: F.mse_loss(z, torch.ones(6, 2)), "mean"),
-        (lambda z: z.abs().sum() - z.sum() / 2, "sum"),
-        (lambda z: z.abs().sum() / 6, ""),
-        (lambda z: z.abs().sum() / 2 / 3, ""),
-        (lambda z: z.abs().sum() - z.mean(), ""),
-        (lambda z: (z * torch.rand(6, 1)).sum(), ""),
-        (lambda z: z[:4].sum(), ""),
-        (lambda z: z.sum(1).mean() * 0, ""),
-        (lambda z: z[0].sum(), ""),
-    ],
-)
-def test_how_a_loss_reduces_numbers_of_samples(made: Callable[[Tensor], Tensor], expected: str) -> None:
-    z = torch.rand(6, 2, requires_grad=True).exp()
-    order = [node for node in nodes_behind([made(z).grad_fn]) if node is not z.grad_fn and node.next_functions]
-    assert reduced_alone(order, 6) == expected
+def test_how_many_one_is_the_mean_of() -> None:
+    z = torch.randn(4, 3, requires_grad=True).exp()
+    made = [z.mean(), z.mean(1), z.sum(0), F.mse_loss(z, 0 * z), F.nll_loss(z, torch.tensor([0, 1, 2, 0]))]
+    assert [averaged(y.grad_fn) for y in made] == [12, 3, 0, 12, 4]
 
 
 def test_what_is_multiplied_by_constants() -> None:
     z, w = torch.rand(6, requires_grad=True).exp(), torch.rand(6)
-    assert [weighted(y.grad_fn) for y in (z * w, w * z, z / w, z @ w, w @ z)] == [0, 1, 0, 0, 1]
-    assert [weighted(y.grad_fn) for y in (z * z, z + w, w / z, z.sum() * 2)] == [None] * 4
+    leads = [z.grad_fn]
+    for y, index, expected in (
+        (z * w, 0, w),
+        (w * z, 1, w),
+        (z / w, 0, 1 / w),
+        (z @ w, 0, w),
+        (w @ z, 1, w),
+        (3 * z, 0, torch.full((6,), 3.0)),
+    ):
+        by = multiplier(y.grad_fn, index, leads)
+        assert by is not None
+        torch.testing.assert_close(by, expected)
+    assert [multiplier(y.grad_fn, i, leads) for y, i in ((z * z, 0), (z + w, 0), (w / z, 1))] == [None] * 3
+    learnt = torch.tensor(2.0, requires_grad=True).exp()
+    by = multiplier((z * learnt).grad_fn, 0, leads)
+    assert by is not None
+    assert uniform(by)
+    assert multiplier((z * learnt).grad_fn, 0, [*leads, learnt.grad_fn]) is None
+
+
+def test_a_number_is_divided_by_as_it_is_in_half_precision() -> None:
+    total = torch.ones(12, dtype=torch.bfloat16, requires_grad=True).exp().sum()
+    by = multiplier((total / 12).grad_fn, 0, [total.grad_fn])
+    assert by is not None
+    assert float(by) == pytest.approx(1 / 12, rel=1e-6)
+
+
+def test_numbers_that_are_the_same_to_rounding() -> None:
+    assert uniform(torch.full((5,), 1 / 3))
+    assert uniform(torch.tensor([1.0, 1.0 + 1e-7], dtype=torch.float32))
+    assert not uniform(torch.tensor([1.0, 1.0 + 1e-5]))
+    assert not uniform(torch.tensor([1.0, -1.0]))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return 2 * gradients[0]
+
+
+def test_what_does_not_tell_what_it_does() -> None:
+    z = torch.ones(3, requires_grad=True).exp()
+    assert hides(Doubled.apply(z).grad_fn)
+    assert hides(checkpoint(torch.square, z, use_reentrant=False).grad_fn)
+    assert not hides(z.square().grad_fn)
+
+
+def test_weights_of_a_binary_cross_entropy() -> None:
+    z, w = torch.rand(4, 2, requires_grad=True).sigmoid(), torch.rand(4, 1)
+    for loss in (F.binary_cross_entropy, F.binary_cross_entropy_with_logits):
+        found = weights_within(loss(z, torch.ones(4, 2), weight=w).grad_fn)
+        assert found is not None
+        assert torch.equal(found, w.expand(4, 2))
+        assert weights_within(loss(z, torch.ones(4, 2)).grad_fn) is None
+    assert weights_within(z.sum().grad_fn) is None
+
+
+def test_ones_in_place_of_what_a_node_has_computed() -> None:
+    y = torch.ones(2, 3, dtype=torch.float64, requires_grad=True).exp()
+    assert torch.equal(ones_for(y.grad_fn), torch.ones(2, 3, dtype=torch.float64))
 
 
 def test_a_mean_over_targets_tells_what_it_counts() -> None:

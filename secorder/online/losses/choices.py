@@ -19,7 +19,7 @@ from ...layers.dtypes import rounding
 from .marks import Output
 from .seen import SeenLoss
 
-__all__ = ["chooses"]
+__all__ = ["chooses", "samples_behind"]
 
 #: Those that choose along a dimension, or among all numbers.
 CHOICES = frozenset(
@@ -51,7 +51,7 @@ def chooses(loss: SeenLoss) -> list[Place]:
     generator = fresh_generator()
     for node in [x for x in loss.order if operation_of(x) in CHOICES | BENT | DISTANCES][:MOST]:
         for place, cotangent in _asked_for(node, loss, generator):
-            found = _samples_behind(place, cotangent, loss.outputs, generator)
+            found = samples_behind(place, cotangent, loss.outputs, generator)
             if len(set().union(*found.values())) > 1:
                 return list(found)
     return []
@@ -104,7 +104,7 @@ def _all_goes_through(node: Node, loss: SeenLoss) -> bool:
     return ends.isdisjoint(begins) and ends.isdisjoint(x for other in others for x, _ in other.next_functions)
 
 
-def _samples_behind(
+def samples_behind(
     place: Place, cotangent: Tensor, outputs: Mapping[Place, Output], generator: torch.Generator
 ) -> dict[Place, set[tuple[int, int]]]:
     """By output of the model, the samples in it that numbers depend on: their group, and their number in it."""

@@ -23,9 +23,10 @@ from .accumulation import tell_division
 from .choices import chooses
 from .coupling import couples
 from .marks import Output, mark_outputs, outputs_behind
+from .powers import reduced_otherwise
 from .scale import tell_scaler, watch_scale
 from .seen import SeenLoss, roots_of, see
-from .weights import MEAN_OF_SEVERAL, reduced_otherwise, takes_mean_of_several, weights_of_loss
+from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
 
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
@@ -117,7 +118,9 @@ def _look(
 
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
-        if reason := _otherwise(fisher, loss):
+        with no_autocast():
+            reason = _otherwise(fisher, loss)
+        if reason:
             fisher.troubles.mark(names(loss.outputs), reason)
         return
     if any(map(normalises, loss.order)):
@@ -152,5 +155,9 @@ def _otherwise(fisher: "OnlineFisher", loss: SeenLoss) -> str:
         untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
         return MEAN_OF_SEVERAL if told == "mean" and untold and takes_mean_of_several(loss) else ""
     (count,) = loss.groups.values()
-    reason = reduced_otherwise(loss, told, count) if fisher.returned is None else ""
-    return reason or (weights_of_loss(loss, count) if told == "mean" else "")
+    if (reason := weights_of_loss(loss, count)) or fisher.returned is not None:
+        return reason
+    reason, sure = reduced_otherwise(loss, told, count)
+    if not sure:
+        fisher.troubles.unseen = fisher.troubles.unseen or reason
+    return reason if sure else ""

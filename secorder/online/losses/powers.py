@@ -1,0 +1,242 @@
+"""Is a loss multiplied by 1/N on each way from it to the outputs of N samples, as a mean over these is?
+
+A loss of N samples is a mean of their losses where 1/N comes in once on every path of its graph: as a mean over
+samples, or as a number that a sum is divided by. A sum of some terms and a mean of others, a loop that adds up means of
+one sample each, or a term that is divided by the number of boxes, shows so. What a constant of the loss is, and what
+the number of samples, is told by its value alone; where it may be either, it is what is specified.
+"""
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from math import prod
+from typing import NamedTuple
+
+import torch
+
+from ..._torch.graph import Node, operation_of, shape_of
+from ..._torch.loss_graph import UnknownNode
+from ..._torch.loss_terms import averaged, hides, multiplier, ones_for, selected, summed, uniform
+from ..._torch.random_state import fresh_generator
+from .choices import samples_behind
+from .seen import SeenLoss
+
+__all__ = ["WEIGHTED", "Path", "differ", "paths_of", "reduced_otherwise"]
+
+WEIGHTED = (
+    "the loss weights its samples ({}), which is no mean over them: pass reduction= with a function of the model's "
+    "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."
+)
+
+_REDUCED = 'the loss is the {0} of its samples\' losses, and was taken to be their {1}: pass reduction="{0}"{2}.'
+
+_CONSTANT = ", or loss_scale=1 where the factor {} is a constant that does not go with the number of samples"
+
+_MIXED = (
+    "of the terms of the loss, some are divided by the number of samples and others are not ({}), so that it is no {} "
+    "of samples' losses: divide each of them by it, or none, or pass loss_scale=1 where a factor in it is a constant."
+)
+
+_DIVIDED = (
+    "in the loss there is {}, which was taken to be a constant: pass reduction= with a function that returns the "
+    "weights c_n of L = Σ_n c_n ℓ_n where it goes with the batch, as a number of tokens or boxes does, or else "
+    "loss_scale=1."
+)
+
+
+#: A factor below it, or above one over it, tells nothing.
+TINY = 1e-30
+
+
+class Path(NamedTuple):
+    """What all ways of one kind from a loss to an output have in common.
+
+    Attributes:
+        power: of N, by which means and divisions multiply the loss: -1 in a mean.
+        likely: the same of factors that may be constants of the loss.
+        number: what it was divided by last, or how many numbers the last mean was of.
+        why: how samples are weighted that is no mean over them; empty where that does not show.
+    """
+
+    power: int = 0
+    likely: int = 0
+    number: int = 0
+    why: str = ""
+
+
+@dataclass
+class _Walk:
+    """From a loss to its outputs.
+
+    Attributes:
+        loss: where it begins and ends.
+        samples: how many there are.
+        told: ``"mean"`` or ``"sum"``.
+        leads: the nodes on the way, those that computed the outputs included.
+        sizes: how many numbers of the samples there are on the way, and the number of samples.
+        alike: how many nodes there are of each operation.
+        joins: by kind, whether one number that it makes is of several samples.
+    """
+
+    loss: SeenLoss
+    samples: int
+    told: str
+    leads: Collection[Node]
+    sizes: set[int]
+    alike: Counter[str]
+    joins: dict[object, bool] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
+    """The kinds of paths from a loss to its outputs; without those through what cannot be looked at."""
+    ends = {node for node, _ in loss.outputs}
+    leads = ends.union(loss.order)
+    places = [place for node in loss.order for place in node.next_functions if place[0] in leads]
+    counts = [*(prod(shape_of(*place)) for place in places), *map(averaged, loss.order)]
+    sizes = {samples, *(count for count in counts if count and not count % samples)}
+    walk = _Walk(loss, samples, told, leads, sizes, Counter(map(operation_of, loss.order)))
+    found: dict[Node, set[Path]] = {}
+    for (node, _), g in loss.roots.items():
+        if not g.dim():
+            found.setdefault(node, set()).add(_scaled(walk, Path(), float(g), divides=False, whole=True))
+    for node in loss.order:
+        paths = found.pop(node, set())
+        for index, (before, _) in enumerate(node.next_functions):
+            if before in leads and paths and not hides(node):
+                found.setdefault(before, set()).update(x for x in _through(walk, paths, node, index) if x is not None)
+    return set().union(*(found.get(end, set()) for end in ends))
+
+
+def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> list[Path | None]:
+    """Paths that go on from a node to one of its inputs; None for one of which nothing is known behind it."""
+    if averaged(node):
+        return [_averaged(walk, path, node) for path in paths]
+    if count := summed(node):
+        return [_added(walk, path, count) for path in paths]
+    if rows := selected(node):
+        return [_chosen(walk, path, *rows) for path in paths]
+    by = multiplier(node, index, walk.leads)
+    if by is None or not by.numel():
+        return list(paths)
+    if not uniform(by):  # weights that add up to one, or that are a part of each sample's loss
+        one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5
+        return [path._replace(power=path.power - one) for path in paths]
+    factor = abs(float(by.flatten()[0]))
+    if not factor or (node.next_functions[index] in walk.loss.outputs and _whole(walk, factor**-2) in walk.sizes):
+        return [None for _ in paths]  # a term that is switched off, or outputs that are squared later
+    whole = prod(shape_of(node, 0)) == 1
+    return [_scaled(walk, path, factor, divides=operation_of(node) == "Div", whole=whole) for path in paths]
+
+
+def _whole(walk: _Walk, number: float) -> int:
+    """A whole number that is a multiple of the number of samples; 0 for any other."""
+    near = round(number)
+    return near if near and not near % walk.samples and abs(number / near - 1) < 1e-5 else 0
+
+
+def _scaled(walk: _Walk, path: Path, factor: float, *, divides: bool, whole: bool) -> Path:
+    """Behind a constant factor: one over the number of samples, or a multiple of it, or a number of its own."""
+    if not TINY < factor < 1 / TINY:
+        return path
+    under, over, near = _whole(walk, 1 / factor), _whole(walk, factor), round(1 / factor)
+    mean, known = walk.told == "mean", walk.sizes | {2 * walk.samples}
+    if divides and whole and near >= (2 if mean else max(walk.samples, 3)) and abs(factor * near - 1) < 1e-5:
+        path = path._replace(why=f"a sum that is divided by {near} for {walk.samples} samples", number=near)
+    if mean and under and (divides or under in known):
+        return path._replace(power=path.power - 1, number=under, why="" if under in known else path.why)
+    if under in known:
+        return path._replace(likely=path.likely - 1, number=under)
+    if over in walk.sizes and (over == walk.samples or not mean):
+        return path._replace(likely=path.likely + 1, number=over)
+    return path
+
+
+def _averaged(walk: _Walk, path: Path, node: Node) -> Path:
+    """Behind a mean."""
+    count = averaged(node)
+    if not _joins(walk, node):
+        return path
+    if count % walk.samples:
+        power = path.power - (walk.told == "sum")
+        return path._replace(power=power, number=count, why=f"a mean of {count} for {walk.samples} samples")
+    return path._replace(power=path.power - 1, number=count, why="")
+
+
+def _added(walk: _Walk, path: Path, count: int) -> Path:
+    """Behind a sum of so many numbers to one."""
+    each, rest = divmod(path.number, walk.samples)
+    fewer = each and not rest and path.number < count and path.number not in walk.sizes
+    if fewer and (2 * count // walk.samples) % each and path.power < 0 and differ(walk.loss, 1):  # without padding
+        why = f"a sum that is divided by {path.number} for {walk.samples} samples"
+        return path._replace(power=path.power + 1, why=why)
+    return path if path.number == count else path._replace(number=0)
+
+
+def _chosen(walk: _Walk, path: Path, rows: int, *rest: int) -> Path:
+    """Behind the choice of some rows, such as of tokens by a mask, which may not be as many of each sample."""
+    whole = not rows % walk.samples and (rows == walk.samples or not differ(walk.loss, 1))
+    if not path.number or path.number % rows or whole or walk.samples in rest:
+        return path
+    why = f"a mean of {rows} that were selected for {walk.samples} samples"
+    power = min(path.power + 1, 0) if walk.told == "mean" else path.power
+    return path._replace(power=power, number=0, why=why)
+
+
+def _kind(node: Node) -> object:
+    """The same for nodes that do the same with tensors of the same shapes."""
+    before = tuple(tuple(shape_of(*place)) for place in node.next_functions if place[0] is not None)
+    return operation_of(node), tuple(shape_of(node, 0)), before
+
+
+def _joins(walk: _Walk, node: Node) -> bool:
+    """Whether one number that a node makes is of several samples: a loop has many alike, of one sample each."""
+    kind = _kind(node)
+    if prod(shape_of(node, 0)) == 1 and walk.alike[operation_of(node)] == 1:
+        return True
+    if kind not in walk.joins:
+        one = ones_for(node)
+        one.view(-1)[1:] = 0
+        try:
+            found = samples_behind((node, 0), one, walk.loss.outputs, fresh_generator())
+            walk.joins[kind] = len(set().union(*found.values())) != 1  # where the gradient is zero, it is not known
+        except UnknownNode:
+            walk.joins[kind] = True
+    return walk.joins[kind]
+
+
+def differ(loss: SeenLoss, classes: int) -> bool:
+    """Whether samples have different numbers of targets: the gradient on the classes of one that is ignored is zero."""
+    try:
+        gradients = loss.gradients()
+    except UnknownNode:
+        return False
+    counts = [(loss.outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in gradients.items()]
+    return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
+
+
+def reduced_otherwise(loss: SeenLoss, told: str, samples: int) -> tuple[str, bool]:
+    """Why a loss is not the mean, or the sum, of samples' losses that it is told to be; and whether that is sure.
+
+    Args:
+        loss: the loss.
+        told: ``"mean"`` or ``"sum"``.
+        samples: how many it is of.
+    """
+    paths = paths_of(loss, samples, told)
+    if told == "mean":
+        others = {x for x in paths if x.power >= 0}
+        likely = [x for x in paths if x.likely > 0 and x.power + x.likely >= 0]
+    else:
+        others = {x for x in paths if x.power + max(x.likely, 0) < 0}
+        likely = [x for x in paths if x.power + x.likely < 0]
+    why = min((x.why for x in others), default="")  # empty where one of several is a plain sum
+    if others and len(others) < len(paths):
+        return _MIXED.format(why or f"{'sums' if told == 'mean' else 'means'} over them", told), True
+    if why:
+        return WEIGHTED.format(why), True
+    if others or (likely and len(likely) == len(paths)):
+        constant = "" if others else _CONSTANT.format(likely[0].number)
+        return _REDUCED.format("sum" if told == "mean" else "mean", told, constant), True
+    why = min((x.why for x in paths if x.why), default="")
+    return _DIVIDED.format(why) if why and (told == "sum" or differ(loss, 1)) else "", False

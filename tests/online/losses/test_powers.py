@@ -1,0 +1,258 @@
+"""A loss is a mean over samples where 1/N comes in on each path from it to the outputs, and a sum where on none."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from secorder._torch.graph import tells_recomputation
+from secorder._torch.loss_graph import place_of
+from secorder.layers.layout import DIM_ZERO
+from secorder.online.losses.marks import Output
+from secorder.online.losses.powers import differ, paths_of, reduced_otherwise
+from secorder.online.losses.seen import SeenLoss, see
+
+from ...helpers import Net, data, make
+from ..loops import Followed, follow
+
+pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
+
+#: A loss of outputs, shape (N, 3), and labels.
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def followed(criterion: Criterion, told: str, *sizes: int, **options: Any) -> Followed:
+    batches = [data(n) for n in sizes or (6, 7)]
+    return follow(make(), batches, lambda m, b: criterion(m(b[0]), b[1]), reduction=told, **options)
+
+
+#: Losses of samples, one or more numbers each, before they are added up or averaged.
+OF_SAMPLES: dict[str, Criterion] = {
+    "cross entropy": lambda z, t: F.cross_entropy(z, t, reduction="none"),
+    "squares": lambda z, t: (z - F.one_hot(t, 3)) ** 2,
+    "a library's squares": lambda z, t: F.mse_loss(z, F.one_hot(t, 3).to(z), reduction="none"),
+    "binary": lambda z, t: F.binary_cross_entropy_with_logits(z, F.one_hot(t, 3).to(z), reduction="none"),
+    "gathered": lambda z, t: -z.log_softmax(1).gather(1, t[:, None]),
+    "products": lambda z, _: z * z.sigmoid(),
+    "averaged": lambda z, t: F.mse_loss(z, F.one_hot(t, 3).to(z), reduction="none").mean(1),
+    "indexed": lambda z, t: -z.log_softmax(1)[torch.arange(len(z)), t],
+    "a column": lambda z, _: z[:, 0].square(),
+}
+
+
+@pytest.mark.parametrize("name", OF_SAMPLES)
+@pytest.mark.parametrize(("kind", "told"), [("sum", "mean"), ("mean", "sum")])
+def test_a_sum_is_no_mean_and_a_mean_no_sum(name: str, kind: str, told: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return getattr(OF_SAMPLES[name](m(b[0]), b[1]), kind)()
+
+    came = follow(make(), [data(n) for n in (6, 7)], loss, reduction=told)
+    assert came.refused
+    assert all(f'pass reduction="{kind}"' in reason for reason in came.refused.values())
+
+
+@pytest.mark.parametrize("kind", ["sum", "mean"])
+def test_a_reduction_of_pytorch_is_seen_beside_others(kind: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        penalty = z.square().sum() if kind == "sum" else z.square().mean()
+        return penalty - F.cross_entropy(z, b[1], reduction=kind)
+
+    told = {"sum": "mean", "mean": "sum"}[kind]
+    assert follow(make(), [data(6)], loss, reduction=told).refused
+    if kind == "sum":
+        assert follow(make(), [data(6), data(5)], loss, reduction="sum").exact
+
+
+def divergence(z: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Of a Gaussian from the standard one, as autoencoders have it."""
+    return -0.5 * reduce(1 + z - z.pow(2) - z.exp())
+
+
+@pytest.mark.parametrize(("reduce", "kind"), [(torch.sum, "sum"), (torch.mean, "mean")])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_factor_that_is_far_from_the_number_of_samples_makes_no_mean(reduce: Any, kind: str, sign: int) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        z = m(b[0])
+        return F.cross_entropy(z, b[1], reduction=kind) + sign * divergence(z, reduce) / 2
+
+    told = {"sum": "mean", "mean": "sum"}[kind]
+    came = follow(make(), [data(6), data(7)], loss, reduction=told)
+    assert all(f'pass reduction="{kind}"' in reason for reason in came.refused.values())
+    assert came.refused
+    assert follow(make(), [data(6), data(7)], loss, reduction=kind).exact
+
+
+#: Means that end in a sum, for a number within is divided, or a mean already.
+SUMS: dict[str, Criterion] = {
+    "divided": lambda z, t: (F.cross_entropy(z, t, reduction="none") / len(z)).sum(),
+    "weights": lambda z, t: (F.cross_entropy(z, t, reduction="none") * torch.full((len(z),), 1 / len(z)).to(z)).sum(),
+    "a product": lambda z, t: F.cross_entropy(z, t, reduction="none") @ torch.full((len(z),), 1 / len(z)).to(z),
+    "averaged": lambda z, _: z.square().mean(0).sum(),
+    "scaled outputs": lambda z, t: F.mse_loss(z / len(z) ** 0.5, torch.zeros_like(z), reduction="sum"),
+    "divided twice": lambda z, t: F.cross_entropy(z, t, reduction="sum") / 2 / len(z) * 2,
+    "means": lambda z, t: torch.stack([F.cross_entropy(z, t), z.square().mean()]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_means_that_end_in_a_sum_are_left_alone(name: str) -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return SUMS[name](m(b[0]), b[1])
+
+    came = follow(make(), [data(n) for n in (6, 7)], loss)
+    assert came.exact, came.refused
+
+
+def test_a_scale_that_is_told_makes_a_mean_of_a_sum() -> None:
+    def loss(m: nn.Module, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1], reduction="sum")
+
+    assert follow(make(), [data(6), data(6)], loss, loss_scale=6.0).exact
+
+
+def by_sample(z: Tensor, t: Tensor) -> list[Tensor]:
+    """The mean loss of each sample, by a loop."""
+    return [F.cross_entropy(own[None], label[None]) for own, label in zip(z, t, strict=True)]
+
+
+def of_boxes(z: Tensor, t: Tensor) -> Tensor:
+    """The sum over some samples' rows, of which there are others in each batch."""
+    return (z[t > 0] - 1).abs().sum()
+
+
+#: By what is told, losses that are neither, and what is said of them.
+NEITHER: dict[str, tuple[Criterion, str, str]] = {
+    "a mean and a sum": (lambda z, t: F.cross_entropy(z, t) + z.square().sum(), "mean", "sums over them"),
+    "a sum and a mean": (lambda z, t: F.cross_entropy(z, t, reduction="sum") + z.square().mean(), "sum", "means over"),
+    "by the number of boxes": (lambda z, t: F.cross_entropy(z, t) + of_boxes(z, t) / 5, "mean", "divided by 5"),
+    "means of parts": (lambda z, t: F.cross_entropy(z[:4], t[:4]) + z.square().mean(), "mean", "a mean of 4"),
+    "by a number": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / 5, "mean", "divided by 5"),
+    "times the number of samples": (lambda z, t: F.cross_entropy(z, t) * len(z), "mean", 'reduction="sum", or loss_sc'),
+    "and divided": (lambda z, t: F.cross_entropy(z, t) * len(z) / 4, "mean", 'reduction="sum"'),
+    "a sum by the number": (lambda z, t: F.cross_entropy(z, t, reduction="sum") / len(z), "sum", 'reduction="mean"'),
+    "a loop": (lambda z, t: sum(by_sample(z, t), z.new_zeros(())), "mean", 'reduction="sum"'),
+    "a loop, stacked": (lambda z, t: torch.stack(by_sample(z, t)).sum(), "mean", 'reduction="sum"'),
+    "a loop of means": (lambda z, t: sum((F.mse_loss(own, 0 * own) for own in z), z.new_zeros(())), "mean", '="sum"'),
+    "a loop by a number": (lambda z, t: torch.stack(by_sample(z, t)).sum() / 5, "mean", "divided by 5"),
+    "a mean of a loop": (lambda z, t: torch.stack(by_sample(z, t)).mean(), "sum", 'reduction="mean"'),
+    "a temperature": (lambda z, t: F.cross_entropy(z / 5, t, reduction="sum"), "mean", 'reduction="sum"'),
+    "a small sum": (lambda z, t: 0.01 * F.cross_entropy(z, t, reduction="sum"), "mean", 'reduction="sum"'),
+    "weights of terms": (
+        lambda z, t: torch.tensor([0.7, 0.3]).to(z) @ torch.stack([z.square().sum(), z.exp().sum()]),
+        "mean",
+        'reduction="sum"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_what_is_not_as_told_is_refused(name: str) -> None:
+    criterion, told, says = NEITHER[name]
+    came = followed(criterion, told)
+    assert came.refused
+    assert all(says in reason for reason in came.refused.values()), came.refused
+
+
+#: By what is told, losses that are so.
+AS_TOLD: dict[str, tuple[Criterion, str]] = {
+    "a part": (lambda z, t: 0.5 * F.cross_entropy(z, t) + 0.3 * z.square().sum(1).mean(), "mean"),
+    "a part of a sum": (lambda z, t: F.cross_entropy(z, t, reduction="sum") + 0.3 * z.square().sum(), "sum"),
+    "some times": (lambda z, t: 16 * F.cross_entropy(z / 4, t) + z.square().mean(), "mean"),
+    "one term as many times as samples": (lambda z, t: 6 * F.cross_entropy(z, t) + z.square().mean(), "mean"),
+    "by all numbers": (lambda z, t: F.cross_entropy(z, t) + z.square().sum() / z.numel(), "mean"),
+    "a loop by the number": (lambda z, t: sum(by_sample(z, t), z.new_zeros(())) / len(z), "mean"),
+    "a loop, each by it": (lambda z, t: sum((x / len(z) for x in by_sample(z, t)), z.new_zeros(())), "mean"),
+    "a loop that is summed": (lambda z, t: torch.stack(by_sample(z, t)).sum(), "sum"),
+    "columns, one by one": (lambda z, t: sum((own.square().mean() for own in z.T), z.new_zeros(())), "mean"),
+    "normalised within": (lambda z, t: (z - z.mean(1, keepdim=True)).square().sum(), "sum"),
+    "weights of terms": (lambda z, t: z.square().sum() * 0.7 + z.exp().sum() * 0.3, "sum"),
+    "an entropy": (lambda z, t: F.cross_entropy(z, t) - 0.1 * -(z.softmax(1) * z.log_softmax(1)).sum(1).mean(), "mean"),
+    "advantages": (lambda z, t: -(z.log_softmax(1)[:, 0] * (t - 1.3)).mean(), "mean"),
+    "by twice the number": (lambda z, t: z.square().sum() / (2 * len(z)), "mean"),
+    "times one over it": (lambda z, t: z.square().sum() * (1 / len(z)), "mean"),
+    "a few rows": (lambda z, t: (z[t > 0].square().sum() + z[t == 0].abs().sum()) / len(z), "mean"),
+    "a term that is switched off": (lambda z, t: F.cross_entropy(z, t) + 0.0 * z.square().sum(), "mean"),
+}
+
+
+@pytest.mark.parametrize("name", AS_TOLD)
+def test_what_is_as_told_is_exact(name: str) -> None:
+    criterion, told = AS_TOLD[name]
+    came = followed(criterion, told)
+    assert came.exact, came.refused
+    assert not came.warned
+
+
+def test_weights_that_are_learnt_are_constants_of_the_loss() -> None:
+    """Kendall et al. (2018)."""
+
+    def loss(m: Any, b: Any) -> Tensor:
+        z, s = m(b[0]), m.spread
+        return torch.exp(-s[0]) * F.cross_entropy(z, b[1]) + s.sum() + torch.exp(-s[1]) * z.square().sum(1).mean()
+
+    model = Net(lambda m, x: m.head(x), head=nn.Linear(4, 3))
+    model.spread = nn.Parameter(torch.tensor([0.3, -0.4]))
+    assert follow(model, [data(6), data(7)], loss).exact
+    assert follow(model, [data(6)], lambda m, b: len(b[0]) * loss(m, b)).refused
+
+
+@pytest.mark.parametrize(
+    ("number", "told", "warned"), [(11, "sum", True), (4, "sum", False), (11, "mean", None), (12, "mean", False)]
+)
+def test_a_number_that_may_be_a_constant_or_one_of_the_batch(number: int, told: str, warned: bool | None) -> None:
+    def loss(m: Any, b: Any) -> Tensor:
+        return F.cross_entropy(m(b[0]), b[1], reduction="sum") / (
+            number if len(b[0]) > 1 else number / 6 ** (told == "mean")
+        )
+
+    came = follow(make(), [data(6)], loss, reduction=told)
+    if warned is None:
+        assert came.refused
+    else:
+        assert came.exact
+        assert any(f"divided by {number}" in said for said in came.warned) is warned
+
+
+def test_a_scale_that_is_told_says_that_factors_are_constants() -> None:
+    assert followed(lambda z, t: 6 * F.cross_entropy(z, t), "mean", 6).refused
+    assert not followed(lambda z, t: 6 * F.cross_entropy(z, t), "mean", 6, loss_scale=1.0).refused
+
+
+def seen(criterion: Callable[[Tensor], Tensor], z: Tensor) -> SeenLoss:
+    found = see(
+        {place_of(criterion(z)): torch.ones(())}, {0: {place_of(z): Output(DIM_ZERO, 1.0, len(z))}}, joined=False
+    )
+    assert found is not None
+    return found
+
+
+def test_powers_of_the_number_of_samples() -> None:
+    z = torch.randn(6, 2, requires_grad=True) * 1.0
+    for criterion, expected in (
+        (lambda z: z.sum(), {0}),
+        (lambda z: z.mean(), {-1}),
+        (lambda z: z.mean(1).sum(), {0}),
+        (lambda z: z.mean(0).sum(), {-1}),
+        (lambda z: z.mean() + z.exp().sum(), {-1, 0}),
+        (lambda z: z.exp().mean() / 6, {-2}),
+    ):
+        assert {path.power for path in paths_of(seen(criterion, z), 6, "mean")} == expected
+
+
+def test_numbers_of_targets() -> None:
+    z = torch.randn(6, 2, requires_grad=True) * 1.0
+    assert differ(seen(lambda z: z[:5].square().sum(), z), 1)
+    assert not differ(seen(lambda z: z.square().sum(), z), 1)
+
+
+def test_what_is_sure_and_what_is_not() -> None:
+    z = torch.randn(6, 2, requires_grad=True) * 1.0
+    assert reduced_otherwise(seen(lambda z: z.square().sum(), z), "sum", 6) == ("", False)
+    assert reduced_otherwise(seen(lambda z: z.square().sum(), z), "mean", 6)[1]
+    said, sure = reduced_otherwise(seen(lambda z: z.square().sum() / 11, z), "sum", 6)
+    assert "divided by 11" in said
+    assert not sure
