@@ -309,7 +309,7 @@ def architectures(results: Results, repeats: int, only: str = "") -> None:
                 "products alone": _bare_with_products(name, make),
                 "default types": _several(default.step),
                 "all": _several(steady.step),
-                "all, looked at": looked_at.checked,
+                "all, verification batch": looked_at.checked,
                 "all, the first": first.first,
             }
             for watched in (default, steady, looked_at):
