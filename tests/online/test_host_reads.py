@@ -1,5 +1,6 @@
 """In a steady recorded step nothing is read on the host: what would stall an accelerator at each layer."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from secorder import CurvatureProbe
+from secorder import CurvatureProbe, CurvatureWarning
+from secorder.layers import one_by_one
 
 from ..helpers import in_sight_of_modes, mlp
 from ..reference import assert_all_close, assert_close, fisher_by_sample
@@ -83,6 +85,7 @@ def test_a_steady_step_reads_nothing(
     kind: str, options: dict[str, Any], decay: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     in_sight_of_modes(monkeypatch)
+    monkeypatch.setattr(one_by_one, "at_hand", lambda tensor: None)  # as of an accelerator, which is not waited for
     build, inputs_of, classes = KINDS[kind]
     model, inputs, targets = build(), inputs_of(), torch.randint(classes, (6,))
     reduction = options.get("reduction", "mean")
@@ -98,8 +101,10 @@ def test_a_steady_step_reads_nothing(
     with CurvatureProbe(model, "all", decay=decay, **{"reduction": reduction, **options}) as probe:
         for _ in range(3):
             step()
-        monkeypatch.setattr(probe._looks, "scheduled", lambda known: False)  # a batch that is not looked at
-        counts = step().counts
+        monkeypatch.setattr(probe._looks, "scheduled", lambda *_: False)  # a steady batch
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", CurvatureWarning)  # it is not left out
+            counts = step().counts
         assert counts == bare, counts
         expected = fisher_by_sample(model, F.cross_entropy, inputs, targets, 6)
         if "accumulate" not in options:
