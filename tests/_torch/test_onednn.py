@@ -136,7 +136,8 @@ def test_many_products_at_once_are_differentiated_too(call: str, wanted: int) ->
 @pytest.mark.parametrize("call", CALLS)
 def test_its_node_is_read_as_that_of_pytorch(call: str) -> None:
     given = drawn()
-    ours, theirs = (f(*given).grad_fn for f in CALLS[call])
+    outputs = [f(*given) for f in CALLS[call]]  # a node is read while its output is there
+    ours, theirs = (z.grad_fn for z in outputs)
     assert ours.name() == theirs.name()
     assert operation_of(ours) == operation_of(theirs) != ""
     assert [n and n.name() for n, _ in ours.next_functions] == [n and n.name() for n, _ in theirs.next_functions]
