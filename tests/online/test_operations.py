@@ -256,6 +256,7 @@ def test_a_table_that_is_used_twice_for_a_loss_alone_costs_no_run_of_its_own() -
     assert_all_close(found, fisher_by_sample(model, lambda loss, _: loss, ids, None, 6))
 
 
+@run_again_where_nothing_tells
 def test_no_garbage_is_looked_for_while_a_graph_is_gone_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which makes objects by the thousand, and lets go of them."""
     enabled: list[bool] = []
