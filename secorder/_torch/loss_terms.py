@@ -55,10 +55,12 @@ def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
 
 def _multiplied(node: Node) -> tuple[Node, float] | None:
     """What computed the number that a node has multiplied, and by what; None where a node does anything else."""
-    operand = _operand(node) if operation_of(node) in ("Div", "Mul", "ToCopy") else None
-    if operand is None or shape_of(node, 0) or shape_of(*operand[1]):
+    before = [(index, place) for index, place in enumerate(node.next_functions) if place[0] is not None]
+    if operation_of(node) not in ("Div", "Mul", "ToCopy") or len(before) != 1 or recomputed(node) is not False:
         return None
-    index, source = operand
+    index, source = before[0]
+    if shape_of(node, 0) or shape_of(*source) or (index and operation_of(node) == "Div"):
+        return None
     return source[0], float(run_node(node, [ones_for(node)], index))
 
 
@@ -138,17 +140,6 @@ def uniform(numbers: Tensor) -> bool:
     """Whether numbers are all the same, to rounding."""
     least, most = numbers.aminmax()
     return bool(most - least <= 8 * torch.finfo(numbers.dtype).eps * torch.maximum(most.abs(), least.abs()))
-
-
-def _operand(node: Node) -> tuple[int, tuple[Node, int]] | None:
-    """The one operand of a node that the graph has, by number and place; None where it is what the node divides by.
-
-    None, too, where what the node has saved would be computed again.
-    """
-    before = [(index, place) for index, place in enumerate(node.next_functions) if place[0] is not None]
-    if len(before) != 1 or recomputed(node) is not False:
-        return None
-    return None if operation_of(node) == "Div" and before[0][0] else before[0]
 
 
 class Targets(NamedTuple):

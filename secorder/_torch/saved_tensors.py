@@ -44,7 +44,7 @@ def surrounded_as_usual() -> bool:
         torch.is_grad_enabled()
         and not autocast_enabled()
         and torch._C._current_graph_task_id() == -1
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not saved_tensor_hooks_active()
     )
 
 

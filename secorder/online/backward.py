@@ -43,7 +43,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     number = current_backward()
     if number is None:
         return False
-    if record.backward is not None and record.backward.number == number and not record.closed:
+    if record.runs_in(number):
         return True
     fisher = attachment.fisher
     if record.closed:  # a second backward

@@ -198,12 +198,9 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        counts = self.node is not None and will_accumulate(self.node)
-        if record.layers[layer.name].replaced or not (counts or counts_in(fisher, record, [layer], self.node)):
+        if record.layers[layer.name].replaced or not counts_in(fisher, record, [layer], self.node):
             return
-        known = record.backward
-        entered = known is not None and known.number == current_backward() and not record.closed
-        if not (entered or enter(self.attachment, record)):
+        if not enter(self.attachment, record):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, total_of(local(g)))
             return

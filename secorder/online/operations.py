@@ -146,13 +146,6 @@ class _LayerUses:
         self.own.counting = number
         return True
 
-    def entered(self, number: int | None) -> bool:
-        """Whether this backward is the first through the forward."""
-        record = self.record
-        if record.backward is not None and record.backward.number == number and not record.closed:
-            return True
-        return enter(self.attachment, record)
-
 
 class _UseGradient:
     """What the gradients on an operation's outputs do."""
@@ -181,7 +174,7 @@ class _UseGradient:
             return
         cotangents = [gradients[number] for number in self.numbers]
         given = [g for g in cotangents if g is not None]
-        if not every.entered(number):
+        if not (record.runs_in(number) or enter(every.attachment, record)):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, _total(given))
             return

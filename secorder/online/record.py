@@ -247,6 +247,10 @@ class ForwardRecord(_Referred):
         """The names of the layers that were called."""
         return [name for name, own in self.layers.items() if own.calls]
 
+    def runs_in(self, number: int | None) -> bool:
+        """Whether this backward pass is the one that runs through it, and nothing is closed yet."""
+        return self.backward is not None and self.backward.number == number and not self.closed
+
     def leave_out(self, names: Iterable[str]) -> None:
         """Nothing more is done for these layers, and what is to be added at the end is not."""
         for name in names:

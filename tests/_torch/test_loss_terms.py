@@ -26,6 +26,8 @@ from secorder._torch.loss_terms import (
     weights_within,
 )
 
+from ..helpers import Doubled
+
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
 
@@ -115,16 +117,6 @@ def test_numbers_that_are_the_same_to_rounding() -> None:
     assert uniform(torch.tensor([1.0, 1.0 + 1e-7], dtype=torch.float32))
     assert not uniform(torch.tensor([1.0, 1.0 + 1e-5]))
     assert not uniform(torch.tensor([1.0, -1.0]))
-
-
-class Doubled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
 
 
 def test_what_does_not_tell_what_it_does() -> None:

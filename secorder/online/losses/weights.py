@@ -7,8 +7,6 @@ unless the number that it divides by does.
 Where each of several forwards has samples of its own, ``reduction="mean"`` is a mean over these: L = Σ_f (1/N_f) Σ_n
 ℓ_fn, as of D(real) + D(fake). A loss of outputs that were put together before, such as of a batch that is cut into
 chunks, or of the steps of an episode, divides by the number of all samples.
-
-A sum that is told to be a mean, or the other way round, shows where nothing is multiplied that may make it one.
 """
 
 from collections.abc import Iterator

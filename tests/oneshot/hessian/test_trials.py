@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -118,6 +119,14 @@ def test_what_each_run_does_besides_is_counted_once(monkeypatch: pytest.MonkeyPa
     assert (by_draw, seconds) == (pytest.approx(0.1), pytest.approx(1.0 + 6.0))
 
 
+def seconds_told(draws: int, task: Measurement) -> dict[str, float]:
+    """The seconds of each layer that so many draws are told to take."""
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        budget = Budget("hutchinson", num_draws=draws)
+        found = investigate(task, recording, budget, columns=True)
+        return learn_seconds(task, found, budget, recording, draws=whole)
+
+
 @pytest.mark.parametrize(("draws", "more"), [(20, 2), (8, 0)])
 def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPatch, draws: int, more: int) -> None:
     """Those of the whole and of what the Gauss-Newton part leaves, and that part's columns: as the measurement does."""
@@ -127,12 +136,6 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
         made.append(deflation.PILOT_DRAWS)
         return deflation.pilot(*args)
 
-    def told(task: Measurement) -> dict[str, float]:
-        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-            budget = Budget("hutchinson", num_draws=draws)
-            found = investigate(task, recording, budget, columns=True)
-            return learn_seconds(task, found, budget, recording, draws=whole)
-
     monkeypatch.setattr(output_draws, "pilot", pilot)
     layers = select_layers(model, None)
     with CurvatureProbe(model) as probe:
@@ -141,7 +144,7 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
         trials, "_seconds_of_draws", lambda work, budget, limit, allowance: (1.0, float(budget.num_draws))
     )
     monkeypatch.setattr(trials, "_of_columns", lambda task, side, graphs, told: (1.0 * len(graphs), 0))
-    expected = measure(told, model, layers, F.cross_entropy, x, y, by_sample=False)
+    expected = measure(partial(seconds_told, draws), model, layers, F.cross_entropy, x, y, by_sample=False)
     assert expected
     assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS + 2}
     assert sum(made) == more * deflation.PILOT_DRAWS * len(expected)
@@ -193,15 +196,10 @@ def test_columns_that_are_drawn_beside_draws_are_told(
         work(budget, limit)
         return 0.1, 7.0 if work.func is trials._drawn_columns else 1.0
 
-    def told(task: Measurement) -> dict[str, float]:
-        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-            budget = Budget("hutchinson", num_draws=draws)
-            found = investigate(task, recording, budget, columns=True)
-            return learn_seconds(task, found, budget, recording, draws=whole)
-
     monkeypatch.setattr(trials, "_seconds_of_draws", seconds_of_draws)
     monkeypatch.setattr(trials, "_told_seconds", lambda *_, allowance: (0.0, 0))
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 12))
     x, y = torch.randn(6, 3), torch.randint(12, (6,))
-    found = measure(told, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
+    layers = select_layers(model, None)
+    found = measure(partial(seconds_told, draws), model, layers, F.cross_entropy, x, y, by_sample=False)
     assert {name: found[name] for name in ("0", "2")} == dict.fromkeys(("0", "2"), pytest.approx(expected))

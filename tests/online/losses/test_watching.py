@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
 from secorder.online.losses import watching
 
-from ...helpers import Net, data, make, mlp
+from ...helpers import Doubled, Net, data, make, mlp
 from ..loops import follow
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
@@ -56,18 +55,6 @@ def test_a_probe_that_is_detached_waits_for_no_backward() -> None:
     probe.detach()
     assert torch.autograd._engine_run_backward is entry
     loss.backward()
-
-
-class Doubled(torch.autograd.Function):
-    """A sum over samples, of which that cannot be seen."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return 2 * x
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return 2 * gradients[0]
 
 
 UNSEEN: dict[str, Criterion] = {
