@@ -24,8 +24,6 @@ from .monitor.terminal import Console
 from .monitor.watch import watch
 from .oneshot.loss import losses
 
-__all__ = ["main"]
-
 #: Width of what goes into a file or another program, unless ``COLUMNS`` says it.
 WIDE = 160
 

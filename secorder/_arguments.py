@@ -12,11 +12,6 @@ import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = [
-    "like", "require_device", "require_flag", "require_floating_dtype", "require_integer", "require_number",
-    "require_one_of", "require_path", "shown",
-]  # fmt: skip
-
 #: Characters of a value that a message shows.
 SHOWN = 100
 

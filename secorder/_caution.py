@@ -6,8 +6,6 @@ from inspect import currentframe
 
 from .errors import CurvatureWarning
 
-__all__ = ["caution"]
-
 #: Packages whose lines are not the user's: the library, and what calls it for the user.
 OTHERS = ("secorder", "torch", "lightning", "pytorch_lightning", "transformers", "accelerate")
 

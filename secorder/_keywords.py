@@ -6,8 +6,6 @@ from typing import ParamSpec, TypeVar
 
 from .errors import InvalidArgumentError
 
-__all__ = ["RENAMED", "refuse_renamed", "tells_renamed_keywords"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

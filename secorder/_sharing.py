@@ -3,8 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["counted_once", "held_before"]
-
 
 def held_before(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
     """By layer, the names of its parameters that a layer before it holds too; layers without are missing.

@@ -12,20 +12,6 @@ from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
 from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
 
-__all__ = [
-    "NO_BATCH",
-    "BatchMismatch",
-    "arguments_of",
-    "batch_size",
-    "owned_batch",
-    "part_of_batch",
-    "preferred_size",
-    "require_agreement",
-    "sample_dimension",
-    "sample_sizes",
-    "take_samples",
-]
-
 #: What is said of data without a sample.
 NO_BATCH = "the data holds no batch: pass at least one sample."
 

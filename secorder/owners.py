@@ -10,11 +10,6 @@ from torch.nn.utils.rnn import PackedSequence
 
 from ._torch.pytree import map_tensors, tensors_in
 
-__all__ = [
-    "Grouping", "Owned", "Owner", "changed_rows", "owned_by_entries", "owned_by_index", "owned_by_lengths",
-    "owned_by_packing", "take_owned", "with_entries_of",
-]  # fmt: skip
-
 #: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
 Owner = int | Tensor | None
 

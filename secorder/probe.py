@@ -75,8 +75,6 @@ if TYPE_CHECKING:  # what shows results is loaded when it is asked for
     from .monitor.log import CurvatureLog
     from .monitor.table import Report, SortKey
 
-__all__ = ["CurvatureProbe", "NoLayerError"]
-
 LossFunction = Callable[[Any, Any], Tensor]
 
 Read = TypeVar("Read")

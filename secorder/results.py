@@ -16,8 +16,6 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .layers.selection import Layer, MeasuredBy
 from .parallel.fsdp import Shard, shards, whole
 
-__all__ = ["Diagonals", "LayerInfo", "Strategy", "joined_info", "relative_error"]
-
 #: Said of a file, or a state, of something else.
 _FOREIGN = "this is not what Diagonals.state_dict() returns: was it saved by Diagonals.save()?"
 

@@ -3,8 +3,6 @@
 from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 
-__all__ = ["attention_kernels"]
-
 
 def attention_kernels() -> list[SDPBackend]:
     """Those that may be used now."""

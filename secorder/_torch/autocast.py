@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["AutocastState", "autocast", "autocast_enabled", "autocast_state", "no_autocast", "under_autocast"]
-
 #: Device type → dtype, where autocast is enabled.
 AutocastState = dict[str, torch.dtype]
 

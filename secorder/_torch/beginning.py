@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .compile import never_compiled, uncompiled
 
-__all__ = ["before_backward", "tells_beginnings", "wait_no_more"]
-
 #: What is called with its owner, the tensors that the pass begins at and the gradients on these, and tells whether that
 #: was the pass that it waited for.
 Work = Callable[[Any, Sequence[Tensor], Sequence[Tensor | None]], bool]

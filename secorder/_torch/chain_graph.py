@@ -14,8 +14,6 @@ from .graph import Node, operation_of, shape_of, signed
 from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
 from .vjp import quiet_vmap
 
-__all__ = ["Kind", "Segment", "batched_gradients", "edge_gradients", "segments_of"]
-
 
 class Kind(Enum):
     """What a segment does to its input."""

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-__all__ = ["plain_checkpoints"]
-
 
 @contextmanager
 def plain_checkpoints() -> Iterator[None]:

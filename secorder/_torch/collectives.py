@@ -5,8 +5,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_reduce", "has_ranks"]
-
 
 def has_ranks() -> bool:
     """Whether this process is one of the ranks of a process group."""

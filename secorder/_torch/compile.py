@@ -11,11 +11,6 @@ from torch._C._dynamo import eval_frame
 
 from .stance import enter_eager, leave_eager
 
-__all__ = [
-    "EagerSection", "being_compiled", "hooks_prevent_compiling", "is_traced", "leave_graph", "may_break_graph",
-    "never_compiled", "uncompiled",
-]  # fmt: skip
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -14,8 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["CompositeNorms"]
-
 
 class CompositeNorms(TorchFunctionMode):
     """Inside, layer, batch and instance normalisation consist of operations that can be differentiated at will.

@@ -5,8 +5,6 @@ from torch import Tensor
 from .graph import recomputed, saved, shape_of, signed
 from .loss_graph import place_of
 
-__all__ = ["is_cross_entropy_of_rows"]
-
 #: Nodes that take rows out of a tensor, or see them in other dimensions, and change no number.
 _TAKES_ROWS = frozenset({
     "AliasBackward0", "CloneBackward0", "ReshapeAliasBackward0", "SliceBackward0", "SqueezeBackward0",

@@ -11,8 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .pytree import map_tensors
 
-__all__ = ["passes_on", "within_rank"]
-
 
 @contextmanager
 def within_rank(modules: Iterable[nn.Module]) -> Iterator[None]:

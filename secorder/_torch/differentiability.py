@@ -7,8 +7,6 @@ from torch import Tensor, nn
 
 from .graph import nodes_behind
 
-__all__ = ["differentiable_zero", "once_differentiable_functions"]
-
 
 def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | None:
     """The names of functions marked ``once_differentiable`` that cut the graph of these gradients; None where none do.

@@ -10,21 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from .graph import nodes_behind
 
-__all__ = [
-    "accumulate_node",
-    "accumulates_into",
-    "after_backward",
-    "backward_since",
-    "current_backward",
-    "executes_all",
-    "first_gradient_hook",
-    "graph_is_kept",
-    "has_gradient_hooks",
-    "in_backward",
-    "untouched",
-    "will_accumulate",
-]
-
 #: Nodes from a layer's output to its parameter: a view, the product of matrices, the weight's transpose, the leaf.
 NEAR = 3
 

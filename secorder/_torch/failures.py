@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["is_missing_graph", "is_out_of_memory", "is_users_own", "is_vmap_failure"]
-
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent))
 _VMAP = re.compile(r"vmap|batching|functorch")
 _MISSING_GRAPH = re.compile(r"not have been used in the graph|does not require grad|requires_grad|inside a function")

@@ -7,8 +7,6 @@ from typing import Any, Literal
 
 import torch
 
-__all__ = ["Operation", "full_float32", "products_as_convolutions", "rounding_of_products"]
-
 #: A product of matrices, a convolution, or a recurrent layer.
 Operation = Literal["product", "convolution", "recurrence"]
 

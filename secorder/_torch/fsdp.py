@@ -5,8 +5,6 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["fsdp_mesh_dims", "fsdp_modules", "is_fsdp_hook", "local", "local_shape"]
-
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that lies over ranks, such as a sharded parameter; any other tensor, detached."""

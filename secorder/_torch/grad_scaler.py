@@ -11,8 +11,6 @@ from torch import Tensor
 from .graph import Node, operation_of, recomputed
 from .loss_terms import terms
 
-__all__ = ["multiplied_by_scaler"]
-
 
 def multiplied_by_scaler(root: Node) -> bool:
     """Whether what a backward pass begins at is multiplied by a scaler's factor, or made by arithmetic of what is.

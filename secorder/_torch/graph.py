@@ -10,13 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Node", "Output", "Users", "can_be_run", "collection_paused", "current_node", "dtypes_of", "is_builtin",
-    "is_complex", "leads_to_these_alone", "leaves_of", "nodes_behind", "operation_of", "outputs_of",
-    "recomputed", "run_node", "run_node_once", "saved", "shape_of", "signed", "tells_recomputation",
-    "users_of",
-]  # fmt: skip
-
 #: A node of the graph, as ``tensor.grad_fn`` is one.
 Node = Any
 

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["at_hand", "begin_copy", "goes_to_host"]
-
 
 def at_hand(tensor: Tensor) -> list[Any] | None:
     """The numbers of a tensor that is on the host anyway; None of one that the host would wait for."""

@@ -21,8 +21,6 @@ from .graph import (
     shape_of,
 )
 
-__all__ = ["Place", "UnknownNode", "elements_of", "nodes_between", "normalises", "place_of", "pull_back"]
-
 #: A tensor that the graph knows: the node that computed it, and which of its outputs it is.
 Place = tuple[Node, int]
 

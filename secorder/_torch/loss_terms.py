@@ -10,11 +10,6 @@ from torch import Tensor
 from .ddp import passes_on
 from .graph import Node, operation_of, recomputed, run_node, saved, shape_of, signed
 
-__all__ = [
-    "Targets", "averaged", "factors_between", "hides", "is_mean", "mean_over_targets", "multiplier", "ones_for",
-    "selected", "summed", "terms", "uniform", "weights_within",
-]  # fmt: skip
-
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
 

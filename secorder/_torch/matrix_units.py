@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["product_in_float32"]
-
 
 def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
     """Products of bfloat16 matrices ``(groups, rows, inner)`` and ``(groups, inner, columns)`` with sums in float32.

@@ -12,8 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .pytree import tensors_in
 
-__all__ = ["free_memory", "most_bytes"]
-
 #: By how much what may be alive exceeds the most that was, before it is looked at what is.
 SLACK = 1.05
 

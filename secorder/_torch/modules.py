@@ -13,15 +13,6 @@ from torch import Tensor, nn
 
 from .pytree import once_each
 
-__all__ = [
-    "Place", "backward_hooks", "backward_hooks_on_all_modules", "backward_hooks_removed", "batch_normalisation",
-    "buffer_places", "computes_as", "convolution_padding", "evaluating", "forward_hook_dicts", "forward_hooks",
-    "forward_hooks_removed", "gradient_hooks_removed", "has_hooks", "held_parameter", "holds", "hooks_on_all_modules",
-    "is_running", "is_scripted", "kept_out_of_copies", "observe_nothing", "observers", "own_attributes",
-    "own_parameters", "own_tensors", "parameter_places", "parameter_table", "parameters_replaced", "parameters_with",
-    "put_back", "put_copies", "tables_of", "threads_running",
-]  # fmt: skip
-
 
 class Place(NamedTuple):
     """Where a module holds a tensor that its forward reads.

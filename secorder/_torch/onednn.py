@@ -17,8 +17,6 @@ from .graph import Node
 from .saved_tensors import saved_tensor_hooks_active
 from .transforms import inside_transform
 
-__all__ = ["addmm_by_onednn", "linear_by_onednn", "multiplied_by_onednn", "product_by_onednn"]
-
 #: Multiplications from which on one product is worth a call of its own: what oneDNN gains is more than a call costs,
 #: and two threads have enough to share (measured from 64 to 4,608 rows and columns, on one thread and on two).
 ALONE = 1 << 22

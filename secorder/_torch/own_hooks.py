@@ -11,10 +11,6 @@ from torch.utils.hooks import RemovableHandle
 from .modules import forward_hook_dicts, forward_hooks, has_hooks
 from .walk import modules_in
 
-__all__ = [
-    "Aside", "FirstHook", "OwnHook", "added_hooks_removed", "computes_by_its_hooks", "is_own", "suspended",
-]  # fmt: skip
-
 
 class OwnHook:
     """A hook of the library's; copies and pickles of the model get one that does nothing.

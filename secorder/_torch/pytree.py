@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-__all__ = ["Shared", "attributes_of", "call_model", "map_tensors", "once_each", "tensors_in"]
-
 #: Not to be taken apart.
 _LEAVES = (
     str, bytes, int, float, complex, type(None), type, nn.Module, types.ModuleType,

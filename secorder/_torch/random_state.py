@@ -9,16 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "RandomState",
-    "cuda_devices",
-    "fresh_generator",
-    "get_random_state",
-    "random_state_kept",
-    "same_random_state",
-    "set_random_state",
-]
-
 
 class RandomState(NamedTuple):
     """The global random state: torch's on the CPU and on CUDA devices, Python's and NumPy's (where it is loaded)."""

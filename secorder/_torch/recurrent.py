@@ -5,8 +5,6 @@ from torch import Tensor
 
 from .graph import Node, saved
 
-__all__ = ["kept_gates"]
-
 #: oneDNN fills rows up to so many bytes, and one such piece more where rows would fall on the same lines of a cache.
 PIECE, SAME_LINES = 64, 256
 

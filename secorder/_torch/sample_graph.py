@@ -16,11 +16,6 @@ from torch.autograd.graph import get_gradient_edge
 
 from .graph import Node, collection_paused, operation_of, shape_of, signed
 
-__all__ = [
-    "ELEMENTWISE", "SHARED", "InnerSizes", "inner_size", "place_of", "samples_in_graph", "samples_in_leaves",
-    "samples_in_nodes",
-]  # fmt: skip
-
 #: In place of an inner size: no sample owns any of it, such as of a weight, or of a table that is added to all samples.
 SHARED = 0
 

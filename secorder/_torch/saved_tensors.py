@@ -10,11 +10,6 @@ from torch import Tensor
 from .autocast import autocast_enabled
 from .versions import versions
 
-__all__ = [
-    "Kept", "OverwrittenError", "checkpoint_section", "keep", "keeps_arguments",
-    "saved_tensor_hooks_active", "section_computed_again", "stops_recomputation", "surrounded_as_usual",
-]  # fmt: skip
-
 
 class OverwrittenError(Exception):
     """A tensor that was kept has been changed in place."""

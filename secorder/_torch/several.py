@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["add_each", "add_products", "divide_each", "multiply_each", "norms_of", "set_to_zero", "square_each"]
-
 
 def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, alpha: float = 1.0) -> None:
     """Add to each tensor ``alpha`` times another one of its shape, in place."""

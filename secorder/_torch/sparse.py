@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["dense_gradients", "entries", "gives_sparse_gradients", "looked_up"]
-
 #: Modules that may give such gradients, by their attribute ``sparse``.
 TABLES = (nn.Embedding, nn.EmbeddingBag)
 

@@ -10,8 +10,6 @@ from weakref import WeakSet, finalize
 
 from .saved_tensors import checkpoint_section
 
-__all__ = ["eager", "enter_eager", "leave_eager"]
-
 
 class _Stance:
     """What the compiler asks whenever a compiled function is called: in place from the first who needs it to the last.

@@ -2,8 +2,6 @@
 
 from torch import Tensor, nn
 
-__all__ = ["constant_in_place_of"]
-
 
 def constant_in_place_of(module: nn.Module, name: str) -> Tensor | None:
     """What a module holds by a parameter's name (``"weight"``, ``"0.weight"``), if it is no parameter and constant.

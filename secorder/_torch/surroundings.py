@@ -14,8 +14,6 @@ from torch import overrides
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
 
-__all__ = ["count_modes", "function_modes", "lasting", "out_of_sight", "parametrizations_computed_anew", "unseen"]
-
 #: How many dispatch modes calls are made under.
 count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 

@@ -4,7 +4,5 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["inside_transform"]
-
 #: What runs the innermost ``torch.func`` transform (vmap, grad, …) now; None outside of any.
 inside_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack

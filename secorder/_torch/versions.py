@@ -6,8 +6,6 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-__all__ = ["same_memory", "version", "versions"]
-
 _VERSION = attrgetter("_version")
 
 

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["cloned", "is_view", "joined"]
-
 
 def is_view(tensor: Tensor) -> bool:
     """Whether autograd knows it as a part of another tensor: an operation in place then puts new nodes in its place."""

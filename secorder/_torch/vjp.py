@@ -15,16 +15,6 @@ from .differentiability import once_differentiable_functions
 from .failures import is_out_of_memory, is_users_own, is_vmap_failure
 from .memory import free_memory
 
-__all__ = [
-    "ACCELERATOR_CHUNK_BYTES",
-    "check_chunk_size",
-    "chunks",
-    "default_chunk_size",
-    "gradients",
-    "placeholder",
-    "stacked_vjp",
-]
-
 #: Memory that one batched product may take for its vectors and intermediates, where no chunk size is given: what fits
 #: a CPU's caches (measured: twice as fast as eight times as much), and enough to keep an accelerator busy, or a part of
 #: what is free on it, where that can be told.

@@ -2,8 +2,6 @@
 
 from torch import nn
 
-__all__ = ["modules_in"]
-
 _NAMED_MODULES = nn.Module.named_modules
 
 

@@ -7,8 +7,6 @@ from torch import nn
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["second_derivative_is_exact", "weight_normalised"]
-
 
 def weight_normalised(module: nn.Module) -> bool:
     """Whether a weight of a module is normalised by PyTorch's own kernel, along its first or last dimension."""

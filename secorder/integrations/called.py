@@ -6,8 +6,6 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["Called"]
-
 
 class Called:
     """Sees which modules are called from outside of the model, while its hooks are there.

@@ -12,8 +12,6 @@ from ..errors import InvalidArgumentError
 from ..monitor.recorder import CurvatureRecorder
 from ..probe import CurvatureProbe
 
-__all__ = ["divided", "submodule", "try_options"]
-
 
 def _keywords(function: Any) -> set[str]:
     return {

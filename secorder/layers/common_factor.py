@@ -12,8 +12,6 @@ from torch import Tensor
 from .contraction import contract
 from .per_sample import Outer, PerSample
 
-__all__ = ["contract_each"]
-
 
 def contract_each(parts: Sequence[PerSample], outs: Sequence[Tensor]) -> None:
     """Write Σ_n u_n² of each per-sample gradient to its ``out``, as :func:`~.contraction.contract` does."""

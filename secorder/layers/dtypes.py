@@ -6,8 +6,6 @@ from torch import Tensor
 from .._torch.fsdp import local
 from .selection import Layer
 
-__all__ = ["MANY_TERMS", "added_up", "cast", "compute_dtype", "rounding", "zeros"]
-
 #: Sums of so many terms round by a few units in the last place of what the terms' squares add up to, whatever they are.
 MANY_TERMS = 256
 

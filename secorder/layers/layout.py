@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .._torch.sample_graph import inner_size
 
-__all__ = ["DIM_ZERO", "Layout", "candidate_layouts", "layouts_of"]
-
 
 class Layout(NamedTuple):
     """Where the samples of a layer's input and output are.

@@ -15,8 +15,6 @@ from .._torch.several import add_each, multiply_each, square_each
 from .dtypes import MANY_TERMS, added_up
 from .rank_one import FactorNorms, RankOne
 
-__all__ = ["Look", "OneByOne"]
-
 
 class Look(NamedTuple):
     """The random vectors that the audit looks at a layer with.

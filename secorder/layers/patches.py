@@ -13,8 +13,6 @@ from .._torch.float32 import products_as_convolutions
 from .._torch.matrix_units import product_in_float32
 from .._torch.onednn import multiplied_by_onednn
 
-__all__ = ["Patches", "matrix_products", "whole_input", "windows"]
-
 #: Numbers of float32 that fill a register of a CPU: so many columns of a matrix product are made at once.
 LANES = 16
 

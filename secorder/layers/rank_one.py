@@ -13,8 +13,6 @@ from .._torch.versions import versions
 from .per_sample import Outer, PerSample
 from .selection import Layer
 
-__all__ = ["FactorNorms", "RankOne", "overwritten", "rank_one"]
-
 
 class FactorNorms(NamedTuple):
     """The norms of the factors of per-sample gradients that are products of one input and one cotangent.

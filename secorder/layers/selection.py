@@ -22,21 +22,6 @@ from ..parallel.spread import Spread, is_distributed
 from .per_sample import Rule
 from .rules import rule_for
 
-__all__ = [
-    "DEFAULT_LAYER_TYPES",
-    "Layer",
-    "LayerTypes",
-    "MeasuredBy",
-    "names_layers",
-    "present",
-    "ranks_of",
-    "read_elsewhere",
-    "select_layers",
-    "share_of_parameters",
-    "special_option",
-    "trained",
-]
-
 DEFAULT_LAYER_TYPES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d)
 
 #: What ``layer_types`` may be: one type, several, ``"all"`` (every module with parameters of its own), or None.

@@ -13,8 +13,6 @@ from torch import Tensor
 from .._torch.several import add_each, multiply_each
 from .dtypes import MANY_TERMS, added_up
 
-__all__ = ["Frame", "SideBySide", "columns_of", "frame_of"]
-
 
 class Frame(NamedTuple):
     """Which columns are whose, and the random vectors that the audit looks at the layers with.

@@ -15,8 +15,6 @@ from .._torch.own_hooks import OwnHook, is_own
 from .._torch.surroundings import function_modes
 from .._torch.walk import modules_in
 
-__all__ = ["chain_of", "independent_by_structure", "linear_by_structure", "pure_by_structure"]
-
 _Types = tuple[type[nn.Module], ...]
 
 _DROPOUTS: _Types = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

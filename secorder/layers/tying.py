@@ -7,8 +7,6 @@ from torch import nn
 from .rules import rule_for
 from .selection import Layer, read_elsewhere, special_option
 
-__all__ = ["Ties", "tied_layers"]
-
 #: For each layer with a tied parameter: parameter → all that hold it, as (layer, parameter), itself among them.
 Ties = dict[str, dict[str, list[tuple[str, str]]]]
 

@@ -23,11 +23,6 @@ from .operations.registry import each
 from .operations.routed import OwnedRows, through_rows
 from .per_sample import Outer, PerSample, Rows, dense, form_of, merge
 
-__all__ = [
-    "Later", "Piece", "Route", "Use", "Uses", "brought", "carried", "find_uses", "hidden", "pieces",
-    "reentrant",
-]  # fmt: skip
-
 #: A parameter's name, and the operations from it on, each with the number of its input.
 Route = tuple[str, ...]
 

@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
-__all__ = ["AT_MOST", "blocks", "common_prefix", "shortened"]
-
 #: Lines that can be told apart in one chart.
 AT_MOST = 12
 

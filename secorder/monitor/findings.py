@@ -11,8 +11,6 @@ from .html import html_list
 from .table import Report, report
 from .terminal import Console, ConsoleOptions, Group, RenderResult, Text
 
-__all__ = ["TEXTS", "THRESHOLDS", "Diagnosis", "Finding", "FindingKind", "find", "finding", "without_tables"]
-
 FindingKind = Literal[
     "non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled", "growing", "noisy", "edge"
 ]

@@ -6,8 +6,6 @@ from typing import Protocol, TypeVar
 from .blocks import shortened
 from .terminal import Table, cell_len
 
-__all__ = ["fitting"]
-
 
 class Column(Protocol):
     """What is needed of a column."""

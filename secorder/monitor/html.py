@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from html import escape
 
-__all__ = ["html_list", "html_table"]
-
 
 def html_table(
     columns: Sequence[tuple[str, bool]], rows: Sequence[tuple[str, Sequence[str]]], title: str | None = None

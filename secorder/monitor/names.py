@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 
-__all__ = ["WHOLE_MODEL", "Numbers", "flat", "shown"]
-
 #: Statistic → layer → number.
 Numbers = Mapping[str, Mapping[str, float]]
 

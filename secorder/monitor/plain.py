@@ -5,8 +5,6 @@ from functools import partial
 
 from .terminal import Table, cell_len
 
-__all__ = ["plain"]
-
 #: Around and between the cells of a row, and what stands for a letter of them: first the head's.
 _TOP, _HEAD, _BELOW_HEAD = "┏┳┓━", "┃┃┃ ", "┡╇┩━"
 _ROW, _BETWEEN, _BOTTOM = "│││ ", "├┼┤─", "└┴┘─"

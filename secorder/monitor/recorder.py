@@ -26,9 +26,6 @@ from .watched import Watched, check_flags, check_intervals, check_listeners, che
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["CurvatureRecorder"]
-
-
 #: Why there is nothing to log.
 UNSEEN = (
     "no batch went through the probe's model in {} steps, so that there is no Fisher to log: attach the probe to the "

@@ -9,8 +9,6 @@ from torch import Tensor
 from .._torch.collectives import all_reduce
 from .._torch.fsdp import local
 
-__all__ = ["STACKED", "norms", "stacks"]
-
 #: Elements that are put together, at most.
 STACKED = 2**20
 

@@ -20,8 +20,6 @@ from .plain import plain
 from .statistics import LayerSummary, merged, summarize
 from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
 
-__all__ = ["Report", "SortKey", "report"]
-
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 

@@ -11,8 +11,6 @@ from .._arguments import shown
 from .._torch.collectives import all_reduce
 from ..errors import InvalidTypeError
 
-__all__ = ["learning_rates", "mean_loss", "number_of", "numbers_told", "step_of"]
-
 
 def number_of(name: str, value: Any) -> Any:
     """A number as it is; of a tensor of one element that, without its graph, not read, and precise enough to be summed.

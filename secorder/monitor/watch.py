@@ -15,8 +15,6 @@ from .fitting import fitting
 from .names import WHOLE_MODEL
 from .terminal import Console, ConsoleOptions, Group, Live, RenderResult, Table, Text
 
-__all__ = ["Run", "file_of", "watch"]
-
 #: Points of the small chart beside each layer.
 TREND = 24
 

@@ -10,8 +10,6 @@ from .._arguments import like, require_flag, require_integer, require_number, re
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Watched", "check_flags", "check_intervals", "check_listeners", "check_measured", "measurement_options"]
-
 
 class Watched(Protocol):
     """What is needed of a :class:`secorder.CurvatureProbe`."""

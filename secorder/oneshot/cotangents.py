@@ -10,8 +10,6 @@ from ..errors import AttributionError
 from ..layers.dtypes import rounding
 from .roots import Columns
 
-__all__ = ["measured_rounding", "pull_back", "random_numbers", "require_linear_backward", "require_sum"]
-
 #: A number for all samples that changes every bit, and how many times the rounding that it shows may be met elsewhere.
 ALIKE, MEASURED = 1.7, 64.0
 

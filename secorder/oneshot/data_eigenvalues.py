@@ -19,8 +19,6 @@ from .measurement import Measurement
 from .operators import Blocks, Curvature, ProductOnParameters, operators
 from .trace import By
 
-__all__ = ["eigenvalues_of_data"]
-
 #: Runs work on a batch.
 Measure = Callable[[Callable[[Measurement], Any], Any, Any], Any]
 

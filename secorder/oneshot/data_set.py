@@ -23,17 +23,6 @@ from .loss_reduction import Kind, LossReduction
 from .timing import SHORT_SECONDS, least_seconds_of, seconds_of
 from .trace import Trace
 
-__all__ = [
-    "MeasuresBatches",
-    "batches_of",
-    "first_of",
-    "is_data_set",
-    "number_of_batches",
-    "require_one_batch",
-    "seconds_besides",
-    "takes_data_sets",
-]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -16,20 +16,6 @@ from .measurement import Measurement
 from .operators import Curvature, Operator, ProductInZ, ProductOnParameters, operators
 from .trace import By
 
-__all__ = [
-    "TOLERANCE",
-    "Eigenvalues",
-    "Which",
-    "blocks_of",
-    "eigenvalues",
-    "lanczos",
-    "lanczos_steps",
-    "nothing",
-    "restricted",
-    "rows_of_basis",
-    "start_of",
-]
-
 #: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
 

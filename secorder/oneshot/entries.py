@@ -18,8 +18,6 @@ from torch.overrides import TorchFunctionMode
 from .._torch.sample_graph import SHARED, InnerSizes, place_of
 from .._torch.versions import version
 
-__all__ = ["Enough", "Entries", "Replay", "tensors_of"]
-
 #: Functions whose operands are aligned with their result by the last dimensions, as broadcasting does.
 _BROADCAST = frozenset({
     "add", "radd", "sub", "rsub", "mul", "rmul", "div", "rdiv", "truediv", "rtruediv", "where", "masked_fill",

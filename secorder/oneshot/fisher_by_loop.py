@@ -21,8 +21,6 @@ from .measurement import Measurement
 from .output_hessian import loss_of_output, output_points
 from .recording import seen
 
-__all__ = ["by_loop", "trials_of_loop"]
-
 
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
     """By definition: the model and the loss on batches of one, for losses that cannot be cut into those of samples.

@@ -16,8 +16,6 @@ from .measurement import Measurement
 from .output_hessian import output_points
 from .roots import Columns
 
-__all__ = ["by_samples"]
-
 
 def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
     """On the parameters: one vjp a sample and pair, on one graph of the whole batch.

@@ -24,8 +24,6 @@ from .recorded_layer import parts_of_one
 from .roots import Columns
 from .use_rows import ByCotangents, Evidence, follow_uses, gradients_at
 
-__all__ = ["by_uses"]
-
 
 def by_uses(
     task: Measurement,

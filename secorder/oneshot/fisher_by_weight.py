@@ -21,8 +21,6 @@ from .output_hessian import output_points
 from .recorded_layer import RecordedLayer, contract_settled
 from .roots import Columns, Root
 
-__all__ = ["ByWeight", "heaviest_columns"]
-
 
 @dataclass
 class ByWeight:

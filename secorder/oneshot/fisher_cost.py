@@ -24,8 +24,6 @@ from .measurement import Measurement
 from .recording import recorded
 from .timing import TRIAL_SECONDS, least_seconds_of, seconds_of
 
-__all__ = ["fisher_cost"]
-
 #: Columns of the longer trial, at least.
 SOME = 33
 

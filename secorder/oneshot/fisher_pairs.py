@@ -12,8 +12,6 @@ from .output_hessian import output_hessian
 from .output_root import output_root
 from .roots import Columns, Draws, Root, from_hessian
 
-__all__ = ["FisherType", "Found", "collect", "second_order_columns"]
-
 FisherType = Literal["empirical", "type-2", "mc"]
 
 #: Per layer its diagonal by parameter, which is the mean over samples, and how it was come by.

@@ -7,8 +7,6 @@ from .hessian.estimate import Estimate
 from .hessian.output_draws import Reduce
 from .measurement import Measurement
 
-__all__ = ["ggn_estimates"]
-
 
 def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Estimate]:
     """Layer by layer: exact where there are no more outputs than draws, else unbiased estimates.

@@ -23,8 +23,6 @@ from .output_hessian import as_samples
 from .recorded_layer import RecordedLayer
 from .roots import Root
 
-__all__ = ["Head", "contract_head", "head_outputs", "known_heads"]
-
 #: Outputs of one sample up to which a number for each is exact in single precision.
 MAX_NUMBERED = 1 << 24
 

@@ -14,8 +14,6 @@ from .hessian.estimate import Estimate, average
 from .roots import Columns, Draws, First, Pairs, Root
 from .timing import TRIAL_SECONDS, least_seconds_of, seconds_per_product
 
-__all__ = ["Contraction", "Forecast", "Heaviest", "by_weight", "forecast", "heaviest"]
-
 #: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
 Contraction = Callable[[Columns], list[list[Tensor]]]
 

@@ -22,21 +22,6 @@ from ..layers.dtypes import rounding
 from ..layers.layout import DIM_ZERO, Layout
 from .isolation import IsolatedModel
 
-__all__ = [
-    "block_diagonal",
-    "changed_entries",
-    "changed_samples",
-    "exchange",
-    "linear_products",
-    "outputs_independent",
-    "over_samples",
-    "rounding_in",
-    "sample_bits",
-    "separating_masks",
-    "with_neighbours",
-    "without_gradients",
-]
-
 
 def separating_masks(count: int) -> Tensor:
     """Masks (B, N), B about log₂ N: for every ordered pair (n, m) some mask holds m and not n.

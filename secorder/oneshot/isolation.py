@@ -49,15 +49,6 @@ from .parameter_values import ParameterValues
 from .state import State
 from .user_code import code_of
 
-__all__ = [
-    "IsolatedModel",
-    "ReplacementsBypassed",
-    "Result",
-    "gradients_put_aside",
-    "isolate",
-    "run_isolated",
-]
-
 Result = TypeVar("Result")
 
 

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from .._torch.modules import backward_hooks, forward_hooks
 
-__all__ = ["defined_reduction", "known_loss", "loss_of_rows", "made_of_samples", "share_of_samples", "softmax_scale"]
-
 
 def known_loss(loss_fn: Any) -> bool:
     """Whether a loss is a function or module of PyTorch's own: without state, without random numbers, with no tensors.

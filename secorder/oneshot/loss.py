@@ -17,16 +17,6 @@ from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 from .overwriting import on_copies
 
-__all__ = [
-    "LossAndGradient",
-    "check_loss",
-    "explains_missing_targets",
-    "losses",
-    "losses_and_gradients",
-    "require_dependence",
-    "require_loss_function",
-]
-
 #: The loss of a batch, and its gradient in each of the model's parameters.
 LossAndGradient = tuple[Tensor, list[Tensor]]
 

@@ -20,8 +20,6 @@ from .known_losses import defined_reduction
 from .loss import LossAndGradient, check_loss, losses_and_gradients
 from .overwriting import on_copies
 
-__all__ = ["Kind", "LossReduction"]
-
 #: How the loss of a batch is made of its samples'.
 Kind = Literal["mean", "sum"]
 

@@ -20,8 +20,6 @@ from .root_forms import cross_entropy_root
 from .roots import Root
 from .sample_losses import BatchLoss, gradients_of_losses, gradients_of_rows, own_gradients, own_losses
 
-__all__ = ["SampleLosses", "losses_by_definition", "losses_by_output", "precise_share"]
-
 
 @dataclass
 class SampleLosses:

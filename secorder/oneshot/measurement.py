@@ -37,8 +37,6 @@ from .overwriting import LossOverwrites, on_copies, versions
 from .provenance import Traced
 from .recording import RecordingFailed
 
-__all__ = ["Measurement", "measure", "whole_layers"]
-
 LossFunction = Callable[[Any, Any], Tensor]
 
 

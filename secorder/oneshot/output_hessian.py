@@ -13,17 +13,6 @@ from .._torch.vjp import chunks, default_chunk_size, stacked_vjp
 from ..layers.layout import DIM_ZERO
 from .independence import block_diagonal
 
-__all__ = [
-    "Dimensions",
-    "as_samples",
-    "expose_output",
-    "filled",
-    "loss_of_output",
-    "loss_separates",
-    "output_hessian",
-    "output_points",
-]
-
 #: Tells which dimension of an output tensor holds the samples.
 Dimensions = Callable[[Tensor], int | None]
 

@@ -10,8 +10,6 @@ from torch import Tensor
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.versions import version
 
-__all__ = ["LossOverwrites", "on_copies", "versions"]
-
 
 class LossOverwrites(Exception):
     """The loss changes the output, or the targets, that it is given: it must be given copies."""

@@ -18,8 +18,6 @@ from .._torch.stance import eager
 from .._torch.surroundings import parametrizations_computed_anew, unseen
 from .._torch.walk import modules_in
 
-__all__ = ["as_written", "own_settings"]
-
 
 @contextmanager
 def own_settings(model: nn.Module, *, training: bool) -> Iterator[None]:

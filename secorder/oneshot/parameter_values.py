@@ -15,8 +15,6 @@ from .._torch.modules import forward_hooks, own_tensors
 from .._torch.versions import same_memory
 from .restoring import same
 
-__all__ = ["ParameterValues", "may_be_overwritten"]
-
 #: Models of which a forward was seen to overwrite nothing, in train mode or in eval mode.
 _HARMLESS: WeakKeyDictionary[nn.Module, set[bool]] = WeakKeyDictionary()
 

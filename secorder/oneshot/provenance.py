@@ -18,8 +18,6 @@ from .entries import Entries
 from .isolation import IsolatedModel
 from .recording import is_watch
 
-__all__ = ["Calls", "Traced"]
-
 #: Calls that return tensors without a gradient, which hold no more of their arguments than the shape.
 _CREATIONS = frozenset({
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like",

@@ -25,8 +25,6 @@ from .operators import Operator, ProductInZ, operators
 from .timing import TRIAL_SECONDS, seconds_of
 from .trace import sums
 
-__all__ = ["Quantity", "quantity_cost"]
-
 #: Whose cost is asked for.
 Quantity = Literal["hessian", "trace", "eigenvalues", "fisher"]
 

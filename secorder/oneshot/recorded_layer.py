@@ -21,19 +21,6 @@ from .independence import over_samples
 from .output_hessian import as_samples
 from .roots import Columns, Single
 
-__all__ = [
-    "RecordedLayer",
-    "contract_pairs",
-    "contract_settled",
-    "layout_options",
-    "layouts_by_graph",
-    "parts_of_one",
-    "scale_draws",
-    "scales",
-    "settle_layouts",
-]
-
-
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 

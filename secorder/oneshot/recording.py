@@ -23,8 +23,6 @@ from ..layers.selection import Layer
 from .isolation import IsolatedModel, ReplacementsBypassed
 from .overwriting import LossOverwrites
 
-__all__ = ["ChainForward", "Recording", "RecordingFailed", "is_watch", "recorded", "seen"]
-
 
 class RecordingFailed(Exception):
     """The model or the loss raised with detached parameters in the layers' calls: perhaps it differentiates by them."""

@@ -16,11 +16,6 @@ from torch import Tensor, nn
 from .._torch.versions import version
 from .user_code import is_foreign
 
-__all__ = [
-    "MAX_COMPARED", "Restore", "SavedTensor", "of_attributes", "of_cache", "of_cell", "of_dict", "of_elements",
-    "of_length", "of_numbers", "of_variable", "same", "used_up",
-]  # fmt: skip
-
 #: Puts an object back, and tells whether it had been changed.
 Restore = Callable[[], bool]
 

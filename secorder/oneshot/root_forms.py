@@ -17,8 +17,6 @@ from .._torch.vjp import chunks, default_chunk_size
 from .independence import sample_bits
 from .roots import Map, Root
 
-__all__ = ["Product", "cross_entropy_root", "form_root", "signed_factors", "softmax_root"]
-
 #: Products of the loss's Hessian with vectors (M, N, K).
 Product = Callable[[Tensor], Tensor]
 

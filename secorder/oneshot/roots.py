@@ -11,8 +11,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Draws", "First", "Map", "Pairs", "Root", "Single", "from_hessian", "joined"]
-
 #: A linear map of coefficients (M, N or 1, K) to cotangents (M, N, C).
 Map = Callable[[Tensor], Tensor]
 

@@ -24,8 +24,6 @@ from .known_losses import made_of_samples
 from .measurement import Measurement
 from .output_hessian import as_samples, expose_output, filled
 
-__all__ = ["BatchLoss", "gradients_of_losses", "gradients_of_rows", "own_gradients", "own_losses"]
-
 #: What to do about a loss that holds what belongs to the samples.
 HELD = (
     "if it holds tensors of the batch itself (weights, a teacher's outputs, targets in a closure), pass them in "

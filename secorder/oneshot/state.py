@@ -30,8 +30,6 @@ from .restoring import (
 )
 from .user_code import CACHED, functions_of, global_names, is_foreign
 
-__all__ = ["State"]
-
 #: Objects that are looked at, at most: who keeps more keeps a data set, not a state.
 MAX_OBJECTS = 20_000
 

@@ -10,11 +10,6 @@ import torch
 from .._torch.memory import most_bytes
 from .._torch.vjp import chunks
 
-__all__ = [
-    "SHORT_SECONDS", "TRIAL_SECONDS", "Pieces", "Rehearsal", "least_seconds_of", "of_nearest", "seconds_and_bytes",
-    "seconds_of", "seconds_per_product",
-]  # fmt: skip
-
 #: What the trials of all layers may take together, about, beyond one product of each.
 TRIAL_SECONDS = 0.5
 

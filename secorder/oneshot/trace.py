@@ -17,8 +17,6 @@ from .hessian.run import carry_out
 from .measurement import Measurement
 from .operators import Curvature
 
-__all__ = ["By", "Trace", "sums", "traces"]
-
 #: What a block is made of: a layer's parameters together, or one parameter.
 By = Literal["layer", "parameter"]
 

@@ -20,8 +20,6 @@ from ..layers.layout import Layout, layouts_of
 from ..layers.uses import Route, Uses, find_uses
 from .independence import over_samples
 
-__all__ = ["ByCotangents", "Evidence", "follow_uses", "gradients_at"]
-
 #: How often further operations are looked at.
 ROUNDS = 24
 

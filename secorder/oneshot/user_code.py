@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["CACHED", "code_of", "functions_of", "global_names", "is_foreign"]
-
 #: The type of functions that remember what they returned.
 CACHED = type(lru_cache(id))
 

@@ -9,8 +9,6 @@ from .._caution import caution
 from .._torch.weight_norm import second_derivative_is_exact, weight_normalised
 from ..layers.selection import Layer
 
-__all__ = ["warn_if_estimated", "warn_if_inexact", "warn_if_not_finite"]
-
 
 def warn_if_estimated(draws: Mapping[str, int]) -> None:
     """Warn once of layers that ``method="auto"`` estimated, by their draws."""

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from .fisher import OnlineFisher
 
-__all__ = ["agree", "give_up", "leave_out_together", "opened_together", "share_troubles"]
-
 ELSEWHERE = "another rank could not measure it: the warnings of that rank say why."
 
 

@@ -35,8 +35,6 @@ from .waiting import add_waiting
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["Enters", "EntersUnrecorded", "enter", "leave", "let_go", "saves_again"]
-
 
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     """A gradient has come to a record's forward; False where that is a second backward, through the same graph."""

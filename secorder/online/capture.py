@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from .fisher import OnlineFisher
     from .hooks import Attachment
 
-__all__ = ["counts_in", "keeps_as_many", "layer_called", "module_called", "module_starts"]
-
 
 def layer_called(
     attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor

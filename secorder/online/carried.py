@@ -12,8 +12,6 @@ from .._torch.modules import Place, buffer_places, own_attributes, put_back
 from .._torch.pytree import map_tensors, once_each
 from .samples.beside import inside, made_beside
 
-__all__ = ["carried", "carried_cut_off", "cut_off"]
-
 
 def cut_off(tensor: Tensor) -> Tensor:
     """A tensor without what it was computed from, such as the forward before this one."""

@@ -20,8 +20,6 @@ from .window_sums import WindowSums, put_aside
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["load_state", "state_of", "synchronize"]
-
 #: Of the layout of :meth:`CurvatureProbe.state_dict`.
 VERSION = 4
 

@@ -26,11 +26,6 @@ from .waiting import add_waiting
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = [
-    "add_tied", "audit_early", "audit_trained", "audit_uncalled", "check_together", "close", "second_backward",
-    "unrecorded",
-]  # fmt: skip
-
 _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
     "losses and call backward once."

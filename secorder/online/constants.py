@@ -5,8 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Constants"]
-
 #: Vectors that are kept.
 MOST = 16
 

@@ -37,8 +37,6 @@ from .waiting import may_wait, wait
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["bring", "bring_rank_one", "deliver", "deliver_module"]
-
 #: The layouts of a layer's calls where there is one, and row n of what it returns is sample n's.
 ONE_ROW_A_SAMPLE = [[DIM_ZERO]]
 

@@ -9,8 +9,6 @@ from .fisher import OnlineFisher
 from .looks import Looks
 from .plan import Held
 
-__all__ = ["refresh"]
-
 
 def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
     """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""

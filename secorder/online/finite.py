@@ -8,9 +8,6 @@ from torch import Tensor
 from ..layers.patches import Patches
 from ..layers.per_sample import PerSample, Rows
 
-__all__ = ["all_finite", "finite", "total_of", "witness"]
-
-
 #: Numbers that one operation on a stack of them adds up, rather than one for each.
 MANY = 8
 

@@ -37,8 +37,6 @@ from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, e
 from .troubles import Troubles
 from .window_sums import WindowSums
 
-__all__ = ["Accumulate", "OnlineFisher", "quietly"]
-
 #: What is summed up of a layer: the squares of each parameter's per-sample gradients, or their norms alone.
 Accumulate = Literal["diagonal", "trace"]
 

@@ -25,8 +25,6 @@ from .record import ForwardRecord
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["add_formed", "form", "is_formed", "may_be_later", "squares_may_wait", "wait_formed"]
-
 
 def form(
     fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]

@@ -48,8 +48,6 @@ from .opening import open_record, settle
 from .record import ForwardRecord
 from .samples.hypotheses import floating
 
-__all__ = ["Attachment"]
-
 
 class Attachment:
     """The hooks of one probe on its model.

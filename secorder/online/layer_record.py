@@ -26,8 +26,6 @@ from ..layers.rank_one import FactorNorms
 from ..layers.uses import Uses
 from .samples.relation import Shape
 
-__all__ = ["Call", "LayerRecord", "ModuleCall", "Start", "State"]
-
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
 Call = tuple[tuple[Tensor, ...], Tensor]
 

@@ -21,8 +21,6 @@ from .samples.relation import Shape, explain
 from .samples.search import attribute
 from .schedule import now_and_then
 
-__all__ = ["Looks"]
-
 #: One recorded batch in so many is looked at again; and shapes of which it is remembered what is known.
 ONE_IN, REMEMBERED = 100, 256
 

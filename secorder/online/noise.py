@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 from .norm_sums import Row
 
-__all__ = ["NoiseScale", "NoiseScales", "noise_of"]
-
 
 @dataclass(frozen=True)
 class NoiseScale:

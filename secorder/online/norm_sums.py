@@ -18,8 +18,6 @@ from .constants import Constants
 from .finite import finite
 from .sums import ADDING
 
-__all__ = ["COLUMNS", "Batch", "Kind", "NormSums", "Row", "Terms", "together_norms"]
-
 #: Batches that wait at most, and elements of their norms.
 MOST, MOST_ELEMENTS = 64, 1 << 16
 

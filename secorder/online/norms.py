@@ -29,17 +29,6 @@ from .schedule import now_and_then
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = [
-    "add_norms",
-    "keep_norms",
-    "norms_due",
-    "read_squares",
-    "take_norms",
-    "takes_norms",
-    "watch_squares",
-]
-
-
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
 

@@ -37,8 +37,6 @@ from .troubles import OUTSIDE, coupled, tell_normalised
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["open_record", "settle"]
-
 #: Shapes of calls of which an attribution remembers where their samples are, and what stands for others.
 REMEMBERED, UNSEEN = 4096, cast(Any, object())
 

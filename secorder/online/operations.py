@@ -31,8 +31,6 @@ from .samples.relation import Verified, explain
 if TYPE_CHECKING:
     from .hooks import Attachment
 
-__all__ = ["explain_uses", "follow", "hook_uses"]
-
 
 @collection_paused()
 def follow(

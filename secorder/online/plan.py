@@ -16,8 +16,6 @@ from .sums import LayerSums
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["Held", "Plan", "plan_of"]
-
 
 class Held(NamedTuple):
     """Where a parameter of a layer is held as long as nobody exchanges or moves it.

@@ -21,17 +21,6 @@ from .trace import effective_samples, trace_of
 from .troubles import sentence
 from .window_sums import WindowSums, joined
 
-__all__ = [
-    "Missing",
-    "Read",
-    "diagonals",
-    "fisher_traces",
-    "noise_scales",
-    "num_samples",
-    "num_skipped",
-    "unreadable",
-]
-
 #: What to do where a layer's number cannot be given.
 Missing = Literal["raise", "skip"]
 

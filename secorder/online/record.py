@@ -40,8 +40,6 @@ from .layer_record import LayerRecord, Start
 from .samples.attribution import Attribution
 from .samples.relation import Shape
 
-__all__ = ["Backward", "Backwards", "ForwardRecord", "slot"]
-
 #: What is in ``.grad`` of a parameter: an ``id`` and how often it was changed; None where there is nothing.
 Slot = tuple[int, int] | None
 

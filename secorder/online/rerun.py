@@ -21,8 +21,6 @@ from ..oneshot.independence import over_samples
 from ..oneshot.isolation import IsolatedModel, isolate
 from .layer_record import ModuleCall, State
 
-__all__ = ["rerun_gradients"]
-
 #: An output of a call that ran again, the gradient on it that comes from outside, and where its samples are.
 End = tuple[Tensor, Tensor, Layout]
 

@@ -1,7 +1,5 @@
 """Which batches an expensive check is made on."""
 
-__all__ = ["now_and_then"]
-
 #: The fractional part of the golden ratio: of all numbers the worst to approximate by fractions.
 GOLDEN = 0.6180339887498949
 

@@ -15,8 +15,6 @@ from ..layers.selection import Layer
 from ..layers.side_by_side import Frame, SideBySide, columns_of
 from .sums import LayerSums, add_whole, count_together
 
-__all__ = ["Stacked"]
-
 #: Batches that wait at most, and elements of their factors.
 MOST, MOST_ELEMENTS = 16, 1 << 16
 

@@ -18,8 +18,6 @@ from ..layers.per_sample import PerSample
 from ..layers.selection import Layer
 from ..parallel.fsdp import shard_of_sum
 
-__all__ = ["ADDING", "LayerSums", "add_whole", "count_samples", "count_together", "empty"]
-
 #: Threads add to sums one after the other.
 ADDING = threading.RLock()
 

@@ -10,8 +10,6 @@ import math
 from ..oneshot.trace import Trace
 from .norm_sums import Row
 
-__all__ = ["effective_samples", "trace_of"]
-
 
 def trace_of(row: Row, value: float | None, samples: float, effective: float) -> Trace:
     """The trace of one layer.

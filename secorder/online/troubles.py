@@ -14,8 +14,6 @@ from .samples.attribution import Attribution
 from .samples.relation import Shape
 from .samples.sample_dimension import LISTED
 
-__all__ = ["OUTSIDE", "OVERWRITTEN", "Troubles", "coupled", "sentence", "tell_normalised"]
-
 #: Why a layer has no online Fisher where its whole gradient is not what its calls bring.
 _OUTSIDE = (
     "its parameters get gradient from outside of the layer's calls ({}), which belongs to no sample that a hook can "

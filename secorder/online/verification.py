@@ -21,8 +21,6 @@ from .losses.scale import fraction
 from .reading import diagonals, unreadable
 from .troubles import sentence
 
-__all__ = ["Verification", "verify"]
-
 #: Relative differences that are no rounding.
 TOLERANCE = 1e-2
 

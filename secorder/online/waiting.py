@@ -21,8 +21,6 @@ from .troubles import OVERWRITTEN
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
 
-__all__ = ["add_waiting", "may_wait", "wait"]
-
 #: Elements of factors that wait, at most, and layers.
 MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
 #: Elements of factors up to which a copy of them costs less than the calls of the operations that it saves; and layers

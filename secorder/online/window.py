@@ -16,8 +16,6 @@ from .reading import Missing, Read, diagonals, fisher_traces, noise_scales, num_
 from .sums import ADDING
 from .window_sums import WindowSums, add_behind, put_aside, small
 
-__all__ = ["Window", "take_window"]
-
 
 @dataclass(frozen=True)
 class Window:

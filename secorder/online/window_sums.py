@@ -16,8 +16,6 @@ from .._torch.several import add_each
 from .norm_sums import NormSums, together_norms
 from .sums import LayerSums
 
-__all__ = ["WindowSums", "add_behind", "joined", "put_aside", "small", "together"]
-
 #: Elements of the largest sum of a layer that is small.
 SMALL = 2**14
 

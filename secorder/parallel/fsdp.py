@@ -17,16 +17,6 @@ from .._torch.modules import forward_hooks_removed
 from ..errors import InvalidArgumentError
 from .spread import Spread
 
-__all__ = [
-    "Shard",
-    "gathered",
-    "part_of",
-    "shard_of_sum",
-    "shards",
-    "whole",
-    "whole_sum",
-]
-
 
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, gathered by all ranks together; any other tensor as it is."""

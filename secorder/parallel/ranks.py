@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .._torch.collectives import all_reduce
 
-__all__ = ["Axis", "Ranks"]
-
 #: A device mesh, and one of its dimensions.
 Axis = tuple[Any, int]
 

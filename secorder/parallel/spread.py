@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Spread", "is_distributed"]
-
 
 class Spread(NamedTuple):
     """The dimensions of the mesh of a layer's parameters.

@@ -25,8 +25,6 @@ from torch import Tensor, nn
 from ..errors import AttributionError, InvalidArgumentError
 from .spread import Spread
 
-__all__ = ["Layouts", "check", "layouts", "own", "own_rows"]
-
 #: Of what lies over the ranks: None, all of it on each; else the dimension that is sharded.
 Layouts = tuple[int | None, int | None]
 

@@ -11,8 +11,6 @@ from ..._torch.graph import Node, saved, shape_of
 from ..dtypes import cast
 from ..layout import Layout
 
-__all__ = ["OperationCall"]
-
 
 class OperationCall:
     """An operation as its node of the autograd graph knows it, while a backward has come to it.

@@ -6,8 +6,6 @@ from ..rules.convolution import convolution_gradients
 from .call import OperationCall
 from .registry import operation_rule
 
-__all__ = ["convolution"]
-
 
 @operation_rule("ConvolutionBackward0")
 def convolution(call: OperationCall, index: int) -> PerSample | None:

@@ -4,8 +4,6 @@ from ..per_sample import PerSample
 from .call import OperationCall
 from .registry import operation_rule
 
-__all__ = ["add", "div", "expand", "mul", "sub"]
-
 
 @operation_rule("AddBackward0")
 def add(call: OperationCall, index: int) -> PerSample | None:

@@ -8,8 +8,6 @@ from ..._torch.graph import Node, saved, signed
 from ..per_sample import Outer, PerSample, Rows
 from .registry import parameter_map
 
-__all__ = ["as_it_is", "index", "looked_up", "plus_constant", "selected", "split_off", "transposed"]
-
 Shape = tuple[int, ...]
 
 

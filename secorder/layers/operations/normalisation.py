@@ -4,8 +4,6 @@ from ..per_sample import PerSample
 from .call import OperationCall
 from .registry import operation_rule
 
-__all__ = ["layer_norm"]
-
 
 @operation_rule("NativeLayerNormBackward0")
 def layer_norm(call: OperationCall, index: int) -> PerSample | None:

@@ -11,8 +11,6 @@ from ..per_sample import Outer, PerSample
 from .call import OperationCall
 from .registry import TOGETHER, Together, operation_rule
 
-__all__ = ["addmm", "bmm", "mm"]
-
 
 @operation_rule("MmBackward0")
 def mm(call: OperationCall, index: int) -> PerSample | None:

@@ -20,8 +20,6 @@ from ..per_sample import Outer, PerSample
 from .call import OperationCall
 from .registry import TOGETHER, Together, operation_rule
 
-__all__ = ["lstm"]
-
 #: What ``mode`` says of an LSTM.
 LSTM = 2
 #: What gates that are computed again may differ by from those that were kept: rounding. They lie between -1 and 1.

@@ -14,11 +14,6 @@ from ..per_sample import PerSample
 from .call import OperationCall
 from .routed import OwnedRows, put_back
 
-__all__ = [
-    "MAPS", "OPERATIONS", "TOGETHER", "Map", "OperationRule", "Together", "each", "operation_rule", "parameter_map",
-    "per_sample_gradient",
-]  # fmt: skip
-
 #: ``rule(call, index)``: the per-sample gradient of input ``index``; None where the rule is not for this call.
 OperationRule = Callable[[OperationCall, int], PerSample | None]
 

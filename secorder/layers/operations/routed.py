@@ -15,8 +15,6 @@ from ..dtypes import cast
 from ..per_sample import Outer, PerSample
 from .call import OperationCall
 
-__all__ = ["OwnedRows", "put_back", "through_rows"]
-
 #: Operations whose output has in each row what the same row of their inputs makes, for inputs of the output's shape.
 BY_ELEMENT = frozenset(
     f"{name}Backward0"

@@ -7,8 +7,6 @@ from ..per_sample import PerSample, Rows
 from .call import OperationCall
 from .registry import operation_rule
 
-__all__ = ["embedding", "index", "index_select"]
-
 
 @operation_rule("EmbeddingBackward0")
 def embedding(call: OperationCall, _: int) -> PerSample | None:

@@ -11,8 +11,6 @@ from ..per_sample import Outer, PerSample
 from .linear import bias_gradient
 from .registry import expect_dims, rule_of
 
-__all__ = ["convolution", "convolution_gradients", "transposed_convolution"]
-
 
 @rule_of(nn.Conv1d, nn.Conv2d, nn.Conv3d, parameters=("weight", "bias"))
 def convolution(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:

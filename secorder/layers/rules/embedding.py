@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from ..per_sample import PerSample, Rows
 from .registry import rule_of
 
-__all__ = ["embedding"]
-
 
 @rule_of(nn.Embedding, parameters=("weight",), any_leading_dim=True)
 def embedding(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:

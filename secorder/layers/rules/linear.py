@@ -8,8 +8,6 @@ from ...errors import AttributionError
 from ..per_sample import Outer, PerSample
 from .registry import rule_of
 
-__all__ = ["bias_gradient", "bilinear", "linear"]
-
 
 @rule_of(nn.Linear, parameters=("weight", "bias"), any_leading_dim=True)
 def linear(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from ..per_sample import PerSample
 from .registry import expect_dims, rule_of
 
-__all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
-
 
 def _affine(normalised: Tensor, g: Tensor, kept: Sequence[int]) -> dict[str, PerSample]:
     """z = γ ⊙ x̂ + β: products with the normalised input, summed over all dimensions but the sample's and ``kept``."""

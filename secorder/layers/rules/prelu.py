@@ -5,8 +5,6 @@ from torch import Tensor, nn
 from ..per_sample import PerSample
 from .registry import rule_of
 
-__all__ = ["prelu"]
-
 
 @rule_of(nn.PReLU, parameters=("weight",))
 def prelu(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict[str, PerSample]:

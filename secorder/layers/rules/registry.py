@@ -9,8 +9,6 @@ from ..._torch.modules import computes_as, own_parameters
 from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..per_sample import Rule
 
-__all__ = ["RULES", "Entry", "expect_dims", "rule_for", "rule_of", "takes_any_leading_dim"]
-
 R = TypeVar("R", bound=Rule)
 
 

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from ..._torch.onednn import multiplied_by_onednn, product_by_onednn
 
-__all__ = ["Block", "Memory"]
-
 
 @dataclass
 class Memory:

@@ -33,20 +33,6 @@ from .layer_block import by_basis, by_diagonal
 from .layer_graph import LayerGraph, OutputSide
 from .steps import Step, steps_of
 
-__all__ = [
-    "CHAIN_BYTES",
-    "NAME",
-    "Chain",
-    "affords",
-    "applies",
-    "facts_of_chain",
-    "find_chain",
-    "products",
-    "run",
-    "seconds_of_chain",
-    "shortened",
-]
-
 NAME = Strategy.CHAIN
 
 #: Memory of the matrices of the samples that are carried at a time, before a step and behind it, where samples may be

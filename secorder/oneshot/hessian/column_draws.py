@@ -18,8 +18,6 @@ from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
 from .output_draws import Reduce
 
-__all__ = ["NAME", "applies", "products", "run", "settled"]
-
 NAME = Strategy.COLUMN_DRAWS
 
 

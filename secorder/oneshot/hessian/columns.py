@@ -18,8 +18,6 @@ from .budget import Budget
 from .facts import Facts
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["NAME", "applies", "products", "run"]
-
 NAME = Strategy.COLUMNS
 
 

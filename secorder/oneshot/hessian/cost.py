@@ -19,8 +19,6 @@ from .investigate import Findings, give_up_chain, investigate
 from .output_draws import Reduce, whole
 from .trials import learn_seconds, matters
 
-__all__ = ["Cost", "LayerCost", "estimate_cost", "layer_cost", "result_bytes"]
-
 
 @dataclass(frozen=True)
 class LayerCost:

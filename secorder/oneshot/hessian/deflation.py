@@ -18,8 +18,6 @@ from ...results import relative_error
 from .budget import Budget
 from .estimate import Draw
 
-__all__ = ["PILOT_DRAWS", "Pilot", "Space", "deflated", "may_pay", "pilot"]
-
 #: Products that decide what is easiest to estimate, each time.
 PILOT_DRAWS = 4
 

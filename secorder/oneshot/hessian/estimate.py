@@ -12,8 +12,6 @@ from ..._torch.vjp import chunks
 from ...results import relative_error
 from .budget import Budget
 
-__all__ = ["ENOUGH", "Draw", "Estimate", "average"]
-
 #: ``draw(k)`` gives k draws of each value, stacked.
 Draw = Callable[[int], list[Tensor]]
 

@@ -32,8 +32,6 @@ from .facts import Facts
 from .layer_by_operations import layers_by_operations
 from .layer_graph import LayerGraph, OutputSide
 
-__all__ = ["Findings", "attached", "differentiate", "facts", "give_up_chain", "investigate", "verify_samples"]
-
 
 @dataclass
 class Findings:

@@ -13,8 +13,6 @@ from ..recorded_layer import parts_of_one
 from ..timing import Pieces
 from .layer_graph import LayerGraph
 
-__all__ = ["by_basis", "by_diagonal", "by_diagonal_alone"]
-
 #: Memory of the rows of the basis that are contracted at a time.
 CHUNK_BYTES = 1 << 25
 

@@ -26,8 +26,6 @@ from ...layers.uses import Route, Use, Uses, carried, find_uses, hidden, pieces
 from ..measurement import Measurement
 from .layer_graph import LayerGraph
 
-__all__ = ["LayerByOperations", "layers_by_operations"]
-
 #: By operation, the inputs that it is linear in, one at a time: each multiplies what the others hold.
 FACTORS = {
     "MmBackward0": (0, 1),

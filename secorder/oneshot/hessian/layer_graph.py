@@ -10,8 +10,6 @@ from ..recorded_layer import RecordedLayer
 from ..root_forms import cross_entropy_root
 from ..roots import Root
 
-__all__ = ["LayerGraph", "OutputSide"]
-
 
 @dataclass(eq=False)
 class LayerGraph(RecordedLayer):

@@ -10,8 +10,6 @@ from ..loss import require_dependence
 from ..measurement import Measurement
 from ..recording import seen
 
-__all__ = ["on_parameters"]
-
 
 def on_parameters(task: Measurement, layers: Sequence[Layer]) -> list[tuple[Layer, list[Tensor | None]]]:
     """Each layer with the loss's gradient in its replacement parameters, all uses of them counted, differentiable."""

@@ -15,8 +15,6 @@ from .budget import Budget
 from .facts import Facts
 from .layer_graph import LayerGraph
 
-__all__ = ["NAME", "applies", "products", "run"]
-
 NAME = Strategy.OUTPUT_BASIS
 
 

@@ -18,8 +18,6 @@ from .estimate import Draw, Estimate, average
 from .facts import Facts
 from .layer_graph import LayerGraph
 
-__all__ = ["NAME", "Reduce", "applies", "products", "run", "space_of", "whole"]
-
 NAME = Strategy.OUTPUT_DRAWS
 
 #: What is estimated, made of draws of the diagonal by parameter.

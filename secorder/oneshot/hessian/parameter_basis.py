@@ -13,8 +13,6 @@ from ..measurement import Measurement
 from .budget import Budget
 from .facts import Facts
 
-__all__ = ["NAME", "applies", "products", "run"]
-
 NAME = Strategy.PARAMETER_BASIS
 
 

@@ -17,8 +17,6 @@ from .estimate import Estimate, average
 from .facts import Facts
 from .output_draws import Reduce
 
-__all__ = ["NAME", "applies", "products", "run"]
-
 NAME = Strategy.PARAMETER_DRAWS
 
 

@@ -20,8 +20,6 @@ from .on_parameters import on_parameters
 from .output_draws import Reduce
 from .trials import gauss_newton_alone, learn_seconds, matters
 
-__all__ = ["Outcome", "carry_out"]
-
 
 @dataclass
 class Outcome:

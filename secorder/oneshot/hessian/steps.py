@@ -13,8 +13,6 @@ from ..._torch.chain_graph import Kind, Segment, edge_gradients
 from .layer_block import by_diagonal_alone
 from .layer_graph import LayerGraph
 
-__all__ = ["Step", "factors_pay", "steps_of"]
-
 #: A gradient that is computed when it is asked for: of what is piecewise linear, none needs to be.
 _Gradient = Callable[[], Tensor]
 

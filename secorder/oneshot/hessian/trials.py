@@ -28,8 +28,6 @@ from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
 from .output_draws import Reduce
 
-__all__ = ["gauss_newton_alone", "learn_seconds", "matters"]
-
 #: Draws whose spread tells how many there will be, at most.
 PILOT_DRAWS = 16
 

@@ -7,8 +7,6 @@ from ...layers.selection import Layer
 from ...results import Strategy
 from .facts import Facts
 
-__all__ = ["NAME", "applies", "run"]
-
 NAME = Strategy.UNUSED
 
 

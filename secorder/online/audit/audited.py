@@ -12,8 +12,6 @@ from ...layers.selection import Layer
 from ..record import ForwardRecord
 from .compared import count_numbers
 
-__all__ = ["Audited", "share_of"]
-
 #: How often a layer is looked at whenever it takes part, before layers are drawn.
 FIRST = 16
 #: Then the layers that are looked at together, at least and at most; else half of those that take part.

@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .directions import Vectors
 
-__all__ = ["Number", "are_one", "count_numbers"]
-
 
 class Number(NamedTuple):
     """What one side of the identity is a number of.

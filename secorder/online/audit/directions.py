@@ -11,8 +11,6 @@ from ..._torch.random_state import fresh_generator
 from ...layers.side_by_side import Frame, frame_of
 from ..constants import Constants
 
-__all__ = ["IN_CHANNELS", "Directions", "Vectors"]
-
 #: Elements of a parameter and its layer's outputs above which only a block of its rows is looked at, and rows of it.
 WHOLE_ELEMENTS = 1 << 19
 BLOCK = 64

@@ -13,8 +13,6 @@ from ..._torch.host_copy import begin_copy
 from ..constants import Constants
 from .freivalds import Comparison
 
-__all__ = ["Failures"]
-
 #: Comparisons that wait, at most, and backward passes whose comparisons do.
 MOST, MOST_PASSES = 128, 32
 

@@ -29,8 +29,6 @@ from .compared import Number, are_one
 from .directions import IN_CHANNELS, Directions, Vectors
 from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 
-__all__ = ["Audit", "Comparison", "actual", "explained"]
-
 
 def actual(gradient: Tensor, vectors: Vectors, bias: Tensor | None = None) -> Tensor:
     """rᵀ G s, of the parameter's whole gradient; with that of its bias, rᵀ (G s + b), where it is given."""

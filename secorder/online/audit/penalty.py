@@ -19,8 +19,6 @@ from ...layers.selection import Layer
 from ..record import Backward, ForwardRecord
 from ..sums import LayerSums
 
-__all__ = ["add_shared", "explain", "explains_all", "keep_early", "watch"]
-
 
 def watch(backward: Backward, layers: list[Layer]) -> None:
     """Keep the whole gradients of the layers' parameters, as they are before hooks on the parameters change them."""

@@ -10,8 +10,6 @@ from ..._torch.float32 import Operation, rounding_of_products
 from ...layers.patches import Patches
 from ...layers.per_sample import Outer, PerSample
 
-__all__ = ["FEW", "UNITS", "added", "before_sums", "operations_of", "size_of", "tolerance_of"]
-
 #: In units in the last place of the products' size: of the parameter's dtype, and of a lower one that factors are
 #: rounded to before they are multiplied; and of sums of random terms, times the root of their number.
 UNITS = 64

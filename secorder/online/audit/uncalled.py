@@ -15,8 +15,6 @@ from ..._torch.fsdp import local
 from ...layers.selection import Layer
 from ..record import slot
 
-__all__ = ["Uncalled"]
-
 #: What passes for rounding where all elements are multiplied by one number, in units in the last place, and the largest
 #: such unit.
 UNITS, LARGEST = 8, 1e-5

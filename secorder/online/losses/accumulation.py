@@ -21,8 +21,6 @@ from .scale import fraction, one_over
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
 
-__all__ = ["Accumulation", "note_gradients", "tell_accumulation", "tell_division"]
-
 _REASON = (
     "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and loss_scale= "
     "is not specified: pass loss_scale={0} where that makes a mean of as many batches, or loss_scale=1 where it is a "

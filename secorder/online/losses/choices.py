@@ -19,8 +19,6 @@ from ...layers.dtypes import rounding
 from .marks import Output
 from .seen import SeenLoss
 
-__all__ = ["chooses", "samples_behind"]
-
 #: Those that choose along a dimension, or among all numbers.
 CHOICES = frozenset(
     {"Amax", "Amin", "Cummax", "Cummin", "Kthvalue", "Max", "Median", "Min", "Nanmedian", "Sort", "Topk"}

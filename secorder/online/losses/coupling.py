@@ -19,8 +19,6 @@ from ...layers.dtypes import rounding
 from ...oneshot.independence import over_samples
 from .seen import SeenLoss
 
-__all__ = ["couples"]
-
 
 def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
     """The outputs of which some samples' gradients change with the numbers of others.

@@ -18,8 +18,6 @@ from ..record import ForwardRecord
 from ..samples.hypotheses import floating
 from ..samples.relation import whole_call
 
-__all__ = ["Output", "mark_calls", "mark_outputs", "outputs_behind"]
-
 #: More nodes than these are not gone through.
 MOST_NODES = 1024
 

@@ -21,8 +21,6 @@ from ..._torch.random_state import fresh_generator
 from .choices import samples_behind
 from .seen import SeenLoss
 
-__all__ = ["WEIGHTED", "Path", "differ", "paths_of", "reduced_otherwise"]
-
 WEIGHTED = (
     "the loss weights its samples ({}), which is no mean over them: pass reduction= with a function of the model's "
     "arguments that returns the weights c_n of L = Σ_n c_n ℓ_n, such as secorder.token_weights."

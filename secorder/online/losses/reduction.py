@@ -11,11 +11,6 @@ from torch import Tensor, nn
 from ..._arguments import require_integer, shown
 from ...errors import InvalidArgumentError
 
-__all__ = [
-    "LossScale", "Reduction", "Weights", "check_reduction", "loss_scale_of", "token_weights",
-    "usable_scale", "weights_of",
-]  # fmt: skip
-
 
 class HasScale(Protocol):
     """A loss scaler, such as ``torch.amp.GradScaler``."""

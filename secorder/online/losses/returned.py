@@ -23,8 +23,6 @@ from ..samples.attribution import Attribution
 from ..samples.beside import Beside, made_beside
 from .reduction import token_weights, weights_of
 
-__all__ = ["told_otherwise"]
-
 #: So many samples are looked at, at most, and so many of them are one of the parts: an odd number, of which no weights
 #: of two classes that are equally frequent make the part's mean that of the whole.
 SAMPLES, PART = 8, 3

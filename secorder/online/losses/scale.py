@@ -23,8 +23,6 @@ from ..troubles import Troubles
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
 
-__all__ = ["fraction", "one_over", "tell_scale", "tell_scaler", "watch_scale"]
-
 #: What may be rounding in numbers of half precision.
 TOLERANCE = 1e-2
 

@@ -11,8 +11,6 @@ from ..._torch.graph import Node, shape_of
 from ..._torch.loss_graph import Place, elements_of, nodes_between, place_of, pull_back
 from .marks import Output
 
-__all__ = ["SeenLoss", "roots_of", "see"]
-
 #: Numbers between loss and outputs, at most: so many, or so many times those of the outputs.
 MOST_ELEMENTS, TIMES_OUTPUTS = 1 << 22, 16
 

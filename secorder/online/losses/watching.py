@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from ..fisher import OnlineFisher
     from ..hooks import Attachment
 
-__all__ = ["watch_losses"]
-
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
     "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "

@@ -21,8 +21,6 @@ from ..._torch.loss_terms import hides, is_mean, mean_over_targets, multiplier, 
 from .powers import WEIGHTED, differ
 from .seen import SeenLoss
 
-__all__ = ["MEAN_OF_SEVERAL", "takes_mean_of_several", "weights_of_loss"]
-
 #: Operations by constants that are looked at, at most.
 MOST_WEIGHTED = 8
 

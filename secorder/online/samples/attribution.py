@@ -15,8 +15,6 @@ from ...owners import Grouping
 from .beside import Beside
 from .relation import Shape, Verified
 
-__all__ = ["Attribution", "merged"]
-
 
 @dataclass(frozen=True)
 class Attribution:

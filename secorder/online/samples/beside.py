@@ -28,8 +28,6 @@ from .hypotheses import Hypothesis, run_changed
 if TYPE_CHECKING:
     from ..fisher import OnlineFisher
 
-__all__ = ["Beside", "coupling", "inside", "layers_behind", "made_beside", "watch_beside"]
-
 #: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
 UNITS = 128
 

@@ -17,8 +17,6 @@ from ...layers.layout import Layout
 from ...oneshot.recording import is_watch
 from .hypotheses import floating
 
-__all__ = ["ForwardGraph", "Hooks"]
-
 
 class Hooks(TorchFunctionMode):
     """Sees whether the model puts hooks on its tensors' gradients, or asks for the graph's nodes, on which it could."""

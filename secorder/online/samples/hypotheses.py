@@ -30,11 +30,6 @@ from ...owners import (
 )
 from .integers import ChangedIntegers, mixed
 
-__all__ = [
-    "Hypothesis", "SampleDim", "Separation", "any_layout", "check_sample_dim", "equivariant", "floating", "from_names",
-    "hypotheses", "of_owned", "run_changed", "separates", "shapes_of",
-]  # fmt: skip
-
 #: What ``sample_dim`` may be: a dimension, one for each argument by name (None for one without samples), ``"list"``
 #: where each entry of a list among the arguments is a sample, or None.
 SampleDim = int | Literal["list"] | Mapping[str, int | None] | None

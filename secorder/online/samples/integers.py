@@ -19,8 +19,6 @@ from ..._torch.fsdp import local
 from ..._torch.pytree import map_tensors, tensors_in
 from ...parallel.spread import is_distributed
 
-__all__ = ["ChangedIntegers", "mixed"]
-
 _TABLES = (F.embedding, F.embedding_bag)
 
 

@@ -12,8 +12,6 @@ from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
 from ...oneshot.isolation import IsolatedModel, isolate
 
-__all__ = ["share_parameters", "uses_outside", "without_gradient"]
-
 
 def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) -> set[str]:
     """Frozen layers whose output carries no gradient in the model as it is, or that it does not even call."""

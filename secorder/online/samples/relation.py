@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from ...layers.layout import Layout
 
-__all__ = ["Shape", "Verified", "explain", "whole_call"]
-
 Shape = tuple[int, ...]
 
 

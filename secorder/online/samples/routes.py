@@ -21,8 +21,6 @@ from ..._torch.pytree import tensors_in
 from ...layers.selection import Layer
 from .hypotheses import Hypothesis
 
-__all__ = ["Selections", "layers_of_routed_rows", "routed_nodes", "unowned_arguments"]
-
 #: What was selected, the latest last: by which indices, or None for what no inverse is known of.
 State = tuple[Tensor | None, ...]
 

@@ -22,9 +22,6 @@ from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
 from .hypotheses import Hypothesis, any_layout, floating, run_changed
 
-__all__ = ["Rows", "rows_of_layers"]
-
-
 #: By layer the calls with their layouts, the layers without, the layers that the output depends on.
 Rows = tuple[dict[str, list[tuple[Layout, Tensor]]], set[str], set[str]]
 

@@ -34,8 +34,6 @@ from .hypotheses import (
     shapes_of,
 )
 
-__all__ = ["Choice", "Question", "choose"]
-
 #: Later looks change some samples so often: enough to see a coupling that is new; rows are verified besides.
 TRIALS = 1
 

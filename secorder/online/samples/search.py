@@ -53,8 +53,6 @@ from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
 from .use_rows import UseRows, rows_of_uses
 
-__all__ = ["attribute"]
-
 _USED_UP = (
     "the model is called with an iterator, which running the model once more to see where samples are would use up: "
     "call it with what that yields, or attach the probe to the part that is called with tensors"

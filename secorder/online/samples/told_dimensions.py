@@ -10,8 +10,6 @@ from ..._torch.pytree import Shared
 from ...errors import InvalidArgumentError
 from .hypotheses import SampleDim
 
-__all__ = ["require_known_arguments", "require_one_dimension", "told_dimensions", "with_shared_ones_hidden"]
-
 
 def require_known_arguments(model: nn.Module, sample_dim: SampleDim) -> None:
     """Raise where a mapping names what the model is not called with, as far as its signature tells.

@@ -26,8 +26,6 @@ from .hypotheses import Hypothesis, floating, run_changed
 from .relation import whole_call
 from .routes import routed_nodes
 
-__all__ = ["UseRows", "rows_of_uses"]
-
 #: How far ahead operations are looked at together, since each look runs the model again.
 AHEAD = 2
 
