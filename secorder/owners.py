@@ -15,19 +15,13 @@ Owner = int | Tensor | None
 
 
 class Grouping(NamedTuple):
-    """How samples own what is among the arguments.
+    """How samples own what is among the arguments."""
 
-    Attributes:
-        place: of the tensor whose numbers tell the rows' samples; None where samples are the entries of lists.
-        tensors: among the arguments; zero for lists, which may have any length.
-        packed: whether they are the sequences of a ``PackedSequence``.
-        lengths: whether it is no tensor but a list of how many rows each sample has.
-    """
-
+    #: of the tensor whose numbers tell the rows' samples; None where samples are the entries of lists
     place: int | None
-    tensors: int
-    packed: bool = False
-    lengths: bool = False
+    tensors: int  #: among the arguments; zero for lists, which may have any length
+    packed: bool = False  #: whether they are the sequences of a ``PackedSequence``
+    lengths: bool = False  #: whether it is no tensor but a list of how many rows each sample has
 
     def of(self, arguments: Any) -> "Owned | None":
         """Whose the tensors of a batch are; None where it has nothing of the kind, or more than one."""
@@ -39,17 +33,11 @@ class Grouping(NamedTuple):
 
 
 class Owned(NamedTuple):
-    """Which sample each tensor among some arguments, or each of its rows, belongs to.
+    """Which sample each tensor among some arguments, or each of its rows, belongs to."""
 
-    Attributes:
-        owners: by tensor.
-        num_samples: how many there are.
-        grouping: how that is told.
-    """
-
-    owners: tuple[Owner, ...]
-    num_samples: int
-    grouping: Grouping
+    owners: tuple[Owner, ...]  #: by tensor
+    num_samples: int  #: how many there are
+    grouping: Grouping  #: how that is told
 
 
 def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> list[Owned]:

@@ -26,30 +26,20 @@ class Kind(Enum):
 
 @dataclass(eq=False)
 class Segment:
-    """The part of the graph between a cut and the one before it.
+    """The part of the graph between a cut and the one before it."""
 
-    Attributes:
-        kind: what it does.
-        out: the cut at its end.
-        shape: of the tensor there.
-        into: the cut at its beginning; None where none of the leaves is before it.
-        shape_before: of the tensor there.
-        leaves: the leaves inside with samples in dim 0, by ``id``; of a segment that does nothing, the leaf is added
-            to its output.
-        weight: of a matrix, (in, out).
-        piecewise_linear: of a function of each element, whether its nodes tell that it has no second derivative.
-        work: multiplications of one sample's forward, about.
-    """
-
-    kind: Kind
-    out: GradientEdge
-    shape: tuple[int, ...]
-    into: GradientEdge | None = None
-    shape_before: tuple[int, ...] = ()
+    kind: Kind  #: what it does
+    out: GradientEdge  #: the cut at its end
+    shape: tuple[int, ...]  #: of the tensor there
+    into: GradientEdge | None = None  #: the cut at its beginning; None where none of the leaves is before it
+    shape_before: tuple[int, ...] = ()  #: of the tensor there
+    #: the leaves inside with samples in dim 0, by ``id``; of a segment that does nothing, the leaf is added to its
+    #: output
     leaves: list[int] = field(default_factory=list)
-    weight: Tensor | None = None
+    weight: Tensor | None = None  #: of a matrix, (in, out)
+    #: of a function of each element, whether its nodes tell that it has no second derivative
     piecewise_linear: bool = False
-    work: int = 0
+    work: int = 0  #: multiplications of one sample's forward, about
 
 
 #: Functions of each element of one tensor, by the names of their nodes.

@@ -138,17 +138,11 @@ def uniform(numbers: Tensor) -> bool:
 
 
 class Targets(NamedTuple):
-    """What a mean over targets has saved.
+    """What a mean over targets has saved."""
 
-    Attributes:
-        by_class: the weights of the classes, or None.
-        ignored: which targets do not count.
-        classes: how many there are.
-    """
-
-    by_class: Tensor | None
-    ignored: Tensor
-    classes: int
+    by_class: Tensor | None  #: the weights of the classes, or None
+    ignored: Tensor  #: which targets do not count
+    classes: int  #: how many there are
 
 
 def mean_over_targets(node: Node) -> Targets | None:

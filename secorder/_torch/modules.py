@@ -15,17 +15,11 @@ from .pytree import once_each
 
 
 class Place(NamedTuple):
-    """Where a module holds a tensor that its forward reads.
+    """Where a module holds a tensor that its forward reads."""
 
-    Attributes:
-        holder: a dict or list of the module's.
-        key: in the holder: the tensor's name or index.
-        value: what it holds.
-    """
-
-    holder: Any
-    key: Any
-    value: Tensor
+    holder: Any  #: a dict or list of the module's
+    key: Any  #: in the holder: the tensor's name or index
+    value: Tensor  #: what it holds
 
     def held(self) -> Tensor:
         """What it holds now."""

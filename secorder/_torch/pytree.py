@@ -112,19 +112,13 @@ def once_each(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor
 
 
 class _Parts(NamedTuple):
-    """What a structure holds.
+    """What a structure holds."""
 
-    Attributes:
-        children: what it holds, each perhaps a structure.
-        rebuilt: makes a container of the same kind from as many others; None for an object.
-        names: of an object, the attributes that hold them.
-        where: the children are.
-    """
-
-    children: list[Any]
+    children: list[Any]  #: what it holds, each perhaps a structure
+    #: makes a container of the same kind from as many others; None for an object
     rebuilt: Callable[[list[Any]], Any] | None
-    names: Sequence[str] = ()
-    where: _Where = "outside"
+    names: Sequence[str] = ()  #: of an object, the attributes that hold them
+    where: _Where = "outside"  #: the children are
 
 
 def _parts(tree: Any, where: _Where) -> _Parts | None:

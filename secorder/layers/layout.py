@@ -9,16 +9,12 @@ from .._torch.sample_graph import inner_size
 
 
 class Layout(NamedTuple):
-    """Where the samples of a layer's input and output are.
+    """Where the samples of a layer's input and output are."""
 
-    Attributes:
-        dim: the dimension that holds them.
-        rows: how many rows of that dimension belong to one sample (flattened tokens; of a layer's output, dim 0 only).
-        sample_major: whether the rows of one sample follow each other (``n·T + t``) or are T apart (``t·N + n``).
-    """
-
-    dim: int = 0
+    dim: int = 0  #: the dimension that holds them
+    #: how many rows of that dimension belong to one sample (flattened tokens; of a layer's output, dim 0 only)
     rows: int = 1
+    #: whether the rows of one sample follow each other (``n·T + t``) or are T apart (``t·N + n``)
     sample_major: bool = True
 
     def size(self, tensor: Tensor) -> int:

@@ -17,17 +17,11 @@ from .rank_one import FactorNorms, RankOne
 
 
 class Look(NamedTuple):
-    """The random vectors that the audit looks at a layer with.
+    """The random vectors that the audit looks at a layer with."""
 
-    Attributes:
-        r: of some rows of the weight, one after the other.
-        s: of its columns.
-        start: the first of these rows.
-    """
-
-    r: Tensor
-    s: Tensor
-    start: int
+    r: Tensor  #: of some rows of the weight, one after the other
+    s: Tensor  #: of its columns
+    start: int  #: the first of these rows
 
 
 class OneByOne:

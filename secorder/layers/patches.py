@@ -23,25 +23,15 @@ CONVOLUTION_MOST, CONVOLUTION_BEFORE_ONEDNN = 1 << 20, 1 << 18
 
 @dataclass(frozen=True)
 class Patches:
-    """The patches of images, to be copied out a few samples at a time: the input factor of a convolution.
+    """The patches of images, to be copied out a few samples at a time: the input factor of a convolution."""
 
-    Attributes:
-        image: images, shape ``(N, channels, …)``.
-        kernel: size of a patch.
-        stride: steps between patches.
-        dilation: steps inside of a patch.
-        groups: groups of channels.
-        shape: that of the patches, ``(N, groups, positions, in)``.
-        padding: by spatial dimension, zeros that are seen beyond either end; where empty, none.
-    """
-
-    image: Tensor
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    shape: tuple[int, int, int, int]
-    padding: tuple[int, ...] = ()
+    image: Tensor  #: images, shape ``(N, channels, …)``
+    kernel: tuple[int, ...]  #: size of a patch
+    stride: tuple[int, ...]  #: steps between patches
+    dilation: tuple[int, ...]  #: steps inside of a patch
+    groups: int  #: groups of channels
+    shape: tuple[int, int, int, int]  #: that of the patches, ``(N, groups, positions, in)``
+    padding: tuple[int, ...] = ()  #: by spatial dimension, zeros that are seen beyond either end; where empty, none
 
     def with_zeros(self, images: Tensor) -> Tensor:
         """Images, or some channels of them, with the zeros that are seen beyond their ends."""

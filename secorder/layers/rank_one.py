@@ -15,17 +15,11 @@ from .selection import Layer
 
 
 class FactorNorms(NamedTuple):
-    """The norms of the factors of per-sample gradients that are products of one input and one cotangent.
+    """The norms of the factors of per-sample gradients that are products of one input and one cotangent."""
 
-    Attributes:
-        inputs: ‖a_n‖, shape ``(…, N)``.
-        cotangents: ‖g_n‖, likewise.
-        with_bias: whether there is a bias, whose input is one.
-    """
-
-    inputs: Tensor
-    cotangents: Tensor
-    with_bias: bool
+    inputs: Tensor  #: ‖a_n‖, shape ``(…, N)``
+    cotangents: Tensor  #: ‖g_n‖, likewise
+    with_bias: bool  #: whether there is a bias, whose input is one
 
     def squares(self) -> Tensor:
         """``‖∂ℓ_n/∂θ‖² = ‖g_n‖² (‖a_n‖² + 1)``, the one of the bias.
@@ -37,19 +31,12 @@ class FactorNorms(NamedTuple):
 
 
 class RankOne(NamedTuple):
-    """A layer with a weight, and perhaps a bias, and what one batch brings of it.
-
-    Attributes:
-        layer: the layer.
-        inputs: shape ``(N, in)``.
-        cotangents: shape ``(N, out)``.
-        versions: how often both had been changed in place.
-    """
+    """A layer with a weight, and perhaps a bias, and what one batch brings of it."""
 
     layer: Layer
-    inputs: Tensor
-    cotangents: Tensor
-    versions: list[int]
+    inputs: Tensor  #: shape ``(N, in)``
+    cotangents: Tensor  #: shape ``(N, out)``
+    versions: list[int]  #: how often both had been changed in place
 
     @property
     def gradients(self) -> dict[str, PerSample]:

@@ -33,26 +33,20 @@ MeasuredBy = Literal["", "rule", "operations", "rerun"]
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A selected module of the model, under its path, with the parameters its curvature is reported for.
+    """A selected module of the model, under its path, with the parameters its curvature is reported for."""
 
-    Attributes:
-        name: the module's path in ``model.named_modules()`` (``""`` for the model itself).
-        module: the module.
-        parameters: its parameters by name relative to the module, in registration order (weight, then bias).
-        rule: the layer type's per-sample gradient rule; None where the layer is measured without one, by its module.
-        enclosing: the module whose forward uses the parameters: the module itself, except for what another module reads
-            directly, such as the ``out_proj`` of ``nn.MultiheadAttention``.
-        by_operations: whether the layer is measured by the operations that take its parameters, without a rule.
-        spread: how the parameters lie over the ranks of a device mesh; None for whole ones.
-    """
-
-    name: str
+    name: str  #: the module's path in ``model.named_modules()`` (``""`` for the model itself)
     module: nn.Module
+    #: its parameters by name relative to the module, in registration order (weight, then bias)
     parameters: dict[str, nn.Parameter]
+    #: the layer type's per-sample gradient rule; None where the layer is measured without one, by its module
     rule: Rule | None
+    #: the module whose forward uses the parameters: the module itself, except for what another module reads directly,
+    #: such as the ``out_proj`` of ``nn.MultiheadAttention``
     enclosing: nn.Module
+    #: whether the layer is measured by the operations that take its parameters, without a rule
     by_operations: bool = False
-    spread: Spread | None = None
+    spread: Spread | None = None  #: how the parameters lie over the ranks of a device mesh; None for whole ones
 
     @cached_property
     def sharded(self) -> bool:

@@ -15,22 +15,15 @@ from .dtypes import MANY_TERMS, added_up
 
 
 class Frame(NamedTuple):
-    """Which columns are whose, and the random vectors that the audit looks at the layers with.
+    """Which columns are whose, and the random vectors that the audit looks at the layers with."""
 
-    Attributes:
-        widths: of the blocks.
-        owners: shape ``(layers, columns)``, one where a column is a layer's; the last one, of ones, is nobody's.
-        owned: the same transposed.
-        blocks: shape ``(columns, 2 · layers)``, one where a column is in a block; the last one is in those of inputs
-            of a layer with a bias.
-        random: the same with random numbers in place of ones, but for the last column.
-    """
-
-    widths: list[int]
-    owners: Tensor
-    owned: Tensor
+    widths: list[int]  #: of the blocks
+    owners: Tensor  #: shape ``(layers, columns)``, one where a column is a layer's; the last one, of ones, is nobody's
+    owned: Tensor  #: the same transposed
+    #: shape ``(columns, 2 · layers)``, one where a column is in a block; the last one is in those of inputs of a layer
+    #: with a bias
     blocks: Tensor
-    random: Tensor
+    random: Tensor  #: the same with random numbers in place of ones, but for the last column
 
 
 def frame_of(vectors: Sequence[tuple[Tensor, Tensor]], with_bias: Tensor) -> Frame:

@@ -31,29 +31,18 @@ Piece = list[tuple[str, PerSample]]
 
 
 class Later(NamedTuple):
-    """What is kept of a use that is gone through together with others.
+    """What is kept of a use that is gone through together with others."""
 
-    Attributes:
-        operation: the name of its node.
-        kept: what its rule for several calls needs of it.
-        targets: those of its inputs that are parameters.
-    """
-
-    operation: str
-    kept: Any
-    targets: "Targets"
+    operation: str  #: the name of its node
+    kept: Any  #: what its rule for several calls needs of it
+    targets: "Targets"  #: those of its inputs that are parameters
 
 
 class Targets(NamedTuple):
-    """Inputs of an operation that are parameters as they are, or their transposes.
+    """Inputs of an operation that are parameters as they are, or their transposes."""
 
-    Attributes:
-        names: by the number of the input, the parameter's.
-        turned: those that are transposes.
-    """
-
-    names: Mapping[int, str]
-    turned: frozenset[int]
+    names: Mapping[int, str]  #: by the number of the input, the parameter's
+    turned: frozenset[int]  #: those that are transposes
 
 
 #: Operations that do nothing but put the elements of a parameter elsewhere.
@@ -65,21 +54,14 @@ MOST = 400
 
 @dataclass(eq=False, slots=True)
 class Use:
-    """An operation that a layer's parameters meet the samples in.
+    """An operation that a layer's parameters meet the samples in."""
 
-    Attributes:
-        node: of the graph.
-        routes: that end in it.
-        sources: for each of its inputs that leads to parameters, the node and the output that it comes from.
-        outputs: what it computed.
-        targets: where all of these inputs are parameters.
-    """
-
-    node: Node
-    routes: list[Route] = field(default_factory=list)
+    node: Node  #: of the graph
+    routes: list[Route] = field(default_factory=list)  #: that end in it
+    #: for each of its inputs that leads to parameters, the node and the output that it comes from
     sources: dict[int, tuple[Node, int]] = field(default_factory=dict)
-    outputs: list[Output] = field(default_factory=list)
-    targets: Targets | None = None
+    outputs: list[Output] = field(default_factory=list)  #: what it computed
+    targets: Targets | None = None  #: where all of these inputs are parameters
 
     @property
     def places(self) -> list[str]:
@@ -90,17 +72,11 @@ class Use:
 
 @dataclass(eq=False)
 class Uses:
-    """All of a layer's.
+    """All of a layer's."""
 
-    Attributes:
-        leaves: by the node that accumulates a parameter's gradient, the parameter's name.
-        followed: nodes whose values no sample owns, these among them.
-        uses: in an order that the graph's structure alone gives.
-    """
-
-    leaves: dict[Node, str]
-    followed: dict[Node, Route]
-    uses: list[Use] = field(default_factory=list)
+    leaves: dict[Node, str]  #: by the node that accumulates a parameter's gradient, the parameter's name
+    followed: dict[Node, Route]  #: nodes whose values no sample owns, these among them
+    uses: list[Use] = field(default_factory=list)  #: in an order that the graph's structure alone gives
 
 
 def find_uses(

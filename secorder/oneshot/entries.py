@@ -45,21 +45,14 @@ class Enough(BaseException):
 
 @dataclass
 class _Operand:
-    """A tensor that may depend on the inputs, where it enters first.
+    """A tensor that may depend on the inputs, where it enters first."""
 
-    Attributes:
-        call: number of the call.
-        index: of the tensor among the call's.
-        tensor: the tensor.
-        version: as which it entered.
-        uses: what it entered: the node and output that the call ended with, its shape, whether the operand's dimensions
-            count from the first of that, and how many of the last are others.
-    """
-
-    call: int
-    index: int
+    call: int  #: number of the call
+    index: int  #: of the tensor among the call's
     tensor: Tensor
-    version: int
+    version: int  #: as which it entered
+    #: what it entered: the node and output that the call ended with, its shape, whether the operand's dimensions count
+    #: from the first of that, and how many of the last are others
     uses: list[tuple[Any, int, torch.Size, bool, int]] = field(default_factory=list)
 
 

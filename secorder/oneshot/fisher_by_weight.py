@@ -24,21 +24,13 @@ from .roots import Columns, Root
 
 @dataclass
 class ByWeight:
-    """A Fisher by its heaviest columns, and draws of the rest.
+    """A Fisher by its heaviest columns, and draws of the rest."""
 
-    Attributes:
-        budget: how exact.
-        reduce: of stacked diagonals by parameter, what is wanted; linear in them.
-        estimates: by layer, as they turned out.
-        forecast: find out what it takes, and no more.
-        told: what it takes, for all layers together.
-    """
-
-    budget: Budget
-    reduce: Reduce = whole
-    estimates: dict[str, Estimate] = field(default_factory=dict)
-    forecast: bool = False
-    told: Forecast = field(default_factory=Forecast)
+    budget: Budget  #: how exact
+    reduce: Reduce = whole  #: of stacked diagonals by parameter, what is wanted; linear in them
+    estimates: dict[str, Estimate] = field(default_factory=dict)  #: by layer, as they turned out
+    forecast: bool = False  #: find out what it takes, and no more
+    told: Forecast = field(default_factory=Forecast)  #: what it takes, for all layers together
 
 
 def heaviest_columns(

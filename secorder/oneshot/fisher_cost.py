@@ -36,23 +36,14 @@ WHOLE_BATCHES = 3
 
 @dataclass(frozen=True)
 class _Timed:
-    """What trials told.
+    """What trials told."""
 
-    Attributes:
-        strategies: of the layers that are served by the whole batch.
-        columns: how many there are.
-        overhead: seconds without any column.
-        seconds: of one column, for all layers together.
-        num_bytes: memory of a trial, by its number of columns.
-        heads: the layers that take no column.
-    """
-
-    strategies: dict[str, Strategy]
-    columns: int
-    overhead: float
-    seconds: float
-    num_bytes: dict[int, int]
-    heads: frozenset[str] = frozenset()
+    strategies: dict[str, Strategy]  #: of the layers that are served by the whole batch
+    columns: int  #: how many there are
+    overhead: float  #: seconds without any column
+    seconds: float  #: of one column, for all layers together
+    num_bytes: dict[int, int]  #: memory of a trial, by its number of columns
+    heads: frozenset[str] = frozenset()  #: the layers that take no column
 
     def bytes_of(self, at_once: int) -> int:
         """Memory with so many columns at once, in proportion to those of the trials."""

@@ -35,15 +35,10 @@ MAX_DIMS = 5
 
 
 class Head(NamedTuple):
-    """A layer whose z is an output of the model.
+    """A layer whose z is an output of the model."""
 
-    Attributes:
-        which: of the outputs.
-        order: for each dimension of z, that of the output.
-    """
-
-    which: int
-    order: tuple[int, ...]
+    which: int  #: of the outputs
+    order: tuple[int, ...]  #: for each dimension of z, that of the output
 
     def in_z(self, values: Tensor) -> Tensor:
         """Values of the output's shape, in that of z."""

@@ -32,15 +32,10 @@ MIN_DRAWS = 4
 
 @dataclass(frozen=True, eq=False)
 class Heaviest:
-    """Some columns of a root, of each sample its own.
+    """Some columns of a root, of each sample its own."""
 
-    Attributes:
-        root: of which.
-        order: shape ``(N, J)``: which columns.
-    """
-
-    root: Root
-    order: Tensor
+    root: Root  #: of which
+    order: Tensor  #: shape ``(N, J)``: which columns
 
     @property
     def num_columns(self) -> int:
@@ -118,17 +113,11 @@ def by_weight(
 
 @dataclass(frozen=True)
 class Forecast:
-    """What :func:`by_weight` would take.
+    """What :func:`by_weight` would take."""
 
-    Attributes:
-        columns: columns and draws.
-        seconds: of all of them.
-        num_bytes: memory of some at once, by their number.
-    """
-
-    columns: int = 0
-    seconds: float = 0.0
-    num_bytes: dict[int, int] = field(default_factory=dict)
+    columns: int = 0  #: columns and draws
+    seconds: float = 0.0  #: of all of them
+    num_bytes: dict[int, int] = field(default_factory=dict)  #: memory of some at once, by their number
 
 
 def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch.Generator) -> Forecast:

@@ -69,12 +69,7 @@ _BYPASSING: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 @dataclass(eq=False)
 class IsolatedModel:
-    """An isolated model: runs it again and again from one and the same state.
-
-    Attributes:
-        model: the model.
-        pure: whether it is a chain of PyTorch's own modules that is a function of parameters, buffers and input alone.
-    """
+    """An isolated model: runs it again and again from one and the same state."""
 
     model: nn.Module
     _replacements: dict[int, Tensor]
@@ -85,6 +80,7 @@ class IsolatedModel:
     _loss_state: State | None = None
     _take_loss_state: Callable[[State | None], State] | None = None
     _values: ParameterValues | None = None
+    #: whether it is a chain of PyTorch's own modules that is a function of parameters, buffers and input alone
     pure: bool = False
     _after: RandomState | None = None
     _after_forward: State | None = None  # hooks of the model may write what the loss reads

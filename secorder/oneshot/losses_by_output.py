@@ -23,21 +23,14 @@ from .sample_losses import BatchLoss, gradients_of_losses, gradients_of_rows, ow
 
 @dataclass
 class SampleLosses:
-    """The losses ℓ_n of samples taken alone, as functions of the model's output, by their derivatives.
+    """The losses ℓ_n of samples taken alone, as functions of the model's output, by their derivatives."""
 
-    Attributes:
-        gradients: of Σ_n ℓ_n in ``points``; differentiable where second derivatives were asked for.
-        points: what they were computed from, samples in dim 0.
-        model_outputs: the model's output tensors in the same form.
-        at_leaves: of Σ_n ℓ_n in leaves of the model's graph, by ``id``, where these came in the same backward pass.
-        root: of the Hessian, where it is known without any derivative.
-    """
-
-    gradients: list[Tensor | None]
-    points: list[Tensor]
-    model_outputs: list[Tensor]
+    gradients: list[Tensor | None]  #: of Σ_n ℓ_n in ``points``; differentiable where second derivatives were asked for
+    points: list[Tensor]  #: what they were computed from, samples in dim 0
+    model_outputs: list[Tensor]  #: the model's output tensors in the same form
+    #: of Σ_n ℓ_n in leaves of the model's graph, by ``id``, where these came in the same backward pass
     at_leaves: dict[int, Tensor] = field(default_factory=dict)
-    root: Root | None = None
+    root: Root | None = None  #: of the Hessian, where it is known without any derivative
 
 
 def losses_by_definition(

@@ -42,45 +42,26 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 @dataclass
 class Measurement:
-    """What was asked for, on an isolated model.
+    """What was asked for, on an isolated model."""
 
-    Attributes:
-        isolated: the isolated model.
-        layers: the layers to measure.
-        loss_fn: the loss, under the autocast state of the call.
-        inputs: what the model takes.
-        targets: what the loss takes second.
-        num_samples: the samples of the batch; 1 where it cannot be cut into samples, which a Hessian needs not.
-        sample_dim: where they are in the inputs.
-        generator: random numbers of draws and checks.
-        create_graph: whether results are to be differentiable.
-        chunk_size: products batched at most.
-        progress: whether to show progress bars.
-        certain: whether samples are independent, and in dim 0, by the model's structure.
-        known_loss: whether the loss is PyTorch's own, without any state.
-        autocast: whether the user's code runs under autocast.
-        mismatch: what is wrong with the sizes of inputs and targets, to be told if the loss fails.
-        owned: whose the inputs are, where no dimension holds the samples.
-        recordable: whether the model runs with detached parameters in the layers' calls.
-    """
-
-    isolated: IsolatedModel
-    layers: Sequence[Layer]
-    loss_fn: LossFunction
-    inputs: Any
-    targets: Any
-    num_samples: int
-    sample_dim: int
-    generator: torch.Generator
-    create_graph: bool
-    chunk_size: int | None
-    progress: bool
-    certain: bool
-    known_loss: bool
-    autocast: bool
+    isolated: IsolatedModel  #: the isolated model
+    layers: Sequence[Layer]  #: the layers to measure
+    loss_fn: LossFunction  #: the loss, under the autocast state of the call
+    inputs: Any  #: what the model takes
+    targets: Any  #: what the loss takes second
+    num_samples: int  #: the samples of the batch; 1 where it cannot be cut into samples, which a Hessian needs not
+    sample_dim: int  #: where they are in the inputs
+    generator: torch.Generator  #: random numbers of draws and checks
+    create_graph: bool  #: whether results are to be differentiable
+    chunk_size: int | None  #: products batched at most
+    progress: bool  #: whether to show progress bars
+    certain: bool  #: whether samples are independent, and in dim 0, by the model's structure
+    known_loss: bool  #: whether the loss is PyTorch's own, without any state
+    autocast: bool  #: whether the user's code runs under autocast
+    #: what is wrong with the sizes of inputs and targets, to be told if the loss fails
     mismatch: InvalidArgumentError | None = field(default=None, repr=False)
-    owned: Owned | None = field(default=None, repr=False)
-    recordable: bool = True
+    owned: Owned | None = field(default=None, repr=False)  #: whose the inputs are, where no dimension holds the samples
+    recordable: bool = True  #: whether the model runs with detached parameters in the layers' calls
 
     @property
     def model(self) -> nn.Module:

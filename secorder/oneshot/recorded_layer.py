@@ -26,23 +26,15 @@ Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
 @dataclass(eq=False)
 class RecordedLayer:
-    """A layer with its recorded calls.
+    """A layer with its recorded calls."""
 
-    Attributes:
-        layer: the layer; it has a rule wherever its calls are used.
-        inputs: the input tensors of each call.
-        leaves: for each call the zero leaf ε that was added to its output z.
-        layouts: for each call where its samples are.
-        settled: the layouts of which nothing else is to be asked; empty where they are to be found.
-        with_graph: whether what is computed from the inputs is to be differentiable.
-    """
-
-    layer: Layer
-    inputs: list[tuple[Tensor, ...]] = field(default_factory=list)
-    leaves: list[Tensor] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)
+    layer: Layer  #: the layer; it has a rule wherever its calls are used
+    inputs: list[tuple[Tensor, ...]] = field(default_factory=list)  #: the input tensors of each call
+    leaves: list[Tensor] = field(default_factory=list)  #: for each call the zero leaf ε that was added to its output z
+    layouts: list[Layout] = field(default_factory=list)  #: for each call where its samples are
+    #: the layouts of which nothing else is to be asked; empty where they are to be found
     settled: list[Layout] = field(default_factory=list)
-    with_graph: bool = False
+    with_graph: bool = False  #: whether what is computed from the inputs is to be differentiable
 
     @property
     def sizes(self) -> list[int]:

@@ -17,17 +17,11 @@ Map = Callable[[Tensor], Tensor]
 
 @dataclass
 class Pairs:
-    """K pairs of cotangents on the model's output, sample by sample.
+    """K pairs of cotangents on the model's output, sample by sample."""
 
-    Attributes:
-        u: shape ``(K, N, C)``, C the elements of one sample's output (all output tensors together).
-        v: the same; None means ``u`` times ``sign``.
-        sign: shape ``(K, N)``; None means one.
-    """
-
-    u: Tensor
-    v: Tensor | None = None
-    sign: Tensor | None = None
+    u: Tensor  #: shape ``(K, N, C)``, C the elements of one sample's output (all output tensors together)
+    v: Tensor | None = None  #: the same; None means ``u`` times ``sign``
+    sign: Tensor | None = None  #: shape ``(K, N)``; None means one
 
 
 class Columns(Protocol):
@@ -46,26 +40,17 @@ class Columns(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """The root of a per-sample Hessian: H_n = Σ_k u_k v_kᵀ.
+    """The root of a per-sample Hessian: H_n = Σ_k u_k v_kᵀ."""
 
-    Attributes:
-        left: coefficients ξ → Σ_k ξ_k u_k.
-        num_columns: K.
-        like: a tensor with samples in dim 0, of the dtype and on the device of the cotangents.
-        right: coefficients → Σ_k ξ_k v_k; None means that v_k is u_k times its sign.
-        sign: shape ``(N, K)``; None means one.
-        diagonal: H's own, shape ``(N, C)``, where it is known without a product.
-        blocks: shape ``(C,)``: outputs with different numbers do not interact; -1 where H is zero. None if not known.
-        weights: makes the columns' ``‖u_k‖²``, shape ``(N, K)``; None where they are not known.
-    """
-
-    left: Map
-    num_columns: int
-    like: Tensor
-    right: Map | None = None
-    sign: Tensor | None = None
-    diagonal: Tensor | None = None
+    left: Map  #: coefficients ξ → Σ_k ξ_k u_k
+    num_columns: int  #: K
+    like: Tensor  #: a tensor with samples in dim 0, of the dtype and on the device of the cotangents
+    right: Map | None = None  #: coefficients → Σ_k ξ_k v_k; None means that v_k is u_k times its sign
+    sign: Tensor | None = None  #: shape ``(N, K)``; None means one
+    diagonal: Tensor | None = None  #: H's own, shape ``(N, C)``, where it is known without a product
+    #: shape ``(C,)``: outputs with different numbers do not interact; -1 where H is zero. None if not known.
     blocks: Tensor | None = None
+    #: makes the columns' ``‖u_k‖²``, shape ``(N, K)``; None where they are not known
     weights: Callable[[], Tensor] | None = None
 
     def columns(self, ids: range) -> Pairs:
@@ -96,19 +81,12 @@ class Root:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """All columns mixed by random signs, drawn anew for each sample and draw: an unbiased estimate of H_n.
+    """All columns mixed by random signs, drawn anew for each sample and draw: an unbiased estimate of H_n."""
 
-    Attributes:
-        root: of which.
-        seeds: one for each draw.
-        device: where signs are drawn.
-        without: columns of each sample that are left out, shape ``(N, J)``.
-    """
-
-    root: Root
-    seeds: list[int]
-    device: torch.device
-    without: Tensor | None = None
+    root: Root  #: of which
+    seeds: list[int]  #: one for each draw
+    device: torch.device  #: where signs are drawn
+    without: Tensor | None = None  #: columns of each sample that are left out, shape ``(N, J)``
 
     @classmethod
     def of(cls, root: Root, count: int, generator: torch.Generator, without: Tensor | None = None) -> "Draws":
@@ -140,15 +118,10 @@ class Draws:
 
 @dataclass(frozen=True, eq=False)
 class First:
-    """Some of the columns, to see how long they take.
+    """Some of the columns, to see how long they take."""
 
-    Attributes:
-        whole: all of them.
-        num_columns: how many of them.
-    """
-
-    whole: Columns
-    num_columns: int
+    whole: Columns  #: all of them
+    num_columns: int  #: how many of them
 
     def columns(self, ids: range) -> Pairs:
         """Some of them."""
@@ -161,15 +134,10 @@ class First:
 
 @dataclass(frozen=True, eq=False)
 class Single:
-    """One pair of a cotangent (N, C) with itself.
+    """One pair of a cotangent (N, C) with itself."""
 
-    Attributes:
-        u: the cotangent.
-        num_columns: 1.
-    """
-
-    u: Tensor
-    num_columns: int = 1
+    u: Tensor  #: the cotangent
+    num_columns: int = 1  #: 1
 
     def columns(self, ids: range) -> Pairs:
         """The pair."""

@@ -36,19 +36,12 @@ MOST_PARTS = 4
 
 @dataclass(eq=False)
 class BatchLoss:
-    """The loss of the batch as a function of leaves that stand for the model's output.
+    """The loss of the batch as a function of leaves that stand for the model's output."""
 
-    Attributes:
-        loss: its value.
-        points: the leaves, samples in dim 0.
-        output: the output that is made of them.
-        gradients: of the loss in the points, differentiable.
-    """
-
-    loss: Tensor
-    points: list[Tensor]
-    output: Any
-    gradients: list[Tensor | None] = field(default_factory=list)
+    loss: Tensor  #: its value
+    points: list[Tensor]  #: the leaves, samples in dim 0
+    output: Any  #: the output that is made of them
+    gradients: list[Tensor | None] = field(default_factory=list)  #: of the loss in the points, differentiable
 
     def __post_init__(self) -> None:
         """Take the gradients."""

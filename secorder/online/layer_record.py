@@ -31,17 +31,11 @@ Call = tuple[tuple[Tensor, ...], Tensor]
 
 
 class State(NamedTuple):
-    """What a call of a module starts from.
+    """What a call of a module starts from."""
 
-    Attributes:
-        random_state: the global one.
-        autocast: what is enabled.
-        buffers: those that the call overwrites, as they were.
-    """
-
-    random_state: RandomState
-    autocast: AutocastState
-    buffers: tuple[tuple[Place, Tensor], ...]
+    random_state: RandomState  #: the global one
+    autocast: AutocastState  #: what is enabled
+    buffers: tuple[tuple[Place, Tensor], ...]  #: those that the call overwrites, as they were
 
 
 class Start:
@@ -62,72 +56,50 @@ class Start:
 
 @dataclass(eq=False)
 class ModuleCall:
-    """One use of an enclosing module, to be run again: how it was called, and the gradients on its outputs.
+    """One use of an enclosing module, to be run again: how it was called, and the gradients on its outputs."""
 
-    Attributes:
-        arguments: positional and keyword arguments, tensors replaced by empty ones.
-        state: what it started from.
-        index: the call's number in the forward.
-        tensors: the tensors of the arguments.
-        gradients: dL/d(output tensor), None where the loss does not depend on it.
-        layouts: where each output tensor's samples are.
-    """
-
+    #: positional and keyword arguments, tensors replaced by empty ones
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    state: State
-    index: int
-    tensors: tuple[Tensor, ...] = ()
+    state: State  #: what it started from
+    index: int  #: the call's number in the forward
+    tensors: tuple[Tensor, ...] = ()  #: the tensors of the arguments
+    #: dL/d(output tensor), None where the loss does not depend on it
     gradients: list[Tensor | None] = field(default_factory=list)
-    layouts: list[Layout] = field(default_factory=list)
+    layouts: list[Layout] = field(default_factory=list)  #: where each output tensor's samples are
 
 
 @dataclass(eq=False, slots=True)
 class LayerRecord:
-    """What a forward, and the backward through it, tell of a layer.
+    """What a forward, and the backward through it, tell of a layer."""
 
-    Attributes:
-        calls: the shapes of the outputs of each of its calls.
-        hooked: the numbers of those whose gradient will come.
-        recomputed: of those that were computed again in backward.
-        starts: how the enclosing module's calls that are running were started.
-        uses: the operations that its parameters meet the samples in, until they are hooked.
-        unfollowed: whether these could not be followed in this forward.
-        layouts: where the samples are in each call's outputs; decided when the forward has ended, none where unknown.
-        replaced: whether the whole model runs again for it: what its own calls bring is not to be counted.
-        troubled: whether it is marked, so that nothing more is done for it.
-        without_gradient: whether it ran with nothing to differentiate.
-        gathered: of a sharded layer, the whole parameters that FSDP2 puts into the module while it runs.
-        captured: the calls whose gradient has come: number, call, sum of the gradient's elements if known.
-        modules: the calls of the enclosing module whose gradient has come.
-        counting: where it is measured by operations, the latest backward that is a training step of it.
-        passed: the latest backward in which a gradient passed by that was not accumulated.
-        received: whether its squares are added, or wait to be.
-        parts: what it has brought, where it shares a parameter, until all layers that do have.
-        norms: the squared norms of its per-sample gradients, or what they are products of, where they are taken.
-        squares: the squared norm of their sum, where the whole gradient does not tell it.
-        sizes: where it is measured by operations, by parameter that the audit looks at the square of the size of what
-            its per-sample gradients are sums of.
-    """
-
-    calls: list[tuple[Shape, ...]] = field(default_factory=list)
-    hooked: set[int] = field(default_factory=set)
-    recomputed: set[int] = field(default_factory=set)
-    starts: list[Start] = field(default_factory=list)
-    uses: Uses | None = None
-    unfollowed: bool = False
+    calls: list[tuple[Shape, ...]] = field(default_factory=list)  #: the shapes of the outputs of each of its calls
+    hooked: set[int] = field(default_factory=set)  #: the numbers of those whose gradient will come
+    recomputed: set[int] = field(default_factory=set)  #: of those that were computed again in backward
+    starts: list[Start] = field(default_factory=list)  #: how the enclosing module's calls that are running were started
+    uses: Uses | None = None  #: the operations that its parameters meet the samples in, until they are hooked
+    unfollowed: bool = False  #: whether these could not be followed in this forward
+    #: where the samples are in each call's outputs; decided when the forward has ended, none where unknown
     layouts: Sequence[Sequence[Layout]] = ()
-    replaced: bool = False
-    troubled: bool = False
-    without_gradient: bool = False
+    replaced: bool = False  #: whether the whole model runs again for it: what its own calls bring is not to be counted
+    troubled: bool = False  #: whether it is marked, so that nothing more is done for it
+    without_gradient: bool = False  #: whether it ran with nothing to differentiate
+    #: of a sharded layer, the whole parameters that FSDP2 puts into the module while it runs
     gathered: dict[str, Any] | None = None
+    #: the calls whose gradient has come: number, call, sum of the gradient's elements if known
     captured: list[tuple[int, Any, Tensor | None]] = field(default_factory=list)
+    #: the calls of the enclosing module whose gradient has come
     modules: list[ModuleCall] = field(default_factory=list)
+    #: where it is measured by operations, the latest backward that is a training step of it
     counting: int | None = None
-    passed: int | None = None
-    received: bool = False
+    passed: int | None = None  #: the latest backward in which a gradient passed by that was not accumulated
+    received: bool = False  #: whether its squares are added, or wait to be
+    #: what it has brought, where it shares a parameter, until all layers that do have
     parts: tuple[Any, Tensor | None] | None = None
+    #: the squared norms of its per-sample gradients, or what they are products of, where they are taken
     norms: Tensor | FactorNorms | None = None
-    squares: Tensor | None = None
+    squares: Tensor | None = None  #: the squared norm of their sum, where the whole gradient does not tell it
+    #: where it is measured by operations, by parameter that the audit looks at the square of the size of what its per-
+    #: sample gradients are sums of
     sizes: dict[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -23,31 +23,18 @@ MOST, MOST_ELEMENTS = 64, 1 << 16
 
 
 class Row(NamedTuple):
-    """What is summed up of a layer; sums are weighted: 1 a sample, or as a moving average weighs.
+    """What is summed up of a layer; sums are weighted: 1 a sample, or as a moving average weighs."""
 
-    Attributes:
-        samples: how many.
-        batches: that count.
-        kept: what the moving average has kept of what was before.
-        weight: of the samples.
-        squares: Σ ‖∂ℓ_n‖².
-        fourth: Σ ‖∂ℓ_n‖⁴.
-        weight_squares: Σ of squares of the weights.
-        noise_weight: of the samples of the batches that the next two are of.
-        signal: Σ of the batches' |G|², the expected gradient's squared norm.
-        noise: Σ of the batches' tr Σ, the trace of the samples' covariance.
-    """
-
-    samples: float
-    batches: float
-    kept: float
-    weight: float
-    squares: float
-    fourth: float
-    weight_squares: float
-    noise_weight: float
-    signal: float
-    noise: float
+    samples: float  #: how many
+    batches: float  #: that count
+    kept: float  #: what the moving average has kept of what was before
+    weight: float  #: of the samples
+    squares: float  #: Σ ‖∂ℓ_n‖²
+    fourth: float  #: Σ ‖∂ℓ_n‖⁴
+    weight_squares: float  #: Σ of squares of the weights
+    noise_weight: float  #: of the samples of the batches that the next two are of
+    signal: float  #: Σ of the batches' |G|², the expected gradient's squared norm
+    noise: float  #: Σ of the batches' tr Σ, the trace of the samples' covariance
 
 
 COLUMNS = {name: index for index, name in enumerate(Row.__annotations__)}
@@ -56,17 +43,11 @@ POWERS = [0, 0, 1, 1, 1, 1, 2, 1, 1, 1]
 
 
 class Terms(NamedTuple):
-    """What a batch's numbers are weighted by.
+    """What a batch's numbers are weighted by."""
 
-    Attributes:
-        count: samples of the batch that have a loss.
-        weight: of one of them.
-        alpha: what squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n.
-    """
-
-    count: Any
-    weight: float
-    alpha: float
+    count: Any  #: samples of the batch that have a loss
+    weight: float  #: of one of them
+    alpha: float  #: what squares of g are multiplied by to be squares of ∂ℓ_n/∂z_n
 
     def matrix(self, like: Tensor) -> Tensor:
         """From (1, Σ‖g_n‖², Σ‖g_n‖⁴, 1, Σ‖g_n‖², ‖Σ g_n‖²) to the columns; the last three where noise is told."""
@@ -95,49 +76,31 @@ class Terms(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What batches that are added at once have in common.
+    """What batches that are added at once have in common."""
 
-    Attributes:
-        places: the numbers of the layers.
-        told: of each, whether the norm of its batch gradient is known.
-        samples: of the batch, those without a loss among them.
-        terms: what their numbers are weighted by.
-        decay: of a moving average.
-        kept: whether a batch that is not finite is counted all the same.
-    """
-
-    places: tuple[int, ...]
-    told: tuple[bool, ...]
-    samples: int
-    terms: Terms
-    decay: float | None
-    kept: bool
+    places: tuple[int, ...]  #: the numbers of the layers
+    told: tuple[bool, ...]  #: of each, whether the norm of its batch gradient is known
+    samples: int  #: of the batch, those without a loss among them
+    terms: Terms  #: what their numbers are weighted by
+    decay: float | None  #: of a moving average
+    kept: bool  #: whether a batch that is not finite is counted all the same
 
 
 class Batch(NamedTuple):
-    """What the norms of one batch are.
+    """What the norms of one batch are."""
 
-    Attributes:
-        norms: of each layer the squared norms of its per-sample gradients, shape ``(samples,)``, or what they are
-            products of.
-        totals: of each layer in turn, equally many numbers: the sum of their squares is its batch gradient's squared
-            norm.
-    """
-
+    #: of each layer the squared norms of its per-sample gradients, shape ``(samples,)``, or what they are products of
     norms: Sequence[Tensor | FactorNorms]
+    #: of each layer in turn, equally many numbers: the sum of their squares is its batch gradient's squared norm
     totals: Sequence[Tensor]
 
 
 @dataclass
 class NormSums:
-    """The table.
-
-    Attributes:
-        added: how many batches were added.
-    """
+    """The table."""
 
     _table: Tensor
-    added: int = 0
+    added: int = 0  #: how many batches were added
     _constants: Constants = field(default_factory=Constants, repr=False)
     _linear: dict[Terms, Tensor] = field(default_factory=dict, repr=False)
     _waiting: list[Batch] = field(default_factory=list, repr=False)

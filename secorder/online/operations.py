@@ -115,25 +115,15 @@ def _total(gradients: Sequence[Tensor]) -> Tensor:
 
 @dataclass(eq=False, slots=True)
 class _LayerUses:
-    """What the uses of a layer have in common.
+    """What the uses of a layer have in common."""
 
-    Attributes:
-        attachment: that hooks them.
-        record: of the forward.
-        layer: whose they are.
-        own: what the record tells of it.
-        leaves: by the node of each parameter, its name.
-        followed: the nodes between.
-        kind: the dtype that is computed in.
-    """
-
-    attachment: "Attachment"
-    record: ForwardRecord
-    layer: Layer
-    own: LayerRecord
-    leaves: Mapping[Node, str]
-    followed: Collection[Node]
-    kind: torch.dtype
+    attachment: "Attachment"  #: that hooks them
+    record: ForwardRecord  #: of the forward
+    layer: Layer  #: whose they are
+    own: LayerRecord  #: what the record tells of it
+    leaves: Mapping[Node, str]  #: by the node of each parameter, its name
+    followed: Collection[Node]  #: the nodes between
+    kind: torch.dtype  #: the dtype that is computed in
 
     def counts(self, number: int | None) -> bool:
         """Whether this backward is a training step of the layer: asked once for all of its uses."""

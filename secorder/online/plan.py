@@ -18,31 +18,19 @@ if TYPE_CHECKING:
 
 
 class Held(NamedTuple):
-    """Where a parameter of a layer is held as long as nobody exchanges or moves it.
+    """Where a parameter of a layer is held as long as nobody exchanges or moves it."""
 
-    Attributes:
-        module: that holds it.
-        name: under which it does.
-        parameter: that is to be there.
-        sums: of its layer, which are counted where it is.
-    """
-
-    module: nn.Module
-    name: str
-    parameter: Tensor
-    sums: LayerSums
+    module: nn.Module  #: that holds it
+    name: str  #: under which it does
+    parameter: Tensor  #: that is to be there
+    sums: LayerSums  #: of its layer, which are counted where it is
 
 
 class Plan(NamedTuple):
-    """Of a layer whose calls, where their rows are samples, may wait to be added together with those of others.
+    """Of a layer whose calls, where their rows are samples, may wait to be added together with those of others."""
 
-    Attributes:
-        dtype: of its parameters, and of what is accumulated of it.
-        device: where these are.
-    """
-
-    dtype: torch.dtype
-    device: torch.device
+    dtype: torch.dtype  #: of its parameters, and of what is accumulated of it
+    device: torch.device  #: where these are
 
     def admits(self, inputs: Tensor, cotangents: Tensor, others: Sequence[RankOne]) -> bool:
         """Whether the factors of a call are such as it was made for, and those of the first that waits already are."""

@@ -59,17 +59,11 @@ def num_skipped(fisher: OnlineFisher, only: WindowSums | None = None) -> dict[st
 
 
 class Counts(NamedTuple):
-    """What is in a layer's sums.
+    """What is in a layer's sums."""
 
-    Attributes:
-        samples: how many.
-        weight: of them, what sums are divided by.
-        batches: that count.
-    """
-
-    samples: float
-    weight: float
-    batches: float
+    samples: float  #: how many
+    weight: float  #: of them, what sums are divided by
+    batches: float  #: that count
 
 
 def counts_of(fisher: OnlineFisher, window: OnlineFisher | WindowSums) -> dict[str, Counts]:

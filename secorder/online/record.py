@@ -156,82 +156,56 @@ class _Referred:
 
 @dataclass(eq=False, slots=True)
 class ForwardRecord(_Referred):
-    """One forward; see the module's text for its phases.
+    """One forward; see the module's text for its phases."""
 
-    Attributes:
-        attribution: where samples are in the layers, as it was known when the forward began.
-        num_samples: of the batch.
-        shapes: of the tensors among the model's arguments.
-        verified: whether this very batch was looked at.
-        scheduled: whether it is one of those of which the loss is looked at.
-        start: how the model was called; forgotten at the forward's end unless the model is to run again.
-        carried: what modules carry from the forward before, while this one runs.
-        handles: of the layers' hooks, while the forward runs.
-        layers: by name, what is known of each.
-        fallback: layers whose own calls do not tell their samples in this batch: the whole model runs again for them.
-        waiting: layers that are to be added together.
-        elements_waiting: of their factors.
-        formed: layers' squares that are to be added together, those of a layer's parameters one after the other.
-        elements_formed: of these.
-        totals: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of.
-        autocast_dtype: of the latest call, or that of FSDP2's policy of mixed precision.
-        mean: whether the loss is a mean over the samples.
-        weights: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them.
-        counted: how many samples have a loss at all, where the reduction tells.
-        goods: of layers that were added, one by one or together, whether their gradients are finite.
-        stacked: whether it waits to be added, and its samples to be counted, with those of later backward passes.
-        together: samples on all ranks that parameters lie over.
-        counted_together: of these, how many have a loss at all.
-        recomputes: whether layers run again in backward (activation checkpoints), so that they are to be hooked again.
-        sections: the parts of the forward that do, where checkpoints tell.
-        slots: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen.
-        scales: the sizes of what came to scalars that the model returned, where they are watched; None for another
-            output.
-        create_graph: whether the latest backward that came to the model's output is to be differentiated itself.
-        backward: the pass that is running through this forward.
-        closed: nothing is to be added any more.
-        untold: why it is not known where samples are, which is told once a backward comes; else empty.
-        unreturned: whether the forward ended without an output: it returned none, or raised.
-        eager: the section in which nothing is compiled, while the forward runs.
-        nested: whether the model was called again while it runs, as by itself.
-        again: the engine's number of the latest backward that came once it was closed, and which layers it reaches.
-    """
-
-    attribution: Attribution
-    num_samples: int
-    shapes: tuple[Shape, ...]
-    verified: bool
-    scheduled: bool = False
+    attribution: Attribution  #: where samples are in the layers, as it was known when the forward began
+    num_samples: int  #: of the batch
+    shapes: tuple[Shape, ...]  #: of the tensors among the model's arguments
+    verified: bool  #: whether this very batch was looked at
+    scheduled: bool = False  #: whether it is one of those of which the loss is looked at
+    #: how the model was called; forgotten at the forward's end unless the model is to run again
     start: Start | None = None
-    carried: Sequence[Tensor] = ()
+    carried: Sequence[Tensor] = ()  #: what modules carry from the forward before, while this one runs
     thread: int = field(default_factory=threading.get_ident)
+    #: of the layers' hooks, while the forward runs
     handles: list[RemovableHandle | FirstHook] = field(default_factory=list)
+    #: by name, what is known of each
     layers: dict[str, LayerRecord] = field(default_factory=partial(defaultdict, LayerRecord))
+    #: layers whose own calls do not tell their samples in this batch: the whole model runs again for them
     fallback: list[Layer] = field(default_factory=list)
-    waiting: list[RankOne] = field(default_factory=list)
-    elements_waiting: int = 0
+    waiting: list[RankOne] = field(default_factory=list)  #: layers that are to be added together
+    elements_waiting: int = 0  #: of their factors
+    #: layers' squares that are to be added together, those of a layer's parameters one after the other
     formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
-    elements_formed: int = 0
+    elements_formed: int = 0  #: of these
+    #: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of
     totals: dict[int, Tensor] = field(default_factory=dict)
-    autocast_dtype: torch.dtype | None = None
-    mean: bool = True
-    weights: Tensor | None = None
-    counted: Tensor | None = None
+    autocast_dtype: torch.dtype | None = None  #: of the latest call, or that of FSDP2's policy of mixed precision
+    mean: bool = True  #: whether the loss is a mean over the samples
+    weights: Tensor | None = None  #: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them
+    counted: Tensor | None = None  #: how many samples have a loss at all, where the reduction tells
+    #: of layers that were added, one by one or together, whether their gradients are finite
     goods: list[Tensor] = field(default_factory=list)
+    #: whether it waits to be added, and its samples to be counted, with those of later backward passes
     stacked: bool = False
-    together: int = 0
-    counted_together: int = 0
+    together: int = 0  #: samples on all ranks that parameters lie over
+    counted_together: int = 0  #: of these, how many have a loss at all
+    #: whether layers run again in backward (activation checkpoints), so that they are to be hooked again
     recomputes: bool = False
-    sections: WeakSet[Any] | None = None
+    sections: WeakSet[Any] | None = None  #: the parts of the forward that do, where checkpoints tell
+    #: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen
     slots: dict[int, Slot] | None = None
+    #: the sizes of what came to scalars that the model returned, where they are watched; None for another output
     scales: list[float | None] = field(default_factory=list)
+    #: whether the latest backward that came to the model's output is to be differentiated itself
     create_graph: bool = False
-    backward: Backward | None = None
-    closed: bool = False
-    untold: str = ""
-    unreturned: bool = False
-    eager: EagerSection | None = None
-    nested: bool = False
+    backward: Backward | None = None  #: the pass that is running through this forward
+    closed: bool = False  #: nothing is to be added any more
+    untold: str = ""  #: why it is not known where samples are, which is told once a backward comes; else empty
+    unreturned: bool = False  #: whether the forward ended without an output: it returned none, or raised
+    eager: EagerSection | None = None  #: the section in which nothing is compiled, while the forward runs
+    nested: bool = False  #: whether the model was called again while it runs, as by itself
+    #: the engine's number of the latest backward that came once it was closed, and which layers it reaches
     again: tuple[int | None, Tensor] | None = None
 
     def unhook(self) -> None:

@@ -20,23 +20,14 @@ MOST, MOST_ELEMENTS = 16, 1 << 16
 
 
 class Kind(NamedTuple):
-    """What batches that are added at once have in common.
+    """What batches that are added at once have in common."""
 
-    Attributes:
-        layers: in the order in which they come.
-        shape: of a batch's factors side by side.
-        dtype: theirs.
-        device: theirs.
-        samples: of a batch.
-        alpha: what squares of g are multiplied by.
-    """
-
-    layers: tuple[Layer, ...]
-    shape: tuple[int, int]
-    dtype: torch.dtype
-    device: torch.device
-    samples: int
-    alpha: float
+    layers: tuple[Layer, ...]  #: in the order in which they come
+    shape: tuple[int, int]  #: of a batch's factors side by side
+    dtype: torch.dtype  #: theirs
+    device: torch.device  #: theirs
+    samples: int  #: of a batch
+    alpha: float  #: what squares of g are multiplied by
 
 
 class Stacked:

@@ -38,19 +38,13 @@ class Arriving(NamedTuple):
 
 @dataclass
 class LayerSums:
-    """Σ of squared per-sample gradients of one layer (or their moving average), by parameter.
+    """Σ of squared per-sample gradients of one layer (or their moving average), by parameter."""
 
-    Attributes:
-        totals: 1-D, one a parameter; read as :attr:`sums`, which waits for what is on its way to them.
-        counts: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches.
-        batches: that were handed in, bad ones among them.
-        decays: how often a moving average has moved on.
-    """
-
-    totals: list[Tensor]
+    totals: list[Tensor]  #: 1-D, one a parameter; read as :attr:`sums`, which waits for what is on its way to them
+    #: what is in them, float64 on the layer's device: samples; their weight in a moving average; batches
     counts: Tensor
-    batches: int = 0
-    decays: int = 0
+    batches: int = 0  #: that were handed in, bad ones among them
+    decays: int = 0  #: how often a moving average has moved on
     _increments: dict[tuple[float, float], Tensor] = field(default_factory=dict)
     _arriving: list[Arriving] = field(default_factory=list)
 

@@ -24,17 +24,11 @@ MANY = 16
 
 
 class Small(NamedTuple):
-    """What the sums of small layers are parts of.
+    """What the sums of small layers are parts of."""
 
-    Attributes:
-        names: of the layers.
-        sums: 1-D, in their order.
-        counts: a row a layer.
-    """
-
-    names: tuple[str, ...]
-    sums: Tensor
-    counts: Tensor
+    names: tuple[str, ...]  #: of the layers
+    sums: Tensor  #: 1-D, in their order
+    counts: Tensor  #: a row a layer
 
     def layers(self, like: Mapping[str, LayerSums]) -> dict[str, LayerSums]:
         """Each layer's part.
@@ -62,23 +56,14 @@ def small(every: Mapping[str, LayerSums]) -> Small | None:
 
 @dataclass
 class WindowSums:
-    """What one window of training has brought.
+    """What one window of training has brought."""
 
-    Attributes:
-        sums: by layer.
-        seen: samples of all batches that count, float64.
-        elsewhere: samples that other ranks had seen when they were synchronised.
-        batches: recorded.
-        norms: what the norms of per-sample gradients tell.
-        small: what the sums of small layers are parts of, if they are.
-    """
-
-    sums: dict[str, LayerSums]
-    seen: Tensor
-    elsewhere: float
-    batches: int
-    norms: NormSums
-    small: Small | None = None
+    sums: dict[str, LayerSums]  #: by layer
+    seen: Tensor  #: samples of all batches that count, float64
+    elsewhere: float  #: samples that other ranks had seen when they were synchronised
+    batches: int  #: recorded
+    norms: NormSums  #: what the norms of per-sample gradients tell
+    small: Small | None = None  #: what the sums of small layers are parts of, if they are
 
 
 def together(earlier: LayerSums, later: LayerSums, decay: float | None) -> LayerSums:

@@ -61,21 +61,13 @@ def whole_sum(part: Tensor, parameter: Any) -> Tensor:
 
 
 class Shard(NamedTuple):
-    """How a parameter is sharded over the ranks.
+    """How a parameter is sharded over the ranks."""
 
-    Attributes:
-        mesh: the ranks.
-        placements: for each dimension of the mesh.
-        shape: of the whole parameter.
-        stride: of the whole parameter.
-        local_shape: of this rank's shard.
-    """
-
-    mesh: Any
-    placements: Any
-    shape: torch.Size
-    stride: tuple[int, ...]
-    local_shape: torch.Size
+    mesh: Any  #: the ranks
+    placements: Any  #: for each dimension of the mesh
+    shape: torch.Size  #: of the whole parameter
+    stride: tuple[int, ...]  #: of the whole parameter
+    local_shape: torch.Size  #: of this rank's shard
 
     @classmethod
     def of(cls, parameter: Any) -> "Shard":

@@ -21,15 +21,10 @@ Axis = tuple[Any, int]
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks of one model.
+    """The ranks of one model."""
 
-    Attributes:
-        data: along these, ranks have samples of their own.
-        tensor: along these, ranks have the same samples and other parts of the layers.
-    """
-
-    data: tuple[Axis, ...]
-    tensor: tuple[Axis, ...]
+    data: tuple[Axis, ...]  #: along these, ranks have samples of their own
+    tensor: tuple[Axis, ...]  #: along these, ranks have the same samples and other parts of the layers
 
     def _numbers(self, numbers: Sequence[float]) -> Tensor:
         mesh, _ = (*self.data, *self.tensor)[0]

@@ -7,15 +7,11 @@ from torch import Tensor
 
 
 class Spread(NamedTuple):
-    """The dimensions of the mesh of a layer's parameters.
+    """The dimensions of the mesh of a layer's parameters."""
 
-    Attributes:
-        data: those along which FSDP2 shards (or, in hybrid sharding, replicates) parameters: samples differ.
-        tensor: those along which parts of the layer lie: samples are the same.
-    """
-
+    #: those along which FSDP2 shards (or, in hybrid sharding, replicates) parameters: samples differ
     data: tuple[int, ...]
-    tensor: tuple[int, ...]
+    tensor: tuple[int, ...]  #: those along which parts of the layer lie: samples are the same
 
     def shape(self, parameter: Any) -> torch.Size:
         """The shape of the part of a parameter that this rank computes with: FSDP2 gathers its shards."""

@@ -45,19 +45,12 @@ def _scaled(part: Outer, scale: float) -> Outer:
 
 
 class Product(NamedTuple):
-    """What is kept of a product whose rows are the samples.
+    """What is kept of a product whose rows are the samples."""
 
-    Attributes:
-        g: the gradient on it, a row a sample.
-        samples: what was multiplied by the parameter; None where that is a bias alone.
-        targets: by the input's number, the parameter's name.
-        scales: of a bias, and of the product.
-    """
-
-    g: Tensor
-    samples: Tensor | None
-    targets: tuple[tuple[int, str], ...]
-    scales: tuple[float, float]
+    g: Tensor  #: the gradient on it, a row a sample
+    samples: Tensor | None  #: what was multiplied by the parameter; None where that is a bias alone
+    targets: tuple[tuple[int, str], ...]  #: by the input's number, the parameter's name
+    scales: tuple[float, float]  #: of a bias, and of the product
 
 
 def _kept(call: OperationCall, targets: Mapping[int, str]) -> Product | None:

@@ -33,29 +33,17 @@ _kept: dict[tuple[int | bool, ...], bool] = {}
 
 
 class Pass(NamedTuple):
-    """One layer and direction of ``nn.LSTM``, time steps in the order in which they were gone through.
+    """One layer and direction of ``nn.LSTM``, time steps in the order in which they were gone through."""
 
-    Attributes:
-        x: inputs, shape ``(N, steps, in)``.
-        before: outputs of the step before, shape ``(N, steps, width)``.
-        gates: after their activations, shape ``(steps, N, 4, width)``: input, forget, cell, output.
-        cell: the first, shape ``(N, width)``.
-        weight: on the outputs of the step before, shape ``(4 · width, width)``, as it was in this backward.
-        outside: the gradient on the outputs, shape ``(steps, N, width)``.
-        last_h: that on the last output.
-        last_c: that on the last cell.
-        inputs: those of the operation that are asked for.
-    """
-
-    x: Tensor
-    before: Tensor
-    gates: Tensor
-    cell: Tensor
-    weight: Tensor
-    outside: Tensor | None
-    last_h: Tensor | None
-    last_c: Tensor | None
-    inputs: tuple[int, ...]
+    x: Tensor  #: inputs, shape ``(N, steps, in)``
+    before: Tensor  #: outputs of the step before, shape ``(N, steps, width)``
+    gates: Tensor  #: after their activations, shape ``(steps, N, 4, width)``: input, forget, cell, output
+    cell: Tensor  #: the first, shape ``(N, width)``
+    weight: Tensor  #: on the outputs of the step before, shape ``(4 · width, width)``, as it was in this backward
+    outside: Tensor | None  #: the gradient on the outputs, shape ``(steps, N, width)``
+    last_h: Tensor | None  #: that on the last output
+    last_c: Tensor | None  #: that on the last cell
+    inputs: tuple[int, ...]  #: those of the operation that are asked for
 
 
 @operation_rule("MkldnnRnnLayerBackward0")

@@ -26,17 +26,15 @@ class Together(NamedTuple):
     """How the calls of an operation are gone through together, when the gradients on all of them have come.
 
     Such as those of all time steps, each of which costs next to nothing.
-
-    Attributes:
-        keep: ``keep(call, targets)``: what is needed of a call, of whose inputs some are a parameter as it is: by the
-            input's number, the parameter's name. None where the call is gone through by itself.
-        alike: of what was kept of a call, what is the same for those that are gone through together.
-        bring: the per-sample gradients that what was kept of such calls brings: the number of a call, and of one of
-            its inputs, and the gradient of that; or that of several calls, by the number of one of them.
     """
 
+    #: ``keep(call, targets)``: what is needed of a call, of whose inputs some are a parameter as it is: by the input's
+    #: number, the parameter's name. None where the call is gone through by itself.
     keep: Callable[[OperationCall, Mapping[int, str]], Any]
+    #: of what was kept of a call, what is the same for those that are gone through together
     alike: Callable[[Any], object]
+    #: the per-sample gradients that what was kept of such calls brings: the number of a call, and of one of its inputs,
+    #: and the gradient of that; or that of several calls, by the number of one of them
     bring: Callable[[Sequence[Any]], Iterable[tuple[int, int, PerSample]]]
 
 

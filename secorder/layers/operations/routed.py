@@ -27,17 +27,11 @@ BY_ELEMENT = frozenset(
 
 
 class OwnedRows(NamedTuple):
-    """A gradient each row of which belongs to one sample.
+    """A gradient each row of which belongs to one sample."""
 
-    Attributes:
-        g: shape ``(rows, ...)``.
-        owner: shape ``(rows,)``, the sample of each.
-        places: shape ``(N, most)``, the rows of each sample, filled up with the number of all rows.
-    """
-
-    g: Tensor
-    owner: Tensor
-    places: Tensor
+    g: Tensor  #: shape ``(rows, ...)``
+    owner: Tensor  #: shape ``(rows,)``, the sample of each
+    places: Tensor  #: shape ``(N, most)``, the rows of each sample, filled up with the number of all rows
 
     def written_out(self) -> Tensor:
         """Each sample's, shape ``(N, rows, ...)``."""

@@ -13,17 +13,12 @@ R = TypeVar("R", bound=Rule)
 
 
 class Entry(NamedTuple):
-    """A rule as it was entered for a layer type.
-
-    Attributes:
-        rule: the rule.
-        parameters: names of the parameters that it knows; None for all that a module of the type holds.
-        any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
-    """
+    """A rule as it was entered for a layer type."""
 
     rule: Rule
+    #: names of the parameters that it knows; None for all that a module of the type holds
     parameters: frozenset[str] | None
-    any_leading_dim: bool
+    any_leading_dim: bool  #: whether the layer treats all leading dimensions alike, so that samples may be in dim 1
 
 
 #: The rules by layer type; subclasses that do not override ``forward`` use their base's.

@@ -10,13 +10,9 @@ from ..._torch.onednn import multiplied_by_onednn, product_by_onednn
 
 @dataclass
 class Memory:
-    """Memory that is used over and over: the system takes longer to give a fresh page than numbers to fill it with.
+    """Memory that is used over and over: the system takes longer to give a fresh page than numbers to fill it with."""
 
-    Attributes:
-        pieces: flat tensors.
-    """
-
-    pieces: list[Tensor] = field(default_factory=list)
+    pieces: list[Tensor] = field(default_factory=list)  #: flat tensors
 
     def room(self, like: Tensor, *shape: int, beside: tuple[Tensor | None, ...] = ()) -> Tensor:
         """A tensor of a shape, with anything in it, without memory in common with ``like`` and others in use."""
@@ -37,29 +33,19 @@ class Block:
     """Each sample's Hessian in one tensor: Σ_k w_k u_k v_kᵀ + Σ_j s_j r_j r_jᵀ + diag(d), or a matrix, or its diagonal.
 
     What comes before a step lies in ``memory``, where the next steps overwrite it; some overwrite what they start from.
-
-    Attributes:
-        u: shape (N, K, size).
-        v: the same.
-        w: shape (N, K); None for ones.
-        d: shape (N, size); None for zero.
-        rows: r, the same for all samples, shape (J, size), of which s, shape (N, J), are the weights; None for no such
-            sum.
-        matrix: shape (size, N, size), in place of the others: so matrices multiply all samples at once from both sides.
-        only: shape (N, size), the diagonal, in place of the others.
-        memory: for what is computed.
-        formed: whether ``u`` and ``v`` lie there.
     """
 
-    u: Tensor | None = None
-    v: Tensor | None = None
-    w: Tensor | None = None
-    d: Tensor | None = None
+    u: Tensor | None = None  #: shape (N, K, size)
+    v: Tensor | None = None  #: the same
+    w: Tensor | None = None  #: shape (N, K); None for ones
+    d: Tensor | None = None  #: shape (N, size); None for zero
+    #: r, the same for all samples, shape (J, size), of which s, shape (N, J), are the weights; None for no such sum
     rows: tuple[Tensor, Tensor] | None = None
+    #: shape (size, N, size), in place of the others: so matrices multiply all samples at once from both sides
     matrix: Tensor | None = None
-    only: Tensor | None = None
-    memory: Memory = field(default_factory=Memory)
-    formed: bool = False
+    only: Tensor | None = None  #: shape (N, size), the diagonal, in place of the others
+    memory: Memory = field(default_factory=Memory)  #: for what is computed
+    formed: bool = False  #: whether ``u`` and ``v`` lie there
 
     def diagonal(self) -> Tensor:
         """Shape (N, size)."""

@@ -51,17 +51,11 @@ _WORK = 100
 
 @dataclass(eq=False)
 class Chain:
-    """The graph from the output to the layers, cut into segments.
+    """The graph from the output to the layers, cut into segments."""
 
-    Attributes:
-        side: the loss as a function of the output.
-        segments: from the output backwards.
-        graphs: by ``id`` of its leaf, each layer that the chain leads to.
-    """
-
-    side: OutputSide
-    segments: list[Segment]
-    graphs: dict[int, LayerGraph]
+    side: OutputSide  #: the loss as a function of the output
+    segments: list[Segment]  #: from the output backwards
+    graphs: dict[int, LayerGraph]  #: by ``id`` of its leaf, each layer that the chain leads to
 
 
 def applies(facts: Facts) -> bool:

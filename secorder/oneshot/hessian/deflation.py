@@ -39,23 +39,15 @@ NO_WORSE = 1.5
 
 @dataclass(frozen=True)
 class Space:
-    """Where vectors are drawn, what multiplies them, and what a product tells.
+    """Where vectors are drawn, what multiplies them, and what a product tells."""
 
-    Attributes:
-        signs: so many vectors of random signs, stacked.
-        product: with a curvature, of stacked vectors.
-        values: what products and their vectors give, stacked: diagonals, or what is made of them.
-        rows: stacked vectors, sample by sample: shape (K, N, D).
-        tensors: the inverse.
-        size: products at a time.
-    """
-
-    signs: Callable[[int], list[Tensor]]
-    product: Callable[[list[Tensor]], list[Tensor]]
+    signs: Callable[[int], list[Tensor]]  #: so many vectors of random signs, stacked
+    product: Callable[[list[Tensor]], list[Tensor]]  #: with a curvature, of stacked vectors
+    #: what products and their vectors give, stacked: diagonals, or what is made of them
     values: Callable[[list[Tensor], list[Tensor]], list[Tensor]]
-    rows: Callable[[Sequence[Tensor]], Tensor]
-    tensors: Callable[[Tensor], list[Tensor]]
-    size: int
+    rows: Callable[[Sequence[Tensor]], Tensor]  #: stacked vectors, sample by sample: shape (K, N, D)
+    tensors: Callable[[Tensor], list[Tensor]]  #: the inverse
+    size: int  #: products at a time
 
     def draw(self, count: int, without: Tensor | None = None) -> list[Tensor]:
         """What so many draws give, besides some directions (N, D, k)."""
@@ -67,17 +59,11 @@ class Space:
 
 @dataclass(frozen=True)
 class Pilot:
-    """A few draws, made to decide by, and left out of the estimate.
+    """A few draws, made to decide by, and left out of the estimate."""
 
-    Attributes:
-        spread: the variance of ``v ⊙ Hv``, summed up: of all elements off H's diagonal, the squares.
-        products: Hv, sample by sample.
-        values: what they give.
-    """
-
-    spread: float
-    products: Tensor
-    values: list[Tensor]
+    spread: float  #: the variance of ``v ⊙ Hv``, summed up: of all elements off H's diagonal, the squares
+    products: Tensor  #: Hv, sample by sample
+    values: list[Tensor]  #: what they give
 
 
 def may_pay(budget: Budget) -> bool:

@@ -21,18 +21,12 @@ ENOUGH = 0.5
 
 @dataclass
 class Estimate:
-    """Values, exact or estimated.
+    """Values, exact or estimated."""
 
-    Attributes:
-        values: by parameter, or what was asked for.
-        errors: their standard errors; nothing where they are exact.
-        num_draws: draws that they are the mean of.
-        converged: whether ``rtol`` was met; where none was asked for, whether the error is below :data:`ENOUGH`.
-    """
-
-    values: list[Tensor]
-    errors: list[Tensor] = field(default_factory=list)
-    num_draws: int = 0
+    values: list[Tensor]  #: by parameter, or what was asked for
+    errors: list[Tensor] = field(default_factory=list)  #: their standard errors; nothing where they are exact
+    num_draws: int = 0  #: draws that they are the mean of
+    #: whether ``rtol`` was met; where none was asked for, whether the error is below :data:`ENOUGH`
     converged: bool = True
 
     @property

@@ -35,25 +35,17 @@ from .layer_graph import LayerGraph, OutputSide
 
 @dataclass
 class Findings:
-    """What an investigation found.
+    """What an investigation found."""
 
-    Attributes:
-        facts: by layer.
-        graphs: by layer, of those that have a rule.
-        output_side: for columns; None where they are not to be had, or would not pay.
-        seconds: that the forward and the loss took.
-        separate: the loss as a function of the output, where it is known to be a sum over samples and the graph may
-            tell where these are.
-        chain: that leads to the layers, where one does.
-        put_off: recording and loss, where gradients are taken only if products are (see :func:`differentiate`).
-    """
-
-    facts: dict[str, Facts]
-    graphs: dict[str, LayerGraph]
-    output_side: OutputSide | None = None
-    seconds: float = 0.0
+    facts: dict[str, Facts]  #: by layer
+    graphs: dict[str, LayerGraph]  #: by layer, of those that have a rule
+    output_side: OutputSide | None = None  #: for columns; None where they are not to be had, or would not pay
+    seconds: float = 0.0  #: that the forward and the loss took
+    #: the loss as a function of the output, where it is known to be a sum over samples and the graph may tell where
+    #: these are
     separate: OutputSide | None = None
-    chain: Chain | None = None
+    chain: Chain | None = None  #: that leads to the layers, where one does
+    #: recording and loss, where gradients are taken only if products are (see :func:`differentiate`)
     put_off: tuple[Recording, Tensor] | None = None
 
     def learn(self, name: str, **facts: Any) -> None:

@@ -51,16 +51,11 @@ ROUNDS = 24
 
 @dataclass(eq=False)
 class LayerByOperations(LayerGraph):
-    """A layer's part of the graph, by the operations that take its parameters: each of them is a call.
+    """A layer's part of the graph, by the operations that take its parameters: each of them is a call."""
 
-    Attributes:
-        uses: the operations, and what leads to them.
-        count: number of samples.
-        written_out: parameters whose per-sample gradients are no factor times another that the cotangents leave alone.
-    """
-
-    uses: Uses = field(default_factory=lambda: Uses({}, {}))
-    count: int = 0
+    uses: Uses = field(default_factory=lambda: Uses({}, {}))  #: the operations, and what leads to them
+    count: int = 0  #: number of samples
+    #: parameters whose per-sample gradients are no factor times another that the cotangents leave alone
     written_out: frozenset[str] = frozenset()
 
     def gradients(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:

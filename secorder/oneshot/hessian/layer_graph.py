@@ -13,40 +13,27 @@ from ..roots import Root
 
 @dataclass(eq=False)
 class LayerGraph(RecordedLayer):
-    """A layer's part of the graph.
+    """A layer's part of the graph."""
 
-    Attributes:
-        output_gradients: ∂L/∂z by call, differentiable.
-        residual: ∂⟨w, f⟩/∂z by call with w = ∂L/∂f fixed, differentiable: of it, columns give nothing.
-        num_hvps: products spent on it.
-    """
-
-    output_gradients: list[Tensor | None] = field(default_factory=list)
+    output_gradients: list[Tensor | None] = field(default_factory=list)  #: ∂L/∂z by call, differentiable
+    #: ∂⟨w, f⟩/∂z by call with w = ∂L/∂f fixed, differentiable: of it, columns give nothing
     residual: list[Tensor | None] = field(default_factory=list)
-    num_hvps: int = 0
+    num_hvps: int = 0  #: products spent on it
 
 
 @dataclass(eq=False)
 class OutputSide:
-    """The loss as a function of the model's output.
+    """The loss as a function of the model's output."""
 
-    Attributes:
-        model_outputs: the output tensors, samples in dim 0.
-        points: leaves in their place.
-        output_gradients: of the loss in the leaves, differentiable.
-        scale: c, where the loss's Hessian is c (diag p − p pᵀ) at each position by the loss's definition.
-        root: of the loss's Hessian in the leaves, where it was found already.
-        heads: layers whose output z is one of these, and whose part needs no columns (see :mod:`..head`).
-        by_graph: whether the graph may tell where samples are: no hook of the model's changes gradients.
-    """
-
-    model_outputs: list[Tensor]
-    points: list[Tensor]
-    output_gradients: list[Tensor | None]
+    model_outputs: list[Tensor]  #: the output tensors, samples in dim 0
+    points: list[Tensor]  #: leaves in their place
+    output_gradients: list[Tensor | None]  #: of the loss in the leaves, differentiable
+    #: c, where the loss's Hessian is c (diag p − p pᵀ) at each position by the loss's definition
     scale: float | None = None
-    root: Root | None = None
+    root: Root | None = None  #: of the loss's Hessian in the leaves, where it was found already
+    #: layers whose output z is one of these, and whose part needs no columns (see :mod:`..head`)
     heads: dict[str, Head] = field(default_factory=dict)
-    by_graph: bool = False
+    by_graph: bool = False  #: whether the graph may tell where samples are: no hook of the model's changes gradients
 
     def find_root(self, chunk_size: int | None) -> Root:
         """The root, by definition where that tells it; it is found once.

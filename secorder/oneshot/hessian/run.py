@@ -23,19 +23,12 @@ from .trials import gauss_newton_alone, learn_seconds, matters
 
 @dataclass
 class Outcome:
-    """What became of a layer.
+    """What became of a layer."""
 
-    Attributes:
-        strategy: by which it went.
-        estimate: the values.
-        checks: what was looked at before.
-        num_hvps: products spent on it.
-    """
-
-    strategy: Strategy
-    estimate: Estimate
-    checks: dict[str, bool]
-    num_hvps: int
+    strategy: Strategy  #: by which it went
+    estimate: Estimate  #: the values
+    checks: dict[str, bool]  #: what was looked at before
+    num_hvps: int  #: products spent on it
 
 
 def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Outcome]:

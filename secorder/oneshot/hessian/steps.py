@@ -19,26 +19,16 @@ _Gradient = Callable[[], Tensor]
 
 @dataclass(eq=False)
 class Step:
-    """A segment with what it takes to carry a Hessian through it.
-
-    Attributes:
-        segment: the segment.
-        gradient: makes the loss's in its end, of the tensor's shape.
-        first: φ′ of an elementwise function, shape (N, size).
-        second: φ″ times the gradient; None for zero.
-        diagonal: whether no more than the diagonal is asked for before it.
-        last: whether nothing is.
-        factored: of a matrix, whether curvature goes through it as factors of each sample's Hessian.
-        whole: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf.
-    """
+    """A segment with what it takes to carry a Hessian through it."""
 
     segment: Segment
-    gradient: _Gradient
-    first: Tensor | None = None
-    second: Tensor | None = None
-    diagonal: bool = False
-    last: bool = False
-    factored: bool = False
+    gradient: _Gradient  #: makes the loss's in its end, of the tensor's shape
+    first: Tensor | None = None  #: φ′ of an elementwise function, shape (N, size)
+    second: Tensor | None = None  #: φ″ times the gradient; None for zero
+    diagonal: bool = False  #: whether no more than the diagonal is asked for before it
+    last: bool = False  #: whether nothing is
+    factored: bool = False  #: of a matrix, whether curvature goes through it as factors of each sample's Hessian
+    #: the layers inside, or at its end, of which all of H_z is needed, by ``id`` of the leaf
     whole: set[int] = field(default_factory=set)
 
 

@@ -9,17 +9,11 @@ from .directions import Vectors
 
 
 class Number(NamedTuple):
-    """What one side of the identity is a number of.
+    """What one side of the identity is a number of."""
 
-    Attributes:
-        parameter: a weight, mostly.
-        bias: that is one number with it.
-        vectors: the random ones.
-    """
-
-    parameter: Tensor
-    bias: Tensor | None
-    vectors: Vectors
+    parameter: Tensor  #: a weight, mostly
+    bias: Tensor | None  #: that is one number with it
+    vectors: Vectors  #: the random ones
 
 
 def are_one(trained: Mapping[str, Tensor]) -> bool:

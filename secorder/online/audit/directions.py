@@ -24,23 +24,14 @@ FRAMES = 16
 
 
 class Vectors(NamedTuple):
-    """The random vectors of one parameter in one backward.
+    """The random vectors of one parameter in one backward."""
 
-    Attributes:
-        r: normal, one a row of the block.
-        s: normal, one a column; of a convolution, zero but for some input channels at one place of the kernel.
-        start: the first row of the block.
-        rows: rows of the parameter.
-        channel: the first of these input channels.
-        place: that place of the kernel, as places are counted in memory.
-    """
-
-    r: Tensor
-    s: Tensor
-    start: int
-    rows: int
-    channel: int = 0
-    place: int = 0
+    r: Tensor  #: normal, one a row of the block
+    s: Tensor  #: normal, one a column; of a convolution, zero but for some input channels at one place of the kernel
+    start: int  #: the first row of the block
+    rows: int  #: rows of the parameter
+    channel: int = 0  #: the first of these input channels
+    place: int = 0  #: that place of the kernel, as places are counted in memory
 
     @property
     def whole(self) -> bool:

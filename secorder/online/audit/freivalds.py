@@ -150,35 +150,21 @@ def _inputs(gradient: Outer, vectors: Vectors) -> Tensor:
 
 
 class Explained(NamedTuple):
-    """What captured calls bring to one side of the identity.
+    """What captured calls bring to one side of the identity."""
 
-    Attributes:
-        value: Σ (r · g)(a · s).
-        size: the square of what rounding is relative to.
-        tolerance: of it, what may be rounding.
-    """
-
-    value: Tensor
-    size: Tensor
-    tolerance: float
+    value: Tensor  #: Σ (r · g)(a · s)
+    size: Tensor  #: the square of what rounding is relative to
+    tolerance: float  #: of it, what may be rounding
 
 
 class Comparison(NamedTuple):
-    """Both sides of the identity.
+    """Both sides of the identity."""
 
-    Attributes:
-        layer: its number.
-        whole: rᵀ G s.
-        value: what is explained of it.
-        size: the square of what rounding is relative to.
-        tolerance: of it, what may be rounding.
-    """
-
-    layer: int
-    whole: Tensor
-    value: Tensor
-    size: Tensor
-    tolerance: float
+    layer: int  #: its number
+    whole: Tensor  #: rᵀ G s
+    value: Tensor  #: what is explained of it
+    size: Tensor  #: the square of what rounding is relative to
+    tolerance: float  #: of it, what may be rounding
 
 
 class Audit:

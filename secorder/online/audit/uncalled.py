@@ -61,19 +61,12 @@ class Uncalled:
 
 
 class _Seen(NamedTuple):
-    """What is kept of a parameter.
+    """What is kept of a parameter."""
 
-    Attributes:
-        total: the sum of its elements, float64.
-        norm: theirs, float64.
-        numel: how many there are.
-        eps: of their dtype.
-    """
-
-    total: Tensor
-    norm: Tensor
-    numel: int
-    eps: float
+    total: Tensor  #: the sum of its elements, float64
+    norm: Tensor  #: theirs, float64
+    numel: int  #: how many there are
+    eps: float  #: of their dtype
 
     @classmethod
     def of(cls, parameter: Tensor) -> "_Seen":

@@ -30,18 +30,14 @@ _REASON = (
 
 @dataclass
 class Accumulation:
-    """What is seen of it.
+    """What is seen of it."""
 
-    Attributes:
-        scale: what the loss is multiplied by, of those that are one over a whole number; one where it is none.
-        left: of a parameter that got a gradient in the latest backward, the number of its layer, its name there, and
-            what was in ``.grad`` then.
-        reason: why nothing is told, where it has been seen; else empty.
-    """
-
+    #: what the loss is multiplied by, of those that are one over a whole number; one where it is none
     scale: float = 1.0
+    #: of a parameter that got a gradient in the latest backward, the number of its layer, its name there, and what was
+    #: in ``.grad`` then
     left: tuple[int, str, Slot] | None = None
-    reason: str = ""
+    reason: str = ""  #: why nothing is told, where it has been seen; else empty
 
 
 def tell_division(fisher: "OnlineFisher", roots: Mapping[Place, Tensor], outputs: Collection[Node]) -> None:

@@ -26,19 +26,12 @@ _KEY = "secorder.outputs"
 
 
 class Output(NamedTuple):
-    """An output of the model, or of a layer in it, that holds samples.
+    """An output of the model, or of a layer in it, that holds samples."""
 
-    Attributes:
-        layout: where they are.
-        size: of its numbers, about.
-        num_samples: how many there are.
-        group: the same number for outputs whose row n is one sample.
-    """
-
-    layout: Layout
-    size: float
-    num_samples: int
-    group: int = 0
+    layout: Layout  #: where they are
+    size: float  #: of its numbers, about
+    num_samples: int  #: how many there are
+    group: int = 0  #: the same number for outputs whose row n is one sample
 
 
 class _Call(NamedTuple):

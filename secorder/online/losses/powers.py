@@ -47,41 +47,25 @@ TINY = 1e-30
 
 
 class Path(NamedTuple):
-    """What all ways of one kind from a loss to an output have in common.
+    """What all ways of one kind from a loss to an output have in common."""
 
-    Attributes:
-        power: of N, by which means and divisions multiply the loss: -1 in a mean.
-        likely: the same of factors that may be constants of the loss.
-        number: what it was divided by last, or how many numbers the last mean was of.
-        why: how samples are weighted that is no mean over them; empty where that does not show.
-    """
-
-    power: int = 0
-    likely: int = 0
-    number: int = 0
-    why: str = ""
+    power: int = 0  #: of N, by which means and divisions multiply the loss: -1 in a mean
+    likely: int = 0  #: the same of factors that may be constants of the loss
+    number: int = 0  #: what it was divided by last, or how many numbers the last mean was of
+    why: str = ""  #: how samples are weighted that is no mean over them; empty where that does not show
 
 
 @dataclass
 class _Walk:
-    """From a loss to its outputs.
+    """From a loss to its outputs."""
 
-    Attributes:
-        loss: where it begins and ends.
-        samples: how many there are.
-        told: ``"mean"`` or ``"sum"``.
-        leads: the nodes on the way, those that computed the outputs included.
-        sizes: how many numbers of the samples there are on the way, and the number of samples.
-        alike: how many nodes there are of each operation.
-        joins: by kind, whether one number that it makes is of several samples.
-    """
-
-    loss: SeenLoss
-    samples: int
-    told: str
-    leads: Collection[Node]
-    sizes: set[int]
-    alike: Counter[str]
+    loss: SeenLoss  #: where it begins and ends
+    samples: int  #: how many there are
+    told: str  #: ``"mean"`` or ``"sum"``
+    leads: Collection[Node]  #: the nodes on the way, those that computed the outputs included
+    sizes: set[int]  #: how many numbers of the samples there are on the way, and the number of samples
+    alike: Counter[str]  #: how many nodes there are of each operation
+    #: by kind, whether one number that it makes is of several samples
     joins: dict[object, bool] = field(default_factory=dict)
 
 

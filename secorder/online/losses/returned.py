@@ -83,17 +83,11 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
 
 
 class _Losses(NamedTuple):
-    """What the loss in one place is of some samples.
+    """What the loss in one place is of some samples."""
 
-    Attributes:
-        whole: of all of them together.
-        parts: of two divisions in two parts, one after the other.
-        rtol: what passes for rounding, as a part of the size of losses.
-    """
-
-    whole: float
-    parts: Sequence[float]
-    rtol: float
+    whole: float  #: of all of them together
+    parts: Sequence[float]  #: of two divisions in two parts, one after the other
+    rtol: float  #: what passes for rounding, as a part of the size of losses
 
     def add_up(self, shares: Sequence[float]) -> bool:
         """Whether the parts make the whole, each multiplied by its share, in both divisions."""

@@ -16,19 +16,12 @@ MOST_ELEMENTS, TIMES_OUTPUTS = 1 << 22, 16
 
 
 class SeenLoss(NamedTuple):
-    """A loss.
+    """A loss."""
 
-    Attributes:
-        roots: the gradients that the backward pass begins with.
-        order: the nodes between the loss and the outputs, the loss first.
-        outputs: of the model, or of layers, by where the graph has them.
-        groups: by number of a group of outputs whose row n is one sample, how many samples these hold.
-    """
-
-    roots: Mapping[Place, Tensor]
-    order: Sequence[Node]
-    outputs: Mapping[Place, Output]
-    groups: Mapping[int, int]
+    roots: Mapping[Place, Tensor]  #: the gradients that the backward pass begins with
+    order: Sequence[Node]  #: the nodes between the loss and the outputs, the loss first
+    outputs: Mapping[Place, Output]  #: of the model, or of layers, by where the graph has them
+    groups: Mapping[int, int]  #: by number of a group of outputs whose row n is one sample, how many samples these hold
 
     def gradients(self, *, statistics_fixed: bool = False) -> dict[Place, Tensor]:
         """Those on the outputs, see :func:`secorder._torch.loss_graph.pull_back`."""

@@ -18,63 +18,47 @@ from .relation import Shape, Verified
 
 @dataclass(frozen=True)
 class Attribution:
-    """What is known of where samples are, for one combination of train and eval modes.
+    """What is known of where samples are, for one combination of train and eval modes."""
 
-    Attributes:
-        layers: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model.
-        dims: for each tensor among the model's arguments, the dimension that holds the samples.
-        grouping: how samples own these tensors, where no dimension holds them.
-        shapes: of these tensors in this batch.
-        known: by layer, the calls that were verified.
-        outputs: for each of the model's outputs in this batch, where the samples are in it.
-        unknown: layers of whose calls no dimension was found to hold the samples.
-        outside: layers whose parameters the model also uses outside of the calls of their enclosing modules.
-        reached: layers whose calls the model's output depends on.
-        coupled: whether samples influence one another in the model.
-        normalised: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then
-            known for fixed statistics.
-        unclear: whether the output held nan or inf, so that nothing can be told from this batch.
-        provisional: whether the batch could not tell where samples are (a batch of one, or nothing changed anything).
-        undecided: why it cannot be told which dimension holds the samples; empty where it can.
-        separable: another dimension that separates, where the one that was told does not.
-        alternative: another dimension that would do as well as the one that was taken.
-        certain: whether the model is a chain of torch's own layers, whose structure leaves no doubt.
-        ties: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`.
-        changing: the buffers that a forward overwrites.
-        routes: by layer that is measured by operations, those that are followed; see :mod:`secorder.layers.uses`.
-        hidden: layers whose operations cannot be followed, since a checkpoint computes them again.
-        selections: how often a forward selected rows by tensors; see :mod:`.routes`.
-        coupling: where the forward makes what couples samples where a loss uses it, beside outputs of samples.
-        unreduced: why a loss that the model returns is not made of its samples' as is told, by where it is.
-        carries: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`.
-        explained: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes.
-    """
-
+    #: the layers, with the enclosing modules whose calls tell all: they themselves, or a part of the model
     layers: tuple[Layer, ...] = ()
+    #: for each tensor among the model's arguments, the dimension that holds the samples
     dims: tuple[int | None, ...] = ()
-    grouping: Grouping | None = None
-    shapes: tuple[Shape, ...] = ()
-    known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)
+    grouping: Grouping | None = None  #: how samples own these tensors, where no dimension holds them
+    shapes: tuple[Shape, ...] = ()  #: of these tensors in this batch
+    known: Mapping[str, tuple[Verified, ...]] = field(default_factory=dict)  #: by layer, the calls that were verified
+    #: for each of the model's outputs in this batch, where the samples are in it
     outputs: tuple[Layout | None, ...] = ()
-    unknown: frozenset[str] = frozenset()
+    unknown: frozenset[str] = frozenset()  #: layers of whose calls no dimension was found to hold the samples
+    #: layers whose parameters the model also uses outside of the calls of their enclosing modules
     outside: frozenset[str] = frozenset()
-    reached: frozenset[str] = frozenset()
-    coupled: bool = False
+    reached: frozenset[str] = frozenset()  #: layers whose calls the model's output depends on
+    coupled: bool = False  #: whether samples influence one another in the model
+    #: whether they do by batch normalisation, or by ranges of fake quantisation, alone; the rest is then known for
+    #: fixed statistics
     normalised: bool = False
-    unclear: bool = False
+    unclear: bool = False  #: whether the output held nan or inf, so that nothing can be told from this batch
+    #: whether the batch could not tell where samples are (a batch of one, or nothing changed anything)
     provisional: bool = False
-    undecided: str = ""
-    separable: int | None = None
-    alternative: int | None = None
-    certain: bool = False
+    undecided: str = ""  #: why it cannot be told which dimension holds the samples; empty where it can
+    separable: int | None = None  #: another dimension that separates, where the one that was told does not
+    alternative: int | None = None  #: another dimension that would do as well as the one that was taken
+    certain: bool = False  #: whether the model is a chain of torch's own layers, whose structure leaves no doubt
+    #: the layers whose gradient is to be put together from that of several; see :func:`tied_layers`
     ties: Ties = field(default_factory=dict)
-    changing: tuple[Place, ...] = ()
+    changing: tuple[Place, ...] = ()  #: the buffers that a forward overwrites
+    #: by layer that is measured by operations, those that are followed; see :mod:`secorder.layers.uses`
     routes: Mapping[str, frozenset[Route]] = field(default_factory=dict)
+    #: layers whose operations cannot be followed, since a checkpoint computes them again
     hidden: frozenset[str] = frozenset()
-    selections: int = 0
+    selections: int = 0  #: how often a forward selected rows by tensors; see :mod:`.routes`
+    #: where the forward makes what couples samples where a loss uses it, beside outputs of samples
     coupling: frozenset[Beside] = frozenset()
+    #: why a loss that the model returns is not made of its samples' as is told, by where it is
     unreduced: Mapping[Beside, str] = field(default_factory=dict)
+    #: whether modules carry something from one forward to the next; see :mod:`secorder.online.carried`
     carries: bool = False
+    #: what was made of calls that came, by layer, shapes of the arguments, samples, and the calls' shapes
     explained: dict[tuple[Any, ...], list[list[Layout]] | None] = field(default_factory=dict, compare=False)
 
     @cached_property

@@ -49,16 +49,12 @@ DEPTH, ENTRIES = 3, 256
 
 
 class Beside(NamedTuple):
-    """Where a tensor is that a forward has made.
+    """Where a tensor is that a forward has made."""
 
-    Attributes:
-        module: the name of the module that keeps it; None where the model returns it.
-        path: the attribute, and what leads to it there: keys, attributes of an object with a dot before them, or places
-            counted from a list's end, which may have held others before; of what is returned, its number among the
-            output's tensors.
-    """
-
-    module: str | None
+    module: str | None  #: the name of the module that keeps it; None where the model returns it
+    #: the attribute, and what leads to it there: keys, attributes of an object with a dot before them, or places
+    #: counted from a list's end, which may have held others before; of what is returned, its number among the output's
+    #: tensors
     path: tuple[Any, ...]
 
     def __str__(self) -> str:

@@ -39,21 +39,13 @@ class Hooks(TorchFunctionMode):
 
 @dataclass(frozen=True, eq=False)
 class ForwardGraph:
-    """What one forward of a look computed.
+    """What one forward of a look computed."""
 
-    Attributes:
-        output: of the model.
-        options: where the samples may be in each of its floating-point tensors.
-        count: number of samples.
-        hooked: whether hooks of the model's own may change gradients, which the graph does not tell.
-        leaves: that were added to layers' outputs, for the gradients there.
-    """
-
-    output: Any
-    options: Sequence[Sequence[Layout]]
-    count: int
-    hooked: bool
-    leaves: Sequence[Tensor] = ()
+    output: Any  #: of the model
+    options: Sequence[Sequence[Layout]]  #: where the samples may be in each of its floating-point tensors
+    count: int  #: number of samples
+    hooked: bool  #: whether hooks of the model's own may change gradients, which the graph does not tell
+    leaves: Sequence[Tensor] = ()  #: that were added to layers' outputs, for the gradients there
 
     @cached_property
     def ends(self) -> list[tuple[Tensor, Layout]]:

@@ -38,21 +38,14 @@ Forward = Callable[[Any], Any]
 
 
 class Hypothesis(NamedTuple):
-    """Where samples may be.
+    """Where samples may be."""
 
-    Attributes:
-        dims: for each tensor among the arguments, the dimension that holds its samples; None for one without.
-        num_samples: how many there are.
-        alternative: another dimension of which the same holds.
-        owned: whose the tensors are whose samples no dimension holds; None where one does.
-        untested: whether it is taken because nothing changed anything, as where weights start at zero.
-    """
-
+    #: for each tensor among the arguments, the dimension that holds its samples; None for one without
     dims: tuple[int | None, ...]
-    num_samples: int
-    alternative: int | None = None
-    owned: Owned | None = None
-    untested: bool = False
+    num_samples: int  #: how many there are
+    alternative: int | None = None  #: another dimension of which the same holds
+    owned: Owned | None = None  #: whose the tensors are whose samples no dimension holds; None where one does
+    untested: bool = False  #: whether it is taken because nothing changed anything, as where weights start at zero
 
     @property
     def dim(self) -> int | None:
@@ -61,17 +54,11 @@ class Hypothesis(NamedTuple):
 
 
 class Separation(NamedTuple):
-    """What samples that are changed tell of a hypothesis that they do not refute.
+    """What samples that are changed tell of a hypothesis that they do not refute."""
 
-    Attributes:
-        layouts: of each output, where the samples may be in it.
-        changed: whether anything changed: where nothing did, this is no evidence.
-        accepted: whether the model accepted what was changed.
-    """
-
-    layouts: list[list[Layout]]
-    changed: bool
-    accepted: bool = True
+    layouts: list[list[Layout]]  #: of each output, where the samples may be in it
+    changed: bool  #: whether anything changed: where nothing did, this is no evidence
+    accepted: bool = True  #: whether the model accepted what was changed
 
 
 def check_sample_dim(sample_dim: SampleDim) -> None:

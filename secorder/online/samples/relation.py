@@ -16,21 +16,13 @@ Shape = tuple[int, ...]
 
 
 class Verified(NamedTuple):
-    """One output of a call whose samples were found, and the arguments of the model that it belongs to.
+    """One output of a call whose samples were found, and the arguments of the model that it belongs to."""
 
-    Attributes:
-        layout: where the samples are in it.
-        place: of it among all that the layer's calls returned in one forward; for operations, the way to it.
-        shape: of the output.
-        arguments: shapes of the tensors among the model's arguments.
-        num_samples: of the batch.
-    """
-
-    layout: Layout
-    place: int | str
-    shape: Shape
-    arguments: tuple[Shape, ...]
-    num_samples: int
+    layout: Layout  #: where the samples are in it
+    place: int | str  #: of it among all that the layer's calls returned in one forward; for operations, the way to it
+    shape: Shape  #: of the output
+    arguments: tuple[Shape, ...]  #: shapes of the tensors among the model's arguments
+    num_samples: int  #: of the batch
 
 
 def explain(

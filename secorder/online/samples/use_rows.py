@@ -34,21 +34,14 @@ Forward = Callable[[Any], Any]
 
 @dataclass
 class UseRows:
-    """What was found of layers that are measured by operations.
+    """What was found of layers that are measured by operations."""
 
-    Attributes:
-        known: by layer, the layout, the place and the shape of each output of each use.
-        routes: by layer, those that are followed.
-        unknown: layers whose uses could not be told.
-        hidden: those of these whose operations a checkpoint hides.
-        reached: layers that the model's output depends on.
-    """
-
+    #: by layer, the layout, the place and the shape of each output of each use
     known: dict[str, list[tuple[Layout, str, tuple[int, ...]]]] = field(default_factory=dict)
-    routes: dict[str, frozenset[Route]] = field(default_factory=dict)
-    unknown: set[str] = field(default_factory=set)
-    hidden: set[str] = field(default_factory=set)
-    reached: set[str] = field(default_factory=set)
+    routes: dict[str, frozenset[Route]] = field(default_factory=dict)  #: by layer, those that are followed
+    unknown: set[str] = field(default_factory=set)  #: layers whose uses could not be told
+    hidden: set[str] = field(default_factory=set)  #: those of these whose operations a checkpoint hides
+    reached: set[str] = field(default_factory=set)  #: layers that the model's output depends on
 
 
 def rows_of_uses(
