@@ -52,16 +52,10 @@ def require_sum(
     both: Mapping[int, Tensor],
     again: Callable[[float], Mapping[int, Tensor]],
 ) -> None:
-    """Raise unless what is pulled back of two cotangents' sum is the sum of theirs, by ``id`` of where it ends.
+    """Raise :class:`AttributionError` unless what is pulled back of two cotangents' sum is the sum of theirs.
 
-    What is far below the others' gradients may be all rounding, as that of a bias that a normalisation takes off again.
-
-    Args:
-        again: ``again(number)`` pulls back the first cotangent times a number: how it rounds is measured where the sum
-            differs by more than sizes explain.
-
-    Raises:
-        AttributionError: it is not.
+    What is far below the others' gradients may be all rounding, as that of a bias that a normalisation takes off again:
+    ``again(number)`` pulls back the first times a number, and so measures it where sizes do not explain a difference.
     """
     if not _is_sum(ends, one, other, both) and not _is_sum(ends, one, other, both, measured_rounding(ends, one, again)):
         raise AttributionError(
@@ -98,12 +92,8 @@ def measured_rounding(
     """What may be rounding in gradients, by ``id(end)``, where it is more than their size tells.
 
     What nearly cancels on the way (a normalisation of two elements) is rounded relative to what it was before.
-    Weighting all samples alike shows that, and nothing else, where the backward pass is linear: times two, all bits but
-    the exponent stay.
-
-    Args:
-        plain: the gradients by ``id(end)``.
-        again: the same for cotangents times a number.
+    Weighting all samples alike, ``again(number)``, shows that, and nothing else, where the backward pass is linear:
+    times two, all bits but the exponent stay.
     """
     alike, twice = again(ALIKE), again(2.0)
     noise = {}

@@ -37,21 +37,10 @@ def eigenvalues_of_data(
     max_iterations: int,
     progress: bool,
 ) -> dict[str, Eigenvalues]:
-    """Largest and smallest eigenvalues of each block of the whole data set.
+    """Largest and smallest eigenvalues of each block of the whole data set; ``measure`` runs work on a batch.
 
     All blocks go through the data together, once for each product: a forward and a gradient of each batch for all of
     them, and a product for each. What can be iterated over only once is kept in memory.
-
-    Args:
-        measure: runs work on a batch.
-        probe: what tells the model, and how its loss reduces samples.
-        data: batches.
-        of: which curvature.
-        by: blocks of layers, or of parameters.
-        count: how many.
-        which: at which end.
-        tolerance: on residuals, relative to the largest eigenvalue in modulus.
-        max_iterations: passes through the data at most.
     """
     model, dim, told = probe.data_context
     data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data

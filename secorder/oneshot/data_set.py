@@ -38,11 +38,8 @@ class MeasuresBatches(Protocol):
 def is_data_set(inputs: Any, targets: Any) -> bool:
     """Whether what stands in place of a batch yields batches: a DataLoader, a generator, a list of pairs or dicts.
 
-    A structure of tensors is no data set: it is the model's arguments.
-
-    Raises:
-        InvalidTypeError: it is a data set by its type, and yields no batches.
-        InvalidArgumentError: there are targets beside it.
+    A structure of tensors is no data set: it is the model's arguments. Raises for a data set that yields no batches,
+    and for one with targets beside it.
     """
     if isinstance(inputs, Dataset) and not isinstance(inputs, Iterable):
         raise InvalidTypeError(f"a {type(inputs).__name__} yields no batches: pass torch.utils.data.DataLoader of it.")
@@ -59,11 +56,7 @@ def is_data_set(inputs: Any, targets: Any) -> bool:
 
 
 def require_one_batch(method: str, inputs: Any, targets: Any) -> None:
-    """Raise where a method of the probe that looks at one batch is given a data set.
-
-    Raises:
-        InvalidTypeError: it is.
-    """
+    """Raise where a method of the probe that measures one batch is given a data set."""
     if is_data_set(inputs, targets):
         raise InvalidTypeError(f"{method}() takes one batch: pass its inputs and targets, such as *next(iter(loader)).")
 
@@ -81,9 +74,6 @@ def batches_of(data: Iterable[Any], sample_dim: int) -> Iterator[tuple[Any, Any]
     """Inputs and targets, batch by batch; those without samples are left out.
 
     What is no pair is inputs alone, as a dict of the model's arguments, its labels among them.
-
-    Raises:
-        InvalidTypeError: the data yields something else.
     """
     for batch in data:
         inputs, targets = _inputs_and_targets(batch)
@@ -102,11 +92,7 @@ def _inputs_and_targets(batch: Any) -> tuple[Any, Any]:
 
 
 def first_of(data: Iterable[Any], sample_dim: int) -> tuple[tuple[Any, Any], int, float]:
-    """The first batch that holds samples, how many batches there are, and the seconds that it takes to get the next.
-
-    Raises:
-        InvalidArgumentError: that cannot be told, or not without using up the data.
-    """
+    """The first batch that holds samples, how many batches there are, and the seconds that it takes to get the next."""
     number = None if isinstance(data, Iterator) else number_of_batches(data)
     if number is None:
         raise InvalidArgumentError(
@@ -139,8 +125,7 @@ def number_of_batches(data: Any) -> int | None:
 def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a measurement of a batch take an iterable of batches in place of inputs, too.
 
-    Args:
-        by_sample: from the keywords, whether the quantity is a mean over samples whatever the loss's reduction.
+    ``by_sample`` tells from the keywords whether the quantity is a mean over samples whatever the loss's reduction.
     """
 
     def decorate(measure: Callable[P, R]) -> Callable[P, R]:

@@ -83,14 +83,7 @@ class Entries:
         return found is not None and found[0] is tensor and found[1] == version(tensor)
 
     def called(self, name: str, arguments: Any, result: Any, *, creates: bool, asks: bool) -> None:
-        """Enter a call.
-
-        Args:
-            name: of the function.
-            arguments, result: of the call.
-            creates: it takes no more of its arguments than the shape.
-            asks: it tells nothing of their values.
-        """
+        """Enter a call: one that ``creates`` takes only the shape of its arguments, one that ``asks`` no values."""
         self._calls += 1
         self._names.append(name)
         given = tensors_of(arguments)
@@ -132,11 +125,7 @@ class Entries:
     ) -> bool:
         """Whether each operand's rows belong to the samples that the graph has there.
 
-        Args:
-            inner_sizes: of all nodes of the graph (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
-            count: the number N of samples.
-            order: for each place the sample that is put there.
-            run: runs the model under what it is given, on the samples so exchanged.
+        ``run`` runs the model under what it is given, on samples exchanged so that place n holds sample ``order[n]``.
         """
         if self.opaque or any(inner is None for inner in inner_sizes.values()):
             return False

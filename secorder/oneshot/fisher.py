@@ -306,8 +306,7 @@ def _by_rules(
 ) -> Found:
     """Through the layers' outputs z, for layers whose rows belong to samples and whose parameters act there alone.
 
-    Args:
-        columns: those of the pairs that are run.
+    Of the pairs, ``columns`` are those that are run.
     """
     model_outputs = side.model_outputs
     alone = list(layers) if bare else _used_alone(task, model_outputs, layers)

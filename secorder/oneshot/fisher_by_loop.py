@@ -25,12 +25,8 @@ from .recording import seen
 def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType, num_draws: int) -> Found:
     """By definition: the model and the loss on batches of one, for losses that cannot be cut into those of samples.
 
-    That the batch's loss is made of theirs is checked by its gradient: it must be a combination of theirs.
-
-    Raises:
-        CouplingError: it is not, or the model or the loss does not take a sample alone.
-        NonFiniteError: the loss of a sample alone is nan or infinite.
-        InvalidArgumentError: a Fisher of second order of a loss that does not go by the model's output.
+    That the batch's loss is made of theirs is checked by its gradient, which must be a combination of theirs, else
+    :class:`CouplingError`.
     """
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
     sketch = _Sketch(replacements, task.num_samples, task.autocast)
@@ -195,13 +191,7 @@ def _columns(
 
 
 class _Sketch:
-    """Gradients in a few random directions, enough to tell whether one is a combination of others.
-
-    Args:
-        like: the parameters.
-        count: how many gradients there will be.
-        autocast: they are rounded to half precision.
-    """
+    """Gradients in a few random directions, enough to tell whether one is a combination of others."""
 
     def __init__(self, like: Sequence[Tensor], count: int, autocast: bool) -> None:
         self.numel = sum(t.numel() for t in like)

@@ -18,11 +18,7 @@ from .roots import Columns
 
 
 def by_samples(task: Measurement, layers: Sequence[Layer], pairs: Columns, *, linear: bool) -> Found:
-    """On the parameters: one vjp a sample and pair, on one graph of the whole batch.
-
-    Args:
-        linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
-    """
+    """On the parameters: one vjp a sample and pair, on one graph of the whole batch."""
     model_outputs = output_points(task.isolated.forward(task.inputs), task.dimension)
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
     totals = [

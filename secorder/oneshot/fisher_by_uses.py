@@ -36,11 +36,8 @@ def by_uses(
 ) -> Found:
     """Of the layers whose operations can be followed; samples are independent, and no hook changes gradients.
 
-    Args:
-        pairs: the cotangents on the model's output.
-        model_outputs: of a forward that used the layers' own parameters, samples in dim 0; by default it runs again.
-        inner_sizes: what its graph tells of samples.
-        linear: demand that the backward pass be linear in them.
+    ``model_outputs`` are of a forward that used the layers' own parameters, samples in dim 0, and ``inner_sizes`` what
+    its graph tells of samples; by default it runs again.
     """
     if task.create_graph or task.num_samples == 1:
         return {}

@@ -43,14 +43,9 @@ def heaviest_columns(
     *,
     by_graph: bool,
 ) -> Found:
-    """Of layers whose calls are settled, and of the rest.
+    """Of layers whose calls are settled (``served``), and of the rest.
 
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-        root: of the loss's Hessian in them.
-        served: layers with recorded calls, of which it is known where samples are.
-        weighted: how exact, and what is wanted; receives the estimates.
-        by_graph: whether operations may be followed through the graph: no hook of the model's changes gradients.
+    ``by_graph``: no hook of the model's changes gradients, so that operations may be followed through the graph.
     """
     layers = [z.layer for z in served] + list(rest)
     if not layers:

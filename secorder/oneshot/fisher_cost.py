@@ -55,11 +55,7 @@ class _Timed:
 
 
 def fisher_cost(task: Measurement, fisher_type: FisherType, num_draws: int, budget: Budget | None = None) -> Cost:
-    """What a Fisher will take, layer by layer.
-
-    Args:
-        budget: of ``"type-2"``, how exact: where it has an ``rtol``, columns by falling weight and draws of the rest.
-    """
+    """What a Fisher will take, layer by layer; by heaviest columns and draws where a budget has an ``rtol``."""
     timed = _timed(task, fisher_type, num_draws) if budget is None else _timed_by_weight(task, budget)
     passed, leaves = _sizes(task)
     rest = [layer for layer in task.layers if layer.name not in timed.strategies]

@@ -13,10 +13,7 @@ def ggn_estimates(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str
 
     With S a root of the loss's Hessian in the outputs, ``E[(Jᵀ S v)²]`` for random signs v on its columns: a draw takes
     one vector-Jacobian product for all layers together. The heaviest columns of each sample are taken exactly
-    (:mod:`.heaviest`).
-
-    Args:
-        reduce: of stacked diagonals by parameter, what is wanted: linear in them.
+    (:mod:`.heaviest`). ``reduce`` must be linear.
     """
     weighted = ByWeight(budget, reduce)
     found = fisher_means(task, "type-2", 1, weighted)

@@ -56,9 +56,6 @@ def head_outputs(
 
     The Jacobian from z to the outputs must be the identity, or put dimensions in other places: a random cotangent on
     the outputs must come back bit for bit, the one on that output alone. Anything else does so with probability zero.
-
-    Args:
-        model_outputs: output tensors, samples in dim 0.
     """
     ruled = [z for z in layers if z.layer.rule is not None and len(z.leaves) == 1 and z.leaves[0].numel()]
     candidates = [z for z in ruled if any(any(_orders(f.shape, z.leaves[0].shape)) for f in model_outputs)]

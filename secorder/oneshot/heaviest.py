@@ -77,18 +77,11 @@ def by_weight(
     advance: Callable[[int], None] = lambda _: None,
     seconds: float = math.inf,
 ) -> list[Estimate]:
-    """What is asked for of all columns: that of the heaviest, and of the rest an unbiased estimate.
+    """What is asked for of all columns: that of the heaviest, and of the rest an unbiased estimate, layer by layer.
 
-    Args:
-        root: of the loss's Hessian.
-        budget: ``rtol`` is the rest's share of the trace, and the relative error of each layer that draws go down to;
-            without it, half of the columns that are taken in all are the heaviest ones, and half are draws.
-        contract: of some columns.
-        advance: of a progress bar, by columns and draws.
-        seconds: that draws may take, where an error is asked for.
-
-    Returns:
-        layer by layer; exact where draws would be no fewer than the columns that are left.
+    ``rtol`` is the rest's share of the trace, and the relative error of each layer that draws go down to; without it
+    half of the columns that are taken are the heaviest ones, and half are draws. Exact where draws would be no fewer
+    than the columns that are left. With an ``rtol``, draws take no longer than ``seconds``.
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     count = some.num_columns if some else 0
@@ -125,9 +118,6 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
 
     By a few of the columns, a few draws of the rest, which tell how its error falls, and as many of all of it, which
     tell what the error is relative to.
-
-    Args:
-        root, budget, contract, generator: as of :func:`by_weight`.
     """
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     columns: Columns = root if some is None else some

@@ -50,12 +50,6 @@ def outputs_independent(
     Where samples that take one another's places, some of them twice and others not at all, all keep the outputs that
     they had, the one forward tells. Where they do not (of dropout, each place has its own), are too much alike, or may
     not stand in another order (sorted by length), there are more.
-
-    Args:
-        count: its number of samples.
-        sample_dim: where they are in the inputs.
-        forward: how to run the model on inputs; by default as a one-shot call does.
-        output: the model's output for the batch, where that is known.
     """
     run = forward or isolated.forward
     before = without_gradients(run, inputs) if output is None else output
@@ -245,11 +239,6 @@ def block_diagonal(
     For each bit of the sample index, a random v on the samples with that bit is multiplied by the Hessian; the other
     samples' rows must be exactly zero. Two samples differ in a bit, so a coupled pair escapes only where the product
     with a random v vanishes: with probability zero in exact arithmetic, or by underflow.
-
-    Args:
-        output_gradients: differentiable gradients of a scalar with respect to ``points``.
-        points: the tensors that the Hessian is taken in.
-        layouts: where each one's samples are.
     """
     count = layouts[0].size(points[0])
     if count == 1:
@@ -279,13 +268,9 @@ def linear_products(
 ) -> bool:
     """Whether products with a Hessian are linear in the vector, to rounding.
 
-    They are, unless the backward pass of some operation is not, such as that of a hook that clamps gradients.
-
-    Args:
-        output_gradients: differentiable gradients of a scalar with respect to ``points``.
-        points: the tensors that the Hessian is taken in.
-        together: to a 64th of the largest entry in all points: where one's may all be rounding, as those of a bias that
-            a normalisation takes off again, and rounding may add up.
+    They are, unless the backward pass of some operation is not, such as that of a hook that clamps gradients. To a 64th
+    of the largest entry in all points ``together`` where one's may all be rounding, as those of a bias that a
+    normalisation takes off again, and rounding may add up.
     """
 
     def random(x: Tensor) -> Tensor:

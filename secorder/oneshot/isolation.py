@@ -191,14 +191,11 @@ def isolate(
     direct: bool = False,
     pure: bool = False,
 ) -> Iterator[IsolatedModel]:
-    """Isolate a model and its loss for passes of our own.
+    """Isolate a model and its loss for passes of our own; the layers get replacement parameters.
 
-    Args:
-        loss_fn: the loss; its state is protected too, wherever it keeps it.
-        layers: the layers whose parameters get replacement parameters.
-        create_graph: leave trainable parameters in their places, so that results can be differentiated by them.
-        direct: leave all of them in their places.
-        pure: model and loss change nothing, draw nothing and hold parameters and buffers alone: nothing is put back.
+    With ``create_graph`` trainable parameters stay in their places, so that results can be differentiated by them;
+    ``direct``, all of them. Where model and loss are ``pure``, nothing is put back: they change nothing, draw nothing
+    and hold parameters and buffers alone.
     """
     if pure:
         with _isolated_function(model, layers, create_graph=create_graph) as isolated:

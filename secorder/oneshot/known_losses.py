@@ -66,14 +66,9 @@ def made_of_samples(loss_fn: Any, output: Any, targets: Any) -> bool:
 def share_of_samples(loss_fn: Any, output: Any, targets: Any, count: int) -> float | None:
     """The number c for which the loss of the batch is c Σ_n ℓ_n, as the loss's own definition tells.
 
-    A sum over elements or samples has c = 1, a mean over as many of them in each sample c = 1/N.
-
-    Args:
-        count: the number N of samples, in dim 0.
-
-    Returns:
-        None where the definition does not tell: of another loss, with weights, with labels that do not count, of
-        tensors that are broadcast against one another.
+    A sum over elements or samples has c = 1, a mean over as many of them in each sample c = 1/N. None where the
+    definition does not tell: of another loss, with weights, with labels that do not count, of tensors that are
+    broadcast.
     """
     if not (isinstance(output, Tensor) and isinstance(targets, Tensor) and known_loss(loss_fn)):
         return None
@@ -115,8 +110,7 @@ def defined_reduction(loss_fn: Any, targets: Any) -> Literal["mean", "sum"] | No
 def softmax_scale(loss_fn: Any, output: Tensor, targets: Tensor) -> float | None:
     """The c for which a sample's loss has the Hessian c (diag p − p pᵀ) at each position, p a softmax over dim 1.
 
-    Of a loss of which :func:`share_of_samples` tells the share; None where it is no cross entropy of labels, whatever
-    they are smoothed by.
+    None where it is no cross entropy of labels, whatever they are smoothed by, or its share is not known.
     """
     options, name = _options(loss_fn)
     if name not in ("cross_entropy", "CrossEntropyLoss") or targets.is_floating_point() or output.shape[1] < 2:

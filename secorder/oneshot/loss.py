@@ -22,11 +22,7 @@ LossAndGradient = tuple[Tensor, list[Tensor]]
 
 
 def require_loss_function(loss_fn: Any) -> None:
-    """Raise unless a loss can be called.
-
-    Raises:
-        InvalidTypeError: it is a class, a name, or anything else that is no function.
-    """
+    """Raise unless a loss can be called: it is a class, a name, or anything else that is no function."""
     if isinstance(loss_fn, type):
         name = loss_fn.__name__
         raise InvalidTypeError(f"loss_fn is the class {name}, not made yet: pass {name}().")
@@ -36,11 +32,7 @@ def require_loss_function(loss_fn: Any) -> None:
 
 @contextmanager
 def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
-    """Tell of targets that were forgotten, or put into the inputs, where a call fails for its arguments.
-
-    Raises:
-        InvalidArgumentError: in place of the ``TypeError`` that Python or PyTorch raised.
-    """
+    """Tell of targets that were forgotten, or put into the inputs, where a call fails for its arguments."""
     try:
         yield
     except InvalidTypeError:
@@ -54,12 +46,9 @@ def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
 
 
 def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
-    """The loss, if curvature can be measured on it.
+    """The loss, if curvature can be measured on it: a finite real scalar.
 
-    Raises:
-        InvalidTypeError: it is not a tensor, or complex.
-        InvalidArgumentError: it is not a scalar.
-        NonFiniteError: it is nan or infinite; names the layer whose output was the first to be so.
+    Of one that is not finite, the error names the layer whose output was the first to be so.
     """
     if not isinstance(loss, Tensor):
         raise InvalidTypeError(f"loss_fn must return a scalar tensor, got {type(loss).__name__}.")
@@ -76,11 +65,7 @@ def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:
 
 
 def losses(model: nn.Module, loss_fn: Any, batches: Iterable[tuple[Any, Any]]) -> Tensor:
-    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``.
-
-    Raises:
-        InvalidTypeError, InvalidArgumentError: the loss cannot be called, or misses its targets.
-    """
+    """The loss on each of several batches, from the same state, without gradients; shape ``(len(batches),)``."""
     require_loss_function(loss_fn)
     found = []
     with isolate(model, loss_fn, []) as isolated:
@@ -97,15 +82,6 @@ def losses_and_gradients(
     """The loss on each of several batches, from the same state, and its gradient in each of the model's parameters.
 
     Without autocast, so that sums of them can be compared.
-
-    Args:
-        model: the model.
-        loss_fn: the loss.
-        batches: inputs and targets.
-        evaluation: in the model's evaluation mode.
-
-    Raises:
-        InvalidTypeError, InvalidArgumentError, NonFiniteError: as of :func:`losses`.
     """
     require_loss_function(loss_fn)
     found, parameters = [], list(model.parameters())
@@ -156,11 +132,7 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
 
 def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any) -> None:
-    """Raise unless the loss depends on some parameter of the model, selected or not.
-
-    Raises:
-        InvalidArgumentError: it depends on none.
-    """
+    """Raise unless the loss depends on some parameter of the model, selected or not."""
     parameters = list(model.parameters())
     everything = select_layers(model, "all", unchecked=True)
     with isolate(model, loss_fn, everything, direct=True) as isolated:

@@ -42,15 +42,9 @@ class NeitherMeanNorSum(InvalidArgumentError):
 class LossReduction:
     """How a loss reduces the samples of the batches of a data set, of which each is looked at: padding may come late.
 
-    Args:
-        model: the model.
-        loss_fn: the loss.
-        dim: where samples are in the inputs.
-        told: what the user said of the training's loss, for where nothing tells of this one.
-        certain: what needs no look.
-
-    Attributes:
-        kind: found so far; None before the second batch, without which it does not matter.
+    ``kind`` is what was found so far, None before the second batch, without which it does not matter. What the user
+    specified for the training's loss (``told``) counts where nothing tells of this one; what is ``certain`` needs no
+    look.
     """
 
     def __init__(
@@ -75,11 +69,8 @@ class LossReduction:
     def look(self, inputs: Any, targets: Any, count: int) -> int:
         """Another batch.
 
-        Returns:
-            what to divide by what was added up so far, as of means over samples: of sums, the first batch's samples.
-
-        Raises:
-            InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
+        Returns what to divide by what was added up so far, as of means over samples: of sums, the first batch's
+        samples.
         """
         if self._certain:
             return 1
@@ -98,11 +89,7 @@ class LossReduction:
         return self._first[2] if found == "sum" else 1
 
     def require(self) -> None:
-        """After the last batch.
-
-        Raises:
-            InvalidArgumentError: there was too little to tell.
-        """
+        """After the last batch, raise where there was too little to tell."""
         if self.kind is None and self._unknown is not None:
             raise self._unknown
 
@@ -137,15 +124,7 @@ def find_reduction(
 ) -> Kind:
     """How a loss reduces samples, by its definition, or from a batch and the batch's two parts.
 
-    Args:
-        model: the model.
-        loss_fn: the loss.
-        first: inputs, targets and their number of samples.
-        dim: where samples are in the inputs.
-        following: another batch: where the first holds one sample, or two alike, these two are the parts of one.
-
-    Raises:
-        InvalidArgumentError: it is neither a mean nor a sum, or there is too little to tell.
+    Where the first batch holds one sample, or two alike, it and the following one are the parts of one.
     """
     inputs, targets, count = first
 
@@ -171,11 +150,7 @@ def find_reduction(
 def _of_parts(
     model: nn.Module, loss_fn: Any, whole: Batch, both: list[Batch], sizes: tuple[int, int], dim: int
 ) -> Kind | None:
-    """Whether loss and gradient of a batch are the mean or the sum of those of its parts; None if nothing tells.
-
-    Raises:
-        NeitherMeanNorSum: of neither.
-    """
+    """Whether loss and gradient of a batch are the mean or the sum of those of its parts; None if nothing tells."""
     by_output = partial(_by_output, model, loss_fn, whole, sizes, dim)
     ways: list[Callable[[], list[LossAndGradient] | None]] = [by_output]
     # In evaluation mode where training mode says neither: dropout and statistics of the batch are not the loss's.

@@ -38,9 +38,7 @@ def losses_by_definition(
 ) -> SampleLosses | None:
     """Of a loss of PyTorch's own that tells what a sample's part in it is, where no hook changes its gradient.
 
-    Args:
-        leaves: of the model's graph; where each sample has one cotangent alone, their gradients come in the same pass.
-        second_order: whether second derivatives of the loss are to be those of samples too.
+    Where each sample has one cotangent alone, gradients of the model's ``leaves`` come in the same pass.
     """
     share = precise_share(task, output)
     if share is None or not output.requires_grad:
@@ -69,14 +67,8 @@ def losses_by_output(
 ) -> SampleLosses | None:
     """The losses of samples, where the batch's is made of them by the model's output alone; else None.
 
-    Args:
-        layers: the recorded ones, from inside of which the loss must take nothing.
-        second_order: whether second derivatives of the loss are to be those of samples too.
-
-    Raises:
-        CouplingError: the loss couples the samples.
-        NonFiniteError: its gradient is nan or infinite.
-        InvalidArgumentError: it holds tensors of the batch itself, or is random.
+    The loss must take nothing from inside of the recorded layers. Raises where it couples samples, has no finite
+    gradient, holds tensors of the batch itself, or is random.
     """
     differentiable = [t for t in tensors_in(output) if t.requires_grad]
     if not differentiable or any(task.dimension(t) is None for t in differentiable):
@@ -117,11 +109,7 @@ def _seen_anew(tensor: Tensor) -> Tensor:
 
 
 def _own_gradients(task: Measurement, batch: BatchLoss, output: Any, loss: Tensor) -> list[Tensor | None]:
-    """The losses' own gradients, which are the batch's, as are products with its Hessian: so it couples nothing.
-
-    Raises:
-        SecorderError: they are not; where it is the loss that couples samples, of that.
-    """
+    """The losses' own gradients, which are the batch's, as are products with its Hessian: so it couples nothing."""
     if not made_of_samples(task.loss_fn, batch.output, task.targets):
         found = gradients_of_rows(task, batch)
         if found is not None:

@@ -74,12 +74,7 @@ class Measurement:
         return [layer for layer in self.layers if layer.rule is not None and self.recordable]
 
     def loss(self, *, second_order: bool = False, forward: Callable[[Any], Any] | None = None) -> tuple[Any, Tensor]:
-        """The model's output and the loss, from the same state each time.
-
-        Args:
-            second_order: the loss's gradient is going to be differentiated.
-            forward: how to run the model on the inputs; as it is by default.
-        """
+        """The model's output (by ``forward``) and the loss, from the same state each time."""
         output = (forward or self.isolated.forward)(self.inputs)
         given = () if self.known_loss else (output, self.targets)
         before = versions(given)
@@ -182,13 +177,7 @@ def measure(
 ) -> Result:
     """Run ``work`` on an isolated model.
 
-    Args:
-        by_sample: whether the quantity is made of samples, so that inputs and targets must agree on them.
-        sample_dim: where the samples are in the inputs.
-
-    Raises:
-        InvalidArgumentError, InvalidTypeError: an unusable argument.
-        ProbeStateError: a layer is not in the model any more.
+    With ``by_sample`` the quantity is made of samples, so that inputs and targets must agree on them.
     """
     require_loss_function(loss_fn)
     check_chunk_size(chunk_size)
@@ -275,11 +264,7 @@ def _require_present(model: nn.Module, layer: Layer) -> None:
 
 @contextmanager
 def whole_layers(model: nn.Module, layers: Sequence[Layer], ranks: Ranks | None) -> Iterator[Sequence[Layer]]:
-    """Layers for passes of our own: under ``fully_shard`` with their parameters gathered.
-
-    Raises:
-        InvalidArgumentError: parts of layers lie over ranks.
-    """
+    """Layers for passes of our own: under ``fully_shard`` with their parameters gathered."""
     if ranks is not None and ranks.tensor:
         raise InvalidArgumentError(
             "one-shot measurements are not supported where parts of layers lie over ranks (tensor parallelism): "

@@ -27,14 +27,8 @@ def loss_of_output(
 ) -> tuple[Tensor, list[Tensor], Any] | None:
     """The loss once more, on leaves that stand for the model's output; these leaves, and the output made of them.
 
-    Args:
-        output: the model's output.
-        dims: where an output tensor's samples are (see :func:`expose_output`).
-        loss: its value on ``output``.
-
-    Returns:
-        None where the loss does not go by the output alone: it cannot be computed there (it differentiates the model,
-        say), has another value (it draws random numbers), or does not depend on the leaves at all.
+    None where the loss does not go by the output alone: it cannot be computed there (it differentiates the model, say),
+    has another value (it draws random numbers), or does not depend on the leaves at all.
     """
     points: list[Tensor] = []
     exposed = expose_output(output, points, dims, detach=True)
@@ -84,11 +78,8 @@ def output_hessian(gradients: Sequence[Tensor | None], points: Sequence[Tensor],
 def expose_output(output: Any, points: list[Tensor], dims: Dimensions | None, *, detach: bool) -> Any:
     """The model's output, made of new points with samples in dim 0, which are entered in ``points``.
 
-    Args:
-        output: tensors in any structure; those that are differentiable are replaced.
-        points: receives the points, real ones of complex tensors: with ``detach`` leaves of equal value, else views.
-        dims: where a tensor's samples are; None makes the whole output one sample, points of shape ``(1, numel)``.
-        detach: cut the points off the model, in whose memory they stay.
+    Real ones of complex tensors; with ``detach`` leaves of equal value in the same memory, else views. Without ``dims``
+    the whole output is one sample, points of shape ``(1, numel)``.
     """
 
     def replace(tensor: Tensor) -> Tensor:

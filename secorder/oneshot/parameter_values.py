@@ -49,9 +49,7 @@ def _is_others(parameter: Tensor) -> bool:
 class ParameterValues:
     """The values of parameters, as they were when this was made.
 
-    Args:
-        replacements: leaves of the same memory, in which a forward may put other memory (``p.data = …``).
-        anew: see :func:`may_be_overwritten`.
+    A forward may put other memory into their ``replacements`` (``p.data = …``).
     """
 
     def __init__(self, model: nn.Module, replacements: Iterable[Tensor], *, anew: bool) -> None:

@@ -113,22 +113,18 @@ def contract_pairs(
     plain: Mapping[int, Tensor] | None = None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
-    """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, where rows of z belong to samples.
+    """α Σ_k contract(Jᵀu_k, Jᵀv_k) of every layer at once, by parameter; None where rows of z do not belong to samples.
 
     That they do is read off the graph, or verified: the vjp of a random mixture of the u_k, each sample weighted by a
     random factor, must be the mixture's vjp weighted row by row, to rounding. The first layout for which it holds is
     taken and entered into the layer.
 
     Args:
-        model_outputs: output tensors, samples in dim 0.
         certain: samples are known to be independent, and in dim 0 of every call: nothing is to be verified.
         linear: demand that the backward pass be linear, as that of several cotangents is taken to be.
         by_graph: believe the graph, where it tells: no hook of the model's changes gradients.
         watch: called with the layers that are served, the pulled back pairs and their signs, a few at a time.
         plain: where there is one pair alone, its u pulled back to each leaf, by ``id``, if that was done already.
-
-    Returns:
-        for each layer the diagonal by parameter, or None where no layout passed.
     """
     pulled = dict(plain or {})
     unsettled = list(layers)
@@ -169,15 +165,7 @@ def contract_settled(
     advance: Callable[[int], None] = lambda _: None,
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
-    """:func:`contract_pairs` where it is known where samples are.
-
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-        layers: layers with recorded calls; of those without layouts there is no result.
-        plain: where there is one pair alone, its u pulled back, if that was done already.
-        advance: of a progress bar.
-        watch: as for :func:`contract_pairs`.
-    """
+    """:func:`contract_pairs` where it is known where samples are; None for layers without layouts."""
     if plain and isinstance(pairs, Single):
         advance(1)
         return [_squares(z, plain, alpha, create_graph=create_graph) if z.layouts else None for z in layers]
@@ -230,11 +218,7 @@ def parts_of_one(layer: Layer) -> list[Tensor]:
 
 
 def layouts_by_graph(model_outputs: Sequence[Tensor], layers: Sequence[Recorded]) -> list[Recorded]:
-    """Enter into every layer the layout that the graph shows to be right; returns those of which it does not tell.
-
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-    """
+    """Enter into every layer the layout that the graph shows to be right; returns those of which it does not tell."""
     count = model_outputs[0].shape[0]
     if count == 1 or not layers:
         return list(layers)
@@ -265,17 +249,8 @@ def settle_layouts(
 ) -> dict[int, Tensor]:
     """Enter into every layer the first layout under which its rows are found to be samples, or none.
 
-    Args:
-        model_outputs: output tensors, samples in dim 0.
-        mixture: a cotangent on the outputs, shape (1, N, C).
-        create_graph: make what is returned differentiable.
-        linear: demand that the backward pass be linear, too.
-
-    Returns:
-        the cotangent pulled back to the leaves, by ``id(leaf)``.
-
-    Raises:
-        AttributionError: the backward pass is not linear.
+    By a cotangent on the outputs (``mixture``, shape (1, N, C)), which is returned pulled back to the leaves, by
+    ``id``. Raises :class:`AttributionError` where the backward pass is to be linear and is not.
     """
     leaves = [leaf for z in layers for leaf in z.leaves]
     count = model_outputs[0].shape[0]
@@ -311,12 +286,7 @@ def scales(
 ) -> bool:
     """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
 
-    Args:
-        layouts: for each where its samples are.
-        plain: gradients by ``id(leaf)``, shape ``(1, *leaf.shape)``.
-        weighted: the same for cotangents that are weighted sample by sample.
-        weights: the weights, shape (N,).
-        noise: by ``id(leaf)``, rounding in its gradient, where that was measured.
+    Gradients are by ``id(leaf)``, of shape ``(1, *leaf.shape)``; so is ``noise``, their rounding where it was measured.
     """
     for leaf, layout in zip(leaves, layouts, strict=True):
         expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]

@@ -87,8 +87,7 @@ class Recording:
     def require_seen(self, loss: Tensor) -> None:
         """Raise if a layer ran without a graph, and runs again with one inside of the loss's whole backward pass.
 
-        Raises:
-            AttributionError: so do checkpoints that run a backward of their own, which hides the layer from ours.
+        So do checkpoints that run a backward of their own, which hides the layer from ours.
         """
         if self.without_graph and loss.requires_grad:
             gradients(loss, list(leaves_of([loss]).values()))
@@ -126,14 +125,9 @@ def recorded(isolated: IsolatedModel, layers: Sequence[Layer], *, own_parameters
     """Record the calls of ``layers`` in the forwards run inside.
 
     A zero leaf ε is added to each output: differentiating with respect to it is differentiating with respect to the
-    output, whatever in-place operation overwrites it later.
-
-    Args:
-        own_parameters: whether a layer's forward uses its replacement parameters. Where not, it uses detached ones, and
-            a replacement parameter has a gradient only by uses outside of its layer's forward: so these are found.
-
-    Raises:
-        RecordingFailed: in place of what the model or the loss raised, where detached parameters may be why.
+    output, whatever in-place operation overwrites it later. Without ``own_parameters`` a layer's forward uses detached
+    ones, so that replacement parameters have a gradient only by uses outside of it; where that makes model or loss
+    fail, :class:`RecordingFailed` is raised.
     """
     recording = Recording()
     handles = []
@@ -184,10 +178,8 @@ def seen(layers: Sequence[Layer]) -> Iterator[Recording]:
 class ChainForward:
     """Runs a chain of modules one after the other, as ``nn.Sequential`` does, and records the layers' calls: no hooks.
 
-    Nothing is added to their outputs either; ε stands for them in the graph, which leads to no parameter.
-
-    Args:
-        onednn: whether linear layers may be computed by other means, which round otherwise.
+    Nothing is added to their outputs either; ε stands for them in the graph, which leads to no parameter. With
+    ``onednn`` linear layers may be computed by other means, which round otherwise.
     """
 
     def __init__(

@@ -93,12 +93,7 @@ def of_cache(function: Any) -> Restore:
 
 
 class SavedTensor:
-    """A tensor and a copy of what it holds.
-
-    Args:
-        tensor: the tensor.
-        values: a copy that is there already.
-    """
+    """A tensor and a copy of what it holds, perhaps one that is there already."""
 
     def __init__(self, tensor: Tensor, values: Tensor | None = None) -> None:
         self.values = tensor.detach().clone() if values is None else values

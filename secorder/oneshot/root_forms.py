@@ -34,10 +34,8 @@ FEW_CLASSES = 64
 def form_root(product: Product, f: Tensor, num_tensors: int, chunk_size: int | None = None) -> Root:
     """A root by the first form that fits; the pairs ``(e_k, H e_k)`` where none does.
 
-    Args:
-        product: with the Hessian, on vectors of the elements of one sample in one row.
-        f: the outputs, samples in dim 0, none of them without curvature; ``(N, K)`` where they are of several tensors.
-        num_tensors: of so many tensors, all of them of one shape; 1 where they are of several shapes.
+    The product is with the Hessian, on vectors of the elements of one sample in one row; the outputs f, samples in dim
+    0, none of them without curvature, are of so many tensors of one shape, or ``(N, K)`` and 1 where shapes differ.
     """
     found = softmax_root(product, f) if num_tensors == 1 else None
     if found is not None:
@@ -298,17 +296,11 @@ def _block_root(blocks: Tensor, order: Tensor, flat: Tensor) -> Root:
 
 
 def signed_factors(hessian: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Signed square roots of symmetric matrices: H_q = Σ_k sign[q, k] u[q, :, k] u[q, :, k]ᵀ.
+    """Signed square roots of symmetric matrices (Q, s, s): H_q = Σ_k sign[q, k] u[q, :, k] u[q, :, k]ᵀ.
 
     Of the matrix scaled to a unit diagonal, so that every entry is right to rounding of its own size, whatever the
-    sizes of others.
-
-    Args:
-        hessian: shape (Q, s, s).
-
-    Returns:
-        columns (Q, s, k ≤ s), those left out that vanish for all, and signs (Q, k); or None where a diagonal does not
-        bound its matrix (a product of two outputs has a diagonal of zeros).
+    sizes of others. Columns that vanish for all are left out; None where a diagonal does not bound its matrix (a
+    product of two outputs has a diagonal of zeros).
     """
     kind = hessian.dtype
     if hessian.shape[1] == 1:

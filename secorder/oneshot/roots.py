@@ -159,13 +159,7 @@ def from_hessian(hessian: Tensor) -> Root:
 
 
 def joined(parts: Sequence[tuple[Root, Tensor]], like: Tensor, total: int) -> Root:
-    """One root of several, each of some of the outputs.
-
-    Args:
-        parts: roots, each with the indices of its outputs among all.
-        like: a tensor with samples in dim 0.
-        total: outputs of one sample.
-    """
+    """One root of several, each with the indices of its outputs among all of one sample's."""
     sizes = [root.num_columns for root, _ in parts]
 
     def placed(values: Tensor, where: Tensor) -> Tensor:

@@ -57,14 +57,8 @@ def own_losses(task: Measurement, output: Any, ids: range | None = None) -> Tens
     """ℓ_n, shape (N,): the loss of batches of one, each made of one sample's output and target.
 
     All of them in one call of the loss where vmap runs it; of a loss that nobody knows, where it has written nothing
-    that it holds, and the last sample alone gets the same.
-
-    Args:
-        ids: which samples; all of them by default.
-
-    Raises:
-        InvalidArgumentError: the loss works on the batch and fails on a sample alone.
-        NonFiniteError: it is nan or infinite on one.
+    that it holds, and the last sample alone gets the same. Raises where the loss fails on a sample alone, or is not
+    finite.
     """
     losses = None
     ids = range(task.num_samples) if ids is None else ids
@@ -158,14 +152,9 @@ def _first_line(error: Exception | None) -> str:
 def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) -> list[Tensor | None]:
     """The gradient of Σ_n ℓ_n in the batch's points, once it is known that the batch's loss is made of the ℓ_n.
 
-    Args:
-        batch: the loss of the batch, which is released.
-        second_order: whether the gradient is to be differentiable, and whether second derivatives must be unchanged,
-            too, when samples are exchanged.
-
-    Raises:
-        InvalidArgumentError: samples that are exchanged together with their targets get other losses.
-        CouplingError: the gradients of the losses alone are not multiples of the batch's.
+    For second order it is differentiable, and second derivatives, too, must be unchanged when samples are exchanged.
+    Raises where samples that are exchanged together with their targets get other losses, and where gradients of the
+    losses alone are no multiples of the batch's (:class:`CouplingError`).
     """
     points = batch.points
     if task.num_samples == 1 or made_of_samples(task.loss_fn, batch.output, task.targets):
@@ -202,15 +191,10 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
 
 
 def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None] | None:
-    """:func:`own_gradients` of a loss that its graph shows to be a cross entropy of rows of the output.
+    """:func:`own_gradients` of a loss that its graph shows to be a cross entropy of rows of the output, else None.
 
     It couples no samples and weighs them by no output, so that first derivatives tell whether it is made of the ℓ_n.
-
-    Args:
-        batch: the loss of the batch, which is released where it is such a one.
-
-    Returns:
-        None where it is another loss, or not seen to be made of them.
+    The batch's loss is released where it is such a one.
     """
     (point, *others), count = batch.points, task.num_samples
     if others or count == 1 or not is_cross_entropy_of_rows(batch.loss, point):

@@ -47,13 +47,9 @@ _METHODS = (types.FunctionType, classmethod, staticmethod, property, types.Membe
 class State:
     """The mutable state that some objects hold or lead to, as it was when this was made.
 
-    Args:
-        roots: functions, bound methods, partials, modules and other objects.
-        known: objects that are not to be looked at: their state is somebody else's.
-        base: an earlier state of the same roots, whose copies of tensors will do.
-        levels: how far from the roots containers are looked at, and other objects only next to the roots; by default
-            both are however far they are.
-        objects: with ``levels``, how far from the roots other objects are looked at.
+    Roots are functions, bound methods, partials, modules and other objects; what is ``known`` is somebody else's. Of an
+    earlier state of the same roots (``base``), copies of tensors will do. With ``levels`` containers are looked at so
+    far from the roots, other objects next to them alone, or ``objects`` far.
     """
 
     def __init__(

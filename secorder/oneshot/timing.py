@@ -77,9 +77,7 @@ def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float
 def of_nearest(count: int, tell: Callable[[int], Told], most: float = MOST_SECONDS) -> list[Told]:
     """What is told of each of many alike, of as many as there are seconds for, spread over all; else of the nearest.
 
-    Args:
-        tell: of one, by its place.
-        most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
+    After ``most`` seconds no other one is begun, beside the first, with which much may happen that one time.
     """
     told: dict[int, Told] = {}
     start = math.inf

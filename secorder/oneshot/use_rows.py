@@ -38,12 +38,8 @@ def follow_uses(
 ) -> dict[str, Uses | None]:
     """The uses of each layer, once no operation is left that owns no samples; None where they cannot be followed.
 
-    Args:
-        parameters: by layer and name, as the graph has them.
-        evidence: of where samples are.
-        routes: by layer, those that are followed; further ones are entered.
-        known: whether these are likely to be all.
-        passed: operations that are none of the model's own.
+    Further ``routes`` are entered, unless those given are ``known`` to be likely all; operations that are ``passed``
+    are none of the model's own.
     """
     ahead = 0 if known else evidence.ahead
     found: dict[str, Uses | None] = {}
@@ -123,13 +119,7 @@ def gradients_at(
 
 
 class ByCotangents(Evidence):
-    """By random cotangents on the model's outputs.
-
-    Args:
-        ends: the outputs, and where the samples are in them.
-        generator: of random numbers.
-        inner_sizes: what the graph tells by itself (see :func:`~secorder._torch.sample_graph.samples_in_nodes`).
-    """
+    """By random cotangents on the model's outputs, beside what the graph tells by itself (``inner_sizes``)."""
 
     def __init__(
         self,

@@ -82,12 +82,7 @@ class Block:
         return found if self.d is None else found + self.d * vectors
 
     def before_matrix(self, weight: Tensor, *, diagonal: bool, factored: bool = False) -> "Block":
-        """That before a product with ``weight`` (in, out): Wᵀ H W.
-
-        Args:
-            diagonal: nothing but the diagonal is wanted.
-            factored: d becomes rows, and no matrix is formed.
-        """
+        """That before a product with ``weight`` (in, out): Wᵀ H W; ``factored``, d becomes rows."""
         back = weight.t()
         if self.matrix is not None:
             product = self._rows_times(self.matrix, back)

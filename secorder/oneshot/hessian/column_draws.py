@@ -52,13 +52,7 @@ def run(
     advance: Callable[[int], None],
     seconds: float = math.inf,
 ) -> list[Estimate]:
-    """Of each layer the Gauss-Newton part, which is all there is where the model is piecewise linear after it.
-
-    Args:
-        side: the loss as a function of the output.
-        reduce: of stacked diagonals by parameter, what is wanted.
-        seconds: that draws may take, where an error is asked for.
-    """
+    """Of each layer the Gauss-Newton part, which is all there is where the model is piecewise linear after it."""
     known = settled(task, side, graphs)
     assert known, "columns are drawn where that was known when they were chosen"
     root = side.find_root(task.chunk_size)

@@ -37,9 +37,6 @@ def run(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> li
     Pulled-back columns are only what they are taken for where the backward pass multiplies with the Jacobian. So they
     must explain the Hessian: for random v and v', ``v'ᵀ H_z v`` is, sample by sample, that of the columns and of what
     they do not give (nothing, after which the model is piecewise linear). Where they do not, none is served.
-
-    Args:
-        side: the loss as a function of the output.
     """
     root = side.find_root(task.chunk_size)
     known = task.certain or (side.by_graph and not layouts_by_graph(side.model_outputs, graphs))

@@ -88,13 +88,7 @@ _IN_Z = (
 
 
 def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> Cost:
-    """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run.
-
-    See :meth:`secorder.CurvatureProbe.estimate_cost`, which this function carries out.
-
-    Args:
-        reduce: of stacked diagonals by parameter, what is wanted.
-    """
+    """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run."""
 
     def first_time() -> None:
         with recorded(task.isolated, task.ruled, own_parameters=False) as recording:

@@ -84,12 +84,7 @@ def pilot(space: Space, without: Tensor | None = None) -> Pilot:
 def deflated(
     space: Space, tried: Pilot, known: Sequence[Tensor], budget: Budget, advance: Callable[[int], None]
 ) -> tuple[Draw, list[Tensor], int] | None:
-    """Draws beside some directions, what those give exactly, and how many products that took; None where it won't pay.
-
-    Args:
-        tried: a pilot in it.
-        known: what is known exactly already.
-    """
+    """Draws beside some directions, what those give exactly, and the products that took; None where it won't pay."""
     planned = _planned(tried, known, budget)
     count, size = tried.products.shape[1:]
     directions = min(planned // 4, size // 4, MAX_DIRECTIONS)

@@ -64,11 +64,8 @@ def average(
 ) -> Estimate:
     """Mean of draws and its standard error (Welford's update), until the budget is content.
 
-    Args:
-        like: zeros of the shapes of one draw.
-        known: what is known exactly and added to the mean.
-        seconds: when they are over, no more draws are made than the least number.
-        groups: of several layers at once, how many values each has: the worst of them counts.
+    What is ``known`` exactly is added to the mean. After ``seconds`` no more draws are made than the least number. Of
+    several layers at once, each of a number of values (``groups``), the worst counts.
     """
     means = [z.clone() for z in like]
     squares, seen = [z.clone() for z in means], 0

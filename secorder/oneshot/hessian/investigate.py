@@ -62,13 +62,9 @@ def facts(task: Measurement) -> dict[str, Facts]:
 def investigate(
     task: Measurement, recording: Recording, budget: Budget, *, columns: bool, everything: bool = False
 ) -> Findings:
-    """Run the model once, and find out what the choice of strategies depends on.
+    """Run the model once, and find out what the choice of strategies depends on: by the budget, what can matter.
 
-    Args:
-        recording: of the layers that have a rule; the forward is run in it.
-        budget: how exact, how expensive: what cannot matter is not looked at.
-        columns: whether columns, and the chain, may be used.
-        everything: whether to look at what the chain would make superfluous.
+    With ``columns``, these and the chain may be used; ``everything`` includes what the chain makes superfluous.
     """
     traced = task.traced(inputs=False)
     known = [x.name for x in task.layers if columns and task.certain and linear_by_structure(task.model, x.module)]
@@ -110,15 +106,9 @@ def attached(
     *,
     with_gradients: bool = True,
 ) -> tuple[Findings, Any, Tensor]:
-    """Run the model once, and find out which layers are used, and which of them by their recorded calls alone.
+    """Run the model once (by ``forward``), and find out which layers are used, and which by their recorded calls alone.
 
-    Args:
-        recording: of the layers that have a rule; the forward is run in it.
-        forward: how to run the model on the inputs; as it is by default.
-        with_gradients: whether gradients in z are taken, to be differentiated.
-
-    Returns:
-        what was found, the model's output, and the loss.
+    With what was found, the model's output and the loss; ``with_gradients`` those in z, to be differentiated.
     """
     start = time.perf_counter()
     output, loss = task.loss(second_order=True, forward=forward)
@@ -366,8 +356,7 @@ def give_up_chain(
 ) -> None:
     """Go on without the chain after an operator in it could not be differentiated so: others get along, or tell which.
 
-    Raises:
-        RuntimeError: the user's own code raised the error.
+    What the user's own code raised is raised again.
     """
     if is_users_own(error):
         raise error

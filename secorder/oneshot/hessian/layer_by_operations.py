@@ -83,8 +83,8 @@ class LayerByOperations(LayerGraph):
     def settle_forms(self) -> None:
         """Find out which parameters' per-sample gradients are written out.
 
-        Raises:
-            AttributionError: a rule is not for what the operations computed, or the uses have no common form.
+        Raises :class:`AttributionError` where a rule is not for what the operations computed, or there is no common
+        form.
         """
         with torch.no_grad():
             one = self._pulled_back(*[torch.ones_like(leaf) for leaf in self.leaves])
@@ -98,8 +98,7 @@ class LayerByOperations(LayerGraph):
 def layers_by_operations(task: Measurement, output: Any, loss: Tensor) -> list[LayerByOperations]:
     """Those of a measurement's layers without a rule whose parameters are linear in operations with a rule.
 
-    Args:
-        task: the measurement, whose model puts no hooks on its tensors, nor checkpoints.
+    The model puts no hooks on its tensors, nor checkpoints.
     """
     layers = [x for x in task.layers if x.rule is None]
     outputs = [t for t in tensors_in(output) if t.requires_grad]

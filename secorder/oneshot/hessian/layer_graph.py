@@ -36,11 +36,7 @@ class OutputSide:
     by_graph: bool = False  #: whether the graph may tell where samples are: no hook of the model's changes gradients
 
     def find_root(self, chunk_size: int | None) -> Root:
-        """The root, by definition where that tells it; it is found once.
-
-        Args:
-            chunk_size: products batched at most.
-        """
+        """The root, by definition where that tells it; it is found once."""
         if self.root is None and self.scale is not None:
             self.root = cross_entropy_root(self.points[0].detach(), self.scale)
         elif self.root is None:

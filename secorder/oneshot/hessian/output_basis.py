@@ -31,13 +31,7 @@ def products(facts: Facts, budget: Budget) -> int:
 def run(
     task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[int], None], limit: int | None = None
 ) -> list[Tensor]:
-    """The diagonal, by parameter.
-
-    Args:
-        graph: of the layer; its layouts tell where samples are.
-        elements: numbers that one product keeps.
-        limit: take so many products only, to see how long they last.
-    """
+    """The diagonal, by parameter; of ``limit`` products only, to see how long they last."""
     totals: list[Tensor] = zeros(graph.layer)
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
     for call, basis_size in enumerate(graph.sizes if limit is None else [min(limit, graph.sizes[0])]):

@@ -52,13 +52,7 @@ def run(
     """An estimate; of what columns do not give alone, where they gave the rest and that pays.
 
     A few products tell what is easiest to estimate, and whether to take directions of each sample exactly first.
-
-    Args:
-        graph: of the layer; its layouts tell where samples are.
-        elements: numbers that one product keeps.
-        reduce: of draws of the diagonal, what is wanted.
-        exact: what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
-        seconds: that it may take, where an error is asked for.
+    ``exact`` is what columns gave, reduced: the generalised Gauss-Newton part, which may be an estimate; or nothing.
     """
     size = default_chunk_size(elements, graph.leaves[0], task.chunk_size)
     space = space_of(task, graph, graph.output_gradients, reduce, size)

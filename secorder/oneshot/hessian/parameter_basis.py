@@ -34,12 +34,9 @@ def run(
     advance: Callable[[int], None],
     limit: int | None = None,
 ) -> list[Tensor]:
-    """The diagonal, by parameter.
+    """The diagonal, by parameter, of the loss's gradient in the replacement parameters, all uses of them counted.
 
-    Args:
-        output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
-        elements: numbers that one product keeps.
-        limit: take so many products only, to see how long they last: the diagonal is not whole then.
+    With ``limit`` so many products only, to see how long they last: the diagonal is not whole then.
     """
     replacements = task.isolated.replacements(layer)
     kind = compute_dtype(layer)

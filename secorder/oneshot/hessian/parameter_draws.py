@@ -40,16 +40,9 @@ def run(
     reduce: Reduce,
     seconds: float = math.inf,
 ) -> Estimate:
-    """An estimate.
+    """An estimate, of the loss's gradient in the replacement parameters, all uses of them counted.
 
-    Args:
-        output_gradients: the loss's gradient in its replacement parameters, all uses of them counted, differentiable.
-        elements: numbers that one product keeps.
-        reduce: of draws of the diagonal, what is wanted.
-        seconds: that it may take, where an error is asked for.
-
-    Raises:
-        AttributionError: products are not linear in the vector, so that no mean of draws is the diagonal.
+    Raises :class:`AttributionError` where products are not linear in the vector: no mean of draws is the diagonal.
     """
     replacements = task.isolated.replacements(layer)
     if not (task.certain or linear_products(output_gradients, replacements, task.generator, together=True)):

@@ -33,13 +33,7 @@ class Step:
 
 
 def steps_of(segments: Sequence[Segment], graphs: Mapping[int, LayerGraph], output_gradient: Tensor) -> list[Step]:
-    """Of each segment gradients, φ′ and φ″, which are cheap; and, backwards, what is asked for.
-
-    Args:
-        segments: from the output backwards.
-        graphs: by ``id`` of its leaf, each layer that they lead to.
-        output_gradient: the loss's, in the output.
-    """
+    """Of each segment, from the output backwards, gradients, φ′ and φ″, which are cheap; and what is asked for."""
     gradient: _Gradient = partial(torch.reshape, output_gradient, segments[0].shape)
     steps = []
     for segment, ahead in zip_longest(segments, segments[1:]):

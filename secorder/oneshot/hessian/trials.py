@@ -53,13 +53,8 @@ def learn_seconds(
 ) -> dict[str, float]:
     """Time a few products of every layer, and enter into the facts how long they take.
 
-    Args:
-        recording: of the layers' calls, which goes on.
-        draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this, and look
-            at how much memory products take.
-
-    Returns:
-        by layer, the seconds that its draws are to take, where draws were made.
+    With ``draws``, what is made of diagonals, the layers that are to be drawn make a few draws, too, and the memory
+    that products take is looked at: by layer, the seconds that its draws are to take.
     """
     chosen = choose(list(found.facts.values()), budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
@@ -211,14 +206,7 @@ def _drawn_columns(
 
 
 def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
-    """Of one draw, and of all that the budget asks for, of which the first ones tell how many they are.
-
-    Args:
-        work: makes draws.
-        budget: how many, or how exact.
-        limit: seconds that all of them may take.
-        allowance: seconds that these may take.
-    """
+    """Of one draw, and of all that the budget asks for in a limit; the first ones, in an allowance, tell how many."""
 
     def seconds_of_some(count: int) -> float:
         return seconds_of(lambda: work(replace(budget, num_draws=count, rtol=None), limit))
