@@ -26,8 +26,7 @@ ELSEWHERE = "another rank could not measure it: the warnings of that rank say wh
 def agree(ranks: Ranks, layer: str, *, bad: bool) -> bool:
     """Whether a layer's batch, of which this rank has formed its part, is bad on any rank.
 
-    Raises:
-        AttributionError: a rank could not form its part, or formed that of another layer.
+    Raises :class:`AttributionError` where a rank could not form its part, or formed that of another layer.
     """
     found, failed, last, first = ranks.largest([bad, False, *_number(layer)])
     if failed:
@@ -52,11 +51,7 @@ def _number(layer: str) -> tuple[int, int]:
 
 
 def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | None") -> None:
-    """Mark the layers that another rank cannot tell.
-
-    Args:
-        group: the ranks that parameters lie over, or a process group whose sums are put together.
-    """
+    """Mark the layers that another rank of the group cannot tell."""
     marked = fisher.failures.counts.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
     own = torch.stack([fisher.failures.counts, marked]).clamp(max=1)
     found = (group.most(own) if isinstance(group, Ranks) else largest(own, group)).tolist()
@@ -73,10 +68,7 @@ def opened_together(
 ) -> ForwardRecord | None:
     """The record of this rank's part of a batch; None on all ranks where one of them has none.
 
-    Args:
-        ranks: that parameters lie over.
-        error: that a look ended in on this rank, to be raised when the others know.
-        opened: makes the record.
+    An error that this rank's verification ended in is raised when the others know.
     """
     record = None
     try:

@@ -51,10 +51,8 @@ def bring(
 ) -> None:
     """Take a call of a layer whose gradient has come; with the last of them the layer's squares are added.
 
-    Args:
-        index: the call's number in the forward.
-        call: what it brings; where ranks wait for one another, perhaps what went wrong, raised at the layer's turn.
-        total: the sum of the gradient's elements; where it is not known yet, of a layer with a rule, None.
+    Where ranks wait for one another, a call may be what went wrong, raised at the layer's turn. ``total`` is the sum of
+    the gradient's elements, if it is known yet.
     """
     own = record.layers[layer.name]
     own.captured.append((index, call, total))
@@ -79,12 +77,7 @@ def bring_rank_one(
 
 
 def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Layer) -> None:
-    """Add the squares of a layer's per-sample gradients: all its calls of one backward have come.
-
-    Args:
-        records: the forward, or those whose row n is one sample.
-        layer: a layer with a rule.
-    """
+    """Add the squares of a layer's per-sample gradients: all calls of one backward (or of joined ones) have come."""
     record, came = records[0], []
     for own in [one.layers[layer.name] for one in records]:
         captured, own.captured = sorted(own.captured, key=lambda found: found[0]), []
@@ -128,12 +121,7 @@ def _squares(
 ) -> tuple[list[Tensor | Sequence[PerSample]], list[Tensor | None]] | None:
     """The squares of per-sample gradients, one form a parameter, or what they are made of; None where they wait.
 
-    Args:
-        calls: what the gradients are made of.
-        totals: of each call, the sum of its cotangent's elements, as far as it is known.
-
-    Returns:
-        those of each parameter, and numbers that are finite where all of them are.
+    With numbers that are finite where all of them are; ``totals`` are the sums of the calls' cotangents, where known.
     """
     one = rank_one(layer, gradients) if len(calls) == 1 and fisher.ranks is None else None
     if one is not None and may_wait(fisher, record, one):
@@ -161,11 +149,7 @@ def _told(
     gradients: Mapping[str, PerSample],
     calls: Sequence[Call],
 ) -> tuple[Mapping[str, PerSample], Mapping[str, Tensor]]:
-    """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter.
-
-    Args:
-        calls: what the gradients are made of, where they are by the layer's rule.
-    """
+    """A layer's per-sample gradients as they are weighted, whose norms are taken; the audit's numbers, by parameter."""
     products = _tell(fisher, record, layer, gradients, [g for _, g in calls])
     if record.weights is not None:
         gradients = {name: weighted(part, record.weights) for name, part in gradients.items()}
@@ -185,10 +169,7 @@ def _parts(
 ) -> list[Tensor | Sequence[PerSample]]:
     """The squares of a layer's per-sample gradients, or what they are made of.
 
-    Args:
-        products: the audit's numbers of them.
-        squares: where they are formed already, those of all parameters.
-        seen: numbers that are finite where all that is added is, to be added to.
+    Formed already, they are those of all parameters (``squares``). What is finite where they are is added to ``seen``.
     """
     if record.attribution.sharing(layer.name):
         seen += [witness(part, products.get(name)) for name, part in gradients.items()]

@@ -32,9 +32,7 @@ def all_finite(numbers: Sequence[Tensor]) -> Tensor:
 def witness(part: PerSample, product: Tensor | None) -> Tensor | None:
     """A number that is finite where what multiplies the cotangents is: an infinite input makes nan of a zero of them.
 
-    Args:
-        part: a per-sample gradient.
-        product: what the audit made of it, if it did: it has seen all of the input.
+    The audit's ``product`` is one, if it was formed: it has seen all of the input.
     """
     if isinstance(part, Tensor):
         return total_of(part)

@@ -50,14 +50,7 @@ from .samples.hypotheses import floating
 
 
 class Attachment:
-    """The hooks of one probe on its model.
-
-    Args:
-        model: the model whose forward is a batch.
-        fisher: what records are handed to.
-        looks: what is known of where samples are.
-        every: record each ``every``-th forward, counted apart for train and eval mode.
-    """
+    """The hooks of one probe on its model: one forward in ``every`` is recorded, of train and of eval mode."""
 
     def __init__(self, model: nn.Module, fisher: OnlineFisher, looks: Looks, every: int) -> None:
         self.model = model
@@ -89,8 +82,7 @@ class Attachment:
     def detach(self) -> bool:
         """Remove every hook; backward passes of forwards that were recorded before are ignored from now on.
 
-        Returns:
-            False where the user's code asks for it in a pass of ours, as it will once more in the user's own.
+        False where the user's code asks for it in a pass of ours, as it will once more in the user's own.
         """
         if self.looking == threading.get_ident():
             return False
@@ -215,8 +207,7 @@ class Attachment:
     def end(self, args: Any, kwargs: Any, output: Any, sections: list[EagerSection]) -> None:
         """The model's forward ended, perhaps by an exception (then without an output).
 
-        Args:
-            sections: that of the forward is added to them, to be ended when all here is done.
+        Its section is added to those that are ended when all here is done.
         """
         thread = threading.get_ident()
         record = self.running.get(thread)

@@ -28,11 +28,7 @@ _TRAINING = attrgetter("training")
 
 
 class Looks:
-    """Attributions of one model's layers.
-
-    Args:
-        sample_dim: where the samples are in the arguments, if it is told.
-    """
+    """Attributions of one model's layers."""
 
     def __init__(self, model: nn.Module, sample_dim: SampleDim) -> None:
         self._model = model
@@ -98,8 +94,7 @@ class Looks:
     ) -> Attribution:
         """Look at a batch; what it tells of the layers is kept for the modes of now.
 
-        Args:
-            reduction: what is told of a loss that the model returns, and is to be looked at; None: it is not.
+        With a reduction, a loss that the model returns is looked at, too.
         """
         mode = self._mode()
         known = self._known.setdefault(mode, {})

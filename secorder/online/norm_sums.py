@@ -137,12 +137,9 @@ class NormSums:
         return [Row(*row) for row in self.table.tolist()]
 
     def wait(self, batch: Batch, kind: Kind, seen: Tensor) -> None:
-        """Add a batch, now or later.
+        """Add a batch, of which nothing is overwritten any more, now or later.
 
-        Args:
-            batch: of which nothing is overwritten any more.
-            kind: what it has in common with others.
-            seen: what its samples are counted in, unless no layer was finite.
+        Its samples are counted in ``seen``, unless no layer was finite.
         """
         if self._waiting and (self._kind is None or self._kind[0] != kind or self._kind[1] is not seen):
             self.settle()
@@ -179,9 +176,7 @@ class NormSums:
     ) -> tuple[Tensor, Tensor]:
         """What batches add to the rows, shape ``(batches, layers, columns)``, and of each layer whether it was finite.
 
-        Args:
-            kind: of these.
-            everywhere: of one batch, what makes of the squared norms of this rank's parts those of whole layers.
+        Of one batch, ``everywhere`` makes of the squared norms of this rank's parts those of whole layers.
         """
         like, shape = self._table, (len(batches), len(kind.places), -1)
         squares = torch.stack([_squares(own, like) for own in zip(*[batch.norms for batch in batches], strict=True)], 1)

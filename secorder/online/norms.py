@@ -62,13 +62,9 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
 
 
 def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
-    """See the norms of the whole gradients, as soon as a backward begins.
+    """See the norms of the whole gradients, as soon as a backward begins; ``fresh`` parameters have no gradient yet.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
-
-    Args:
-        record: of the first forward that it runs through.
-        fresh: by ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end.
     """
     seen: set[int] = set()
     for layer in fisher.layers:
@@ -122,11 +118,7 @@ def take_norms(
     parts_of: Sequence[Sequence[PerSample]],
     known: str | None = None,
 ) -> None:
-    """Keep the squared norms of a layer's per-sample gradients until the backward has ended.
-
-    Args:
-        known: a layer with the same ones, whose norms were taken.
-    """
+    """Keep the squared norms of a layer's per-sample gradients until the backward has ended; perhaps another's."""
     sizes = layer.sizes()
     if layer.split:  # of what several ranks have, one counts it
         here = _answered_for(layer)
@@ -162,10 +154,8 @@ def keep_norms(
 def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
     """Add what a record's layers have brought; whether its samples were counted, or will be.
 
-    Args:
-        record: of one forward whose backward has ended, or the first of those whose row n is one sample.
-        zeros: layers that the loss does not depend on.
-        seen: what the samples are counted in, unless no layer was finite; None where they are counted elsewhere.
+    They are counted in ``seen``, unless no layer was finite or they are counted elsewhere; the loss does not depend on
+    ``zeros``.
     """
     here = [record.layers[x.name].norms is not None or x.name in zeros for x in fisher.layers]
     if fisher.ranks is not None:  # what one rank has not, is left out by all

@@ -36,12 +36,7 @@ if TYPE_CHECKING:
 def follow(
     record: ForwardRecord, attribution: Attribution, outputs: Iterable[Tensor], inputs: Iterable[Tensor]
 ) -> bool:
-    """Find the uses of the layers that are measured by them; whether a checkpoint hides any.
-
-    Args:
-        outputs: that the forward has computed.
-        inputs: that it has computed them from.
-    """
+    """Find the uses of the layers that are measured by them; whether a checkpoint hides any."""
     layers = [layer for layer in record.attribution.layers if layer.by_operations]
     if not layers:
         return False

@@ -42,12 +42,7 @@ def num_samples(fisher: OnlineFisher) -> int:
 
 
 def num_skipped(fisher: OnlineFisher, only: WindowSums | None = None) -> dict[str, int]:
-    """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer.
-
-    Args:
-        fisher: what was accumulated.
-        only: of which window of training; by default of all of it.
-    """
+    """How many batches were left out of a layer's mean because a gradient held nan or inf, by layer (of a window)."""
     windows: list[OnlineFisher | WindowSums] = [fisher] if fisher.earlier is None else [fisher, fisher.earlier]
     if only is not None:
         windows = [only]
@@ -96,13 +91,7 @@ def unreadable(fisher: OnlineFisher) -> dict[str, str]:
 
 
 def diagonals(fisher: OnlineFisher, missing: Missing = "raise", read: Read | None = None) -> Diagonals:
-    """The mean over all samples, or the moving average; see :meth:`secorder.CurvatureProbe.fisher_diagonal`.
-
-    Args:
-        fisher: what was accumulated, and how.
-        missing: what to do where a layer's number cannot be given.
-        read: of which window of training, and which layers cannot be read; by default of all of it.
-    """
+    """The mean over all samples, or the moving average (of a window); see :class:`secorder.CurvatureProbe`."""
     if fisher.accumulate != "diagonal":
         raise ProbeStateError(
             f'the probe accumulates {fisher.accumulate!r}, no diagonal: make one with accumulate="diagonal", or pass '
@@ -174,11 +163,7 @@ def ranks(window: WindowSums) -> float:
 def readable_counts(
     fisher: OnlineFisher, window: WindowSums, troubles: Mapping[str, str], missing: Missing
 ) -> dict[str, Counts]:
-    """The layers whose number can be given, and how many samples are in it.
-
-    Raises:
-        SecorderError: there is none, or one is missing that is asked for.
-    """
+    """The layers whose number can be given, and the samples in it; raises where there is none, or by ``missing``."""
     require_one_of("missing", missing, get_args(Missing))
     if troubles and (missing == "raise" or len(troubles) == len(fisher.layers)):
         raise _troubled(troubles)

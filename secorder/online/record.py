@@ -91,10 +91,7 @@ class Backward:
     def on_gradient(self, leaf: Tensor, hook: Callable[[Tensor], None], *, gathered: bool = False) -> None:
         """Call a hook with the whole gradient of a leaf, before hooks on the leaf change it.
 
-        Args:
-            leaf: of the graph.
-            hook: what to call.
-            gathered: of a leaf that FSDP2 gathers and frees again, it is called at the leaf's node.
+        Of a leaf that FSDP2 gathers and frees again, it is called at the leaf's node.
         """
         with HOOKING:
             if gathered:

@@ -30,9 +30,7 @@ def rerun_gradients(
 ) -> Iterator[list[list[Tensor]]]:
     """Dense per-sample gradients, summed over calls, in chunks of samples: ``(chunk, *shape)`` by layer and parameter.
 
-    Args:
-        layers: layers that are parts of one module, the one that was called.
-        direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
+    The layers are parts of the one module that was called. See :func:`secorder.oneshot.isolation.run_isolated`.
     """
     kinds = [compute_dtype(layer) for layer in layers for _ in layer.parameters]
     elements = 4 * sum(p.numel() for layer in layers for p in layer.parameters.values())

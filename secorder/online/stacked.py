@@ -31,11 +31,7 @@ class Kind(NamedTuple):
 
 
 class Stacked:
-    """The batches that wait.
-
-    Attributes:
-        waiting: how many.
-    """
+    """The batches that wait."""
 
     def __init__(self) -> None:
         self.waiting = 0
@@ -49,13 +45,7 @@ class Stacked:
     def wait(
         self, layers: Sequence[RankOne], frame: Frame, samples: int, alpha: float, settle: Callable[[], None]
     ) -> None:
-        """Let a batch wait; with the last that has room, all are added.
-
-        Args:
-            layers: what it brings.
-            frame: of these.
-            settle: adds all that wait.
-        """
+        """Let a batch wait; with the last that has room, ``settle`` adds all that do."""
         first, shape = layers[0].inputs, (layers[0].inputs.shape[0], sum(frame.widths))
         kind = Kind(tuple([one.layer for one in layers]), shape, first.dtype, first.device, samples, alpha)
         if self._memory is None or kind != self._kind or self.waiting == self._memory.shape[0]:  # which failed
@@ -69,13 +59,7 @@ class Stacked:
             settle()
 
     def settle(self, by_layer: Mapping[str, LayerSums], seen: Tensor, marks: dict[str, str]) -> None:
-        """Add the batches that wait.
-
-        Args:
-            by_layer: the sums that they are added to.
-            seen: what their samples are counted in, unless no layer was finite.
-            marks: see :func:`~secorder.online.sums.add_whole`.
-        """
+        """Add the batches that wait; their samples are counted in ``seen``, unless no layer was finite."""
         kind, batches = self._kind, self.waiting
         if not batches or kind is None:
             return

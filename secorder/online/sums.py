@@ -188,12 +188,7 @@ def count_together(
     *,
     batches: int = 1,
 ) -> None:
-    """:meth:`LayerSums.count` of several layers on one device.
-
-    Args:
-        goods: of each layer, whether the batch is good, or how many of several are.
-        batches: how many they are.
-    """
+    """:meth:`LayerSums.count` of several layers on one device: whether a batch is good, or how many of several."""
     for sums in every:
         sums.batches += batches
         if decay is not None:
@@ -207,14 +202,7 @@ def count_together(
 
 
 def count_samples(seen: Tensor, samples: float | Tensor, goods: Sequence[Tensor], layers: int) -> None:
-    """Count the samples of a batch, unless every layer left it out.
-
-    Args:
-        seen: what they are counted in.
-        samples: of the batch.
-        goods: of layers, one by one or together, whether their gradients are finite, as far as that is asked.
-        layers: how many there are.
-    """
+    """Count the samples of a batch in ``seen``, unless every layer left it out, as far as that is asked."""
     if sum([good.numel() for good in goods]) < layers:
         seen.add_(samples)
         return

@@ -12,14 +12,7 @@ from .norm_sums import Row
 
 
 def trace_of(row: Row, value: float | None, samples: float, effective: float) -> Trace:
-    """The trace of one layer.
-
-    Args:
-        row: of the table of norms.
-        value: the sum of the diagonal, where that is accumulated.
-        samples: that are in it.
-        effective: as many that weigh the same tell as much.
-    """
+    """The trace of one layer, by the sum of its diagonal, where that is accumulated, else by its norms."""
     if not row.weight:
         assert value is not None
         return Trace(value, math.nan, 0, True, round(samples))

@@ -91,12 +91,7 @@ _BY_OTHERS = f"Its parameters got gradients all the same: {_IN_ITS_PLACE}"
 
 
 class Troubles:
-    """What happened to each layer that keeps its number from being told.
-
-    Args:
-        names: of the layers.
-        strict: raise where something happens, also inside of the user's passes.
-    """
+    """What happened to each layer that keeps its number from being told; raised at once where the probe is strict."""
 
     def __init__(self, names: Sequence[str], strict: bool) -> None:
         self._names = frozenset(names)
@@ -112,11 +107,7 @@ class Troubles:
         self._warned: set[str] = set()
 
     def mark(self, names: Iterable[str], reason: str) -> None:
-        """Tell these layers no more, for a reason that is warned of once, and raised when they are read.
-
-        Raises:
-            AttributionError: at once, where the probe is strict.
-        """
+        """Tell these layers no more, for a reason that is warned of once, and raised when they are read (or now)."""
         new = [name for name in names if name in self._names and name not in self.marks]
         self.marks.update(dict.fromkeys(new, reason))
         if self.strict and new:
@@ -125,11 +116,7 @@ class Troubles:
             self.warn(sentence(new, reason))
 
     def leave_out(self, record: ForwardRecord | None, names: Iterable[str], reason: str) -> None:
-        """Leave this batch out of layers' means, and warn of it once.
-
-        Raises:
-            AttributionError: in its place, where the probe is strict.
-        """
+        """Leave this batch out of layers' means, and warn of it once (or raise, if strict)."""
         names = [name for name in names if name in self._names]
         new = [name for name in names if self.left_out.get(name) != reason]
         self.left_out.update(dict.fromkeys(new, reason))
@@ -173,8 +160,7 @@ class Troubles:
     ) -> Any:
         """Do work of ours inside of the user's pass, which goes on whatever happens to it: then the batch is left out.
 
-        Raises:
-            Exception: what the work raised, where the probe is strict, or is to raise on non-finite gradients.
+        What the work raised is raised where the probe is strict, or is to raise on non-finite gradients.
         """
         try:
             return out_of_sight(work, *arguments) if count_modes() else work(*arguments)
@@ -189,12 +175,7 @@ class Troubles:
             return None
 
     def nothing_accumulated(self, model: nn.Module, trained: Sequence[str]) -> str:
-        """Why nothing is accumulated, by what the hooks saw.
-
-        Args:
-            model: that the probe is attached to.
-            trained: the layers whose parameters got gradients all the same.
-        """
+        """Why nothing is accumulated, by what the hooks saw; layers got gradients all the same (``trained``)."""
         told = [text for key, text in CAUSES.items() if key in self._causes]
         if not told or (trained and self._causes <= BESIDE_OTHERS):
             children = {name.split(".")[0] for name in trained}
@@ -231,11 +212,7 @@ def tell_normalised(troubles: Troubles, names: Sequence[str], *, quantised: bool
 
 
 def coupled(troubles: Troubles, found: Attribution, shapes: Sequence[Shape]) -> str:
-    """That samples influence one another, and what may be told.
-
-    Raises:
-        CouplingError: at once, where the probe is strict.
-    """
+    """That samples influence one another, and what may be told; raised at once where the probe is strict."""
     reason = (
         f"no dimension of the model's arguments, of shapes {list(shapes)}, holds samples that do not influence one "
         "another in its outputs: pass sample_dim=, a dimension or a mapping of argument names to dimensions (None "

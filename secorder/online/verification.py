@@ -58,15 +58,7 @@ def verify(
     one_shot: Mapping[str, Tensor],
     num_samples: int,
 ) -> Verification:
-    """See :meth:`secorder.CurvatureProbe.verify`, which this function carries out.
-
-    Args:
-        fisher: of the probe, whose settings are in question; nothing is added to it.
-        sample_dim: where the samples are in the arguments, if it is told.
-        loss_fn: of the training.
-        one_shot: the empirical Fisher of the batch.
-        num_samples: of the batch.
-    """
+    """See :meth:`secorder.CurvatureProbe.verify`; nothing is added to the Fisher whose settings are in question."""
     scale = _scale_of_training(fisher, loss_fn, inputs, targets)
     told = usable_scale(fisher.loss_scale)
     if scale is not None and abs(scale / told - 1) > TOLERANCE:

@@ -120,12 +120,7 @@ def _frame(
     vectors: Sequence[Vectors | None] | None,
     flags: Sequence[float],
 ) -> Frame | None:
-    """The frame of small layers whose factors go side by side; None where they cannot.
-
-    Args:
-        vectors: that the layers are looked at with; None where none is.
-        flags: of each, one where it has a bias, else zero.
-    """
+    """The frame of small layers whose factors go side by side; None where they cannot."""
     weights = [one.layer.parameters["weight"] for one in layers]
     for one, weight in zip(layers, weights, strict=True) if vectors is None else ():
         if weight.dim() != 2 or weight.dtype is not one.inputs.dtype:

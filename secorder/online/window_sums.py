@@ -31,11 +31,7 @@ class Small(NamedTuple):
     counts: Tensor  #: a row a layer
 
     def layers(self, like: Mapping[str, LayerSums]) -> dict[str, LayerSums]:
-        """Each layer's part.
-
-        Args:
-            like: sums of the same sizes, of as many batches.
-        """
+        """Each layer's part, of sums of the same sizes as others'."""
         every = [like[name] for name in self.names]
         parts = iter(self.sums.split([total.numel() for sums in every for total in sums.sums]))
         return {
@@ -88,9 +84,7 @@ def joined(earlier: WindowSums, later: WindowSums, decay: float | None) -> Windo
 def put_aside(window: WindowSums, *, copy: bool = False) -> WindowSums:
     """The same in the host's memory: an accelerator's is for what is added to.
 
-    Args:
-        window: what was taken out.
-        copy: of what is in the host's memory already, too, to be added to.
+    With ``copy``, of what is in the host's memory already, too, to be added to.
     """
     vectors = window.small or small(window.sums)
     if vectors is not None:
@@ -102,13 +96,7 @@ def put_aside(window: WindowSums, *, copy: bool = False) -> WindowSums:
 
 
 def add_behind(earlier: WindowSums, later: WindowSums, decay: float | None) -> WindowSums:
-    """What two windows have brought, one after the other; the earlier one's sums are added to.
-
-    Args:
-        earlier: what was put aside.
-        later: on any device.
-        decay: of a moving average.
-    """
+    """What two windows have brought, one after the other; the earlier one's sums are added to."""
     pairs = [(earlier.sums[name], sums) for name, sums in later.sums.items()]
     for old, new in pairs:
         if decay is not None:

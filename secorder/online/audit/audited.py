@@ -34,13 +34,7 @@ class Audited:
         self._shares: dict[object, float] = {}
 
     def draw(self, record: ForwardRecord, layers: Sequence[Layer], *, every: bool) -> set[str]:
-        """The names of those that a backward's audit looks at.
-
-        Args:
-            record: of the first forward that it runs through.
-            layers: that take part in it.
-            every: whether all of them are to be looked at.
-        """
+        """The names of those that a backward's audit looks at."""
         self._passes += 1
         looks, names = self._looks, [layer.name for layer in layers]
         chosen = set(names) if every else self._some(record, layers, names)

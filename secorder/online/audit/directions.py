@@ -75,9 +75,7 @@ class Directions:
     def vectors(self, parameter: Tensor, outputs: int = 0) -> Vectors:
         """Those of one parameter, for one backward; the same for parameters of one shape that are looked at whole.
 
-        Args:
-            parameter: a layer's.
-            outputs: elements of what the layer returns, whose cotangents are read with it.
+        Cotangents are read with it, so that the elements of what the layer returns count, too.
         """
         found = self._in_turn(self._kept, parameter, outputs)
         return self._drawn(parameter, *_rows(parameter, outputs)) if found is None else found[self._passes % IN_TURN]
@@ -109,10 +107,8 @@ class Directions:
     def frame(self, parameters: Sequence[Tensor], of: Sequence[Vectors] | None, flags: Sequence[float]) -> Frame | None:
         """The frame of several layers, kept as long as their vectors are; None where only a block of one is looked at.
 
-        Args:
-            parameters: of each the weight, all of one dtype on one device.
-            of: the vectors that each is looked at with, or None; None is returned where these are not those of now.
-            flags: of each, one where it has a bias, else zero.
+        Nor is there one where the vectors that they are looked at with are not those of now. A flag is one where a
+        layer has a bias, else zero.
         """
         kept, turn = self._kept, self._passes % IN_TURN  # another thread's backward may begin meanwhile
         for p, vectors in zip(parameters, of, strict=True) if of is not None else ():

@@ -20,11 +20,7 @@ MOST, MOST_PASSES = 128, 32
 class Failures:
     """Of each layer, how many audits it has failed.
 
-    Args:
-        counts: shape ``(layers,)``, integers.
-
-    Attributes:
-        known: whether an audit has failed, as far as the host knows: on an accelerator, some passes later.
+    ``known`` is whether any has, as far as the host knows: on an accelerator, some passes later.
     """
 
     def __init__(self, counts: Tensor) -> None:

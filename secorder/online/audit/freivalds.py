@@ -63,9 +63,8 @@ def explained(
 ) -> tuple[Tensor, Tensor]:
     """rᵀ (Σ_n J_nᵀ g_n) s of per-sample gradients, and the square of the size that its rounding is relative to.
 
-    Args:
-        with_bias: of an :class:`~secorder.layers.per_sample.Outer`, with that of the bias that has the same cotangents.
-        terms: how many rows an element of a dense gradient is the sum of.
+    Of an :class:`~secorder.layers.per_sample.Outer` with that of a bias that has the same cotangents, if asked; of a
+    dense gradient each element is the sum of so many rows (``terms``).
     """
     r, s = vectors.r, vectors.s
     if isinstance(gradient, Tensor):
@@ -194,10 +193,8 @@ class Audit:
     ) -> list[str]:
         """Look at parameters of a layer from now on; the names of those whose gradient is to be seen for it.
 
-        Args:
-            graph: the same as the autograd graph knows them.
-            apart: whether the layer shares a parameter with others, so that its bias is a number of its own.
-            outputs: elements of what it returns.
+        ``graph`` holds them as the autograd graph knows them. Where the layer shares a parameter with others
+        (``apart``), its bias is a number of its own.
         """
         chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self.looks_at(p)]
         if not apart and are_one({name: graph[name] for name in chosen}):
@@ -267,11 +264,8 @@ class Audit:
     ) -> dict[str, Tensor]:
         """The per-sample gradients of a layer are here; the numbers that they bring, by parameter.
 
-        Args:
-            low: the dtype that autocast computes in, where it does.
-            elements: of the layer's outputs.
-            cotangents: that its per-sample gradients are made of.
-            sizes: of what dense ones are sums of, by parameter: their squares, where they are known.
+        ``low`` is the dtype that autocast computes in, ``cotangents`` what they are made of, and ``sizes`` the squares
+        of what dense ones are sums of, where these are known.
         """
         brought = {}
         for local, p in parameters.items():
@@ -314,14 +308,7 @@ class Audit:
     def explain_weights(
         self, layers: Sequence[RankOne], values: Tensor, sizes: Tensor, low: torch.dtype | None
     ) -> None:
-        """:meth:`explain` of layers whose numbers were found together.
-
-        Args:
-            layers: of which :meth:`vectors` tells the vectors; those that are not looked at are passed over.
-            values: shape ``(layers,)``.
-            sizes: the squares of what their rounding is relative to.
-            low: the dtype that autocast computes in, where it does.
-        """
+        """:meth:`explain` of layers whose numbers were found together; those that are not looked at are passed over."""
         widest = max([max(one.inputs.shape[1], one.cotangents.shape[1]) for one in layers])
         tolerance = tolerance_of(values, values.dtype, low, ("product",), widest)  # the weights' dtype is the factors'
         for one, value, size in zip(layers, values.unbind(), sizes.unbind(), strict=True):
@@ -331,11 +318,7 @@ class Audit:
                 self._explained.setdefault((one.layer.name, key), []).append(Explained(value, size, tolerance))
 
     def compared(self, layer: int, parameters: Mapping[str, Tensor], holders: Iterable[str]) -> Iterator[Comparison]:
-        """Both sides of what is known of a layer's whole gradients.
-
-        Args:
-            holders: the layers that bring gradients of these, itself among them.
-        """
+        """Both sides of what is known of a layer's whole gradients, which the ``holders`` bring, itself among them."""
         sides = []
         for parameter in parameters.values():
             key = id(parameter)

@@ -71,14 +71,7 @@ def add_shared(
     scale: float,
     alpha: float,
 ) -> None:
-    """Add what a penalty adds to the squares of each layer.
-
-    Args:
-        backward: with the whole gradients.
-        record: of the one forward that it runs through.
-        inverse: 1 / c_n, the same for every sample.
-        alpha: weight of the batch in the sums.
-    """
+    """Add what a penalty adds to the squares of each layer; ``inverse`` is 1 / c_n, the same for every sample."""
     count = record.num_samples
     for layer in layers:
         if record.layers[layer.name].troubled:

@@ -62,14 +62,9 @@ def size_of(whole: Tensor, product: Tensor) -> Tensor:
 def tolerance_of(
     value: Tensor, dtype: torch.dtype, low: torch.dtype | None, operations: tuple[Operation, ...], terms: int
 ) -> float:
-    """What part of a number's size may be rounding.
+    """What part of a number's size may be rounding, also of factors to a ``low`` dtype, and by what operations may do.
 
-    Args:
-        value: the number.
-        dtype: of the parameter.
-        low: what factors are rounded to.
-        operations: what the whole gradient may have been made by.
-        terms: of a product with random numbers, which adds up like a random walk: each rounds by what came before.
+    A product of so many terms with random numbers adds up like a random walk: each rounds by what came before.
     """
     factors = 0.0 if low is None else torch.finfo(low).eps
     for operation in operations if dtype is torch.float32 else ():

@@ -21,11 +21,7 @@ UNITS, LARGEST = 8, 1e-5
 
 
 class Uncalled:
-    """What the parameters of such layers were when they were last looked at.
-
-    Args:
-        layers: all that are looked at, before anything is recorded.
-    """
+    """What the parameters of such layers were when they were last looked at, first before anything is recorded."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self._left = {id(p): slot(p) for layer in layers for p in layer.parameters.values() if p.grad is not None}
@@ -36,11 +32,7 @@ class Uncalled:
         return slot(parameter) != self._left.get(id(parameter))
 
     def moved(self, layers: Sequence[Layer], called: Iterable[str]) -> list[tuple[int, Tensor]]:
-        """Whether parameters have moved since they were looked at, by the number of the layer; nothing is read.
-
-        Args:
-            called: names of those that were called.
-        """
+        """Whether parameters have moved since they were looked at, by the number of the layer; nothing is read."""
         called = set(called)
         if len(called) >= len(layers):
             return []

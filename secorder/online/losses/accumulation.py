@@ -43,9 +43,7 @@ class Accumulation:
 def tell_division(fisher: "OnlineFisher", roots: Mapping[Place, Tensor], outputs: Collection[Node]) -> None:
     """See what the loss of a backward that begins is divided by, where nothing is told of its scale.
 
-    Args:
-        roots: where the pass begins, with the gradients that it begins with.
-        outputs: what computed the model's outputs: what these are divided by is the model's affair.
+    What divides the model's ``outputs`` is the model's affair.
     """
     scales = {
         prod([float(g), *factors_between(node, outputs)]) if not g.dim() else 1.0 for (node, _), g in roots.items()

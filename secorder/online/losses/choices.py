@@ -39,11 +39,7 @@ MOST_NODES = 100
 
 @torch.no_grad()
 def chooses(loss: SeenLoss) -> list[Place]:
-    """The outputs of which samples are chosen from, or compared with one another.
-
-    Raises:
-        UnknownNode: what is between loss and outputs cannot be looked at.
-    """
+    """The outputs of which samples are chosen from, or compared with one another; raises :class:`UnknownNode`."""
     if len(loss.order) > MOST_NODES:
         return []
     generator = fresh_generator()

@@ -21,14 +21,9 @@ from .seen import SeenLoss
 
 
 def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
-    """The outputs of which some samples' gradients change with the numbers of others.
+    """The outputs of which some samples' gradients change with the numbers of others; raises :class:`UnknownNode`.
 
-    Args:
-        loss: which a backward pass begins at.
-        statistics_fixed: take those of batch normalisation for constants.
-
-    Raises:
-        UnknownNode: what is between loss and outputs cannot be looked at.
+    The statistics of batch normalisation may be taken for constants.
     """
     chosen = {  # of forwards of one sample each, the first one's
         group: torch.randperm(count, generator=fresh_generator(), device="cpu") < (count + 1 - number % 2) // 2

@@ -56,13 +56,7 @@ _Mark = Output | _Call | None
 
 
 def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts: Sequence[Layout | None]) -> bool:
-    """Mark what the model has returned; whether there is anything that a loss can be computed from.
-
-    Args:
-        attachment: whose marks they are.
-        record: of the forward.
-        layouts: where samples are in each tensor, as far as it is known.
-    """
+    """Mark what the model has returned; whether there is anything that a loss can be computed from."""
     marked = False
     for tensor, layout in itertools.zip_longest(floating(output), layouts):
         if tensor is None or tensor.grad_fn is None:

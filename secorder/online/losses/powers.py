@@ -198,13 +198,7 @@ def differ(loss: SeenLoss, classes: int) -> bool:
 
 
 def reduced_otherwise(loss: SeenLoss, told: str, samples: int) -> tuple[str, bool]:
-    """Why a loss is not the mean, or the sum, of samples' losses that it is told to be; and whether that is sure.
-
-    Args:
-        loss: the loss.
-        told: ``"mean"`` or ``"sum"``.
-        samples: how many it is of.
-    """
+    """Why a loss is not the mean, or the sum, of samples' losses that is specified; and whether that is sure."""
     paths = paths_of(loss, samples, told)
     if told == "mean":
         others = {x for x in paths if x.power >= 0}

@@ -28,11 +28,7 @@ Reduction = Literal["mean", "sum"] | nn.Module | Weights | None
 
 
 def loss_scale_of(given: LossScale) -> Callable[[], float]:
-    """What tells the loss scale of now.
-
-    Raises:
-        InvalidArgumentError: it is neither a positive number nor tells one.
-    """
+    """What tells the loss scale of now: of a positive number, a function, or what has ``get_scale()``."""
     if isinstance(given, type):
         raise InvalidArgumentError(f"loss_scale is the class {given.__name__}, not made yet: pass the one in use.")
     if given is None or (isinstance(given, str) and given == "returned"):  # then it is found in each backward
@@ -47,11 +43,7 @@ def loss_scale_of(given: LossScale) -> Callable[[], float]:
 
 
 def usable_scale(function: Callable[[], float]) -> float:
-    """What a loss scale is told to be now.
-
-    Raises:
-        InvalidArgumentError: nothing can be divided by it, or the function raised.
-    """
+    """What a function gives as the loss scale of now, if something can be divided by it."""
     try:
         told = function()
     except Exception as error:
@@ -79,11 +71,7 @@ class _Constant:
 
 
 def check_reduction(given: Reduction) -> Literal["mean", "sum"] | Weights:
-    """``"mean"``, ``"sum"``, or a function that tells the weights of a batch.
-
-    Raises:
-        InvalidArgumentError: it is none of these.
-    """
+    """``"mean"``, ``"sum"``, or a function that tells the weights of a batch."""
     if given is None:
         return "mean"
     if isinstance(given, type):
@@ -110,11 +98,7 @@ def _is_weighted(loss: nn.Module) -> bool:
 
 
 def weights_of(function: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], num_samples: int) -> Tensor | None:
-    """The weights c_n of a batch; None where the function returns none, for a mean over the samples.
-
-    Raises:
-        InvalidArgumentError: they are not one real number a sample, or the function raised.
-    """
+    """The weights c_n of a batch, one real number a sample; None where there are none, for a mean over the samples."""
     try:
         with torch.no_grad():
             weights = function(*args, **kwargs)

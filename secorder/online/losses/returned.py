@@ -44,15 +44,11 @@ _MEAN = 'the loss that the model returns is the mean of its samples\' losses: pa
 
 
 def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: Any, kwargs: Any) -> dict[Beside, str]:
-    """By where they are, why losses that the model returns are not made as is told; empty of one that is.
+    """By where they are, why losses that the model returns are not made as is specified; empty of one that is.
 
     One of which that cannot be seen is missing. Of several, each may be divided by the number of samples where they are
-    added up, so that it is not said whether one is a sum or a mean.
-
-    Args:
-        model: the model, which is run in eval mode: with dropout, each part would have another loss.
-        reduction: ``"mean"``, ``"sum"`` or a function, as told.
-        found: where the samples are in the arguments; what it found to couple samples is looked at, too.
+    added up, so that it is not said whether one is a sum or a mean. The model runs in eval mode: with dropout, each
+    part would have another loss.
     """
     count = None if found.grouping is not None else found.count((args, kwargs))
     returned = not found.outputs or None in found.outputs
@@ -114,12 +110,9 @@ def _reasons(
     divided: bool,
     by_tokens: bool,
 ) -> dict[Beside, str]:
-    """:func:`told_otherwise`, of some samples.
+    """:func:`told_otherwise`, of some samples, for which ``take`` gives the model's arguments.
 
     Args:
-        run: the model.
-        take: the model's arguments for some samples.
-        ids: the samples.
         bounds: what is rounding for certain, and all that passes for it, as parts of the size of losses.
         divided: whether the loss may be divided by a number that the model is called with.
         by_tokens: whether that is one of tokens, of which samples have other shares than in a mean over samples.
@@ -192,8 +185,7 @@ def _losses(model: nn.Module, output: Any, kept: Collection[Beside]) -> dict[Bes
 def _shares(kind: Any, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, parts: Sequence[Tensor]) -> list[float]:
     """What the weights of each part's samples in their own batch are multiplied by in that of all.
 
-    Raises:
-        ValueError: these are not in one proportion, so that the loss of the part tells nothing of the whole's.
+    Raises ``ValueError`` where they are not in one proportion: the loss of the part then tells nothing of the whole's.
     """
     if kind == "sum":
         return [1.0 for _ in parts]
@@ -210,11 +202,7 @@ def _shares(kind: Any, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, p
 
 
 def _rounding(model: nn.Module, units: int | None = None) -> float:
-    """That of the least precise of the model's parameters, or of float32, in which models take losses.
-
-    Args:
-        units: in the last place; None for all that passes for rounding.
-    """
+    """That of the least precise of the model's parameters, or of float32, in which models take losses."""
     kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     passes = max(map(rounding, kinds))
     return passes if units is None else min(units * max(torch.finfo(kind).eps for kind in kinds), passes)

@@ -103,11 +103,7 @@ def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None
 
 
 def tell_scaler(fisher: "OnlineFisher", roots: Iterable[Place]) -> None:
-    """Mark all layers where a ``GradScaler`` has multiplied the loss, of whose scale nothing is told.
-
-    Args:
-        roots: where the backward pass begins, before it does.
-    """
+    """Mark all layers where a ``GradScaler`` has multiplied the loss, of whose scale nothing is specified."""
     if any(multiplied_by_scaler(node) for node, _ in roots):
         fisher.troubles.mark(
             fisher.sums,

@@ -39,10 +39,7 @@ def see(
 ) -> SeenLoss | None:
     """The loss that a backward pass begins at; None where there is nothing to see of it, or too much.
 
-    Args:
-        roots: the gradients that the pass begins with.
-        by_record: what it leads to: see :func:`.marks.outputs_behind`.
-        joined: whether row n of all forwards of as many samples is one sample.
+    With ``joined`` row n of all forwards of as many samples is one sample. See :func:`.marks.outputs_behind`.
     """
     counts = {own.num_samples for outputs in by_record.values() for own in outputs.values() if own is not None}
     outputs = {

@@ -49,11 +49,7 @@ _OF_SEVERAL = 'pass forwards="joined" if row n of one forward is combined with r
 
 
 def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -> None:
-    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of.
-
-    Args:
-        record: of the forward that has ended, with what was found of what the model makes beside outputs of samples.
-    """
+    """Mark layers once a backward begins at a loss of which it is found that it is not to be told of."""
     fisher, found = attachment.fisher, record.attribution
     if record.verified:
         watch_scale(fisher, record, output)

@@ -33,11 +33,7 @@ MEAN_OF_SEVERAL = (
 
 @torch.no_grad()
 def weights_of_loss(loss: SeenLoss, num_samples: int) -> str:
-    """How a loss weights the samples of a batch otherwise than alike; empty where that does not show.
-
-    Raises:
-        UnknownNode: what is between loss and outputs cannot be looked at.
-    """
+    """How a loss weights samples otherwise than alike; empty where that does not show. Raises :class:`UnknownNode`."""
     for mean in filter(None, map(mean_over_targets, loss.order)):
         if mean.by_class is not None and bool((mean.by_class != mean.by_class[0]).any()):
             return WEIGHTED.format("class weights in a mean")
@@ -95,9 +91,7 @@ def _multipliers(loss: SeenLoss) -> Iterator[tuple[Node, int | None, Tensor]]:
 def _by_chance(weights: Tensor, factors: set[float]) -> bool:
     """Whether they may add up to a number by chance: masks, labels, and weights of classes, as many of each.
 
-    Args:
-        weights: a row for each sample.
-        factors: of the loss; one is one over the sum of the weights, where they were divided by it.
+    One of the loss's factors is one over the sum of the weights, where they were divided by it.
     """
     total = float(weights.sum())
     if any(_near(factor * total, 1, len(weights), weights.numel()) for factor in factors - {1.0}):

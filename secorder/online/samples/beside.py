@@ -65,11 +65,7 @@ class Beside(NamedTuple):
 
 
 def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
-    """The differentiable tensors that modules keep, and those that the model returns.
-
-    Args:
-        model: the model, as its forward left it; None for what it returned alone.
-    """
+    """The differentiable tensors that modules keep after a forward, and those that the model returns."""
     found = {
         Beside(name, (key, *path)): tensor
         for name, module in (model.named_modules() if model is not None else ())
@@ -115,12 +111,7 @@ def coupling(
     hypothesis: Hypothesis,
     base: Mapping[Beside, Tensor],
 ) -> frozenset[Beside]:
-    """Of the tensors that a forward has made beside outputs of samples, those that are no sums over samples.
-
-    Args:
-        forward: the model on its arguments, from one and the same state.
-        base: what the forward made of them.
-    """
+    """Of what a forward has made beside outputs of samples (``base``), the tensors that are no sums over samples."""
     count = hypothesis.num_samples
     if count < 2 or not base:
         return frozenset()
@@ -173,14 +164,7 @@ def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
 def watch_beside(
     fisher: "OnlineFisher", output: Any, coupling: Iterable[Beside], unreduced: Mapping[Beside, str]
 ) -> None:
-    """Mark layers once a loss uses what is not to be told of.
-
-    Args:
-        fisher: what the layers are marked in.
-        output: of the forward that has ended.
-        coupling: where :func:`coupling` tensors are, for those layers that these were made by.
-        unreduced: why losses that the model returned are not made as is told, by where they are, for all layers.
-    """
+    """Mark layers once a loss uses what is not to be told of: of :func:`coupling` tensors, those that made them."""
     places, returned = set(coupling), made_beside(None, output)
     of_none = returned.keys() <= places and any(t.dim() for t in returned.values())
     watched = [(place, reason, False) for place, reason in unreduced.items()]

@@ -62,11 +62,7 @@ class Separation(NamedTuple):
 
 
 def check_sample_dim(sample_dim: SampleDim) -> None:
-    """Raise unless it is None, ``"list"``, a dimension, or a mapping to dimensions.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
+    """Raise unless it is None, ``"list"``, a dimension, or a mapping to dimensions."""
     if isinstance(sample_dim, str) and sample_dim == "list":
         return
     dims = list(sample_dim.values()) if isinstance(sample_dim, Mapping) else [sample_dim]
@@ -81,11 +77,7 @@ def check_sample_dim(sample_dim: SampleDim) -> None:
 def from_names(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sample_dim: Mapping[str, int | None]
 ) -> Hypothesis:
-    """The hypothesis that a mapping of argument names states.
-
-    Raises:
-        InvalidArgumentError: a name is not one of the model's arguments, or the sizes differ.
-    """
+    """The hypothesis that a mapping of names of the model's arguments states."""
     bound = signature(model.forward).bind_partial(*args, **kwargs).arguments
     unknown = [name for name in sample_dim if name not in bound and name not in kwargs]
     if unknown:
@@ -106,11 +98,7 @@ def hypotheses(arguments: Any, outputs: Sequence[Tensor], dim: int | Literal["li
     """What may be the samples, the usual first: a size in dim 0 of the arguments that the outputs have too, or dim 1.
 
     Behind these come the entries of a list, the graphs of a vector of indices, and the rows of which a list tells how
-    many each sample has; packed sequences stand alone.
-
-    Args:
-        outputs: its tensors.
-        dim: the dimension, where it was told, or ``"list"``.
+    many each sample has; packed sequences stand alone. A ``dim`` is as it was specified.
     """
     if dim is None and (packed := owned_by_packing(arguments)):
         return [of_owned(x, arguments) for x in packed]
@@ -183,10 +171,7 @@ def separates(
 ) -> Separation | None:
     """The layouts of each output under which samples do not influence one another; None where some do.
 
-    Args:
-        forward: the model on its arguments, from one and the same state.
-        base: the floating-point outputs for them.
-        masks: for each trial the samples to change, bool, shape (N,).
+    Each mask, bool, shape (N,), tells the samples that a trial changes.
     """
     options = [any_layout(f, hypothesis.num_samples) for f in base]
     if not any(options):
@@ -246,14 +231,11 @@ def floating(tree: Any) -> list[Tensor]:
 
 
 def run_changed(forward: Forward, arguments: Any, hypothesis: Hypothesis, mask: Tensor, *, alike: bool = False) -> Any:
-    """The model's output with other numbers for some samples: those of their neighbours, a little scaled.
+    """The model's output with other numbers for the samples of a mask: those of their neighbours, a little scaled.
 
     Entries of a list that hold no such numbers (texts, token ids of several lengths) are their neighbours' as they are.
-
-    Args:
-        forward: the model on its arguments.
-        mask: which samples are changed, bool, shape (N,); where none is, the graph is like that of changed ones.
-        alike: give them those of the first sample, as they are, where a dimension holds samples.
+    With an empty mask the graph is like that of changed ones; ``alike`` gives samples in a dimension those of the
+    first.
     """
     whole = hypothesis.owned is not None and hypothesis.owned.grouping.place is None
     if whole and _only_integers(arguments, hypothesis):

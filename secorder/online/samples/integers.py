@@ -23,10 +23,9 @@ _TABLES = (F.embedding, F.embedding_bag)
 
 
 class ChangedIntegers(TorchFunctionMode):
-    """Inside, some samples' integers make other numbers than they do.
+    """Inside, the integers of a mask's samples make other numbers than they do.
 
     Args:
-        mask: which samples are changed, bool, shape (N,).
         rows: of the tensors that hold samples, which rows are those of changed ones, and in which dimension.
         dim: that of the first argument that has samples.
         alike: give them the numbers of the first row, as they are.

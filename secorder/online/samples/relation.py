@@ -30,12 +30,7 @@ def explain(
 ) -> Layout | None:
     """The layout of a call by what was verified before; None where that does not explain its shape, or not in one way.
 
-    Args:
-        known: verified calls of the same layer.
-        place: of the output among those of the layer's calls.
-        shape: of it.
-        arguments: shapes of the tensors among the model's arguments.
-        num_samples: of the batch.
+    The place is that of the output among those of the layer's calls; shapes of the model's arguments are of tensors.
     """
     if num_samples == 1:
         return whole_call(shape)

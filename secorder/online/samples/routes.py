@@ -87,8 +87,7 @@ def layers_of_routed_rows(
 ) -> set[str]:
     """Names of layers whose enclosing module returns rows that no shape tells the samples of.
 
-    Args:
-        forward: runs the model on the arguments, and calls its second argument with the copies that the model gets.
+    ``forward`` calls its second argument with the copies of the arguments that the model gets.
     """
     found: set[str] = set()
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
@@ -116,9 +115,6 @@ def routed_nodes(
     """One forward's output, and by the nodes of its graph what was selected there and is not yet put back.
 
     Of what functions return; what they compute on the way has no entry.
-
-    Args:
-        forward: as for :func:`layers_of_routed_rows`.
     """
     routes = _Routes(hypothesis, unowned_arguments(arguments, hypothesis))
     with routes:

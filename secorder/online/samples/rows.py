@@ -37,10 +37,7 @@ def rows_of_layers(
 ) -> Rows | None:
     """Which rows of each layer's output belong to which sample; None where they are seen to influence one another.
 
-    Args:
-        seen: the layers with their calls in one forward.
-        forward: the model on its arguments, from one and the same state.
-        ranks: that parameters lie over, and do the same together.
+    Ranks that parameters lie over do the same together.
     """
     if graph.ends:
         try:

@@ -82,12 +82,8 @@ def attribute(
 ) -> Attribution:
     """Find and verify where samples are in each layer.
 
-    Args:
-        sample_dim: where the samples are in the arguments, if it is told.
-        before: what an earlier look found: its enclosing modules, and where it found samples, are what this one
-            begins with, by a few drawn trials where the first look tells every ordered pair of samples apart.
-        direct: leave the parameters in their places (see :func:`secorder.oneshot.isolation.run_isolated`).
-        not_followed: layers that are not to be measured by operations.
+    What an earlier call found (``before``) is where this one begins, by a few drawn trials, where the first tells every
+    ordered pair of samples apart. Layers that are ``not_followed`` are not to be measured by operations.
     """
     ranks = ranks_of(model, layers)
     if ranks is not None:

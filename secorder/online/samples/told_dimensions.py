@@ -12,11 +12,7 @@ from .hypotheses import SampleDim
 
 
 def require_known_arguments(model: nn.Module, sample_dim: SampleDim) -> None:
-    """Raise where a mapping names what the model is not called with, as far as its signature tells.
-
-    Raises:
-        InvalidArgumentError: it does, or names nothing.
-    """
+    """Raise where a mapping names what the model is not called with, as far as its signature tells, or nothing."""
     if not isinstance(sample_dim, Mapping):
         return
     taken = signature(model.forward).parameters
@@ -35,11 +31,7 @@ def told_dimensions(sample_dim: SampleDim) -> set[int] | None:
 
 
 def require_one_dimension(sample_dim: SampleDim) -> None:
-    """Raise where samples are not in one dimension of all inputs, as a pass of our own takes them (or in dim 0).
-
-    Raises:
-        InvalidArgumentError: a mapping tells otherwise.
-    """
+    """Raise where samples are not in one dimension of all inputs, as a pass of our own takes them (or in dim 0)."""
     told = told_dimensions(sample_dim)
     if told is not None and (not told or len(told - {0}) > 1):
         raise InvalidArgumentError(

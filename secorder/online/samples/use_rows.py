@@ -54,13 +54,9 @@ def rows_of_uses(
     *,
     routed: Callable[[Any, Callable[[Any], None]], Any] | None,
 ) -> UseRows:
-    """Find and verify the uses of layers' parameters.
+    """Find and verify the uses of layers' parameters, along the ``routes`` that were found to be followed before.
 
-    Args:
-        parameters: by layer and name, as the graph of a forward has them.
-        forward: the model on its arguments, from one and the same state.
-        routes: by layer, those that were found to be followed before.
-        routed: the forward for :func:`.routes.routed_nodes`, where rows may depend on data.
+    Where rows may depend on data, ``routed`` is the forward for :func:`.routes.routed_nodes`.
     """
     evidence: Evidence
     if chosen.num_samples == 1:
