@@ -29,7 +29,7 @@ from ..timing import Pieces, Rehearsal, seconds_of
 from .block import Block
 from .budget import Budget
 from .facts import Facts
-from .layer_block import by_basis, by_diagonal
+from .layer_block import by_block, by_diagonal
 from .layer_graph import LayerGraph, OutputSide
 from .steps import Step, steps_of
 
@@ -201,7 +201,7 @@ def _carried_over(
         for key, block, whole in _carried(task, chain, steps, top.of_samples(here), here, pieces):
             graph = chain.graphs[key]
             if whole:
-                _add(totals, graph, by_basis(graph, block.full(), here, pieces))
+                _add(totals, graph, by_block(graph, block, here, pieces))
                 continue
             own = block.diagonal()
             if key not in diagonals:
