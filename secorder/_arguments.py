@@ -31,6 +31,40 @@ def like(unknown: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]!r}?" if close else "."
 
 
+def refuse_given(reason: str, **options: Any) -> None:
+    """Raise if one of some options was given, which have no effect beside the others.
+
+    Args:
+        reason: the sentence after the option.
+        options: by name; None where one was not given.
+
+    Raises:
+        InvalidArgumentError: one was.
+    """
+    for name, value in options.items():
+        if value is not None:
+            raise InvalidArgumentError(f"{name}={shown(value)} {reason}")
+
+
+def refuse_unused_draws(
+    method: str, num_draws: Any = None, rtol: Any = None, max_draws: Any = None, max_hvps: Any = None
+) -> None:
+    """Raise if a Hessian's options contradict one another: of those that go by draws, or by their number.
+
+    Raises:
+        InvalidArgumentError: they do.
+    """
+    if method == "exact":
+        reason = 'goes with method="hutchinson" or "auto": method="exact" draws nothing.'
+        refuse_given(reason, num_draws=num_draws, rtol=rtol, max_draws=max_draws)
+    if method != "auto":
+        refuse_given('goes with method="auto", which estimates the layers that would take more.', max_hvps=max_hvps)
+    if rtol is None and (method == "hutchinson" or num_draws is not None):
+        refuse_given(
+            "goes with rtol=, the error that draws go down to: without it, num_draws are made.", max_draws=max_draws
+        )
+
+
 def require_device(name: str, value: Any) -> None:
     """Raise unless an argument is a device, or None.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ._arguments import (
+    refuse_given,
     require_device,
     require_flag,
     require_floating_dtype,
@@ -36,7 +37,7 @@ from .layers.selection import (
 from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
-from .oneshot.eigenvalues import Eigenvalues, Which, eigenvalues
+from .oneshot.eigenvalues import MAX_ITERATIONS, Eigenvalues, Which, eigenvalues
 from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost, result_bytes
@@ -357,7 +358,7 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
         rtol: float | None = None,
-        max_draws: int = 10_000,
+        max_draws: int | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -376,7 +377,7 @@ class CurvatureProbe:
         fisher_type: FisherType = "empirical",
         num_draws: int = 1,
         rtol: float | None = None,
-        max_draws: int = 10_000,
+        max_draws: int | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
         chunk_size: int | None = None,
@@ -406,7 +407,7 @@ class CurvatureProbe:
             rtol: of ``"type-2"`` with many outputs: exact for each sample's heaviest columns, until the rest's share of
                 the loss's own trace is at most this, and an unbiased estimate of the rest, drawn until its standard
                 error relative to the diagonal is.
-            max_draws: draws at most, with ``rtol``.
+            max_draws: draws at most, with ``rtol``; 10,000 by default.
             generator: random numbers of ``"mc"`` and ``rtol``; the global random state is never advanced.
             create_graph: make the result differentiable with respect to the model's parameters.
             chunk_size: vector-Jacobian products batched at most; by default as many as fit 256 MB.
@@ -440,7 +441,13 @@ class CurvatureProbe:
         """
         if loss_fn is None:
             given = inputs is not None or targets is not None or generator is not None or chunk_size is not None
-            if given or fisher_type != "empirical" or num_draws != 1 or create_graph or rtol is not None:
+            if (
+                given
+                or fisher_type != "empirical"
+                or num_draws != 1
+                or create_graph
+                or (rtol, max_draws) != (None, None)
+            ):
                 raise InvalidArgumentError(
                     "without loss_fn, fisher_diagonal() returns what training accumulated and takes synchronize= and "
                     "missing= alone: pass loss_fn, inputs and targets to measure a batch."
@@ -623,7 +630,7 @@ class CurvatureProbe:
         method: HessianMethod = "auto",
         num_draws: int | None = None,
         rtol: float | None = None,
-        max_draws: int = 10_000,
+        max_draws: int | None = None,
         max_hvps: int | None = None,
         generator: torch.Generator | None = None,
         create_graph: bool = False,
@@ -644,7 +651,7 @@ class CurvatureProbe:
             num_draws: draws of an estimate, 100 by default; with ``rtol`` the least number, 16 by default.
             rtol: draw until a layer's ``‖standard error‖ / ‖diagonal‖`` is at most this; ``"auto"`` asks 0.05 unless
                 ``num_draws`` is given. Whether it was met is the ``converged`` of the layer's ``info``.
-            max_draws: draws at most, with ``rtol``.
+            max_draws: draws at most, with ``rtol``; 10,000 by default.
             max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take; by default 10,000, and as
                 many as take some ten seconds.
             generator: random numbers, of the draws and of the checks; the global random state is never advanced.
@@ -679,6 +686,9 @@ class CurvatureProbe:
         options = _options(generator, chunk_size, progress, create_graph)
         if create_graph and method == "hutchinson":
             raise InvalidArgumentError('create_graph=True needs method="exact".')
+        if create_graph:
+            reason = "goes without create_graph=True, with which every layer is exact."
+            refuse_given(reason, num_draws=num_draws, rtol=rtol, max_draws=max_draws, max_hvps=max_hvps)
         hessian = self._measure(partial(hessian_diagonal, budget=budget), loss_fn, inputs, targets, **options)
         if method == "auto":
             warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
@@ -699,7 +709,7 @@ class CurvatureProbe:
         method: HessianMethod = "auto",
         num_draws: int | None = None,
         rtol: float | None = None,
-        max_draws: int = 10_000,
+        max_draws: int | None = None,
         max_hvps: int | None = None,
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
@@ -741,6 +751,9 @@ class CurvatureProbe:
         """
         _check_curvature(of, by)
         budget = Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
+        if of == "fisher":
+            reason = 'goes with of="hessian" or "ggn": of="fisher" is exact.'
+            refuse_given(reason, num_draws=num_draws, rtol=rtol, max_draws=max_draws, max_hvps=max_hvps)
         options = {"by_sample": of != "hessian", **_options(generator, chunk_size, progress)}
         found = self._measure(partial(traces, budget=budget, of=of, by=by), loss_fn, inputs, targets, **options)
         if method == "auto":
@@ -760,7 +773,7 @@ class CurvatureProbe:
         count: int = 1,
         which: Which = "both",
         tolerance: float = 1e-3,
-        max_iterations: int = 200,
+        max_iterations: int = MAX_ITERATIONS,
         generator: torch.Generator | None = None,
         chunk_size: int | None = None,
         progress: bool = False,
@@ -848,10 +861,10 @@ class CurvatureProbe:
         method: HessianMethod = "auto",
         num_draws: int | None = None,
         rtol: float | None = None,
-        max_draws: int = 10_000,
+        max_draws: int | None = None,
         max_hvps: int | None = None,
         fisher_type: FisherType = "empirical",
-        max_iterations: int = 200,
+        max_iterations: int = MAX_ITERATIONS,
         chunk_size: int | None = None,
     ) -> Cost:
         """What a measurement with the same arguments would take: products, memory and seconds.
@@ -884,17 +897,13 @@ class CurvatureProbe:
             ('chain', True, True)
         """
         require_one_of("quantity", quantity, get_args(Quantity))
-        check_fisher_type(fisher_type, 1 if num_draws is None else num_draws)
-        require_integer("max_draws", max_draws, 1)
         require_integer("max_iterations", max_iterations, 1)
+        drawn = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws}
+        budget = _budget(quantity, method, fisher_type, max_iterations, max_hvps, drawn)
         count, loading = 1, 0.0
         if is_data_set(inputs, targets):
             with random_state_kept(self._model):
                 (inputs, targets), count, loading = first_of(inputs, self._one_shot_dim)
-        if quantity == "fisher":
-            budget = fisher_budget(fisher_type, rtol, max_draws) or Budget()
-        else:
-            budget = Budget.checked(method, num_draws, rtol, max(max_draws, num_draws or 0), max_hvps)
         asked = quantity, budget, fisher_type, num_draws or 1, max_iterations
         batch = loss_fn, inputs, targets
         how: dict[str, Any] = {"by_sample": quantity == "fisher", "chunk_size": chunk_size}
@@ -1097,6 +1106,31 @@ def _options(
     require_flag("progress", progress)
     require_flag("create_graph", create_graph)
     return {"generator": generator, "chunk_size": chunk_size, "progress": progress, "create_graph": create_graph}
+
+
+def _budget(
+    quantity: Quantity,
+    method: HessianMethod,
+    fisher_type: FisherType,
+    max_iterations: int,
+    max_hvps: int | None,
+    drawn: dict[str, Any],
+) -> Budget:
+    """How exact what a cost is asked for is to be, of options that its measurement takes."""
+    for name, value, usual, of in (
+        ("method", method, "auto", ("hessian", "trace")),
+        ("fisher_type", fisher_type, "empirical", ("fisher",)),
+        ("max_iterations", max_iterations, MAX_ITERATIONS, ("eigenvalues",)),
+        ("max_hvps", max_hvps, None, ("hessian", "trace")),
+    ):
+        if quantity not in of and value != usual:
+            refuse_given(f'goes with quantity="{of[0]}", not "{quantity}".', **{name: value})
+    if quantity == "fisher":
+        check_fisher_type(fisher_type, 1 if drawn["num_draws"] is None else drawn["num_draws"])
+        return fisher_budget(fisher_type, drawn["rtol"], drawn["max_draws"]) or Budget()
+    if quantity == "eigenvalues":
+        refuse_given('goes with what is drawn, not with quantity="eigenvalues".', **drawn)
+    return Budget.checked(method, **drawn, max_hvps=max_hvps)
 
 
 def _check_curvature(of: Curvature, by: By) -> None:

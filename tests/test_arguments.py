@@ -9,6 +9,8 @@ from torch import nn
 
 from secorder import InvalidArgumentError, InvalidTypeError
 from secorder._arguments import (
+    refuse_given,
+    refuse_unused_draws,
     require_device,
     require_flag,
     require_floating_dtype,
@@ -96,3 +98,14 @@ def test_flags() -> None:
     for wrong in (None, "yes", 2, 1.0, torch.randn(6), np.ones(3, dtype=bool)):
         with pytest.raises(InvalidTypeError, match="progress must be True or False"):
             require_flag("progress", wrong)
+
+
+def test_what_goes_by_draws_alone() -> None:
+    refuse_given("is not used.", first=None)
+    with pytest.raises(InvalidArgumentError, match="second=3 is not used"):
+        refuse_given("is not used.", first=None, second=3)
+    refuse_unused_draws("auto", 8, 0.1, 9, 10)
+    refuse_unused_draws("auto", max_draws=9)
+    for given in (("exact", 8), ("hutchinson", None, None, 9), ("hutchinson", 8, 0.1, 9, 10), ("auto", 8, None, 9)):
+        with pytest.raises(InvalidArgumentError, match="goes with"):
+            refuse_unused_draws(*given)

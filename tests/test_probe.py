@@ -9,9 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from secorder import CurvatureProbe, InvalidTypeError, ProbeStateError, per_layer_hessian_diagonal
+from secorder import (
+    CurvatureProbe,
+    InvalidArgumentError,
+    InvalidTypeError,
+    ProbeStateError,
+    per_layer_hessian_diagonal,
+)
 
-from .helpers import Taking, data, make, reference, step
+from .helpers import Taking, data, make, mlp, reference, step
 from .reference import assert_all_close
 
 
@@ -143,3 +149,33 @@ def test_what_is_accumulated_is_logged_with_a_hessian() -> None:
     fishers, hessians, later = (numbers for _, numbers in sink.points)
     assert fishers["fisher_trace/0"] == later["fisher_trace/0"] == pytest.approx(float(fisher["0"].sum()))
     assert hessians["hessian_trace/0"] == pytest.approx(float(hessian["0"].sum()))
+
+
+FISHER, HESSIAN, TRACE, COST = "fisher_diagonal", "hessian_diagonal", "hessian_trace", "estimate_cost"
+UNUSED: list[tuple[str, dict[str, Any], str]] = [
+    (FISHER, {"num_draws": 8}, "num_draws=8 goes with fisher_type"),
+    (FISHER, {"fisher_type": "type-2", "num_draws": 8}, "num_draws=8 goes with fisher_type"),
+    (FISHER, {"fisher_type": "type-2", "max_draws": 8}, "max_draws=8 goes with rtol"),
+    (FISHER, {"fisher_type": "mc", "rtol": 0.1}, "rtol goes with fisher_type"),
+    (HESSIAN, {"method": "exact", "num_draws": 8}, "num_draws=8 goes with method"),
+    (HESSIAN, {"method": "exact", "rtol": 0.1}, "rtol=0.1 goes with method"),
+    (HESSIAN, {"method": "exact", "max_draws": 8}, "max_draws=8 goes with method"),
+    (HESSIAN, {"method": "hutchinson", "max_hvps": 8}, "max_hvps=8 goes with method"),
+    (HESSIAN, {"num_draws": 8, "max_draws": 9}, "max_draws=9 goes with rtol"),
+    (HESSIAN, {"create_graph": True, "rtol": 0.1}, "rtol=0.1 goes without create_graph"),
+    (TRACE, {"of": "ggn", "method": "exact", "num_draws": 8}, "num_draws=8 goes with method"),
+    (TRACE, {"of": "fisher", "rtol": 0.1}, "rtol=0.1 goes with of"),
+    (COST, {"method": "exact", "rtol": 0.1}, "rtol=0.1 goes with method"),
+    (COST, {"fisher_type": "mc"}, "fisher_type='mc' goes with quantity"),
+    (COST, {"max_iterations": 3}, "max_iterations=3 goes with quantity"),
+    (COST, {"quantity": "eigenvalues", "num_draws": 3}, "num_draws=3 goes with"),
+    (COST, {"quantity": "fisher", "method": "exact"}, "method='exact' goes with quantity"),
+    (COST, {"quantity": "fisher", "max_hvps": 3}, "max_hvps=3 goes with quantity"),
+    (COST, {"quantity": "fisher", "num_draws": 0}, "num_draws must be"),
+]
+
+
+@pytest.mark.parametrize(("method", "options", "words"), UNUSED, ids=str)
+def test_an_option_without_effect_is_refused(method: str, options: dict[str, Any], words: str) -> None:
+    with CurvatureProbe(mlp()) as probe, pytest.raises(InvalidArgumentError, match=words):
+        getattr(probe, method)(F.cross_entropy, *data(), **options)

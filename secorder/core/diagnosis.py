@@ -19,7 +19,7 @@ from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
 from ..oneshot.data_set import batches_of, is_data_set, number_of_batches
-from ..oneshot.hessian.budget import HessianMethod
+from ..oneshot.hessian.budget import Budget, HessianMethod
 from ..oneshot.loss import losses
 from ..oneshot.loss_reduction import LossReduction
 from ..oneshot.warn import warn_if_estimated
@@ -41,7 +41,7 @@ def diagnose(
     method: HessianMethod = "auto",
     num_draws: int | None = None,
     rtol: float | None = None,
-    max_draws: int = 10_000,
+    max_draws: int | None = None,
     max_hvps: int | None = None,
     chunk_size: int | None = None,
     reduction: Literal["mean", "sum"] | None = None,
@@ -62,7 +62,7 @@ def diagnose(
         method: how the Hessian is measured: ``"auto"``, ``"exact"`` or ``"hutchinson"``.
         num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.
-        max_draws: draws at most, with ``rtol``.
+        max_draws: draws at most, with ``rtol``; 10,000 by default.
         max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
         chunk_size: products batched at most.
         reduction: how the loss reduces samples, ``"mean"`` or ``"sum"``, which the Hessian of several batches depends
@@ -93,6 +93,7 @@ def diagnose(
     total = number_of_batches(inputs) if several else None
     common: dict[str, Any] = {"generator": generator, "chunk_size": chunk_size}
     drawn: dict[str, Any] = {"num_draws": num_draws, "rtol": rtol, "max_draws": max_draws, "max_hvps": max_hvps}
+    Budget.checked(method, **drawn)
     fisher: Diagonals | None = None
     hessian: Diagonals | None = None
     coupled: CouplingError | None = None

@@ -30,7 +30,7 @@ def per_layer_hessian_diagonal(
     method: HessianMethod = "auto",
     num_draws: int | None = None,
     rtol: float | None = None,
-    max_draws: int = 10_000,
+    max_draws: int | None = None,
     max_hvps: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
@@ -51,7 +51,7 @@ def per_layer_hessian_diagonal(
             ``"hutchinson"`` for an unbiased estimate.
         num_draws: draws of an estimate.
         rtol: relative error that an estimate is drawn down to.
-        max_draws: draws at most, with ``rtol``.
+        max_draws: draws at most, with ``rtol``; 10,000 by default.
         max_hvps: with ``"auto"``, Hessian-vector products that an exact layer may take.
         generator: random numbers of the draws and checks.
         chunk_size: Hessian-vector products batched at most.
@@ -106,7 +106,7 @@ def per_layer_fisher_diagonal(
     fisher_type: FisherType = "empirical",
     num_draws: int = 1,
     rtol: float | None = None,
-    max_draws: int = 10_000,
+    max_draws: int | None = None,
     generator: torch.Generator | None = None,
     chunk_size: int | None = None,
     progress: bool = False,
@@ -125,7 +125,7 @@ def per_layer_fisher_diagonal(
         fisher_type: ``"empirical"``, ``"type-2"`` (exact, the GGN) or ``"mc"`` (its estimate).
         num_draws: draws of ``"mc"``.
         rtol: of ``"type-2"``, the heaviest columns of each sample and draws of the rest, to this relative error.
-        max_draws: draws at most, with ``rtol``.
+        max_draws: draws at most, with ``rtol``; 10,000 by default.
         generator: random numbers of ``"mc"`` and of the checks.
         chunk_size: vector-Jacobian products batched at most.
         progress: show a progress bar.

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 
 from torch import Tensor
 
-from .._arguments import like, require_flag, require_integer, require_number, require_one_of, shown
+from .._arguments import like, refuse_unused_draws, require_flag, require_integer, require_number, require_one_of, shown
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -85,6 +85,8 @@ def measurement_options(probe: Watched, given: Mapping[str, Any], own: Iterable[
     for method, chosen in options.items():
         for key, value in chosen.items():
             _check_option(key, value, taken[method][key].annotation)  # now, not at the first step that measures
+    drawn = ("num_draws", "rtol", "max_draws", "max_hvps")
+    refuse_unused_draws(given.get("method", "auto"), **{key: given[key] for key in drawn if key in given})
     return options
 
 

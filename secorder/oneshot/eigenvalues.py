@@ -19,8 +19,9 @@ from .trace import By
 #: Which eigenvalues: those at both ends, the largest in modulus, the largest, the smallest.
 Which = Literal["both", "largest", "top", "bottom"]
 
-#: The usual tolerance.
+#: The usual tolerance, and number of products at most.
 TOLERANCE = 1e-3
+MAX_ITERATIONS = 200
 
 #: Vectors that there is room for at first; for twice as many when it is full.
 FIRST_ROWS = 16

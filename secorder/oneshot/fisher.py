@@ -29,7 +29,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from .._arguments import require_integer, require_one_of
+from .._arguments import refuse_given, require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
 from .._torch.graph import collection_paused
 from .._torch.modules import own_parameters
@@ -76,23 +76,29 @@ __all__ = [
 
 
 def check_fisher_type(fisher_type: str, num_draws: int) -> None:
-    """Raise unless it is one of the three, with draws enough.
+    """Raise unless it is one of the three, with draws enough where it is drawn.
 
     Raises:
         InvalidArgumentError: it is not.
     """
     require_one_of("fisher_type", fisher_type, get_args(FisherType))
     require_integer("num_draws", num_draws, 1)
+    if fisher_type != "mc" and num_draws != 1:
+        refuse_given(
+            f'goes with fisher_type="mc": fisher_type="{fisher_type}" draws no number of times.', num_draws=num_draws
+        )
 
 
-def fisher_budget(fisher_type: str, rtol: float | None, max_draws: int, *, create_graph: bool = False) -> Budget | None:
+def fisher_budget(
+    fisher_type: str, rtol: float | None, max_draws: int | None, *, create_graph: bool = False
+) -> Budget | None:
     """How exact a Fisher by its heaviest columns is to be; None where no error is asked for.
 
     Raises:
         InvalidArgumentError: there is no such Fisher.
     """
-    require_integer("max_draws", max_draws, 1)
     if rtol is None:
+        refuse_given("goes with rtol=, the error that draws go down to.", max_draws=max_draws)
         return None
     if fisher_type != "type-2" or create_graph:
         raise InvalidArgumentError('rtol goes with fisher_type="type-2", and not with create_graph=True.')

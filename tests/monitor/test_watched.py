@@ -16,6 +16,8 @@ def test_each_measurement_gets_what_it_takes() -> None:
         "hessian_trace": {"method": "exact", "chunk_size": 2},
         "hessian_eigenvalues": {"max_iterations": 7, "chunk_size": 2},
     }
+    with pytest.raises(InvalidArgumentError, match="num_draws=3 goes with method"):
+        measurement_options(probe, {"method": "exact", "num_draws": 3}, [])
     with pytest.raises(InvalidArgumentError, match="no option 'max_iteration': did you mean 'max_iterations'"):
         measurement_options(probe, {"max_iteration": 3}, ["log_every"])
     with pytest.raises(InvalidArgumentError, match="no option 'log_evry': did you mean 'log_every'"):

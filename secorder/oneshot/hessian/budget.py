@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from ..._arguments import require_integer, require_number, require_one_of
+from ..._arguments import refuse_unused_draws, require_integer, require_number, require_one_of
 from ...errors import InvalidArgumentError
 
 __all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "Budget", "HessianMethod"]
@@ -23,6 +23,9 @@ MAX_WORK = 1_000_000_000
 #: What ``method="auto"`` may take in all, in seconds, where products are many enough to be timed.
 AUTO_SECONDS = 10.0
 
+
+#: Draws at most, where an error is asked for.
+MAX_DRAWS = 10_000
 
 #: The relative error that ``method="auto"`` asks of its estimates.
 AUTO_RTOL = 0.05
@@ -46,7 +49,7 @@ class Budget:
     method: HessianMethod = "exact"
     num_draws: int = 100
     rtol: float | None = None
-    max_draws: int = 10_000
+    max_draws: int = MAX_DRAWS
     max_hvps: int | None = None
     max_work: float = math.inf
     max_seconds: float = math.inf
@@ -58,7 +61,7 @@ class Budget:
         method: HessianMethod,
         num_draws: int | None,
         rtol: float | None,
-        max_draws: int,
+        max_draws: int | None,
         max_hvps: int | None,
     ) -> "Budget":
         """The budget of arguments as users pass them.
@@ -71,13 +74,11 @@ class Budget:
             require_integer("num_draws", num_draws, 1)
         if rtol is not None:
             require_number("rtol", rtol)
-        require_integer("max_draws", max_draws, 1)
+        if max_draws is not None:
+            require_integer("max_draws", max_draws, 1)
         if max_hvps is not None:
             require_integer("max_hvps", max_hvps, 0)
-            if method != "auto":
-                raise InvalidArgumentError(
-                    f'max_hvps={max_hvps} goes with method="auto", which estimates the layers that would take more.'
-                )
+        refuse_unused_draws(method, num_draws, rtol, max_draws, max_hvps)
         max_work = max_seconds = draw_seconds = math.inf
         if method == "auto" and max_hvps is None:
             max_hvps, max_work, max_seconds = MAX_HVPS, MAX_WORK, AUTO_SECONDS
@@ -85,9 +86,10 @@ class Budget:
         if method == "auto":
             rtol = AUTO_RTOL if rtol is None and num_draws is None else rtol
         draws = num_draws or (16 if rtol is not None else 100)
-        if max_draws < draws:
-            raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {max_draws}.")
-        return cls(method, draws, rtol, max_draws, max_hvps, max_work, max_seconds, draw_seconds)
+        most = MAX_DRAWS if max_draws is None else max_draws
+        if rtol is not None and most < draws:
+            raise InvalidArgumentError(f"max_draws must be at least num_draws ({draws}), got {most}.")
+        return cls(method, draws, rtol, most, max_hvps, max_work, max_seconds, draw_seconds)
 
     def fewer(self, spent: int) -> "Budget":
         """The budget when some of the products of its draws were used otherwise."""

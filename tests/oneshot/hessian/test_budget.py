@@ -15,7 +15,7 @@ from ...helpers import data, mlp
 
 
 def checked(
-    method: Any = "auto", num_draws: Any = None, rtol: Any = None, max_draws: int = 10_000, max_hvps: Any = None
+    method: Any = "auto", num_draws: Any = None, rtol: Any = None, max_draws: Any = None, max_hvps: Any = None
 ) -> Budget:
     return Budget.checked(method, num_draws, rtol, max_draws, max_hvps)
 
@@ -48,12 +48,23 @@ def test_products_that_were_timed_are_afforded_by_their_seconds() -> None:
         ({"rtol": math.nan}, "rtol must be"),
         ({"max_hvps": -1}, "max_hvps must be at least 0"),
         ({"method": "exact", "max_hvps": 3}, 'goes with method="auto"'),
-        ({"num_draws": 20, "max_draws": 10}, "max_draws must be at least num_draws"),
+        ({"rtol": 0.1, "num_draws": 20, "max_draws": 10}, "max_draws must be at least num_draws"),
+        ({"method": "exact", "num_draws": 3}, "num_draws=3 goes with"),
+        ({"method": "exact", "rtol": 0.1}, "rtol=0.1 goes with"),
+        ({"method": "exact", "max_draws": 9}, "max_draws=9 goes with"),
+        ({"method": "hutchinson", "max_hvps": 3}, "max_hvps=3 goes with"),
+        ({"method": "hutchinson", "max_draws": 200}, "max_draws=200 goes with rtol"),
+        ({"num_draws": 8, "max_draws": 9}, "max_draws=9 goes with rtol"),
     ],
 )
 def test_what_contradicts_itself_is_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(InvalidArgumentError, match=words):
         checked(**arguments)
+
+
+def test_as_many_draws_as_are_asked_for_need_no_room() -> None:
+    assert checked("hutchinson", num_draws=20_000).num_draws == 20_000
+    assert checked(max_draws=50).max_draws == 50
 
 
 def test_what_is_affordable() -> None:
@@ -64,7 +75,7 @@ def test_what_is_affordable() -> None:
 
 
 def test_draws_that_there_is_time_for() -> None:
-    auto = Budget.checked("auto", None, None, 10_000, None)
+    auto = Budget.checked("auto", None, None, None, None)
     fewer = auto.within(5.0, 0.5)
     assert (fewer.num_draws, fewer.max_draws) == (10, 10)
     assert auto.within(5.0, 0.01).num_draws == auto.num_draws

@@ -32,7 +32,7 @@ def test_little_work_is_not_timed() -> None:
     facts = Facts("a", numel=1000, outputs=100)
     found = Findings({"a": facts}, {})
     found.seconds = 1.0
-    auto = Budget.checked("auto", None, None, 10_000, None)
+    auto = Budget.checked("auto", None, None, None, None)
     assert matters(found, auto)
     assert not matters(found, dataclasses.replace(auto, max_seconds=math.inf))
     found.facts["a"] = dataclasses.replace(facts, last=True)
@@ -44,7 +44,7 @@ def test_columns_are_those_of_all_layers_together() -> None:
     facts = [Facts(str(k), 1000, True, True, 100, True, True, num_columns=2, seconds_by_column=0.1) for k in range(100)]
     found = Findings({f.layer: f for f in facts}, {})
     found.seconds = 0.01
-    auto = Budget.checked("auto", None, None, 10_000, None)
+    auto = Budget.checked("auto", None, None, None, None)
     assert not matters(found, auto)
     found.seconds = 1.0
     assert matters(found, auto)
