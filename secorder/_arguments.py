@@ -66,12 +66,7 @@ def refuse_unused_draws(
 
 
 def require_device(name: str, value: Any) -> None:
-    """Raise unless an argument is a device, or None.
-
-    Raises:
-        InvalidTypeError: it is nothing that names one.
-        InvalidArgumentError: there is none of that name here, or it holds no numbers.
-    """
+    """Raise unless an argument is a device, which holds numbers, or None."""
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (torch.device, str, int)):
@@ -85,11 +80,7 @@ def require_device(name: str, value: Any) -> None:
 
 
 def require_flag(name: str, value: Any) -> None:
-    """Raise unless an argument is True or False, or the like: 1, 0, one of NumPy's or of a tensor.
-
-    Raises:
-        InvalidTypeError: it is something else.
-    """
+    """Raise unless an argument is True or False, or the like: 1, 0, one of NumPy's or of a tensor."""
     if isinstance(value, int) and value in (0, 1):
         return
     if str(getattr(value, "dtype", "")).removeprefix("torch.") == "bool" and value.ndim == 0:
@@ -98,12 +89,7 @@ def require_flag(name: str, value: Any) -> None:
 
 
 def require_floating_dtype(name: str, value: Any) -> None:
-    """Raise unless an argument is a dtype of real numbers, or None.
-
-    Raises:
-        InvalidTypeError: it is no dtype.
-        InvalidArgumentError: it is one of integers, say, or of eight bits.
-    """
+    """Raise unless an argument is a dtype of real numbers, of more than eight bits, or None."""
     if value is not None and not isinstance(value, torch.dtype):
         raise InvalidTypeError(f"{name} must be a dtype, such as torch.float32, got {shown(value)}.")
     if value is not None and not (value.is_floating_point and value.itemsize > 1):  # which nothing adds up in
@@ -111,12 +97,7 @@ def require_floating_dtype(name: str, value: Any) -> None:
 
 
 def require_integer(name: str, value: Any, least: int) -> None:
-    """Raise unless an argument is an integer of at least ``least``.
-
-    Raises:
-        InvalidTypeError: it is no integer.
-        InvalidArgumentError: it is too small.
-    """
+    """Raise unless an argument is an integer of at least ``least``."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -128,12 +109,7 @@ def require_integer(name: str, value: Any, least: int) -> None:
 
 
 def require_number(name: str, value: Any, *, zero: bool = False) -> None:
-    """Raise unless an argument is a positive number, or zero where that is allowed.
-
-    Raises:
-        InvalidTypeError: it is no real number.
-        InvalidArgumentError: it is negative or nan, or zero where that is not allowed.
-    """
+    """Raise unless an argument is a positive number, or zero where that is allowed."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise InvalidTypeError(f"{name} must be a number, got {shown(value)}.")
     if not (float(value) > 0 or (zero and float(value) == 0)):
@@ -141,12 +117,7 @@ def require_number(name: str, value: Any, *, zero: bool = False) -> None:
 
 
 def require_path(name: str, value: Any) -> None:
-    """Raise unless an argument is the path of a file or a folder.
-
-    Raises:
-        InvalidTypeError: it is something else.
-        InvalidArgumentError: it is empty.
-    """
+    """Raise unless an argument is the path of a file or a folder."""
     if not isinstance(value, (str, PathLike)):
         raise InvalidTypeError(f"{name} must be the path of a file or folder, got {shown(value)}.")
     if not os.fspath(value):
@@ -154,11 +125,7 @@ def require_path(name: str, value: Any) -> None:
 
 
 def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """Raise unless an argument is one of some words (or None).
-
-    Raises:
-        InvalidArgumentError: it is another one.
-    """
+    """Raise unless an argument is one of some words (or None)."""
     if value not in allowed if isinstance(value, str) else True not in [value is word for word in allowed]:
         *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
         raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")

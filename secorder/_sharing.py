@@ -5,11 +5,7 @@ from typing import Any
 
 
 def held_before(parameters: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
-    """By layer, the names of its parameters that a layer before it holds too; layers without are missing.
-
-    Args:
-        parameters: of each layer, by their names.
-    """
+    """By layer, the names of its parameters that a layer before it holds too; layers without are missing."""
     seen: set[int] = set()
     found = {}
     for layer, own in parameters.items():
@@ -22,9 +18,6 @@ def counted_once(parameters: Mapping[str, Sequence[Any]]) -> list[str]:
     """The layers that are together all parameters: without those all of whose parameters others hold.
 
     Of two that have a part in common alone, both are there.
-
-    Args:
-        parameters: of each layer.
     """
     seen: set[int] = set()
     left_out = set()

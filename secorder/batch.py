@@ -21,12 +21,7 @@ class BatchMismatch(InvalidArgumentError):
 
 
 def batch_size(inputs: Any, targets: Any, sample_dim: int = 0) -> int:
-    """The number of samples of a batch, which inputs and targets must agree on.
-
-    Raises:
-        InvalidTypeError: there is no tensor among the inputs.
-        InvalidArgumentError: the batch is empty, or inputs and targets have different sizes.
-    """
+    """The number of samples of a batch, at least one, which inputs and targets must agree on."""
     if any(t.is_nested for tree in (inputs, targets) for t in tensors_in(tree)):
         raise InvalidTypeError("nested tensors have no dimension that samples could be cut along: pass padded ones.")
     if any(t.is_meta for t in tensors_in(inputs)):
@@ -82,11 +77,7 @@ def arguments_of(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def require_agreement(output: Any, targets: Any, count: int, sample_dim: int) -> None:
-    """Raise unless targets hold one row a sample, or as many rows as the model returned.
-
-    Raises:
-        InvalidArgumentError: they do not.
-    """
+    """Raise unless targets hold one row a sample, or as many rows as the model returned."""
     if not isinstance(targets, Tensor) or not targets.dim():
         return
     if sample_dimension(targets, count, sample_dim) is None and not any(
@@ -136,7 +127,6 @@ def take_samples(
     the trees twice stays one.
 
     Args:
-        trees: any structures.
         rows: tensors may hold several rows a sample in dim 0, sample after sample (a label for each token).
         cut: receives by ``id`` what became of each tensor.
     """
@@ -163,8 +153,6 @@ def part_of_batch(
     """Inputs and targets of some samples. One tensor that is both stays one.
 
     Args:
-        inputs: of the batch.
-        targets: of the batch; they may hold several rows a sample.
         owned: whose the inputs are, where no dimension holds the samples.
         cut: receives by ``id`` what became of each tensor, where a dimension holds them.
     """

@@ -237,13 +237,7 @@ class Diagonals(dict[str, Tensor]):
     # ---- arithmetic
 
     def _combined(self, other: Any, value: Operation, error: Operation) -> "Diagonals":
-        """Entry by entry: values, and the standard errors of independent operands to first order.
-
-        Args:
-            other: a number, or one of the same layers.
-            value: of two operands.
-            error: of two operands and their errors.
-        """
+        """Entry by entry: values, and the standard errors of independent operands to first order."""
         infos = None
         if not isinstance(other, Diagonals):
             scalar = isinstance(other, Tensor) and other.dim() == 0 and not other.is_complex()

@@ -54,14 +54,9 @@ _RESHAPES = frozenset({"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsquee
 
 
 def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Segment]:
-    """The chain from the output to the leaves, as far as samples lie one after the other in every tensor on the way.
+    """The chain from the output (N, …) to leaves, as far as samples lie one after the other in every tensor on the way.
 
     A node of which all samples are known to lie so acts on each alone (see :mod:`.sample_graph`). Hooks are not seen.
-
-    Args:
-        output: of shape (N, …), with a graph.
-        leaves: leaves of the graph that are of interest.
-        count: N.
     """
     wanted = {id(leaf) for leaf in leaves}
     places = samples_in_nodes([output], [output.numel() // count], count)

@@ -16,17 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class CompositeNorms(TorchFunctionMode):
-    """Inside, layer, batch and instance normalisation consist of operations that can be differentiated at will.
-
-    Example:
-        >>> import torch
-        >>> from secorder._torch.composite_norms import CompositeNorms
-        >>> x, layer = torch.randn(3, 4), torch.nn.LayerNorm(4)
-        >>> with CompositeNorms():
-        ...     found = layer(x)
-        >>> torch.allclose(found, layer(x), atol=1e-6)
-        True
-    """
+    """Inside, layer, batch and instance normalisation consist of operations that can be differentiated at will."""
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

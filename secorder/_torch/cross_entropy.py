@@ -19,10 +19,6 @@ def is_cross_entropy_of_rows(loss: Tensor, output: Tensor) -> bool:
     """Whether a loss is a mean or sum of cross entropies of labels, of rows along the last dimension of an output.
 
     Its gradient in one row is then that of the row's own cross entropy, times a number that depends on no output.
-
-    Args:
-        loss: a scalar.
-        output: a leaf of two dimensions at least.
     """
     node = loss.grad_fn
     while node is not None and node.name() == "ViewBackward0" and shape_of(*node.next_functions[0]) == ():

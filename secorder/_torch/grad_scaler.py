@@ -13,11 +13,7 @@ from .loss_terms import terms
 
 
 def multiplied_by_scaler(root: Node) -> bool:
-    """Whether what a backward pass begins at is multiplied by a scaler's factor, or made by arithmetic of what is.
-
-    Args:
-        root: the node that it begins at, which still holds what it has saved.
-    """
+    """Whether what a backward pass begins at is multiplied by a scaler's factor, or made by arithmetic of what is."""
     for node in terms(root):  # of one that is recomputed, what it has saved would be computed again
         if operation_of(node) == "Mul" and not recomputed(node) and _of_scaler(node._saved_other):
             return True

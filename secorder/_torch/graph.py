@@ -75,12 +75,7 @@ def leads_to_these_alone(output: Tensor, leaves: Collection[int]) -> bool:
 
 @collection_paused()
 def users_of(outputs: Iterable[Tensor], inputs: Iterable[Tensor] = ()) -> Users:
-    """The graph behind tensors, from its leaves on; the same graph gives the same order.
-
-    Args:
-        outputs: where it ends.
-        inputs: where it begins: what these were computed from is none of it.
-    """
+    """The graph behind outputs, as far as inputs, from its leaves on; the same graph gives the same order."""
     roots = [t.grad_fn for t in outputs if t.grad_fn is not None]
     users: Users = {root: [] for root in roots}
     first = {t.grad_fn for t in inputs if t.grad_fn is not None}

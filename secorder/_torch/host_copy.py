@@ -21,8 +21,7 @@ def goes_to_host(tensor: Tensor, there: Tensor) -> bool:
 def begin_copy(tensor: Tensor) -> Callable[[], Tensor]:
     """Begin to copy a tensor of a CUDA device to the host, on a stream of its own.
 
-    Returns:
-        what waits for the copy and returns it, in page-locked memory, which PyTorch keeps for the next one of its size.
+    What is returned waits for the copy, in page-locked memory, which PyTorch keeps for the next one of its size.
     """
     stream = _stream(tensor.device)
     stream.wait_stream(torch.cuda.current_stream(tensor.device))  # which makes the tensor

@@ -78,10 +78,8 @@ def pull_back(
 ) -> dict[Place, Tensor]:
     """The gradients on tensors, pulled back to others (``ends``) by all nodes between; where none comes, there is none.
 
-    Differentiable where gradients are enabled. Raises :class:`UnknownNode` where a node is not to be run.
-
-    Args:
-        statistics_fixed: take those of batch normalisation for constants.
+    Differentiable where gradients are enabled. Raises :class:`UnknownNode` where a node is not to be run. The
+    statistics of batch normalisation may be taken for constants.
     """
     found = dict(gradients)
     at = {node for node, _ in ends}

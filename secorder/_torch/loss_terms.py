@@ -31,12 +31,7 @@ def terms(root: Node, ends: Collection[Node] = (), by: Collection[str] = ARITHME
 
 
 def factors_between(root: Node, ends: Collection[Node]) -> list[float]:
-    """The numbers that a loss is multiplied by, the latest first; of a sum that is made a mean, not what divides it.
-
-    Args:
-        root: what computed the loss.
-        ends: what is behind these is not looked at.
-    """
+    """The numbers that a loss is multiplied by, the latest first; of a sum that is made a mean, not what divides it."""
     found: list[float] = []
     node = root
     while node not in ends and (step := _multiplied(node)):
@@ -107,13 +102,7 @@ def hides(node: Node) -> bool:
 
 
 def multiplier(node: Node, index: int, leads: Collection[Node]) -> Tensor | None:
-    """What a node multiplies an input by, number by number; None where that is no constant.
-
-    Args:
-        node: which computes nothing again.
-        index: of the input.
-        leads: the nodes that are no constants, such as parameters that a loss is weighted by.
-    """
+    """What a node multiplies an input by, number by number; None where that is no constant, as ``leads`` are none."""
     others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
     if operation_of(node) not in PRODUCTS or others or (operation_of(node) == "Div" and index):
         return None

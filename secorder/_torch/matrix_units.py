@@ -7,8 +7,7 @@ from torch import Tensor
 def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
     """Products of bfloat16 matrices ``(groups, rows, inner)`` and ``(groups, inner, columns)`` with sums in float32.
 
-    By matrix units on CUDA from PyTorch 2.8 on; elsewhere of the same factors in float32, in which each product is
-    exact.
+    By matrix units on CUDA; elsewhere of the same factors in float32, in which each product is exact.
     """
     if left.is_cuda:
         try:

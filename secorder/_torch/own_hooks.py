@@ -13,11 +13,7 @@ from .walk import modules_in
 
 
 class OwnHook:
-    """A hook of the library's; copies and pickles of the model get one that does nothing.
-
-    Args:
-        owner: what the hook belongs to; has a number ``suspensions``, and its hooks do nothing while that is above 0.
-    """
+    """A hook of the library's, silent while its owner's ``suspensions`` are above 0; a copied model's does nothing."""
 
     def __init__(self, owner: Any) -> None:
         self.owner = owner

@@ -40,20 +40,9 @@ def stacked_vjp(
 ) -> list[Tensor]:
     """K vector-Jacobian products ``Σ_i (∂outputs_i/∂inputs)ᵀ cotangents_i[k]`` on a graph that is kept.
 
-    With gradients as outputs these are Hessian-vector products. Batched by vmap, fewer at once where memory does not
-    do; where an operator has no batching rule, one after the other.
-
-    Args:
-        outputs: tensors of the graph; None or one without a graph contributes nothing.
-        inputs: tensors to differentiate with respect to; one that is not reached gets zeros.
-        cotangents: for each output, shape ``(K, *output.shape)``.
-        create_graph: make the results differentiable.
-
-    Returns:
-        for each input, shape ``(K, *input.shape)``.
-
-    Raises:
-        DoubleBackwardError: an operator on the way cannot be differentiated.
+    Cotangents have the shape ``(K, *output.shape)``, what is returned ``(K, *input.shape)``, zeros where an input is
+    not reached. With gradients as outputs these are Hessian-vector products. Batched by vmap, fewer at once where
+    memory does not do; where an operator has no batching rule, one after the other.
     """
     count = cotangents[0].shape[0]
     live = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and o.requires_grad]
@@ -132,8 +121,7 @@ def gradients(
 ) -> list[Tensor | None]:
     """``torch.autograd.grad`` on a graph that is kept; None for an input that is not reached.
 
-    Raises:
-        DoubleBackwardError: an operator on the way cannot be differentiated.
+    Raises :class:`DoubleBackwardError` where an operator on the way cannot be differentiated.
     """
     if not inputs:
         return []

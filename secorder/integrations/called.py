@@ -10,21 +10,7 @@ from torch.utils.hooks import RemovableHandle
 class Called:
     """Sees which modules are called from outside of the model, while its hooks are there.
 
-    Args:
-        model: what holds them.
-
-    Attributes:
-        names: of the outermost modules that were called in train mode, in order; ``""`` for the model itself.
-
-    Example:
-        >>> import torch
-        >>> from secorder.integrations.called import Called
-        >>> model = torch.nn.Module()
-        >>> model.net = torch.nn.Sequential(torch.nn.Linear(2, 2))
-        >>> with Called(model) as called:
-        ...     _ = model.net(torch.randn(1, 2))
-        >>> called.names
-        ['net']
+    ``names`` are those of the outermost modules that were called in train mode, in order; ``""`` for the model itself.
     """
 
     def __init__(self, model: nn.Module) -> None:

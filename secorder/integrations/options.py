@@ -33,22 +33,14 @@ def divided(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
 
 
 def try_options(of_probe: Mapping[str, Any], of_recorder: Mapping[str, Any]) -> None:
-    """Refuse now what a probe or a recorder would refuse when training begins: both are made, of a layer of one number.
-
-    Raises:
-        SecorderError: as :class:`secorder.CurvatureProbe` and :class:`secorder.CurvatureRecorder`.
-    """
+    """Refuse now what a probe or a recorder would when training begins: both are made, of a layer of one number."""
     of_any_model = {key: value for key, value in of_probe.items() if key not in ("layer_types", "layers", "sample_dim")}
     with CurvatureProbe(skip_init(nn.Linear, 1, 1), **of_any_model) as probe:
         CurvatureRecorder(probe, **of_recorder)
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The submodule of a dotted name.
-
-    Raises:
-        InvalidArgumentError: there is none; names those that there are.
-    """
+    """The submodule of a dotted name; where there is none, the error names those that there are."""
     names = [name for name, _ in model.named_modules() if name]
     if path and path not in names:
         raise InvalidArgumentError(f"{type(model).__name__} has no module {path!r}: it has {_some(path, names)}.")

@@ -42,10 +42,6 @@ def added_up(products: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
     Random terms add up like a random walk. N that are equal round by up to N/8 units in the last place of the sum, and
     several such sums, with random factors, by several times that: a 64th of N, of 64 units. In between, they are alike
     as far as (Σ p)² is N Σ p², by Cauchy and Schwarz.
-
-    Args:
-        products: the terms.
-        dim: that they are added up over.
     """
     total, terms = products.sum(dim), products.shape[dim]
     if terms <= MANY_TERMS:

@@ -28,14 +28,7 @@ def gram_by_onednn(like: Tensor, positions: int, width: int) -> bool:
 
 
 def row_grams(rows: Tensor) -> Tensor:
-    """Each sample's rows with one another; of bfloat16 in float32, in which nothing is rounded but sums.
-
-    Args:
-        rows: shape ``(N, positions, width)``.
-
-    Returns:
-        shape ``(N, positions, positions)``.
-    """
+    """Each sample's rows (N, positions, width) with one another; of bfloat16 in float32: only sums are rounded."""
     if gram_by_onednn(rows, *rows.shape[1:]):
         return torch.stack([product_by_onednn(own, own.t()) for own in rows.unbind()])
     columns = rows.transpose(1, 2)
@@ -54,18 +47,10 @@ def pixels(a: Patches) -> tuple[int, int] | None:
 
 
 def pixel_grams(a: Patches, g: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-    """What some samples' positions see with one another, and their cotangents.
+    """What some samples' positions see with one another, and their cotangents: ``(n · groups, P, P)`` each.
 
     Positions are counted as pixels of the padded image are, so that there are some beyond the end of each line: of
-    those the products of cotangents are zero.
-
-    Args:
-        a: patches, one pixel from each other.
-        g: cotangent factor, shape ``(N, groups, positions, out)``.
-        rows: the samples.
-
-    Returns:
-        both of shape ``(n · groups, positions, positions)``.
+    those the products of cotangents are zero. Patches are one pixel from each other.
     """
     images = a.with_zeros(a.image[rows])
     size = images.shape[2:]

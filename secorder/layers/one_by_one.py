@@ -25,13 +25,10 @@ class Look(NamedTuple):
 
 
 class OneByOne:
-    """Several layers' factors of one batch.
+    """Several layers' factors of one batch, of one dtype on one device.
 
-    Args:
-        layers: of one dtype, on one device, and of one batch.
-        looks: of each layer, how the audit looks at it; None where it does not.
-        with_bias: shape ``(layers,)``, one where a layer has a bias, else zero.
-        norms: of the layers' factors; where there are none, squares are formed, as :meth:`add_to` needs them.
+    Of each layer ``looks`` tells how the audit looks at it, if it does, and ``with_bias`` is one where it has one, else
+    zero. Without norms of the factors squares are formed, as :meth:`add_to` needs them.
     """
 
     def __init__(

@@ -64,11 +64,8 @@ class Patches:
 
         By shape alone, so that a run can be repeated bit for bit: measured on oneDNN with AVX2 and AVX-512, from 1 to
         512 channels and 1 to 16 groups; where there is enough to do at each sample for what a call and its reordering
-        of memory cost, and a sample's gradient is not so large that the reordering is most of it. A kernel of one
-        pixel has no patches to copy.
-
-        Args:
-            width: output channels of a group.
+        of memory cost, and a sample's gradient is not so large that the reordering is most of it. A kernel of one pixel
+        has no patches to copy.
         """
         image, (_, groups, positions, fan_in) = self.image, self.shape
         if image.device.type != "cpu" or image.dtype is not torch.float32 or not torch.backends.mkldnn.enabled:

@@ -94,20 +94,8 @@ def select_layers(
 ) -> list[Layer]:
     """The layers of ``model`` that match, in ``model.named_modules()`` order.
 
-    Args:
-        model: any module.
-        layer_types: module types, subclasses included; None means ``(nn.Linear, nn.Conv2d)``, or any type where
-            ``layers`` names modules; ``"all"`` means every module that owns parameters directly.
-        layers: exact module names or shell-style patterns (``"encoder.*"``); those behind an exclamation mark
-            (``"!head"``) are left out, of all others where none is named.
-        unchecked: admit layers whose curvature is not defined (special embeddings, complex parameters), where only
-            dependence is asked for.
-
-    Raises:
-        InvalidTypeError: ``model`` is not a module, or ``layer_types`` holds something that is not a module type.
-        InvalidArgumentError: a name or pattern matches no module, or a layer is lazy and not yet initialised.
-        AttributionError: a layer's gradients are not those of a fixed dense parameter (embeddings with
-            ``max_norm`` or ``scale_grad_by_freq``).
+    Types and names are as of :class:`secorder.CurvatureProbe`; names alone stand for modules of any type. Where only
+    dependence is asked for (``unchecked``), layers whose curvature is not defined are admitted.
     """
     if not isinstance(model, nn.Module):
         raise InvalidTypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")

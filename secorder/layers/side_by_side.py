@@ -46,9 +46,7 @@ def columns_of(factors: Sequence[tuple[Tensor, Tensor]], out: Tensor | None = No
 class SideBySide:
     """Several layers' factors of one batch, or of several that are added at once.
 
-    Args:
-        frame: of the layers.
-        columns: what :func:`columns_of` makes of each batch, shape ``(batches, N, columns)``.
+    Columns are what :func:`columns_of` makes of each batch, shape ``(batches, N, columns)``.
     """
 
     def __init__(self, frame: Frame, columns: Tensor) -> None:

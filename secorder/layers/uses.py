@@ -82,15 +82,10 @@ class Uses:
 def find_uses(
     users: Users, parameters: Mapping[str, Tensor], followed: Collection[Route], passed: Collection[Node] = ()
 ) -> Uses | None:
-    """The uses of a layer's parameters, where these routes are followed further.
+    """The uses of a layer's parameters, where routes of operations that no sample owns are followed further.
 
-    Args:
-        followed: routes of operations that no sample owns.
-        passed: operations that are followed, and none of the model's own: no route names them.
-
-    Returns:
-        None where a parameter reaches the end of the graph or becomes complex, its uses are too many to follow, or one
-        of them has no rule, and no backward that could be run by itself.
+    No route names operations that are ``passed``, which are none of the model's own. None where a parameter reaches the
+    end of the graph or becomes complex, its uses are too many to follow, or one has no rule and no backward of its own.
     """
     leaves = {accumulate_node(p): name for name, p in parameters.items()}
     found = Uses(leaves, {node: (name,) for node, name in leaves.items()})
@@ -162,14 +157,7 @@ def brought(
     followed: Collection[Node],
     targets: Targets | None,
 ) -> Piece | Later:
-    """What one of a layer's uses brings, whose gradient is here.
-
-    Args:
-        sources: of the use.
-        leaves: by the node of each parameter, its name.
-        followed: the nodes between.
-        targets: of the use, where there are more that may be gone through together with it.
-    """
+    """What one of a layer's uses brings, whose gradient is here; perhaps later, with others of the same targets."""
     name = call.node.name()
     together = None if targets is None else TOGETHER.get(name)
     if together is not None and targets is not None:
@@ -186,14 +174,7 @@ def brought(
 def carried(
     gradient: PerSample | OwnedRows, source: tuple[Node, int], leaves: Mapping[Node, str], followed: Collection[Node]
 ) -> Iterable[tuple[str, PerSample]]:
-    """Carry a per-sample gradient from an operation's input on to the parameters that it was made of.
-
-    Args:
-        gradient: of the input.
-        source: where the input comes from.
-        leaves: by the node of each parameter, its name.
-        followed: the nodes between.
-    """
+    """Carry a per-sample gradient from an operation's input on to the parameters that it was made of."""
     if isinstance(gradient, OwnedRows):
         yield from _pulled_back(gradient, source, leaves, followed)
         return

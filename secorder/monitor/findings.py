@@ -159,14 +159,7 @@ def find(
     samples: int,
     coupled: CouplingError | None,
 ) -> list[Finding]:
-    """What stands out, the model's before its layers'.
-
-    Args:
-        hessian: the Hessian diagonal.
-        statistics: of it, and of the Fisher diagonal, if there is one; as in :class:`Diagnosis`.
-        samples: how many samples the Hessian is a sum over: 1 for a mean loss.
-        coupled: why there is no Fisher, where samples are coupled.
-    """
+    """What stands out, the model's before its layers'; a mean loss makes the Hessian a sum over ``samples`` = 1."""
     curved, gathered = statistics["hessian"], without_tables(statistics.get("fisher", {}), hessian)
     traces = {name: row["trace"] for name, row in (gathered or curved).items()}
     whole = sum(traces.values()) if len(traces) > 2 else 0.0

@@ -24,15 +24,9 @@ def fitting(
     names: Mapping[str, str],
     made: Callable[[Sequence[C], Mapping[str, str], str], Table],
 ) -> Table:
-    """The table that fits.
+    """The table that fits: ``made`` of columns, names, and a remark about the names, ``""`` for none.
 
-    Args:
-        width: of what it must fit, in letters.
-        names: layer → how it is called in the first column.
-        made: makes the table of columns, names, and a remark about the names, ``""`` for none.
-
-    Returns:
-        a table; names are cut in their middle where nothing else is left to give way.
+    Names are cut in their middle where nothing else is left to give way.
     """
 
     table, told = made(columns, names, ""), ""

@@ -9,15 +9,8 @@ def html_table(
 ) -> str:
     """A table as HTML that any notebook shows, in its own colours.
 
-    Args:
-        columns: title of each, and whether it is aligned to the right.
-        rows: of each its kind (``"total"`` and ``"group"`` are bold, ``""`` is plain) and its cells.
-        title: above the table.
-
-    Example:
-        >>> from secorder.monitor.html import html_table
-        >>> "<td" in html_table([("layer", False), ("trace", True)], [("", ["fc<1>", "0.5"])])
-        True
+    Columns are a title each, and whether it is aligned to the right; rows a kind each (``"total"`` and ``"group"`` are
+    bold, ``""`` is plain) and cells.
     """
     sides = ["right" if right else "left" for _, right in columns]
     cell = "padding:2px 8px;white-space:pre"

@@ -15,11 +15,5 @@ def shown(name: str) -> str:
 
 
 def flat(numbers: Numbers) -> dict[str, float]:
-    """Numbers by one name each.
-
-    Example:
-        >>> from secorder.monitor.names import flat
-        >>> flat({"fisher_trace": {"fc1": 0.5}, "model": {"loss": 2.0}})
-        {'fisher_trace/fc1': 0.5, 'model/loss': 2.0}
-    """
+    """Numbers by one name each: ``{"fisher_trace": {"fc1": 0.5}}`` as ``{"fisher_trace/fc1": 0.5}``."""
     return {f"{statistic}/{shown(layer)}": x for statistic, values in numbers.items() for layer, x in values.items()}

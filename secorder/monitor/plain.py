@@ -11,14 +11,9 @@ _ROW, _BETWEEN, _BOTTOM = "│││ ", "├┼┤─", "└┴┘─"
 
 
 def plain(table: Table, width: int) -> str | None:
-    """The lines of a table whose cells are one line each.
+    """The lines of a table whose cells are one line each, with the frame and the margins that tables have by default.
 
-    Args:
-        table: with the frame and the margins that tables have if not told otherwise.
-        width: of what it must fit, in letters.
-
-    Returns:
-        None where it does not fit, so that cells, the title or the caption would be cut or wrapped.
+    None where it does not fit, so that cells, the title or the caption would be cut or wrapped.
     """
     heads = [str(column.header) for column in table.columns]
     cells = [[str(cell) for cell in column.cells] for column in table.columns]

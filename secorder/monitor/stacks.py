@@ -14,21 +14,10 @@ STACKED = 2**20
 
 
 def stacks(tensors: Iterable[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
-    """Tensors of one shape, dtype and device as the rows of one, with their places.
+    """Tensors of one shape, dtype and device as the rows of one, with their places; of a ``DTensor`` this rank's part.
 
-    Args:
-        tensors: of any kinds; they are taken one after the other, and let go when they are stacked. Of a ``DTensor`` it
-            is this rank's part.
-
-    Returns:
-        places of tensors, and these tensors along a new dimension 0: a copy, of :data:`STACKED` elements at most; a
-        tensor that is larger than half of that is alone, and no copy.
-
-    Example:
-        >>> import torch
-        >>> from secorder.monitor.stacks import stacks
-        >>> [(places, tuple(rows.shape)) for places, rows in stacks([torch.ones(3), torch.ones(2), torch.ones(3)])]
-        [([0, 2], (2, 3)), ([1], (1, 2))]
+    They are taken one after the other, and let go when they are stacked along a new dimension 0: a copy, of
+    :data:`STACKED` elements at most; a tensor that is larger than half of that is alone, and no copy.
     """
     waiting: dict[Any, list[tuple[int, Tensor]]] = {}
     for place, tensor in enumerate(map(local, tensors)):

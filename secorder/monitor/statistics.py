@@ -249,10 +249,8 @@ def _each_plain(given: Tensor) -> Tensor | None:
 def _plain_moments(values: Tensor) -> Tensor | None:
     """:data:`STATISTICS` of entries in the host's memory that are finite and nowhere negative, as those of a Fisher.
 
-    Each is looked at a few times in place of a dozen; float64 is at hand for a part of them at a time.
-
-    Returns:
-        one row; None where entries are others, or so near to one another that their spread would be lost in rounding.
+    Each is looked at a few times in place of a dozen; float64 is at hand for a part of them at a time. None where
+    entries are others, or so near to one another that their spread would be lost in rounding.
     """
     low, high = values.amin(), values.amax()
     if not (low >= 0 and high < torch.inf):

@@ -13,11 +13,7 @@ from ..errors import InvalidTypeError
 
 
 def number_of(name: str, value: Any) -> Any:
-    """A number as it is; of a tensor of one element that, without its graph, not read, and precise enough to be summed.
-
-    Raises:
-        InvalidTypeError: it is neither.
-    """
+    """A number as it is; of a tensor of one element that, without its graph, not read, and wide enough to be summed."""
     if isinstance(value, Tensor) and value.numel() == 1:
         return value.detach().reshape(()).to(torch.promote_types(value.dtype, torch.float32))
     if isinstance(value, Tensor) or not hasattr(type(value), "__float__"):
@@ -27,22 +23,14 @@ def number_of(name: str, value: Any) -> Any:
 
 
 def numbers_told(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers by name, those of tensors read.
-
-    Raises:
-        InvalidTypeError: one is no number, or they have no names.
-    """
+    """Numbers by name, those of tensors read."""
     if not isinstance(numbers, Mapping):
         raise InvalidTypeError(f"numbers must be a mapping of names to numbers, got {shown(numbers)}.")
     return {name: float(number_of(name, value)) for name, value in numbers.items()}
 
 
 def step_of(told: Any) -> int | None:
-    """The number of a step; None where it is to be counted.
-
-    Raises:
-        InvalidTypeError: it is no integer.
-    """
+    """The number of a step; None where it is to be counted."""
     try:
         return None if told is None else index(told)
     except TypeError:
@@ -60,20 +48,7 @@ def mean_loss(total: Tensor | float, count: int, *, together: bool) -> float:
 
 
 def learning_rates(optimizer: Any, layers: Mapping[str, Sequence[Tensor]]) -> dict[str, float]:
-    """The largest learning rate of each layer's parameters; of those that the optimizer has.
-
-    Args:
-        optimizer: anything with ``param_groups``, or None.
-        layers: layer name → parameters.
-
-    Example:
-        >>> import torch
-        >>> from secorder.monitor.training import learning_rates
-        >>> weight, bias, frozen = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-        >>> optimizer = torch.optim.SGD([{"params": weight, "lr": 0.1}, {"params": bias, "lr": 0.2}])
-        >>> learning_rates(optimizer, {"fc": [weight, bias], "head": [frozen]})
-        {'fc': 0.2}
-    """
+    """The largest learning rate of each layer's parameters; of those that the optimizer (with ``param_groups``) has."""
     if optimizer is None:
         return {}
     by_parameter = {id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"]}

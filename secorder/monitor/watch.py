@@ -43,11 +43,7 @@ class _Column:
 
 
 class Run:
-    """What is known of a run from its file, which may still grow.
-
-    Args:
-        path: of the JSON lines.
-    """
+    """What is known of a run from its file of JSON lines, which may still grow."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,11 +127,7 @@ def _chart(values: Sequence[float]) -> str:
 
 
 def file_of(run: str) -> Path:
-    """The file of a run: itself, or the newest one in a folder.
-
-    Raises:
-        InvalidArgumentError: there is none.
-    """
+    """The file of a run: itself, or the newest one in a folder."""
     path = Path(run)
     if path.is_dir():
         files = sorted(path.rglob("*.jsonl"), key=lambda file: file.stat().st_mtime)
@@ -150,17 +142,9 @@ def file_of(run: str) -> Path:
 def watch(
     run: str, console: Console, *, once: bool = False, interval: float = 1.0, until: Callable[[], bool] = lambda: False
 ) -> None:
-    """Show the latest numbers of a run while it goes on.
+    """Show the latest numbers of a run's file, or of one in a folder, while it goes on: until the user interrupts it.
 
-    Args:
-        run: its file of JSON lines, or a folder that holds one.
-        console: where.
-        once: show them once; else until the user interrupts it.
-        interval: seconds between two updates.
-        until: asked after each update whether to end.
-
-    Raises:
-        InvalidArgumentError: there is no such file, it holds something else, or the interval is below zero.
+    Only ``once`` if wanted; else again after an interval in seconds, and ``until`` is asked after each whether to end.
     """
     require_path("run", run)
     require_number("interval", interval, zero=True)

@@ -56,16 +56,9 @@ class Watched(Protocol):
 
 
 def measurement_options(probe: Watched, given: Mapping[str, Any], own: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """For each measurement of a probe, those of the given keywords that it takes.
+    """For each measurement of a probe, those of the given keywords that it takes, beside the recorder's own.
 
-    Args:
-        probe: the probe.
-        given: what the recorder itself does not take.
-        own: names of what it takes.
-
-    Raises:
-        InvalidArgumentError: one had another name, no measurement takes it, or it is a word that none knows.
-        InvalidTypeError: it is no probe.
+    Refuses a keyword that had another name, that no measurement takes, or that none knows.
     """
     if not hasattr(probe, "window") or isinstance(probe, type):
         raise InvalidTypeError(
@@ -102,34 +95,20 @@ def _check_option(name: str, value: Any, annotation: Any) -> None:
 
 
 def check_flags(**flags: Any) -> None:
-    """Refuse what is neither True nor False.
-
-    Raises:
-        InvalidTypeError: one of them.
-    """
+    """Refuse what is neither True nor False."""
     for name, flag in flags.items():
         require_flag(name, flag)
 
 
 def check_intervals(every: Mapping[str, int | None]) -> None:
-    """Refuse what is no interval.
-
-    Raises:
-        InvalidTypeError: one is no integer.
-        InvalidArgumentError: one is below 1.
-    """
+    """Refuse what is no interval."""
     for name, interval in every.items():
         if interval is not None:
             require_integer("log_every" if name == "fisher" else f"{name}_every", interval, 1)
 
 
 def check_measured(every: Mapping[str, int | None], loss_fn: Any, batch: Any) -> None:
-    """Refuse what cannot be measured on.
-
-    Raises:
-        InvalidArgumentError: a loss or a batch is missing.
-        InvalidTypeError: the loss is no function, or the batch no pair.
-    """
+    """Refuse what cannot be measured on: a missing loss or batch, what is no function, or no pair."""
     measured = [name for name in ("hessian", "traces", "eigenvalues") if every[name] is not None]
     if measured and (loss_fn is None or batch is None):
         raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
@@ -140,11 +119,7 @@ def check_measured(every: Mapping[str, int | None], loss_fn: Any, batch: Any) ->
 
 
 def check_listeners(optimizer: Any, on_finding: Any) -> None:
-    """Refuse what is no optimizer, or cannot be called.
-
-    Raises:
-        InvalidTypeError: one of them.
-    """
+    """Refuse what is no optimizer, or cannot be called."""
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise InvalidTypeError(f"optimizer must have param_groups, as torch.optim's have, got {shown(optimizer)}.")
     if on_finding is not None and not callable(on_finding):

@@ -99,8 +99,7 @@ def shards(flat: Tensor, sharded: Sequence[Shard]) -> list[Tensor]:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, the model is a whole one: each rank holds all parameters, and FSDP2's hooks are off.
 
-    Raises:
-        InvalidArgumentError: a mixed-precision policy gives parameters another dtype; hooks of FSDP2 would cast inputs.
+    A mixed-precision policy that gives parameters another dtype is refused; hooks of FSDP2 would cast inputs.
     """
     sharded = fsdp_modules(model)
     dtypes = {name: p.dtype for name, p in model.named_parameters()}

@@ -30,11 +30,7 @@ Layouts = tuple[int | None, int | None]
 
 
 def check(name: str, module: nn.Module, parameters: Mapping[str, Any], spread: Spread) -> None:
-    """Refuse what is sharded in a way that is not known.
-
-    Raises:
-        InvalidArgumentError: the type of the layer, the dimension, or a mesh of several dimensions.
-    """
+    """Refuse what is sharded in a way that is not known: the type of the layer, the dimension, or a mesh of several."""
     sharded = {
         local: [p.placements[dim].dim for dim in spread.tensor if not p.placements[dim].is_replicate()]
         for local, p in parameters.items()
@@ -63,8 +59,7 @@ def layouts(module: nn.Module, weight: Any, spread: Spread) -> Layouts:
 def own(tensor: Any, sharded: int | None, what: str) -> Tensor:
     """This rank's part, sharded or not, of an input, a cotangent or a gradient, all of which may be here.
 
-    Raises:
-        AttributionError: it lies otherwise, as under sequence parallelism.
+    Raises :class:`AttributionError` where it lies otherwise, as under sequence parallelism.
     """
     if not hasattr(tensor, "placements"):
         placement = None

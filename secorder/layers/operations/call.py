@@ -15,10 +15,7 @@ from ..layout import Layout
 class OperationCall:
     """An operation as its node of the autograd graph knows it, while a backward has come to it.
 
-    Args:
-        gradients: on each of its outputs; None where the loss does not depend on it.
-        layouts: where the samples are in each of them.
-        dtype: that is computed in.
+    There is no gradient on an output that the loss does not depend on.
     """
 
     def __init__(

@@ -155,12 +155,10 @@ def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
 
 
 def _derivatives(passes: Sequence[Pass]) -> tuple[Sequence[Tensor], ...]:
-    """What gradients on cells and outputs are multiplied by, from the gates and the first cell.
+    """What gradients on cells and outputs are multiplied by, from the gates and the first cell, by step.
 
-    Returns:
-        by step, what the gradient on the cells brings to those before, shape ``(passes, N, width)``, and to the three
-        gates that make them, ``(passes, N, 3, width)``; what that on the outputs brings to the last gate, and to the
-        cells.
+    What the gradient on the cells brings to those before, shape ``(passes, N, width)``, and to the three gates that
+    make them, ``(passes, N, 3, width)``; what that on the outputs brings to the last gate, and to the cells.
     """
     steps, count, _, width = passes[0].gates.shape
     shape = (steps, len(passes), count, width)

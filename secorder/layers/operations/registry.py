@@ -65,11 +65,7 @@ def operation_rule(*nodes: str) -> Callable[[OperationRule], OperationRule]:
 
 
 def parameter_map(*nodes: str) -> Callable[[Map], Map]:
-    """Enter the decorated function as what carries per-sample gradients from a node's output on to its input.
-
-    Raises:
-        InvalidArgumentError: a node has one already, or none is named.
-    """
+    """Enter the decorated function as what carries per-sample gradients from a node's output on to its input."""
     return _entered(MAPS, nodes)
 
 
@@ -88,20 +84,10 @@ def _entered(table: dict[str, R], nodes: Sequence[str]) -> Callable[[R], R]:
 
 
 def per_sample_gradient(call: OperationCall, index: int) -> PerSample | OwnedRows:
-    """What each sample brings to an input of an operation.
+    """What each sample brings to an input of an operation, before what the input was made of.
 
     By its rule; of rows that are put back into their places, by whose these are; else by the operation's own backward,
-    run once a sample on the sample's gradient alone.
-
-    Args:
-        call: the operation.
-        index: of the input.
-
-    Returns:
-        the per-sample gradient of the input as it is, before what it was made of.
-
-    Raises:
-        AttributionError: the operation has no rule, and no backward that could be run by itself.
+    run once a sample on the sample's gradient alone. Raises :class:`AttributionError` where there is none.
     """
     rule = OPERATIONS.get(call.node.name())
     found = None if rule is None else rule(call, index)

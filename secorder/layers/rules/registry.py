@@ -91,11 +91,7 @@ def takes_any_leading_dim(rule: Rule) -> bool:
 
 
 def expect_dims(module: nn.Module, a: Tensor, dims: int) -> None:
-    """Raise unless an input has so many dimensions: that of the batch and what the layer takes.
-
-    Raises:
-        AttributionError: it has not.
-    """
+    """Raise :class:`AttributionError` unless an input has so many dimensions: the batch's and what the layer takes."""
     if a.dim() != dims:
         raise AttributionError(
             f"{type(module).__name__} was called without a batch dimension (input of {a.dim()} dimensions, "
