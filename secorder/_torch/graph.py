@@ -110,6 +110,13 @@ def dtypes_of(nodes: Iterable[Node]) -> set[torch.dtype]:
     return {seen.dtype for node in nodes for seen in node._input_metadata}
 
 
+def least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The floating-point dtype of the fewest digits in which anything in the graph of tensors was computed."""
+    kinds = dtypes_of(nodes_behind(t.grad_fn for t in tensors if t.grad_fn is not None))
+    kinds = {kind.to_real() for kind in {*kinds, *(t.dtype for t in tensors)}}
+    return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
+
+
 def shape_of(node: Node, number: int) -> tuple[int, ...]:
     """Of one of the tensors that a node computed; of a leaf, the leaf's."""
     return tuple(node._input_metadata[number].shape)

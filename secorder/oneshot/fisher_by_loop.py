@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._torch.failures import is_out_of_memory
+from .._torch.graph import least_precise
 from .._torch.pytree import tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
@@ -29,11 +30,11 @@ def by_loop(task: Measurement, layers: Sequence[Layer], fisher_type: FisherType,
     :class:`CouplingError`.
     """
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
-    sketch = _Sketch(replacements, task.num_samples, task.autocast)
     with seen(layers) as recording:
         _, whole = task.loss()
         if not whole.requires_grad:
             require_dependence(task.model, task.loss_fn, task.inputs, task.targets)
+        sketch = _Sketch(replacements, task.num_samples, least_precise([whole]))
         batch = sketch.of(_gradients(whole, replacements))
         recording.require_seen(whole)
     _require_invariance(task, replacements, sketch, batch)
@@ -115,7 +116,7 @@ def trials_of_loop(
     For the time that it takes, and the memory.
     """
     replacements = [s for layer in layers for s in task.isolated.replacements(layer)]
-    sketch = _Sketch(replacements, task.num_samples, task.autocast)
+    sketch = _Sketch(replacements, task.num_samples, torch.float32)
     seeded = torch.Generator(device="cpu").manual_seed(0)
 
     def trial(index: list[int]) -> None:
@@ -193,14 +194,13 @@ def _columns(
 class _Sketch:
     """Gradients in a few random directions, enough to tell whether one is a combination of others."""
 
-    def __init__(self, like: Sequence[Tensor], count: int, autocast: bool) -> None:
+    def __init__(self, like: Sequence[Tensor], count: int, kind: torch.dtype) -> None:
         self.numel = sum(t.numel() for t in like)
         self.size = 2 * count + 8
         self.count = count
         generator = torch.Generator(device="cpu").manual_seed(0)
         self.signs = torch.randint(0, 2, (self.numel,), generator=generator, device="cpu") * 2 - 1
-        kinds = [t.dtype for t in like] + ([torch.bfloat16] if autocast else [])
-        self.rounding = max(rounding(kind) for kind in kinds)
+        self.rounding = rounding(kind)
 
     def of(self, gradient: Sequence[Tensor]) -> Tensor:
         """The gradient's components: all of them where they are few, else random sums of them."""

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from .._torch.graph import least_precise
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
@@ -17,8 +18,13 @@ from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 from .overwriting import on_copies
 
-#: The loss of a batch, and its gradient in each of the model's parameters.
-LossAndGradient = tuple[Tensor, list[Tensor]]
+
+class LossAndGradient(NamedTuple):
+    """The loss of a batch, and its gradient in each of the model's parameters."""
+
+    loss: Tensor
+    gradient: list[Tensor]
+    kind: torch.dtype  #: the least precise one that they were computed in
 
 
 def require_loss_function(loss_fn: Any) -> None:
@@ -96,7 +102,7 @@ def losses_and_gradients(
             filled = [
                 torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradient, strict=True)
             ]
-            found.append((loss.detach(), filled))
+            found.append(LossAndGradient(loss.detach(), filled, least_precise([loss])))
     return found
 
 

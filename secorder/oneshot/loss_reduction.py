@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._caution import caution
+from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension, take_samples
@@ -214,7 +215,7 @@ def _by_output(
             chosen = torch.tensor(index, device=loss.device)
             whose = zip(points, by_leaf, places, strict=False)
             filled = [torch.zeros_like(t) if g is None else _among(t, g, at, chosen) for t, g, at in whose]
-            found.append((loss.detach(), filled))
+            found.append(LossAndGradient(loss.detach(), filled, least_precise([loss])))
     return found
 
 
@@ -229,12 +230,13 @@ def _is_combination(whole: LossAndGradient, parts: Sequence[LossAndGradient], we
 
     Losses alone would not tell: those of an untrained model are nearly the same for all samples.
     """
-    (loss, gradient), (losses, gradients) = whole, zip(*parts, strict=True)
-    near = torch.allclose(loss, sum(w * x for w, x in zip(weights, losses, strict=True)), rtol=1e-3)
+    eps = torch.finfo(whole.kind).eps
+    losses = torch.stack([w * part.loss for w, part in zip(weights, parts, strict=True)])
+    near = torch.allclose(whole.loss, losses.sum(0), rtol=max(1e-3, 4 * eps))
     difference, size = 0.0, 0.0
-    for total, *of_parts in zip(gradient, *gradients, strict=True):
+    for total, *of_parts in zip(whole.gradient, *(part.gradient for part in parts), strict=True):
         terms = [w * g.double() for w, g in zip(weights, of_parts, strict=True)]
-        rounding = torch.finfo(total.dtype).eps ** 0.5
+        rounding = max(eps, torch.finfo(total.dtype).eps) ** 0.5
         difference += float((total - sum(terms)).norm()) ** 2
         size += (rounding * sum(float(t.norm()) for t in terms)) ** 2
     return near and difference <= size

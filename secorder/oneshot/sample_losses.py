@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._torch.cross_entropy import is_cross_entropy_of_rows
 from .._torch.failures import is_out_of_memory, is_vmap_failure
+from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..errors import CouplingError, InvalidArgumentError, NonFiniteError, SecorderError
@@ -42,9 +43,11 @@ class BatchLoss:
     points: list[Tensor]  #: the leaves, samples in dim 0
     output: Any  #: the output that is made of them
     gradients: list[Tensor | None] = field(default_factory=list)  #: of the loss in the points, differentiable
+    kind: torch.dtype = field(init=False)  #: the least precise dtype that the loss was computed in
 
     def __post_init__(self) -> None:
         """Take the gradients."""
+        self.kind = least_precise([self.loss])
         self.gradients = gradients(self.loss, self.points, create_graph=True)
 
     def release(self) -> None:
@@ -164,14 +167,14 @@ def own_gradients(task: Measurement, batch: BatchLoss, *, second_order: bool) ->
     whole = _derivatives(batch.gradients, points, vectors)
     batch.release()
     first = whole[: len(whole) // 2]
-    _require_invariance(task, batch.output, whole if second_order else first, vectors if second_order else None)
+    _require_invariance(task, batch, whole if second_order else first, vectors if second_order else None)
     _require_any_size(task, batch.output)
     found: list[Tensor | None] = []
     factors = []
     parts = _parts(task, points)
     for ids in parts:
         of_part = gradients_of_losses(own_losses(task, batch.output, ids), points, create_graph=True)
-        factors.append(_multiples(_derivatives(of_part, points, vectors), whole, ids))
+        factors.append(_multiples(_derivatives(of_part, points, vectors), whole, ids, batch.kind))
         if len(parts) == 1:
             found = of_part
         elif not second_order:
@@ -209,7 +212,7 @@ def gradients_of_rows(task: Measurement, batch: BatchLoss) -> list[Tensor | None
         of_part = gradients_of_losses(losses, [point], create_graph=False)
         own = _derivatives(of_part, [point], None)
         counts = own[0][ids.start : ids.stop].any(1)  # a sample that its own loss depends on is in the batch's, too
-        factor = _multiples(own, whole, ids)
+        factor = _multiples(own, whole, ids, batch.kind)
         if not bool(torch.where(counts, factor > 0, factor == 0).all()):
             return None
         found = _sums(found, of_part)
@@ -222,7 +225,7 @@ def _parts(task: Measurement, points: Sequence[Tensor]) -> list[range]:
     return list(chunks(task.num_samples, max(few, -(-task.num_samples // MOST_PARTS))))
 
 
-def _multiples(own: Sequence[Tensor], whole: Sequence[Tensor], ids: range) -> Tensor:
+def _multiples(own: Sequence[Tensor], whole: Sequence[Tensor], ids: range, kind: torch.dtype) -> Tensor:
     """By which numbers rows of the batch's derivatives are multiples of the samples' own; nan where one is none.
 
     With second derivatives too: single numbers are always multiples of one another.
@@ -230,7 +233,8 @@ def _multiples(own: Sequence[Tensor], whole: Sequence[Tensor], ids: range) -> Te
     own, whole = ([x[ids.start : ids.stop] for x in every] for every in (own, whole))
     square, dot = _products(own, own), _products(own, whole)
     factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
-    return factor if _close(own, whole, factor.abs()[:, None], factor[:, None]) else factor.fill_(torch.nan)
+    alike = _close(own, whole, factor.abs()[:, None], kind, factor[:, None])
+    return factor if alike else factor.fill_(torch.nan)
 
 
 def _sums(before: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -270,31 +274,38 @@ def _products(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.linalg.vecdot(x, y) for x, y in zip(one, other, strict=True)]).sum(0)
 
 
-def _close(found: Sequence[Tensor], expected: Sequence[Tensor], scale: Tensor, factor: Tensor | float = 1.0) -> bool:
+def _close(
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    scale: Tensor,
+    kind: torch.dtype,
+    factor: Tensor | float = 1.0,
+) -> bool:
     """Equal to rounding of each row, or of losses of size one: of a probability near one, little is left."""
     size = torch.stack([torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) for x in expected]).amax(0)
-    bound = rounding(size.dtype) * size + 16 * torch.finfo(size.dtype).eps * scale
+    bound = rounding(kind) * size + 16 * torch.finfo(kind).eps * scale
     return all(bool(((x * factor).sub_(y).abs_() <= bound).all()) for x, y in zip(found, expected, strict=True))
 
 
 def _require_invariance(
-    task: Measurement, output: Any, batch: Sequence[Tensor], vectors: Sequence[Tensor] | None
+    task: Measurement, batch: BatchLoss, whole: Sequence[Tensor], vectors: Sequence[Tensor] | None
 ) -> None:
     order = [*range(1, task.num_samples), 0]
     why = ""
     for rows in (False, True):  # a label for each token, perhaps
         try:
-            again = _exchanged(task, output, order, rows, vectors)
+            again = _exchanged(task, batch.output, order, rows, vectors)
         except SecorderError:
             raise
         except Exception as error:
             why = f" (or none: {_first_line(error)})"
             continue
-        size = torch.stack([x.abs().amax() for x in batch]).amax().clamp(max=1)
+        size = torch.stack([x.abs().amax() for x in whole]).amax().clamp(max=1)
         ends = (slice(1, None), slice(None, -1)), (slice(1), slice(-1, None))  # as the order has it, without a copy
-        if all(_close([x[found] for x in again], [x[here] for x in batch], size) for here, found in ends):
+        pairs = [([x[found] for x in again], [x[here] for x in whole]) for here, found in ends]
+        if all(_close(found, here, size, batch.kind) for found, here in pairs):
             return
-    if not torch.equal(_value(task, output, seed=1), _value(task, output)):
+    if not torch.equal(_value(task, batch.output, seed=1), _value(task, batch.output)):
         raise InvalidArgumentError(
             "loss_fn draws random numbers, so that no sample has a loss of its own: draw them beforehand and pass them "
             "in targets; hessian_diagonal takes the numbers that are drawn."

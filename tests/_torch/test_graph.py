@@ -16,6 +16,7 @@ from secorder._torch.graph import (
     current_node,
     dtypes_of,
     leads_to_these_alone,
+    least_precise,
     leaves_of,
     nodes_behind,
     operation_of,
@@ -150,3 +151,11 @@ def test_garbage_is_collected_again_where_it_was(enabled: bool) -> None:
         assert gc.isenabled() == enabled
     finally:
         (gc.enable if before else gc.disable)()
+
+
+def test_the_least_precise_dtype_of_a_graph() -> None:
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert least_precise([weight]) is torch.float64
+    assert least_precise([weight * 2, torch.zeros(1, dtype=torch.float32)]) is torch.float32
+    assert least_precise([weight.bfloat16().double() * weight, torch.tensor(1)]) is torch.bfloat16
+    assert least_precise([torch.view_as_real(weight.to(torch.complex64))]) is torch.float32

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder import CouplingError, InvalidArgumentError
+from secorder import CouplingError, InvalidArgumentError, per_layer_fisher_diagonal
 from secorder.oneshot.fisher_by_loop import by_loop
 from secorder.oneshot.measurement import Measurement
 
-from ..helpers import by_layer, data, make, measured
-from ..reference import assert_close, fisher_by_sample, ggn_by_sample
+from ..helpers import Net, by_layer, data, make, measured
+from ..reference import assert_all_close, assert_close, fisher_by_sample, ggn_by_sample
 
 
 def loop(fisher_type: Any = "empirical", loss_fn: Any = F.cross_entropy, batch: Any = None) -> Any:
@@ -58,3 +58,19 @@ def test_second_order_needs_a_loss_of_the_output() -> None:
 
     with pytest.raises(InvalidArgumentError, match="computed by loss_fn from the model's output"):
         measured(lambda task: by_loop(task, task.layers, "type-2", 3), model, data(), penalised)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_a_loss_that_the_model_takes_by_fewer_digits(kind: torch.dtype) -> None:
+    batch, body = data(), make()
+    model = Net(lambda m, x, y: F.cross_entropy(m.body(x).to(kind), y), body=body)
+    found = per_layer_fisher_diagonal(model, lambda loss, _: loss, batch).by_parameter()
+    assert_all_close(found, fisher_by_sample(model, lambda loss, _: loss, batch, None, 6))
+
+    def standardised(m: Net, x: Tensor, y: Tensor) -> Tensor:
+        f = m.body(x)
+        return F.cross_entropy((f / (0.1 + f.detach().std(0, correction=0))).to(kind), y)
+
+    model.function = standardised
+    with pytest.raises(CouplingError):
+        per_layer_fisher_diagonal(model, lambda loss, _: loss, batch)

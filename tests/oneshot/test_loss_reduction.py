@@ -80,6 +80,10 @@ def test_half_precision_is_told_to_its_own_rounding() -> None:
         assert per_layer_hessian_diagonal(model, own, parts).info["0"].num_batches == 4
     halves = [(x.bfloat16(), t) for x, t in parts]
     assert per_layer_hessian_diagonal(model.bfloat16(), own, halves).info["0"].num_batches == 4
+    model = model.float()
+    for scale in (1, 2, 3, 4):  # a loss of fewer digits than the model's
+        found = per_layer_hessian_diagonal(model, lambda f, t, n=scale: own(f.bfloat16() * n, t), parts)
+        assert found.info["0"].num_batches == 4
 
 
 def test_losses_that_go_by_more_than_the_output() -> None:

@@ -23,7 +23,7 @@ from secorder.oneshot.sample_losses import BatchLoss, own_gradients, own_losses
 
 from ..benchmarks.memory import peak_memory
 from ..helpers import data, make, measured
-from ..reference import assert_all_close
+from ..reference import assert_all_close, fisher_by_sample, ggn_by_sample
 
 WEIGHTS = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
 
@@ -177,3 +177,22 @@ def test_cross_entropies_of_rows_are_known_by_their_graph(monkeypatch: pytest.Mo
         )
     with pytest.raises((InvalidArgumentError, CouplingError)):  # of half of a batch, and of a sample alone
         per_layer_fisher_diagonal(model, lambda f, t: F.cross_entropy(*(v[: (len(v) + 1) // 2] for v in (f, t))), x, y)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+def test_a_loss_of_fewer_digits_than_the_model_s(kind: torch.dtype, fisher_type: Any) -> None:
+    """As language models take it; in what it is computed is what rounding it is held to."""
+
+    def criterion(f: Tensor, t: Tensor) -> Tensor:
+        return 2 * F.cross_entropy(f.to(kind), t)
+
+    model, batch = make(), data()
+    by_samples = fisher_by_sample(model, criterion, *batch, 6)
+    expected = by_samples if fisher_type == "empirical" else ggn_by_sample(model, criterion, *batch)
+    found = per_layer_fisher_diagonal(model, criterion, *batch, fisher_type=fisher_type).by_parameter()
+    assert_all_close(found, expected, 8 * torch.finfo(kind).eps)
+    with pytest.raises((CouplingError, InvalidArgumentError)):
+        per_layer_fisher_diagonal(model, lambda f, t: criterion(f - f.mean(0), t), *batch, fisher_type=fisher_type)
+    with pytest.raises((CouplingError, InvalidArgumentError)):
+        per_layer_fisher_diagonal(model, lambda f, t: criterion(f / (0.1 + f.detach().std(0, correction=0)), t), *batch)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..._torch.graph import least_precise
 from ..._torch.modules import evaluating
 from ..._torch.pytree import map_tensors
 from ..._torch.random_state import cuda_devices, fresh_generator, get_random_state, same_random_state
@@ -31,8 +32,10 @@ SAMPLES, PART = 8, 3
 #: of them twice, may be met elsewhere. Losses of an untrained model are nearly alike, whatever weighs its samples.
 UNITS, MEASURED = 32, 64.0
 
-#: The model on some samples: its losses, and whether it drew random numbers.
-Run = Callable[[Tensor], tuple[dict[Beside, float], bool]]
+#: Losses by where they are, and the least precise dtype that they were computed in; and of the model on some samples,
+#: whether it drew random numbers, too.
+Losses = tuple[dict[Beside, float], torch.dtype]
+Run = Callable[[Tensor], tuple[Losses, bool]]
 
 _WEIGHTED = (
     "the loss that the model returns is neither the mean nor the sum of its samples' losses (padding, class weights, "
@@ -58,7 +61,7 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
     take = partial(_samples, found, count, (args, kwargs))
     cuda = cuda_devices(model)
 
-    def run(arguments: Any) -> tuple[dict[Beside, float], bool]:
+    def run(arguments: Any) -> tuple[Losses, bool]:
         before = get_random_state(cuda)
         losses = _losses(model, model(*arguments[0], **arguments[1]), found.coupling)
         return losses, not same_random_state(before, get_random_state(cuda))
@@ -70,7 +73,6 @@ def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: A
                 lambda some: isolated.run(run, take(some)),
                 take,
                 ids,
-                (_rounding(model, UNITS), _rounding(model)),
                 divided=_has_numbers(args, kwargs),
                 by_tokens=_by_tokens(args, kwargs, count),
             )
@@ -105,7 +107,6 @@ def _reasons(
     run: Run,
     take: Callable[[Tensor], tuple[Any, Any]],
     ids: Tensor,
-    bounds: tuple[float, float],
     *,
     divided: bool,
     by_tokens: bool,
@@ -113,13 +114,12 @@ def _reasons(
     """:func:`told_otherwise`, of some samples, for which ``take`` gives the model's arguments.
 
     Args:
-        bounds: what is rounding for certain, and all that passes for it, as parts of the size of losses.
         divided: whether the loss may be divided by a number that the model is called with.
         by_tokens: whether that is one of tokens, of which samples have other shares than in a mean over samples.
     """
     parts = _two_divisions(ids)
     told, summed, mean = (_shares(kind, take, ids, parts) for kind in (reduction, "sum", "mean"))
-    seen = _seen(run, ids, parts, told, bounds)
+    seen = _seen(run, ids, parts, told)
     reasons = {place: "" for place, losses in seen.items() if losses.add_up(told)}
     others = _of_samples({place: losses for place, losses in seen.items() if place not in reasons}, run, ids)
     several = sum(place.module is None for place in seen) > 1
@@ -132,25 +132,25 @@ def _reasons(
     return reasons
 
 
-def _seen(
-    run: Run, ids: Tensor, parts: Sequence[Tensor], told: Sequence[float], bounds: tuple[float, float]
-) -> dict[Beside, _Losses]:
+def _seen(run: Run, ids: Tensor, parts: Sequence[Tensor], told: Sequence[float]) -> dict[Beside, _Losses]:
     """The losses of samples and of their parts, by where they are; none where any of them drew random numbers."""
-    runs = [run(some) for some in (ids, *parts)]
-    if any(drew for _, drew in runs):
+    ((whole, kind), *of_parts), drew = zip(*(run(some) for some in (ids, *parts)), strict=True)
+    if any(drew):
         return {}
-    seen = {x: _Losses(whole, [losses[x] for losses, _ in runs[1:]], bounds[0]) for x, whole in runs[0][0].items()}
+    passes = rounding(kind)
+    certain = min(UNITS * torch.finfo(kind).eps, passes)
+    seen = {x: _Losses(loss, [losses[x] for losses, _ in of_parts], certain) for x, loss in whole.items()}
     if all(losses.add_up(told) for losses in seen.values()):
         return seen
-    twice, _ = run(ids.repeat(2))
-    return {place: losses.measured(twice[place], *bounds) for place, losses in seen.items()}
+    (twice, _), _ = run(ids.repeat(2))
+    return {place: losses.measured(twice[place], certain, passes) for place, losses in seen.items()}
 
 
 def _of_samples(seen: dict[Beside, _Losses], run: Run, ids: Tensor) -> dict[Beside, _Losses]:
     """The losses that are others for other samples, and the same in any order: that matters to a generator in one."""
     found = {p: x for p, x in seen.items() if not all(x.is_near(part, x.parts) for part in x.parts)}
     for order in (ids.flip(0), ids.roll(1), ids.roll(2)) if found else ():
-        again, _ = run(order)
+        (again, _), _ = run(order)
         found = {place: losses for place, losses in found.items() if losses.is_near(again[place], losses.parts)}
     return found
 
@@ -173,13 +173,12 @@ def _samples(found: Attribution, count: int, arguments: Any, ids: Tensor) -> Any
     return map_tensors(taken, arguments)
 
 
-def _losses(model: nn.Module, output: Any, kept: Collection[Beside]) -> dict[Beside, float]:
+def _losses(model: nn.Module, output: Any, kept: Collection[Beside]) -> Losses:
     """The losses that a model returns, or keeps in some places, as far as they are finite."""
-    made = made_beside(model, output)
-    losses = {
-        place: float(t.detach()) for place, t in made.items() if not t.dim() and (place.module is None or place in kept)
-    }
-    return {place: loss for place, loss in losses.items() if isfinite(loss)}
+    made = {p: t for p, t in made_beside(model, output).items() if not t.dim() and (p.module is None or p in kept)}
+    losses = {place: float(t.detach()) for place, t in made.items()}
+    kind = least_precise([*made.values(), torch.empty((), dtype=torch.float32)])  # in which models take losses
+    return {place: loss for place, loss in losses.items() if isfinite(loss)}, kind
 
 
 def _shares(kind: Any, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, parts: Sequence[Tensor]) -> list[float]:
@@ -199,13 +198,6 @@ def _shares(kind: Any, take: Callable[[Tensor], tuple[Any, Any]], ids: Tensor, p
             if not torch.allclose(here, share * own, rtol=1e-3):
                 raise ValueError(share)
     return shares
-
-
-def _rounding(model: nn.Module, units: int | None = None) -> float:
-    """That of the least precise of the model's parameters, or of float32, in which models take losses."""
-    kinds = {torch.float32, *(p.dtype for p in model.parameters() if p.is_floating_point())}
-    passes = max(map(rounding, kinds))
-    return passes if units is None else min(units * max(torch.finfo(kind).eps for kind in kinds), passes)
 
 
 def _by_tokens(args: Any, kwargs: Any, count: int) -> bool:

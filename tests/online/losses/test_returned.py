@@ -83,6 +83,7 @@ def test_a_loss_that_is_not_made_as_is_told_is_refused(
         (weighted, lambda x, t: WEIGHTS.to(x)[t] / WEIGHTS.to(x)[t].sum()),
         (lambda logits, t: F.cross_entropy(logits, t) / 4, "mean"),
         (lambda logits, t: F.cross_entropy(logits.float(), t), "mean"),
+        (lambda logits, t: F.cross_entropy(logits.bfloat16(), t), "mean"),
     ],
 )
 @pytest.mark.parametrize("noise", [0.0, 0.5])
