@@ -129,3 +129,9 @@ def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
     if value not in allowed if isinstance(value, str) else True not in [value is word for word in allowed]:
         *others, last = (f'"{word}"' if isinstance(word, str) else str(word) for word in allowed)
         raise InvalidArgumentError(f"{name} must be {', '.join(others)} or {last}, got {shown(value)}.")
+
+
+def require_method(name: str, value: Any, method: str) -> None:
+    """Raise unless an argument has a method, and is no class."""
+    if isinstance(value, type) or not callable(getattr(value, method, None)):
+        raise InvalidTypeError(f"{name} must have {method}(), got {shown(value)}.")

@@ -56,6 +56,23 @@ class RankOne(NamedTuple):
         return self.inputs, self.cotangents
 
 
+class Plan(NamedTuple):
+    """Of a layer whose calls, where their rows are samples, may wait to be added together with those of others."""
+
+    dtype: torch.dtype  #: of its parameters, and of what is accumulated of it
+    device: torch.device  #: where these are
+
+    def admits(self, inputs: Tensor, cotangents: Tensor, others: Sequence[RankOne]) -> bool:
+        """Whether the factors of a call are such as it was made for, and those of the first that waits already are."""
+        other = others[0].cotangents if others else cotangents
+        return (
+            inputs.dim() == cotangents.dim() == 2
+            and inputs.layout is torch.strided
+            and inputs.dtype is cotangents.dtype is other.dtype is self.dtype
+            and inputs.device == cotangents.device == other.device == self.device
+        )
+
+
 def overwritten(layers: Sequence[RankOne]) -> list[str]:
     """The names of the layers of which a factor was changed in place since."""
     now = versions([x for one in layers for x in (one.inputs, one.cotangents)])

@@ -6,51 +6,19 @@ does: whoever reads on one rank goes on, or is told why not, as on all.
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-from zlib import crc32
 
 import torch
 
-from ..errors import AttributionError
 from ..parallel.all_reduce import largest
-from ..parallel.ranks import Ranks
+from ..parallel.ranks import ELSEWHERE, Ranks
+from .fisher import OnlineFisher
 from .record import ForwardRecord
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from .fisher import OnlineFisher
 
-ELSEWHERE = "another rank could not measure it: the warnings of that rank say why."
-
-
-def agree(ranks: Ranks, layer: str, *, bad: bool) -> bool:
-    """Whether a layer's batch, of which this rank has formed its part, is bad on any rank.
-
-    Raises :class:`AttributionError` where a rank could not form its part, or formed that of another layer.
-    """
-    found, failed, last, first = ranks.largest([bad, False, *_number(layer)])
-    if failed:
-        raise AttributionError(ELSEWHERE)
-    if last != -first:
-        raise AttributionError(
-            "the ranks reach their layers in different orders, so that their parts cannot be added up: let the "
-            "model call its layers in one order on every rank, or leave them out with layers=."
-        )
-    return found > 0
-
-
-def give_up(ranks: Ranks, layer: str) -> None:
-    """Take part in :func:`agree` where this rank cannot form its part, so that no other waits for it."""
-    ranks.largest([True, True, *_number(layer)])
-
-
-def _number(layer: str) -> tuple[int, int]:
-    """What stands for a layer, and its negative: by the largest of both all ranks see whether they mean one layer."""
-    number = crc32(layer.encode())
-    return number, -number
-
-
-def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | None") -> None:
+def share_troubles(fisher: OnlineFisher, group: "Ranks | dist.ProcessGroup | None") -> None:
     """Mark the layers that another rank of the group cannot tell."""
     marked = fisher.failures.counts.new_tensor([layer.name in fisher.troubles.marks for layer in fisher.layers])
     own = torch.stack([fisher.failures.counts, marked]).clamp(max=1)
@@ -64,7 +32,7 @@ def share_troubles(fisher: "OnlineFisher", group: "Ranks | dist.ProcessGroup | N
 
 
 def opened_together(
-    fisher: "OnlineFisher", ranks: Ranks, error: Exception | None, opened: Callable[[], ForwardRecord | None]
+    fisher: OnlineFisher, ranks: Ranks, error: Exception | None, opened: Callable[[], ForwardRecord | None]
 ) -> ForwardRecord | None:
     """The record of this rank's part of a batch; None on all ranks where one of them has none.
 
@@ -88,7 +56,7 @@ def opened_together(
     return record
 
 
-def leave_out_together(fisher: "OnlineFisher", ranks: Ranks, record: ForwardRecord) -> None:
+def leave_out_together(fisher: OnlineFisher, ranks: Ranks, record: ForwardRecord) -> None:
     """Leave a batch out of the layers that are troubled in it on any rank."""
     elsewhere = zip(fisher.sums, ranks.largest([record.layers[name].troubled for name in fisher.sums]), strict=True)
     names = [name for name, troubled in elsewhere if troubled and not record.layers[name].troubled]

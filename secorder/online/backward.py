@@ -27,7 +27,6 @@ from .audit.freivalds import Audit
 from .audit.penalty import watch
 from .closing import check_together, close, unrecorded
 from .fisher import OnlineFisher, quietly
-from .losses.accumulation import note_gradients, tell_accumulation
 from .norms import norms_due, read_squares, watch_squares
 from .record import Backward, ForwardRecord
 from .waiting import add_waiting
@@ -58,7 +57,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         if attachment.looking is not None:  # in another thread, which may take hooks off parameters
             backward.alone = False
         fisher.directions.begin()  # from here on the audits of others, which are not alone any more, may be of no use
-        tell_accumulation(fisher)
+        _tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     check_together(fisher, backward, record)
@@ -116,7 +115,13 @@ class EntersUnrecorded:
     def __call__(self, _: Tensor) -> None:
         if not self.attachment.suspensions:
             unrecorded(self.attachment.fisher)
-            tell_accumulation(self.attachment.fisher)
+            _tell_accumulation(self.attachment.fisher)
+
+
+def _tell_accumulation(fisher: OnlineFisher) -> None:
+    """A backward begins: mark all layers where it adds to gradients of a loss that was divided, with no scale given."""
+    if fisher.returned is None and (reason := fisher.accumulation.begins(fisher.layers)):
+        fisher.troubles.mark(fisher.sums, reason)
 
 
 def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
@@ -212,7 +217,8 @@ def _leave(fisher: OnlineFisher, backward: Backward) -> None:
         if record not in reached:  # torch.autograd.grad, or a backward that stopped before the parameters
             record.backward = None
     close(fisher, backward, reached)
-    note_gradients(fisher, reached)
+    if fisher.returned is None:
+        fisher.accumulation.ended(fisher.layers, reached)
     backward.records.clear()  # which refer to it
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from .agreement import share_troubles
 from .audit.freivalds import Comparison
 from .audit.penalty import add_shared, explains_all, keep_early
 from .delivery import deliver, deliver_module
+from .fisher import OnlineFisher
 from .losses.scale import tell_scale
-from .norms import take_norms, takes_norms
+from .norms import add_norms, take_norms, takes_norms
 from .record import Backward, ForwardRecord
+from .sums import ADDING, count_samples
 from .waiting import add_waiting
-
-if TYPE_CHECKING:
-    from .fisher import OnlineFisher
 
 _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
@@ -46,7 +44,7 @@ _UNRETURNED = (
 )
 
 
-def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+def check_together(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
     """Another forward takes part in a backward: are its samples its own, or those of the others?"""
     others = [one for one in backward.records if one is not record]
     same = [one for one in others if one.num_samples == record.num_samples]
@@ -72,7 +70,7 @@ def check_together(fisher: "OnlineFisher", backward: Backward, record: ForwardRe
     )
 
 
-def unrecorded(fisher: "OnlineFisher") -> None:
+def unrecorded(fisher: OnlineFisher) -> None:
     """A gradient has come to a forward that was not recorded."""
     number = current_backward()
     if number is not None:
@@ -80,7 +78,7 @@ def unrecorded(fisher: "OnlineFisher") -> None:
 
 
 def second_backward(
-    fisher: "OnlineFisher", record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor
+    fisher: OnlineFisher, record: ForwardRecord, names: Iterable[str], before: Tensor | None, now: Tensor
 ) -> None:
     """A second backward reaches layers through a forward whose samples are counted.
 
@@ -108,7 +106,7 @@ def _reached(record: ForwardRecord, layer: Layer) -> bool:
     return any(will_accumulate(accumulate_node(p)) for p in own) if own else layer.name in record.called
 
 
-def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
+def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRecord]) -> None:
     """A backward has ended: add what its records still hold, and audit it."""
     if records and backward.number in fisher.others:
         fisher.troubles.mark(
@@ -132,7 +130,7 @@ def close(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardR
         share_troubles(fisher, fisher.ranks)
 
 
-def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[ForwardRecord]) -> None:
+def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[ForwardRecord]) -> None:
     """Add what a forward, or several whose row n is one sample, still hold."""
     first, *others = group
     if others:
@@ -149,11 +147,56 @@ def _add_group(fisher: "OnlineFisher", backward: Backward, group: Sequence[Forwa
         fisher.troubles.guarded(first, names, deliver_module, fisher, group, layer)
     for record in others:
         record.closed = True
-    leave_out_unasked(fisher, backward, first)
-    fisher.add(first)
+    _leave_out_unasked(fisher, backward, first)
+    _add_record(fisher, first)
 
 
-def _leave_out_unlike(fisher: "OnlineFisher", group: Sequence[ForwardRecord]) -> None:
+def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
+    """Close a record whose backward has ended: tied layers, zeros, counts."""
+    record.closed = True
+    fisher.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
+    _add_tied(fisher, record)
+    zeros = []
+    nothing_early = record.backward is not None and not record.backward.early
+    for index, layer in enumerate(fisher.layers):
+        name, own = layer.name, record.layers[layer.name]
+        if own.received and nothing_early:
+            continue
+        if own.received or own.troubled or own.without_gradient:
+            _audit_early(fisher, record, index)
+            continue
+        if not any(p.requires_grad for p in layer.parameters.values()) and not own.calls:
+            continue
+        sums = fisher.by_layer[name]
+        _audit_early(fisher, record, index)
+        _audit_trained(fisher, record, index)
+        zeros.append(name)
+        if fisher.accumulate == "diagonal":
+            with ADDING:
+                if fisher.decay is not None:
+                    for total in sums.sums:
+                        total.mul_(fisher.decay)
+                sums.count(fisher.count_of(record), None, fisher.decay, fisher.of_all(record))
+    if len(fisher.called) < len(fisher.layers):
+        audit_uncalled(fisher)
+    with ADDING:
+        fisher.batches += 1
+        if not (record.stacked or (takes_norms(record) and _add_norms(fisher, record, zeros))):
+            count_samples(fisher.counted, fisher.count_of(record), record.goods, len(fisher.layers))
+
+
+def _add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str]) -> bool:
+    """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
+    if fisher.accumulate != "trace":
+        add_norms(fisher, record, zeros, None)
+        return False
+    counted = add_norms(fisher, record, zeros, fisher.counted)
+    for name in (*[name for name, own in record.layers.items() if own.norms is not None], *zeros):
+        fisher.by_layer[name].batches += 1
+    return counted
+
+
+def _leave_out_unlike(fisher: OnlineFisher, group: Sequence[ForwardRecord]) -> None:
     """Leave the batch out of layers that the forwards are not measured alike at."""
     names = dict.fromkeys(name for record in group for name in record.called)
     unlike = [x for x in names if len({record.way(x) for record in group if record.layers[x].calls}) > 1]
@@ -162,7 +205,7 @@ def _leave_out_unlike(fisher: "OnlineFisher", group: Sequence[ForwardRecord]) ->
     group[0].leave_out(unlike)
 
 
-def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[ForwardRecord]) -> None:
+def _add_penalty(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRecord]) -> None:
     """Add the gradient of a penalty that is the same for each sample to each sample's."""
     if len(records) == 1 and records[0].weights is None:
         record = records[0]
@@ -177,7 +220,7 @@ def _add_penalty(fisher: "OnlineFisher", backward: Backward, records: Sequence[F
         )
 
 
-def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
+def _audit(fisher: OnlineFisher, backward: Backward) -> None:
     """Compare the whole gradients of a backward that has ended with what its records explain."""
     if backward.audit.empty or not backward.alone:
         return  # nothing was looked at, or what reached the parameters meanwhile may be another thread's
@@ -194,7 +237,7 @@ def _audit(fisher: "OnlineFisher", backward: Backward) -> None:
     fisher.failures.compare(found)
 
 
-def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+def _audit_early(fisher: OnlineFisher, record: ForwardRecord, index: int) -> None:
     """Whether something came for a layer before the audit could see it, where no call brought a gradient.
 
     A penalty's gradient is accumulated before the backward reaches the forward, and so is that of a derivative, or of a
@@ -215,7 +258,7 @@ def audit_early(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> No
             fisher.failures.counts[index].add_((entries(local(p.grad)) != 0).any())
 
 
-def audit_trained(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> None:
+def _audit_trained(fisher: OnlineFisher, record: ForwardRecord, index: int) -> None:
     """Whether a layer that no forward has called is trained all the same: then that is by other calls."""
     layer = fisher.layers[index]
     if layer.name in fisher.called or (fisher.penalty is not None and explains_all(record, layer)):
@@ -226,14 +269,14 @@ def audit_trained(fisher: "OnlineFisher", record: ForwardRecord, index: int) -> 
             fisher.failures.counts[index].add_(entries(local(p.grad)).abs().sum() != 0)
 
 
-def audit_uncalled(fisher: "OnlineFisher") -> None:
+def audit_uncalled(fisher: OnlineFisher) -> None:
     """Layers that are trained by calls that no hook sees are not told."""
     for index, moved in fisher.uncalled.moved(fisher.layers, fisher.called) if fisher.batches or fisher.called else ():
         fisher.troubles.saw_at("uncalled", [fisher.layers[index].name])
         fisher.failures.counts[index].add_(moved)
 
 
-def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord) -> None:
+def _leave_out_unasked(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
     """Layers that a backward with ``inputs=`` does not ask for have a gradient that is not known, rather than none."""
     missing = {name: own for name, own in record.layers.items() if not (own.received or own.parts)}
     passed = [name for name, own in missing.items() if own.passed == backward.number]
@@ -246,7 +289,7 @@ def leave_out_unasked(fisher: "OnlineFisher", backward: Backward, record: Forwar
         record.leave_out(without)
 
 
-def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
+def _add_tied(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Add what the layers that share a parameter brought in this backward."""
     if not record.attribution.ties:
         return
@@ -265,11 +308,11 @@ def add_tied(fisher: "OnlineFisher", record: ForwardRecord) -> None:
             record.layers[layer.name].received = True
         elif holders:
             record.layers[layer.name].received = False
-    _add_tied(fisher, record, found)
+    _add_forms(fisher, record, found)
 
 
-def _add_tied(
-    fisher: "OnlineFisher",
+def _add_forms(
+    fisher: OnlineFisher,
     record: ForwardRecord,
     found: Sequence[tuple[Layer, Sequence[Sequence[PerSample]], Tensor | None]],
 ) -> None:

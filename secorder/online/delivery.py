@@ -5,7 +5,7 @@ module that is run again the per-sample gradients of all its parts. What they br
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from ..layers.selection import Layer
 from ..layers.uses import Later, Piece, pieces
 from ..oneshot.isolation import run_isolated
 from ..parallel.tensor_parallel import own_rows
-from .agreement import give_up
 from .audit.penalty import explain
 from .finite import total_of, witness
+from .fisher import OnlineFisher
 from .formed import form, is_formed, squares_may_wait, wait_formed
 from .layer_record import Call
 from .norms import take_norms, takes_norms
@@ -34,15 +34,12 @@ from .record import ForwardRecord
 from .rerun import rerun_gradients
 from .waiting import may_wait, wait
 
-if TYPE_CHECKING:
-    from .fisher import OnlineFisher
-
 #: The layouts of a layer's calls where there is one, and row n of what it returns is sample n's.
 ONE_ROW_A_SAMPLE = [[DIM_ZERO]]
 
 
 def bring(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     index: int,
@@ -61,7 +58,7 @@ def bring(
 
 
 def bring_rank_one(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, inputs: Sequence[Tensor], g: Tensor
+    fisher: OnlineFisher, record: ForwardRecord, layer: Layer, inputs: Sequence[Tensor], g: Tensor
 ) -> bool:
     """:func:`bring` of a linear layer's only call whose samples are its rows, at once; False where it is another."""
     plan, own, a = plan_of(fisher, layer), record.layers[layer.name], inputs[0]
@@ -76,7 +73,7 @@ def bring_rank_one(
     return True
 
 
-def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Layer) -> None:
+def deliver(fisher: OnlineFisher, records: Sequence[ForwardRecord], layer: Layer) -> None:
     """Add the squares of a layer's per-sample gradients: all calls of one backward (or of joined ones) have come."""
     record, came = records[0], []
     for own in [one.layers[layer.name] for one in records]:
@@ -96,7 +93,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
         found = _squares(fisher, record, layer, gradients, calls, totals)
     except Exception:
         if fisher.ranks is not None and fisher.accumulate == "diagonal":  # others wait for what this rank cannot form
-            give_up(fisher.ranks, layer.name)
+            fisher.ranks.give_up(layer.name)
         raise
     if found is None:
         return
@@ -112,7 +109,7 @@ def deliver(fisher: "OnlineFisher", records: Sequence[ForwardRecord], layer: Lay
 
 
 def _squares(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],
@@ -143,7 +140,7 @@ def _squares(
 
 
 def _told(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],
@@ -159,7 +156,7 @@ def _told(
 
 
 def _parts(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],
@@ -195,7 +192,7 @@ def _parts(
 
 
 def _deliver_pieces(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]]
+    fisher: OnlineFisher, record: ForwardRecord, layer: Layer, parts: dict[str, list[PerSample]]
 ) -> None:
     """The same for a layer that is measured by operations: several forms a parameter, none where it is not used."""
     seen = [*_multiplied_by(record), *[_total_of(form) for forms in parts.values() for form in forms]]
@@ -209,7 +206,11 @@ def _deliver_pieces(
         weights = record.weights
         parts = {name: [weighted(form, weights) for form in forms] for name, forms in parts.items()}
     record.layers[layer.name].received = True
-    fisher.add_gradients(record, layer, [parts.get(name, []) for name in layer.parameters], good)
+    own = [parts.get(name, []) for name in layer.parameters]
+    if takes_norms(record):
+        take_norms(fisher, record, layer, own)
+    if fisher.accumulate == "diagonal":
+        fisher.add_squares(record, layer, own, good)
 
 
 def _gradients(layer: Layer, calls: Sequence[Call], layouts: list[Layout]) -> Mapping[str, PerSample]:
@@ -241,7 +242,7 @@ def _own_rows(layer: Layer, gradients: Mapping[str, PerSample]) -> Mapping[str, 
     return {"weight": Rows(*own_rows(part.ids, part.g, first, count), count)}
 
 
-def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key: Layer) -> None:
+def deliver_module(fisher: OnlineFisher, records: Sequence[ForwardRecord], key: Layer) -> None:
     """The same for layers that are parts of a module that is run again."""
     record = records[0]
     layers = [x for x in record.parts_of(key) if not record.layers[x.name].troubled]
@@ -265,7 +266,7 @@ def deliver_module(fisher: "OnlineFisher", records: Sequence[ForwardRecord], key
 
 
 def _rerun(
-    fisher: "OnlineFisher", record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool
+    fisher: OnlineFisher, record: ForwardRecord, layers: list[Layer], calls: list[Any], direct: bool
 ) -> list[Any]:
     """Σ of squares of each layer by parameter, and norms; the audit's side of them on the way."""
     found: list[tuple[list[Tensor], DenseNorms | None]] = [
@@ -294,7 +295,7 @@ def _rerun(
 
 
 def _tell(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     gradients: Mapping[str, PerSample],

@@ -7,7 +7,7 @@ from .._torch.stand_ins import constant_in_place_of
 from ..layers.selection import Layer
 from .fisher import OnlineFisher
 from .looks import Looks
-from .plan import Held
+from .sums import Held
 
 
 def refresh(fisher: OnlineFisher, looks: Looks) -> bool:

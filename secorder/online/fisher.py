@@ -1,7 +1,7 @@
 """The Fisher of the user's own passes: what records bring is made into squares and added up.
 
 The squares of a layer are added as soon as its gradient is complete, so that its inputs are freed while the backward
-goes on, or soon after, together with those of other small layers; :meth:`OnlineFisher.add` closes a record when its
+goes on, or soon after, together with those of other small layers; :mod:`.closing` closes a record when its
 backward has ended: what tied layers brought is put together, layers that the loss does not depend on get their zeros,
 and the audit is compared.
 """
@@ -18,22 +18,19 @@ from .._torch.surroundings import lasting
 from ..errors import NonFiniteError
 from ..layers.low_precision import Precision, is_low
 from ..layers.per_sample import PerSample
+from ..layers.rank_one import Plan
 from ..layers.selection import Layer, MeasuredBy, ranks_of
-from .agreement import agree
 from .audit.audited import Audited
 from .audit.directions import Directions
 from .audit.failures import Failures
 from .audit.uncalled import Uncalled
-from .closing import add_tied, audit_early, audit_trained, audit_uncalled
 from .finite import all_finite
 from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
 from .norm_sums import NormSums
-from .norms import add_norms, take_norms, takes_norms
-from .plan import Held, Plan
 from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
-from .sums import ADDING, LayerSums, add_whole, count_samples, count_together, empty
+from .sums import ADDING, Held, LayerSums, add_whole, count_together, empty
 from .troubles import Troubles
 from .window_sums import WindowSums
 
@@ -209,19 +206,6 @@ class OnlineFisher:
             return record.counted_together
         return record.num_samples if record.counted is None else record.counted
 
-    def add_gradients(
-        self,
-        record: ForwardRecord,
-        layer: Layer,
-        parts: Sequence[Sequence[PerSample]],
-        good: Tensor | None,
-    ) -> None:
-        """Add what a layer's per-sample gradients bring, those of each layer that shares a parameter."""
-        if takes_norms(record):
-            take_norms(self, record, layer, parts)
-        if self.accumulate == "diagonal":
-            self.add_squares(record, layer, parts, good)
-
     def add_squares(
         self, record: ForwardRecord, layer: Layer, parts: Sequence[Tensor | Sequence[PerSample]], good: Tensor | None
     ) -> None:
@@ -265,63 +249,17 @@ class OnlineFisher:
         """Whether a layer's gradients are finite, by the sums of their elements; None where every batch counts."""
         if self.on_nonfinite == "keep" or not totals:
             if self.ranks is not None:
-                agree(self.ranks, layer.name, bad=False)
+                self.ranks.agree(layer.name, bad=False)
             return None
         good = all_finite([total for total in totals if total is not None])
         if self.ranks is not None:  # all ranks leave the batch out, or none
-            good = good.new_tensor(not agree(self.ranks, layer.name, bad=not bool(good)))
+            good = good.new_tensor(not self.ranks.agree(layer.name, bad=not bool(good)))
         if self.on_nonfinite == "raise" and not bool(good):
             raise NonFiniteError(
                 f"the gradient at layer {layer.name!r} holds nan or inf: lower the learning rate or the loss scale, or "
                 'pass on_nonfinite="skip" to leave such batches out.'
             )
         return good
-
-    # ---- the end of a backward
-
-    def add(self, record: ForwardRecord) -> None:
-        """Close a record whose backward has ended: tied layers, zeros, counts."""
-        record.closed = True
-        self.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
-        add_tied(self, record)
-        zeros = []
-        nothing_early = record.backward is not None and not record.backward.early
-        for index, layer in enumerate(self.layers):
-            name, own = layer.name, record.layers[layer.name]
-            if own.received and nothing_early:
-                continue
-            if own.received or own.troubled or own.without_gradient:
-                audit_early(self, record, index)
-                continue
-            if not any(p.requires_grad for p in layer.parameters.values()) and not own.calls:
-                continue
-            sums = self.by_layer[name]
-            audit_early(self, record, index)
-            audit_trained(self, record, index)
-            zeros.append(name)
-            if self.accumulate == "diagonal":
-                with ADDING:
-                    if self.decay is not None:
-                        for total in sums.sums:
-                            total.mul_(self.decay)
-                    sums.count(self.count_of(record), None, self.decay, self.of_all(record))
-        if len(self.called) < len(self.layers):
-            audit_uncalled(self)
-        with ADDING:
-            self.batches += 1
-            if not (record.stacked or (takes_norms(record) and _add_norms(self, record, zeros))):
-                count_samples(self.counted, self.count_of(record), record.goods, len(self.layers))
-
-
-def _add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str]) -> bool:
-    """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
-    if fisher.accumulate != "trace":
-        add_norms(fisher, record, zeros, None)
-        return False
-    counted = add_norms(fisher, record, zeros, fisher.counted)
-    for name in (*[name for name, own in record.layers.items() if own.norms is not None], *zeros):
-        fisher.by_layer[name].batches += 1
-    return counted
 
 
 def quietly(work: Callable[..., Any], *arguments: Any) -> None:

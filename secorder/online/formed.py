@@ -7,7 +7,6 @@ as a step of a contraction may, and at most until the backward ends.
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,14 +19,12 @@ from ..layers.low_precision import contract_sum_low
 from ..layers.per_sample import Outer, PerSample, Rows, chunk_elements
 from ..layers.selection import Layer
 from .finite import finite
+from .fisher import OnlineFisher
 from .record import ForwardRecord
-
-if TYPE_CHECKING:
-    from .fisher import OnlineFisher
 
 
 def form(
-    fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
+    fisher: OnlineFisher, record: ForwardRecord, layer: Layer, gradients: Mapping[str, PerSample]
 ) -> Tensor | None:
     """The squares of all of a layer's parameters, one after the other.
 
@@ -58,12 +55,12 @@ def is_formed(part: PerSample, numel: int) -> bool:
     return isinstance(part, Outer) and part.g.shape[-2] > 1 and numel <= IN_PLACE_ELEMENTS
 
 
-def squares_may_wait(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
+def squares_may_wait(fisher: OnlineFisher, record: ForwardRecord, layer: Layer, squares: Tensor) -> bool:
     """Whether a layer's squares may be added later, together with others."""
     return may_be_later(fisher, layer, squares, [own for _, own in record.formed[:1]])
 
 
-def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Sequence[Tensor]) -> bool:
+def may_be_later(fisher: OnlineFisher, layer: Layer, like: Tensor, others: Sequence[Tensor]) -> bool:
     """Whether a layer is added as any other is: here, in one dtype, and whatever other ranks find."""
     if fisher.penalty is not None or fisher.ranks is not None or fisher.on_nonfinite == "raise":
         return False
@@ -74,7 +71,7 @@ def may_be_later(fisher: "OnlineFisher", layer: Layer, like: Tensor, others: Seq
     return True
 
 
-def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squares: Tensor) -> None:
+def wait_formed(fisher: OnlineFisher, record: ForwardRecord, layer: Layer, squares: Tensor) -> None:
     """A layer's squares wait from now on; where too much would, all are added."""
     record.layers[layer.name].received = True
     record.formed.append((layer, squares))
@@ -83,7 +80,7 @@ def wait_formed(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer, squ
         add_formed(fisher, record)
 
 
-def add_formed(fisher: "OnlineFisher", record: ForwardRecord) -> None:
+def add_formed(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Add the squares of a record that wait."""
     waiting, record.formed, record.elements_formed = record.formed, [], 0
     every = [(layer, squares) for layer, squares in waiting if not record.layers[layer.name].troubled]
@@ -91,7 +88,7 @@ def add_formed(fisher: "OnlineFisher", record: ForwardRecord) -> None:
         fisher.troubles.guarded(record, [layer.name for layer, _ in every], _add, fisher, record, every)
 
 
-def _add(fisher: "OnlineFisher", record: ForwardRecord, every: Sequence[tuple[Layer, Tensor]]) -> None:
+def _add(fisher: OnlineFisher, record: ForwardRecord, every: Sequence[tuple[Layer, Tensor]]) -> None:
     goods = None
     if fisher.on_nonfinite == "skip":
         goods = finite(torch.stack([squares.amax() for _, squares in every]))

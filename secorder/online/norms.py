@@ -7,7 +7,7 @@ all that the trace of the Fisher, its standard error and the gradient noise scal
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,18 +22,16 @@ from ..layers.per_sample import PerSample
 from ..layers.rank_one import FactorNorms, RankOne
 from ..layers.selection import Layer
 from ..parallel.ranks import Ranks
+from .fisher import OnlineFisher
 from .norm_sums import COLUMNS, Batch, Kind, Terms
 from .record import Backward, ForwardRecord
 from .schedule import now_and_then
-
-if TYPE_CHECKING:
-    from .fisher import OnlineFisher
 
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
 
 
-def norms_due(fisher: "OnlineFisher") -> bool:
+def norms_due(fisher: OnlineFisher) -> bool:
     """Whether the norms of a backward's per-sample gradients are taken: of all, or of some where it costs more."""
     if fisher.penalty is not None:
         return False
@@ -45,7 +43,7 @@ def norms_due(fisher: "OnlineFisher") -> bool:
 # ---- the norm of the batch's gradient
 
 
-def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> bool:
+def _by_factors(fisher: OnlineFisher, record: ForwardRecord, layer: Layer) -> bool:
     """Whether the batch gradient's norm is that of the calls' own sum, since the parameters' is not that of the mean.
 
     Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
@@ -61,7 +59,7 @@ def _by_factors(fisher: "OnlineFisher", record: ForwardRecord, layer: Layer) -> 
     return False in [p.requires_grad for p in layer.parameters.values()]
 
 
-def watch_squares(fisher: "OnlineFisher", backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
+def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
     """See the norms of the whole gradients, as soon as a backward begins; ``fresh`` parameters have no gradient yet.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
@@ -112,7 +110,7 @@ def takes_norms(record: ForwardRecord) -> bool:
 
 
 def take_norms(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,
     parts_of: Sequence[Sequence[PerSample]],
@@ -139,7 +137,7 @@ def _answered_for(layer: Layer) -> list[int]:
 
 
 def keep_norms(
-    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], norms: Sequence[FactorNorms]
+    fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne], norms: Sequence[FactorNorms]
 ) -> None:
     """Keep what the norms of layers' per-sample gradients are products of, until the backward has ended."""
     for one, norm in zip(layers, norms, strict=True):
@@ -151,7 +149,7 @@ def keep_norms(
             own.squares = squared_norm_of_sum(parts, sizes)
 
 
-def add_norms(fisher: "OnlineFisher", record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
+def add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
     """Add what a record's layers have brought; whether its samples were counted, or will be.
 
     They are counted in ``seen``, unless no layer was finite or they are counted elsewhere; the loss does not depend on
@@ -216,7 +214,7 @@ def _of_all_ranks(ranks: Ranks, increments: Tensor, good: Tensor | None) -> tupl
 
 
 def _totals(
-    fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[Layer], device: torch.device
+    fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[Layer], device: torch.device
 ) -> tuple[list[Tensor], tuple[bool, ...]]:
     """Of each layer numbers whose squares' sum is ‖Σ_n g_n‖², and whether it is known; zeros where it is not."""
     backward = record.backward

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch.host_copy import begin_copy, goes_to_host
 from .._torch.several import add_each, add_products, set_to_zero
@@ -163,6 +163,15 @@ class LayerSums:
                 self._increments.clear()
             self._increments[key] = self.counts.new_tensor([samples, weight, 1.0])
         return self._increments[key]
+
+
+class Held(NamedTuple):
+    """Where a parameter of a layer is held as long as nobody exchanges or moves it."""
+
+    module: nn.Module  #: that holds it
+    name: str  #: under which it does
+    parameter: Tensor  #: that is to be there
+    sums: LayerSums  #: of its layer, which are counted where it is
 
 
 def add_whole(every: Mapping[str, LayerSums], add: Callable[[], None], marks: dict[str, str]) -> None:

@@ -16,8 +16,8 @@ from ..oneshot.state import State
 from .fisher import OnlineFisher
 from .hooks import Attachment
 from .looks import Looks
+from .losses.accumulation import fraction
 from .losses.reduction import usable_scale
-from .losses.scale import fraction
 from .reading import diagonals, unreadable
 from .troubles import sentence
 

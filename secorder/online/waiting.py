@@ -4,7 +4,6 @@ They wait until their factors take memory that counts, and at most until the bac
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -12,14 +11,12 @@ from ..layers.one_by_one import Look, OneByOne
 from ..layers.rank_one import RankOne, overwritten
 from ..layers.side_by_side import Frame, SideBySide, columns_of
 from .audit.directions import Vectors
+from .fisher import OnlineFisher
 from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
 from .record import ForwardRecord
 from .sums import ADDING
 from .troubles import OVERWRITTEN
-
-if TYPE_CHECKING:
-    from .fisher import OnlineFisher
 
 #: Elements of factors that wait, at most, and layers.
 MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
@@ -28,7 +25,7 @@ MOST_ELEMENTS, MOST_LAYERS = 1 << 18, 64
 SMALL_ELEMENTS, FEW_LAYERS = 1 << 16, 6
 
 
-def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> bool:
+def may_wait(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> bool:
     """Whether a layer may be added later, together with others: by itself, without weights, in full precision."""
     layer, like = one.layer, one.cotangents
     if record.weights is not None or (record.attribution.ties and record.attribution.sharing(layer.name)):
@@ -38,7 +35,7 @@ def may_wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> boo
     return may_be_later(fisher, layer, like, (one.inputs, record.waiting[0].cotangents if record.waiting else like))
 
 
-def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
+def wait(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> None:
     """A layer waits from now on, unless its norms are all that is asked; where too much would, all are added."""
     record.layers[one.layer.name].received = True
     if fisher.accumulate == "trace" and record.backward is not None and record.backward.audit.idle:
@@ -50,7 +47,7 @@ def wait(fisher: "OnlineFisher", record: ForwardRecord, one: RankOne) -> None:
         add_waiting(fisher, record)
 
 
-def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
+def add_waiting(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Add the layers of a record that wait."""
     if record.formed:
         add_formed(fisher, record)
@@ -64,7 +61,7 @@ def add_waiting(fisher: "OnlineFisher", record: ForwardRecord) -> None:
         fisher.troubles.guarded(record, [one.layer.name for one in layers], _add, fisher, record, layers, elements)
 
 
-def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne], elements: int) -> None:
+def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne], elements: int) -> None:
     assert record.backward is not None
     audit, low = record.backward.audit, record.autocast_dtype
     vectors = None if audit.idle else [audit.vectors(one) for one in layers]
@@ -107,7 +104,7 @@ def _add(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne
         fisher.add_together(record, [one.layer for one in layers], together.add_to, goods)
 
 
-def _may_be_stacked(fisher: "OnlineFisher", record: ForwardRecord, layers: Sequence[RankOne]) -> bool:
+def _may_be_stacked(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne]) -> bool:
     """Whether layers may be added together with those of later batches: all that there are, in a plain sum."""
     if fisher.accumulate != "diagonal" or fisher.decay is not None or takes_norms(record):
         return False
@@ -115,7 +112,7 @@ def _may_be_stacked(fisher: "OnlineFisher", record: ForwardRecord, layers: Seque
 
 
 def _frame(
-    fisher: "OnlineFisher",
+    fisher: OnlineFisher,
     layers: Sequence[RankOne],
     vectors: Sequence[Vectors | None] | None,
     flags: Sequence[float],

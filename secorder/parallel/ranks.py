@@ -8,12 +8,17 @@ hangs: so whatever decides on one is decided by all of them together.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .._torch.collectives import all_reduce
+from ..errors import AttributionError
+
+#: What is said of what one rank cannot tell.
+ELSEWHERE = "another rank could not measure it: the warnings of that rank say why."
 
 #: A device mesh, and one of its dimensions.
 Axis = tuple[Any, int]
@@ -63,6 +68,25 @@ class Ranks:
             all_reduce(found, op=dist.ReduceOp.MAX, group=axis.get_group(dim))
         return found
 
+    def agree(self, layer: str, *, bad: bool) -> bool:
+        """Whether a layer's batch, of which this rank has formed its part, is bad on any rank.
+
+        Raises :class:`AttributionError` where a rank could not form its part, or formed that of another layer.
+        """
+        found, failed, last, first = self.largest([bad, False, *_number(layer)])
+        if failed:
+            raise AttributionError(ELSEWHERE)
+        if last != -first:
+            raise AttributionError(
+                "the ranks reach their layers in different orders, so that their parts cannot be added up: let the "
+                "model call its layers in one order on every rank, or leave them out with layers=."
+            )
+        return found > 0
+
+    def give_up(self, layer: str) -> None:
+        """Take part in :meth:`agree` where this rank cannot form its part, so that no other waits for it."""
+        self.largest([True, True, *_number(layer)])
+
     def of_all_samples(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over the ranks that have samples of their own."""
         return _sum(tensor, self.data)
@@ -77,3 +101,9 @@ def _sum(tensor: Tensor, axes: Sequence[Axis]) -> Tensor:
     for axis, dim in axes:
         all_reduce(found, group=axis.get_group(dim))
     return found
+
+
+def _number(layer: str) -> tuple[int, int]:
+    """What stands for a layer, and its negative: by the largest of both all ranks see whether they mean one layer."""
+    number = crc32(layer.encode())
+    return number, -number

@@ -8,9 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from secorder import AttributionError, CurvatureProbe
-from secorder.online.agreement import agree, give_up, share_troubles
-from secorder.parallel.ranks import Ranks
+from secorder import CurvatureProbe
+from secorder.online.agreement import share_troubles
 
 from ..helpers import data, make, run_ranks, step
 
@@ -19,30 +18,6 @@ from ..helpers import data, make, run_ranks, step
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_what_happens_on_one_rank_alone_stops_none_and_changes_no_number(ranks: int) -> None:
     run_ranks("differ", ranks)
-
-
-class Two(Ranks):
-    """This rank and another one, which says the same but for what it is told to say."""
-
-    def largest(self, numbers: list[float]) -> list[float]:
-        return [max(pair) for pair in zip(numbers, self.other, strict=True)]  # type: ignore[attr-defined]
-
-
-def other(*says: float) -> Two:
-    ranks = Two((), ())
-    object.__setattr__(ranks, "other", list(says))
-    return ranks
-
-
-def test_a_bad_part_is_bad_for_all_and_a_missing_one_is_told() -> None:
-    number = 3632233996  # of "test" by CRC-32
-    assert not agree(other(0, 0, number, -number), "test", bad=False)
-    assert agree(other(1, 0, number, -number), "test", bad=False)
-    with pytest.raises(AttributionError, match="another rank"):
-        agree(other(1, 1, number, -number), "test", bad=False)
-    with pytest.raises(AttributionError, match="in different orders"):
-        agree(other(0, 0, 7, -7), "test", bad=False)
-    give_up(other(0, 0, number, -number), "test")
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping
 from os import PathLike
 
-from .sink import append_lines, file_at
+from .lines import append_lines, file_at
 
 __all__ = ["CSVSink"]
 

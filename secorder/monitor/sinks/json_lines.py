@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .sink import append_lines, file_at
+from .lines import append_lines, file_at
 
 __all__ = ["JSONLinesSink", "points"]
 

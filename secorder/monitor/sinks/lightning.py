@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .sink import require_method
+from ..._arguments import require_method
 
 __all__ = ["LightningSink"]
 

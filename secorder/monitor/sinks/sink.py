@@ -1,15 +1,14 @@
 """The interface of sinks, and the sink for a given writer, logger or path."""
 
-import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from ..._arguments import require_path, shown
+from ..._arguments import require_path
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Sink", "append_lines", "file_at", "give", "require_method", "sink_of", "sinks_of"]
+__all__ = ["Sink", "give", "sink_of", "sinks_of"]
 
 
 @runtime_checkable
@@ -109,32 +108,3 @@ def give(sinks: Sequence[Sink], what: str, *arguments: Any) -> None:
         method = getattr(sink, what, None)
         if method is not None:
             method(*arguments)
-
-
-def file_at(path: str | PathLike[str]) -> Path:
-    """The file of a path, whose folders are made where they are missing."""
-    require_path("path", path)
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return file
-
-
-def require_method(name: str, value: Any, method: str) -> None:
-    """Raise unless an argument has a method.
-
-    Raises:
-        InvalidTypeError: it has none, or is a class.
-    """
-    if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise InvalidTypeError(f"{name} must have {method}(), got {shown(value)}.")
-
-
-def append_lines(path: Path, lines: str) -> None:
-    """Write whole lines to the end of a file; the part of one that a run which was cut off left is ended first."""
-    with path.open("ab") as file:
-        if path.is_file() and file.tell():
-            with path.open("rb") as read:
-                read.seek(-1, os.SEEK_END)
-                if read.read() != b"\n":
-                    lines = f"\n{lines}"
-        file.write(lines.encode())

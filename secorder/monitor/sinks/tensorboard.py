@@ -8,9 +8,9 @@ from os import PathLike
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from ..._arguments import require_method
 from ..blocks import blocks
 from ..names import WHOLE_MODEL
-from .sink import require_method
 
 __all__ = ["TensorBoardSink", "layout"]
 

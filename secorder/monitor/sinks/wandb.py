@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..._arguments import require_method
 from ...errors import InvalidArgumentError
-from .sink import require_method
 
 __all__ = ["WandbSink"]
 

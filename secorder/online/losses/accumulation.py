@@ -5,27 +5,38 @@ the gradients of a backward are still there, as it left them, when the next one 
 mean of several terms, and the second a sum over batches.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ..._torch.graph import Node
 from ..._torch.loss_graph import Place
 from ..._torch.loss_terms import factors_between
+from ...layers.selection import Layer
 from ..record import ForwardRecord, Slot, slot
-from .scale import fraction, one_over
 
-if TYPE_CHECKING:
-    from ..fisher import OnlineFisher
+#: What may be rounding in numbers of half precision.
+TOLERANCE = 1e-2
 
 _REASON = (
     "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and loss_scale= "
     "is not specified: pass loss_scale={0} where that makes a mean of as many batches, or loss_scale=1 where it is a "
     "part of the loss."
 )
+
+
+def one_over(scale: float) -> int:
+    """The whole number that a scale is one over, to rounding; one where it is no such fraction."""
+    number = round(1 / scale) if 0 < scale < 1 else 1
+    return number if abs(scale * number - 1) < TOLERANCE else 1
+
+
+def fraction(scale: float) -> str:
+    """A scale as people write it: ``1/4``, else as a decimal number."""
+    number = one_over(scale)
+    return f"1/{number}" if number > 1 else f"{scale:.4g}"
 
 
 @dataclass
@@ -39,37 +50,28 @@ class Accumulation:
     left: tuple[int, str, Slot] | None = None
     reason: str = ""  #: why nothing is told, where it has been seen; else empty
 
+    def see_division(self, roots: Mapping[Place, Tensor], outputs: Collection[Node]) -> None:
+        """See what the loss of a backward that begins is divided by; what divides ``outputs`` is the model's affair."""
+        scales = {
+            prod([float(g), *factors_between(node, outputs)]) if not g.dim() else 1.0 for (node, _), g in roots.items()
+        }
+        self.scale = 1 / one_over(scales.pop()) if len(scales) == 1 else 1.0
 
-def tell_division(fisher: "OnlineFisher", roots: Mapping[Place, Tensor], outputs: Collection[Node]) -> None:
-    """See what the loss of a backward that begins is divided by, where nothing is told of its scale.
+    def begins(self, layers: Sequence[Layer]) -> str:
+        """A backward begins: why none of the layers is told from now on, where it adds to the gradients of the last."""
+        if self.scale == 1.0 or self.left is None or self.reason:
+            return ""
+        index, name, before = self.left
+        parameter = layers[index].parameters.get(name)
+        if parameter is not None and parameter.grad is not None and slot(parameter) == before:
+            self.reason = _REASON.format(fraction(self.scale))
+        return self.reason
 
-    What divides the model's ``outputs`` is the model's affair.
-    """
-    scales = {
-        prod([float(g), *factors_between(node, outputs)]) if not g.dim() else 1.0 for (node, _), g in roots.items()
-    }
-    fisher.accumulation.scale = 1 / one_over(scales.pop()) if len(scales) == 1 else 1.0
-
-
-def tell_accumulation(fisher: "OnlineFisher") -> None:
-    """A backward begins: mark all layers where it adds to the gradients of the one before, of a loss so divided."""
-    seen = fisher.accumulation
-    if seen.scale == 1.0 or seen.left is None or seen.reason or fisher.returned is not None:
-        return
-    index, name, before = seen.left
-    parameter = fisher.layers[index].parameters.get(name)
-    if parameter is not None and parameter.grad is not None and slot(parameter) == before:
-        seen.reason = _REASON.format(fraction(seen.scale))
-        fisher.troubles.mark(fisher.sums, seen.reason)
-
-
-def note_gradients(fisher: "OnlineFisher", records: Iterable[ForwardRecord]) -> None:
-    """A backward has ended: what it left in ``.grad`` of a parameter."""
-    if fisher.returned is not None:
-        return
-    for record in records:
-        for index, layer in enumerate(fisher.layers):
-            for name, p in layer.parameters.items():
-                if record.moved(p):
-                    fisher.accumulation.left = index, name, slot(p)
-                    return
+    def ended(self, layers: Sequence[Layer], records: Iterable[ForwardRecord]) -> None:
+        """A backward has ended: what it left in ``.grad`` of a parameter."""
+        for record in records:
+            for index, layer in enumerate(layers):
+                for name, p in layer.parameters.items():
+                    if record.moved(p):
+                        self.left = index, name, slot(p)
+                        return

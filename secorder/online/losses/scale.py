@@ -7,7 +7,7 @@ the loss is computed from get no other gradient then than the loss's.
 from collections.abc import Iterable, Sequence
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -17,26 +17,10 @@ from ..._torch.graph import users_of
 from ..._torch.loss_graph import Place
 from ..._torch.pytree import tensors_in
 from ..._torch.transforms import inside_transform
+from ..fisher import OnlineFisher
 from ..record import ForwardRecord
 from ..troubles import Troubles
-
-if TYPE_CHECKING:
-    from ..fisher import OnlineFisher
-
-#: What may be rounding in numbers of half precision.
-TOLERANCE = 1e-2
-
-
-def one_over(scale: float) -> int:
-    """The whole number that a scale is one over, to rounding; one where it is no such fraction."""
-    number = round(1 / scale) if 0 < scale < 1 else 1
-    return number if abs(scale * number - 1) < TOLERANCE else 1
-
-
-def fraction(scale: float) -> str:
-    """A scale as people write it: ``1/4``, else as a decimal number."""
-    number = one_over(scale)
-    return f"1/{number}" if number > 1 else f"{scale:.4g}"
+from .accumulation import TOLERANCE, fraction
 
 
 def _by_whole_number(scale: float) -> bool:
@@ -45,7 +29,7 @@ def _by_whole_number(scale: float) -> bool:
     return number > 1.5 and abs(number / round(number) - 1) < 1e-3
 
 
-def watch_scale(fisher: "OnlineFisher", record: ForwardRecord, output: Any) -> None:
+def watch_scale(fisher: OnlineFisher, record: ForwardRecord, output: Any) -> None:
     """See what gradients come to the scalars that the model has returned, where nothing is told of the loss's scale.
 
     Of a batch that is looked at, with several samples: of one sample, a scalar may be anything.
@@ -89,7 +73,7 @@ def _see(scales: list[float | None], through: list[Tensor], gradient: Tensor) ->
         scales.append(None)
 
 
-def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None:
+def tell_scale(fisher: OnlineFisher, records: Sequence[ForwardRecord]) -> None:
     """Mark all layers where the loss of the one forward of a backward is multiplied, or divided, by a whole number."""
     scales = records[0].scales if len(records) == 1 else []
     first = scales[0] if scales else None
@@ -102,7 +86,7 @@ def tell_scale(fisher: "OnlineFisher", records: Sequence[ForwardRecord]) -> None
         )
 
 
-def tell_scaler(fisher: "OnlineFisher", roots: Iterable[Place]) -> None:
+def tell_scaler(fisher: OnlineFisher, roots: Iterable[Place]) -> None:
     """Mark all layers where a ``GradScaler`` has multiplied the loss, of whose scale nothing is specified."""
     if any(multiplied_by_scaler(node) for node, _ in roots):
         fisher.troubles.mark(

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more
-from ..._torch.graph import tells_recomputation
+from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
+from ..._torch.transforms import inside_transform
+from ...layers.selection import Layer
+from ..fisher import OnlineFisher
 from ..record import ForwardRecord
-from ..samples.beside import layers_behind, watch_beside
+from ..samples.beside import Beside, is_made, made_beside, tensor_at
 from ..troubles import tell_normalised
-from .accumulation import tell_division
 from .choices import chooses
 from .coupling import couples
 from .marks import Output, mark_outputs, outputs_behind
@@ -29,13 +31,25 @@ from .seen import SeenLoss, roots_of, see
 from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
 
 if TYPE_CHECKING:
-    from ..fisher import OnlineFisher
     from ..hooks import Attachment
 
 _COUPLED = (
     "the loss couples the samples of a batch: the gradient on each one's outputs changes with those of others (a "
     "contrastive loss, the hardest samples, a statistic of the batch, the root of a mean), so that no sample has a "
     "gradient of its own: {}use a loss that is a mean or a sum over samples, or leave the layers out with layers=."
+)
+
+_COUPLED_BESIDE = (
+    "the loss uses {}, which the model's forward makes beside outputs of samples, and which is no sum of what each "
+    "sample makes (a balance of experts, a statistic of the batch): samples influence one another's gradients, so that "
+    "none has one of its own: leave the term out of the loss, or these layers with layers=."
+)
+#: Where all that the model returns is so: then it may have been called with no more than one sample.
+_NO_SAMPLES = (
+    "no output of the model holds the samples that a dimension of its arguments was taken to hold, and {} is no sum of "
+    'what each of them makes, as a loss would be: pass None by the arguments\' names (sample_dim={{"x": None}}) where '
+    "each call is one sample without a dimension for it; else samples influence one another's gradients, so that "
+    "none has one of its own: leave the term out of the loss, or these layers with layers=."
 )
 
 _UNSEEN = (
@@ -54,12 +68,49 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     if record.verified:
         watch_scale(fisher, record, output)
     if found.coupling or found.unreduced:
-        watch_beside(fisher, output, found.coupling, found.unreduced)
+        _watch_beside(fisher, output, found.coupling, found.unreduced)
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
     if record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers):
         told = not found.provisional and found.alternative is None
         if mark_outputs(attachment, record, output, found.outputs if told else ()):
             before_backward(record, partial(_begins, ref(attachment)), attachment)
+
+
+def _watch_beside(
+    fisher: OnlineFisher, output: Any, coupling: Iterable[Beside], unreduced: Mapping[Beside, str]
+) -> None:
+    """Mark layers once a loss uses what is not to be told of: of :func:`coupling` tensors, those that made them."""
+    places, returned = set(coupling), made_beside(None, output)
+    of_none = returned.keys() <= places and any(t.dim() for t in returned.values())
+    watched = [(place, reason, False) for place, reason in unreduced.items()]
+    watched += [(place, (_NO_SAMPLES if of_none else _COUPLED_BESIDE).format(place), True) for place in places]
+    for place, reason, behind in watched:
+        tensor = tensor_at(fisher.model, output, place)
+        if tensor is not None and is_made(tensor) and (behind or not tensor.dim()):
+            tensor.register_hook(partial(_used, ref(fisher), reason, behind))
+
+
+def _used(fisher: "ref[OnlineFisher]", reason: str, behind: bool, gradient: Tensor) -> None:
+    """A hook: the gradient of a loss has come to a tensor. The model may keep that, and is not kept by it."""
+    own = fisher()
+    if own is not None and not inside_transform():
+        own.troubles.guarded(None, (), _mark, own, reason, behind, gradient)
+
+
+def _mark(fisher: OnlineFisher, reason: str, behind: bool, gradient: Tensor) -> None:
+    names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
+    if names and bool((gradient != 0).any()):
+        made = _layers_behind(fisher.layers, [current_node()]) if behind else names
+        fisher.troubles.mark([name for name in names if name in made], reason)
+
+
+def _layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:
+    """The layers whose parameters a graph leads to; all of them where nodes of others hide what is behind them."""
+    nodes = list(nodes_behind(roots))
+    if not all(map(is_builtin, nodes)):  # such as a checkpoint of the reentrant kind
+        return [layer.name for layer in layers]
+    reached = {id(getattr(node, "variable", None)) for node in nodes}
+    return [layer.name for layer in layers if any(id(p) in reached for p in layer.parameters.values())]
 
 
 def _begins(
@@ -97,18 +148,18 @@ def _look_or_say(
 
 
 def _look(
-    fisher: "OnlineFisher", roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
+    fisher: OnlineFisher, roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
 ) -> None:
     """Mark layers whose samples a loss couples, or weights otherwise than told, and see what it is multiplied by."""
     if fisher.returned is None:
         tell_scaler(fisher, roots)
-        tell_division(fisher, roots, {node for places in met.values() for node, _ in places})
+        fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
     loss = see(roots, met, joined=fisher.forwards == "joined")
     if loss is None:
         return
 
     def names(places: Iterable[Place]) -> list[str]:
-        return layers_behind(fisher.layers, [node for node, _ in places])
+        return _layers_behind(fisher.layers, [node for node, _ in places])
 
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
@@ -124,7 +175,7 @@ def _look(
         fisher.troubles.mark(names(coupled), _COUPLED.format(_OF_SEVERAL if len(loss.groups) > 1 else ""))
 
 
-def _seen(fisher: "OnlineFisher", loss: SeenLoss, *ways: Callable[[SeenLoss], list[Place]]) -> list[Place]:
+def _seen(fisher: OnlineFisher, loss: SeenLoss, *ways: Callable[[SeenLoss], list[Place]]) -> list[Place]:
     """The outputs whose samples the first of some ways of looking sees to be coupled, if any does."""
     for sees in ways:
         try:
@@ -140,7 +191,7 @@ def _seen(fisher: "OnlineFisher", loss: SeenLoss, *ways: Callable[[SeenLoss], li
     return []
 
 
-def _otherwise(fisher: "OnlineFisher", loss: SeenLoss) -> str:
+def _otherwise(fisher: OnlineFisher, loss: SeenLoss) -> str:
     """Why a loss is not the mean or sum over the samples that it is told, or assumed, to be; else empty."""
     told = fisher.reduction
     if callable(told):

@@ -7,42 +7,21 @@ their places, k(s, t) − k(s', t) − k(s, t') + k(s', t') = 0. Otherwise (a me
 another mean) samples influence one another's gradients, which shows in train mode too, and of what has no derivative.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
-from weakref import ref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..._torch.graph import Node, current_node, is_builtin, nodes_behind
 from ..._torch.modules import own_attributes
 from ..._torch.pytree import attributes_of, tensors_in
 from ..._torch.random_state import fresh_generator
-from ..._torch.transforms import inside_transform
-from ...layers.selection import Layer
 from ...oneshot.independence import without_gradients
 from ...oneshot.user_code import is_foreign
 from .hypotheses import Hypothesis, run_changed
 
-if TYPE_CHECKING:
-    from ..fisher import OnlineFisher
-
 #: What passes for rounding in sums of as many terms as models have, in units in the last place of the largest value.
 UNITS = 128
-
-_COUPLED = (
-    "the loss uses {}, which the model's forward makes beside outputs of samples, and which is no sum of what each "
-    "sample makes (a balance of experts, a statistic of the batch): samples influence one another's gradients, so that "
-    "none has one of its own: leave the term out of the loss, or these layers with layers=."
-)
-#: Where all that the model returns is so: then it may have been called with no more than one sample.
-_NO_SAMPLES = (
-    "no output of the model holds the samples that a dimension of its arguments was taken to hold, and {} is no sum of "
-    'what each of them makes, as a loss would be: pass None by the arguments\' names (sample_dim={{"x": None}}) where '
-    "each call is one sample without a dimension for it; else samples influence one another's gradients, so that "
-    "none has one of its own: leave the term out of the loss, or these layers with layers=."
-)
 
 #: How deep lists, dicts and the user's own objects on a module are gone through, and how many of their entries.
 DEPTH, ENTRIES = 3, 256
@@ -72,13 +51,13 @@ def made_beside(model: nn.Module | None, output: Any) -> dict[Beside, Tensor]:
         for key, value in own_attributes(module).items()
         for path, tensor in inside(value)
     }
-    return found | {Beside(None, (i,)): t for i, t in enumerate(tensors_in(output)) if _is_made(t)}
+    return found | {Beside(None, (i,)): t for i, t in enumerate(tensors_in(output)) if is_made(t)}
 
 
 def inside(value: Any, depth: int = DEPTH) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
     """The differentiable tensors in nested lists, tuples, dicts and objects, each with what leads to it."""
     if isinstance(value, Tensor):
-        if _is_made(value):
+        if is_made(value):
             yield (), value
         return
     for key, entry in _entries(value)[-ENTRIES:] if depth else ():
@@ -99,7 +78,7 @@ def _is_attribute(key: Any) -> bool:
     return isinstance(key, str) and key.startswith(".")
 
 
-def _is_made(tensor: Tensor) -> bool:
+def is_made(tensor: Tensor) -> bool:
     """Whether it is one of real numbers that a forward has computed, and that a loss can be differentiated by."""
     return tensor.requires_grad and not tensor.is_leaf and tensor.is_floating_point() and not tensor.is_nested
 
@@ -120,7 +99,7 @@ def coupling(
     def values(mask: Tensor, alike: bool) -> dict[Beside, Tensor]:
         """What the forward makes where these samples have others, of the batch, in their places."""
         output = without_gradients(lambda x: run_changed(forward, x, hypothesis, mask, alike=alike), arguments)
-        held = {place: _held(model, output, place) for place in base}
+        held = {place: tensor_at(model, output, place) for place in base}
         return {p: t.detach().double() for p, t in held.items() if t is not None and t.shape == base[p].shape}
 
     before = {place: t.detach().double() for place, t in base.items()}
@@ -147,7 +126,7 @@ def coupling(
     return frozenset(found)
 
 
-def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
+def tensor_at(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
     """The tensor that is in a place now."""
     try:
         found: Any = list(tensors_in(output))
@@ -159,40 +138,3 @@ def _held(model: nn.Module, output: Any, place: Beside) -> Tensor | None:
     except (AttributeError, LookupError, TypeError):
         return None
     return found if isinstance(found, Tensor) else None
-
-
-def watch_beside(
-    fisher: "OnlineFisher", output: Any, coupling: Iterable[Beside], unreduced: Mapping[Beside, str]
-) -> None:
-    """Mark layers once a loss uses what is not to be told of: of :func:`coupling` tensors, those that made them."""
-    places, returned = set(coupling), made_beside(None, output)
-    of_none = returned.keys() <= places and any(t.dim() for t in returned.values())
-    watched = [(place, reason, False) for place, reason in unreduced.items()]
-    watched += [(place, (_NO_SAMPLES if of_none else _COUPLED).format(place), True) for place in places]
-    for place, reason, behind in watched:
-        tensor = _held(fisher.model, output, place)
-        if tensor is not None and _is_made(tensor) and (behind or not tensor.dim()):
-            tensor.register_hook(partial(_used, ref(fisher), reason, behind))
-
-
-def _used(fisher: "ref[OnlineFisher]", reason: str, behind: bool, gradient: Tensor) -> None:
-    """A hook: the gradient of a loss has come to a tensor. The model may keep that, and is not kept by it."""
-    own = fisher()
-    if own is not None and not inside_transform():
-        own.troubles.guarded(None, (), _mark, own, reason, behind, gradient)
-
-
-def _mark(fisher: "OnlineFisher", reason: str, behind: bool, gradient: Tensor) -> None:
-    names = [layer.name for layer in fisher.layers if layer.name not in fisher.troubles.marks]
-    if names and bool((gradient != 0).any()):
-        made = layers_behind(fisher.layers, [current_node()]) if behind else names
-        fisher.troubles.mark([name for name in names if name in made], reason)
-
-
-def layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:
-    """The layers whose parameters a graph leads to; all of them where nodes of others hide what is behind them."""
-    nodes = list(nodes_behind(roots))
-    if not all(map(is_builtin, nodes)):  # such as a checkpoint of the reentrant kind
-        return [layer.name for layer in layers]
-    reached = {id(getattr(node, "variable", None)) for node in nodes}
-    return [layer.name for layer in layers if any(id(p) in reached for p in layer.parameters.values())]

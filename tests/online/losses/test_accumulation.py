@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
+from secorder.online.losses.accumulation import fraction, one_over
 
 from ...helpers import mlp
 
@@ -90,3 +91,9 @@ def test_a_check_says_it_too_and_a_reset_forgets_it() -> None:
     probe.reset()
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     assert probe.fisher_diagonal()
+
+
+def test_fractions_are_written_as_people_do() -> None:
+    assert [fraction(x) for x in (0.25, 1 / 3, 65536.0, 0.3)] == ["1/4", "1/3", "6.554e+04", "0.3"]
+    scales = (0.25, 1 / 3, 0.3, 0.6, 1.0, 4.0, -0.25, 0.0, float("inf"), float("nan"))
+    assert [one_over(x) for x in scales] == [4, 3, *[1] * 8]

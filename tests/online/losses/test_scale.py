@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 from secorder._torch.graph import tells_recomputation
-from secorder.online.losses.scale import fraction, one_over
 
 from ...helpers import Net, data, mlp, reference
 from ...reference import assert_all_close
@@ -70,12 +69,6 @@ def test_a_factor_that_is_no_scale_is_none_of_its_business(kind: str) -> None:
         "negative": lambda out, y: -out["loss"],
     }
     assert follow(model(), batches(), lambda m, b: losses[kind](m(*b), b[1])).exact
-
-
-def test_fractions_are_written_as_people_do() -> None:
-    assert [fraction(x) for x in (0.25, 1 / 3, 65536.0, 0.3)] == ["1/4", "1/3", "6.554e+04", "0.3"]
-    scales = (0.25, 1 / 3, 0.3, 0.6, 1.0, 4.0, -0.25, 0.0, float("inf"), float("nan"))
-    assert [one_over(x) for x in scales] == [4, 3, *[1] * 8]
 
 
 @pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
