@@ -1,6 +1,7 @@
 """The house stands: imports go down the packages, and what is private of PyTorch has one door."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,24 @@ def test_imports_go_down_the_packages_only(path: Path) -> None:
     for other in imports(path):
         there = other.split(".")[0]
         assert here == there or FLOOR[here] < FLOOR[there], f"{name_of(path)} imports {other}, which is above it"
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of the package that a module imports when it runs: what only its annotations name is left out."""
+    tree = ast.parse(path.read_text())
+    named = [node for block in ast.walk(tree) if isinstance(block, ast.If) for node in ast.walk(block)]
+    inside, parts = set(map(id, named)), path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in inside:
+            base = [*parts[: len(parts) - node.level], *(node.module or "").split(".")]
+            found |= {".".join(filter(None, base)), *(".".join(filter(None, [*base, x.name])) for x in node.names)}
+    return found
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    order = TopologicalSorter({name_of(path): imported(path) for path in MODULES if path.name != "__init__.py"})
+    order.prepare()  # raises CycleError
 
 
 def test_writers_know_no_autograd_and_rules_no_hooks() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .graph import Node, operation_of, shape_of, signed
+from .loss_graph import nodes_between
 from .sample_graph import ELEMENTWISE, InnerSizes, samples_in_nodes
 from .vjp import quiet_vmap
 
@@ -61,10 +62,13 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
     wanted = {id(leaf) for leaf in leaves}
     places = samples_in_nodes([output], [output.numel() // count], count)
     start: Node = output.grad_fn
-    order, leads = _ordered(start, wanted)
+    order = {
+        node: k for k, node in enumerate(nodes_between([start], [get_gradient_edge(leaf).node for leaf in leaves]))
+    }
+    leads = set(order)
     if start not in leads:
         return []
-    heap = [(-order[start], 0, start)]
+    heap = [(order[start], 0, start)]
     used: dict[Node, set[int]] = {start: {output.output_nr}}
     end = GradientEdge(start, output.output_nr)
     found: list[Segment] = []
@@ -84,29 +88,10 @@ def segments_of(output: Tensor, leaves: Sequence[Tensor], count: int) -> list[Se
             if following in leads:
                 if following not in used:
                     used[following] = set()
-                    heapq.heappush(heap, (-order[following], id(following), following))
+                    heapq.heappush(heap, (order[following], id(following), following))
                 used[following].add(index)
     found.append(_segment(inside, end, None, wanted, leads, count, places))
     return found
-
-
-def _ordered(start: Any, wanted: set[int]) -> tuple[dict[Node, int], set[Node]]:
-    """The nodes behind one, numbered so that each comes after all that it depends on; those that lead to a leaf."""
-    order: dict[Node, int] = {}
-    leads: set[Node] = set()
-    waiting = [(start, False)]
-    seen = set()
-    while waiting:
-        node, done = waiting.pop()
-        if done:
-            order[node] = len(order)
-            if any(f in leads or id(getattr(f, "variable", None)) in wanted for f, _ in node.next_functions):
-                leads.add(node)
-        elif node not in seen:
-            seen.add(node)
-            waiting.append((node, True))
-            waiting.extend((f, False) for f, _ in node.next_functions if f is not None)
-    return order, leads
 
 
 def _one_after_the_other(node: Node, index: int, places: InnerSizes, count: int) -> bool:

@@ -358,3 +358,35 @@ def evaluating(model: nn.Module, but: Collection[nn.Module] = ()) -> Iterator[No
     finally:
         for module in training:
             module.training = True
+
+
+def constant_in_place_of(module: nn.Module, name: str) -> Tensor | None:
+    """What a module holds by a parameter's name (``"weight"``, ``"0.weight"``), if it is no parameter and constant.
+
+    ``torch.func.functional_call`` puts such tensors where parameters are, others among buffers or plain attributes.
+    """
+    path, _, local = name.rpartition(".")
+    holder = dict(module.named_modules(remove_duplicate=False)).get(path)
+    if holder is None:
+        return None
+    found = {**vars(holder), **holder._buffers, **holder._parameters}.get(local)
+    if not isinstance(found, Tensor) or isinstance(found, nn.Parameter) or found.requires_grad:
+        return None
+    return found
+
+
+_NAMED_MODULES = nn.Module.named_modules
+
+
+def modules_in(module: nn.Module) -> list[nn.Module]:
+    """Those of ``module.modules()``, in that order, without the nest of generators that it goes through them by."""
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [module]
+    while waiting:
+        here = waiting.pop()
+        if here is not None and here not in found:
+            if type(here).named_modules is not _NAMED_MODULES:  # a kind that tells of others
+                return list(module.modules())
+            found[here] = None
+            waiting.extend(reversed(here._modules.values()))
+    return list(found)

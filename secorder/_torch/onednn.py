@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .autocast import autocast_enabled
 from .graph import Node
 from .saved_tensors import saved_tensor_hooks_active
-from .transforms import inside_transform
+from .surroundings import inside_transform
 
 #: Multiplications from which on one product is worth a call of its own: what oneDNN gains is more than a call costs,
 #: and two threads have enough to share (measured from 64 to 4,608 rows and columns, on one thread and on two).

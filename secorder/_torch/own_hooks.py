@@ -8,8 +8,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.utils.hooks import RemovableHandle
 
-from .modules import forward_hook_dicts, forward_hooks, has_hooks
-from .walk import modules_in
+from .modules import forward_hook_dicts, forward_hooks, has_hooks, modules_in
 
 
 class OwnHook:

@@ -11,8 +11,13 @@ from typing import Any
 
 import torch
 from torch import overrides
+from torch.backends import cuda
+from torch.nn.attention import SDPBackend
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
+
+#: What runs the innermost ``torch.func`` transform (vmap, grad, …) now; None outside of any.
+inside_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
 
 #: How many dispatch modes calls are made under.
 count_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -87,3 +92,14 @@ def _taken_off_modes() -> list[Any]:
     if any(getattr(mode, "_mode_key", None) is not None for mode in modes):
         return []
     return [_python_dispatch._pop_mode() for _ in modes]
+
+
+def attention_kernels() -> list[SDPBackend]:
+    """Those that may be used now."""
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled(),
+        SDPBackend.MATH: cuda.math_sdp_enabled(),
+    }
+    return [kernel for kernel, on in enabled.items() if on]

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._torch.matrix_units import product_in_float32
 from .._torch.onednn import multiplied_by_onednn, product_by_onednn
-from .patches import Patches
+from .patches import Patches, product_in_float32
 
 #: How many times as large as other matrices have to be those whose rows are multiplied with one another: products that
 #: are small beside what is read (measured on a CPU, of 64 to 512 rows that other work has driven out of the caches).

@@ -26,10 +26,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._torch.matrix_units import product_in_float32
 from .._torch.vjp import chunks
 from .contraction import added, contract_sum, kept
-from .patches import Patches, whole_input
+from .patches import Patches, product_in_float32, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
 __all__ = ["Precision", "contract_sum_low", "contraction", "is_low", "rounded"]

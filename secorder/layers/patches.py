@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .._torch.float32 import products_as_convolutions
-from .._torch.matrix_units import product_in_float32
 from .._torch.onednn import multiplied_by_onednn
 
 #: Numbers of float32 that fill a register of a CPU: so many columns of a matrix product are made at once.
@@ -147,3 +146,11 @@ def windows(
             a = a.narrow(dim, 0, wanted)
     order = [0, 1, *range(2 + spatial, 2 + 2 * spatial), *range(2, 2 + spatial)]
     return a.permute(order).flatten(-spatial).flatten(1, -2)
+
+
+def product_in_float32(left: Tensor, right: Tensor) -> Tensor:
+    """Products of bfloat16 matrices ``(groups, rows, inner)`` and ``(groups, inner, columns)`` with sums in float32.
+
+    By matrix units on CUDA; elsewhere of the same factors in float32, in which each product is exact.
+    """
+    return torch.bmm(left, right, out_dtype=torch.float32) if left.is_cuda else torch.bmm(left.float(), right.float())

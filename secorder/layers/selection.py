@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, own_parameters, own_tensors, parameters_with
-from .._torch.walk import modules_in
+from .._torch.modules import holds, is_scripted, modules_in, own_parameters, own_tensors, parameters_with
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks

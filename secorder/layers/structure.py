@@ -8,12 +8,12 @@ from .._torch.modules import (
     forward_hooks,
     has_hooks,
     hooks_on_all_modules,
+    modules_in,
     own_attributes,
     own_tensors,
 )
 from .._torch.own_hooks import OwnHook, is_own
 from .._torch.surroundings import function_modes
-from .._torch.walk import modules_in
 
 _Types = tuple[type[nn.Module], ...]
 

@@ -32,11 +32,10 @@ from torch import Tensor, nn
 from .._arguments import refuse_given, require_integer, require_one_of
 from .._torch.differentiability import differentiable_zero
 from .._torch.graph import collection_paused
-from .._torch.modules import own_parameters
+from .._torch.modules import modules_in, own_parameters
 from .._torch.pytree import tensors_in
 from .._torch.sample_graph import InnerSizes
 from .._torch.vjp import gradients
-from .._torch.walk import modules_in
 from ..errors import CouplingError, DoubleBackwardError, InvalidArgumentError
 from ..layers.dtypes import zeros
 from ..layers.selection import Layer

@@ -29,6 +29,7 @@ from .._torch.modules import (
     gradient_hooks_removed,
     hooks_on_all_modules,
     is_scripted,
+    modules_in,
     own_tensors,
     parameter_places,
     put_back,
@@ -41,7 +42,6 @@ from .._torch.sparse import dense_gradients
 from .._torch.surroundings import function_modes
 from .._torch.views import cloned
 from .._torch.vjp import gradients
-from .._torch.walk import modules_in
 from ..layers.selection import Layer
 from .known_losses import known_loss
 from .own_settings import as_written, own_settings

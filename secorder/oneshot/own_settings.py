@@ -13,10 +13,10 @@ from .._torch.collectives import has_ranks
 from .._torch.cudnn import differentiable_recurrence
 from .._torch.ddp import within_rank
 from .._torch.float32 import full_float32
+from .._torch.modules import modules_in
 from .._torch.own_hooks import suspended
 from .._torch.stance import eager
 from .._torch.surroundings import parametrizations_computed_anew, unseen
-from .._torch.walk import modules_in
 
 
 @contextmanager

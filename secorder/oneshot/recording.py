@@ -14,7 +14,7 @@ from .._torch.graph import leaves_of
 from .._torch.modules import Place, parameter_places, put_back
 from .._torch.onednn import linear_by_onednn
 from .._torch.pytree import map_tensors, tensors_in
-from .._torch.transforms import inside_transform
+from .._torch.surroundings import inside_transform
 from .._torch.versions import same_memory, version
 from .._torch.views import is_view
 from .._torch.vjp import gradients, placeholder

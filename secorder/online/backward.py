@@ -20,8 +20,7 @@ from .._torch.engine import (
 )
 from .._torch.fsdp import local
 from .._torch.graph import current_node
-from .._torch.surroundings import out_of_sight
-from .._torch.transforms import inside_transform
+from .._torch.surroundings import inside_transform, out_of_sight
 from ..layers.selection import Layer
 from .audit.freivalds import Audit
 from .audit.penalty import watch

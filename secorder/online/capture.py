@@ -28,7 +28,7 @@ from .._torch.saved_tensors import (
     saved_tensor_hooks_active,
     surrounded_as_usual,
 )
-from .._torch.transforms import inside_transform
+from .._torch.surroundings import inside_transform
 from ..errors import AttributionError
 from ..layers.selection import Layer
 from ..parallel.tensor_parallel import Layouts, layouts

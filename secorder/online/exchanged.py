@@ -2,8 +2,7 @@
 
 from dataclasses import replace
 
-from .._torch.modules import held_parameter, parameter_table
-from .._torch.stand_ins import constant_in_place_of
+from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
 from ..layers.selection import Layer
 from .fisher import OnlineFisher
 from .looks import Looks

@@ -37,7 +37,7 @@ from .._torch.modules import is_running, kept_out_of_copies, threads_running
 from .._torch.own_hooks import Aside, FirstHook, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
-from .._torch.transforms import inside_transform
+from .._torch.surroundings import inside_transform
 from ..layers.selection import Layer
 from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts

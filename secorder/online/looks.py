@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from .._torch.autocast import no_autocast
-from .._torch.modules import backward_hooks_removed
-from .._torch.walk import modules_in
+from .._torch.modules import backward_hooks_removed, modules_in
 from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._torch.engine import current_backward, graph_is_kept, will_accumulate
 from .._torch.graph import Node, collection_paused, current_node, dtypes_of, users_of
-from .._torch.transforms import inside_transform
+from .._torch.surroundings import inside_transform
 from ..layers.dtypes import compute_dtype
 from ..layers.layout import Layout
 from ..layers.operations import OperationCall

@@ -1,5 +1,6 @@
 """What hangs on a module, and where it holds what its forward reads."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from secorder._torch.modules import (
     batch_normalisation,
     buffer_places,
     computes_as,
+    constant_in_place_of,
     convolution_padding,
     evaluating,
     forward_hooks,
@@ -19,6 +21,7 @@ from secorder._torch.modules import (
     gradient_hooks_removed,
     holds,
     is_scripted,
+    modules_in,
     observe_nothing,
     observers,
     own_attributes,
@@ -223,3 +226,40 @@ def test_a_model_is_evaluated_for_a_while() -> None:
     with evaluating(model):
         assert not any(m.training for m in model.modules())
     assert [m.training for m in model.modules()] == [True, True, False]
+
+
+def test_parameters_and_what_is_computed_are_no_constants() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    assert constant_in_place_of(model, "0.weight") is None
+    value = torch.ones(3, 2)
+    with torch.no_grad():
+        del model[0].weight
+        model[0].weight = value
+    assert constant_in_place_of(model, "0.weight") is value
+    assert constant_in_place_of(model[0], "weight") is value
+    model[0].weight = value.clone().requires_grad_()
+    assert constant_in_place_of(model, "0.weight") is None
+    assert constant_in_place_of(model, "2.weight") is None
+    del model[1].bias
+    model[1].register_buffer("bias", value)
+    assert constant_in_place_of(model, "1.bias") is value
+
+
+def test_modules_are_those_of_pytorch_in_its_order() -> None:
+    shared = nn.Linear(2, 2)
+    inner = nn.Sequential(nn.ReLU(), shared, nn.Sequential(shared, nn.Tanh()))
+    model = nn.ModuleDict({"a": inner, "b": shared, "c": nn.LSTM(2, 2), "d": inner})
+    inner.register_module("none", None)
+    for x in (model, shared, torch.jit.script(nn.Sequential(nn.ReLU(), nn.Linear(2, 2)))):
+        found = modules_in(x)
+        assert len(found) == len(list(x.modules()))
+        assert all(one is other for one, other in zip(found, x.modules(), strict=True))
+
+
+def test_who_tells_of_other_modules_is_asked() -> None:
+    class Hiding(nn.Sequential):
+        def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+            yield "", self
+
+    for model in (Hiding(nn.ReLU()), nn.Sequential(nn.Tanh(), Hiding(nn.ReLU()))):
+        assert modules_in(model) == list(model.modules())

@@ -2,11 +2,18 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from secorder._torch.surroundings import lasting, parametrizations_computed_anew, unseen
+from secorder._torch.surroundings import (
+    attention_kernels,
+    inside_transform,
+    lasting,
+    parametrizations_computed_anew,
+    unseen,
+)
 
 
 def test_hooks_on_saved_tensors_and_modes_are_put_aside_and_back() -> None:
@@ -50,3 +57,28 @@ def test_what_is_made_can_be_added_to_elsewhere() -> None:
             assert not torch.is_grad_enabled()
         assert torch.is_inference(torch.ones(2))
     assert made.add_(1).tolist() == [2.0, 2.0]
+
+
+def test_transforms_are_seen_from_inside() -> None:
+    found: list[bool] = []
+
+    def function(x: Tensor) -> Tensor:
+        found.append(bool(inside_transform()))
+        return x.sum()
+
+    x = torch.ones(3)
+    function(x)
+    torch.func.vmap(function)(x)
+    torch.func.grad(function)(x)
+    torch.func.jvp(function, (x,), (x,))
+    assert found == [False, True, True, True]
+    assert not inside_transform()
+
+
+def test_the_kernels_of_now() -> None:
+    everywhere = attention_kernels()
+    assert SDPBackend.MATH in everywhere
+    for kernels in ([SDPBackend.MATH], [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+        with sdpa_kernel(kernels):
+            assert set(attention_kernels()) == set(kernels)
+    assert attention_kernels() == everywhere

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from secorder.layers.contraction import contract
-from secorder.layers.patches import Patches, whole_input, windows
+from secorder.layers.patches import Patches, product_in_float32, whole_input, windows
 from secorder.layers.rules.convolution import convolution
 
 from ..reference import gradient_by_sample
@@ -83,3 +83,10 @@ def test_large_convolution(setting: str) -> None:
         rtol=0,
         atol=1e-6 * expected.abs().max().item(),
     )
+
+
+def test_sums_are_not_rounded_to_bfloat16() -> None:
+    left, right = torch.ones(2, 1, 257, dtype=torch.bfloat16), torch.ones(2, 257, 1, dtype=torch.bfloat16)
+    found = product_in_float32(left, right)
+    assert found.dtype is torch.float32
+    assert found.flatten().tolist() == [257.0, 257.0]  # bfloat16 holds 256 and 258

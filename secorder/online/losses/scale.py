@@ -16,7 +16,7 @@ from ..._torch.grad_scaler import multiplied_by_scaler
 from ..._torch.graph import users_of
 from ..._torch.loss_graph import Place
 from ..._torch.pytree import tensors_in
-from ..._torch.transforms import inside_transform
+from ..._torch.surroundings import inside_transform
 from ..fisher import OnlineFisher
 from ..record import ForwardRecord
 from ..troubles import Troubles

@@ -16,7 +16,7 @@ from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
-from ..._torch.transforms import inside_transform
+from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
 from ..fisher import OnlineFisher
 from ..record import ForwardRecord

@@ -10,7 +10,7 @@ from ..._torch.engine import accumulate_node
 from ..._torch.fsdp import local
 from ..._torch.random_state import fresh_generator
 from ..._torch.sample_graph import SHARED, InnerSizes
-from ..._torch.transforms import inside_transform
+from ..._torch.surroundings import inside_transform
 from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.layout import Layout

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import sdpa_kernel
 
-from ..._torch.attention import attention_kernels
 from ..._torch.fsdp import local
 from ..._torch.modules import (
     batch_normalisation,
@@ -30,6 +29,7 @@ from ..._torch.modules import (
     own_attributes,
 )
 from ..._torch.pytree import map_tensors, once_each, tensors_in
+from ..._torch.surroundings import attention_kernels
 from ..._torch.versions import version
 from ...errors import InvalidArgumentError
 from ...layers.layout import Layout
