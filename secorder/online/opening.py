@@ -30,6 +30,7 @@ from .operations import explain_uses, follow, hook_uses
 from .record import ForwardRecord, slot
 from .samples.attribution import Attribution
 from .samples.hypotheses import shapes_of
+from .samples.linear_backward import NOT_LINEAR
 from .samples.relation import Shape, explain, whole_call
 from .samples.sample_dimension import LISTED
 from .troubles import OUTSIDE, coupled, tell_normalised
@@ -171,6 +172,8 @@ def _tell(
             "that what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
             "calls, or leave it out with layers=.",
         )
+    if before is not None:
+        fisher.troubles.mark(found.not_linear - before.not_linear, NOT_LINEAR)
     slow = [x.name for x in found.layers if x.rule is None and not x.by_operations and x.enclosing is not x.module]
     if slow:
         fisher.troubles.warn(
@@ -247,7 +250,7 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
 
 def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
     """Whether another look may tell of layers: of one that is not refused anyway, and is not looked for in vain."""
-    in_vain = {x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model}
+    in_vain = {x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model} | found.not_linear
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
 
 
@@ -306,7 +309,8 @@ def _fall_back(
 ) -> None:
     """Layers whose own calls do not tell in this batch: the whole model runs again for them."""
     fisher, model = attachment.fisher, attachment.model
-    able = [x for x in layers if _same_samples(found, record) and not record.attribution.sharing(x.name)]
+    able = [x for x in layers if x.name not in found.not_linear and not record.attribution.sharing(x.name)]
+    able = able if _same_samples(found, record) else []
     for layer in layers:
         if layer not in able:
             _unknown(fisher, record, found, layer)
@@ -340,7 +344,10 @@ def _output_layout(found: Attribution, index: int, shape: Shape, record: Forward
 
 
 def _unknown(fisher: OnlineFisher, record: ForwardRecord, attribution: Attribution, layer: Layer) -> None:
-    reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
+    if layer.name in attribution.not_linear:
+        reason = NOT_LINEAR
+    else:
+        reason = OUTSIDE if layer.name in attribution.outside else _no_dimension(record, layer)
     record.leave_out([layer.name])
     fisher.troubles.leave_out(record, record.attribution.owners(layer.name), reason)
 

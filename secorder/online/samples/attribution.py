@@ -30,6 +30,8 @@ class Attribution:
     #: for each of the model's outputs in this batch, where the samples are in it
     outputs: tuple[Layout | None, ...] = ()
     unknown: frozenset[str] = frozenset()  #: layers of whose calls no dimension was found to hold the samples
+    #: those of them whose gradients are not in proportion to those on the model's outputs; see :mod:`.linear_backward`
+    not_linear: frozenset[str] = frozenset()
     #: layers whose parameters the model also uses outside of the calls of their enclosing modules
     outside: frozenset[str] = frozenset()
     reached: frozenset[str] = frozenset()  #: layers whose calls the model's output depends on

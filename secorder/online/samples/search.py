@@ -46,6 +46,7 @@ from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
 from .hypotheses import Hypothesis, SampleDim, floating, shapes_of
+from .linear_backward import not_linear
 from .outside import share_parameters, uses_outside, without_gradient
 from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
@@ -154,6 +155,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
         if found.coupled or asked.ranks is not None:
             return found
         missing = found.unknown | found.outside | found.reached & without_gradient(model, layers, asked.arguments)
+        missing -= found.not_linear
         slower = {x.name: _slower(asked, parents, x) for x in layers if x.name in missing and _has_slower(x, model)}
         if not slower:
             return found
@@ -170,6 +172,7 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
         found,
         known={**{name: calls for name, calls in found.known.items() if name not in names}, **again.known},
         unknown=found.unknown - names | again.unknown,
+        not_linear=found.not_linear | again.not_linear,
         outside=found.outside - names | again.outside,
         routes={**found.routes, **again.routes},
         hidden=found.hidden | again.hidden,
@@ -260,10 +263,12 @@ def _attribute(
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
-    attribution = _told(asked, every, hypothesis, options, found, uses)
+        attribution = _told(asked, every, hypothesis, options, found, uses)
+        bent = not_linear(graph, isolated, seen, operated, attribution.unknown) if ranks is None else frozenset()
     return replace(
         attribution,
-        unknown=attribution.unknown | routed,
+        unknown=attribution.unknown | routed | bent,
+        not_linear=bent,
         outside=frozenset(outside),
         changing=changing,
         selections=selections.count,
