@@ -126,16 +126,16 @@ def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
         factory = attrgetter(name)(importlib.import_module(module_name))
     except AttributeError as error:
         if error.name not in name.split("."):  # of the module's own
-            raise InvalidArgumentError(f"{module_name} cannot be imported: {_told(error)}") from error
+            raise InvalidArgumentError(f"{module_name} cannot be imported: {_in_words(error)}") from error
         factory = None
     except (Exception, SystemExit) as error:
-        raise InvalidArgumentError(f"{module_name} cannot be imported: {_told(error)}") from error
+        raise InvalidArgumentError(f"{module_name} cannot be imported: {_in_words(error)}") from error
     if not callable(factory):
         raise InvalidArgumentError(f"module {module_name!r} has no function {name!r}.")
     try:
         made = factory()
     except (Exception, SystemExit) as error:
-        raise InvalidArgumentError(f"{path} failed: {_told(error)}") from error
+        raise InvalidArgumentError(f"{path} failed: {_in_words(error)}") from error
     if not isinstance(made, tuple) or len(made) != 3:
         got = f"{len(made)} of them" if isinstance(made, tuple) else type(made).__name__
         hint = ": inputs and targets are one, (model, loss_fn, (inputs, targets))" if got == "4 of them" else ""
@@ -145,7 +145,7 @@ def _made(path: str) -> tuple[nn.Module, Callable[[Any, Any], Tensor], Any]:
     return made
 
 
-def _told(error: BaseException) -> str:
+def _in_words(error: BaseException) -> str:
     """An exception in one sentence, with the line where it was raised."""
     trace, where = error.__traceback__, ""
     while trace is not None:
@@ -189,7 +189,7 @@ def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]
         begun: Iterator[Any] = iter(data)
         first = next(begun, None)
     except Exception as error:
-        raise InvalidArgumentError(f"the data cannot be read: {_told(error)}") from error
+        raise InvalidArgumentError(f"the data cannot be read: {_in_words(error)}") from error
     if first is None:
         raise InvalidArgumentError(NO_BATCH)
     pair = (first, None) if isinstance(first, Mapping) else first
@@ -201,7 +201,7 @@ def _tried(model: nn.Module, loss_fn: Any, data: Iterable[Any]) -> Iterable[Any]
     except SecorderError:
         raise
     except Exception as error:
-        raise InvalidArgumentError(f"the loss of the first batch failed: {_told(error)}") from error
+        raise InvalidArgumentError(f"the loss of the first batch failed: {_in_words(error)}") from error
     return data if begun is not data else chain([first], begun)
 
 

@@ -20,7 +20,7 @@ def refuse_renamed(keywords: Iterable[str], function: str) -> None:
             raise InvalidArgumentError(f"{function} takes {RENAMED[keyword]}= in place of {keyword}=.")
 
 
-def tells_renamed_keywords(function: Callable[P, R]) -> Callable[P, R]:
+def refuses_renamed_keywords(function: Callable[P, R]) -> Callable[P, R]:
     """The same function, which answers an old keyword by the new one's name."""
 
     @wraps(function)

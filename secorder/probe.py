@@ -19,7 +19,7 @@ from ._arguments import (
     require_one_of,
 )
 from ._caution import caution
-from ._keywords import tells_renamed_keywords
+from ._keywords import refuses_renamed_keywords
 from ._torch.random_state import random_state_kept
 from .batch import batch_size
 from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
@@ -52,18 +52,18 @@ from .oneshot.quantity import Quantity, quantity_cost
 from .oneshot.timing import seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
+from .online.attributions import Attributions
 from .online.checkpoint import load_state, state_of, synchronize
 from .online.fisher import Accumulate, OnlineFisher
 from .online.hooks import Attachment
-from .online.looks import Looks
 from .online.losses.reduction import LossScale, Reduction, check_reduction, loss_scale_of
 from .online.noise import NoiseScales
 from .online.reading import Missing, diagonals, fisher_traces, noise_scales, num_samples, num_skipped, unreadable
 from .online.samples.hypotheses import SampleDim, check_sample_dim
-from .online.samples.told_dimensions import (
+from .online.samples.specified_dimensions import (
     require_known_arguments,
     require_one_dimension,
-    told_dimensions,
+    specified_dimensions,
     with_shared_ones_hidden,
 )
 from .online.verification import Verification, verify
@@ -227,10 +227,10 @@ class CurvatureProbe:
             "accumulate": accumulate,
             "precision": precision,
         }
-        self._looks = Looks(model, sample_dim)
+        self._attributions = Attributions(model, sample_dim)
         self._attachment: Attachment | None = None
         self._verified = reduction is not None  # told, or found to be right
-        self._told: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
+        self._reduction: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
         self._log: CurvatureLog | None = None
         self.attach()
 
@@ -249,7 +249,7 @@ class CurvatureProbe:
         """
         if self._attachment is not None:
             raise ProbeStateError("the probe is attached already: call detach() first, or make a second probe.")
-        self._attachment = Attachment(self._model, self._fisher, self._looks, self._every)
+        self._attachment = Attachment(self._model, self._fisher, self._attributions, self._every)
         self._attachment.attach()
         # Whoever has the probe no more can neither read it nor detach it. The model's hooks hold the attachment.
         finalize(self, _let_go, ref(self._attachment)).atexit = False
@@ -367,7 +367,7 @@ class CurvatureProbe:
     ) -> Diagonals: ...
 
     @takes_data_sets(by_sample=lambda options: True)
-    @tells_renamed_keywords
+    @refuses_renamed_keywords
     def fisher_diagonal(
         self,
         loss_fn: LossFunction | None = None,
@@ -474,10 +474,10 @@ class CurvatureProbe:
         if synchronize:
             self.synchronize()
         found = of(self._fisher, missing)
-        self._tell_assumed()
+        self._warn_if_assumed()
         return found
 
-    def _tell_assumed(self) -> None:
+    def _warn_if_assumed(self) -> None:
         """Warn once of the reduction that was assumed, where it was neither told nor verified."""
         if not self._verified:
             self._verified = True
@@ -575,10 +575,10 @@ class CurvatureProbe:
             self.synchronize()
         taken = take_window(self._fisher, keep_total=keep_total)
         if taken.num_samples:
-            self._tell_assumed()
+            self._warn_if_assumed()
         return taken
 
-    @tells_renamed_keywords
+    @refuses_renamed_keywords
     def verify(self, loss_fn: LossFunction, inputs: Any, targets: Any = None) -> Verification:
         """Check on one batch that ``reduction`` and ``loss_scale`` are right.
 
@@ -620,7 +620,7 @@ class CurvatureProbe:
         return found
 
     @takes_data_sets(by_sample=lambda options: False)
-    @tells_renamed_keywords
+    @refuses_renamed_keywords
     def hessian_diagonal(
         self,
         loss_fn: LossFunction,
@@ -697,7 +697,7 @@ class CurvatureProbe:
         return hessian
 
     @takes_data_sets(by_sample=lambda options: options.get("of", "hessian") != "hessian")
-    @tells_renamed_keywords
+    @refuses_renamed_keywords
     def hessian_trace(
         self,
         loss_fn: LossFunction,
@@ -850,7 +850,7 @@ class CurvatureProbe:
         require_one_batch("hessian_facts", inputs, targets)
         return self._measure(facts, loss_fn, inputs, targets, chunk_size=chunk_size)
 
-    @tells_renamed_keywords
+    @refuses_renamed_keywords
     def estimate_cost(
         self,
         loss_fn: LossFunction,
@@ -1004,11 +1004,11 @@ class CurvatureProbe:
     @property
     def _one_shot_dim(self) -> int:
         """The dimension that holds the samples in passes of our own: as it was told, or found in training."""
-        told = told_dimensions(self._sample_dim)
+        told = specified_dimensions(self._sample_dim)
         if told is not None:
             others = told - {0}  # dim 0 is looked at besides
             return others.pop() if len(others) == 1 else 0
-        known = self._looks.any_known()
+        known = self._attributions.any_known()
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
     @property
@@ -1021,7 +1021,7 @@ class CurvatureProbe:
         """
         self._attached()
         require_one_dimension(self._sample_dim)
-        return self._model, self._one_shot_dim, self._told
+        return self._model, self._one_shot_dim, self._reduction
 
     # ---- checkpoints
 
@@ -1076,7 +1076,7 @@ def _layers_to_measure(
     if not names_layers(layers) and not frozen:
         selected = trained(selected)
     if layers is None and layer_types is None:
-        _tell_share(model, selected)
+        _warn_of_share(model, selected)
     return selected
 
 
@@ -1139,7 +1139,7 @@ def _check_curvature(of: Curvature, by: By) -> None:
     require_one_of("by", by, get_args(By))
 
 
-def _tell_share(model: nn.Module, layers: Sequence[Layer]) -> None:
+def _warn_of_share(model: nn.Module, layers: Sequence[Layer]) -> None:
     """Warn where the default layer types leave out most of what is trained."""
     share = share_of_parameters(model, layers)
     if share < 0.5:

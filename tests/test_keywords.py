@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import secorder
 from secorder import CurvatureProbe, CurvatureRecorder, InvalidArgumentError
-from secorder._keywords import tells_renamed_keywords
+from secorder._keywords import refuses_renamed_keywords
 
 from .helpers import Recording, data, make
 
@@ -49,7 +49,7 @@ def test_nothing_else_of_the_function_changes() -> None:
         """Told."""
         return x * num_draws
 
-    checked = tells_renamed_keywords(function)
+    checked = refuses_renamed_keywords(function)
     assert checked(2, num_draws=3) == 6
     assert checked.__doc__ == "Told."
     assert inspect.signature(checked) == inspect.signature(function)

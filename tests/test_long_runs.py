@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.online import backward, capture, closing, delivery, waiting
-from secorder.online.fisher import OnlineFisher
+from secorder.online.attributions import Attributions
 from secorder.online.hooks import Attachment
-from secorder.online.looks import Looks
 
 from .helpers import data, make, reference, step
 from .reference import assert_all_close
@@ -154,8 +153,8 @@ PLACES: dict[str, Any] = {
     "begin": Attachment,
     "end": Attachment,
     "register": Attachment,
-    "scheduled": Looks,
-    "look": Looks,
+    "scheduled": Attributions,
+    "verify": Attributions,
     "deliver": delivery,
     "_gradients": delivery,
     "wait": delivery,
@@ -164,7 +163,7 @@ PLACES: dict[str, Any] = {
     "bring_rank_one": capture,
     "check_together": backward,
     "close": backward,
-    "add": OnlineFisher,
+    "_add_record": closing,
     "_audit": closing,
 }
 
@@ -208,7 +207,7 @@ def test_a_fault_in_any_hook_stops_no_training_and_leaves_means_as_they_were(
             monkeypatch.setattr(PLACES[place], place, intact)
             gradients = gradients or [p.grad.clone() for p in model.parameters()]
             assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
-        assert faults or (place == "look" and at > 1)  # the structure of this model leaves no doubt after the first
+        assert faults or (place == "verify" and at > 1)  # the structure of this model leaves no doubt after the first
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
         assert 24 <= probe.num_samples <= 30
     assert [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in modules] == before

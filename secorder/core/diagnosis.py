@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._arguments import require_flag, require_integer, require_one_of
-from .._keywords import tells_renamed_keywords
+from .._keywords import refuses_renamed_keywords
 from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size
 from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
@@ -29,7 +29,7 @@ from ..results import Diagonals
 __all__ = ["diagnose"]
 
 
-@tells_renamed_keywords
+@refuses_renamed_keywords
 def diagnose(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -107,7 +107,7 @@ def diagnose(
         advance = stack.enter_context(progress_bar(progress, "Curvature", total, unit="batches"))
         for x, t in batches:
             count = batch_size(x, t, sample_dim)
-            before = reduces.look(x, t, count)
+            before = reduces.add_batch(x, t, count)
             if hessian is not None and before > 1:
                 hessian, whole_loss = hessian / before, whole_loss / before
             loss = losses(model, loss_fn, [(x, t)]).item()

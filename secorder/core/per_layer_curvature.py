@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._keywords import tells_renamed_keywords
+from .._keywords import refuses_renamed_keywords
 from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
 from ..oneshot.fisher import FisherType
@@ -18,7 +18,7 @@ from ..results import Diagonals
 __all__ = ["get_layer_curvature_stats", "per_layer_fisher_diagonal", "per_layer_hessian_diagonal"]
 
 
-@tells_renamed_keywords
+@refuses_renamed_keywords
 def per_layer_hessian_diagonal(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],
@@ -94,7 +94,7 @@ def per_layer_hessian_diagonal(
     )
 
 
-@tells_renamed_keywords
+@refuses_renamed_keywords
 def per_layer_fisher_diagonal(
     model: nn.Module,
     loss_fn: Callable[[Any, Any], Tensor],

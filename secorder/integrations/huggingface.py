@@ -234,12 +234,12 @@ class _ByLabels:
         causal = any(kind in type(model).__name__ for kind in ("CausalLM", "LMHead"))
         items = "num_items_in_batch" if _divides(model) else ""
         self._weights = token_weights(shift=int(causal), items=items)
-        self._told = False
+        self._warned = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor | None:
         labels = kwargs.get("labels")
-        if labels is None and not self._told:
-            self._told = True
+        if labels is None and not self._warned:
+            self._warned = True
             caution(_OUTSIDE)
         tokens = isinstance(labels, Tensor) and labels.dim() > 1 and not labels.is_floating_point()
         return self._weights(*args, **kwargs) if tokens else None

@@ -89,7 +89,7 @@ class CurvatureCallback(pl.Callback):
         self._resumed: Mapping[str, Any] = {}
         self._global_step = 0
         self._losses: list[Any] = []
-        self._told: dict[str, float] = {}
+        self._shown: dict[str, float] = {}
 
     # ---- life
 
@@ -200,8 +200,8 @@ class CurvatureCallback(pl.Callback):
             mean = sum(self._losses) / len(self._losses) if self._losses else None
             self._losses = []
             self.recorder.step(trainer.global_step, loss=mean)
-            self._told.update(self._monitored(self.recorder))
-        for name, value in self._told.items():
+            self._shown.update(self._monitored(self.recorder))
+        for name, value in self._shown.items():
             pl_module.log(name, value, on_step=True, on_epoch=False, logger=False, batch_size=1)
 
     def _monitored(self, recorder: CurvatureRecorder) -> dict[str, float]:

@@ -16,8 +16,8 @@ from .dtypes import MANY_TERMS, added_up
 from .rank_one import FactorNorms, RankOne
 
 
-class Look(NamedTuple):
-    """The random vectors that the audit looks at a layer with."""
+class Vectors(NamedTuple):
+    """The random vectors of a layer that is audited."""
 
     r: Tensor  #: of some rows of the weight, one after the other
     s: Tensor  #: of its columns
@@ -27,18 +27,18 @@ class Look(NamedTuple):
 class OneByOne:
     """Several layers' factors of one batch, of one dtype on one device.
 
-    Of each layer ``looks`` tells how the audit looks at it, if it does, and ``with_bias`` is one where it has one, else
-    zero. Without norms of the factors squares are formed, as :meth:`add_to` needs them.
+    Of each layer ``vectors`` are those that it is audited with, if it is, and ``with_bias`` is one or zero.
+    Without norms of the factors squares are formed, as :meth:`add_to` needs them.
     """
 
     def __init__(
         self,
         layers: Sequence[RankOne],
-        looks: Sequence[Look | None],
+        vectors: Sequence[Vectors | None],
         with_bias: Tensor,
         norms: Sequence[FactorNorms] | None = None,
     ) -> None:
-        self._layers, self._looks, self._with_bias = layers, looks, with_bias
+        self._layers, self._vectors, self._with_bias = layers, vectors, with_bias
         self._goods: Tensor | None = None
         self._sums: Tensor | None = None
         if norms is None:
@@ -75,11 +75,11 @@ class OneByOne:
         """
         lefts, rights, parts, here = [], [], {}, []
         ones, squares = self._with_bias.unbind(), self._squares[1]
-        for i, (one, look) in enumerate(zip(self._layers, self._looks, strict=True)):
-            if look is None:
+        for i, (one, own) in enumerate(zip(self._layers, self._vectors, strict=True)):
+            if own is None:
                 continue
             here.append(i)
-            (a, g), (r, s, start) = one.factors, look
+            (a, g), (r, s, start) = one.factors, own
             if r.shape[0] != g.shape[1]:
                 g = g.narrow(1, start, r.shape[0])
                 parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()

@@ -4,7 +4,7 @@ From a parameter on, operations whose values no sample owns (a transpose, 1 + w,
 followed to those whose output has rows of samples. Each sample's gradient of the parameter is what its own rows of the
 gradient on these outputs bring: the sum over all such uses, whatever else the parameter is used for.
 
-Which operations are followed, and which end the way, is learnt and verified where a batch is looked at; a forward that
+Which operations are followed, and which end the way, is learnt and verified where a batch is verified; a forward that
 is recorded is read by the same *routes*, the operations' names and inputs from the parameter on.
 """
 

@@ -20,7 +20,7 @@ from .names import WHOLE_MODEL, shown
 from .norms import Norms
 from .running_findings import Change, Observation, RunningFindings
 from .statistics import layer_statistics, whole_trace
-from .training import learning_rates, mean_loss, number_of, numbers_told, step_of
+from .training import as_floats, learning_rates, mean_loss, number_of, step_of
 from .watched import Watched, check_flags, check_intervals, check_listeners, check_measured, measurement_options
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class CurvatureRecorder:
             InvalidTypeError: one is no number, or the step no integer.
         """
         told = step_of(step)
-        self._log.numbers({WHOLE_MODEL: numbers_told(numbers)}, self._steps if told is None else told)
+        self._log.numbers({WHOLE_MODEL: as_floats(numbers)}, self._steps if told is None else told)
 
     def _due(self, part: str, steps: int) -> bool:
         every = self._every[part]

@@ -22,7 +22,7 @@ def number_of(name: str, value: Any) -> Any:
     return float(value)
 
 
-def numbers_told(numbers: Mapping[str, Any]) -> dict[str, float]:
+def as_floats(numbers: Mapping[str, Any]) -> dict[str, float]:
     """Numbers by name, those of tensors read."""
     if not isinstance(numbers, Mapping):
         raise InvalidTypeError(f"numbers must be a mapping of names to numbers, got {shown(numbers)}.")

@@ -49,7 +49,7 @@ def eigenvalues_of_data(
     for x, t in batches_of(data, dim):
         sizes.append(batch_size(x, t, dim))
         first = first or (x, t)
-        reduction.look(x, t, sizes[-1])
+        reduction.add_batch(x, t, sizes[-1])
     if first is None:
         raise InvalidArgumentError(NO_BATCH)
     reduction.require()

@@ -180,7 +180,7 @@ def _over(
                 running, first = RunningMean.like(_values(found)), found
             elif isinstance(first, Diagonals):  # of several, the form of the first is all that is kept
                 first = first.replaced({name: v.new_empty(0) for name, v in first.items()})
-            before = reduction.look(x, t, count)
+            before = reduction.add_batch(x, t, count)
             running.mean = [m / before for m in running.mean] if before > 1 else running.mean
             running.add([v / count for v in _values(found)] if reduction.summed else _values(found), count)
             kept.append(found.info if isinstance(found, Diagonals) else found)

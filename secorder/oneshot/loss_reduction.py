@@ -43,9 +43,8 @@ class NeitherMeanNorSum(InvalidArgumentError):
 class LossReduction:
     """How a loss reduces the samples of the batches of a data set, of which each is looked at: padding may come late.
 
-    ``kind`` is what was found so far, None before the second batch, without which it does not matter. What the user
-    specified for the training's loss (``told``) counts where nothing tells of this one; what is ``certain`` needs no
-    look.
+    ``kind`` is what was found so far, None before the second batch, without which it does not matter. What is
+    ``specified`` for the training's loss counts where nothing tells of this one; what is ``certain`` is not asked for.
     """
 
     def __init__(
@@ -53,11 +52,11 @@ class LossReduction:
         model: nn.Module,
         loss_fn: Callable[[Any, Any], Tensor],
         dim: int,
-        told: Kind | None = None,
+        specified: Kind | None = None,
         certain: Kind | None = None,
     ) -> None:
         self.kind = certain
-        self._model, self._loss_fn, self._dim, self._told = model, loss_fn, dim, told
+        self._model, self._loss_fn, self._dim, self._specified = model, loss_fn, dim, specified
         self._certain = certain is not None
         self._first: CountedBatch | None = None
         self._unknown: InvalidArgumentError | None = None
@@ -67,7 +66,7 @@ class LossReduction:
         """Whether it is a sum."""
         return self.kind == "sum"
 
-    def look(self, inputs: Any, targets: Any, count: int) -> int:
+    def add_batch(self, inputs: Any, targets: Any, count: int) -> int:
         """Another batch.
 
         Returns what to divide by what was added up so far, as of means over samples: of sums, the first batch's
@@ -85,7 +84,7 @@ class LossReduction:
                 if not self._first[2] == count == 1:  # of which a mean and a sum are added up in the same way
                     raise
                 self._unknown = error
-        if self.kind is not None and self._told is None:
+        if self.kind is not None and self._specified is None:
             self._confirm((inputs, targets, count))
         return self._first[2] if found == "sum" else 1
 
@@ -99,10 +98,10 @@ class LossReduction:
         try:
             return find_reduction(self._model, self._loss_fn, first, self._dim, following)
         except InvalidArgumentError as error:
-            if self._told is not None:
+            if self._specified is not None:
                 if isinstance(error, NeitherMeanNorSum):
-                    caution(f"{NEITHER}: batches are weighted as those of a {self._told}, as specified.")
-                return self._told
+                    caution(f"{NEITHER}: batches are weighted as those of a {self._specified}, as specified.")
+                return self._specified
             raise
 
     def _confirm(self, batch: CountedBatch) -> None:

@@ -58,12 +58,12 @@ class ParameterValues:
         #: Of each tensor its memory, and a copy of what is in it where that is the user's own.
         self._kept = [(p, p.data, local(p).clone()) for p in {id(p): p for p in parameters}.values()]
         self._memory = [(t, t.data) for t in replacements if _has_values(t)] if parameters else []
-        self._told = not parameters
+        self._compared = not parameters
 
     def ran(self) -> None:
         """The first forward has run: what it did not overwrite is forgotten, since all of them do the same."""
-        if not self._told:
-            self._told = True
+        if not self._compared:
+            self._compared = True
             self._kept = [kept for kept in self._kept if _overwritten(*kept)]
             self._memory = [kept for kept in self._memory if not same_memory(*kept)]
             if not (self._kept or self._memory):

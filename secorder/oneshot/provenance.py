@@ -133,7 +133,7 @@ class Traced:
         self._inputs, self._known = inputs, known
         self.hooked, self.independent, self.packed = True, False, True
         self._entries: Entries | None = None
-        self._told: tuple[list[Any], InnerSizes] | None = None
+        self._inner_sizes: tuple[list[Any], InnerSizes] | None = None
 
     def __call__(self, inputs: Any) -> Any:
         """The model's output."""
@@ -201,8 +201,8 @@ class Traced:
 
     def inner_sizes(self, outputs: Sequence[Tensor]) -> InnerSizes:
         """What the graph of the model's outputs, samples in dim 0, tells of them; it is not read twice."""
-        if self._told is not None and self._told[0] == [f.grad_fn for f in outputs]:
-            return self._told[1]
+        if self._inner_sizes is not None and self._inner_sizes[0] == [f.grad_fn for f in outputs]:
+            return self._inner_sizes[1]
         sizes = [inner_size(f.shape, 0) for f in outputs]
         return samples_in_nodes(outputs, sizes, self._count, tell_shared=True)
 
@@ -220,7 +220,7 @@ class Traced:
             return False
         sizes = [inner_size(t.shape, dim) for t, dim in placed]
         inner_sizes = samples_in_nodes([t for t, _ in placed], sizes, self._count, tell_shared=True)
-        self._told = [t.grad_fn for t, _ in placed], inner_sizes
+        self._inner_sizes = [t.grad_fn for t, _ in placed], inner_sizes
         found = samples_in_leaves(inner_sizes, inputs)
         expected = {id(x): inner_size(x.shape, self._dimension(x) or 0) for x in inputs}
         return all(expected[key] == inner for key, inner in found.items())

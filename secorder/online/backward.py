@@ -53,7 +53,7 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if backward is None:
         backward = Backward(number, Audit(fisher.directions))
         fisher.backwards.begin(backward)
-        if attachment.looking is not None:  # in another thread, which may take hooks off parameters
+        if attachment.verifying is not None:  # in another thread, which may take hooks off parameters
             backward.alone = False
         fisher.directions.begin()  # from here on the audits of others, which are not alone any more, may be of no use
         _tell_accumulation(fisher)

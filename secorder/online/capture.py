@@ -251,7 +251,7 @@ class _ModuleGradient:
         if not parts:
             return
         # Where a checkpoint computes them again, it may be in a backward of its own that they get their gradient.
-        hidden = any(self.attachment.looks.gave_up_on(x.name) for x in parts)
+        hidden = any(self.attachment.attributions.gave_up_on(x.name) for x in parts)
         if not counts_in(fisher, record, [] if hidden else parts):
             return
         total = total_of(g)

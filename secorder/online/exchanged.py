@@ -4,12 +4,12 @@ from dataclasses import replace
 
 from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
 from ..layers.selection import Layer
+from .attributions import Attributions
 from .fisher import OnlineFisher
-from .looks import Looks
 from .sums import Held
 
 
-def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
+def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
     """Take note of parameters that were exchanged or moved since; whether the layers can be recorded."""
     if _as_they_were(fisher):
         return True
@@ -41,7 +41,7 @@ def refresh(fisher: OnlineFisher, looks: Looks) -> bool:
         if on_meta:
             meta.append(layer.name)
     if changed:
-        looks.forget()
+        attributions.forget()
     if computed:
         fisher.troubles.saw("computed")
         fisher.troubles.warn(

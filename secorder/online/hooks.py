@@ -39,11 +39,11 @@ from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.surroundings import inside_transform
 from ..layers.selection import Layer
+from .attributions import Attributions
 from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .fisher import OnlineFisher
 from .layer_record import Start
-from .looks import Looks
 from .opening import open_record, settle
 from .record import ForwardRecord
 from .samples.hypotheses import floating
@@ -52,10 +52,10 @@ from .samples.hypotheses import floating
 class Attachment:
     """The hooks of one probe on its model: one forward in ``every`` is recorded, of train and of eval mode."""
 
-    def __init__(self, model: nn.Module, fisher: OnlineFisher, looks: Looks, every: int) -> None:
+    def __init__(self, model: nn.Module, fisher: OnlineFisher, attributions: Attributions, every: int) -> None:
         self.model = model
         self.fisher = fisher
-        self.looks = looks
+        self.attributions = attributions
         self.every = every
         self.suspensions = 0  # by passes of the library's own
         self.pauses = 0  # by the user
@@ -68,7 +68,7 @@ class Attachment:
         self._aside: Aside | None = None
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
-        self.looking: int | None = None  # the thread in which the model is looked at
+        self.verifying: int | None = None  # the thread in which the model is verified
 
     def attach(self) -> None:
         """Register the hooks of the model."""
@@ -84,7 +84,7 @@ class Attachment:
 
         False where the user's code asks for it in a pass of ours, as it will once more in the user's own.
         """
-        if self.looking == threading.get_ident():
+        if self.verifying == threading.get_ident():
             return False
         self.pauses += 1
         if self._aside is not None:
@@ -114,13 +114,13 @@ class Attachment:
         takes the hooks off parameters.
         """
         with self._beginning:
-            self.looking = threading.get_ident()
+            self.verifying = threading.get_ident()
             try:
-                backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {self.looking}
+                backwards = {backward.thread for backward in list(self.fisher.backwards.values())} - {self.verifying}
                 running = threads_running(self.model) - self._waiting
                 yield self.fisher.ranks is not None or not (running | backwards)
             finally:
-                self.looking = None
+                self.verifying = None
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any], eager: EagerSection) -> None:
         """The model's forward starts."""
@@ -181,7 +181,7 @@ class Attachment:
             elif eager.whole_graph_wanted():
                 saw("compiled")
                 return
-        eager.run_compiled_code_eagerly()  # also where the model is looked at
+        eager.run_compiled_code_eagerly()  # also where the model is verified
         record = open_record(self, args, kwargs)
         if record is None:
             return

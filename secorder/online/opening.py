@@ -17,13 +17,13 @@ from ..layers.selection import Layer
 from ..oneshot.recording import RecordingFailed
 from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
+from .attributions import Attributions
 from .capture import module_called, module_starts
 from .carried import carried
 from .exchanged import refresh
 from .finite import finite
 from .fisher import OnlineFisher
 from .layer_record import Start
-from .looks import Looks
 from .losses.reduction import weights_of
 from .losses.watching import watch_losses
 from .operations import explain_uses, follow, hook_uses
@@ -44,19 +44,19 @@ REMEMBERED, UNSEEN = 4096, cast(Any, object())
 
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
     """The record of a forward that begins; None where there is nothing to record."""
-    fisher, looks = attachment.fisher, attachment.looks
-    if not refresh(fisher, looks):
+    fisher, attributions = attachment.fisher, attachment.attributions
+    if not refresh(fisher, attributions):
         return None
     shapes = shapes_of((args, kwargs) if kwargs else args)
-    known, count, scheduled = looks.meet((args, kwargs), shapes)
+    known, count, scheduled = attributions.meet((args, kwargs), shapes)
     verified = False
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
-    wanted = scheduled and not looks.certain(known) and count is not None and count > 1
+    wanted = scheduled and not attributions.certain(known) and count is not None and count > 1
     if not (needed or wanted or fisher.ranks):
         return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
     empty = True in [0 in shape[:2] for shape in shapes]
-    if fisher.ranks is not None:  # a look runs the model: all ranks take it, or none
+    if fisher.ranks is not None:  # verification runs the model: all ranks take it, or none
         someone_needs, someone_does_not_want, someone_has_none = fisher.ranks.largest([needed, not wanted, empty])
         needed, wanted, empty = someone_needs > 0, not someone_does_not_want, someone_has_none > 0
     error: Exception | None = None
@@ -68,7 +68,7 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
             if alone:
                 verified = True
                 try:
-                    known = _look(fisher, looks, known, args, kwargs)
+                    known = _verify(fisher, attributions, known, args, kwargs)
                 except Exception as raised:
                     if fisher.ranks is None:
                         raise
@@ -115,17 +115,21 @@ def _untold(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
     return ForwardRecord(Attribution(), 0, (), verified=False, untold=reason)
 
 
-def _look(
-    fisher: OnlineFisher, looks: Looks, before: Attribution | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _verify(
+    fisher: OnlineFisher,
+    attributions: Attributions,
+    before: Attribution | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Attribution | None:
     """Look at this batch, and say what was found; None where it cannot be recorded."""
     try:
         reduction = fisher.reduction if fisher.ranks is None and fisher.penalty is None else None
-        found = looks.look(fisher.layers, args, kwargs, reduction)
+        found = attributions.verify(fisher.layers, args, kwargs, reduction)
     except SecorderError:
         raise
     except Exception as error:  # the model's own, in a pass of ours: the user's forward has not run yet
-        fisher.troubles.saw("look failed")
+        fisher.troubles.saw("verification failed")
         cause = error.__cause__ if isinstance(error, RecordingFailed) else error
         fisher.troubles.warn(
             f"a batch is left out, since running the model on it to see where samples are failed "
@@ -148,12 +152,16 @@ def _look(
     if found.undecided:
         return found
     shapes = shapes_of((args, kwargs))
-    _tell(fisher, looks, before, found, shapes)
-    return looks.known(shapes)
+    _warn_of(fisher, attributions, before, found, shapes)
+    return attributions.known(shapes)
 
 
-def _tell(
-    fisher: OnlineFisher, looks: Looks, before: Attribution | None, found: Attribution, shapes: Sequence[Shape]
+def _warn_of(
+    fisher: OnlineFisher,
+    attributions: Attributions,
+    before: Attribution | None,
+    found: Attribution,
+    shapes: Sequence[Shape],
 ) -> None:
     """Say what was found that is not as a user would expect: another dimension, coupled samples, moved rows, reruns."""
     if found.alternative is not None and not fisher.assumed:
@@ -167,7 +175,7 @@ def _tell(
         tell_normalised(fisher.troubles, names, quantised=not batch_normalisation(fisher.model))
     if before is not None and not found.coupled:
         fisher.troubles.mark(
-            looks.moved(before, found),
+            attributions.moved(before, found),
             "the rows of its output belong to other samples than they did at the previous verification batch, so "
             "that what was accumulated since then may be wrong (rows that depend on data): measure it with one-shot "
             "calls, or leave it out with layers=.",
@@ -185,7 +193,7 @@ def _tell(
 
 
 def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, output: Any) -> None:
-    """The forward has ended: where the samples are in each call, by what is known, or by another look at this batch."""
+    """The forward has ended: where the samples are in each call, by what is known, or verified anew."""
     fisher = attachment.fisher
     start, record.start = record.start, None
     carried, record.carried = record.carried, ()
@@ -201,7 +209,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         begins = [*tensors_in(arguments), *carried]  # what another forward has computed them by is not followed
         graph = list(tensors_in(output)), begins
         if follow(record, record.attribution, *graph):
-            attachment.looks.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
+            attachment.attributions.give_up_on([name for name, own in record.layers.items() if own.unfollowed])
     if fisher.ranks is not None:
         _settle_together(attachment, fisher.ranks, record, start)
         return
@@ -210,7 +218,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     if unexplained and start is not None:
         found: Attribution | None = record.attribution
         if not record.verified:
-            found = _look_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
+            found = _verify_again(attachment, start) if _may_be_told(fisher, record.attribution, unexplained) else None
         if found is not None and not (found.unclear or found.undecided):
             same = {x.name for x in record.attribution.layers if x in found.layers}
             if record.attribution.by_operations:
@@ -225,7 +233,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
 
 
 def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardRecord, start: Start | None) -> None:
-    """Settle where parameters lie over ranks: they look again together, and leave out the same layers."""
+    """Settle where parameters lie over ranks: they verify again together, and leave out the same layers."""
     fisher = attachment.fisher
     error: Exception | None = None
     unexplained: list[Layer] = []
@@ -238,7 +246,7 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
     wanted, unable = ranks.largest([bool(unexplained), start is None or record.verified])
     if wanted and not unable:
         assert start is not None
-        found = _look_again(attachment, start)
+        found = _verify_again(attachment, start)
         if found is not None and not (found.unclear or found.undecided):
             unexplained = [x for x in _explain(record, found) if x in unexplained]
     for layer in unexplained:
@@ -249,15 +257,15 @@ def _settle_together(attachment: "Attachment", ranks: Ranks, record: ForwardReco
 
 
 def _may_be_told(fisher: OnlineFisher, found: Attribution, layers: Sequence[Layer]) -> bool:
-    """Whether another look may tell of layers: of one that is not refused anyway, and is not looked for in vain."""
+    """Whether another verification may tell of layers: of one that is not refused anyway, nor sought in vain."""
     in_vain = {x.name for x in layers if x.name in found.unknown and x.enclosing is fisher.model} | found.not_linear
     return any(x.name not in in_vain and x.name not in fisher.troubles.marks for x in layers)
 
 
-def _look_again(attachment: "Attachment", start: Start) -> Attribution | None:
-    """Another look at the batch; None where other threads run the model."""
+def _verify_again(attachment: "Attachment", start: Start) -> Attribution | None:
+    """Another verification of the batch; None where other threads run the model."""
     with attachment.alone() as alone:
-        return attachment.looks.look(attachment.fisher.layers, *start.arguments) if alone else None
+        return attachment.attributions.verify(attachment.fisher.layers, *start.arguments) if alone else None
 
 
 def _explain(record: ForwardRecord, attribution: Attribution) -> list[Layer]:
@@ -337,7 +345,7 @@ def _same_samples(found: Attribution, record: ForwardRecord) -> bool:
 
 
 def _output_layout(found: Attribution, index: int, shape: Shape, record: ForwardRecord) -> Layout | None:
-    """Where samples are in an output of the model: verified by the look at this batch."""
+    """Where samples are in an output of the model: verified by this batch."""
     if record.num_samples == 1:
         return whole_call(shape)
     return found.outputs[index] if index < len(found.outputs) else None

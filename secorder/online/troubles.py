@@ -62,7 +62,7 @@ CAUSES = {
     "no gradient": "Its output did not depend on any parameter that requires a gradient.",
     "forward": "It was called, and no backward has reached its parameters since (torch.autograd.grad does not count).",
     "empty": "A batch was empty.",
-    "look failed": "Running the model to see where samples are failed; see the warning.",
+    "verification failed": "Running the model to see where samples are failed; see the warning.",
     "not finite": "The model's output held nan or inf.",
     "listed": f"Perhaps {LISTED}.",
     "other threads": "Other threads ran the model at the same time, while a batch was being verified.",

@@ -13,9 +13,9 @@ from .._torch.pytree import call_model
 from .._torch.random_state import random_state_kept
 from ..oneshot.isolation import gradients_put_aside
 from ..oneshot.state import State
+from .attributions import Attributions
 from .fisher import OnlineFisher
 from .hooks import Attachment
-from .looks import Looks
 from .losses.accumulation import fraction
 from .losses.reduction import usable_scale
 from .reading import diagonals, unreadable
@@ -116,7 +116,7 @@ def _online(
     """The Fisher of one training step on the batch, by hooks of its own, told as the probe is."""
     trial = fisher.fresh("diagonal")
     trial.returned = bool(trial.returned)  # as if the scale were given: whatever the loss is, numbers tell
-    attachment = Attachment(fisher.model, trial, Looks(fisher.model, sample_dim), 1)
+    attachment = Attachment(fisher.model, trial, Attributions(fisher.model, sample_dim), 1)
     attachment.attach()
     try:
         _step(fisher.model, loss_fn, inputs, targets, usable_scale(fisher.loss_scale))

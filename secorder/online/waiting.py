@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..layers.one_by_one import Look, OneByOne
+from ..layers import one_by_one
+from ..layers.one_by_one import OneByOne
 from ..layers.rank_one import RankOne, overwritten
 from ..layers.side_by_side import Frame, SideBySide, columns_of
 from .audit.directions import Vectors
@@ -86,13 +87,13 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
         together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
         goods = together.finite()[0]
     else:
-        looks: list[Look | None] = [None] * len(layers)
+        audited: list[one_by_one.Vectors | None] = [None] * len(layers)
         for i, own in enumerate(vectors or ()):
             if own is not None and audit.looks_at(layers[i].layer.parameters["weight"]):
-                looks[i] = Look(own.r, own.s, own.start)
-        seen = [one for one, look in zip(layers, looks, strict=True) if look is not None]
+                audited[i] = one_by_one.Vectors(own.r, own.s, own.start)
+        seen = [one for one, own in zip(layers, audited, strict=True) if own is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
-        together = OneByOne(layers, looks, with_bias, norms if fisher.accumulate == "trace" else None)
+        together = OneByOne(layers, audited, with_bias, norms if fisher.accumulate == "trace" else None)
         if fisher.accumulate == "diagonal" and fisher.on_nonfinite == "skip":  # norms tell by themselves
             goods = together.finite()
     if seen:

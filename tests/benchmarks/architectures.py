@@ -275,12 +275,12 @@ class _Watched:
 
     def first(self) -> None:
         """As the first batch."""
-        self.probe._looks.forget()
+        self.probe._attributions.forget()
         self.step()
 
     def checked(self) -> None:
         """As a batch that is looked at again."""
-        looks = self.probe._looks
+        looks = self.probe._attributions
         scheduled = looks.scheduled
         looks.scheduled = lambda *batch: scheduled(*batch) or True  # type: ignore[method-assign]
         try:

@@ -56,7 +56,7 @@ def _less_the_mean(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
 
 
 def _watched(module: nn.Module, inputs: object, outputs: object) -> None:
-    """Looks at gradients, as far as one can tell."""
+    """Attributions at gradients, as far as one can tell."""
 
 
 @pytest.mark.parametrize(

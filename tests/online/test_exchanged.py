@@ -14,7 +14,7 @@ from ..reference import assert_all_close
 def test_parameters_that_took_the_place_of_others_are_those_that_are_told() -> None:
     model, batch = mlp(), data()
     with CurvatureProbe(model, reduction="mean") as probe:
-        assert refresh(probe._fisher, probe._looks)
+        assert refresh(probe._fisher, probe._attributions)
         model.load_state_dict({k: torch.randn_like(v) for k, v in model.state_dict().items()}, assign=True)
         step(model, batch)
         assert probe._fisher.layers[0].parameters["weight"] is next(model.parameters())
@@ -24,7 +24,7 @@ def test_parameters_that_took_the_place_of_others_are_those_that_are_told() -> N
 def test_nothing_is_recorded_of_a_model_without_memory() -> None:
     model = nn.Sequential(nn.Linear(4, 3, device="meta"))
     with CurvatureProbe(model, reduction="mean") as probe:
-        assert not refresh(probe._fisher, probe._looks)
+        assert not refresh(probe._fisher, probe._attributions)
         assert "meta device" in probe._fisher.troubles.marks["0"]
 
 
@@ -57,8 +57,8 @@ def test_a_forward_with_constants_in_place_of_all_parameters_is_passed_over(
                 module._parameters.update(parameters)
 
     with CurvatureProbe(model, reduction="mean") as probe:
-        look = probe._looks.look
-        monkeypatch.setattr(probe._looks, "look", lambda *a, **k: looks.append(1) or look(*a, **k))
+        look = probe._attributions.verify
+        monkeypatch.setattr(probe._attributions, "verify", lambda *a, **k: looks.append(1) or look(*a, **k))
         for _ in range(4):
             step(model, batch)
             target(batch[0])

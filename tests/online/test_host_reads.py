@@ -101,7 +101,7 @@ def test_a_steady_step_reads_nothing(
     with CurvatureProbe(model, "all", decay=decay, **{"reduction": reduction, **options}) as probe:
         for _ in range(3):
             step()
-        monkeypatch.setattr(probe._looks, "scheduled", lambda *_: False)  # a steady batch
+        monkeypatch.setattr(probe._attributions, "scheduled", lambda *_: False)  # a steady batch
         with warnings.catch_warnings():
             warnings.simplefilter("error", CurvatureWarning)  # it is not left out
             counts = step().counts

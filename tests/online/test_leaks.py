@@ -124,14 +124,14 @@ def test_live_tensors_are_constant(name: str, work: str, looks: bool) -> None:
             WORK[work](model, batch)
             model.zero_grad()
             if looks:
-                probe._looks.forget()  # the next batch is looked at
+                probe._attributions.forget()  # the next batch is looked at
             if index in (5, 11):
                 counts.append(alive())
         watched = Watched(model)
         for _ in range(2):
             WORK[work](model, batch)
             if looks:
-                probe._looks.forget()
+                probe._attributions.forget()
         watched.stop()
         model.zero_grad()
         left = watched.left(*batch, *model.parameters(), *model.buffers())
@@ -146,7 +146,7 @@ def test_looks_keep_nothing(kind: str) -> None:
     watched = Watched(model)
     with CurvatureProbe(model, "all") as probe:
         for _ in range(3):
-            probe._looks.forget()
+            probe._attributions.forget()
             step(model, (inputs, targets))
         model.zero_grad()
         watched.stop()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
-from secorder.online.looks import Looks
+from secorder.online.attributions import Attributions
 from secorder.online.opening import open_record
 from secorder.online.reading import unreadable
 
@@ -117,8 +117,8 @@ def test_a_loop_that_calls_its_model_in_two_ways_in_turn_is_looked_at_no_more_of
 ) -> None:
     model = Net(lambda m, x, y=None: m.fc(x if y is None else x + y), fc=nn.Linear(4, 3))
     with CurvatureProbe(model, reduction="mean") as probe:
-        looked, look = [], Looks.look
-        monkeypatch.setattr(Looks, "look", lambda *args: (looked.append(index), look(*args))[1])
+        looked, look = [], Attributions.verify
+        monkeypatch.setattr(Attributions, "verify", lambda *args: (looked.append(index), look(*args))[1])
         for index in range(1, 17):
             model(*[data()[0]] * (1 + index % 2)).sum().backward()
         assert probe.num_samples == 16 * 6

@@ -45,7 +45,7 @@ def batch(count: int = 5, length: int = 3) -> tuple[Tensor, Tensor]:
 
 def measured(probe: CurvatureProbe) -> dict[str, bool]:
     """By layer without a rule, whether it is measured by operations."""
-    known: Any = probe._looks.any_known()
+    known: Any = probe._attributions.any_known()
     return {layer.name: layer.by_operations for layer in known.layers if layer.rule is None}
 
 

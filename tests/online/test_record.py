@@ -264,7 +264,7 @@ def test_the_model_is_not_looked_at_while_another_thread_runs_a_backward() -> No
             step(model, batch)
         hook = model.head.register_full_backward_pre_hook(in_another_thread)
         model.zero_grad()
-        with mock.patch.object(probe._looks, "look", side_effect=AssertionError("looked at")) as look:
+        with mock.patch.object(probe._attributions, "verify", side_effect=AssertionError("looked at")) as look:
             step(model, batch)
         hook.remove()
         look.assert_not_called()

@@ -1042,7 +1042,7 @@ class MovingTeacher(nn.Module):
 
 
 def test_parameters_that_the_forward_overwrites() -> None:
-    """Looks run the forward, too, and leave the parameters as they were."""
+    """Attributions run the forward, too, and leave the parameters as they were."""
     bare, probed = MovingTeacher(), MovingTeacher()
     x, y = data()
     probe = CurvatureProbe(probed, reduction="mean", layers="student.*")

@@ -52,7 +52,7 @@ def test_the_total_is_forgotten_where_it_is_not_wanted() -> None:
 
 
 def test_windows_of_a_moving_average_and_of_bad_batches() -> None:
-    """Looks change nothing of the moving average, and each window has its own, whatever is left out."""
+    """Attributions change nothing of the moving average, and each window has its own, whatever is left out."""
     model, batches = mlp(), [data() for _ in range(5)]
     batches[3][0][0] = torch.nan
     looked_at, not_looked_at = (CurvatureProbe(model, reduction="mean", decay=0.9) for _ in range(2))

@@ -6,7 +6,7 @@ As a probe is made:
 
 - :mod:`.reduction`: what the user tells of the weights c_n, and of what L is multiplied by.
 
-As a batch is looked at, before its forward (:mod:`secorder.online.looks`):
+As a batch is verified, before its forward (:mod:`secorder.online.attributions`):
 
 - :mod:`.beside`: is what the forward makes beside outputs of samples, such as an auxiliary loss, a sum over these?
 - :mod:`.returned`: is the loss that the model returns made as is told?
@@ -16,7 +16,7 @@ As a forward ends that is recorded:
 - :mod:`.watching`: what is to be watched of it, and in what order its loss is looked at.
 - :mod:`.marks`: where the graph has tensors whose rows are known, for a loss to be met there.
 
-As that backward begins, of batches that are looked at, in the graph that still holds what it has saved:
+As that backward begins, of verification batches, in the graph that still holds what it has saved:
 
 - :mod:`.seen`: what is between the loss and those tensors, seen once for all that follow.
 - :mod:`.coupling`: does the loss couple samples, by its second derivatives?

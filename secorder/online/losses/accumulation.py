@@ -1,6 +1,6 @@
 """Gradients of several batches that are added up, each of a loss that is divided by their number, without being told.
 
-Two things are seen: that the loss of a batch that is looked at is divided by a whole number before backward, and that
+Two things are seen: that the loss of a verification batch is divided by a whole number before backward, and that
 the gradients of a backward are still there, as it left them, when the next one adds its own. The first alone may be a
 mean of several terms, and the second a sum over batches.
 """

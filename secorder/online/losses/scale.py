@@ -1,4 +1,4 @@
-"""What training multiplies a loss by that the model returns, or by a scaler: seen in batches that are looked at.
+"""What training multiplies a loss by that the model returns, or by a scaler: seen in verification batches.
 
 Where all of the gradient comes through the loss, what comes to it is the number that it was multiplied by. Outputs that
 the loss is computed from get no other gradient then than the loss's.
@@ -32,7 +32,7 @@ def _by_whole_number(scale: float) -> bool:
 def watch_scale(fisher: OnlineFisher, record: ForwardRecord, output: Any) -> None:
     """See what gradients come to the scalars that the model has returned, where nothing is told of the loss's scale.
 
-    Of a batch that is looked at, with several samples: of one sample, a scalar may be anything.
+    Of a verification batch, with several samples: of one sample, a scalar may be anything.
     """
     if fisher.returned is not None or record.num_samples < 2 or callable(fisher.reduction):
         return

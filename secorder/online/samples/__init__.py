@@ -1,9 +1,9 @@
-"""Where samples are in each layer: found and verified on a batch that is looked at, used where that explains others.
+"""Where samples are in each layer: found and verified on a verification batch, used where that explains others.
 
-As a batch is looked at:
+As a batch is verified:
 
-- :mod:`.search`: the whole look, by passes of our own.
-- :mod:`.sample_dimension`: which dimension of the arguments holds the samples; :mod:`.told_dimensions`: those told.
+- :mod:`.search`: the whole verification, by passes of our own.
+- :mod:`.sample_dimension`: which dimension of the arguments holds the samples; :mod:`.specified_dimensions`.
 - :mod:`.hypotheses`: what may hold them, and the trials that it must pass; :mod:`.integers`: where integers alone do.
 - :mod:`.forward_graph`: what the graph of the forward that is looked at tells by itself.
 - :mod:`.rows`: whose rows a layer returns; :mod:`.use_rows`: whose rows operations meet its parameters in.
@@ -13,6 +13,6 @@ As a batch is looked at:
 
 As a batch is recorded:
 
-- :mod:`.attribution`: what the looks have found.
+- :mod:`.attribution`: what verification has found.
 - :mod:`.relation`: where samples are in a call, by the relation between shapes that was verified.
 """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe
 from secorder.oneshot.isolation import IsolatedModel
-from secorder.online.looks import Looks
+from secorder.online.attributions import Attributions
 from secorder.online.samples import rows
 
 from ..helpers import Net, data, mlp, run_again_where_nothing_tells, step
@@ -23,9 +23,9 @@ def test_batches_are_looked_at_at_powers_of_two() -> None:
     with CurvatureProbe(model) as probe:
         looked = []
         for index in range(1, 17):
-            before = probe._looks.any_known()
+            before = probe._attributions.any_known()
             step(model, data())
-            if probe._looks.any_known() is not before:
+            if probe._attributions.any_known() is not before:
                 looked.append(index)
     assert looked == [1, 2, 4, 8, 16]
 
@@ -34,12 +34,12 @@ def test_modes_are_told_apart_and_what_is_known_is_forgotten() -> None:
     model = mlp()
     with CurvatureProbe(model) as probe:
         step(model, data())
-        assert probe._looks.known([(5, 4)]) is not None
+        assert probe._attributions.known([(5, 4)]) is not None
         model.eval()
-        assert probe._looks.known([(5, 4)]) is None
-        assert probe._looks.any_known() is not None
-        probe._looks.forget()
-        assert probe._looks.any_known() is None
+        assert probe._attributions.known([(5, 4)]) is None
+        assert probe._attributions.any_known() is not None
+        probe._attributions.forget()
+        assert probe._attributions.any_known() is None
 
 
 def test_a_look_runs_no_backward_hook_of_the_users() -> None:
@@ -157,7 +157,7 @@ def test_batch_normalisation_couples_samples_where_its_branch_is_next_to_nothing
     with CurvatureProbe(model, reduction="mean") as probe:
         for _ in range(2):
             step(model, data())
-        known = probe._looks.any_known()
+        known = probe._attributions.any_known()
         assert known is not None
         assert known.normalised
         assert all(layer.rule is not None for layer in known.layers)
@@ -206,11 +206,11 @@ class Sorted(nn.Module):
 
 
 def test_what_no_look_tells_is_not_looked_for_at_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, looked, look = Sorted(), [], Looks.look
+    model, looked, look = Sorted(), [], Attributions.verify
     with CurvatureProbe(model, reduction="mean") as probe, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for batch in range(1, 17):
-            monkeypatch.setattr(Looks, "look", lambda *args, batch=batch: looked.append(batch) or look(*args))
+            monkeypatch.setattr(Attributions, "verify", lambda *args, batch=batch: looked.append(batch) or look(*args))
             loss, out = model(torch.randn(7, 4), torch.arange(7) % 3)
             (loss + out.square().mean()).backward()
         assert set(probe.fisher_diagonal(missing="skip")) == {"head"}

@@ -23,7 +23,7 @@ def require_known_arguments(model: nn.Module, sample_dim: SampleDim) -> None:
         )
 
 
-def told_dimensions(sample_dim: SampleDim) -> set[int] | None:
+def specified_dimensions(sample_dim: SampleDim) -> set[int] | None:
     """The dimensions that were told to hold samples, of whatever arguments; None where they are to be found."""
     if isinstance(sample_dim, Mapping):
         return {dim for dim in sample_dim.values() if dim is not None}
@@ -32,7 +32,7 @@ def told_dimensions(sample_dim: SampleDim) -> set[int] | None:
 
 def require_one_dimension(sample_dim: SampleDim) -> None:
     """Raise where samples are not in one dimension of all inputs, as a pass of our own takes them (or in dim 0)."""
-    told = told_dimensions(sample_dim)
+    told = specified_dimensions(sample_dim)
     if told is not None and (not told or len(told - {0}) > 1):
         raise InvalidArgumentError(
             "a one-shot measurement takes samples from one dimension of the inputs (or from dim 0), and sample_dim is "
@@ -45,7 +45,7 @@ def with_shared_ones_hidden(model: nn.Module, inputs: Any, sample_dim: SampleDim
 
     Such as a mask of as many rows as there are samples. Where none holds any, they stay as they are.
     """
-    if not isinstance(sample_dim, Mapping) or not told_dimensions(sample_dim):
+    if not isinstance(sample_dim, Mapping) or not specified_dimensions(sample_dim):
         return inputs
     without = {name for name, dim in sample_dim.items() if dim is None}
     if isinstance(inputs, Mapping):

@@ -26,7 +26,7 @@ ONE_IN, REMEMBERED = 100, 256
 _TRAINING = attrgetter("training")
 
 
-class Looks:
+class Attributions:
     """Attributions of one model's layers."""
 
     def __init__(self, model: nn.Module, sample_dim: SampleDim) -> None:
@@ -88,7 +88,7 @@ class Looks:
         """Whether the model's structure leaves no doubt of what is known: only its loss is to be looked at."""
         return found is not None and self._sample_dim in (None, 0) and independent_by_structure(self._model, 0)
 
-    def look(
+    def verify(
         self, layers: Sequence[Layer], args: tuple[Any, ...], kwargs: dict[str, Any], reduction: Any = None
     ) -> Attribution:
         """Look at a batch; what it tells of the layers is kept for the modes of now.

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CouplingError, CurvatureProbe, InvalidArgumentError, per_layer_fisher_diagonal
-from secorder.online.samples.told_dimensions import told_dimensions
+from secorder.online.samples.specified_dimensions import specified_dimensions
 
 from ...helpers import make
 from ...reference import assert_all_close, fisher_by_sample
 
 
-def test_told_dimensions() -> None:
-    assert told_dimensions(2) == told_dimensions({"x": 2, "mask": None}) == {2}
-    assert told_dimensions({"x": None}) == set()
-    assert told_dimensions(None) is told_dimensions("list") is None
+def test_specified_dimensions() -> None:
+    assert specified_dimensions(2) == specified_dimensions({"x": 2, "mask": None}) == {2}
+    assert specified_dimensions({"x": None}) == set()
+    assert specified_dimensions(None) is specified_dimensions("list") is None
 
 
 @pytest.mark.parametrize("dims", [{"inputs": 0}, {"input": 0, "mask": None}, {3: None}, {}])
