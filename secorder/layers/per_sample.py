@@ -214,10 +214,14 @@ def in_rows(outer: Outer, rows: Rows) -> Tensor:
 def distinct_rows(part: Rows) -> tuple[Tensor, Tensor]:
     """The distinct rows of each sample, ``n · rows + row``, and which of them each position's is, flat.
 
-    Zeros are behind them: of a size that no host has to wait for.
+    Zeros are behind them: of a size that no host has to wait for. Of a table that has fewer rows than there are
+    positions, all rows.
     """
     offset = torch.arange(len(part.ids), device=part.ids.device)[:, None] * part.rows
-    ordered, order = (part.ids + offset).flatten().sort()
+    places = (part.ids + offset).flatten()
+    if part.rows <= part.ids.shape[1]:
+        return torch.arange(len(part.ids) * part.rows, device=places.device), places
+    ordered, order = places.sort()
     number = torch.cat([ordered.new_zeros(1), (ordered[1:] != ordered[:-1]).long()]).cumsum(0)[: len(ordered)]
     distinct, where = torch.zeros_like(ordered), torch.empty_like(ordered)
     return distinct.scatter_(0, number, ordered), where.scatter_(0, order, number)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._sharing import counted_once
 from .._torch.graph import Users, is_builtin, outputs_of, users_of
 from .._torch.sample_graph import InnerSizes, inner_size, samples_in_nodes
 from ..errors import DoubleBackwardError
@@ -56,12 +57,14 @@ def by_uses(
         ends = [s for x in mine for s in task.isolated.replacements(x)]
         require_linear_backward(model_outputs, ends, pairs, task.generator)
     totals = {x.name: parts_of_one(x) for x in mine}
+    once = counted_once({x.name: list(x.parameters.values()) for x in mine})
+    every = [x for x in mine if x.name in once]
     for k in range(pairs.num_columns):
         some = pairs.columns(range(k, k + 1))
-        left = _pulled_back(task, model_outputs, mine, usable, evidence, some.u[0])
-        right = left if some.v is None else _pulled_back(task, model_outputs, mine, usable, evidence, some.v[0])
+        left = _pulled_back(task, model_outputs, every, usable, evidence, some.u[0])
+        right = left if some.v is None else _pulled_back(task, model_outputs, every, usable, evidence, some.v[0])
         sign = None if some.sign is None else some.sign[0]
-        for layer in mine:
+        for layer in every:
             for name, total in zip(layer.parameters, totals[layer.name], strict=True):
                 u, v = left[layer.name].get(name, []), right[layer.name].get(name, [])
                 if u:
@@ -69,6 +72,11 @@ def by_uses(
                 elif not k:
                     total.zero_()
         del left, right  # before the next are computed
+    known = {id(p): total for x in every for p, total in zip(x.parameters.values(), totals[x.name], strict=True)}
+    for layer in mine:
+        if layer.name not in once:  # all of whose parameters others hold
+            for p, total in zip(layer.parameters.values(), totals[layer.name], strict=True):
+                total.copy_(known[id(p)])
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
     return {name: (values, info) for name, values in totals.items()}
 

@@ -60,6 +60,12 @@ def test_distinct_rows_of_each_sample() -> None:
     assert places[where].tolist() == [3, 1, 3, 4, 5, 4]
 
 
+def test_all_rows_of_a_table_that_has_fewer_than_there_are_positions() -> None:
+    places, where = distinct_rows(Rows(torch.tensor([[1, 1, 0], [2, 0, 2]]), torch.zeros(2, 3, 1), rows=3))
+    assert places.tolist() == list(range(6))
+    assert places[where].tolist() == [1, 1, 0, 5, 3, 5]
+
+
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "outer": (nn.Linear(4, 3), (4,)),
     "dense": (nn.LayerNorm(4), (4,)),

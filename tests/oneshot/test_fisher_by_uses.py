@@ -113,3 +113,34 @@ def test_a_matrix_that_is_used_as_it_is_and_transposed(width: int) -> None:
         assert_all_close(probe.fisher_diagonal(F.mse_loss, inputs, targets).by_parameter(), expected)
         F.mse_loss(model(inputs), targets).backward()
         assert_all_close(probe.fisher_diagonal().by_parameter(), expected)
+
+
+@run_again_where_nothing_tells
+@pytest.mark.parametrize("kind", ["empirical", "type-2"])
+def test_a_table_that_three_layers_hold_is_gone_through_once(kind: Any) -> None:
+    """The head, which holds more than the others, and they hold what it does."""
+    seed()
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.again, self.head = nn.Embedding(7, 4), nn.Embedding(7, 4), nn.Linear(4, 7)
+            self.again.weight = self.head.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids).sum(1) + torch.tanh(self.again(ids.flip(1))).mean(1)
+            found: Tensor = self.head(x)
+            return found
+
+    model, ids, targets = Tied().double(), torch.randint(7, (5, 3)), torch.randint(7, (5,))
+    counted = mock.patch.object(by_uses_of, "_add", side_effect=by_uses_of._add)
+    with CurvatureProbe(model, "all") as probe, counted as additions:
+        found = probe.fisher_diagonal(F.cross_entropy, ids, targets, fisher_type=kind)
+    assert len({id(call.args[0]) for call in additions.call_args_list}) == 2  # a table and a bias
+    if kind == "empirical":
+        expected = fisher_by_sample(model, F.cross_entropy, ids, targets, 5)
+    else:
+        expected = ggn_by_sample(model, F.cross_entropy, ids, targets)
+    assert_all_close({"words.weight": found["words.weight"], "head.bias": found["head.bias"]}, expected)
+    for name in ("again.weight", "head.weight"):
+        assert torch.equal(found[name], found["words.weight"])
