@@ -63,8 +63,8 @@ class LayerInfo:
         strategy: for the Hessian ``"columns"`` (of a root of the output Hessian), ``"chain"`` (each sample's Hessian
             carried backwards), ``"output-basis"``, ``"parameter-basis"``, ``"column-draws"`` (the heaviest columns of
             each sample, and draws of the others), ``"output-draws"``, ``"columns+output-draws"`` (the Gauss-Newton part
-            exact, the rest drawn), ``"parameter-draws"``, or ``"unused"`` (the loss does not depend on the layer); for
-            the Fisher ``"online"``, ``"rule"``, ``"per-sample"`` or ``"loop"``.
+            exact, the rest drawn), or ``"parameter-draws"``; for the Fisher ``"online"``, ``"rule"``, ``"per-sample"``
+            or ``"loop"``; for both ``"unused"`` (the loss does not depend on the layer).
         num_hvps: Hessian-vector products spent on this layer.
         checks: outcome of the run-time checks behind the choice, by name.
         num_draws: draws of an estimate; 0 where the result is exact.

@@ -3,11 +3,11 @@
 The graph tells where samples are in all that requires a gradient. Tensors of which none does enter it as operands: the
 ids of a lookup, a mask. Those that the model makes of sizes, buffers and parameters alone are the same for all samples.
 Of the others the model is run once more as far as the last of them enters, with other samples in each sample's place:
-the operand must be the same as before, or have its rows exchanged likewise, where the graph has the samples.
+the operand must be the same as before, or have its rows exchanged likewise, where the graph has the samples. What is in
+the graph is not computed again: its values are nobody's concern.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .._torch.pytree import map_tensors
 from .._torch.sample_graph import SHARED, InnerSizes, place_of
 from .._torch.versions import version
 
@@ -72,6 +73,8 @@ class Entries:
         self._operands: dict[tuple[int, int], _Operand] = {}
         #: By the number of the call: numbers that were read of tensors that inputs may have a part in.
         self._read: dict[int, Any] = {}
+        #: By the number of the call: what it returned that is in the graph, without values.
+        self._hollow: dict[int, Any] = {}
         for tensor in (*model.parameters(), *model.buffers()):
             self._keep(tensor)
 
@@ -91,6 +94,8 @@ class Entries:
         dirty = [(i, t) for i, t in enumerate(given) if not t.requires_grad and not self._is_clean(t)]
         in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNMENTS
         results = tensors_of(result)
+        if graph and not creates:
+            self._hollow[self._calls] = map_tensors(_hollow, result) if results else result
         if not dirty or creates:
             for t in results if creates or not (graph or dirty) else ():
                 self._keep(t)
@@ -132,10 +137,14 @@ class Entries:
         operands = list(self._operands.values())
         wanted = {(operand.call, operand.index): operand for operand in operands}
         last = max([operand.call for operand in operands] + list(self._read), default=0)
-        replay = Replay(self._names[:last], {call for call, _ in wanted}, set(self._read))
+        replay = Replay(self._names[:last], {call for call, _ in wanted}, set(self._read), self._hollow)
         if last:
-            with suppress(Enough):
+            try:
                 run(replay)
+            except Enough:
+                pass
+            except Exception:  # of the model: samples may not stand in any order
+                return False
         if replay.failed or replay.calls < last or any(replay.read.get(k) != v for k, v in self._read.items()):
             return False
         return all(
@@ -146,7 +155,7 @@ class Entries:
 
 
 class Replay(TorchFunctionMode):
-    """Inside, a model makes the same calls again, as far as they are of interest.
+    """Inside, a model makes the same calls again, as far as they are of interest; those in the graph return no values.
 
     Attributes:
         calls: how many it made.
@@ -155,12 +164,12 @@ class Replay(TorchFunctionMode):
         failed: whether it made other calls.
     """
 
-    def __init__(self, names: Sequence[str], entries: set[int], read: set[int]) -> None:
+    def __init__(self, names: Sequence[str], entries: set[int], read: set[int], hollow: Mapping[int, Any]) -> None:
         super().__init__()
         self.calls, self.failed = 0, False
         self.seen: dict[tuple[int, int], Tensor] = {}
         self.read: dict[int, Any] = {}
-        self._names, self._entries, self._answers = names, entries, read
+        self._names, self._entries, self._answers, self._hollow = names, entries, read, hollow
 
     def __torch_function__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -176,12 +185,17 @@ class Replay(TorchFunctionMode):
                 self.seen[self.calls, index] = tensor.detach()
             if self.calls == len(self._names):
                 raise Enough
-        result = function(*args, **kwargs)
+        result = self._hollow[self.calls] if self.calls in self._hollow else function(*args, **kwargs)
         if self.calls in self._answers:
             self.read[self.calls] = result
         if self.calls == len(self._names):
             raise Enough
         return result
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    """A tensor of the same shape and kind, which takes no memory."""
+    return torch.empty_strided(tensor.shape, (0,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _follows(operand: _Operand, after: Tensor | None, inner_sizes: InnerSizes, count: int, order: Tensor) -> bool:

@@ -78,7 +78,9 @@ def by_uses(
             for p, total in zip(layer.parameters.values(), totals[layer.name], strict=True):
                 total.copy_(known[id(p)])
     info = LayerInfo(Strategy.RULE, checks={"rows_are_samples": True})
-    return {name: (values, info) for name, values in totals.items()}
+    return {
+        name: (values, info if usable[name].uses else LayerInfo(Strategy.UNUSED)) for name, values in totals.items()
+    }
 
 
 def _followed(task: Measurement, layers: Sequence[Layer], users: Users, evidence: Evidence) -> dict[str, Uses]:
@@ -89,7 +91,7 @@ def _followed(task: Measurement, layers: Sequence[Layer], users: Users, evidence
         found = {} if reentrant(users) else follow_uses(users, parameters, evidence, routes, known=False)
     except DoubleBackwardError:
         return {}
-    return {name: uses for name, uses in found.items() if uses is not None and uses.uses and not hidden(uses)}
+    return {name: uses for name, uses in found.items() if uses is not None and not hidden(uses)}
 
 
 def _pulled_back(

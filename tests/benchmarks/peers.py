@@ -82,7 +82,7 @@ def backpack_fisher(work: Workload) -> Work:
     from backpack import extensions
 
     run = _backpack(work, extensions.SumGradSquared(), "sum_grad_squared")
-    return lambda: run() * len(work.inputs)
+    return lambda: run().mul_(len(work.inputs))
 
 
 def backpack_type_2(work: Workload) -> Work:

@@ -117,3 +117,37 @@ def test_coupled_samples_are_noticed(name: str) -> None:
     model, inputs, targets = made(COUPLED[name])
     with CurvatureProbe(model, "all") as probe, pytest.raises(CouplingError):
         probe.fisher_diagonal(F.cross_entropy, inputs, targets)
+
+
+@run_again_where_nothing_tells
+def test_what_is_in_the_graph_is_not_computed_again() -> None:
+    """Though a mask enters late; an attribute of what is in it is asked for, and is as it was."""
+
+    def late(m: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        x = m.words(ids).transpose(0, 1)
+        x = (x if x.is_contiguous() else x.contiguous()).asinh().transpose(0, 1)
+        return x * (torch.zeros_like(x[..., 0]) + mask).unsqueeze(-1)
+
+    model, inputs, targets = made(late)
+    expected = fisher_of(gradients_by_sample(model, F.cross_entropy, inputs, targets, N))
+    with torch.autograd.profiler.profile() as once:
+        model(*inputs)
+    with CurvatureProbe(model, "all") as probe, torch.autograd.profiler.profile() as watched:
+        found = probe.fisher_diagonal(F.cross_entropy, inputs, targets)
+    bare, ours = ([e.name for e in p.function_events].count("aten::asinh") for p in (once, watched))
+    assert bare == ours > 0
+    assert_all_close(found.by_parameter(), expected)
+
+
+def test_a_model_that_takes_samples_in_one_order_alone() -> None:
+    def by_length(m: Any, ids: Tensor, mask: Tensor) -> Tensor:
+        lengths = mask.sum(1)
+        assert bool((lengths[1:] <= lengths[:-1]).all()), "must be sorted"
+        return m.words(ids) * mask.unsqueeze(-1)
+
+    model, (ids, _), targets = made(by_length)
+    mask = (torch.arange(T) < torch.tensor([5, 4, 3, 2, 1])[:, None]).long()
+    expected = fisher_of(gradients_by_sample(model, F.cross_entropy, (ids, mask), targets, N))
+    with CurvatureProbe(model, "all") as probe:
+        found = probe.fisher_diagonal(F.cross_entropy, (ids, mask), targets)
+    assert_all_close(found.by_parameter(), expected)

@@ -144,3 +144,36 @@ def test_a_table_that_three_layers_hold_is_gone_through_once(kind: Any) -> None:
     assert_all_close({"words.weight": found["words.weight"], "head.bias": found["head.bias"]}, expected)
     for name in ("again.weight", "head.weight"):
         assert torch.equal(found[name], found["words.weight"])
+
+
+@run_again_where_nothing_tells
+@pytest.mark.parametrize("kind", ["empirical", "mc"])
+def test_layers_that_nothing_depends_on_take_no_pass_of_their_own(kind: Any) -> None:
+    """One that is never called, one whose output is not used, and a parameter beside them."""
+    seed()
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(9, 4), nn.Linear(4, 3)
+            self.pool, self.norm, self.gain = nn.Linear(4, 4), nn.LayerNorm(4), nn.Parameter(torch.randn(4))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.words(ids).tanh()
+            self.norm(x)
+            found: Tensor = self.head(x.mean(1))
+            return found
+
+    model, ids, targets = Model().double(), torch.randint(9, (6, 5)), torch.randint(3, (6,))
+    calls = itertools.count()
+    model.norm.register_forward_hook(lambda *_: [next(calls), None][1])
+    with CurvatureProbe(model, "all") as probe:
+        found = probe.fisher_diagonal(F.cross_entropy, ids, targets, fisher_type=kind)
+    assert next(calls) == 1
+    unused = {"": "unused", "pool": "unused", "norm": "unused"}
+    assert {name: str(info.strategy) for name, info in found.info.items()} == {
+        **unused, "words": "rule", "head": "rule"
+    }  # fmt: skip
+    assert not any(found[name].any() for name in unused)
+    if kind == "empirical":
+        assert_all_close(found.by_parameter(), fisher_by_sample(model, F.cross_entropy, ids, targets, 6))
