@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from math import isfinite
+from operator import add
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .parallel.all_reduce import add_up, raised_on_all
 from .results import Diagonals
 
-__all__ = ["RunningMean", "mean_over_ranks", "weighted_mean", "weighted_sum"]
+__all__ = ["RunningMean", "mean_over_ranks", "weighted_mean"]
 
 
 def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | None = None) -> Diagonals:
@@ -49,24 +51,7 @@ def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | Non
             f"weighted_mean takes as many weights as diagonals, at least one, of a positive sum: got {len(parts)} "
             f"diagonals and weights {given}."
         )
-    total: Diagonals | None = None
-    for part, weight in zip(parts, given, strict=True):
-        total = weighted_sum(total, part, weight / sum(given))
-    assert total is not None
-    return total
-
-
-def weighted_sum(total: Diagonals | None, part: Diagonals, weight: float) -> Diagonals:
-    """``total + weight · part``, entry by entry, for diagonals of the same layers.
-
-    Standard errors add up in squares, as those of independent estimates do; of ``info``, products and draws do.
-
-    Args:
-        total: what was summed up so far; None for nothing.
-        part: what is added.
-        weight: its weight.
-    """
-    return weight * part if total is None else total + weight * part
+    return reduce(add, [weight / sum(given) * part for part, weight in zip(parts, given, strict=True)])
 
 
 def mean_over_ranks(

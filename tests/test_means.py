@@ -9,7 +9,7 @@ from torch import nn
 
 import secorder
 from secorder import CurvatureProbe, InvalidArgumentError, InvalidTypeError
-from secorder.means import RunningMean, weighted_sum
+from secorder.means import RunningMean
 
 from .helpers import make
 from .reference import assert_all_close, fisher_by_sample
@@ -22,7 +22,6 @@ def test_the_mean_of_parts_is_that_of_the_whole() -> None:
     found = secorder.weighted_mean(parts, [3, 7])
     assert_all_close(found.by_parameter(), fisher_by_sample(model, F.cross_entropy, x, y, 10))
     assert torch.equal(secorder.weighted_mean(parts)["0"], (parts[0]["0"] / 2 + parts[1]["0"] / 2))
-    torch.testing.assert_close(weighted_sum(None, parts[0], 2.0)["0"], 2 * parts[0]["0"])
     for diagonals, weights in ((parts, [1.0]), ([], None), (parts, [0, 0]), (parts, [2, -1])):
         with pytest.raises(InvalidArgumentError, match="weights"):
             secorder.weighted_mean(diagonals, weights)

@@ -14,7 +14,6 @@ from .._torch.random_state import random_state_kept
 from ..batch import NO_BATCH, batch_size
 from ..errors import CouplingError, CurvatureWarning, InvalidArgumentError, NonFiniteError
 from ..layers.selection import LayerTypes
-from ..means import weighted_sum
 from ..monitor.findings import Diagnosis, find
 from ..monitor.progress import progress_bar
 from ..monitor.statistics import layer_statistics
@@ -114,11 +113,9 @@ def diagnose(
             if not refused:
                 part = _fisher_of_batch(probe, loss_fn, x, t, common)
                 coupled, refused = part if isinstance(part, CouplingError) else None, not isinstance(part, Diagonals)
-                fisher = weighted_sum(fisher, part, count) if isinstance(part, Diagonals) else fisher
+                fisher = _plus(fisher, count, part) if isinstance(part, Diagonals) else fisher
             weight = 1.0 if reduces.summed else float(count)
-            hessian = weighted_sum(
-                hessian, probe.hessian_diagonal(loss_fn, x, t, method=method, **drawn, **common), weight
-            )
+            hessian = _plus(hessian, weight, probe.hessian_diagonal(loss_fn, x, t, method=method, **drawn, **common))
             whole_loss += weight * loss
             seen += count
             advance(1)
@@ -126,6 +123,10 @@ def diagnose(
     if method == "auto" and hessian is not None:
         warn_if_estimated({name: info.num_draws for name, info in hessian.info.items()})
     return _concluded(None if refused else fisher, hessian, seen, whole_loss, reduces.summed, coupled)
+
+
+def _plus(total: Diagonals | None, weight: float, part: Diagonals) -> Diagonals:
+    return weight * part if total is None else total + weight * part
 
 
 def _concluded(

@@ -129,14 +129,19 @@ def merged(parts: Sequence[tuple[int, LayerSummary]]) -> LayerSummary:
     }
     known = [part for _, part in parts if not math.isnan(part.low)]
     low, high = min((p.low for p in known), default=math.nan), max((p.high for p in known), default=math.nan)
-    counts = [0.0] * BINS
-    for part in known:
-        step = (part.high - part.low) / len(part.counts)
-        for index, count in enumerate(part.counts):
-            at = (part.low + step * (index + 0.5) - low) / max(high - low, 1e-12) * BINS
-            counts[min(int(at), BINS - 1)] += count
+    counts = [sum(bins) for bins in zip([0.0] * BINS, *(rebinned(p, low, high, BINS) for p in known), strict=True)]
     sums = sum(p.sum for p in known), sum(p.sum_squares for p in known)
     return LayerSummary({key: statistics[key] for key in STATISTICS}, low, high, counts, *sums)
+
+
+def rebinned(part: LayerSummary, low: float, high: float, bins: int) -> list[float]:
+    """A histogram in other bins; what lies outside of them is in the outermost ones."""
+    counts = [0.0] * bins
+    step = (part.high - part.low) / len(part.counts)
+    for index, count in enumerate(part.counts):
+        at = (part.low + step * (index + 0.5) - low) / max(high - low, 1e-12) * bins
+        counts[min(max(int(at), 0), bins - 1)] += count
+    return counts
 
 
 def _extreme(choose: Callable[[list[float]], float], values: list[float]) -> float:

@@ -17,7 +17,7 @@ from ..results import Diagonals
 from .fitting import fitting
 from .html import html_table
 from .plain import plain
-from .statistics import LayerSummary, merged, summarize
+from .statistics import LayerSummary, merged, rebinned, summarize
 from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table, Text
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -331,11 +331,7 @@ def _histogram(kind: str, rows: Sequence[_Row]) -> tuple[str, Callable[[_Row], s
         summary = row.summaries.get(kind)
         if summary is None or math.isnan(summary.low):
             return ""
-        bins = [0.0] * _SPARK_BINS
-        step = (summary.high - summary.low) / len(summary.counts)
-        for index, count in enumerate(summary.counts):
-            at = (summary.low + step * (index + 0.5) - low) / (high - low) * _SPARK_BINS
-            bins[min(max(int(at), 0), _SPARK_BINS - 1)] += count
+        bins = rebinned(summary, low, high, _SPARK_BINS)
         most = max(bins)
         return "".join(_BLOCKS[math.ceil(b / most * (len(_BLOCKS) - 1))] for b in bins)
 

@@ -53,8 +53,8 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
     for node, index, by in _multipliers(loss):
         if uniform(by):
             factors.add(abs(float(by.flatten()[0])))
-        elif dims := [dim for dim, size in enumerate(by.shape) if not size % num_samples]:
-            found.append((node, index, by.movedim(dims[0], 0).reshape(num_samples, -1)))
+        elif (rows := _by_sample(by, num_samples)) is not None:
+            found.append((node, index, rows))
     for node, index, by in found[:MOST_WEIGHTED]:
         if _by_chance(by, factors):
             continue
@@ -65,9 +65,9 @@ def _normalised(loss: SeenLoss, num_samples: int) -> bool:
         if index is None:
             each = by.sum(1).double() * float(g.sum()) / (by.numel() if is_mean(node) else g.numel())
         else:
-            g = run_node(node, [g], index)
-            dim = next(dim for dim, size in enumerate(g.shape) if not size % num_samples)
-            each = g.movedim(dim, 0).reshape(num_samples, -1).sum(1).double()
+            rows = _by_sample(run_node(node, [g], index), num_samples)
+            assert rows is not None  # of the shape of what it was multiplied by
+            each = rows.sum(1).double()
         total, columns = abs(float(each.sum())), by.numel() / num_samples
         one = any(_near(total, factor, factor * columns) for factor in factors)
         if one and float(each.max() - each.min()) > 1e-3 * total / num_samples:
@@ -86,6 +86,12 @@ def _multipliers(loss: SeenLoss) -> Iterator[tuple[Node, int | None, Tensor]]:
         for index, (before, _) in enumerate(node.next_functions):
             if before in leads and (by := multiplier(node, index, leads)) is not None and by.numel():
                 yield node, index, by
+
+
+def _by_sample(numbers: Tensor, count: int) -> Tensor | None:
+    """Numbers with a row for each sample; None where no dimension holds samples."""
+    dim = next((dim for dim, size in enumerate(numbers.shape) if not size % count), None)
+    return None if dim is None else numbers.movedim(dim, 0).reshape(count, -1)
 
 
 def _by_chance(weights: Tensor, factors: set[float]) -> bool:
