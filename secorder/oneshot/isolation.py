@@ -306,7 +306,14 @@ def _as_leaf(parameter: Tensor) -> Tensor:
     A parameter, which is what models that ask for one by ``get_parameter`` expect.
     """
     detached = parameter.detach()
-    return nn.Parameter(detached.clone() if parameter.is_inference() else detached)
+    return parameter_like(parameter, detached.clone() if parameter.is_inference() else detached)
+
+
+def parameter_like(parameter: Tensor, value: Tensor, *, requires_grad: bool = True) -> nn.Parameter:
+    """A parameter of another value, with what was written on the first (a scale, a counter) for the model to read."""
+    found = nn.Parameter(value, requires_grad=requires_grad)
+    vars(found).update(vars(parameter))
+    return found
 
 
 def _usable(parameters: Sequence[Tensor], replacements: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -353,7 +360,7 @@ def _restore_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
 def _copies_of_tables(modules: Iterable[nn.Module]) -> list[tuple[Place, Tensor]]:
     """Embeddings with ``max_norm`` overwrite their table in a forward: they get a copy to do it on."""
     return [
-        (place, nn.Parameter(place.value.detach().clone(), requires_grad=False))
+        (place, parameter_like(place.value, place.value.detach().clone(), requires_grad=False))
         for m in modules
         if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.max_norm is not None
         for place in parameter_places(m)

@@ -20,7 +20,7 @@ from .._torch.views import is_view
 from .._torch.vjp import gradients, placeholder
 from ..errors import AttributionError, SecorderError
 from ..layers.selection import Layer
-from .isolation import IsolatedModel, ReplacementsBypassed
+from .isolation import IsolatedModel, ReplacementsBypassed, parameter_like
 from .overwriting import LossOverwrites
 
 
@@ -222,7 +222,7 @@ class _Tap:
 
     def __init__(self, recording: Recording, layer: Layer, places: list[Place]) -> None:
         self.recording, self.layer, self.places = recording, layer, places
-        self.detached = [nn.Parameter(place.value.detach(), requires_grad=False) for place in places]
+        self.detached = [parameter_like(p.value, p.value.detach(), requires_grad=False) for p in places]
         self.displaced: list[list[Any]] = []  # a stack: calls may nest
         self.owner = threading.get_ident()
         self.outer = current_backward()

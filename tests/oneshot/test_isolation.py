@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from secorder import NonFiniteError
+from secorder import CurvatureProbe, NonFiniteError, per_layer_fisher_diagonal, per_layer_hessian_diagonal
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate, run_isolated
 from secorder.oneshot.loss import check_loss, losses
 from secorder.oneshot.recording import recorded
 
 from ..helpers import data, make
+from ..reference import assert_all_close, fisher_by_sample, hessian_by_element
 
 
 def random_model() -> nn.Sequential:
@@ -92,3 +93,31 @@ def test_a_loss_that_is_not_finite_names_where_it_began() -> None:
         loss = F.cross_entropy(isolated.forward(x), y)
         with pytest.raises(NonFiniteError, match="layer '2'"):
             check_loss(loss, isolated, x)
+
+
+class Scaled(nn.Linear):
+    """Reads what was written on its parameter, and counts there."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.weight.scale, self.weight.calls = 2.0, 0  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.calls += 1  # type: ignore[attr-defined]
+        return F.linear(x, self.weight * self.weight.scale, self.bias)  # type: ignore[attr-defined]
+
+
+def test_what_is_written_on_parameters_is_there_and_stays() -> None:
+    model, (x, y) = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), Scaled(5, 3)), data()
+    weight: Any = model[2].weight
+    fisher = per_layer_fisher_diagonal(model, F.cross_entropy, x, y, "all").by_parameter()
+    hessian = per_layer_hessian_diagonal(model, F.cross_entropy, x, y, "all").by_parameter()
+    assert weight.calls == 0
+    assert_all_close(fisher, fisher_by_sample(model, F.cross_entropy, x, y, 6))
+    assert_all_close(hessian, hessian_by_element(model, F.cross_entropy, x, y))
+    weight.calls = 0
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+        assert weight.calls == 3
+        assert_all_close(probe.fisher_diagonal().by_parameter(), fisher)
