@@ -14,7 +14,7 @@ from .errors import InvalidArgumentError, InvalidTypeError
 from .parallel.all_reduce import add_up, raised_on_all
 from .results import Diagonals
 
-__all__ = ["RunningMean", "mean_over_ranks", "weighted_mean"]
+__all__ = ["mean_over_ranks", "weighted_mean"]
 
 
 def weighted_mean(diagonals: Iterable[Diagonals], weights: Iterable[float] | None = None) -> Diagonals:

@@ -38,7 +38,8 @@ from .means import mean_over_ranks
 from .oneshot.data_eigenvalues import eigenvalues_of_data
 from .oneshot.data_set import first_of, is_data_set, require_one_batch, seconds_besides, takes_data_sets
 from .oneshot.eigenvalues import MAX_ITERATIONS, Eigenvalues, Which, eigenvalues
-from .oneshot.fisher import FisherType, check_fisher_type, fisher_budget, fisher_diagonal
+from .oneshot.fisher import check_fisher_type, fisher_budget, fisher_diagonal
+from .oneshot.fisher_pairs import FisherType
 from .oneshot.hessian.budget import Budget, HessianMethod
 from .oneshot.hessian.cost import Cost, result_bytes
 from .oneshot.hessian.diagonal import hessian_diagonal

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .._keywords import refuses_renamed_keywords
 from ..layers.selection import LayerTypes
 from ..monitor.statistics import get_layer_curvature_stats
-from ..oneshot.fisher import FisherType
+from ..oneshot.fisher_pairs import FisherType
 from ..oneshot.hessian.budget import HessianMethod
 from ..online.samples.hypotheses import SampleDim
 from ..probe import CurvatureProbe, NoLayerError

@@ -16,10 +16,7 @@ from .._torch.vjp import chunks
 from .patches import Patches, matrix_products, whole_input
 from .per_sample import CHUNK_ELEMENTS, Outer, PerSample, Rows, chunk_elements, distinct_rows, in_rows, sum_in_forms
 
-__all__ = [
-    "CONVOLUTION_ELEMENTS", "IN_PLACE_ELEMENTS", "added", "alike", "contract", "contract_basis",
-    "contract_one_position", "contract_sum", "kept",
-]  # fmt: skip
+__all__ = ["contract", "contract_sum"]
 
 #: Elements of a parameter from which on a contraction adds to its result piece by piece, without a sum of its own.
 IN_PLACE_ELEMENTS = 1 << 22

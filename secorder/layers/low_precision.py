@@ -31,7 +31,7 @@ from .contraction import added, contract_sum, kept
 from .patches import Patches, product_in_float32, whole_input
 from .per_sample import ACCELERATOR_CHUNK_ELEMENTS, Outer, PerSample
 
-__all__ = ["Precision", "contract_sum_low", "contraction", "is_low", "rounded"]
+__all__ = ["contract_sum_low"]
 
 #: Of the factors of matrix products: as the layer computes where that is faster, or always this.
 Precision = Literal["auto", "float32", "bfloat16"]

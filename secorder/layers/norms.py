@@ -35,7 +35,7 @@ from .per_sample import (
     total_gradient,
 )
 
-__all__ = ["DenseNorms", "squared_norm_of_sum", "squared_norms"]
+__all__ = ["squared_norm_of_sum", "squared_norms"]
 
 #: What an element costs that is written and read again, in multiplications of a matrix product (measured on a CPU).
 TRAFFIC = 16

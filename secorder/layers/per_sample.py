@@ -21,26 +21,7 @@ from torch import Tensor, nn
 from .layout import DIM_ZERO, Layout
 from .patches import Patches, whole_input
 
-__all__ = [
-    "ACCELERATOR_CHUNK_ELEMENTS",
-    "CHUNK_ELEMENTS",
-    "Outer",
-    "PerSample",
-    "Rows",
-    "Rule",
-    "chunk_elements",
-    "dense",
-    "distinct_rows",
-    "form_of",
-    "in_rows",
-    "merge",
-    "per_sample_gradients",
-    "stacked",
-    "stacked_gradients",
-    "sum_in_forms",
-    "total_gradient",
-    "with_cotangents",
-]
+__all__ = ["Outer", "PerSample", "Rows", "Rule"]
 
 #: Elements of patches and of per-sample gradients that one step of a contraction may form: what stays in the caches
 #: of a CPU (measured on convolutions: up to twice as fast as four times as many).

@@ -14,7 +14,7 @@ from .names import WHOLE_MODEL, Numbers, flat, shown
 from .sinks.sink import give, sinks_of
 from .statistics import LayerSummary, layer_statistics, summarize
 
-__all__ = ["CurvatureLog", "log_diagonals", "numbers_of", "picture"]
+__all__ = ["CurvatureLog", "log_diagonals"]
 
 #: What is logged of a diagonal.
 LOGGED = ("trace", "mean", "max")

@@ -10,7 +10,7 @@ from .._caution import caution
 from .findings import THRESHOLDS, Finding, FindingKind, finding
 from .names import WHOLE_MODEL, Numbers
 
-__all__ = ["EASE", "MEMORY", "Change", "Observation", "RunningFindings"]
+__all__ = ["Change"]
 
 #: A finding ends below this share of its threshold, so that a number that hovers about it is not told again and again.
 EASE = 0.8

@@ -14,10 +14,7 @@ from .names import shown
 from .stacks import stacks
 from .watched import Watched
 
-__all__ = [
-    "BINS", "STATISTICS", "LayerSummary", "get_layer_curvature_stats", "layer_statistics", "merged", "summarize",
-    "whole_trace",
-]  # fmt: skip
+__all__ = ["get_layer_curvature_stats", "layer_statistics", "summarize"]
 
 #: What is told of every diagonal. ``negative`` is the share of negative entries, ``zero`` and ``nonfinite`` likewise.
 STATISTICS = ("mean", "std", "max", "min", "trace", "negative", "zero", "nonfinite")

@@ -62,16 +62,7 @@ from .roots import Columns, First, Root, Single
 #: Types of which a forward is one operation that has a rule, or moves beside it.
 ONE_OPERATION = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.LayerNorm, nn.Embedding)
 
-__all__ = [
-    "FisherType",
-    "Trial",
-    "check_fisher_type",
-    "fisher_budget",
-    "fisher_diagonal",
-    "fisher_means",
-    "in_batches",
-    "require_independent_samples",
-]
+__all__ = ["fisher_diagonal"]
 
 
 def check_fisher_type(fisher_type: str, num_draws: int) -> None:

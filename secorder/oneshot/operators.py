@@ -33,7 +33,7 @@ from .recorded_layer import layout_options
 from .recording import recorded
 from .roots import Single
 
-__all__ = ["Curvature", "Operator", "ProductInZ", "ProductOnParameters", "operators"]
+__all__ = ["operators"]
 
 #: Which curvature: of the loss as given, its generalised Gauss-Newton part (the type-2 Fisher), the empirical Fisher.
 Curvature = Literal["hessian", "ggn", "fisher"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._torch.collectives import all_reduce, has_ranks
 from ..errors import ProbeStateError
 
-__all__ = ["add_up", "largest", "raised_on_all"]
+__all__ = ["add_up"]
 
 
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .lines import append_lines, file_at
 
-__all__ = ["JSONLinesSink", "points"]
+__all__ = ["JSONLinesSink"]
 
 
 class JSONLinesSink:

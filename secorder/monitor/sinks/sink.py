@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from ..._arguments import require_path
 from ...errors import InvalidArgumentError, InvalidTypeError
 
-__all__ = ["Sink", "give", "sink_of", "sinks_of"]
+__all__ = ["Sink", "sink_of"]
 
 
 @runtime_checkable

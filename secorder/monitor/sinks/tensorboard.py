@@ -12,7 +12,7 @@ from ..._arguments import require_method
 from ..blocks import blocks
 from ..names import WHOLE_MODEL
 
-__all__ = ["TensorBoardSink", "layout"]
+__all__ = ["TensorBoardSink"]
 
 #: From how many decades between the smallest and the largest layer on a statistic has a twin of logarithms.
 DECADES = 1.0

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from ..._arguments import refuse_unused_draws, require_integer, require_number, require_one_of
 from ...errors import InvalidArgumentError
 
-__all__ = ["AUTO_RTOL", "MAX_HVPS", "MAX_WORK", "Budget", "HessianMethod"]
+__all__ = ["Budget"]
 
 HessianMethod = Literal["auto", "exact", "hutchinson"]
 

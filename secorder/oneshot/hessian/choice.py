@@ -9,7 +9,7 @@ from . import chain, column_draws, columns, output_basis, output_draws, paramete
 from .budget import Budget
 from .facts import Facts
 
-__all__ = ["DRAWN", "EXACT", "Choice", "StrategyModule", "choose", "seconds_of_draws"]
+__all__ = ["choose"]
 
 
 class StrategyModule(Protocol):

@@ -15,7 +15,7 @@ from .investigate import investigate
 from .on_parameters import on_parameters
 from .run import carry_out
 
-__all__ = ["differentiable_hessian_diagonal", "hessian_diagonal"]
+__all__ = ["hessian_diagonal"]
 
 
 def hessian_diagonal(task: Measurement, budget: Budget) -> Diagonals:
