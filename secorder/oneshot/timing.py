@@ -42,11 +42,9 @@ class Rehearsal:
         """The first of the pieces."""
         pieces = list(chunks(total, size))
         for ids in pieces[:PIECES_RUN]:
-            _finish()
-            start = time.perf_counter()
+            start = now()
             yield ids
-            _finish()
-            seconds = time.perf_counter() - start
+            seconds = now() - start
         if len(pieces) > PIECES_RUN:
             self.skipped += (len(pieces) - PIECES_RUN) * seconds
 
@@ -91,11 +89,9 @@ def of_nearest(count: int, tell: Callable[[int], Told], most: float = MOST_SECON
 
 def seconds_of(work: Callable[[], object]) -> float:
     """Seconds that it takes, with what it leaves running on an accelerator."""
-    _finish()
-    start = time.perf_counter()
+    start = now()
     work()
-    _finish()
-    return time.perf_counter() - start
+    return now() - start
 
 
 def least_seconds_of(work: Callable[[], object]) -> float:
@@ -106,6 +102,8 @@ def least_seconds_of(work: Callable[[], object]) -> float:
     return min(found)
 
 
-def _finish() -> None:
+def now() -> float:
+    """The time, when all is done that runs on an accelerator."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
+    return time.perf_counter()

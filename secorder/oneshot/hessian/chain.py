@@ -25,7 +25,7 @@ from ...layers.layout import DIM_ZERO
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
-from ..timing import Pieces, Rehearsal, seconds_of
+from ..timing import Pieces, Rehearsal, now, seconds_of
 from .block import Block
 from .budget import Budget
 from .facts import Facts
@@ -44,6 +44,10 @@ CHAIN_BYTES = 1 << 30
 
 #: Memory of the products with a segment's basis that are made at a time.
 _PRODUCT_BYTES = 1 << 25
+
+#: Multiplications of a product with the Hessian of a segment, to one of its forward; how much longer they take than in
+#: one large matrix; and those that take as long as to put one number of what they give into its place.
+_PRODUCT, _SLOWER, _MOVED = 6, 4, 100
 
 #: Multiplications that are worth one number that a product passes through, in :class:`.Budget`.
 _WORK = 100
@@ -72,9 +76,12 @@ def affords(served: Sequence[Facts], budget: Budget) -> bool:
     """Whether it may be taken for these layers together."""
     if budget.method == "exact":
         return True
-    most = max(f.chain_products for f in served)
-    work = sum(f.chain_work for f in served)
-    return budget.max_hvps is not None and most <= budget.max_hvps and work <= _WORK * budget.max_work
+    if budget.max_hvps is None or max(f.chain_products for f in served) > budget.max_hvps:
+        return False
+    seconds = [f.chain_seconds for f in served if f.chain_seconds is not None]
+    if seconds:
+        return sum(seconds) <= budget.max_seconds
+    return sum(f.chain_work for f in served) <= _WORK * budget.max_work
 
 
 def find_chain(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> Chain | None:
@@ -115,35 +122,49 @@ def _size(shape: Sequence[int], task: Measurement) -> int:
 
 
 def facts_of_chain(task: Measurement, chain: Chain) -> dict[str, dict[str, int]]:
-    """What the chain, and the basis of z, would cost each layer: work as multiplications of one sample."""
+    """What the chain, and a basis, would cost each layer: work as multiplications, counted for one sample."""
     found: dict[str, dict[str, int]] = {}
-    columns, passed, spent, dense, moved = chain.side.size, 0, 0, False, False
+    columns, passed, spent, curved, dense, moved = chain.side.size, 0, 0, False, False, False
     for index, segment in enumerate(chain.segments):
         size, before = _size(segment.shape, task), _size(segment.shape_before, task)
         inside = [chain.graphs[key] for key in segment.leaves]
-        goes_on = any(following.leaves for following in chain.segments[index + 1 :])
+        ahead = {following.kind for following in chain.segments[index + 1 :]}
         work = segment.work // task.num_samples
         passed += work
         moved |= segment.kind != Kind.SAME
         if segment.kind == Kind.LINEAR:
-            spent += work * (size + before if dense else columns)
+            rows = size + before if dense else columns + before if curved else columns
+            diagonal = ahead <= {Kind.SAME, Kind.ELEMENTWISE}  # and no more is asked for
+            spent += work * (min(rows, size if dense else columns + 1) if diagonal else rows)
+            dense |= curved
         elif segment.kind == Kind.GENERAL:
-            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if goes_on else 0)
-            spent += basis * (6 * work + size * size)
+            basis = sum(_size(g.leaves[0].shape, task) for g in inside) + (before if ahead else 0)
+            spent += basis * (_SLOWER * (_PRODUCT * work + size * (size if dense else 2 * columns)) + _MOVED * before)
             dense = True
         elif segment.kind == Kind.ELEMENTWISE:
             spent += size * size if dense else columns * size
-            dense = True
+            curved = True
         for graph in inside:
             basis = _size(graph.leaves[0].shape, task)
+            by_basis, by_column = _contractions(graph, basis)
+            spent += basis * by_basis if dense else 2 * columns * by_column
+            in_z, on_parameters = _PRODUCT * passed + by_basis, _PRODUCT * (passed + by_column)
             found[graph.layer.name] = {
                 "chain_depth": len(found) + 1,
                 "chain_work": spent * task.num_samples,
                 "chain_products": basis if moved else 0,
-                "basis_work": 6 * basis * max(1, passed) * task.num_samples,
+                "basis_work": max(1, min(basis * in_z, graph.numel * on_parameters)) * task.num_samples,
             }
             spent = 0
     return found
+
+
+def _contractions(graph: LayerGraph, size: int) -> tuple[int, int]:
+    """Multiplications for one sample's gradient, of a vector of the basis of z, and of any: of many positions."""
+    if graph.leaves[0].dim() == 2:
+        return 0, 0
+    rows = max(p.shape[0] for p in graph.layer.parameters.values())
+    return size * graph.numel // rows**2, size * graph.numel // rows
 
 
 # ---- carrying
@@ -159,15 +180,28 @@ def run(task: Measurement, chain: Chain) -> dict[str, list[Tensor]]:
     return totals
 
 
-def seconds_of_chain(task: Measurement, chain: Chain) -> float:
-    """How long it takes, by what is made for all samples, those that are carried at once, and some of the products."""
+def seconds_of_chain(task: Measurement, chain: Chain) -> dict[str, float]:
+    """How long each layer takes, from the one before it.
+
+    By what is made for all samples, those that are carried at once, and some of the products.
+    """
     prepared: list[tuple[list[Step], Block]] = []
     before = seconds_of(lambda: prepared.append(_prepared(task, chain)))
     steps, top = prepared[0]
     count = min(task.num_samples, _at_once(task, steps, top))
-    rehearsal = Rehearsal()
-    seconds = seconds_of(lambda: _carried_over(task, chain, steps, top, count, pieces=rehearsal))
-    return before + (seconds + rehearsal.skipped) * task.num_samples / count
+    rehearsal, found = Rehearsal(), dict[str, float]()
+    told = 0.0
+
+    def passed(key: int) -> None:
+        nonlocal told
+        here = now() + rehearsal.skipped
+        found[chain.graphs[key].layer.name] = (here - told) * task.num_samples / count
+        told = here
+
+    told = now()
+    _carried_over(task, chain, steps, top, count, pieces=rehearsal, passed=passed)
+    found[next(iter(found))] += before
+    return found
 
 
 def _prepared(task: Measurement, chain: Chain) -> tuple[list[Step], Block]:
@@ -192,6 +226,7 @@ def _carried_over(
     count: int,
     advance: Callable[[int], None] = lambda _: None,
     pieces: Pieces = chunks,
+    passed: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[int, Tensor], dict[str, list[Tensor]]]:
     """Of the first samples: diagonals of H_z by ``id`` of the leaf; of layers that need more, those by parameter."""
     diagonals: dict[int, Tensor] = {}
@@ -202,11 +237,12 @@ def _carried_over(
             graph = chain.graphs[key]
             if whole:
                 _add(totals, graph, by_block(graph, block, here, pieces))
-                continue
-            own = block.diagonal()
-            if key not in diagonals:
-                diagonals[key] = own.new_empty(count, own.shape[1])
-            diagonals[key][here] = own
+            else:
+                own = block.diagonal()
+                if key not in diagonals:
+                    diagonals[key] = own.new_empty(count, own.shape[1])
+                diagonals[key][here] = own
+            passed(key)
         advance(len(rows))
     return diagonals, totals
 
@@ -215,7 +251,7 @@ def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
     """Samples that are carried together: all of them where segments have products of their own."""
     u = top.u
     assert u is not None
-    columns, largest, second = u.shape[1], u.shape[1], False
+    columns, largest, second, matrix = u.shape[1], u.shape[1], False, False
     for step in steps:
         if step.segment.kind == Kind.GENERAL:
             return task.num_samples
@@ -225,8 +261,8 @@ def _at_once(task: Measurement, steps: Sequence[Step], top: Block) -> int:
         second |= step.second is not None
         if step.factored:
             columns += sizes[0]
-        whole = step.whole or (step.segment.kind == Kind.LINEAR and second and not step.factored and not step.diagonal)
-        largest = max(largest, max(sizes) * max(sizes if whole else [columns]))
+        matrix |= step.segment.kind == Kind.LINEAR and second and not step.factored and not step.diagonal
+        largest = max(largest, max(sizes) * max(sizes if matrix else [columns]))
     most = _CACHED_BYTES if u.device.type == "cpu" else ACCELERATOR_CHUNK_BYTES
     few = max(1, most // (2 * largest * u.element_size()))
     return -(-task.num_samples // -(-task.num_samples // few))  # pieces of about the same size

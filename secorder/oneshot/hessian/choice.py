@@ -24,8 +24,15 @@ class StrategyModule(Protocol):
         """How many products it takes."""
 
 
+class ExactModule(StrategyModule, Protocol):
+    """What an exact strategy says besides."""
+
+    def seconds(self, facts: Facts) -> float:
+        """What a product takes; 0 where none was timed."""
+
+
 #: Exact strategies for one layer, and estimates: the first that applies is taken, of the cheapest exact ones.
-EXACT: tuple[StrategyModule, ...] = (output_basis, parameter_basis)
+EXACT: tuple[ExactModule, ...] = (output_basis, parameter_basis)
 DRAWN: tuple[StrategyModule, ...] = (column_draws, output_draws, parameter_draws)
 
 
@@ -61,7 +68,7 @@ def _too_long(facts: Sequence[Facts], budget: Budget, chosen: dict[str, Choice])
     """The layers that are not exact, so that all together stay within the budget's seconds: the most expensive ones."""
     together = [f for f in facts if chosen[f.layer].strategy == columns.NAME and not f.last]
     exact = [f for f in facts if chosen[f.layer].strategy in (s.NAME for s in EXACT)]
-    costs = [(chosen[f.layer].products * f.seconds, [f]) for f in exact]
+    costs = [(seconds_of_exact(f, budget), [f]) for f in exact]
     if together:
         costs.append((together[0].num_columns * together[0].seconds_by_column, together))
     if sum(cost for cost, _ in costs) <= budget.max_seconds:
@@ -85,7 +92,7 @@ def _choose(facts: Facts, budget: Budget, by_columns: bool, by_chain: bool) -> C
         return Choice(columns.NAME, products, products)
     exact = cheapest(facts, budget)
     least = exact.products(facts, budget)
-    if budget.affords(least, facts.passed, facts.seconds):
+    if budget.affords(least, facts.passed, exact.seconds(facts)):
         return Choice(exact.NAME, least, least)
     return _drawn(facts, budget, least)
 
@@ -101,22 +108,34 @@ def seconds_of_draws(budget: Budget, chosen: dict[str, Choice]) -> float:
     return budget.draw_seconds / max(1, drawn)
 
 
-def cheapest(facts: Facts, budget: Budget) -> StrategyModule:
-    """The exact strategy with the fewest products, the first of several."""
-    return min((s for s in EXACT if s.applies(facts)), key=lambda s: s.products(facts, budget))
+def cheapest(facts: Facts, budget: Budget) -> ExactModule:
+    """The exact strategy that takes the fewest seconds, where all were timed, or products: the first of several."""
+    possible = [s for s in EXACT if s.applies(facts)]
+    timed = all(s.seconds(facts) for s in possible)
+    return min(possible, key=lambda s: s.products(facts, budget) * (s.seconds(facts) if timed else 1))
+
+
+def seconds_of_exact(facts: Facts, budget: Budget) -> float:
+    """What the cheapest exact strategy for this layer alone takes; 0 where it was not timed."""
+    exact = cheapest(facts, budget)
+    return exact.products(facts, budget) * exact.seconds(facts)
 
 
 def _chain_pays(facts: Sequence[Facts], budget: Budget) -> list[Facts]:
     """The layers that the chain serves: as far as carrying on takes no more than the basis of z of those ahead."""
     served = sorted((f for f in facts if f.used and chain.applies(f)), key=lambda f: f.chain_depth)
+    timed = [f for f in served if f.chain_seconds is not None]
     best: list[Facts] = []
-    saved = most = 0
-    for index, f in enumerate(served):
-        saved += f.basis_work - f.chain_work
+    saved = most = 0.0
+    for index, f in enumerate(timed or served):
+        if f.chain_seconds is None:
+            saved += f.basis_work - f.chain_work
+        elif f.chain_products:  # of what is the output, the loss tells as fast
+            saved += seconds_of_exact(f, budget) - f.chain_seconds
         if saved >= most and chain.affords(served[: index + 1], budget):
             best, most = served[: index + 1], saved
-    # Where z is the output, of many positions, H_z would be formed whole, of which the loss's diagonal may be all.
-    return best if any(f.chain_products or f.outputs <= f.numel for f in best) else []
+    # Where z is the output, H_z would be formed whole, of which the loss's diagonal may be all.
+    return best if any(f.chain_products or f.outputs**2 <= 4 * f.numel for f in best) else []
 
 
 def _columns_pay(facts: Sequence[Facts], budget: Budget) -> bool:

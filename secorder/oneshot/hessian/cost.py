@@ -13,7 +13,7 @@ from ..recording import recorded
 from ..timing import seconds_of
 from .budget import Budget
 from .chain import seconds_of_chain, shortened
-from .choice import Choice, choose
+from .choice import Choice, choose, seconds_of_exact
 from .facts import Facts
 from .investigate import Findings, give_up_chain, investigate
 from .output_draws import Reduce, whole
@@ -99,10 +99,10 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         start = time.perf_counter()
         found = investigate(task, recording, budget, columns=True)
         overhead = time.perf_counter() - start
-        by_chain = _seconds_by_chain(task, found, budget)
-        budget = budget.after(sum(by_chain.values()))
         if matters(found, budget):  # as it is found out when it is measured
             overhead += seconds_of(lambda: learn_seconds(task, found, budget, recording))
+        by_chain = _seconds_by_chain(task, found, budget)
+        budget = budget.after(sum(by_chain.values()))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
         chosen = choose(list(found.facts.values()), budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
@@ -116,7 +116,7 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
         elif choice.strategy in (Strategy.COLUMN_DRAWS, Strategy.OUTPUT_DRAWS, Strategy.PARAMETER_DRAWS):
             seconds = drawn.get(layer.name, 0.0)
         else:
-            seconds = choice.products * facts.seconds
+            seconds = seconds_of_exact(facts, budget)
         costs[layer.name] = layer_cost(task, facts, choice, seconds)
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
@@ -137,13 +137,13 @@ def _seconds_by_chain(task: Measurement, found: Findings, budget: Budget) -> dic
     chain = shortened(found.chain, carried)
     try:
         of_chain = most_bytes(lambda: seconds_of_chain(task, chain))
-        seconds = seconds_of_chain(task, chain) / len(carried)
+        seconds = seconds_of_chain(task, chain)
     except RuntimeError as error:
         give_up_chain(task, found, budget, carried, error)
         return {}
     for name in carried:
         found.learn(name, num_bytes=of_chain)
-    return dict.fromkeys(carried, seconds)
+    return {name: seconds[name] for name in carried}
 
 
 def layer_cost(task: Measurement, facts: Facts, choice: Choice, seconds: float = 0.0) -> LayerCost:

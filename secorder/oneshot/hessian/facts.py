@@ -36,12 +36,14 @@ class Facts:
         chain_depth: the place on the chain, from the output backwards; 0 where none leads to the layer.
         chain_work: multiplications that carrying each sample's Hessian to the layer takes, from the place before it.
         chain_products: rows of each sample's Hessian in z that are carried to it, as many as products with a basis.
-        basis_work: multiplications that products with the basis of z would take.
+        chain_seconds: what that took in a short trial, from the place before it; None where none was made.
+        basis_work: multiplications that products with the basis of z, or of the parameters, would take.
         passed: numbers that a product passes through: recorded activations and outputs.
         passed_by_column: numbers that a column passes through: the outputs.
         output_elements: numbers that a product in z keeps at a time, about.
         parameter_elements: numbers that a product on the parameters keeps at a time, about.
-        seconds: that a product of the cheapest exact strategy took in a short trial; 0 where none was made.
+        seconds: that a product in z took in a short trial; 0 where none was made.
+        seconds_on_parameters: that one on the parameters took; likewise.
         seconds_by_column: that a column took, for all layers together; likewise.
         num_bytes: memory of as many products as are made at a time, by trials; likewise.
     """
@@ -59,14 +61,21 @@ class Facts:
     chain_depth: int = 0
     chain_work: int = 0
     chain_products: int = 0
+    chain_seconds: float | None = None
     basis_work: int = 0
     passed: int = 0
     passed_by_column: int = 0
     output_elements: int = 0
     parameter_elements: int = 0
     seconds: float = 0.0
+    seconds_on_parameters: float = 0.0
     seconds_by_column: float = 0.0
     num_bytes: int = 0
+
+    @property
+    def seconds_by_draw(self) -> float:
+        """That a draw takes, about; 0 where nothing was tried."""
+        return self.seconds or self.seconds_on_parameters
 
     @property
     def checks(self) -> dict[str, bool]:

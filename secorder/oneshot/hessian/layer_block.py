@@ -77,17 +77,18 @@ def _by_columns(part: LayerGraph, block: Block, shape: torch.Size, pieces: Piece
     assert block.v is not None
     for ids in pieces(block.u.shape[1], max(1, CHUNK_BYTES // (4 * block.u[:, 0].numel() * block.u.element_size()))):
         some = slice(ids.start, ids.stop)
-        left, right = block.u[:, some], block.v[:, some]
-        left = left if block.w is None else left * block.w[:, some, None]
-        u, v = (part.gradients([x.transpose(0, 1).reshape(len(ids), *shape)]) for x in (left, right))
+        alike = block.v is block.u and block.w is None
+        weighted = block.v[:, some] if block.w is None else block.v[:, some] * block.w[:, some, None]
+        columns = [block.u[:, some]] if alike else [block.u[:, some], weighted]
+        found = [part.gradients([x.transpose(0, 1).reshape(len(ids), *shape)]) for x in columns]
         for total, (name, p) in zip(totals, parameters, strict=True):
-            contract(u[name], v[name], numel=p.numel(), out=total)
+            contract(*(gradients[name] for gradients in found), numel=p.numel(), out=total)
     diagonal = {} if block.d is None else part.gradient([block.d.reshape(shape)])
     for total, (name, p) in zip(totals, parameters, strict=True):
         if diagonal:
-            found = diagonal[name]
-            assert isinstance(found, Outer)
-            total += total_gradient(Outer(_squared(found.a), found.g), p.numel())
+            part_of_d = diagonal[name]
+            assert isinstance(part_of_d, Outer)
+            total += total_gradient(Outer(_squared(part_of_d.a), part_of_d.g), p.numel())
     return totals
 
 

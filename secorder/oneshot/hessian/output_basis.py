@@ -28,6 +28,11 @@ def products(facts: Facts, budget: Budget) -> int:
     return facts.outputs
 
 
+def seconds(facts: Facts) -> float:
+    """What a product takes; 0 where none was timed."""
+    return facts.seconds
+
+
 def run(
     task: Measurement, graph: LayerGraph, elements: int, advance: Callable[[int], None], limit: int | None = None
 ) -> list[Tensor]:

@@ -39,10 +39,10 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
-        seconds = seconds_of(lambda: _chain(task, found, budget, reduce, outcomes))
-        budget = budget.after(seconds) if outcomes else budget
         if matters(found, budget):
             learn_seconds(task, found, budget, recording)
+        seconds = seconds_of(lambda: _chain(task, found, budget, reduce, outcomes))
+        budget = budget.after(seconds) if outcomes else budget
         known = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
         _in_z(task, found, chosen, budget, reduce, known, outcomes)
@@ -146,7 +146,7 @@ def _in_z(
             else:
                 elements = facts.output_elements + facts.numel
                 seconds = seconds_of_draws(budget, chosen)
-                how = budget.within(seconds, facts.seconds), elements, advance, reduce, known.get(name), seconds
+                how = budget.within(seconds, facts.seconds_by_draw), elements, advance, reduce, known.get(name), seconds
                 result = output_draws.run(task, graph, *how)
             outcomes[name] = Outcome(*result, facts.checks, sum(spent))
             graph.output_gradients = graph.residual = []  # frees the graph as far as no other layer needs it
@@ -184,7 +184,7 @@ def _on_parameters(
                 result = parameter_basis.NAME, Estimate(_whole(reduce, values))
             else:
                 seconds = seconds_of_draws(budget, chosen)
-                how = budget.within(seconds, facts.seconds), facts.parameter_elements, advance, reduce, seconds
+                how = budget.within(seconds, facts.seconds_by_draw), facts.parameter_elements, advance, reduce, seconds
                 result = parameter_draws.NAME, parameter_draws.run(task, layer, own, *how)
             outcomes[layer.name] = Outcome(*result, facts.checks, sum(spent))
 

@@ -19,11 +19,12 @@ from ..recording import Recording
 from ..roots import First
 from ..timing import TRIAL_SECONDS, of_nearest, seconds_and_bytes, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
-from .budget import Budget
-from .choice import cheapest, choose, seconds_of_draws
+from .budget import AUTO_SECONDS, Budget
+from .chain import seconds_of_chain, shortened
+from .choice import EXACT, ExactModule, cheapest, choose, seconds_of_draws
 from .estimate import Estimate
 from .facts import Facts
-from .investigate import Findings, verify_samples
+from .investigate import Findings, differentiate, give_up_chain, verify_samples
 from .layer_graph import LayerGraph, OutputSide
 from .on_parameters import on_parameters
 from .output_draws import Reduce
@@ -37,15 +38,34 @@ LEAST_DRAWS = 2
 #: Forwards that a Hessian-vector product takes as long as, about.
 FORWARDS = 5
 
+#: By how much the numbers of products may differ of which one may yet be the faster, each being of another kind.
+ALIKE = 4
+
+#: Multiplications from which on a chain may take so long that another strategy is worth a trial.
+LONG_WORK = 10_000_000_000
+
 
 def matters(found: Findings, budget: Budget) -> bool:
     """Whether there is so much to do that the choice may depend on how long a product takes."""
+    if budget.method == "hutchinson":
+        return False
     chosen = choose(list(found.facts.values()), budget)
-    rest = [f.layer for f in found.facts.values() if f.used and not f.last]
-    by_columns = {chosen[name].exact_products for name in rest if chosen[name].strategy == Strategy.COLUMNS}
-    others = [chosen[x].exact_products for x in rest if chosen[x].strategy not in (Strategy.CHAIN, Strategy.COLUMNS)]
-    products = max(by_columns, default=0) + sum(others)  # columns are those of all layers together
-    return products * FORWARDS * found.seconds > budget.max_seconds / 10
+    rest = [f for f in found.facts.values() if f.used and not f.last]
+    if sum(f.chain_work for f in rest if chosen[f.layer].strategy == Strategy.CHAIN) > LONG_WORK:
+        return True
+    by_columns = {chosen[f.layer].exact_products for f in rest if chosen[f.layer].strategy == Strategy.COLUMNS}
+    others = [f for f in rest if chosen[f.layer].strategy not in (Strategy.CHAIN, Strategy.COLUMNS)]
+    enough = budget.max_seconds / 10
+    if budget.max_seconds == math.inf:  # where there is no choice, nothing depends on it
+        by_columns, others, enough = set(), [f for f in others if len(_alike(f)) > 1], AUTO_SECONDS
+    products = max(by_columns, default=0) + sum(chosen[f.layer].exact_products for f in others)
+    return products * FORWARDS * found.seconds > enough  # columns are those of all
+
+
+def _alike(facts: Facts) -> list[ExactModule]:
+    """The strategies for a layer alone of which one may be the fastest: those with no many times as many products."""
+    counts = {s.NAME: s.products(facts, Budget()) for s in EXACT if s.applies(facts)}
+    return [s for s in EXACT if s.NAME in counts and counts[s.NAME] <= ALIKE * min(counts.values())]
 
 
 def learn_seconds(
@@ -53,39 +73,78 @@ def learn_seconds(
 ) -> dict[str, float]:
     """Time a few products of every layer, and enter into the facts how long they take.
 
-    With ``draws``, what is made of diagonals, the layers that are to be drawn make a few draws, too, and the memory
-    that products take is looked at: by layer, the seconds that its draws are to take.
+    Args:
+        recording: of the layers' calls, which goes on.
+        draws: make a few draws of the layers that are to be drawn, too, of what is made of diagonals by this, and look
+            at how much memory products take.
+
+    Returns:
+        by layer, the seconds that its draws are to take, where draws were made.
     """
+    if draws is None:
+        _learn_chain(task, found, budget)
     chosen = choose(list(found.facts.values()), budget)
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
-    asked = [name for name in asked if chosen[name].strategy != Strategy.CHAIN]
+    compared = [name for name in asked if found.facts[name].chain_seconds is not None]
+    asked = [x for x in asked if chosen[x].strategy != Strategy.CHAIN or (draws is None and x in compared)]
     allowance = TRIAL_SECONDS / max(1, len(asked))
     told = _told_seconds if draws is None else seconds_and_bytes
     by_columns = [found.graphs[name] for name in asked if columns.applies(found.facts[name])]
-    if found.output_side is not None and by_columns:
+    if found.output_side is not None and by_columns and (draws or budget.max_seconds < math.inf):
         seconds, num_bytes = _of_columns(task, found.output_side, by_columns, partial(told, allowance=TRIAL_SECONDS))
         for graph in by_columns:
             found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
         verify_samples(task, found, budget)  # where columns take too long
     chosen = choose(list(found.facts.values()), budget)
-    asked = [name for name in asked if chosen[name].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
+    asked = [x for x in asked if chosen[x].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
+    if draws is None and budget.max_seconds == math.inf:
+        asked = [x for x in asked if x in compared or len(_alike(found.facts[x])) > 1]
     how = partial(told, allowance=allowance)
-    in_z = [name for name in asked if cheapest(found.facts[name], budget) is output_basis]
-    _learn(found, in_z, lambda name: _in_z(task, found.graphs[name], found.facts[name], how))
-    by_parameters = {x.name: x for x in task.layers if x.name in asked and x.name not in in_z}
+    in_z = [x for x in asked if output_basis in _ways(found.facts[x], budget, draws)]
+    _learn(found, in_z, "seconds", lambda name: _in_z(task, found.graphs[name], found.facts[name], how))
+    own = {x.name: x for x in task.layers if x.name in asked}
+    own = {x: layer for x, layer in own.items() if parameter_basis in _ways(found.facts[x], budget, draws)}
     with recording.paused():
-        gradients = {x.name: own for x, own in on_parameters(task, list(by_parameters.values()))}
-        used = [name for name, own in gradients.items() if any(g is not None for g in own)]
-        _learn(found, used, lambda x: _on_parameters(task, by_parameters[x], gradients[x], found.facts[x], how))
+        gradients = {x.name: g for x, g in on_parameters(task, list(own.values()))}
+        used = [name for name, g in gradients.items() if any(part is not None for part in g)]
+        by_own = lambda x: _on_parameters(task, own[x], gradients[x], found.facts[x], how)  # noqa: E731
+        _learn(found, used, "seconds_on_parameters", by_own)
     verify_samples(task, found, budget)
     return _draw_some(task, found, budget, recording, gradients, draws) if draws else {}
 
 
-def _learn(found: Findings, names: Sequence[str], told: Callable[[str], tuple[float, int]]) -> None:
+def _ways(facts: Facts, budget: Budget, draws: Reduce | None) -> list[ExactModule]:
+    """What is timed: all that may be the fastest, or what it was found to be."""
+    return _alike(facts) if draws is None else [cheapest(facts, budget)]
+
+
+def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
+    """Time the chain, where it takes long, and get its layers ready for the strategies that may take its place."""
+    chosen = choose(list(found.facts.values()), budget)
+    names = [name for name, choice in chosen.items() if choice.strategy == Strategy.CHAIN]
+    if found.chain is None or sum(found.facts[name].chain_work for name in names) <= LONG_WORK:
+        return
+    try:
+        seconds = seconds_of_chain(task, shortened(found.chain, names))
+    except RuntimeError as error:
+        give_up_chain(task, found, budget, names, error)
+        return
+    if sum(seconds.values()) < TRIAL_SECONDS:  # that of the others would take as long
+        return
+    depths = {name: found.facts[name].chain_depth for name in names}
+    for name in names:
+        found.learn(name, chain_depth=0)
+    differentiate(task, found)
+    verify_samples(task, found, budget)
+    for name in names:
+        found.learn(name, chain_depth=depths[name], chain_seconds=seconds[name])
+
+
+def _learn(found: Findings, names: Sequence[str], fact: str, told: Callable[[str], tuple[float, int]]) -> None:
     """Enter into the facts of layers how long a product takes, and how much memory."""
     of_each = of_nearest(len(names), lambda place: told(names[place]))
     for name, (seconds, num_bytes) in zip(names, of_each, strict=True):
-        found.learn(name, seconds=seconds, num_bytes=num_bytes)
+        found.learn(name, **{fact: seconds}, num_bytes=num_bytes)
 
 
 def _draw_some(
@@ -113,9 +172,9 @@ def _draw_some(
 
     def of_layer(place: int) -> tuple[float, int]:
         name = alone[place]
-        facts, how = found.facts[name], budget.within(limit, found.facts[name].seconds)
+        facts, how = found.facts[name], budget.within(limit, found.facts[name].seconds_by_draw)
         if how.max_draws < budget.num_draws:  # so few that there is nothing to decide
-            return how.max_draws * facts.seconds, facts.num_bytes
+            return how.max_draws * facts.seconds_by_draw, facts.num_bytes
         if chosen[name].strategy == Strategy.OUTPUT_DRAWS:
             elements = facts.output_elements + facts.numel
             work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)

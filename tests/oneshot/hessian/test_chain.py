@@ -3,7 +3,6 @@
 import itertools
 import random
 from collections.abc import Callable
-from itertools import cycle
 from typing import Any
 
 import pytest
@@ -110,6 +109,14 @@ def test_chains_that_are_carried_as_factors_and_as_matrices(widths: tuple[int, .
     assert set(held(mlp(2, *widths, 3), loss_fn, torch.randn(N, 2), t).values()) == {"chain"}
 
 
+@pytest.fixture
+def dear_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of segments are worth their while, however small they are."""
+    monkeypatch.setattr(chain_module, "_SLOWER", 0)
+    monkeypatch.setattr(chain_module, "_MOVED", 0)
+
+
+@pytest.mark.usefixtures("dear_products")
 def test_what_is_a_chain_is_carried_also_by_a_forward_of_ones_own() -> None:
     torch.manual_seed(0)
     x, t = torch.randn(N, 2), torch.randint(3, (N,))
@@ -134,20 +141,22 @@ def test_a_few_samples_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_made_for_all_samples_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = cycle([1.0, 0.01])  # the loss's Hessian in the outputs, and one sample carried
+    ticks = itertools.count()
 
-    def seconds(work: Callable[[], Any]) -> float:
+    def seconds(work: Callable[[], Any]) -> float:  # the loss's Hessian in the outputs
         work()
-        return next(told)
+        return 1.0
 
     monkeypatch.setattr("secorder.oneshot.hessian.chain._CACHED_BYTES", 1)
     monkeypatch.setattr("secorder.oneshot.hessian.chain.seconds_of", seconds)
+    monkeypatch.setattr("secorder.oneshot.hessian.chain.now", lambda: 0.01 * next(ticks))  # one sample, to each layer
     with CurvatureProbe(mlp(2, 4, 5, 4, 3)) as probe:
         cost = probe.estimate_cost(F.cross_entropy, torch.randn(N, 2), torch.randint(3, (N,)), method="exact")
     assert {c.strategy for c in cost.values()} == {"chain"}
-    assert sum(c.seconds for c in cost.values()) == pytest.approx(1.0 + 0.01 * N)
+    assert sorted(c.seconds for c in cost.values()) == pytest.approx([0.01 * N] * 3 + [1.0 + 0.01 * N])
 
 
+@pytest.mark.usefixtures("dear_products")
 def test_what_the_products_of_a_segment_take_is_told_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     products: Any = chain_module._products
     made: list[range] = []
@@ -233,6 +242,7 @@ def test_penalties_and_losses_that_couple() -> None:
     held(model, lambda f, t: (f @ f.t()).logsumexp(1).mean(), x, t)
 
 
+@pytest.mark.usefixtures("dear_products")
 def test_what_fails_on_the_way_goes_by_other_strategies(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> Tensor:
         return torch.ones(2) @ torch.ones(3)  # an error of an operator's

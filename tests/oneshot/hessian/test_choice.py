@@ -72,6 +72,41 @@ CHOICES: dict[str, tuple[list[Facts], Budget, dict[str, tuple[str, int]]]] = {
         TIMED,
         {"a": ("output-draws", 16), "b": ("output-basis", 5), "c": ("output-draws", 16)},
     ),
+    "the_fastest_of_those_that_were_timed": (
+        [dataclasses.replace(FREE, numel=4, seconds=0.1, seconds_on_parameters=0.2)],
+        BASIS,
+        {"a": ("output-basis", 5)},
+    ),
+    "one_alone_was_timed": (
+        [dataclasses.replace(FREE, numel=4, seconds=0.1)],
+        BASIS,
+        {"a": ("parameter-basis", 4)},
+    ),
+    "chain_slower_than_others": (
+        [dataclasses.replace(FREE, chain_depth=1, chain_products=5, basis_work=9, chain_seconds=0.6, seconds=0.1)],
+        BASIS,
+        {"a": ("output-basis", 5)},
+    ),
+    "chain_as_far_as_it_is_faster": (
+        [
+            dataclasses.replace(FREE, layer="a", chain_depth=1, chain_products=5, chain_seconds=0.4, seconds=0.1),
+            dataclasses.replace(FREE, layer="b", chain_depth=2, chain_products=5, chain_seconds=0.1, seconds=0.1),
+            dataclasses.replace(FREE, layer="c", chain_depth=3, chain_products=5, chain_seconds=0.6, seconds=0.1),
+            dataclasses.replace(FREE, layer="d", chain_depth=4, chain_products=5, basis_work=10**9),
+        ],
+        BASIS,
+        {"a": ("chain", 5), "b": ("chain", 5), "c": ("output-basis", 5), "d": ("output-basis", 5)},
+    ),
+    "chain_takes_too_long": (
+        [dataclasses.replace(FREE, chain_depth=1, chain_products=5, chain_seconds=2.1, seconds=0.5)],
+        TIMED,
+        {"a": ("output-draws", 16)},
+    ),
+    "wide_output_alone_is_no_chain": (
+        [dataclasses.replace(FREE, chain_depth=1, basis_work=1, outputs=30, numel=100)],
+        BASIS,
+        {"a": ("output-basis", 30)},
+    ),
     "columns_take_too_long": (
         [dataclasses.replace(LINEAR, seconds=0.01, seconds_by_column=0.7)],
         TIMED,
@@ -120,7 +155,9 @@ OPTIONS: list[dict[str, Any]] = [{}, {"method": "hutchinson", "num_draws": 4}, {
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
-def test_the_cost_is_that_of_what_runs(name: str, options: dict[str, Any]) -> None:
+def test_the_cost_is_that_of_what_runs(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("run", "cost"):  # by numbers of products, however slow the machine
+        monkeypatch.setattr(f"secorder.oneshot.hessian.{module}.matters", lambda found, budget: False)
     model, x, y = MODELS[name](), torch.randn(6, 4), torch.randint(3, (6,))
     with CurvatureProbe(model, "all") as probe:
         cost = probe.estimate_cost(F.cross_entropy, x, y, **options)

@@ -26,6 +26,7 @@ from secorder.oneshot.measurement import Measurement, measure
 from secorder.oneshot.recording import recorded
 
 from ...helpers import data, make, mlp
+from ...reference import assert_all_close, hessian_by_element
 
 
 def test_little_work_is_not_timed() -> None:
@@ -34,7 +35,13 @@ def test_little_work_is_not_timed() -> None:
     found.seconds = 1.0
     auto = Budget.checked("auto", None, None, None, None)
     assert matters(found, auto)
-    assert not matters(found, dataclasses.replace(auto, max_seconds=math.inf))
+    assert not matters(found, Budget("hutchinson"))
+    assert not matters(found, Budget())  # the basis of the parameters is all that there is
+    independent = dataclasses.replace(facts, own_use=True, samples_independent=True, outputs=500)
+    found.facts["a"] = independent
+    assert matters(found, Budget())
+    found.facts["a"] = dataclasses.replace(independent, outputs=100)
+    assert not matters(found, Budget())
     found.facts["a"] = dataclasses.replace(facts, last=True)
     assert not matters(found, auto)
 
@@ -64,7 +71,7 @@ def test_seconds_are_learnt_of_what_is_chosen(make_model: object, method: str) -
             return found.facts, learn_seconds(task, found, budget, recording, draws=whole)
 
     facts, expected = measure(work, model, select_layers(model, None), F.cross_entropy, x, y, by_sample=False)
-    assert max(facts["0"].seconds, facts["0"].seconds_by_column, expected.get("0", 0.0)) > 0
+    assert max(facts["0"].seconds_by_draw, facts["0"].seconds_by_column, expected.get("0", 0.0)) > 0
     chosen = choose(list(facts.values()), budget)
     assert set(expected) == {name for name, choice in chosen.items() if choice.strategy in (s.NAME for s in DRAWN)}
     assert all(0 < seconds < math.inf for seconds in expected.values())
@@ -203,3 +210,32 @@ def test_columns_that_are_drawn_beside_draws_are_told(
     layers = select_layers(model, None)
     found = measure(partial(seconds_told, draws), model, layers, F.cross_entropy, x, y, by_sample=False)
     assert {name: found[name] for name in ("0", "2")} == dict.fromkeys(("0", "2"), pytest.approx(expected))
+
+
+def test_a_chain_that_takes_long_is_held_against_what_may_take_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By clocks on which it takes a second to each layer, or none at all."""
+    model, x, y = mlp(), *data()
+    exact = hessian_by_element(model, F.cross_entropy, x, y)
+    monkeypatch.setattr(trials, "LONG_WORK", 0)
+    for seconds, strategy in ((1e3, "output-basis"), (0.5, "chain")):
+        monkeypatch.setattr(trials, "seconds_of_chain", lambda task, chain: dict.fromkeys("024", seconds))  # noqa: B023
+        monkeypatch.setattr(trials, "seconds_per_product", lambda trial, most, allowance: trial(1) or 1.0)
+        with CurvatureProbe(model) as probe:
+            cost = probe.estimate_cost(F.cross_entropy, x, y, method="exact")
+            found = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact")
+        assert {found.info[name].strategy for name in "02"} == {strategy}
+        assert {name: i.strategy for name, i in found.info.items()} == {name: c.strategy for name, c in cost.items()}
+        assert_all_close(found.by_parameter(), exact)
+
+
+def test_a_chain_that_fails_when_it_is_timed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> Any:
+        return torch.ones(2) @ torch.ones(3)
+
+    model, x, y = mlp(), *data()
+    monkeypatch.setattr(trials, "LONG_WORK", 0)
+    monkeypatch.setattr(trials, "seconds_of_chain", fails)
+    with CurvatureProbe(model) as probe:
+        found = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact")
+    assert "chain" not in {info.strategy for info in found.info.values()}
+    assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, x, y))
