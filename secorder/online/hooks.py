@@ -365,7 +365,8 @@ class _ModuleStarts(_LayerHook):
         pass  # the hook at the end of the call does
 
     def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        module_starts(self.record, self.layer, Start(module, args, kwargs, self.record.attribution.changing))
+        start = Start(module, args, kwargs, self.record.attribution.changing, held=True)
+        module_starts(self.record, self.layer, start)
 
 
 class _ModuleCalled(_LayerHook):

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .._torch.autocast import AutocastState, autocast_state
-from .._torch.modules import Place
+from .._torch.modules import Place, is_scripted, modules_in, own_tensors
 from .._torch.pytree import tensors_in
 from .._torch.random_state import RandomState, cuda_devices, get_random_state
 from .._torch.versions import version
 from ..layers.layout import Layout
 from ..layers.rank_one import FactorNorms
 from ..layers.uses import Uses
+from ..oneshot.state import State as PythonState
 from .samples.relation import Shape
 
 #: One use of a layer: the tensors it was called with, and the gradient on its output.
@@ -36,17 +37,36 @@ class State(NamedTuple):
     random_state: RandomState  #: the global one
     autocast: AutocastState  #: what is enabled
     buffers: tuple[tuple[Place, Tensor], ...]  #: those that the call overwrites, as they were
+    held: PythonState | None  #: in Python objects, such as a count of calls; None where it was not noted
+
+
+def python_state(module: nn.Module) -> PythonState:
+    """What a module and those in it keep in Python objects; parameters and buffers are seen to otherwise."""
+    modules = modules_in(module)
+    return PythonState([m for m in modules if not is_scripted(m)], [t for m in modules for t in own_tensors(m)])
 
 
 class Start:
-    """How a module was called: its arguments, before its other hooks see them, and what the call starts from."""
+    """How a module was called: its arguments, before its other hooks see them, and what the call starts from.
+
+    Args:
+        changing: the buffers that a call overwrites.
+        held: whether the module is known to run again, so that what it keeps in Python objects is noted, too.
+    """
 
     def __init__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], changing: Sequence[Place] = ()
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        changing: Sequence[Place],
+        *,
+        held: bool,
     ) -> None:
         self.arguments = (args, kwargs)
         buffers = tuple((place, place.held().detach().clone()) for place in changing)
-        self.state = State(get_random_state(cuda_devices(module)), autocast_state(), buffers)
+        kept = python_state(module) if held else None
+        self.state = State(get_random_state(cuda_devices(module)), autocast_state(), buffers, kept)
         self._versions = [version(t) for t in tensors_in(self.arguments)]
 
     def overwritten(self) -> bool:

@@ -93,7 +93,9 @@ def _opened(
         fisher.troubles.saw("empty")
         return None
     args, kwargs = arguments
-    start = None if known.certain else Start(fisher.model, args, kwargs, known.changing)  # what is run again, if any
+    start = None
+    if not known.certain:  # what is run again, if any
+        start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
     record.carried = carried(fisher.model) if known.carries else ()

@@ -1,8 +1,8 @@
 """Per-sample gradients of any module's parameters, from the module's own calls in training.
 
-The module runs again on the inputs it was called with, from the random state and the buffers of that call, and one
-vector-Jacobian product per sample pulls the gradients on its outputs back to its parameters. Slower than a rule, for
-any module.
+The module runs again on the inputs it was called with, from the random state, the buffers and the Python objects of
+that call, and one vector-Jacobian product per sample pulls the gradients on its outputs back to its parameters. Slower
+than a rule, for any module.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
@@ -19,7 +19,8 @@ from ..layers.layout import Layout
 from ..layers.selection import Layer
 from ..oneshot.independence import over_samples
 from ..oneshot.isolation import IsolatedModel, isolate
-from .layer_record import ModuleCall, State
+from .carried import carried_cut_off
+from .layer_record import ModuleCall, State, python_state
 
 #: An output of a call that ran again, the gradient on it that comes from outside, and where its samples are.
 End = tuple[Tensor, Tensor, Layout]
@@ -34,7 +35,8 @@ def rerun_gradients(
     """
     kinds = [compute_dtype(layer) for layer in layers for _ in layer.parameters]
     elements = 4 * sum(p.numel() for layer in layers for p in layer.parameters.values())
-    with buffers_of(calls[0].state), isolate(layers[0].enclosing, None, layers, direct=direct) as isolated:
+    module = layers[0].enclosing
+    with _as_it_started(module, calls[0].state), isolate(module, None, layers, direct=direct) as isolated:
         replacements = [s for layer in layers for s in isolated.replacements(layer)]
         graphs = [_run_again(isolated, layers[0], call) for call in calls]
         for ids in chunks(count, default_chunk_size(elements, replacements[0], None)):
@@ -96,13 +98,19 @@ def _from_outside(ends: list[End]) -> list[End]:
 
 
 @contextmanager
-def buffers_of(state: State) -> Iterator[None]:
-    """Inside, the module has the buffers that it had when a call started."""
+def _as_it_started(module: nn.Module, state: State) -> Iterator[None]:
+    """Inside, the module has the buffers, and keeps in Python objects, what it did when a call started."""
     now = [(place, place.held()) for place, _ in state.buffers]
+    held = None if state.held is None else python_state(module)
     try:
         for place, before in state.buffers:
             place.put(before)
-        yield
+        if state.held is not None:
+            state.held.restore()
+        with carried_cut_off(module):
+            yield
     finally:
+        if held is not None:
+            held.restore()
         for place, value in now:
             place.put(value)

@@ -82,7 +82,7 @@ def test_a_layer_that_is_left_out_after_its_gradient_has_come_brings_no_norms(
 
 def test_a_call_that_overwrites_its_arguments_cannot_start_again() -> None:
     x = torch.zeros(3)
-    start = Start(nn.Identity(), (x,), {})
+    start = Start(nn.Identity(), (x,), {}, (), held=False)
     assert not start.overwritten()
     x.add_(1)
     assert start.overwritten()

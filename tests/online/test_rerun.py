@@ -1,5 +1,8 @@
 """Layers whose own calls do not tell are measured by the module around them."""
 
+from copy import deepcopy
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -43,3 +46,54 @@ def test_an_output_that_the_module_computes_another_one_from() -> None:
         fisher = probe.fisher_diagonal()
     assert fisher.info["cell"].measured_by == "rerun"
     assert_all_close(fisher.by_parameter(), reference(model, batch))
+
+
+class Keeps(Cell):
+    """Goes by what it keeps in Python objects, and changes that with each call."""
+
+    def __init__(self, kept: str) -> None:
+        super().__init__()
+        self.kept = kept
+        self.reset()
+
+    def reset(self) -> None:
+        self.calls, self.seen, self.mean, self.state = 0, [1.0], torch.zeros(4), torch.zeros(5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = (x + self.mean) * sum(self.seen, self.calls)
+        found = super().forward(x + self.state[:4])
+        if self.kept == "number":
+            self.calls += 1
+        elif self.kept == "list":
+            self.seen.append(2.0)
+        elif self.kept == "tensor":
+            self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
+        elif self.kept == "tensor in place":
+            self.mean += x.detach().mean(0)
+        elif self.kept == "tensor with a graph":
+            self.state = found[0].mean(0)
+        return found
+
+
+@pytest.mark.parametrize("kept", ["number", "list", "tensor", "tensor in place", "tensor with a graph"])
+def test_a_module_runs_again_with_what_it_kept_in_python_objects(kept: str) -> None:
+    """And keeps afterwards what the user's own forward has left."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        m.cell.reset()
+        output: Tensor = m.head(sum(m.cell(x)))
+        return output
+
+    model = Net(forward, cell=Keeps(kept), head=nn.Linear(5, 3))
+    plain, batch = deepcopy(model), data()
+    expected = reference(deepcopy(model), batch)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        step(model, batch)
+        fisher = probe.fisher_diagonal()
+    step(plain, batch)
+    assert fisher.info["cell"].measured_by == "rerun"
+    assert_all_close(fisher.by_parameter(), expected)
+    assert (model.cell.calls, model.cell.seen) == (plain.cell.calls, plain.cell.seen)
+    assert torch.equal(model.cell.mean, plain.cell.mean)
+    assert torch.equal(model.cell.state, plain.cell.state)
+    assert (model.cell.state.grad_fn is None) == (plain.cell.state.grad_fn is None)

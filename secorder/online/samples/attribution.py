@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from torch import nn
+
 from ..._torch.modules import Place
 from ..._torch.pytree import tensors_in
 from ...layers.layout import Layout
@@ -67,6 +69,10 @@ class Attribution:
     def by_operations(self) -> bool:
         """Whether any layer is measured by operations, so that a forward's graph is gone through."""
         return any(layer.by_operations for layer in self.layers)
+
+    def reruns(self, model: nn.Module) -> bool:
+        """Whether a layer is measured by running the model again."""
+        return any(x.rule is None and not x.by_operations and x.enclosing is model for x in self.layers)
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
