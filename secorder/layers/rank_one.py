@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._torch.onednn import multiplied_by_onednn, product_by_onednn
 from .._torch.versions import versions
 from .per_sample import Outer, PerSample
 from .selection import Layer
@@ -99,3 +100,27 @@ def rank_one(layer: Layer, gradients: Mapping[str, PerSample]) -> RankOne | None
     samples = g.shape[0]
     inputs, cotangents = a.view(samples, a.shape[3]), g.view(samples, g.shape[3])
     return RankOne(layer, inputs, cotangents, versions((a, g)))
+
+
+def squares_by_onednn(one: RankOne, alpha: float) -> Tensor | None:
+    """``α Σ_n (∂ℓ_n/∂θ)²`` of all parameters in one vector; None where the product is not for oneDNN.
+
+    The vector is the memory that oneDNN puts its product in: to copy that takes a fifth of the time, and half of the
+    memory, which is likely to come anew from the operating system. The bias has its place in rows of the product that
+    come of zeros behind the cotangents.
+    """
+    a, g = one.factors
+    (count, fan_in), width = a.shape, g.shape[1]
+    if not multiplied_by_onednn(g, count * width * fan_in):
+        return None
+    behind = width if "bias" in one.layer.parameters else 0
+    squares = g * g
+    left = g.new_empty(width + -(-behind // fan_in), count)
+    left[:width].copy_(squares.t())
+    left[width:].zero_()
+    product = product_by_onednn(left, (a * alpha).mul_(a))
+    vector: Tensor = product.new_empty(0)
+    vector.set_(product.untyped_storage(), 0, (width * fan_in + behind,), (1,))
+    if behind:
+        torch.mul(squares.sum(0), alpha, out=vector[width * fan_in :])
+    return vector

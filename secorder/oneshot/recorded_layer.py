@@ -14,12 +14,13 @@ from ..layers.contraction import contract
 from ..layers.dtypes import cast, compute_dtype, rounding
 from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
 from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, with_cotangents
+from ..layers.rank_one import rank_one, squares_by_onednn
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .cotangents import pull_back, random_numbers, require_sum
 from .independence import over_samples
 from .output_hessian import as_samples
-from .roots import Columns, Single
+from .roots import Columns
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
 
@@ -166,10 +167,12 @@ def contract_settled(
     watch: Callable[[Any, dict[int, Tensor], dict[int, Tensor] | None, Tensor | None], None] | None = None,
 ) -> list[list[Tensor] | None]:
     """:func:`contract_pairs` where it is known where samples are; None for layers without layouts."""
-    if plain and isinstance(pairs, Single):
-        advance(1)
-        return [_squares(z, plain, alpha, create_graph=create_graph) if z.layouts else None for z in layers]
     leaves = [leaf for z in layers for leaf in z.leaves]
+    only = pairs.columns(range(1)) if pairs.num_columns == 1 and watch is None else None
+    if only is not None and only.v is None and only.sign is None:
+        pulled = plain or {k: g[0] for k, g in pull_back(model_outputs, leaves, only.u, create_graph).items()}
+        advance(1)
+        return [_squares(z, pulled, alpha, create_graph=create_graph) if z.layouts else None for z in layers]
     good = [z for z in layers if z.layouts]
     totals: list[list[Tensor]] = [[] if create_graph else parts_of_one(z.layer) for z in good]
     elements = sum(t.numel() for t in (*leaves, *model_outputs))
@@ -203,6 +206,10 @@ def contract_settled(
 def _squares(z: RecordedLayer, plain: Mapping[int, Tensor], alpha: float, *, create_graph: bool) -> list[Tensor]:
     """α Σ_n (J_nᵀ u_n)² of one layer, by parameter, of one u that is pulled back already."""
     found, parameters = z.gradient([plain[id(leaf)] for leaf in z.leaves]), z.layer.parameters.items()
+    one = None if create_graph else rank_one(z.layer, found)
+    whole = None if one is None else squares_by_onednn(one, alpha)
+    if whole is not None:
+        return list(whole.split_with_sizes(z.layer.sizes()))
     outs = [None] * len(parameters) if create_graph else parts_of_one(z.layer)
     return [
         contract(found[name], numel=p.numel(), out=out, beta=0.0, alpha=alpha)

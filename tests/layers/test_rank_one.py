@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from secorder._torch.onednn import ALONE, multiplied_by_onednn
 from secorder.layers.norms import squared_norms
 from secorder.layers.per_sample import Outer, PerSample, dense
-from secorder.layers.rank_one import overwritten, rank_one
+from secorder.layers.rank_one import overwritten, rank_one, squares_by_onednn
 from secorder.layers.selection import select_layers
 
 from ..reference import assert_close
@@ -60,3 +61,22 @@ def test_a_factor_that_is_changed_in_place_is_seen() -> None:
     assert not overwritten([other, one])
     g.zero_()
     assert overwritten([other, one]) == [one.layer.name]
+
+
+@pytest.mark.skipif(not multiplied_by_onednn(torch.zeros(1, dtype=torch.float32), ALONE), reason="without oneDNN")
+@pytest.mark.parametrize(("width", "fan_in"), [(300, 200), (100, 700), (700, 100)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_squares_stay_where_they_are_made(width: int, fan_in: int, bias: bool) -> None:
+    """In one vector, the bias behind the weight, whether it takes a part of a row or several; in single precision."""
+    torch.manual_seed(0)
+    layer = select_layers(nn.Sequential(nn.Linear(fan_in, width, bias=bias)), None)[0]
+    a, g = (torch.randn(128, 1, 1, size, dtype=torch.float32) for size in (fan_in, width))
+    one = rank_one(layer, {"weight": Outer(a, g), "bias": Outer(None, g)})
+    assert one is not None
+    found = squares_by_onednn(one, 0.25)
+    assert found is not None
+    u, v = g.double().flatten(1).square(), a.double().flatten(1).square()
+    expected = 0.25 * torch.cat([(u.t() @ v).flatten(), *[u.sum(0)] * bias])
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert found._base is None
+    assert squares_by_onednn(one._replace(inputs=one.inputs.double(), cotangents=one.cotangents.double()), 1.0) is None
