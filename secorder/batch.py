@@ -1,7 +1,8 @@
 """How many samples a batch holds, and where they are in its tensors."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from ._arguments import shown
 from ._torch.pytree import map_tensors, tensors_in
 from .errors import InvalidArgumentError, InvalidTypeError
-from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, take_owned
+from .owners import Owned, owned_by_entries, owned_by_index, owned_by_lengths, replace_outermost, take_owned
 
 #: What is said of data without a sample.
 NO_BATCH = "the data holds no batch: pass at least one sample."
@@ -137,7 +138,8 @@ def take_samples(
             taken[id(tensor)] = _taken(tensor, index, count, sample_dim, rows)
         return taken[id(tensor)]
 
-    return [_taken_apart(one, tree, index, count, sample_dim) for tree in trees]
+    chosen = partial(_chosen, index=index, count=count, sample_dim=sample_dim)
+    return [replace_outermost(tree, chosen, partial(map_tensors, one)) for tree in trees]
 
 
 def part_of_batch(
@@ -170,18 +172,14 @@ def part_of_batch(
     return of_inputs, of_targets
 
 
-def _taken_apart(one: Callable[[Tensor], Tensor], tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:
-    """A structure with its tensors cut; no function in the other, which would keep them until they are collected."""
+def _chosen(tree: Any, index: Sequence[int], count: int, sample_dim: int) -> Any:
+    """Some samples of what holds one entry for each, or an array one row; None for anything else."""
     if _one_entry_a_sample(tree, count, sample_dim):
         return type(tree)(tree[n] for n in index)
-    if type(tree) in (list, tuple):
-        return type(tree)(_taken_apart(one, x, index, count, sample_dim) for x in tree)
-    if type(tree) is dict:
-        return {key: _taken_apart(one, value, index, count, sample_dim) for key, value in tree.items()}
     numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(tree, numpy.ndarray):
-        return tree[list(index)] if tree.ndim and tree.shape[0] == count else tree
-    return map_tensors(one, tree)
+    if numpy is not None and isinstance(tree, numpy.ndarray) and tree.ndim and tree.shape[0] == count:
+        return tree[list(index)]
+    return None
 
 
 def _taken(tensor: Tensor, index: Sequence[int], count: int, sample_dim: int, rows: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from ._torch.pytree import map_tensors, tensors_in
 
 #: Whose a tensor is: one sample's, by row of its first dimension that of a vector, or nobody's.
 Owner = int | Tensor | None
+
+Found = TypeVar("Found")
 
 
 class Grouping(NamedTuple):
@@ -51,20 +53,16 @@ def owned_by_entries(arguments: tuple[tuple[Any, ...], Mapping[str, Any]]) -> li
         return []
     tensors = list(tensors_in(arguments))
     for tree in (*args, *kwargs.values()):
-        for entries in _lists(tree, of_tensors=bool(tensors)):
+        for entries in _outermost(tree, partial(_entries_of, of_tensors=bool(tensors))):
             owners = by_length.setdefault(len(entries), {})
             owners.update((id(t), n) for n, entry in enumerate(entries) for t in tensors_in(entry))
     grouping = Grouping(None, 0)
     return [Owned(tuple(owners.get(id(t)) for t in tensors), size, grouping) for size, owners in by_length.items()]
 
 
-def _lists(tree: Any, *, of_tensors: bool) -> Iterator[list[Any]]:
-    """The outermost lists of a structure, those alone each of whose entries holds tensors, or all."""
-    if type(tree) in (list, tuple) and _has_entries(tree, of_tensors):
-        yield list(tree)
-        return
-    for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
-        yield from _lists(child, of_tensors=of_tensors)
+def _entries_of(tree: Any, *, of_tensors: bool) -> list[Any] | None:
+    """The entries of a list, each of which holds tensors, or whatever they hold."""
+    return list(tree) if type(tree) in (list, tuple) and _has_entries(tree, of_tensors) else None
 
 
 def _has_entries(tree: Sequence[Any], of_tensors: bool) -> bool:
@@ -102,21 +100,13 @@ def owned_by_lengths(arguments: Any) -> list[Owned]:
     """Rows of which each sample has so many, one after the other, as a list of integers tells: ``x.split(lengths)``."""
     tensors = list(tensors_in(arguments))
     found = []
-    for place, lengths in enumerate(_lists_of_lengths(arguments)):
+    for place, lengths in enumerate(_outermost(arguments, _lengths)):
         rows = sum(lengths)
         if any(t.dim() and t.shape[0] == rows for t in tensors):
             index = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
             owners = tuple(index.to(t.device) if t.dim() and t.shape[0] == rows else None for t in tensors)
             found.append(Owned(owners, len(lengths), Grouping(place, len(tensors), lengths=True)))
     return found
-
-
-def _lists_of_lengths(tree: Any) -> Iterator[list[int]]:
-    if (lengths := _lengths(tree)) is not None:
-        yield lengths
-        return
-    for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
-        yield from _lists_of_lengths(child)
 
 
 def _lengths(tree: Any) -> list[int] | None:
@@ -132,7 +122,7 @@ def owned_by_packing(arguments: Any) -> list[Owned]:
     """The sequences of a ``PackedSequence``: its rows are those of the longest ones at first, step after step."""
     tensors = list(tensors_in(arguments))
     found = []
-    for packed in _packed(arguments):
+    for packed in _outermost(arguments, lambda x: x if isinstance(x, PackedSequence) else None):
         sizes = packed.batch_sizes.tolist()
         order = torch.arange(sizes[0]) if packed.sorted_indices is None else packed.sorted_indices.cpu()
         index = torch.cat([order[:size] for size in sizes])
@@ -142,12 +132,26 @@ def owned_by_packing(arguments: Any) -> list[Owned]:
     return found
 
 
-def _packed(tree: Any) -> Iterator[PackedSequence]:
-    if isinstance(tree, PackedSequence):
-        yield tree
+def _outermost(tree: Any, seen: Callable[[Any], Found | None]) -> Iterator[Found]:
+    """What is seen in a structure of plain lists, tuples and dicts, and not in what it lies in."""
+    here = seen(tree)
+    if here is not None:
+        yield here
         return
     for child in tree if type(tree) in (list, tuple) else tree.values() if type(tree) is dict else ():
-        yield from _packed(child)
+        yield from _outermost(child, seen)
+
+
+def replace_outermost(tree: Any, replaced: Callable[[Any], Any], leaf: Callable[[Any], Any]) -> Any:
+    """A structure of plain lists, tuples and dicts with other parts where there are any, and with other leaves."""
+    here = replaced(tree)
+    if here is not None:
+        return here
+    if type(tree) in (list, tuple):
+        return type(tree)(replace_outermost(child, replaced, leaf) for child in tree)
+    if type(tree) is dict:
+        return {key: replace_outermost(child, replaced, leaf) for key, child in tree.items()}
+    return leaf(tree)
 
 
 def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ def changed_rows(tensor: Tensor, owner: int | Tensor, mask: Tensor) -> Tensor:
 def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Sequence[int]) -> Any:
     """What belongs to some samples, in this order, in a structure of arguments; ``tensors`` are all arguments'."""
     if owned.grouping.place is None:
-        return _entries(tree, owned.num_samples, chosen, of_tensors=True)
+        return replace_outermost(tree, partial(_chosen, owned.num_samples, chosen, True), lambda leaf: leaf)
     if owned.grouping.lengths:
         return _of_lengths(tree, owned, chosen)
     nodes = _Nodes(tensors[owned.grouping.place], tensors, owned.owners, chosen)
@@ -171,21 +175,20 @@ def take_owned(tree: Any, owned: Owned, tensors: Sequence[Tensor], chosen: Seque
 def _of_lengths(tree: Any, owned: Owned, chosen: Sequence[int]) -> Any:
     """The rows of some samples, and how many each has."""
     index = next(owner for owner in owned.owners if isinstance(owner, Tensor)).cpu()
-    lengths = _lengths(tree)
-    if lengths is not None and (len(lengths), sum(lengths)) == (owned.num_samples, len(index)):
-        return type(tree)(tree[n] for n in chosen) if type(tree) in (list, tuple) else tree[list(chosen)]
-    if type(tree) in (list, tuple):
-        return type(tree)(_of_lengths(child, owned, chosen) for child in tree)
-    if type(tree) is dict:
-        return {key: _of_lengths(child, owned, chosen) for key, child in tree.items()}
     rows = torch.cat([(index == n).nonzero().flatten() for n in chosen])
     taken = {len(index): rows, owned.num_samples: torch.tensor(list(chosen))}
+
+    def lengths(tree: Any) -> Any:
+        found = _lengths(tree)
+        if found is None or (len(found), sum(found)) != (owned.num_samples, len(index)):
+            return None
+        return type(tree)(tree[n] for n in chosen) if type(tree) in (list, tuple) else tree[list(chosen)]
 
     def take(tensor: Tensor) -> Tensor:
         kept = taken.get(tensor.shape[0]) if tensor.dim() else None
         return tensor if kept is None else tensor[kept.to(tensor.device)]
 
-    return map_tensors(take, tree)
+    return replace_outermost(tree, lengths, partial(map_tensors, take))
 
 
 def with_entries_of(
@@ -200,21 +203,16 @@ def with_entries_of(
         return tensor[list(chosen)] if tensor.dim() and tensor.shape[0] == count else tensor
 
     args, kwargs = arguments
-    of_tensors = next(tensors_in(arguments), None) is not None
-    take = partial(_entries, count=count, chosen=chosen, of_tensors=of_tensors, row=row)
-    return tuple(take(x) for x in args), {key: take(x) for key, x in kwargs.items()}
+    entries = partial(_chosen, count, chosen, next(tensors_in(arguments), None) is not None)
+    take = partial(replace_outermost, replaced=entries, leaf=partial(map_tensors, row))
+    return tuple(map(take, args)), {key: take(x) for key, x in kwargs.items()}
 
 
-def _entries(
-    tree: Any, count: int, chosen: Sequence[int], *, of_tensors: bool, row: Callable[[Tensor], Tensor] | None = None
-) -> Any:
-    if type(tree) in (list, tuple):
-        if len(tree) == count and _has_entries(tree, of_tensors):
-            return type(tree)(tree[n] for n in chosen)
-        return type(tree)(_entries(child, count, chosen, of_tensors=of_tensors, row=row) for child in tree)
-    if type(tree) is dict:
-        return {k: _entries(child, count, chosen, of_tensors=of_tensors, row=row) for k, child in tree.items()}
-    return tree if row is None else map_tensors(row, tree)
+def _chosen(count: int, chosen: Sequence[int], of_tensors: bool, tree: Any) -> Any:
+    """Some entries of a list of one a sample; None for anything else."""
+    if type(tree) in (list, tuple) and len(tree) == count and _has_entries(tree, of_tensors):
+        return type(tree)(tree[n] for n in chosen)
+    return None
 
 
 class _Nodes:
