@@ -74,6 +74,11 @@ def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Paramete
     return {name: found[name] for name in first.values()}
 
 
+def can_be_trained(tensor: Tensor) -> bool:
+    """Whether it may require a gradient: not a quantised weight of integers."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters

@@ -13,7 +13,15 @@ from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
 from .._torch.fsdp import fsdp_mesh_dims
-from .._torch.modules import holds, is_scripted, modules_in, own_parameters, own_tensors, parameters_with
+from .._torch.modules import (
+    can_be_trained,
+    holds,
+    is_scripted,
+    modules_in,
+    own_parameters,
+    own_tensors,
+    parameters_with,
+)
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -165,6 +173,11 @@ def present(layer: Layer) -> Layer:
     return replace(layer, parameters={name: now[name] for name in layer.parameters})
 
 
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """A model's parameters, but for those of integers (quantised weights), which have no gradient."""
+    return list(filter(can_be_trained, model.parameters()))
+
+
 def trained(layers: Sequence[Layer]) -> list[Layer]:
     """The layers of which something is trained, unless nothing is of any."""
     found = [layer for layer in layers if any(p.requires_grad for p in layer.parameters.values())]
@@ -265,6 +278,7 @@ def _choose(
             parameters = dict(module.named_parameters()) if rule_for(module) is None else parameters_with(module)
         else:
             continue
+        parameters = {local: p for local, p in parameters.items() if can_be_trained(p)}
         if parameters:
             chosen[name] = (module, parameters)
     return chosen

@@ -13,7 +13,7 @@ from .._torch.graph import least_precise
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
 from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
-from ..layers.selection import select_layers
+from ..layers.selection import parameters_of, select_layers
 from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
 from .overwriting import on_copies
@@ -90,7 +90,7 @@ def losses_and_gradients(
     Without autocast, so that sums of them can be compared.
     """
     require_loss_function(loss_fn)
-    found, parameters = [], list(model.parameters())
+    found, parameters = [], parameters_of(model)
     with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
         if evaluation:
             model.eval()
@@ -139,7 +139,7 @@ def _first_non_finite(isolated: IsolatedModel, inputs: Any) -> str:
 
 def require_dependence(model: nn.Module, loss_fn: Any, inputs: Any, targets: Any) -> None:
     """Raise unless the loss depends on some parameter of the model, selected or not."""
-    parameters = list(model.parameters())
+    parameters = parameters_of(model)
     everything = select_layers(model, "all", unchecked=True)
     with isolate(model, loss_fn, everything, direct=True) as isolated:
         loss = loss_fn(isolated.forward(inputs), targets)

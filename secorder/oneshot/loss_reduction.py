@@ -14,7 +14,7 @@ from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension, take_samples
 from ..errors import InvalidArgumentError
-from ..layers.selection import select_layers
+from ..layers.selection import parameters_of, select_layers
 from .independence import without_gradients
 from .isolation import isolate
 from .known_losses import defined_reduction
@@ -193,7 +193,7 @@ def _by_output(
     (inputs, targets), count = whole, sum(sizes)
     rows = any(t.dim() and t.shape[0] > count for t in tensors_in(targets))
     with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
-        replacements = [isolated.replacement(p) for p in model.parameters()]
+        replacements = [isolated.replacement(p) for p in parameters_of(model)]
         output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
         points = [t for t in tensors_in(output) if t.is_floating_point()]
         places = [sample_dimension(t, count, dim) for t in points]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import (
@@ -14,6 +15,7 @@ from secorder import (
     InvalidArgumentError,
     InvalidTypeError,
     per_layer_fisher_diagonal,
+    per_layer_hessian_diagonal,
 )
 
 from ..helpers import data, make, reference, step
@@ -145,3 +147,52 @@ def test_a_layer_may_contain_scripted_parts() -> None:
         assert_all_close(fisher.by_parameter(), reference(model, batch))
     one_shot = per_layer_fisher_diagonal(model, nn.functional.cross_entropy, *batch, layer_types=Outer)
     assert_all_close(one_shot, fisher)
+
+
+class Quantised(nn.Linear):
+    """Its weight is kept in eight bits, as by quantised layers that stand in for ``nn.Linear``."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__(inner, outer)
+        self.weight = nn.Parameter((self.weight.detach() * 50).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) / 50, self.bias)
+
+
+@pytest.mark.parametrize("layer_types", [None, "all"])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_integers_are_no_parameters(layer_types: Any, adapted: bool) -> None:
+    class Adapted(Quantised):
+        def __init__(self, inner: int, outer: int) -> None:
+            super().__init__(inner, outer)
+            self.bias.requires_grad_(False)
+            self.low, self.high = nn.Linear(inner, 2, bias=False), nn.Linear(2, outer, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.high(self.low(x))
+
+    kind = Adapted if adapted else Quantised
+    model, (x, y) = nn.Sequential(kind(4, 5), nn.Tanh(), kind(5, 3)), data()
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses = [F.cross_entropy(model(x[n : n + 1]), y[n : n + 1]) for n in range(6)]
+    gradients = [torch.autograd.grad(loss, list(wanted.values())) for loss in losses]
+    expected = {name: torch.stack(g).square().mean(0) for name, *g in zip(wanted, *gradients, strict=True)}
+
+    def own_loss(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t)
+
+    with CurvatureProbe(model, layer_types, reduction="mean") as probe:
+        for _ in range(3):
+            F.cross_entropy(model(x), y).backward()
+        found = probe.fisher_diagonal().by_parameter()
+    for by_parameter in (found, per_layer_fisher_diagonal(model, own_loss, x, y, layer_types).by_parameter()):
+        told = {name: value for name, value in by_parameter.items() if name in expected}
+        assert told.keys() == expected.keys()
+        assert_all_close(told, expected)
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    of_data = per_layer_fisher_diagonal(model, own_loss, batches, layer_types=layer_types).by_parameter()
+    assert_all_close({name: of_data[name] for name in expected}, expected)
+    assert per_layer_hessian_diagonal(model, own_loss, batches, layer_types=layer_types).keys()
+    with pytest.raises(InvalidArgumentError, match="does not depend"):
+        per_layer_fisher_diagonal(model, lambda f, t: f.detach().sum(), x, y, layer_types)

@@ -5,7 +5,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from ..._torch.modules import computes_as, own_parameters
+from ..._torch.modules import can_be_trained, computes_as, own_parameters
 from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..per_sample import Rule
 
@@ -78,6 +78,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     if kind is None or not computes_as(module, kind):
         return None
     own = own_parameters(module)
+    if not all(map(can_be_trained, own.values())):
+        return None
     every = own.values() if next(module.children(), None) is None else module.parameters()
     if hasattr(module, "parametrizations") or len(own) != len({id(p) for p in every}):
         return None
