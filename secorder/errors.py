@@ -1,18 +1,5 @@
 """The library's own exceptions: each also is the built-in exception that fits, so that either can be caught."""
 
-__all__ = [
-    "AttributionError",
-    "CouplingError",
-    "CurvatureWarning",
-    "DoubleBackwardError",
-    "InvalidArgumentError",
-    "InvalidTypeError",
-    "NonFiniteError",
-    "ProbeStateError",
-    "RuleError",
-    "SecorderError",
-]
-
 
 class SecorderError(Exception):
     """Base of every error that secorder raises on its own account."""

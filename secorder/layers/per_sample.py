@@ -65,7 +65,6 @@ class Rows(NamedTuple):
 
 PerSample = Outer | Rows | Tensor
 
-
 Rule = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Mapping[str, PerSample]]
 
 

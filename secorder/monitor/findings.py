@@ -15,7 +15,6 @@ FindingKind = Literal[
     "non-finite", "unreached", "dead", "dominant", "saddle", "disagreement", "coupled", "growing", "noisy", "edge"
 ]
 
-
 #: From where on something is found. Shares lie between 0 and 1; the others are ratios, or a product for ``edge``.
 THRESHOLDS: dict[FindingKind, float] = {
     "non-finite": 0.0,
@@ -28,10 +27,8 @@ THRESHOLDS: dict[FindingKind, float] = {
     "edge": 2.0,
 }
 
-
 #: Types of layers of which samples look up rows.
 TABLES = ("Embedding", "EmbeddingBag")
-
 
 #: What the value of a finding is.
 MEASURES: dict[FindingKind, str] = {
@@ -45,7 +42,6 @@ MEASURES: dict[FindingKind, str] = {
     "noisy": "gradient noise scale in batches",
     "edge": "learning rate times top eigenvalue",
 }
-
 
 #: What a finding means, and what can be done.
 TEXTS: dict[FindingKind, str] = {

@@ -17,17 +17,13 @@ _COLOURS = np.array(
      (252, 240, 160)], dtype=float
 )  # fmt: skip
 
-
 _MISSING = (120, 120, 120)
-
 
 #: Layers of one panel, and panels side by side, at most: a picture is wider than high, as screens are.
 _ROWS, _PANELS = 50, 4
 
-
 #: Height of the map and width of the picture, which TensorBoard's page has room for.
 _HEIGHT, _WIDTH = 760, 960
-
 
 #: Room for the scale of colours, and the least width of a panel's map.
 _SCALE, _LEAST = 104, 120

@@ -19,7 +19,6 @@ __all__ = ["get_layer_curvature_stats", "layer_statistics", "summarize"]
 #: What is told of every diagonal. ``negative`` is the share of negative entries, ``zero`` and ``nonfinite`` likewise.
 STATISTICS = ("mean", "std", "max", "min", "trace", "negative", "zero", "nonfinite")
 
-
 #: Bins of a histogram.
 BINS = 32
 

@@ -22,9 +22,7 @@ from .terminal import Console, ConsoleOptions, Measurement, RenderResult, Table,
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
-
 _SPARK_BINS = 12
-
 
 #: Entries of a layer that its bar is of: what a glance can tell of millions, at a small part of the cost.
 HISTOGRAM = 1 << 13
@@ -32,9 +30,7 @@ HISTOGRAM = 1 << 13
 #: Name of the last row, of all layers together.
 TOTAL = "total"
 
-
 SortKey = Literal["name", "parameters", "trace", "mean", "std", "max", "negative"]
-
 
 _SORT_KEYS = ("name", "parameters", "trace", "mean", "std", "max", "negative")
 

@@ -23,20 +23,6 @@ from rich.text import Text  # noqa: E402
 random.setstate(_state)
 
 __all__ = [
-    "BarColumn",
-    "Console",
-    "ConsoleOptions",
-    "Group",
-    "Live",
-    "Measurement",
-    "MofNCompleteColumn",
-    "Progress",
-    "ProgressColumn",
-    "RenderResult",
-    "Table",
-    "Task",
-    "Text",
-    "TextColumn",
-    "TimeRemainingColumn",
-    "cell_len",
-]
+    "BarColumn", "Console", "ConsoleOptions", "Group", "Live", "Measurement", "MofNCompleteColumn", "Progress",
+    "ProgressColumn", "RenderResult", "Table", "Task", "Text", "TextColumn", "TimeRemainingColumn", "cell_len",
+]  # fmt: skip

@@ -18,9 +18,7 @@ from .terminal import Console, ConsoleOptions, Group, Live, RenderResult, Table,
 #: Points of the small chart beside each layer.
 TREND = 24
 
-
 _BLOCKS = "▁▂▃▄▅▆▇█"
-
 
 #: Statistics that are shown, how they are called, and how soon they give way in a narrow terminal.
 _SHOWN = {

@@ -26,7 +26,6 @@ from .roots import Root
 #: Outputs of one sample up to which a number for each is exact in single precision.
 MAX_NUMBERED = 1 << 24
 
-
 #: Its multiples have fractional parts that are all unlike.
 GOLDEN = 5**0.5 / 2 - 0.5
 

@@ -41,7 +41,6 @@ Curvature = Literal["hessian", "ggn", "fisher"]
 #: A layer's block times a flat vector.
 Operator = Callable[[Tensor], Tensor]
 
-
 #: Each layer with its block.
 Blocks = Generator[tuple[Layer, Operator | None], None, None]
 

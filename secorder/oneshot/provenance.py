@@ -31,7 +31,6 @@ _QUESTIONS = frozenset({
     "is_inference", "is_conj", "is_neg", "is_signed",
 })  # fmt: skip
 
-
 #: Calls that are made by oneDNN, where that is faster.
 _BY_ONEDNN: dict[Any, Callable[..., Tensor | None]] = {
     nn.functional.linear: linear_by_onednn,

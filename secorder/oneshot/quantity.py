@@ -28,7 +28,6 @@ from .trace import sums
 #: Whose cost is asked for.
 Quantity = Literal["hessian", "trace", "eigenvalues", "fisher"]
 
-
 #: Iterations of the first trial.
 _FIRST = 10
 

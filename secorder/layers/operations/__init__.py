@@ -11,18 +11,6 @@ from .call import OperationCall
 from .registry import MAPS, OPERATIONS, TOGETHER, operation_rule, parameter_map, per_sample_gradient
 
 __all__ = [
-    "MAPS",
-    "OPERATIONS",
-    "TOGETHER",
-    "OperationCall",
-    "convolution",
-    "elementwise",
-    "maps",
-    "normalisation",
-    "operation_rule",
-    "parameter_map",
-    "per_sample_gradient",
-    "products",
-    "recurrent",
-    "tables",
-]
+    "MAPS", "OPERATIONS", "TOGETHER", "OperationCall", "convolution", "elementwise", "maps", "normalisation",
+    "operation_rule", "parameter_map", "per_sample_gradient", "products", "recurrent", "tables",
+]  # fmt: skip

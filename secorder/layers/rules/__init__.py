@@ -8,13 +8,6 @@ from . import convolution, embedding, linear, normalisation, prelu
 from .registry import RULES, rule_for, rule_of, takes_any_leading_dim
 
 __all__ = [
-    "RULES",
-    "convolution",
-    "embedding",
-    "linear",
-    "normalisation",
-    "prelu",
-    "rule_for",
-    "rule_of",
+    "RULES", "convolution", "embedding", "linear", "normalisation", "prelu", "rule_for", "rule_of",
     "takes_any_leading_dim",
-]
+]  # fmt: skip

@@ -43,7 +43,6 @@ def group_norm(module: nn.Module, inputs: tuple[Tensor, ...], g: Tensor) -> dict
 #: By the number of their spatial dimensions, from one.
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
-
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 

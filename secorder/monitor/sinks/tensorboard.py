@@ -23,7 +23,6 @@ MOST_TWINS = 256
 #: What the name of a statistic's twin ends with.
 TWIN = "_log10"
 
-
 #: By writer, the layers of each statistic, and the statistics that have a twin.
 _WRITTEN: WeakKeyDictionary[Any, tuple[dict[str, list[str]], set[str]]] = WeakKeyDictionary()
 

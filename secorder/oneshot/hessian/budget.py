@@ -11,18 +11,14 @@ __all__ = ["Budget"]
 
 HessianMethod = Literal["auto", "exact", "hutchinson"]
 
-
 #: Where ``method="auto"`` goes over from exact to estimated: Hessian-vector products of one layer.
 MAX_HVPS = 10_000
-
 
 #: And such products times the numbers that one of them passes through (activations and outputs): some ten seconds.
 MAX_WORK = 1_000_000_000
 
-
 #: What ``method="auto"`` may take in all, in seconds, where products are many enough to be timed.
 AUTO_SECONDS = 10.0
-
 
 #: Draws at most, where an error is asked for.
 MAX_DRAWS = 10_000

@@ -41,7 +41,6 @@ _DIVIDED = (
     "loss_scale=1."
 )
 
-
 #: A factor below it, or above one over it, tells nothing.
 TINY = 1e-30
 
