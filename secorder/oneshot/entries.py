@@ -58,14 +58,10 @@ class _Operand:
 
 
 class Entries:
-    """Sees the calls of a forward.
-
-    Attributes:
-        opaque: whether something was seen of which nothing can be told.
-    """
+    """Sees the calls of a forward."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.opaque = False
+        self.opaque = False  #: whether something was seen of which nothing can be told
         self._calls = 0
         self._names: list[str] = []
         #: By id: tensors that no input has a part in, as of a version.

@@ -29,29 +29,20 @@ class RecordingFailed(Exception):
 
 
 class Recording:
-    """What :func:`recorded` collects: per layer its calls, as inputs and the zero leaves ε of its outputs.
-
-    Attributes:
-        inputs: by layer, the input tensors of each call.
-        leaves: by layer, the leaf ε of each call.
-        versions: recorded inputs, to find those that are overwritten later.
-        watch: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
-            transform inside of a forward or loss): their parameters then act not only through z.
-        with_others: layers that were called with other parameters than their own, which may be made of these.
-        without_graph: layers that were called where no gradients were wanted.
-        hidden: layers of these that ran again, with gradients, inside of a backward pass.
-        pauses: whether forwards run that are not to be recorded.
-    """
+    """What :func:`recorded` collects: per layer its calls, as inputs and the zero leaves ε of its outputs."""
 
     def __init__(self) -> None:
-        self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}
-        self.leaves: dict[str, list[Tensor]] = {}
-        self.versions: list[tuple[str, Tensor, int]] = []
+        self.inputs: dict[str, list[tuple[Tensor, ...]]] = {}  #: by layer, the input tensors of each call
+        self.leaves: dict[str, list[Tensor]] = {}  #: by layer, the leaf ε of each call
+        self.versions: list[tuple[str, Tensor, int]] = []  #: recorded inputs, to find those that are overwritten later
+        #: which layers the model took a derivative through itself (``torch.autograd.grad`` or a ``torch.func``
+        #: transform inside of a forward or loss): their parameters then act not only through z
         self.watch = _Watch()
+        #: layers that were called with other parameters than their own, which may be made of these
         self.with_others: set[str] = set()
-        self.without_graph: set[str] = set()
-        self.hidden: set[str] = set()
-        self.pauses = False
+        self.without_graph: set[str] = set()  #: layers that were called where no gradients were wanted
+        self.hidden: set[str] = set()  #: layers of these that ran again, with gradients, inside of a backward pass
+        self.pauses = False  #: whether forwards run that are not to be recorded
 
     @property
     def open(self) -> bool:

@@ -29,14 +29,10 @@ PIECES_RUN = 2
 
 
 class Rehearsal:
-    """In place of ``chunks``: the first pieces alone, and what the others would take is added up.
-
-    Attributes:
-        skipped: seconds of all pieces that were not run.
-    """
+    """In place of ``chunks``: the first pieces alone, and what the others would take is added up."""
 
     def __init__(self) -> None:
-        self.skipped = 0.0
+        self.skipped = 0.0  #: seconds of all pieces that were not run
 
     def __call__(self, total: int, size: int) -> Iterator[range]:
         """The first of the pieces."""
