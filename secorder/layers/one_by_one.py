@@ -17,11 +17,19 @@ from .rank_one import FactorNorms, RankOne
 
 
 class Vectors(NamedTuple):
-    """The random vectors of a layer that is audited."""
+    """The random vectors that one parameter is audited with in one backward."""
 
-    r: Tensor  #: of some rows of the weight, one after the other
-    s: Tensor  #: of its columns
-    start: int  #: the first of these rows
+    r: Tensor  #: normal, one a row of the block
+    s: Tensor  #: normal, one a column; of a convolution, zero but for some input channels at one place of the kernel
+    start: int  #: the first row of the block
+    rows: int  #: rows of the parameter
+    channel: int = 0  #: the first of these input channels
+    place: int = 0  #: that place of the kernel, as places are counted in memory
+
+    @property
+    def whole(self) -> bool:
+        """Whether the block is all of the parameter."""
+        return self.r.shape[0] == self.rows
 
 
 class OneByOne:
@@ -79,7 +87,7 @@ class OneByOne:
             if own is None:
                 continue
             here.append(i)
-            (a, g), (r, s, start) = one.factors, own
+            (a, g), (r, s, start) = one.factors, own[:3]
             if r.shape[0] != g.shape[1]:
                 g = g.narrow(1, start, r.shape[0])
                 parts[i] = (squares[i].narrow(1, start, r.shape[0]) if squares else g.square()).sum()

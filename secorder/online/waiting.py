@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..layers import one_by_one
-from ..layers.one_by_one import OneByOne
+from ..layers.one_by_one import OneByOne, Vectors
 from ..layers.rank_one import RankOne, overwritten
 from ..layers.side_by_side import Frame, SideBySide, columns_of
-from .audit.directions import Vectors
 from .fisher import OnlineFisher
 from .formed import add_formed, may_be_later
 from .norms import keep_norms, takes_norms
@@ -87,10 +85,10 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
         together = SideBySide(frame, columns_of([(one.inputs, one.cotangents) for one in layers])[None])
         goods = together.finite()[0]
     else:
-        audited: list[one_by_one.Vectors | None] = [None] * len(layers)
-        for i, own in enumerate(vectors or ()):
-            if own is not None and audit.looks_at(layers[i].layer.parameters["weight"]):
-                audited[i] = one_by_one.Vectors(own.r, own.s, own.start)
+        audited = [
+            own if own is not None and audit.looks_at(one.layer.parameters["weight"]) else None
+            for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
+        ]
         seen = [one for one, own in zip(layers, audited, strict=True) if own is not None]
         with_bias = fisher.directions.constants.vector(flags, layers[0].cotangents)
         together = OneByOne(layers, audited, with_bias, norms if fisher.accumulate == "trace" else None)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .directions import Vectors
+from ...layers.one_by_one import Vectors
 
 
 class Number(NamedTuple):

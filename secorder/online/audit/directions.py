@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._torch.random_state import fresh_generator
+from ...layers.one_by_one import Vectors
 from ...layers.side_by_side import Frame, frame_of
 from ..constants import Constants
 
@@ -21,22 +22,6 @@ OUT_CHANNELS, IN_CHANNELS = 16, 4
 IN_TURN, KEPT = 7, 112
 #: Sets of layers whose frames are kept.
 FRAMES = 16
-
-
-class Vectors(NamedTuple):
-    """The random vectors of one parameter in one backward."""
-
-    r: Tensor  #: normal, one a row of the block
-    s: Tensor  #: normal, one a column; of a convolution, zero but for some input channels at one place of the kernel
-    start: int  #: the first row of the block
-    rows: int  #: rows of the parameter
-    channel: int = 0  #: the first of these input channels
-    place: int = 0  #: that place of the kernel, as places are counted in memory
-
-    @property
-    def whole(self) -> bool:
-        """Whether the block is all of the parameter."""
-        return self.r.shape[0] == self.rows
 
 
 class Directions:

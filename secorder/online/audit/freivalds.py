@@ -22,11 +22,12 @@ from torch import Tensor
 
 from ..._torch.sparse import looked_up
 from ...layers.dtypes import MANY_TERMS, added_up
+from ...layers.one_by_one import Vectors
 from ...layers.patches import Patches, whole_input
 from ...layers.per_sample import Outer, PerSample, Rows, total_gradient
 from ...layers.rank_one import RankOne
 from .compared import Number, are_one
-from .directions import IN_CHANNELS, Directions, Vectors
+from .directions import IN_CHANNELS, Directions
 from .rounding import FEW, added, before_sums, operations_of, size_of, tolerance_of
 
 

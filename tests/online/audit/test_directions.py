@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
+from secorder.layers.one_by_one import Vectors
 from secorder.layers.side_by_side import Frame, frame_of
-from secorder.online.audit.directions import KEPT, Directions, Vectors
+from secorder.online.audit.directions import KEPT, Directions
 
 
 def test_directions_are_private_and_copies_have_their_own() -> None:
