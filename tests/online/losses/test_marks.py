@@ -79,3 +79,14 @@ def test_a_batch_that_is_not_looked_at_is_not_marked(steps: int) -> None:
             kept.append(z)
             z.square().sum(1).mean().backward()
     assert bool(kept[-1].grad_fn and kept[-1].grad_fn.metadata) is (steps == 1)
+
+
+def test_the_size_of_an_output_is_that_of_what_is_finite_of_it() -> None:
+    f = torch.tensor([[3.0, 4.0], [5.0, 0.0]], requires_grad=True).clone()
+    owner, kept = Owner(), record(2)
+    for spoilt, size in ((0.0, 12.5), (torch.inf, 50 / 3), (torch.nan, 50 / 3)):
+        values = f.where(f != 0, spoilt)
+        mark_outputs(owner, kept, values, [DIM_ZERO])
+        (output,) = outputs_behind([values.grad_fn], owner)[id(kept)].values()
+        assert output is not None
+        assert output.size == pytest.approx(size**0.5)
