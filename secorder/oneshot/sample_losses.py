@@ -231,10 +231,26 @@ def _multiples(own: Sequence[Tensor], whole: Sequence[Tensor], ids: range, kind:
     With second derivatives too: single numbers are always multiples of one another.
     """
     own, whole = ([x[ids.start : ids.stop] for x in every] for every in (own, whole))
-    square, dot = _products(own, own), _products(own, whole)
-    factor = torch.where(square > 0, dot / square, torch.zeros_like(square))
+    factor, sizes = _ratio(own, whole), [_largest(x) for x in (own, whole)]
+    least, most = (bound**0.25 for bound in (torch.finfo(factor.dtype).tiny, torch.finfo(factor.dtype).max))
+    far = torch.stack([(size < least) | (size > most) for size in sizes]).any(0)  # products might not be held
+    if bool(far.any()):
+        own_size, size = (x[far].clamp(min=torch.finfo(x.dtype).tiny) for x in sizes)
+        scaled = ([x[far] / by[:, None] for x in rows] for rows, by in ((own, own_size), (whole, size)))
+        factor[far] = _ratio(*scaled) * (size / own_size)
     alike = _close(own, whole, factor.abs()[:, None], kind, factor[:, None])
     return factor if alike else factor.fill_(torch.nan)
+
+
+def _ratio(own: Sequence[Tensor], whole: Sequence[Tensor]) -> Tensor:
+    """What each row has to be multiplied by to be nearest to another one."""
+    square, dot = _products(own, own), _products(own, whole)
+    return torch.where(square > 0, dot / square, torch.zeros_like(square))
+
+
+def _largest(rows: Sequence[Tensor]) -> Tensor:
+    """The largest entry of each row."""
+    return torch.stack([torch.linalg.vector_norm(x, torch.inf, 1) for x in rows]).amax(0)
 
 
 def _sums(before: Sequence[Tensor | None], more: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -282,7 +298,7 @@ def _close(
     factor: Tensor | float = 1.0,
 ) -> bool:
     """Equal to rounding of each row, or of losses of size one: of a probability near one, little is left."""
-    size = torch.stack([torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True) for x in expected]).amax(0)
+    size = _largest(expected)[:, None]
     bound = rounding(kind) * size + 16 * torch.finfo(kind).eps * scale
     return all(bool(((x * factor).sub_(y).abs_() <= bound).all()) for x, y in zip(found, expected, strict=True))
 

@@ -196,3 +196,30 @@ def test_a_loss_of_fewer_digits_than_the_model_s(kind: torch.dtype, fisher_type:
         per_layer_fisher_diagonal(model, lambda f, t: criterion(f - f.mean(0), t), *batch, fisher_type=fisher_type)
     with pytest.raises((CouplingError, InvalidArgumentError)):
         per_layer_fisher_diagonal(model, lambda f, t: criterion(f / (0.1 + f.detach().std(0, correction=0)), t), *batch)
+
+
+OWN_LOSSES: dict[str, Any] = {
+    "cross entropy": lambda f, t: F.cross_entropy(f, t),
+    "written out": lambda f, t: -f.log_softmax(1).gather(1, t[:, None]).mean(),
+    "of margins": lambda f, t: F.softplus(-f.gather(1, t[:, None])).mean(),
+    "tiny": lambda f, t: 1e-25 * F.cross_entropy(f, t),
+    "huge": lambda f, t: 1e25 * F.cross_entropy(f, t),
+}
+
+
+@pytest.mark.parametrize("loss", OWN_LOSSES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("fisher_type", ["empirical", "type-2"])
+@pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
+def test_gradients_whose_squares_no_number_can_hold(loss: str, kind: torch.dtype, fisher_type: Any) -> None:
+    """Those of samples that a fitted network is sure of, and of losses of any scale."""
+    model, (x, _), own = make().to(kind), data(), OWN_LOSSES[loss]
+    x = x.to(kind)
+    with torch.no_grad():
+        model[2].weight *= 1 if loss == "huge" else 1000
+        labels = model(x).argmax(1)
+    found = per_layer_fisher_diagonal(model, own, x, labels, fisher_type=fisher_type).by_parameter()
+    by_samples = fisher_by_sample(model, own, x, labels, 6)
+    expected = by_samples if fisher_type == "empirical" else ggn_by_sample(model, own, x, labels)
+    assert all(torch.equal(found[name].isinf(), expected[name].isinf()) for name in found)
+    assert_all_close(*({name: p.clamp(max=1e38) for name, p in x.items()} for x in (found, expected)), 1e-4)
