@@ -1,5 +1,6 @@
 """The loss, checked: is it a finite scalar, does it depend on the model?"""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +35,17 @@ def require_loss_function(loss_fn: Any) -> None:
         raise InvalidTypeError(f"loss_fn is the class {name}, not made yet: pass {name}().")
     if not callable(loss_fn):
         raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}.")
+    try:
+        signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        raise InvalidTypeError(
+            f"loss_fn must be callable as loss_fn(outputs, targets), whose arguments are {signature} ({error}): wrap "
+            "it in a function of these two, the second of which may be None."
+        ) from error
 
 
 @contextmanager

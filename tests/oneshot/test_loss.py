@@ -1,16 +1,17 @@
 """The loss is looked at before anything is measured on it."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from secorder import InvalidArgumentError, InvalidTypeError, NonFiniteError
+from secorder import InvalidArgumentError, InvalidTypeError, NonFiniteError, per_layer_fisher_diagonal
 from secorder.layers.selection import select_layers
 from secorder.oneshot.isolation import isolate
-from secorder.oneshot.loss import check_loss, losses, require_dependence
+from secorder.oneshot.loss import check_loss, losses, require_dependence, require_loss_function
 
 from ..helpers import Fn, data, make
 
@@ -47,3 +48,45 @@ def test_a_loss_that_depends_on_no_parameter_is_refused() -> None:
     require_dependence(model, F.cross_entropy, x, y)
     with pytest.raises(InvalidArgumentError, match="does not depend"):
         require_dependence(model, lambda f, t: F.cross_entropy(f.detach(), t), x, y)
+
+
+def of_three(model: nn.Module, f: Tensor, t: Tensor) -> Tensor:
+    return F.cross_entropy(model(f), t)
+
+
+def by_name(f: Tensor, *, target: Tensor) -> Tensor:
+    return F.cross_entropy(f, target)
+
+
+class OfOne(nn.Module):
+    def forward(self, f: Tensor) -> Tensor:
+        return f.square().mean()
+
+
+@pytest.mark.parametrize("loss_fn", [of_three, by_name, lambda f: f.square().mean(), OfOne()])
+@pytest.mark.parametrize("targets", [None, torch.tensor([0, 1])])
+def test_losses_of_other_arguments_are_told(loss_fn: Any, targets: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"loss_fn\(outputs, targets\), whose arguments are \(.*wrap it"):
+        require_loss_function(loss_fn)
+    with pytest.raises(InvalidTypeError, match="wrap it"):
+        per_layer_fisher_diagonal(nn.Linear(3, 2), loss_fn, torch.randn(2, 3), targets)
+
+
+@pytest.mark.parametrize(
+    "loss_fn",
+    [
+        F.mse_loss,
+        nn.MSELoss(),
+        partial(F.cross_entropy, reduction="sum"),
+        torch.dist,
+        max,
+        torch.jit.script(nn.MSELoss()),
+        torch.jit.script(F.l1_loss),
+        torch.compile(nn.MSELoss()),
+        torch.compile(lambda f, t: (f - t).abs().mean()),
+        lambda *pair: pair[0].mean(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_losses_of_two_arguments_and_of_none_that_are_known(loss_fn: Any) -> None:
+    require_loss_function(loss_fn)
