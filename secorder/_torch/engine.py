@@ -10,32 +10,26 @@ from torch.utils.hooks import RemovableHandle
 
 from .graph import nodes_behind
 
+#: The number of the backward pass that runs now in this thread; outside of any, :data:`NO_BACKWARD`. A pass that is
+#: opened inside of another one, as reentrant checkpoints do, has a number of its own.
+current_backward: Callable[[], int] = torch._C._current_graph_task_id
+NO_BACKWARD = -1
+
+#: Whether the backward pass that runs now keeps what its nodes have saved, so that another may follow.
+graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
 #: Nodes from a layer's output to its parameter: a view, the product of matrices, the weight's transpose, the leaf.
 NEAR = 3
 
 
-def current_backward() -> int | None:
-    """The number of the backward pass that runs now in this thread; None outside of any.
-
-    A pass that is opened inside of another one, as reentrant checkpoints do, has a number of its own.
-    """
-    number: int = torch._C._current_graph_task_id()
-    return None if number == -1 else number
-
-
-def graph_is_kept() -> bool:
-    """Whether the backward pass that runs now keeps what its nodes have saved, so that another may follow."""
-    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
-
-
 def in_backward() -> bool:
     """Whether a backward pass runs now in this thread."""
-    return bool(torch._C._current_graph_task_id() != -1)
+    return current_backward() != NO_BACKWARD
 
 
-def backward_since(outer: int | None) -> bool:
+def backward_since(outer: int) -> bool:
     """Whether a backward pass runs now in this thread that is not the one that ran before (see the number of it)."""
-    return current_backward() not in (None, outer)
+    return current_backward() not in (NO_BACKWARD, outer)
 
 
 def after_backward(callback: Callable[[], None]) -> None:

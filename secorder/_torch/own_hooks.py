@@ -29,27 +29,34 @@ def _no_hook() -> Callable[..., None]:
     return _ignore
 
 
-class FirstHook:  # a handle
-    """A hook on a module's calls that comes before all others and gets keyword arguments, until :meth:`remove`.
+class FirstHooks:  # a handle
+    """Hooks on modules' calls that come before all others and get keyword arguments, until :meth:`remove`.
 
-    What ``register_forward_hook(hook, prepend=True, with_kwargs=True)`` makes, at a fraction of the cost: it is put on
-    and taken off at each step. Until then it keeps the module's tables alive.
+    What ``register_forward_hook(hook, prepend=True, with_kwargs=True)`` makes, at a fraction of the cost: they are put
+    on and taken off at each step. Until then they keep the modules' tables alive.
     """
 
-    __slots__ = ("_hooks", "_with_kwargs")
+    __slots__ = ("_places",)
 
-    def __init__(self, module: nn.Module, hook: OwnHook) -> None:
-        hooks: Any = module._forward_hooks
-        with_kwargs = module._forward_hooks_with_kwargs
-        hooks[id(self)], with_kwargs[id(self)] = hook, True
-        if len(hooks) > 1:
-            hooks.move_to_end(id(self), last=False)
-        self._hooks, self._with_kwargs = hooks, with_kwargs
+    def __init__(self) -> None:
+        self._places: list[tuple[Any, dict[int, bool], int]] = []
+
+    def put(self, hooks: Iterable[tuple[nn.Module, OwnHook]]) -> None:
+        """Put each of the hooks on its module."""
+        for module, hook in hooks:
+            table: Any = module._forward_hooks
+            with_kwargs, key = module._forward_hooks_with_kwargs, id(hook)
+            self._places.append((table, with_kwargs, key))
+            table[key], with_kwargs[key] = hook, True
+            if len(table) > 1:
+                table.move_to_end(key, last=False)
 
     def remove(self) -> None:
-        """The hook goes."""
-        self._hooks.pop(id(self), None)
-        self._with_kwargs.pop(id(self), None)
+        """The hooks go."""
+        for table, with_kwargs, key in self._places:
+            table.pop(key, None)
+            with_kwargs.pop(key, None)
+        self._places.clear()
 
 
 def is_own(hook: Any) -> bool:

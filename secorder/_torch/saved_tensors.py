@@ -29,8 +29,7 @@ class Kept:
 
 def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
     """Keep tensors until backward as autograd does, also in a checkpoint; or ``here``, whatever autograd was told."""
-    detached = tuple(map(Tensor.detach, tensors))
-    return _KeptHere(detached) if here or not saved_tensor_hooks_active() else _KeptByAutograd(detached)
+    return KeptHere(tensors) if here or not saved_tensor_hooks_active() else _KeptByAutograd(tensors)
 
 
 def surrounded_as_usual() -> bool:
@@ -39,7 +38,7 @@ def surrounded_as_usual() -> bool:
         torch.is_grad_enabled()
         and not autocast_enabled()
         and torch._C._current_graph_task_id() == -1
-        and not saved_tensor_hooks_active()
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     )
 
 
@@ -72,12 +71,12 @@ def _of_hooks(name: str) -> Any:
     return inspect.getclosurevars(pack).nonlocals.get(name) if inspect.isfunction(pack) else None
 
 
-class _KeptHere(Kept):
-    """At a fraction of the cost of autograd's way."""
+class KeptHere(Kept):
+    """Whatever autograd was told, at a fraction of the cost of its way."""
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._tensors = tensors
-        self._versions = versions(tensors)
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = tuple(map(Tensor.detach, tensors))
+        self._versions = versions(self._tensors)
 
     def tensors(self) -> tuple[Tensor, ...]:
         if versions(self._tensors) != self._versions:
@@ -92,8 +91,8 @@ _LEAF = torch.empty(0, requires_grad=True, device="cpu")
 class _KeptByAutograd(Kept):
     """In a node of its own, whose output lives as long as this: with it, older versions of PyTorch free the node."""
 
-    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
-        self._output: Tensor = _Node.apply(_LEAF, *tensors)  # type: ignore[no-untyped-call]
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._output: Tensor = _Node.apply(_LEAF, *map(Tensor.detach, tensors))  # type: ignore[no-untyped-call]
 
     def tensors(self) -> tuple[Tensor, ...]:
         node: Any = self._output.grad_fn

@@ -65,8 +65,9 @@ class _Stance:
         with self.lock:
             if self.inside or self.compiler._stance is not self:
                 return
-            if self.displaced not in (self, self.before):  # the user's, in the midst of a section
-                self.displaced, self.compiler._stance = self, self.displaced
+            displaced = self.displaced
+            if displaced is not self and displaced is not self.before:  # the user's, in the midst of a section
+                self.displaced, self.compiler._stance = self, displaced
             elif not self.sections:
                 self.compiler._stance = self.before
 
@@ -74,14 +75,11 @@ class _Stance:
 _STANCE = _Stance()
 
 
-def enter_eager() -> None:
-    """Until :func:`leave_eager`, compiled functions run as they were written, in every thread; several may overlap."""
-    _STANCE.enter()
+#: Until :func:`leave_eager`, compiled functions run as they were written, in every thread; several may overlap.
+enter_eager = _STANCE.enter
 
-
-def leave_eager() -> None:
-    """As it was before, unless someone else is inside."""
-    _STANCE.leave()
+#: As it was before, unless someone else is inside.
+leave_eager = _STANCE.leave
 
 
 @contextmanager

@@ -48,8 +48,8 @@ class RankOne(NamedTuple):
 
     def norms(self) -> FactorNorms:
         """The norms of its factors; each is read once, and nothing is written but these."""
-        a, g = (torch.linalg.vector_norm(x, dim=1) for x in self.factors)
-        return FactorNorms(a, g, "bias" in self.layer.parameters)
+        norm = torch.linalg.vector_norm
+        return FactorNorms(norm(self.inputs, dim=1), norm(self.cotangents, dim=1), "bias" in self.layer.parameters)
 
     @property
     def factors(self) -> tuple[Tensor, Tensor]:

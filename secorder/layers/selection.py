@@ -22,6 +22,7 @@ from .._torch.modules import (
     own_tensors,
     parameters_with,
 )
+from .._torch.sparse import gives_sparse_gradients
 from ..errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..parallel import tensor_parallel
 from ..parallel.ranks import Axis, Ranks
@@ -64,6 +65,11 @@ class Layer:
     def split(self) -> bool:
         """Whether ranks that have the same samples compute with parts of the layer (tensor parallelism)."""
         return self.spread is not None and bool(self.spread.tensor)
+
+    @cached_property
+    def sparse(self) -> bool:
+        """Whether a backward gives the rows of its gradient that were looked up alone."""
+        return gives_sparse_gradients(self.module)
 
     def shape(self, local: str) -> torch.Size:
         """The shape of what this rank computes with: of a parameter, or of its shard under tensor parallelism."""

@@ -11,10 +11,12 @@ from torch import Tensor
 from .._torch.collectives import has_ranks
 from .._torch.compile import never_compiled
 from .._torch.engine import (
+    NO_BACKWARD,
     accumulate_node,
     after_backward,
     current_backward,
     executes_all,
+    in_backward,
     untouched,
     will_accumulate,
 )
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     """A gradient has come to a record's forward; False where that is a second backward, through the same graph."""
     number = current_backward()
-    if number is None:
+    if number == NO_BACKWARD:
         return False
     if record.runs_in(number):
         return True
@@ -59,7 +61,8 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         _tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
-    check_together(fisher, backward, record)
+    if backward.records:
+        check_together(fisher, backward, record)
     backward.records.append(record)
     _watch(fisher, backward, record)
     if record.verified and not backward.partial:
@@ -125,7 +128,7 @@ def _tell_accumulation(fisher: OnlineFisher) -> None:
 
 def saves_again(attachment: "Attachment", record: ForwardRecord) -> None:
     """A backward that is not recorded: layers that a checkpoint computes again save as much as at first."""
-    if record.recomputes and not record.handles and current_backward() is not None:
+    if record.recomputes and not record.handles and in_backward():
         attachment.register(record)
         after_backward(record.unhook)
 
@@ -205,8 +208,9 @@ def let_go(fisher: OnlineFisher, backwards: Sequence[Backward]) -> None:
 
 def _read_gradients(backward: Backward) -> None:
     """See what is in ``.grad``, as long as another thread's backward that begins is noticed."""
-    backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
-    backward.fresh.clear()
+    if backward.fresh:
+        backward.audit.see_all({id(p): p.grad for p in backward.fresh if p.grad is not None})  # of no process group
+        backward.fresh.clear()
     read_squares(backward)
 
 

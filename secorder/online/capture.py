@@ -22,6 +22,7 @@ from .._torch.loss_graph import place_of
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import (
     Kept,
+    KeptHere,
     OverwrittenError,
     checkpoint_section,
     keep,
@@ -66,7 +67,8 @@ def layer_called(
         index = _call(record, own, shapes)
         if not _recordable(record, layer, (output,)):
             return
-    kept = keep(inputs, here=usual)  # also of a call that a checkpoint computes again: as many tensors as at first
+    # Also of a call that a checkpoint computes again: as many tensors as at first.
+    kept = KeptHere(inputs) if usual else keep(inputs)
     if index in own.hooked:
         return
     own.hooked.add(index)
@@ -196,9 +198,10 @@ class _LayerGradient:
 
     def receive(self, g: Tensor) -> None:
         fisher, record, layer = self.attachment.fisher, self.record, self.layer
-        if record.layers[layer.name].replaced or not counts_in(fisher, record, [layer], self.node):
+        counts = self.node is not None and will_accumulate(self.node)
+        if record.layers[layer.name].replaced or not (counts or counts_in(fisher, record, [layer], self.node)):
             return
-        if not enter(self.attachment, record):
+        if not (record.runs_in(current_backward()) or enter(self.attachment, record)):
             if not self.freed:
                 second_backward(fisher, record, [layer.name], self.total, total_of(local(g)))
             return

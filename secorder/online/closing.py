@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .._torch.engine import accumulate_node, current_backward, will_accumulate
+from .._torch.engine import accumulate_node, current_backward, in_backward, will_accumulate
 from .._torch.fsdp import local
 from .._torch.sparse import entries
 from ..layers.contraction import IN_PLACE_ELEMENTS
@@ -45,10 +45,10 @@ _UNRETURNED = (
 
 
 def check_together(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
-    """Another forward takes part in a backward: are its samples its own, or those of the others?"""
-    others = [one for one in backward.records if one is not record]
+    """One more forward takes part in a backward: are its samples its own, or those of the others?"""
+    others = backward.records
     same = [one for one in others if one.num_samples == record.num_samples]
-    if not others or fisher.forwards == "separate" or (fisher.forwards is None and not same):
+    if fisher.forwards == "separate" or (fisher.forwards is None and not same):
         return
     if fisher.forwards == "joined":
         if len(same) < len(others):
@@ -72,9 +72,8 @@ def check_together(fisher: OnlineFisher, backward: Backward, record: ForwardReco
 
 def unrecorded(fisher: OnlineFisher) -> None:
     """A gradient has come to a forward that was not recorded."""
-    number = current_backward()
-    if number is not None:
-        fisher.others.append(number)
+    if in_backward():
+        fisher.others.append(current_backward())
 
 
 def second_backward(
@@ -140,7 +139,8 @@ def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[Forward
         if layer.name in captured:
             fisher.troubles.guarded(first, (layer.name,), deliver, fisher, group, layer)
     for record in group:
-        add_waiting(fisher, record)
+        if record.waiting or record.formed:
+            add_waiting(fisher, record)
     for key in dict.fromkeys(name for record in group for name, own in record.layers.items() if own.modules):
         layer = next(x for x in (*first.fallback, *first.attribution.layers) if x.name == key)
         names = [x.name for x in first.parts_of(layer)]
@@ -279,6 +279,8 @@ def audit_uncalled(fisher: OnlineFisher) -> None:
 def _leave_out_unasked(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
     """Layers that a backward with ``inputs=`` does not ask for have a gradient that is not known, rather than none."""
     missing = {name: own for name, own in record.layers.items() if not (own.received or own.parts)}
+    if not missing:
+        return
     passed = [name for name, own in missing.items() if own.passed == backward.number]
     if passed:
         owners = [own for name in passed for own in record.attribution.owners(name)]

@@ -28,7 +28,7 @@ from .finite import total_of, witness
 from .fisher import OnlineFisher
 from .formed import form, is_formed, squares_may_wait, wait_formed
 from .layer_record import Call
-from .norms import take_norms, takes_norms
+from .norms import keep_norms, take_norms, takes_norms
 from .plan import plan_of
 from .record import ForwardRecord
 from .rerun import rerun_gradients
@@ -68,8 +68,12 @@ def bring_rank_one(
         return False
     if record.attribution.ties and record.attribution.sharing(layer.name):
         return False
-    g = g.detach()
-    wait(fisher, record, RankOne(layer, a, g, versions((a, g))))
+    if fisher.accumulate == "trace" and record.backward is not None and record.backward.audit.idle:
+        own.received = True
+        keep_norms(fisher, record, RankOne(layer, a, g, []))  # nothing else is asked of its factors, nor later
+    else:
+        g = g.detach()
+        wait(fisher, record, RankOne(layer, a, g, versions((a, g))))
     return True
 
 

@@ -72,4 +72,4 @@ def _as_they_were(fisher: OnlineFisher) -> bool:
     for module, name, p, sums in fisher.places:
         if parameter_table(module).get(name) is not p or p.is_meta or p.device != sums.counts.device:
             return False
-    return fisher.norms.device == fisher.by_layer[fisher.layers[0].name].counts.device
+    return fisher.counted.device == fisher.places[0].sums.counts.device

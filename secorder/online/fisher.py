@@ -171,7 +171,7 @@ class OnlineFisher:
         for layer in self.layers:
             self.sums[layer.name].follow(layer, self.device, self.dtype)
         first = self.by_layer[self.layers[0].name].counts
-        if self.norms.device != first.device:
+        if self.counted.device != first.device:
             self.counted = self.seen.to(first)
             self.norms = self.norms.to(first.device)
             self.failures = self.failures.to(first.device)

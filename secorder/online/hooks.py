@@ -32,9 +32,9 @@ from .._torch.compile import (
     may_break_graph,
     uncompiled,
 )
-from .._torch.engine import in_backward
+from .._torch.engine import NO_BACKWARD, current_backward, in_backward
 from .._torch.modules import is_running, kept_out_of_copies, threads_running
-from .._torch.own_hooks import Aside, FirstHook, OwnHook, computes_by_its_hooks
+from .._torch.own_hooks import Aside, FirstHooks, OwnHook, computes_by_its_hooks
 from .._torch.pytree import tensors_in
 from .._torch.saved_tensors import section_computed_again
 from .._torch.surroundings import inside_transform
@@ -269,18 +269,21 @@ class Attachment:
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
         modules: set[int] = set()
+        hooks: list[tuple[nn.Module, OwnHook]] = []
         for layer in record.attribution.layers:
             module = layer.enclosing
             if module is self.model or layer.by_operations:
                 continue
             if layer.rule is not None:
-                hook = _LayerCalled(self, record, layer)
-                record.handles.append(FirstHook(module, hook))
+                hooks.append((module, _LayerCalled(self, record, layer)))
             elif id(module) not in modules:
                 modules.add(id(module))
-                starts, called = _ModuleStarts(self, record, layer), _ModuleCalled(self, record, layer)
+                starts = _ModuleStarts(self, record, layer)
                 record.handles.append(module.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
-                record.handles.append(FirstHook(module, called))
+                hooks.append((module, _ModuleCalled(self, record, layer)))
+        if hooks:
+            record.handles.append(first := FirstHooks())
+            first.put(hooks)
 
 
 def differentiable(model: nn.Module, arguments: Any) -> bool:
@@ -337,7 +340,7 @@ class _LayerHook(OwnHook):
         owner, record = self.owner, self.record
         if owner.suspensions or inside_transform():
             return
-        if in_backward():  # a checkpoint computes the layer again, perhaps another forward's
+        if current_backward() != NO_BACKWARD:  # a checkpoint computes the layer again, perhaps another forward's
             if record.of_another():
                 return
         elif owner.pauses or threading.get_ident() != record.thread:

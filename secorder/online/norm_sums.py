@@ -159,7 +159,7 @@ class NormSums:
     def _add_all(self, kind: Kind, seen: Tensor) -> None:
         increments, fine = self.increments(self._waiting, kind)
         table = self._table
-        for one in increments.unbind():
+        for one in increments.sum(0, keepdim=True) if kind.decay is None else increments.unbind():
             table = self._after(table, kind.places, one, kind.decay)
         if len(kind.places) < len(table) or kind.kept:
             count = torch.full_like(seen, kind.terms.count * len(self._waiting))

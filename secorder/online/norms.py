@@ -7,6 +7,8 @@ all that the trace of the Fisher, its standard error and the gradient noise scal
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from torch import Tensor
 from .._torch.compile import never_compiled
 from .._torch.engine import accumulate_node, will_accumulate
 from .._torch.several import norms_of
-from .._torch.sparse import gives_sparse_gradients
 from ..errors import NonFiniteError
 from ..layers.norms import squared_norm_of_sum, squared_norms
 from ..layers.per_sample import PerSample
@@ -29,6 +30,8 @@ from .schedule import now_and_then
 
 #: Where a diagonal is accumulated, norms of per-sample gradients are taken of the first batch and of one in so many.
 ONE_IN = 32
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def norms_due(fisher: OnlineFisher) -> bool:
@@ -49,14 +52,9 @@ def _by_factors(fisher: OnlineFisher, record: ForwardRecord, layer: Layer) -> bo
     Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
     the layer's gradients are formed anyway.
     """
-    if (
-        layer.rule is None
-        or gives_sparse_gradients(layer.module)
-        or record.weights is not None
-        or fisher.forwards == "separate"
-    ):
+    if layer.rule is None or layer.sparse or record.weights is not None or fisher.forwards == "separate":
         return True
-    return False in [p.requires_grad for p in layer.parameters.values()]
+    return not all(map(_REQUIRES_GRAD, layer.parameters.values()))
 
 
 def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
@@ -64,20 +62,19 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     """
-    seen: set[int] = set()
+    hooked: set[int] = set()
     for layer in fisher.layers:
         if _by_factors(fisher, record, layer):
             continue
         for name, parameter in layer.parameters.items():
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if id(parameter) in fresh:
-                backward.unread.append(parameter)
-                continue
-            leaf = record.parameters(layer)[name]
-            saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
-            backward.on_gradient(leaf, saw, gathered=layer.sharded)
+            key = id(parameter)
+            if key in fresh:
+                backward.unread[key] = parameter
+            elif key not in hooked:
+                hooked.add(key)
+                leaf = record.parameters(layer)[name]
+                saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
+                backward.on_gradient(leaf, saw, gathered=layer.sharded)
 
 
 @never_compiled
@@ -93,8 +90,11 @@ def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradien
 
 def read_squares(backward: Backward) -> None:
     """The norms of gradients that were not there when the backward began, now that it has ended."""
-    unread = [(id(p), p.grad) for p in backward.unread]
-    found = {key: grad for key, grad in unread if grad is not None and grad.layout is torch.strided}
+    found: dict[int, Tensor] = {}
+    for key, p in backward.unread.items():
+        grad = p.grad
+        if grad is not None and grad.layout is torch.strided:
+            found[key] = grad
     backward.unread.clear()
     norms = norms_of(list(found.values())) if found and backward.alone else []
     if backward.alone:  # still: what was read is this pass's
@@ -136,17 +136,13 @@ def _answered_for(layer: Layer) -> list[int]:
     return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
 
 
-def keep_norms(
-    fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne], norms: Sequence[FactorNorms]
-) -> None:
-    """Keep what the norms of layers' per-sample gradients are products of, until the backward has ended."""
-    for one, norm in zip(layers, norms, strict=True):
-        own = record.layers[one.layer.name]
-        own.norms = norm
-        if _by_factors(fisher, record, one.layer):
-            sizes = [p.numel() for p in one.layer.parameters.values()]
-            parts = [[part] for part in one.gradients.values()]
-            own.squares = squared_norm_of_sum(parts, sizes)
+def keep_norms(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> FactorNorms:
+    """Keep what the norms of a layer's per-sample gradients are products of, until the backward has ended."""
+    own, norms = record.layers[one.layer.name], one.norms()
+    own.norms = norms
+    if _by_factors(fisher, record, one.layer):
+        own.squares = squared_norm_of_sum([[part] for part in one.gradients.values()], one.layer.sizes())
+    return norms
 
 
 def add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
@@ -220,24 +216,26 @@ def _totals(
     backward = record.backward
     assert backward is not None
     alone = fisher.forwards == "joined" or len(backward.records) == 1
-    rows: list[Sequence[Tensor]] = []
+    rows: list[list[Any]] = []
     told = []
     for layer in layers:
-        known, own = True, record.layers[layer.name]
+        own, known = record.layers[layer.name], True
+        norms: list[Any] = []
         if own.squares is not None:
-            norms = [own.squares.sqrt()]
-        elif own.norms is None:
-            norms = []  # the loss does not depend on it
-        else:
-            parts = [backward.norms.get(id(p)) for p in layer.parameters.values()]
-            norms = [norm for norm in parts if norm is not None]
-            known = alone and fisher.penalty is None and len(norms) == len(parts)
+            norms.append(own.squares.sqrt())
+        elif own.norms is not None:  # else the loss does not depend on it
+            for p in layer.parameters.values():
+                norm = backward.norms.get(id(p))
+                known = known and norm is not None
+                norms.append(norm)
+            known = known and alone and fisher.penalty is None
             if layer.split and known:
                 norms = [norms[i] for i in _answered_for(layer)]
         told.append(known)
         rows.append(norms if known else [])
-    width = max(1, *map(len, rows))
-    if [row for row in rows if len(row) < width]:
+    widths = set(map(len, rows))
+    if len(widths) > 1 or 0 in widths:
+        width = max(1, *widths)
         zero = next((row[0] for row in rows if row), torch.zeros((), dtype=torch.float64, device=device)).new_zeros(())
         rows = [[*row, *[zero] * (width - len(row))] for row in rows]
-    return [norm for row in rows for norm in row], tuple(told)
+    return list(chain.from_iterable(rows)), tuple(told)

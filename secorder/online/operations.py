@@ -120,9 +120,9 @@ class _LayerUses:
     followed: Collection[Node]  #: the nodes between
     kind: torch.dtype  #: the dtype that is computed in
 
-    def counts(self, number: int | None) -> bool:
+    def counts(self, number: int) -> bool:
         """Whether this backward is a training step of the layer: asked once for all of its uses."""
-        if self.own.counting == number is not None:
+        if self.own.counting == number:
             return True
         if True not in map(will_accumulate, self.leaves):
             return counts_in(self.attachment.fisher, self.record, [self.layer])

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .._torch.compile import EagerSection, never_compiled
 from .._torch.engine import accumulate_node, first_gradient_hook
-from .._torch.own_hooks import FirstHook
+from .._torch.own_hooks import FirstHooks
 from .._torch.saved_tensors import checkpoint_section, saved_tensor_hooks_active
 from .._torch.versions import version
 from ..layers.rank_one import RankOne
@@ -64,7 +64,7 @@ class Backward:
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
         takes_norms: whether the norms of its per-sample gradients are taken.
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
-        unread: parameters without a gradient when it began, whose norm is to be read at its end.
+        unread: by ``id``, parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
         audited: the layers that it looks at, of those that the first of its forwards has called.
         loss_scale: what the loss was multiplied by; None until it is needed.
@@ -83,7 +83,7 @@ class Backward:
         self.whole: dict[int, Tensor] = {}
         self.takes_norms = False
         self.norms: dict[int, Tensor | None] = {}
-        self.unread: list[Tensor] = []
+        self.unread: dict[int, Tensor] = {}
         self.audit = audit
         self.audited: set[str] = set()
         self.loss_scale: float | None = None
@@ -165,7 +165,7 @@ class ForwardRecord(_Referred):
     carried: Sequence[Tensor] = ()  #: what modules carry from the forward before, while this one runs
     thread: int = field(default_factory=threading.get_ident)
     #: of the layers' hooks, while the forward runs
-    handles: list[RemovableHandle | FirstHook] = field(default_factory=list)
+    handles: list[RemovableHandle | FirstHooks] = field(default_factory=list)
     #: by name, what is known of each
     layers: dict[str, LayerRecord] = field(default_factory=partial(defaultdict, LayerRecord))
     #: layers whose own calls do not tell their samples in this batch: the whole model runs again for them
@@ -203,7 +203,7 @@ class ForwardRecord(_Referred):
     eager: EagerSection | None = None  #: the section in which nothing is compiled, while the forward runs
     nested: bool = False  #: whether the model was called again while it runs, as by itself
     #: the engine's number of the latest backward that came once it was closed, and which layers it reaches
-    again: tuple[int | None, Tensor] | None = None
+    again: tuple[int, Tensor] | None = None
 
     def unhook(self) -> None:
         """The layers' hooks go."""
@@ -216,7 +216,7 @@ class ForwardRecord(_Referred):
         """The names of the layers that were called."""
         return [name for name, own in self.layers.items() if own.calls]
 
-    def runs_in(self, number: int | None) -> bool:
+    def runs_in(self, number: int) -> bool:
         """Whether this backward pass is the one that runs through it, and nothing is closed yet."""
         return self.backward is not None and self.backward.number == number and not self.closed
 

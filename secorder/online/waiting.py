@@ -35,11 +35,8 @@ def may_wait(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> bool:
 
 
 def wait(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> None:
-    """A layer waits from now on, unless its norms are all that is asked; where too much would, all are added."""
+    """A layer waits from now on; where too much would, all are added."""
     record.layers[one.layer.name].received = True
-    if fisher.accumulate == "trace" and record.backward is not None and record.backward.audit.idle:
-        keep_norms(fisher, record, [one], [one.norms()])  # nothing else is asked of its factors
-        return
     record.waiting.append(one)
     record.elements_waiting += one.inputs.numel() + one.cotangents.numel()
     if record.elements_waiting > MOST_ELEMENTS or len(record.waiting) >= MOST_LAYERS:
@@ -75,9 +72,7 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
         with ADDING:
             fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
-    norms = [one.norms() for one in layers] if takes_norms(record) else None
-    if norms is not None:
-        keep_norms(fisher, record, layers, norms)
+    norms = [keep_norms(fisher, record, one) for one in layers] if takes_norms(record) else None
     seen = () if vectors is None else layers
     goods: Tensor | None = None
     together: SideBySide | OneByOne

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from secorder._torch.engine import (
+    NO_BACKWARD,
     accumulate_node,
     accumulates_into,
     after_backward,
@@ -20,7 +21,7 @@ from secorder._torch.graph import current_node
 
 def test_a_backward_is_known_from_inside() -> None:
     x = torch.ones(2, requires_grad=True)
-    numbers: list[int | None] = []
+    numbers: list[int] = []
     y = 2 * x
     y.register_hook(lambda g: numbers.append(current_backward()))
     assert not in_backward()
@@ -28,13 +29,13 @@ def test_a_backward_is_known_from_inside() -> None:
     y.sum().backward()
     assert not in_backward()
     first, second = numbers
-    assert first is not None
-    assert second is not None
     assert first != second
+    assert NO_BACKWARD not in numbers
+    assert current_backward() == NO_BACKWARD
 
 
 def test_a_backward_inside_of_another_one_is_its_own() -> None:
-    numbers: list[int | None] = []
+    numbers: list[int] = []
 
     def inner(x: Tensor) -> Tensor:
         y = x.sin()

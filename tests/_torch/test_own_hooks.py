@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder._torch.own_hooks import FirstHook, OwnHook, added_hooks_removed, suspended
+from secorder._torch.own_hooks import FirstHooks, OwnHook, added_hooks_removed, suspended
 
 
 class Owner:
@@ -76,7 +76,7 @@ def test_copies_have_hooks_that_do_nothing(copied: Any) -> None:
         assert {hook.owner.suspensions for hook in hooks} == {0}
 
 
-def test_a_first_hook_comes_before_all_others_and_leaves_nothing() -> None:
+def test_first_hooks_come_before_all_others_and_leave_nothing() -> None:
     calls: list[tuple[str, Any]] = []
 
     class Noting(OwnHook):
@@ -86,7 +86,9 @@ def test_a_first_hook_comes_before_all_others_and_leaves_nothing() -> None:
     layer = nn.Identity()
     before = vars(layer).copy()
     layer.register_forward_hook(lambda *_: calls.append(("user", None)))
-    handles = [FirstHook(layer, Noting(name)) for name in ("a", "b")]
+    handles = [FirstHooks(), FirstHooks()]
+    for name, handle in zip(("a", "b"), handles, strict=True):
+        handle.put([(layer, Noting(name))])
     layer(torch.ones(1))
     assert calls == [("b", {}), ("a", {}), ("user", None)]
     handles[0].remove()
