@@ -9,7 +9,7 @@ the graph is not computed again: its values are nobody's concern.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -85,17 +85,22 @@ class Entries:
         """Enter a call: one that ``creates`` takes only the shape of its arguments, one that ``asks`` no values."""
         self._calls += 1
         self._names.append(name)
-        given = tensors_of(arguments)
-        graph = any(t.requires_grad for t in given)
-        dirty = [(i, t) for i, t in enumerate(given) if not t.requires_grad and not self._is_clean(t)]
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNMENTS
-        results = tensors_of(result)
+        graph, dirty = False, []
+        for index, tensor in enumerate(tensors_of(arguments)):
+            if tensor.requires_grad:
+                graph = True
+            elif not self._is_clean(tensor):
+                dirty.append((index, tensor))
         if graph and not creates:
-            self._hollow[self._calls] = map_tensors(_hollow, result) if results else result
+            self._hollow[self._calls] = _without_values(result)
+            if not dirty:
+                return
+        results = tensors_of(result)
         if not dirty or creates:
-            for t in results if creates or not (graph or dirty) else ():
+            for t in results:
                 self._keep(t)
             return
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _ASSIGNMENTS
         entered = [t for t in results if t.requires_grad]
         if asks or (not entered and isinstance(result, _FACTS)):
             return
@@ -182,6 +187,8 @@ class Replay(TorchFunctionMode):
             if self.calls == len(self._names):
                 raise Enough
         result = self._hollow[self.calls] if self.calls in self._hollow else function(*args, **kwargs)
+        if isinstance(result, _Kind):
+            result = _hollow(result)
         if self.calls in self._answers:
             self.read[self.calls] = result
         if self.calls == len(self._names):
@@ -189,9 +196,25 @@ class Replay(TorchFunctionMode):
         return result
 
 
-def _hollow(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape and kind, which takes no memory."""
-    return torch.empty_strided(tensor.shape, (0,) * tensor.dim(), dtype=tensor.dtype, device=tensor.device)
+class _Kind(NamedTuple):
+    """What a tensor is, but for its values."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _hollow(kind: "_Kind | Tensor") -> Tensor:
+    """A tensor of a shape and kind, which takes no memory."""
+    return torch.empty_strided(kind.shape, (0,) * len(kind.shape), dtype=kind.dtype, device=kind.device)
+
+
+def _without_values(result: Any) -> Any:
+    """What a call returned; of a tensor, which most return, what it is: it is made where it is asked for."""
+    if isinstance(result, Tensor):
+        return _Kind(result.shape, result.dtype, result.device)
+    plain = not isinstance(result, (tuple, list, dict)) or isinstance(result, torch.Size)
+    return result if plain else map_tensors(_hollow, result)
 
 
 def _follows(operand: _Operand, after: Tensor | None, inner_sizes: InnerSizes, count: int, order: Tensor) -> bool:
