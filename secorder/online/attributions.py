@@ -13,7 +13,7 @@ from ..layers.selection import Layer
 from ..layers.structure import independent_by_structure
 from ..oneshot.isolation import run_isolated
 from .carried import carried_cut_off
-from .losses.returned import told_otherwise
+from .losses.returned import not_as_specified
 from .samples.attribution import Attribution, merged
 from .samples.hypotheses import SampleDim, shapes_of
 from .samples.relation import Shape, explain
@@ -123,11 +123,11 @@ class Attributions:
             return found
         if reduction is not None and not found.undecided:
             with carried_cut_off(self._model), no_autocast():
-                told = told_otherwise(self._model, reduction, found, args, kwargs)
+                told = not_as_specified(self._model, reduction, found, args, kwargs)
             # Of what is weighted as a function tells, each part has weights of its own.
-            as_told = {place for place, reason in told.items() if callable(reduction) and not reason}
+            as_specified = {place for place, reason in told.items() if callable(reduction) and not reason}
             unreduced = {place: reason for place, reason in told.items() if reason and place.module is None}
-            found = replace(found, unreduced=unreduced, coupling=found.coupling - as_told)
+            found = replace(found, unreduced=unreduced, coupling=found.coupling - as_specified)
         found = replace(found, carries=carries)
         self._met.clear()
         known.pop(ranks, None)

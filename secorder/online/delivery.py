@@ -128,7 +128,7 @@ def _squares(
     if one is not None and may_wait(fisher, record, one):
         wait(fisher, record, one)
         return None
-    gradients, products = _told(fisher, record, layer, gradients, () if layer.by_operations else calls)
+    gradients, products = _weighted_and_audited(fisher, record, layer, gradients, () if layer.by_operations else calls)
     squares = form(fisher, record, layer, gradients)
     if squares is not None and squares_may_wait(fisher, record, layer, squares):
         wait_formed(fisher, record, layer, squares)
@@ -143,7 +143,7 @@ def _squares(
     return _parts(fisher, record, layer, gradients, products, squares, numbers), numbers
 
 
-def _told(
+def _weighted_and_audited(
     fisher: OnlineFisher,
     record: ForwardRecord,
     layer: Layer,

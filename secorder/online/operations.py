@@ -96,7 +96,7 @@ def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: S
     """Keep the size of what dense per-sample gradients are sums of, which may cancel: rounding is relative to that."""
     assert record.backward is not None
     for name, part in found:
-        if isinstance(part, Tensor) and record.backward.audit.looks_at(layer.parameters[name]):
+        if isinstance(part, Tensor) and record.backward.audit.covers(layer.parameters[name]):
             size = before_sums(cotangents, part)
             if size is not None:
                 sizes = record.layers[layer.name].sizes

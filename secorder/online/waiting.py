@@ -81,7 +81,7 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
         goods = together.finite()[0]
     else:
         audited = [
-            own if own is not None and audit.looks_at(one.layer.parameters["weight"]) else None
+            own if own is not None and audit.covers(one.layer.parameters["weight"]) else None
             for one, own in zip(layers, vectors or [None] * len(layers), strict=True)
         ]
         seen = [one for one, own in zip(layers, audited, strict=True) if own is not None]

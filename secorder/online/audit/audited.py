@@ -1,4 +1,4 @@
-"""Which layers the audit of a backward looks at: all of them at first, and later as many as a step pays for.
+"""Which layers the audit of a backward covers: all of them at first, and later as many as a step pays for.
 
 What an audit costs is mostly the calls of small operations, which are next to nothing beside a layer's own products of
 matrices where these are large. Where they are small, only some of the backward passes are audited, drawn anew each
@@ -30,17 +30,17 @@ class Audited:
     def __init__(self) -> None:
         self._random = random.Random(0)
         self._passes = 0
-        self._looks: dict[str, int] = {}
+        self._times: dict[str, int] = {}
         self._shares: dict[object, float] = {}
 
     def draw(self, record: ForwardRecord, layers: Sequence[Layer], *, every: bool) -> set[str]:
-        """The names of those that a backward's audit looks at."""
+        """The names of those that a backward's audit covers."""
         self._passes += 1
-        looks, names = self._looks, [layer.name for layer in layers]
+        times, names = self._times, [layer.name for layer in layers]
         chosen = set(names) if every else self._some(record, layers, names)
         for name in names:
-            if looks.get(name, 0) < FIRST:
-                looks[name] = looks.get(name, 0) + 1
+            if times.get(name, 0) < FIRST:
+                times[name] = times.get(name, 0) + 1
                 chosen.add(name)
         return chosen
 

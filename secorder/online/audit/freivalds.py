@@ -197,7 +197,7 @@ class Audit:
         ``graph`` holds them as the autograd graph knows them. Where the layer shares a parameter with others
         (``apart``), its bias is a number of its own.
         """
-        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self.looks_at(p)]
+        chosen = [n for n, p in parameters.items() if p.requires_grad and p.numel() and not self.covers(p)]
         if not apart and are_one({name: graph[name] for name in chosen}):
             weight, bias = parameters["weight"], parameters["bias"]
             self._numbers[id(weight)] = Number(weight, bias, self._directions.vectors(graph["weight"], outputs))
@@ -207,7 +207,7 @@ class Audit:
             self._numbers[id(p)] = Number(p, None, self._directions.vectors(graph[name], outputs))
         return chosen
 
-    def looks_at(self, parameter: Tensor) -> bool:
+    def covers(self, parameter: Tensor) -> bool:
         """Whether a parameter is looked at, alone or with its weight."""
         return id(parameter) in self._numbers or id(parameter) in self._home
 
@@ -303,7 +303,7 @@ class Audit:
             return None
         if number is not None:
             return number.vectors if number.bias is bias else None
-        taken = self.looks_at(weight) or (bias is not None and self.looks_at(bias))
+        taken = self.covers(weight) or (bias is not None and self.covers(bias))
         return None if taken else self._directions.vectors(weight)
 
     def explain_weights(

@@ -46,7 +46,7 @@ _SUM = 'the loss that the model returns is the sum of its samples\' losses: pass
 _MEAN = 'the loss that the model returns is the mean of its samples\' losses: pass reduction="mean".'
 
 
-def told_otherwise(model: nn.Module, reduction: Any, found: Attribution, args: Any, kwargs: Any) -> dict[Beside, str]:
+def not_as_specified(model: nn.Module, reduction: Any, found: Attribution, args: Any, kwargs: Any) -> dict[Beside, str]:
     """By where they are, why losses that the model returns are not made as is specified; empty of one that is.
 
     One of which that cannot be seen is missing. Of several, each may be divided by the number of samples where they are
@@ -111,7 +111,7 @@ def _reasons(
     divided: bool,
     by_tokens: bool,
 ) -> dict[Beside, str]:
-    """:func:`told_otherwise`, of some samples, for which ``take`` gives the model's arguments.
+    """:func:`not_as_specified`, of some samples, for which ``take`` gives the model's arguments.
 
     Args:
         divided: whether the loss may be divided by a number that the model is called with.

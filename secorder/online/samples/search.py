@@ -263,7 +263,7 @@ def _attribute(
         routed = layers_of_routed_rows(layers, forward, arguments, hypothesis) if routable and layers else set()
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
-        attribution = _told(asked, every, hypothesis, options, found, uses)
+        attribution = _concluded(asked, every, hypothesis, options, found, uses)
         bent = not_linear(graph, isolated, seen, operated, attribution.unknown) if ranks is None else frozenset()
     return replace(
         attribution,
@@ -324,7 +324,7 @@ def _forward(asked: Question, isolated: IsolatedModel) -> Callable[..., Any]:
     return forward
 
 
-def _told(
+def _concluded(
     asked: Question,
     every: Sequence[Layer],
     hypothesis: Hypothesis,
