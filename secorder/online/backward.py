@@ -58,7 +58,8 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         if attachment.verifying is not None:  # in another thread, which may take hooks off parameters
             backward.alone = False
         fisher.directions.begin()  # from here on the audits of others, which are not alone any more, may be of no use
-        _tell_accumulation(fisher)
+        if fisher.accumulation.scale != 1.0:
+            _tell_accumulation(fisher)
         after_backward(partial(leave, attachment, backward))
     record.backward = backward
     if backward.records:
