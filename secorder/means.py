@@ -95,18 +95,12 @@ class RunningMean:
     With w_b the weight of a batch and M its mean, in which batches have the variance σ²/w_b: σ² is estimated by
     ``Σ_b w_b (D_b − M)² / (B − 1)``, and the standard error is ``√(σ² / Σ_b w_b)`` (West 1979, "Updating mean and
     variance estimates: an improved method").
-
-    Attributes:
-        mean: so far.
-        squares: Σ_b w_b (D_b − M)².
-        weight: Σ_b w_b.
-        num_batches: B.
     """
 
-    mean: list[Tensor]
-    squares: list[Tensor]
-    weight: float = 0.0
-    num_batches: int = 0
+    mean: list[Tensor]  #: so far
+    squares: list[Tensor]  #: Σ_b w_b (D_b − M)²
+    weight: float = 0.0  #: Σ_b w_b
+    num_batches: int = 0  #: B
 
     @classmethod
     def like(cls, values: Sequence[Tensor]) -> "RunningMean":

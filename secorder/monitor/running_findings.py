@@ -24,22 +24,16 @@ NOISE_POINTS = 3
 
 @dataclass
 class Observation:
-    """What is known at one point of the log.
+    """What is known at one point of the log."""
 
-    Attributes:
-        numbers: what is logged: statistic → layer → number.
-        fisher: layer → statistics of the Fisher (:func:`secorder.monitor.statistics.layer_statistics`).
-        hessian: the same of the Hessian, where it was measured.
-        left_out: layers of which gradients were left out because they held nan or inf.
-        batch_size: samples of a training step; None where it is not known.
-        noise: |G|² and tr Σ of the whole model, whose ratio is the gradient noise scale; None where it is not known.
-    """
-
-    numbers: dict[str, dict[str, float]] = field(default_factory=dict)
+    numbers: dict[str, dict[str, float]] = field(default_factory=dict)  #: what is logged: statistic → layer → number
+    #: layer → statistics of the Fisher (:func:`secorder.monitor.statistics.layer_statistics`)
     fisher: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    #: the same of the Hessian, where it was measured
     hessian: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    left_out: Collection[str] = ()
-    batch_size: float | None = None
+    left_out: Collection[str] = ()  #: layers of which gradients were left out because they held nan or inf
+    batch_size: float | None = None  #: samples of a training step; None where it is not known
+    #: |G|² and tr Σ of the whole model, whose ratio is the gradient noise scale; None where it is not known
     noise: tuple[float, float] | None = None
 
     def add(self, numbers: Numbers) -> None:

@@ -77,23 +77,14 @@ def layer_statistics(layer_curvatures: Mapping[str, Tensor]) -> dict[str, dict[s
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """Statistics of one layer's diagonal.
+    """Statistics of one layer's diagonal."""
 
-    Attributes:
-        statistics: :data:`STATISTICS` by name.
-        low: smallest ``log10 |entry|`` of the finite, non-zero entries; nan where there are none.
-        high: the largest.
-        counts: their histogram in ``log10 |entry|``, equal bins from ``low`` to ``high``.
-        sum: of their ``log10 |entry|``.
-        sum_squares: of their squares.
-    """
-
-    statistics: dict[str, float]
-    low: float
-    high: float
-    counts: list[float]
-    sum: float
-    sum_squares: float
+    statistics: dict[str, float]  #: :data:`STATISTICS` by name
+    low: float  #: smallest ``log10 |entry|`` of the finite, non-zero entries; nan where there are none
+    high: float  #: the largest
+    counts: list[float]  #: their histogram in ``log10 |entry|``, equal bins from ``low`` to ``high``
+    sum: float  #: of their ``log10 |entry|``
+    sum_squares: float  #: of their squares
 
 
 def merged(parts: Sequence[tuple[int, LayerSummary]]) -> LayerSummary:

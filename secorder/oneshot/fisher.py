@@ -136,15 +136,10 @@ def fisher_means(task: Measurement, fisher_type: FisherType, num_draws: int, wei
 
 @dataclass
 class Trial:
-    """A Fisher of some columns alone, to see how long they take.
+    """A Fisher of some columns alone, to see how long they take."""
 
-    Attributes:
-        columns: how many.
-        of: of how many, as it turned out.
-    """
-
-    columns: int
-    of: int = 0
+    columns: int  #: how many
+    of: int = 0  #: of how many, as it turned out
 
 
 def in_batches(

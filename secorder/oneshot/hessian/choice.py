@@ -38,18 +38,13 @@ DRAWN: tuple[StrategyModule, ...] = (column_draws, output_draws, parameter_draws
 
 @dataclass(frozen=True)
 class Choice:
-    """The strategy for a layer, and its cost.
+    """The strategy for a layer, and its cost."""
 
-    Attributes:
-        strategy: its name.
-        products: Hessian-vector products that it takes; of columns, vector-Jacobian products for all layers together;
-            of draws, the least number.
-        exact_products: those of the cheapest exact strategy that applies.
-    """
-
-    strategy: Strategy
+    strategy: Strategy  #: its name
+    #: Hessian-vector products that it takes; of columns, vector-Jacobian products for all layers together; of draws,
+    #: the least number
     products: int
-    exact_products: int
+    exact_products: int  #: those of the cheapest exact strategy that applies
 
 
 def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
