@@ -32,15 +32,7 @@ def like(unknown: str, known: Iterable[str]) -> str:
 
 
 def refuse_given(reason: str, **options: Any) -> None:
-    """Raise if one of some options was given, which have no effect beside the others.
-
-    Args:
-        reason: the sentence after the option.
-        options: by name; None where one was not given.
-
-    Raises:
-        InvalidArgumentError: one was.
-    """
+    """Raise, with a reason after its name, if an option that has no effect beside the others is given (not None)."""
     for name, value in options.items():
         if value is not None:
             raise InvalidArgumentError(f"{name}={shown(value)} {reason}")
@@ -49,11 +41,7 @@ def refuse_given(reason: str, **options: Any) -> None:
 def refuse_unused_draws(
     method: str, num_draws: Any = None, rtol: Any = None, max_draws: Any = None, max_hvps: Any = None
 ) -> None:
-    """Raise if a Hessian's options contradict one another: of those that go by draws, or by their number.
-
-    Raises:
-        InvalidArgumentError: they do.
-    """
+    """Raise if a Hessian's options contradict one another: of those that go by draws, or by their number."""
     if method == "exact":
         reason = 'goes with method="hutchinson" or "auto": method="exact" draws nothing.'
         refuse_given(reason, num_draws=num_draws, rtol=rtol, max_draws=max_draws)

@@ -113,10 +113,8 @@ def contract_one_position(
 ) -> Tensor:
     """:func:`contract` of layers with one position, whose per-sample gradients are products of rank one.
 
-    Their products factorise, so that Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product.
-
-    Args:
-        pairs: u ⊙ v, (N, groups, width), or of K cotangents (K, N, groups, width).
+    Their products factorise, so that Σ_n (u_n ⊙ v_n)(a_n ⊙ a_n)ᵀ is one matrix product. The pairs u ⊙ v are (N, groups,
+    width), or of K cotangents (K, N, groups, width).
     """
     if pairs.dim() == 4:
         pairs = pairs[0] if len(pairs) == 1 else pairs.sum(0)
@@ -347,13 +345,9 @@ def contract_sum(
 def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
     """:func:`contract` of K stacked pairs where every v is a basis vector of the layer's output.
 
-    Where the parameter's factor of a basis vector is one element again, at (group, position p, row o), only that row
-    of the parameter is touched: ``Σ_n (Σ_q u[n, q, o] a[n, q]) ⊙ a[n, p]``, ``out`` times less work.
-
-    Args:
-        u: per-sample gradients of K cotangents.
-        v: the basis vectors' per-sample gradients; of the sample dimension only one row is needed for an Outer.
-        numel: number of the parameter's elements.
+    Where the parameter's factor of a basis vector is one element again, at (group, position p, row o), only that row of
+    the parameter is touched: ``Σ_n (Σ_q u[n, q, o] a[n, q]) ⊙ a[n, p]``, ``out`` times less work. Of an Outer v, one
+    row of the sample dimension will do.
     """
     if not (isinstance(u, Outer) and isinstance(v, Outer)):
         return contract(u, v, numel=numel)

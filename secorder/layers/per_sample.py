@@ -74,15 +74,9 @@ def per_sample_gradients(
     calls: Sequence[tuple[tuple[Tensor, ...], Tensor]],
     layouts: Sequence[Layout] | None = None,
 ) -> dict[str, PerSample]:
-    """J_nᵀ g_n of a layer for every sample, summed over the layer's calls in one forward.
+    """J_nᵀ g_n of a layer for every sample, by parameter, summed over the layer's calls in one forward.
 
-    Args:
-        rule: the layer type's rule.
-        calls: for each call the input tensors and a cotangent of the output's shape.
-        layouts: for each call where the samples are; dim 0 by default.
-
-    Returns:
-        per-sample gradients by the parameter's name in the module.
+    Of each call there are the input tensors and a cotangent of the output's shape, and perhaps where the samples are.
     """
     parts = []
     for index, (inputs, g) in enumerate(calls):

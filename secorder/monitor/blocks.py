@@ -56,16 +56,6 @@ def blocks(names: Sequence[str], at_most: int = AT_MOST) -> dict[str, list[str]]
     """Neighbouring layers together, as many as fit and as belong together: title → names.
 
     The tree of dotted names is cut where it must be, and small neighbours are put together again.
-
-    Args:
-        names: of the layers, in the model's order.
-        at_most: layers of one block.
-
-    Example:
-        >>> from secorder.monitor.blocks import blocks
-        >>> blocks([f"layers.{i}.{part}" for i in range(3) for part in ("in", "out")], at_most=4)
-        {'layers.0 … layers.1': ['layers.0.in', 'layers.0.out', 'layers.1.in', 'layers.1.out'], \
-'layers.2': ['layers.2.in', 'layers.2.out']}
     """
     return {_title(block, names): block for block in _cut(list(names), 0, at_most)}
 

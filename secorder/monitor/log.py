@@ -65,12 +65,7 @@ def log_diagonals(sinks: Any, diagonals: Mapping[str, Tensor], step: int, kind: 
 
 
 def numbers_of(kind: str, statistics: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """What is logged of diagonals, by statistic and layer.
-
-    Args:
-        kind: first part of the statistics' names.
-        statistics: layer → what :func:`secorder.monitor.statistics.layer_statistics` returns for it.
-    """
+    """What is logged of diagonals, by statistic and layer, of :func:`~.statistics.layer_statistics`."""
     logged = (*LOGGED, "negative") if kind == "hessian" else LOGGED
     numbers = {f"{kind}_{key}": {shown(name): row[key] for name, row in statistics.items()} for key in logged}
     bad = {shown(name): row["nonfinite"] for name, row in statistics.items() if row["nonfinite"] > 0}

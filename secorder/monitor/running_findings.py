@@ -61,11 +61,7 @@ class Change:
 
 
 class RunningFindings:
-    """Keeps what stands out, and tells what changes.
-
-    Args:
-        tell: called with each :class:`Change`; by default one warning for each kind of finding.
-    """
+    """Keeps what stands out, and tells each :class:`Change`; by default one warning for each kind of finding."""
 
     def __init__(self, tell: Callable[[Change], None] | None = None) -> None:
         self._tell = tell

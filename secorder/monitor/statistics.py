@@ -88,18 +88,7 @@ class LayerSummary:
 
 
 def merged(parts: Sequence[tuple[int, LayerSummary]]) -> LayerSummary:
-    """The summary of several diagonals as one, from their own: exact but for the bins of the histogram.
-
-    Args:
-        parts: of each diagonal its number of entries, and its summary; at least one.
-
-    Example:
-        >>> import torch
-        >>> from secorder.monitor.statistics import merged, summarize
-        >>> parts = summarize({"a": torch.tensor([1.0, 3.0]), "b": torch.tensor([8.0])})
-        >>> merged([(2, parts["a"]), (1, parts["b"])]).statistics["mean"]
-        4.0
-    """
+    """The summary of several diagonals, each with its number of entries, as one: exact but for the histogram's bins."""
     rows = [(n, part.statistics) for n, part in parts if n] or [(n, part.statistics) for n, part in parts]
     total = sum(n for n, _ in rows)
     shared = {
@@ -278,12 +267,7 @@ def _histograms(values: Tensor) -> Tensor:
 
 
 def whole_trace(probe: Watched, traces: Mapping[str, float]) -> float:
-    """That of all layers together, without those whose parameters others hold.
-
-    Args:
-        probe: of these layers.
-        traces: by the name that a layer is shown by.
-    """
+    """That of all layers together, without those whose parameters others hold."""
     parameters = probe.layer_parameters
     again = set(map(shown, parameters.keys() - set(counted_once(parameters))))
     return sum(trace for name, trace in traces.items() if name not in again)

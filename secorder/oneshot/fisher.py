@@ -66,11 +66,7 @@ __all__ = ["fisher_diagonal"]
 
 
 def check_fisher_type(fisher_type: str, num_draws: int) -> None:
-    """Raise unless it is one of the three, with draws enough where it is drawn.
-
-    Raises:
-        InvalidArgumentError: it is not.
-    """
+    """Raise unless it is one of the three, with draws enough where it is drawn."""
     require_one_of("fisher_type", fisher_type, get_args(FisherType))
     require_integer("num_draws", num_draws, 1)
     if fisher_type != "mc" and num_draws != 1:
@@ -82,11 +78,7 @@ def check_fisher_type(fisher_type: str, num_draws: int) -> None:
 def fisher_budget(
     fisher_type: str, rtol: float | None, max_draws: int | None, *, create_graph: bool = False
 ) -> Budget | None:
-    """How exact a Fisher by its heaviest columns is to be; None where no error is asked for.
-
-    Raises:
-        InvalidArgumentError: there is no such Fisher.
-    """
+    """How exact a Fisher by its heaviest columns is to be; None where no error is asked for."""
     if rtol is None:
         refuse_given("goes with rtol=, the error that draws go down to.", max_draws=max_draws)
         return None
@@ -253,14 +245,7 @@ def _follows(
 
 
 def require_independent_samples(task: Measurement, output: Any) -> None:
-    """Raise unless no sample influences another one's output.
-
-    Args:
-        output: of the batch.
-
-    Raises:
-        CouplingError: some do.
-    """
+    """Raise :class:`CouplingError` unless no sample of the batch influences another one's output."""
     if not task.certain and not outputs_independent(
         task.isolated,
         task.inputs,

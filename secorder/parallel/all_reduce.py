@@ -31,11 +31,7 @@ def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) 
 
 
 def largest(tensor: Tensor, group: "dist.ProcessGroup | None" = None) -> Tensor:
-    """The largest of each element on any rank, of tensors of one shape.
-
-    Raises:
-        ProbeStateError: ``torch.distributed`` is not initialised.
-    """
+    """The largest of each element on any rank, of tensors of one shape."""
     _require_initialised()
     found = tensor.clone()
     all_reduce(found, op=dist.ReduceOp.MAX, group=group)
@@ -47,9 +43,6 @@ def raised_on_all(group: "dist.ProcessGroup | None" = None) -> Iterator[None]:
     """What raises inside on one rank raises on all of them, so that none waits for a sum that never comes.
 
     Each rank must enter it. Where nothing is raised, one number is reduced.
-
-    Raises:
-        ProbeStateError: another rank raised, or ``torch.distributed`` is not initialised.
     """
     _require_initialised()
     failed = torch.zeros((), dtype=torch.long, device="cpu")  # or the number of the rank, from 1 on

@@ -148,15 +148,7 @@ def _decades(values: Any) -> float:
 
 
 def layout(layers: Mapping[str, Sequence[str]], twins: Sequence[str] | set[str] = ()) -> dict[str, Any]:
-    """The Custom Scalars page: a category for each statistic, a chart for each block of layers.
-
-    Args:
-        layers: statistic → names of the layers that have it.
-        twins: statistics that have a twin of logarithms, which goes before them.
-
-    Returns:
-        what ``SummaryWriter.add_custom_scalars`` takes.
-    """
+    """The Custom Scalars page: a category for each statistic (its twin before it), a chart for each block of layers."""
     pages: dict[str, Any] = {}
     for statistic, names in layers.items():
         for group in ([statistic + TWIN] if statistic in twins else []) + [statistic]:
