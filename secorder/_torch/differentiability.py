@@ -24,6 +24,11 @@ def once_differentiable_functions(gradients: Sequence[Tensor]) -> set[str] | Non
     return names if cut else None
 
 
+def can_be_trained(tensor: Tensor) -> bool:
+    """Whether it may require a gradient: not a quantised weight of integers."""
+    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
+
+
 def differentiable_zero(model: nn.Module) -> Tensor:
     """A zero that depends on every trainable parameter.
 

@@ -74,11 +74,6 @@ def parameters_with(module: nn.Module, inner: str = "") -> dict[str, nn.Paramete
     return {name: found[name] for name in first.values()}
 
 
-def can_be_trained(tensor: Tensor) -> bool:
-    """Whether it may require a gradient: not a quantised weight of integers."""
-    return tensor.dtype.is_floating_point or tensor.dtype.is_complex
-
-
 def holds(module: nn.Module, parameters: Mapping[str, Tensor]) -> bool:
     """Whether these are what a module itself holds as its parameters of their names."""
     held = module._parameters
@@ -180,7 +175,7 @@ def gradient_hooks_removed(parameters: Iterable[Tensor]) -> Iterator[None]:
 @contextmanager
 def backward_hooks_removed(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Inside, nothing runs that was registered for the backward of the modules."""
-    with _emptied([hooks for m in modules for hooks in (m._backward_hooks, m._backward_pre_hooks) if hooks]):
+    with _emptied([hooks for module in modules for hooks in backward_hook_dicts(module)]):
         yield
 
 
@@ -322,9 +317,14 @@ def tables_of(module: nn.Module) -> list[dict[str, Any]]:
     return [module._parameters, module._buffers, module._modules]
 
 
+def backward_hook_dicts(module: nn.Module) -> list[dict[int, Any]]:
+    """Where a module holds the hooks that it calls on gradients."""
+    return [hooks for hooks in (module._backward_hooks, module._backward_pre_hooks) if hooks]
+
+
 def backward_hooks(module: nn.Module) -> list[Any]:
     """The hooks that the module calls on gradients."""
-    return [*module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+    return [hook for hooks in backward_hook_dicts(module) for hook in hooks.values()]
 
 
 def is_scripted(module: nn.Module) -> bool:

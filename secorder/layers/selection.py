@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .._arguments import shown
+from .._torch.differentiability import can_be_trained
 from .._torch.fsdp import fsdp_mesh_dims
 from .._torch.modules import (
-    can_be_trained,
     holds,
     is_scripted,
     modules_in,

@@ -42,6 +42,7 @@ from ..layers.selection import Layer
 from .attributions import Attributions
 from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
+from .changed_gradients import Factors, WatchedHooks
 from .fisher import OnlineFisher
 from .layer_record import Start
 from .opening import open_record, settle
@@ -66,6 +67,7 @@ class Attachment:
         self._sections: WeakKeyDictionary[Any, ref[ForwardRecord]] = WeakKeyDictionary()  # of checkpoints
         self._handles: list[Any] = []
         self._aside: Aside | None = None
+        self._factors: Factors = {}
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
         self.verifying: int | None = None  # the thread in which the model is verified
@@ -284,6 +286,8 @@ class Attachment:
         if hooks:
             record.handles.append(first := FirstHooks())
             first.put(hooks)
+        if record.verified:
+            record.handles.append(WatchedHooks(self.fisher, self._factors, self.model.modules()))
 
 
 def differentiable(model: nn.Module, arguments: Any) -> bool:

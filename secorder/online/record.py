@@ -36,6 +36,7 @@ from .._torch.versions import version
 from ..layers.rank_one import RankOne
 from ..layers.selection import Layer
 from .audit.freivalds import Audit
+from .changed_gradients import WatchedHooks
 from .layer_record import LayerRecord, Start
 from .samples.attribution import Attribution
 from .samples.relation import Shape
@@ -165,7 +166,7 @@ class ForwardRecord(_Referred):
     carried: Sequence[Tensor] = ()  #: what modules carry from the forward before, while this one runs
     thread: int = field(default_factory=threading.get_ident)
     #: of the layers' hooks, while the forward runs
-    handles: list[RemovableHandle | FirstHooks] = field(default_factory=list)
+    handles: list[RemovableHandle | FirstHooks | WatchedHooks] = field(default_factory=list)
     #: by name, what is known of each
     layers: dict[str, LayerRecord] = field(default_factory=partial(defaultdict, LayerRecord))
     #: layers whose own calls do not tell their samples in this batch: the whole model runs again for them

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from secorder._torch.differentiability import differentiable_zero, once_differentiable_functions
+from secorder._torch.differentiability import can_be_trained, differentiable_zero, once_differentiable_functions
 
 
 class Square(torch.autograd.Function):
@@ -47,3 +47,8 @@ def test_a_zero_has_a_graph_to_all_that_is_trained() -> None:
     assert zero == 0
     (found,) = torch.autograd.grad(zero, [model.weight])
     assert not found.any()
+
+
+def test_integers_have_no_gradient() -> None:
+    kinds = [torch.float32, torch.bfloat16, torch.complex64, torch.int8, torch.uint8, torch.bool]
+    assert [can_be_trained(torch.zeros(1, dtype=kind)) for kind in kinds] == [True] * 3 + [False] * 3

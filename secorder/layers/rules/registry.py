@@ -5,7 +5,8 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from ..._torch.modules import can_be_trained, computes_as, own_parameters
+from ..._torch.differentiability import can_be_trained
+from ..._torch.modules import computes_as, own_parameters
 from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from ..per_sample import Rule
 
