@@ -5,6 +5,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .graph import Node
+
+
+def lasting_place(tensor: Tensor) -> tuple[Node, int]:
+    """The node, and which of its outputs, that the gradient on a tensor comes to even if that is overwritten.
+
+    Of a view of all of another tensor, such as what a linear layer with a bias makes of a sequence, an operation in
+    place takes the place of the view, and leads to the node of the other: its gradient has other dimensions.
+    """
+    node, place = tensor.grad_fn, (tensor.grad_fn, tensor.output_nr)
+    if node is None or type(tensor) is not Tensor or not tensor._is_view():
+        return place
+    whole = tensor._base
+    assert whole is not None
+    before = (whole.grad_fn, whole.output_nr)
+    in_order = whole.numel() == tensor.numel() and whole.is_contiguous() and tensor.is_contiguous()
+    return before if in_order and node.next_functions == (before,) else place
+
 
 def is_view(tensor: Tensor) -> bool:
     """Whether autograd knows it as a part of another tensor: an operation in place then puts new nodes in its place."""

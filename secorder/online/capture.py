@@ -30,6 +30,7 @@ from .._torch.saved_tensors import (
     surrounded_as_usual,
 )
 from .._torch.surroundings import inside_transform
+from .._torch.views import lasting_place
 from ..errors import AttributionError
 from ..layers.selection import Layer
 from ..parallel.tensor_parallel import Layouts, layouts
@@ -82,7 +83,9 @@ def layer_called(
     if record.scheduled:
         mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)
-    made_by.register_prehook(_LayerGradient(attachment, record, layer, index, output.output_nr, kept, node, ends))
+    place, number = lasting_place(output)
+    shape = None if place is made_by else output.shape
+    place.register_prehook(_LayerGradient(attachment, record, layer, index, number, shape, kept, node, ends))
 
 
 def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
@@ -162,8 +165,8 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
     mark_calls(attachment, record, layer.name, index, [place_of(t) for t in tensors if t.requires_grad])
     for position, tensor in enumerate(tensors):
         if tensor.requires_grad:
-            assert tensor.grad_fn is not None
-            tensor.grad_fn.register_prehook(partial(gradient, position, tensor.output_nr))
+            node, number = lasting_place(tensor)
+            node.register_prehook(partial(gradient, position, number, tensor.shape))
 
 
 class _LayerGradient:
@@ -179,12 +182,14 @@ class _LayerGradient:
         layer: Layer,
         index: int,
         number: int,
+        shape: torch.Size | None,
         kept: Kept,
         node: Any,
         ends: Layouts | None,
     ) -> None:
         self.attachment, self.record, self.layer = attachment, record, layer
         self.index, self.number, self.node = index, number, node
+        self.shape = shape  # of the output, where its gradient comes in another
         self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
         self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
@@ -194,6 +199,7 @@ class _LayerGradient:
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         g, attachment = gradients[self.number], self.attachment
         if g is not None and not attachment.pauses and not inside_transform():
+            g = g if self.shape is None else g.reshape(self.shape)
             attachment.fisher.troubles.guarded(self.record, (self.layer.name,), quietly, self.receive, g)
 
     def receive(self, g: Tensor) -> None:
@@ -238,11 +244,12 @@ class _ModuleGradient:
         self.totals: dict[int, Tensor] = {}
 
     @never_compiled
-    def __call__(self, position: int, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+    def __call__(self, position: int, number: int, shape: torch.Size, gradients: tuple[Tensor | None, ...]) -> None:
         g = gradients[number]
         if g is None or self.attachment.pauses or inside_transform():
             return
         names = [layer.name for layer in self.record.parts_of(self.layer)]
+        g = g if g.shape == shape else g.reshape(shape)
         self.attachment.fisher.troubles.guarded(self.record, names, quietly, self.receive, position, g)
 
     def receive(self, position: int, g: Tensor) -> None:

@@ -110,6 +110,27 @@ def inplace_activations(activation: Any) -> Any:
 
 
 @case()
+def inplace_over_sequences() -> Any:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)  # which PyTorch makes as a view
+        y += m.b(m.act(m.down(x)))
+        y[:, 0].mul_(2)
+        y = y.tanh()
+        output: Tensor = m.head(y).add_(y[..., :3]).mean(1)
+        return output
+
+    model = Net(
+        forward,
+        a=nn.Linear(3, 4),
+        down=nn.Linear(3, 2),
+        act=nn.SiLU(inplace=True),
+        b=nn.Linear(2, 4),
+        head=nn.Linear(4, 3),
+    )
+    return model, nn.CrossEntropyLoss(), torch.randn(N, 5, 3), classes()
+
+
+@case()
 def inplace_convolutions() -> Any:
     model = nn.Sequential(
         nn.Conv2d(1, 2, 2), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 2), nn.ReLU(True), nn.Flatten(), nn.Linear(8, 3)
