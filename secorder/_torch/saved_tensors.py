@@ -15,19 +15,7 @@ class OverwrittenError(Exception):
     """A tensor that was kept has been changed in place."""
 
 
-class Kept:
-    """Tensors as they were when they were kept."""
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors.
-
-        Raises:
-            OverwrittenError: one was changed in place since.
-        """
-        raise NotImplementedError
-
-
-def keep(tensors: Iterable[Tensor], *, here: bool = False) -> Kept:
+def keep(tensors: Iterable[Tensor], *, here: bool = False) -> "Kept":
     """Keep tensors until backward as autograd does, also in a checkpoint; or ``here``, whatever autograd was told."""
     return KeptHere(tensors) if here or not saved_tensor_hooks_active() else _KeptByAutograd(tensors)
 
@@ -71,14 +59,15 @@ def _of_hooks(name: str) -> Any:
     return inspect.getclosurevars(pack).nonlocals.get(name) if inspect.isfunction(pack) else None
 
 
-class KeptHere(Kept):
-    """Whatever autograd was told, at a fraction of the cost of its way."""
+class KeptHere:
+    """Tensors as they were when they were kept, whatever autograd was told, at a fraction of the cost of its way."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = tuple(map(Tensor.detach, tensors))
         self._versions = versions(self._tensors)
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors; raises :class:`OverwrittenError` where one was changed in place since."""
         if versions(self._tensors) != self._versions:
             raise OverwrittenError
         return self._tensors
@@ -88,13 +77,14 @@ class KeptHere(Kept):
 _LEAF = torch.empty(0, requires_grad=True, device="cpu")
 
 
-class _KeptByAutograd(Kept):
+class _KeptByAutograd:
     """In a node of its own, whose output lives as long as this: with it, older versions of PyTorch free the node."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._output: Tensor = _Node.apply(_LEAF, *map(Tensor.detach, tensors))  # type: ignore[no-untyped-call]
 
     def tensors(self) -> tuple[Tensor, ...]:
+        """The same."""
         node: Any = self._output.grad_fn
         try:
             return tuple(node.saved_tensors)
@@ -102,6 +92,9 @@ class _KeptByAutograd(Kept):
             if "modified by an inplace operation" in str(error):
                 raise OverwrittenError from error
             raise
+
+
+Kept = KeptHere | _KeptByAutograd
 
 
 class _Node(torch.autograd.Function):
