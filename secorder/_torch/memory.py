@@ -55,7 +55,9 @@ class _Alive(TorchDispatchMode):
     ) -> Any:
         """Run one operation, and note what is new."""
         result = function(*args, **(kwargs or {}))
-        for tensor in tensors_in(result) if _makes_tensors(function) else ():
+        if not _makes_tensors(function):
+            return result
+        for tensor in (result,) if isinstance(result, Tensor) else tensors_in(result):
             place = _memory(tensor)
             known = self._made.get(place)
             if place and (known is None or known[0].expired()):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -14,7 +14,10 @@ from .._torch.vjp import chunks
 TRIAL_SECONDS = 0.5
 
 #: What the trials of all layers may take together where single products are long.
-MOST_SECONDS = 1.0
+MOST_SECONDS = 0.5
+
+#: And what it may take to look at their memory.
+METERED_SECONDS = 0.25
 
 #: How often a short trial is run, and what runs may take together before there is another one.
 RUNS, SHORT_SECONDS = 4, 0.05
@@ -51,14 +54,14 @@ def seconds_per_product(trial: Callable[[int], object], most: int, allowance: fl
     return _seconds_of_some(trial, most, allowance)[0]
 
 
-def seconds_and_bytes(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
-    """:func:`seconds_per_product`, and the memory of so many at once; 0 where a single one takes longer than that."""
+def bytes_of_products(trial: Callable[[int], object], most: int, seconds: float, allowance: float) -> int:
+    """Memory of so many products at once, each of which takes these seconds; 0 where there is no time for two."""
     one = most_bytes(lambda: trial(1))
-    seconds, count = _seconds_of_some(trial, most, allowance)
-    if count == 1:
-        return seconds, one if most == 1 else 0
+    count = min(most, int(allowance / max(seconds, 1e-9)))
+    if most == 1 or count < 2:
+        return one if most == 1 else 0
     some = most_bytes(lambda: trial(count))
-    return seconds, some + (most - count) * max(0, some - one) // (count - 1)
+    return some + (most - count) * max(0, some - one) // (count - 1)
 
 
 def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
@@ -68,19 +71,27 @@ def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float
     return (one if count == 1 else seconds_of(lambda: trial(count)) / count), count
 
 
-def of_nearest(count: int, tell: Callable[[int], Told], most: float = MOST_SECONDS) -> list[Told]:
-    """What is told of each of many alike, of as many as there are seconds for, spread over all; else of the nearest.
+def of_nearest(
+    kinds: Sequence[Hashable], tell: Callable[[int], Told], most: float = MOST_SECONDS
+) -> list[tuple[Told, int]]:
+    """What is told of each of many, and of which it was told: of the nearest of its kind that there were seconds for.
 
-    After ``most`` seconds no other one is begun, beside the first, with which much may happen that one time.
+    Args:
+        kinds: of each; one of every kind is asked first, spread over all.
+        tell: of one, by its place.
+        most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
     """
     told: dict[int, Told] = {}
     start = math.inf
-    for place in sorted(range(count), key=lambda place: f"{place:032b}"[::-1]):  # every 16th, 8th, 4th, …
+    spread = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[::-1])  # every 16th, 8th, 4th, …
+    first = {kinds[place]: place for place in reversed(spread)}
+    for place in sorted(spread, key=lambda place: first[kinds[place]] != place):
         if time.perf_counter() - start > most:
             break
         told[place] = tell(place)
         start = min(start, time.perf_counter())
-    return [told[min(told, key=lambda other: abs(other - place))] for place in range(count)]
+    nearest = [min(told, key=lambda other: (kinds[other] != kind, abs(other - k))) for k, kind in enumerate(kinds)]
+    return [(told[place], place) for place in nearest]
 
 
 def seconds_of(work: Callable[[], object]) -> float:

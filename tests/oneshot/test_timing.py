@@ -5,9 +5,9 @@ import torch
 
 from secorder.oneshot.timing import (
     Rehearsal,
+    bytes_of_products,
     least_seconds_of,
     of_nearest,
-    seconds_and_bytes,
     seconds_of,
     seconds_per_product,
 )
@@ -46,7 +46,7 @@ def test_memory_of_many_products_is_told_by_that_of_some(
         now[0] += 2 * count
         _besides, _products = [torch.zeros(n, dtype=torch.float32) for n in (200, 1000 * count)]
 
-    assert seconds_and_bytes(trial, most, allowance) == (2.0, num_bytes)
+    assert bytes_of_products(trial, most, 2.0, allowance) == num_bytes
 
 
 @pytest.mark.parametrize(
@@ -65,9 +65,22 @@ def test_of_many_alike_those_that_are_tried_tell_of_the_others(
         made.append(place)
         return place
 
-    assert of_nearest(9, tell, most) == told
-    assert of_nearest(0, tell, most) == []
+    assert of_nearest([0] * 9, tell, most) == [(place, place) for place in told]
+    assert of_nearest([], tell, most) == []
     assert len(made) == len(set(told))
+
+
+def test_of_each_kind_one_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, made = [0.0], []
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def tell(place: int) -> str:
+        now[0] += 1.0
+        made.append(place)
+        return "abacada"[place]
+
+    assert "".join(told for told, _ in of_nearest("abacada", tell, 2.5)) == "abacada"
+    assert len(made) == 4
 
 
 def test_seconds_of_work() -> None:

@@ -1,7 +1,7 @@
 """The cost of a Hessian, estimated before it is measured."""
 
-import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..._torch.memory import most_bytes
@@ -9,8 +9,8 @@ from ..._torch.vjp import default_chunk_size
 from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
-from ..recording import recorded
-from ..timing import seconds_of
+from ..recording import Recording, recorded
+from ..timing import least_seconds_of, now, seconds_of
 from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose, seconds_of_exact
@@ -75,6 +75,9 @@ class Cost(dict[str, LayerCost]):
         return f"Cost({self.seconds:.3g} s, {self.num_bytes / 1e6:.3g} MB, {super().__repr__()})"
 
 
+#: Seconds from which on an investigation is not made again to be timed.
+LONG = 1.0
+
 #: Strategies whose products end in z.
 _IN_Z = (
     Strategy.COLUMNS,
@@ -90,15 +93,8 @@ _IN_Z = (
 def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> Cost:
     """What a Hessian diagonal or trace would take: one forward, one backward, the checks and short trials are run."""
 
-    def first_time() -> None:
-        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-            investigate(task, recording, budget, columns=True)
-
-    kept = most_bytes(first_time)  # with what happens the first time alone
-    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        start = time.perf_counter()
-        found = investigate(task, recording, budget, columns=True)
-        overhead = time.perf_counter() - start
+    with ExitStack() as opened:
+        found, recording, overhead, kept = _investigated(task, budget, opened)
         if matters(found, budget):  # as it is found out when it is measured
             overhead += seconds_of(lambda: learn_seconds(task, found, budget, recording))
         by_chain = _seconds_by_chain(task, found, budget)
@@ -121,6 +117,35 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
     if any(c.strategy in (Strategy.PARAMETER_BASIS, Strategy.PARAMETER_DRAWS) for c in chosen.values()):
         overhead += 3 * found.seconds  # another forward and gradient
     return Cost(costs, overhead, kept + result_bytes(task.layers))
+
+
+def _investigated(task: Measurement, budget: Budget, opened: ExitStack) -> tuple[Findings, Recording, float, int]:
+    """What an investigation finds, in a recording that stays open; its seconds, and the memory that it takes.
+
+    It is made twice, metered and timed; one that takes long is made once, and forwards tell what metering adds.
+    """
+    made: list[Findings] = []
+
+    def investigated() -> Recording:
+        recording = opened.enter_context(recorded(task.isolated, task.ruled, own_parameters=False))
+        made.append(investigate(task, recording, budget, columns=True))
+        return recording
+
+    found: list[Recording] = []
+    start = now()
+    kept = most_bytes(lambda: found.append(investigated()))  # with what happens the first time alone
+    seconds = now() - start
+    if seconds < LONG:
+        made.clear()
+        opened.close()
+        seconds = seconds_of(lambda: found.append(investigated()))
+    else:
+        with found[-1].paused():
+            metered = seconds_of(lambda: most_bytes(task.loss))
+            plain = least_seconds_of(task.loss)
+        seconds = max(plain, (seconds - made[-1].seconds + metered) * min(1.0, plain / metered))
+        made[-1].seconds = plain
+    return made[-1], found[-1], seconds, kept
 
 
 def result_bytes(layers: Sequence[Layer]) -> int:

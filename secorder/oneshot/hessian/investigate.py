@@ -131,6 +131,9 @@ def attached(
 def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs: int, passed: int) -> Facts:
     numel = sum(layer.sizes())
     z = sum(leaf.numel() for leaf in recording.leaves.get(layer.name, []))
+    called = list(recording.leaves)
+    after = called[called.index(layer.name) :] if layer.name in called else []
+    widest = max((leaf.numel() for name in after for leaf in recording.leaves[name]), default=0)  # on a product's way
     return Facts(
         layer.name,
         numel,
@@ -138,7 +141,7 @@ def _first_facts(task: Measurement, recording: Recording, layer: Layer, outputs:
         outputs=z // task.num_samples,
         passed=passed,
         passed_by_column=outputs,
-        output_elements=max(2 * z, outputs),
+        output_elements=max(2 * z, 2 * widest, outputs),
         parameter_elements=max(4 * (numel + sum(t.numel() for t in tensors_in(task.inputs))), passed),
     )
 

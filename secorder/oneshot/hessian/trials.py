@@ -1,7 +1,7 @@
 """Timing a few products of each layer, where it matters which strategy is taken."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,7 +17,7 @@ from ..measurement import Measurement
 from ..recorded_layer import contract_pairs, layout_options
 from ..recording import Recording
 from ..roots import First
-from ..timing import TRIAL_SECONDS, of_nearest, seconds_and_bytes, seconds_of, seconds_per_product
+from ..timing import METERED_SECONDS, TRIAL_SECONDS, bytes_of_products, of_nearest, seconds_of, seconds_per_product
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import AUTO_SECONDS, Budget
 from .chain import seconds_of_chain, shortened
@@ -43,6 +43,10 @@ ALIKE = 4
 
 #: Multiplications from which on a chain may take so long that another strategy is worth a trial.
 LONG_WORK = 10_000_000_000
+
+
+#: Makes so many products, and how many there are at once, at most.
+_Trial = tuple[Callable[[int], None], int]
 
 
 def matters(found: Findings, budget: Budget) -> bool:
@@ -87,11 +91,11 @@ def learn_seconds(
     asked = [f.layer for f in found.facts.values() if f.used and not f.last and f.numel]
     compared = [name for name in asked if found.facts[name].chain_seconds is not None]
     asked = [x for x in asked if chosen[x].strategy != Strategy.CHAIN or (draws is None and x in compared)]
-    allowance = TRIAL_SECONDS / max(1, len(asked))
-    told = _told_seconds if draws is None else seconds_and_bytes
     by_columns = [found.graphs[name] for name in asked if columns.applies(found.facts[name])]
     if found.output_side is not None and by_columns and (draws or budget.max_seconds < math.inf):
-        seconds, num_bytes = _of_columns(task, found.output_side, by_columns, partial(told, allowance=TRIAL_SECONDS))
+        trial, most = _of_columns(task, found.output_side, by_columns)
+        seconds = seconds_per_product(trial, most, TRIAL_SECONDS) if most else 0.0
+        num_bytes = bytes_of_products(trial, most, seconds, TRIAL_SECONDS) if most and draws else 0
         for graph in by_columns:
             found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
         verify_samples(task, found, budget)  # where columns take too long
@@ -99,16 +103,16 @@ def learn_seconds(
     asked = [x for x in asked if chosen[x].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
     if draws is None and budget.max_seconds == math.inf:
         asked = [x for x in asked if x in compared or len(_alike(found.facts[x])) > 1]
-    how = partial(told, allowance=allowance)
     in_z = [x for x in asked if output_basis in _ways(found.facts[x], budget, draws)]
-    _learn(found, in_z, "seconds", lambda name: _in_z(task, found.graphs[name], found.facts[name], how))
+    of_z = {x: _in_z(task, found.graphs[x], found.facts[x]) for x in in_z}
+    _learn(found, "seconds", of_z, metered=draws is not None)
     own = {x.name: x for x in task.layers if x.name in asked}
     own = {x: layer for x, layer in own.items() if parameter_basis in _ways(found.facts[x], budget, draws)}
     with recording.paused():
         gradients = {x.name: g for x, g in on_parameters(task, list(own.values()))}
         used = [name for name, g in gradients.items() if any(part is not None for part in g)]
-        by_own = lambda x: _on_parameters(task, own[x], gradients[x], found.facts[x], how)  # noqa: E731
-        _learn(found, used, "seconds_on_parameters", by_own)
+        on_own = {x: _on_parameters(task, own[x], gradients[x], found.facts[x]) for x in used}
+        _learn(found, "seconds_on_parameters", on_own, metered=draws is not None)
     verify_samples(task, found, budget)
     return _draw_some(task, found, budget, recording, gradients, draws) if draws else {}
 
@@ -140,11 +144,30 @@ def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
         found.learn(name, chain_depth=depths[name], chain_seconds=seconds[name])
 
 
-def _learn(found: Findings, names: Sequence[str], fact: str, told: Callable[[str], tuple[float, int]]) -> None:
-    """Enter into the facts of layers how long a product takes, and how much memory."""
-    of_each = of_nearest(len(names), lambda place: told(names[place]))
-    for name, (seconds, num_bytes) in zip(names, of_each, strict=True):
-        found.learn(name, **{fact: seconds}, num_bytes=num_bytes)
+def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered: bool) -> None:
+    """Enter into the facts of layers how long a product takes, unless it is known, and perhaps how much memory.
+
+    Half of the time is for all alike, and half for those that take many products, which all depends on.
+    """
+    names = list(trials)
+    kinds = [(found.facts[name].outputs, found.facts[name].numel) for name in names]
+    counts = [min(x for x in kind if x) for kind in kinds]
+    shares = {name: 0.5 / len(names) + 0.5 * k / sum(counts) for name, k in zip(names, counts, strict=True)}
+    unknown = [name for name in names if not getattr(found.facts[name], fact)]
+
+    def seconds(place: int) -> float:
+        return seconds_per_product(*trials[unknown[place]], TRIAL_SECONDS * shares[unknown[place]])
+
+    def num_bytes(place: int) -> int:
+        name = names[place]
+        return bytes_of_products(*trials[name], getattr(found.facts[name], fact), TRIAL_SECONDS * shares[name])
+
+    of_each = of_nearest([kinds[names.index(name)] for name in unknown], seconds)
+    for name, (told, _) in zip(unknown, of_each, strict=True):
+        found.learn(name, **{fact: told})
+    if metered:
+        for name, (metered_bytes, _) in zip(names, of_nearest(kinds, num_bytes, METERED_SECONDS), strict=True):
+            found.learn(name, num_bytes=metered_bytes)
 
 
 def _draw_some(
@@ -170,27 +193,40 @@ def _draw_some(
         _, seconds = _seconds_of_draws(work, budget, len(together) * limit, TRIAL_SECONDS)
         expected |= {graph.layer.name: seconds / len(together) for graph in together}
 
-    def of_layer(place: int) -> tuple[float, int]:
-        name = alone[place]
-        facts, how = found.facts[name], budget.within(limit, found.facts[name].seconds_by_draw)
-        if how.max_draws < budget.num_draws:  # so few that there is nothing to decide
-            return how.max_draws * facts.seconds_by_draw, facts.num_bytes
+    part = TRIAL_SECONDS / max(1, len(alone))
+    works: dict[str, _Draws] = {}
+    sizes: dict[str, int] = {}
+    for name in alone:
+        facts = found.facts[name]
         if chosen[name].strategy == Strategy.OUTPUT_DRAWS:
             elements = facts.output_elements + facts.numel
-            work: _Draws = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
+            works[name] = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
         else:
             elements = facts.parameter_elements
-            work = partial(_drawn_on_parameters, task, recording, layers[name], gradients[name], elements, reduce)
-        part = TRIAL_SECONDS / len(alone)
-        by_draw, seconds = _seconds_of_draws(work, how, limit, part)
-        if chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, how):
-            seconds += 2 * deflation.PILOT_DRAWS * by_draw
-        size = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
-        return seconds, _bytes_of_draws(work, how, size, part / max(by_draw, 1e-9))
+            works[name] = partial(
+                _drawn_on_parameters, task, recording, layers[name], gradients[name], elements, reduce
+            )
+        sizes[name] = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
+    budgets = {name: budget.within(limit, found.facts[name].seconds_by_draw) for name in alone}
+    told: dict[str, tuple[float, float]] = {}  # of one, and of all
+    few = [x for x in alone if budgets[x].max_draws < budget.num_draws]  # so few that there is nothing to decide
+    many = [x for x in alone if x not in few]
+    expected |= {x: budgets[x].max_draws * found.facts[x].seconds_by_draw for x in few}
+    kinds = [(found.facts[x].outputs, found.facts[x].numel) for x in many]
+    of_each = of_nearest(kinds, lambda place: _seconds_of_draws(works[many[place]], budgets[many[place]], limit, part))
+    for name, ((by_draw, seconds), place) in zip(many, of_each, strict=True):
+        mine, other = (found.facts[x].seconds_by_draw for x in (name, many[place]))
+        scale = mine / other if mine and other else 1.0
+        told[name] = scale * by_draw, min(scale * seconds, limit)
+        decided = chosen[name].strategy == Strategy.OUTPUT_DRAWS and _decided_by_draws(found, name, budgets[name])
+        expected[name] = told[name][1] + (2 * deflation.PILOT_DRAWS * told[name][0] if decided else 0.0)
 
-    for name, (seconds, num_bytes) in zip(alone, of_nearest(len(alone), of_layer), strict=True):
-        found.learn(name, num_bytes=num_bytes)
-        expected[name] = seconds
+    def num_bytes(place: int) -> int:
+        name = many[place]
+        return _bytes_of_draws(works[name], budgets[name], sizes[name], part / max(told[name][0], 1e-9))
+
+    for name, (metered, _) in zip(many, of_nearest(kinds, num_bytes, METERED_SECONDS), strict=True):
+        found.learn(name, num_bytes=metered)
     for name, seconds in _seconds_of_columns_beside(task, found, budget, alone, reduce, limit).items():
         expected[name] += seconds
     return expected
@@ -207,7 +243,8 @@ def _seconds_of_columns_beside(
     few = [found.graphs[x] for x in names if found.facts[x].num_columns <= budget.num_draws]
     many = [found.graphs[x] for x in names if found.facts[x].num_columns > budget.num_draws]
     if few:
-        by_column, _ = _of_columns(task, side, few, partial(_told_seconds, allowance=TRIAL_SECONDS))
+        trial, most = _of_columns(task, side, few)
+        by_column = seconds_per_product(trial, most, TRIAL_SECONDS) if most else 0.0
         seconds |= {g.layer.name: found.facts[g.layer.name].num_columns * by_column / len(few) for g in few}
     if many:
         work = partial(_drawn_columns, task, side, many, reduce)
@@ -272,14 +309,24 @@ def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: flo
 
     one = seconds_of_some(1)  # with what happens the first time alone
     count = min(budget.num_draws, PILOT_DRAWS, max(LEAST_DRAWS, int(allowance / max(one, 1e-9))))
-    few = -(-count // 4)
-    some, more = seconds_of_some(few), seconds_of_some(count)
-    by_draw = more / count if more <= some else (more - some) / (count - few)  # each run does something besides
-    if budget.rtol is None:
-        return by_draw, more + (budget.num_draws - count) * by_draw
     told: list[Estimate] = []
-    tried = replace(budget, num_draws=count)
-    seconds = seconds_of(lambda: told.extend(work(tried, min(limit, allowance))))
+
+    def tried() -> None:
+        told.extend(work(replace(budget, num_draws=count), min(limit, allowance)))
+
+    if count == LEAST_DRAWS:  # so long that they are most of it
+        seconds = seconds_of(tried) if budget.rtol is not None else seconds_of_some(count)
+        made = max(count, max((estimate.num_draws for estimate in told), default=0))
+        by_draw = seconds / made
+    else:
+        few = -(-count // 4)
+        some, seconds = seconds_of_some(few), seconds_of_some(count)
+        # Each run does something besides.
+        by_draw = seconds / count if seconds <= some else (seconds - some) / (count - few)
+        if budget.rtol is not None:
+            seconds = seconds_of(tried)
+    if budget.rtol is None:
+        return by_draw, seconds + (budget.num_draws - count) * by_draw
     worst = max(told, key=lambda estimate: estimate.relative_error)
     if not worst.errors:
         return by_draw, seconds
@@ -304,42 +351,30 @@ def _bytes_of_draws(work: _Draws, budget: Budget, size: int, possible: float) ->
     return some + (most - count) * max(0, some - few) // (count - 1)
 
 
-#: ``told(trial, most)``: seconds of one product, and the memory of so many at once.
-_Told = Callable[[Callable[[int], object], int], tuple[float, int]]
-
-
-def _told_seconds(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
-    return seconds_per_product(trial, most, allowance), 0
-
-
-def _in_z(task: Measurement, graph: LayerGraph, facts: Facts, told: _Told) -> tuple[float, int]:
+def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
     def trial(count: int) -> None:
         output_basis.run(task, graph, facts.output_elements, _nothing, count)
 
     size = default_chunk_size(facts.output_elements, graph.leaves[0], task.chunk_size)
-    return told(trial, min(size, facts.outputs))
+    return trial, min(size, facts.outputs)
 
 
-def _on_parameters(
-    task: Measurement, layer: Layer, own: Sequence[Tensor | None], facts: Facts, told: _Told
-) -> tuple[float, int]:
+def _on_parameters(task: Measurement, layer: Layer, own: Sequence[Tensor | None], facts: Facts) -> _Trial:
     def trial(count: int) -> None:
         parameter_basis.run(task, layer, own, facts.parameter_elements, _nothing, count)
 
     like = task.isolated.replacements(layer)[0]
     size = default_chunk_size(facts.parameter_elements, like, task.chunk_size)
-    return told(trial, min(size, facts.numel))
+    return trial, min(size, facts.numel)
 
 
-def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph], told: _Told) -> tuple[float, int]:
-    """Of one column, for all layers together."""
+def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph]) -> _Trial:
+    """Of columns, for all layers together."""
     root = side.find_root(task.chunk_size)
     usual = [g for g in graphs if all(x == DIM_ZERO for x in next(iter(layout_options(g, task.num_samples)), [None]))]
-    if not usual:
-        return 0.0, 0
-    before = [graph.layouts for graph in usual]
 
     def trial(count: int) -> None:
+        before = [graph.layouts for graph in usual]
         contract_pairs(
             side.model_outputs,
             usual,
@@ -348,13 +383,12 @@ def _of_columns(task: Measurement, side: OutputSide, graphs: Sequence[LayerGraph
             generator=task.generator,
             chunk_size=task.chunk_size,
         )
+        for graph, layouts in zip(usual, before, strict=True):
+            graph.layouts = layouts  # a trial verifies none
 
     elements = sum(t.numel() for graph in graphs for t in graph.leaves) + sum(t.numel() for t in side.model_outputs)
     size = default_chunk_size(elements, side.model_outputs[0], task.chunk_size)
-    found = told(trial, min(size, root.num_columns))
-    for graph, layouts in zip(usual, before, strict=True):
-        graph.layouts = layouts  # a trial verifies none
-    return found
+    return trial, min(size, root.num_columns) if usual else 0
 
 
 def _nothing(_: int) -> None:

@@ -94,7 +94,7 @@ def test_how_many_draws_there_will_be(monkeypatch: pytest.MonkeyPatch, limit: fl
     assert trials._seconds_of_draws(work, Budget("hutchinson", 100), limit, 100.0)[1] == pytest.approx(10.0)
 
 
-@pytest.mark.parametrize(("rtol", "made"), [(None, [1, 1, 2]), (0.1, [1, 1, 2, 2])])
+@pytest.mark.parametrize(("rtol", "made"), [(None, [1, 2]), (0.1, [1, 2])])
 def test_of_draws_that_take_long_a_few_are_made(
     monkeypatch: pytest.MonkeyPatch, rtol: float | None, made: list[int]
 ) -> None:
@@ -150,7 +150,8 @@ def test_draws_that_are_made_to_decide_by_count_too(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(
         trials, "_seconds_of_draws", lambda work, budget, limit, allowance: (1.0, float(budget.num_draws))
     )
-    monkeypatch.setattr(trials, "_of_columns", lambda task, side, graphs, told: (1.0 * len(graphs), 0))
+    monkeypatch.setattr(trials, "_of_columns", lambda task, side, graphs: (abs, len(graphs)))
+    monkeypatch.setattr(trials, "seconds_per_product", lambda trial, most, allowance: most if trial is abs else 1.0)
     expected = measure(partial(seconds_told, draws), model, layers, F.cross_entropy, x, y, by_sample=False)
     assert expected
     assert set(expected.values()) == {draws + more * deflation.PILOT_DRAWS + 2}
@@ -204,7 +205,7 @@ def test_columns_that_are_drawn_beside_draws_are_told(
         return 0.1, 7.0 if work.func is trials._drawn_columns else 1.0
 
     monkeypatch.setattr(trials, "_seconds_of_draws", seconds_of_draws)
-    monkeypatch.setattr(trials, "_told_seconds", lambda *_, allowance: (0.0, 0))
+    monkeypatch.setattr(trials, "seconds_per_product", lambda *_: 0.0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 12))
     x, y = torch.randn(6, 3), torch.randint(12, (6,))
     layers = select_layers(model, None)
@@ -239,3 +240,35 @@ def test_a_chain_that_fails_when_it_is_timed_is_given_up(monkeypatch: pytest.Mon
         found = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact")
     assert "chain" not in {info.strategy for info in found.info.values()}
     assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, x, y))
+
+
+def test_draws_of_layers_that_are_not_tried_take_as_much_longer_as_their_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x, y, tried = mlp(), *data(), []
+
+    def one_alone(kinds: Any, tell: Any, most: float = 0.0) -> list[tuple[Any, int]]:
+        return [(tell(0), 0) for _ in kinds] if kinds else []
+
+    def products(trial: Any, most: int, allowance: float) -> float:
+        tried.append(trial)
+        return float(len(tried))
+
+    monkeypatch.setattr(trials, "seconds_per_product", products)
+    layers = select_layers(model, None)
+    told: dict[str, dict[str, float]] = {}
+
+    def work(task: Measurement) -> dict[str, float]:
+        with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+            budget = Budget("hutchinson", num_draws=2)
+            found = investigate(task, recording, budget, columns=False)
+            learn_seconds(task, found, budget, recording, draws=whole)  # which times the products of each
+            monkeypatch.setattr(trials, "of_nearest", one_alone)
+            monkeypatch.setattr(trials, "_seconds_of_draws", lambda *_: (0.5, 5.0))
+            told["seconds"] = {name: f.seconds for name, f in found.facts.items()}
+            return learn_seconds(task, found, budget, recording, draws=whole)
+
+    drawn = measure(work, model, layers, F.cross_entropy, x, y, by_sample=False)
+    first = told["seconds"][layers[0].name]
+    assert drawn == {name: pytest.approx(5.0 * told["seconds"][name] / first) for name in drawn}
+    assert len(set(drawn.values())) == len(drawn) > 1
