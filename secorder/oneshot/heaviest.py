@@ -23,8 +23,8 @@ MAX_COLUMNS = 256
 #: Columns, and draws, that tell how long all of them take.
 PILOT_COLUMNS = 16
 
-#: And draws at least, however long one takes.
-LEAST_DRAWS = 4
+#: And draws at least, however long one takes; and columns at once whose memory tells of that of more.
+LEAST_DRAWS, METERED_COLUMNS = 2, 48
 
 #: Draws from which on half of them may be columns: two draws tell of their error.
 MIN_DRAWS = 4
@@ -129,7 +129,7 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
         few = min(PILOT_COLUMNS, exact)
         by_column = seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
         seconds = exact * by_column
-        most = max(1, min(few, int(TRIAL_SECONDS / max(by_column, 1e-9))))
+        most = max(1, min(METERED_COLUMNS, exact, int(TRIAL_SECONDS / max(by_column, 1e-9))))
         for count in {max(1, most // 2), most}:
             num_bytes[count] = most_bytes(lambda: contract(trial(count)))  # noqa: B023
     if enough:
@@ -139,12 +139,13 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     def drawn(number: int, without: Tensor | None) -> list[list[Tensor]]:
         return [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
 
-    num_bytes[1] = max(num_bytes.get(1, 0), most_bytes(lambda: drawn(1, without)))  # the first time alone
+    made: list[list[list[Tensor]]] = []
+    first = most_bytes(lambda: made.append(contract(Draws.of(root, 1, generator, without=without))))
+    num_bytes[1] = max(num_bytes.get(1, 0), first)
     by_draw = least_seconds_of(lambda: drawn(1, without))
     tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(2 * TRIAL_SECONDS / max(by_draw, 1e-9))))
     pilot = replace(budget, num_draws=tried, rtol=None)
-    one = contract(Draws.of(root, 1, generator, without=without))
-    zero, sizes = [torch.zeros_like(v) for v in _joined(one)], [len(parts) for parts in one]
+    zero, sizes = [torch.zeros_like(v) for v in _joined(made[0])], [len(parts) for parts in made[0]]
 
     def spread(without: Tensor | None) -> list[Estimate]:
         def draw(number: int) -> list[Tensor]:
