@@ -26,7 +26,6 @@ from ..._torch.modules import (
     is_scripted,
     observe_nothing,
     observers,
-    own_attributes,
 )
 from ..._torch.pytree import map_tensors, once_each, tensors_in
 from ..._torch.surroundings import attention_kernels
@@ -39,12 +38,12 @@ from ...layers.tying import tied_layers
 from ...oneshot.isolation import IsolatedModel, isolate
 from ...oneshot.recorded_layer import RecordedLayer
 from ...oneshot.recording import recorded
-from ...oneshot.restoring import used_up
 from ...parallel.ranks import Ranks
 from ..carried import cut_off
 from .attribution import Attribution
 from .beside import Beside, coupling, made_beside
 from .forward_graph import ForwardGraph, Hooks
+from .held_iterators import HOLDS, iterators_kept
 from .hypotheses import Hypothesis, SampleDim, floating, shapes_of
 from .linear_backward import not_linear
 from .outside import share_parameters, uses_outside, without_gradient
@@ -62,11 +61,6 @@ _USED_UP = (
 _NESTED = (
     "the model is called with a nested tensor, which has no dimension that samples could be found in: call it with a "
     "padded tensor, or with a list of tensors"
-)
-
-_HOLDS = (
-    "the model holds an iterator, its attribute {!r}, which running the model once more to see where samples are would "
-    "use up: call the model with what that yields, or attach the probe to the part that is called with tensors"
 )
 
 
@@ -93,12 +87,20 @@ def attribute(
         return Attribution(undecided=_USED_UP)
     if any(t.is_nested for t in tensors_in((args, kwargs))):
         return Attribution(undecided=_NESTED)
-    for name, module in model.named_modules():
-        held = next((key for key, value in own_attributes(module).items() if used_up(value)), None)
-        if held is not None:
-            return Attribution(undecided=_HOLDS.format(f"{name}.{held}".lstrip(".")))
     args, kwargs = map_tensors(once_each(cut_off), (args, kwargs))
     asked = Question(model, (args, kwargs), sample_dim, before, direct, not_followed, ranks=ranks)
+    with iterators_kept(model) as held:
+        try:
+            found = _attribution(asked, layers, before)
+        except Exception:
+            if not held.wanted:
+                raise
+    return Attribution(undecided=HOLDS.format(held.wanted)) if held.wanted else found
+
+
+def _attribution(asked: Question, layers: Sequence[Layer], before: Attribution | None) -> Attribution:
+    """:func:`attribute` of a batch that the model may be run on again."""
+    model = asked.model
     if before is not None:
         return replace(_again(asked, before), ties=before.ties)
     layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
