@@ -27,6 +27,7 @@ from .audit.uncalled import Uncalled
 from .finite import all_finite
 from .losses.accumulation import Accumulation
 from .losses.reduction import Weights, usable_scale
+from .losses.sizes import Sizes
 from .norm_sums import NormSums
 from .record import Backward, Backwards, ForwardRecord
 from .stacked import Stacked
@@ -147,6 +148,7 @@ class OnlineFisher:
         self.measured_by: dict[str, MeasuredBy] = {}  # what told the latest batch's per-sample gradients, by layer
         self.uncalled = Uncalled(self.layers)
         self.accumulation = Accumulation()
+        self.sizes = Sizes()
 
     @lasting()
     def renew(self, copied: Sequence[str] = ()) -> None:

@@ -22,6 +22,8 @@ As that backward begins, of verification batches, in the graph that still holds 
 - :mod:`.coupling`: does the loss couple samples, by its second derivatives?
 - :mod:`.choices`: does it choose among samples, or compare them, which no derivative tells?
 - :mod:`.weights`: does it weight samples, by classes, tokens, or one mean over several forwards?
+- :mod:`.powers`: is it a mean, or a sum, over samples, by what is on each path?
+- :mod:`.sizes`: does that go with the number of samples?
 - :mod:`.scale`: is it multiplied by a scaler, or what the model returns by a loop?
 - :mod:`.accumulation`: is it divided, and are gradients added up?
 """

@@ -1,8 +1,8 @@
 """Gradients of several batches that are added up, each of a loss that is divided by their number, without being told.
 
-Two things are seen: that the loss of a verification batch is divided by a whole number before backward, and that
-the gradients of a backward are still there, as it left them, when the next one adds its own. The first alone may be a
-mean of several terms, and the second a sum over batches.
+Two things are seen: that the loss of a verification batch is divided by a whole number (of batches; of samples,
+where it is a sum), and that the gradients of a backward are still there, as it left them, when the next one adds its
+own. The first alone may be a mean of several terms, and the second a sum over batches.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -16,14 +16,16 @@ from ..._torch.loss_graph import Place
 from ..._torch.loss_terms import factors_between
 from ...layers.selection import Layer
 from ..record import ForwardRecord, Slot, slot
+from .powers import Path
+from .sizes import as_a_mean
 
 #: What may be rounding in numbers of half precision.
 TOLERANCE = 1e-2
 
 _REASON = (
     "the loss is multiplied by {0} before backward, gradients of several backward passes are added up, and loss_scale= "
-    "is not specified: pass loss_scale={0} where that makes a mean of as many batches, or loss_scale=1 where it is a "
-    "part of the loss."
+    "is not specified: pass loss_scale={0} where that makes a mean of all of these, or loss_scale=1 where it is a part "
+    "of the loss."
 )
 
 
@@ -56,6 +58,16 @@ class Accumulation:
             prod([float(g), *factors_between(node, outputs)]) if not g.dim() else 1.0 for (node, _), g in roots.items()
         }
         self.scale = 1 / one_over(scales.pop()) if len(scales) == 1 else 1.0
+
+    def see_share(self, paths: Collection[Path], specified: str, samples: int) -> None:
+        """See the same within a loss, by what it multiplies its samples' mean, or sum, by, as is specified."""
+        of_sum = specified == "sum"
+        factors = [as_a_mean(path, samples) / (samples if of_sum else 1) for path in paths]
+        # A sum over all numbers that is divided by how many these are is a mean as well.
+        whole = [path.scale * (1 if path.mean or of_sum else path.added) for path in paths]
+        numbers = [0 if abs(other - 1) < 1e-4 else one_over(x) for x, other in zip(factors, whole, strict=True)]
+        if min(numbers, default=0) > (samples if of_sum else 1):
+            self.scale = 1 / min(numbers)
 
     def begins(self, layers: Sequence[Layer]) -> str:
         """A backward begins: why none of the layers is told from now on, where it adds to the gradients of the last."""

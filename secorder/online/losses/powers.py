@@ -3,7 +3,8 @@
 A loss of N samples is a mean of their losses where 1/N comes in once on every path of its graph: as a mean over
 samples, or as a number that a sum is divided by. A sum of some terms and a mean of others, a loop that adds up means of
 one sample each, or a term that is divided by the number of boxes, shows so. What a constant of the loss is, and what
-the number of samples, is told by its value alone; where it may be either, it is what is specified.
+the number of samples, is told by its value alone in one batch; where it may be either, it is what is specified until a
+batch of another size comes (:mod:`.sizes`).
 """
 
 from collections import Counter
@@ -28,7 +29,7 @@ WEIGHTED = (
 
 _REDUCED = 'the loss is the {0} of its samples\' losses, and was taken to be their {1}: pass reduction="{0}"{2}.'
 
-_CONSTANT = ", or loss_scale=1 where the factor {} is a constant that does not go with the number of samples"
+_CONSTANT = ", or loss_scale=1 where a factor in it is a constant that does not go with the number of samples"
 
 _MIXED = (
     "of the terms of the loss, some are divided by the number of samples and others are not ({}), so that it is no {} "
@@ -44,6 +45,15 @@ _DIVIDED = (
 #: A factor below it, or above one over it, tells nothing.
 TINY = 1e-30
 
+#: So many paths from a loss to one node are kept apart by what multiplies them.
+MOST = 1024
+
+#: What a factor does not come through: behind it, such as a temperature of logits, it is a part of samples' losses.
+CURVED = frozenset({
+    "BinaryCrossEntropy", "BinaryCrossEntropyWithLogits", "Exp", "Expm1", "Log", "Log1P", "LogSigmoid", "LogSoftmax",
+    "Logsumexp", "Sigmoid", "Softmax", "Softplus", "Tanh",
+})  # fmt: skip
+
 
 class Path(NamedTuple):
     """What all ways of one kind from a loss to an output have in common."""
@@ -52,6 +62,10 @@ class Path(NamedTuple):
     likely: int = 0  #: the same of factors that may be constants of the loss
     number: int = 0  #: what it was divided by last, or how many numbers the last mean was of
     why: str = ""  #: how samples are weighted that is no mean over them; empty where that does not show
+    scale: float = 1.0  #: what it was multiplied by, means aside
+    mean: bool = False  #: whether there was a mean over samples
+    added: int = 0  #: how many numbers were added up to one
+    inside: bool = False  #: whether what comes is a part of samples' losses
 
 
 @dataclass
@@ -83,14 +97,17 @@ def paths_of(loss: SeenLoss, samples: int, told: str) -> set[Path]:
             found.setdefault(node, set()).add(_scaled(walk, Path(), float(g), divides=False, whole=True))
     for node in loss.order:
         paths = found.pop(node, set())
+        paths = paths if len(paths) <= MOST else {x._replace(scale=1.0) for x in paths}
         for index, (before, _) in enumerate(node.next_functions):
             if before in leads and paths and not hides(node):
-                found.setdefault(before, set()).update(x for x in _through(walk, paths, node, index) if x is not None)
+                curved = operation_of(node) in CURVED
+                on = [x._replace(inside=x.inside or curved) for x in _through(walk, paths, node, index)]
+                found.setdefault(before, set()).update(on)
     return set().union(*(found.get(end, set()) for end in ends))
 
 
-def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> list[Path | None]:
-    """Paths that go on from a node to one of its inputs; None for one of which nothing is known behind it."""
+def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> list[Path]:
+    """Paths that go on from a node to one of its inputs; without those of which nothing is known behind it."""
     if averaged(node):
         return [_averaged(walk, path, node) for path in paths]
     if count := summed(node):
@@ -102,10 +119,13 @@ def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> li
         return list(paths)
     if not uniform(by):  # weights that add up to one, or that are a part of each sample's loss
         one = not by.numel() % walk.samples and abs(float(by.sum()) - 1) < 1e-5
-        return [path._replace(power=path.power - one) for path in paths]
+        return [path._replace(power=path.power - one, mean=path.mean or one) for path in paths]
     factor = abs(float(by.flatten()[0]))
-    if not factor or (node.next_functions[index] in walk.loss.outputs and _whole(walk, factor**-2) in walk.sizes):
-        return [None for _ in paths]  # a term that is switched off, or outputs that are squared later
+    if not factor:  # a term that is switched off
+        return []
+    if node.next_functions[index] in walk.loss.outputs and _whole(walk, factor**-2) in walk.sizes:
+        # Of outputs that may be squared later nothing is known; a temperature's square outside is no number of samples.
+        paths = [path._replace(likely=0) for path in paths if path.inside]
     whole = prod(shape_of(node, 0)) == 1
     return [_scaled(walk, path, factor, divides=operation_of(node) == "Div", whole=whole) for path in paths]
 
@@ -118,8 +138,10 @@ def _whole(walk: _Walk, number: float) -> int:
 
 def _scaled(walk: _Walk, path: Path, factor: float, *, divides: bool, whole: bool) -> Path:
     """Behind a constant factor: one over the number of samples, or a multiple of it, or a number of its own."""
-    if not TINY < factor < 1 / TINY:
+    if path.inside or not TINY < factor < 1 / TINY:
         return path
+    if whole or not path.mean:
+        path = path._replace(scale=float(f"{path.scale * factor:.6g}"))  # without rounding that makes kinds of its own
     under, over, near = _whole(walk, 1 / factor), _whole(walk, factor), round(1 / factor)
     mean, known = walk.told == "mean", walk.sizes | {2 * walk.samples}
     if divides and whole and near >= (2 if mean else max(walk.samples, 3)) and abs(factor * near - 1) < 1e-5:
@@ -140,12 +162,13 @@ def _averaged(walk: _Walk, path: Path, node: Node) -> Path:
         return path
     if count % walk.samples:
         power = path.power - (walk.told == "sum")
-        return path._replace(power=power, number=count, why=f"a mean of {count} for {walk.samples} samples")
-    return path._replace(power=path.power - 1, number=count, why="")
+        return path._replace(power=power, number=count, mean=True, why=f"a mean of {count} for {walk.samples} samples")
+    return path._replace(power=path.power - 1, number=count, mean=True, why="")
 
 
 def _added(walk: _Walk, path: Path, count: int) -> Path:
     """Behind a sum of so many numbers to one."""
+    path = path._replace(added=path.added or count)
     each, rest = divmod(path.number, walk.samples)
     fewer = each and not rest and path.number < count and path.number not in walk.sizes
     if fewer and (2 * count // walk.samples) % each and path.power < 0 and differ(walk.loss, 1):  # without padding
@@ -196,9 +219,18 @@ def differ(loss: SeenLoss, classes: int) -> bool:
     return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
 
 
-def reduced_otherwise(loss: SeenLoss, told: str, samples: int) -> tuple[str, bool]:
-    """Why a loss is not the mean, or the sum, of samples' losses that is specified; and whether that is sure."""
-    paths = paths_of(loss, samples, told)
+def reduced_otherwise(
+    loss: SeenLoss, paths: Collection[Path], told: str, samples: int, *, constant: bool = False
+) -> tuple[str, bool]:
+    """Why a loss is not the mean, or the sum, of samples' losses that is specified; and whether that is sure.
+
+    Args:
+        loss: the loss.
+        paths: from it to its outputs.
+        told: ``"mean"`` or ``"sum"``.
+        samples: how many it is of.
+        constant: whether it is known that a factor that is as large as the number of samples is not that number.
+    """
     if told == "mean":
         others = {x for x in paths if x.power >= 0}
         likely = [x for x in paths if x.likely > 0 and x.power + x.likely >= 0]
@@ -210,8 +242,7 @@ def reduced_otherwise(loss: SeenLoss, told: str, samples: int) -> tuple[str, boo
         return _MIXED.format(why or f"{'sums' if told == 'mean' else 'means'} over them", told), True
     if why:
         return WEIGHTED.format(why), True
-    if others or (likely and len(likely) == len(paths)):
-        constant = "" if others else _CONSTANT.format(likely[0].number)
-        return _REDUCED.format("sum" if told == "mean" else "mean", told, constant), True
+    if others or (likely and len(likely) == len(paths) and not constant):
+        return _REDUCED.format("sum" if told == "mean" else "mean", told, "" if others else _CONSTANT), True
     why = min((x.why for x in paths if x.why), default="")
     return _DIVIDED.format(why) if why and (told == "sum" or differ(loss, 1)) else "", False

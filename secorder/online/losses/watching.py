@@ -25,7 +25,7 @@ from ..troubles import tell_normalised
 from .choices import chooses
 from .coupling import couples
 from .marks import Output, mark_outputs, outputs_behind
-from .powers import reduced_otherwise
+from .powers import paths_of, reduced_otherwise
 from .scale import tell_scaler, watch_scale
 from .seen import SeenLoss, roots_of, see
 from .weights import MEAN_OF_SEVERAL, takes_mean_of_several, weights_of_loss
@@ -202,7 +202,10 @@ def _otherwise(fisher: OnlineFisher, loss: SeenLoss) -> str:
     (count,) = loss.groups.values()
     if (reason := weights_of_loss(loss, count)) or fisher.returned is not None:
         return reason
-    reason, sure = reduced_otherwise(loss, told, count)
+    paths = paths_of(loss, count, told)
+    fisher.accumulation.see_share(paths, told, count)
+    differ = fisher.sizes.differ(paths, told, count)
+    reason, sure = reduced_otherwise(loss, paths, told, count, constant=fisher.sizes.agree)
     if not sure:
         fisher.troubles.unseen = fisher.troubles.unseen or reason
-    return reason if sure else ""
+    return differ or (reason if sure else "")

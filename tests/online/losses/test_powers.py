@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import DIM_ZERO
+from secorder.online.losses import powers
 from secorder.online.losses.marks import Output
 from secorder.online.losses.powers import differ, paths_of, reduced_otherwise
 from secorder.online.losses.seen import SeenLoss, see
@@ -140,6 +141,11 @@ NEITHER: dict[str, tuple[Criterion, str, str]] = {
     "a loop by a number": (lambda z, t: torch.stack(by_sample(z, t)).sum() / 5, "mean", "divided by 5"),
     "a mean of a loop": (lambda z, t: torch.stack(by_sample(z, t)).mean(), "sum", 'reduction="mean"'),
     "a temperature": (lambda z, t: F.cross_entropy(z / 5, t, reduction="sum"), "mean", 'reduction="sum"'),
+    "the square root as a temperature": (
+        lambda z, t: F.cross_entropy(z / 6**0.5, t, reduction="sum"),
+        "mean",
+        '="sum"',
+    ),
     "a small sum": (lambda z, t: 0.01 * F.cross_entropy(z, t, reduction="sum"), "mean", 'reduction="sum"'),
     "weights of terms": (
         lambda z, t: torch.tensor([0.7, 0.3]).to(z) @ torch.stack([z.square().sum(), z.exp().sum()]),
@@ -175,6 +181,8 @@ AS_TOLD: dict[str, tuple[Criterion, str]] = {
     "by twice the number": (lambda z, t: z.square().sum() / (2 * len(z)), "mean"),
     "times one over it": (lambda z, t: z.square().sum() * (1 / len(z)), "mean"),
     "a few rows": (lambda z, t: (z[t > 0].square().sum() + z[t == 0].abs().sum()) / len(z), "mean"),
+    "a temperature": (lambda z, t: F.cross_entropy(z * 6, t), "mean"),
+    "a temperature of a sum": (lambda z, t: F.cross_entropy(z / 6, t, reduction="sum"), "sum"),
     "a term that is switched off": (lambda z, t: F.cross_entropy(z, t) + 0.0 * z.square().sum(), "mean"),
 }
 
@@ -243,6 +251,31 @@ def test_powers_of_the_number_of_samples() -> None:
         assert {path.power for path in paths_of(seen(criterion, z), 6, "mean")} == expected
 
 
+def test_what_paths_are_multiplied_by() -> None:
+    z = torch.randn(6, 2, requires_grad=True) * 1.0
+    for criterion, expected in (
+        (lambda z: 0.3 * z.sum(), {(0.3, False, 12, False)}),
+        (lambda z: 0.5 * (z.exp() * 3).mean(), {(0.5, True, 0, True)}),
+        (lambda z: (z.square() / 4).sum() / 2, {(0.125, False, 12, False)}),
+        (lambda z: ((z * 2).exp() * 3).sum(), {(3.0, False, 12, True)}),
+    ):
+        found = paths_of(seen(criterion, z), 6, "mean")
+        assert {(path.scale, path.mean, path.added, path.inside) for path in found} == expected
+
+
+def test_more_paths_than_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    z = torch.randn(6, 2, requires_grad=True) * 1.0
+
+    def criterion(z: Tensor) -> Tensor:
+        once = z.exp()
+        return torch.stack([once * k for k in range(2, 9)]).sum()
+
+    loss = seen(criterion, z)
+    assert {path.scale for path in paths_of(loss, 6, "mean")} == {*range(2, 9)}
+    monkeypatch.setattr(powers, "MOST", 6)
+    assert {path.scale for path in paths_of(loss, 6, "mean")} == {1.0}
+
+
 def test_numbers_of_targets() -> None:
     z = torch.randn(6, 2, requires_grad=True) * 1.0
     assert differ(seen(lambda z: z[:5].square().sum(), z), 1)
@@ -251,8 +284,13 @@ def test_numbers_of_targets() -> None:
 
 def test_what_is_sure_and_what_is_not() -> None:
     z = torch.randn(6, 2, requires_grad=True) * 1.0
-    assert reduced_otherwise(seen(lambda z: z.square().sum(), z), "sum", 6) == ("", False)
-    assert reduced_otherwise(seen(lambda z: z.square().sum(), z), "mean", 6)[1]
-    said, sure = reduced_otherwise(seen(lambda z: z.square().sum() / 11, z), "sum", 6)
+
+    def told(criterion: Callable[[Tensor], Tensor], reduction: str) -> tuple[str, bool]:
+        loss = seen(criterion, z)
+        return reduced_otherwise(loss, paths_of(loss, 6, reduction), reduction, 6)
+
+    assert told(lambda z: z.square().sum(), "sum") == ("", False)
+    assert told(lambda z: z.square().sum(), "mean")[1]
+    said, sure = told(lambda z: z.square().sum() / 11, "sum")
     assert "divided by 11" in said
     assert not sure
