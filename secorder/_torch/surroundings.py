@@ -15,6 +15,7 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
+from torch.utils._device import DeviceContext
 
 #: What runs the innermost ``torch.func`` transform (vmap, grad, …) now; None outside of any.
 inside_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
@@ -66,8 +67,11 @@ def out_of_sight(work: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def function_modes() -> list[Any]:
-    """The function modes that calls are made under, which may count them, or compute otherwise."""
-    modes: list[Any] = overrides._get_current_function_mode_stack()
+    """The function modes that calls are made under, which may count them, or compute otherwise.
+
+    Not that of ``torch.set_default_device``, which says where new tensors are made and nothing else.
+    """
+    modes: list[Any] = [m for m in overrides._get_current_function_mode_stack() if type(m) is not DeviceContext]
     return modes
 
 

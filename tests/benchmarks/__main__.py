@@ -342,7 +342,8 @@ def main() -> None:
     options = parser.parse_args()
     only, repeats = options.only or WORKS, options.repeats
     warnings.filterwarnings("ignore")
-    torch.set_default_device(options.device)
+    if options.device != "cpu":  # a default device is a mode, under which each call of PyTorch's goes through Python
+        torch.set_default_device(options.device)
     results = Results(Console(width=110))
     machine = machine_of(options.device)
     heading = f"{datetime.date.today()}, torch {torch.__version__}, {machine}, medians of {repeats} runs"

@@ -71,6 +71,9 @@ def test_so_may_a_hook_on_all_modules(register: Callable[..., object], hook: Cal
     finally:
         handle.remove()
     assert independent_by_structure(CHAIN)
+    with torch.device("cpu"):  # a mode, too, of which `torch.set_default_device` enters one for good
+        assert independent_by_structure(CHAIN)
+        assert pure_by_structure(CHAIN)
 
 
 def _with_a_weight_from_elsewhere() -> nn.Module:
