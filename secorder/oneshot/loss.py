@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -58,9 +58,17 @@ def explains_missing_targets(inputs: Any, targets: Any) -> Iterator[None]:
     except TypeError as error:
         if targets is not None:
             raise
-        pair = isinstance(inputs, (tuple, list)) and len(inputs) == 2
-        advice = "if the inputs are (inputs, targets), pass them as two arguments" if pair else "pass them"
+        advice = _advice(inputs) if isinstance(inputs, (tuple, list)) else "pass them"
         raise InvalidArgumentError(f"there are no targets, and calling failed: {advice}. ({error})") from error
+
+
+def _advice(inputs: Sequence[Any]) -> str:
+    """What a tuple or list that was taken for several inputs of the model may have been meant to be."""
+    if inputs and all(isinstance(x, (tuple, list)) for x in inputs):
+        return f"if each entry is a batch, let it be a pair (inputs, targets), not of {len(inputs[0])} entries"
+    if len(inputs) > 2:
+        return "all entries were taken for inputs of the model: let a batch be a pair (inputs, targets)"
+    return "if the inputs are (inputs, targets), pass them as two arguments" if len(inputs) == 2 else "pass them"
 
 
 def check_loss(loss: Any, isolated: IsolatedModel, inputs: Any) -> Tensor:

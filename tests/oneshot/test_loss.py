@@ -90,3 +90,13 @@ def test_losses_of_other_arguments_are_told(loss_fn: Any, targets: Any) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_losses_of_two_arguments_and_of_none_that_are_known(loss_fn: Any) -> None:
     require_loss_function(loss_fn)
+
+
+def test_batches_that_are_no_pairs_are_told() -> None:
+    x, y = data()
+    names = ["a"] * 6
+    for batches in ([(x, y, y)], [(x, y, names), (x, y, names)]):
+        with pytest.raises(InvalidArgumentError, match=r"let it be a pair \(inputs, targets\), not of 3 entries"):
+            per_layer_fisher_diagonal(make(), F.cross_entropy, batches)
+    with pytest.raises(InvalidArgumentError, match=r"let a batch be a pair \(inputs, targets\)"):
+        per_layer_fisher_diagonal(make(), F.cross_entropy, (x, y, y))
