@@ -18,7 +18,6 @@ from .._torch.engine import (
     will_accumulate,
 )
 from .._torch.fsdp import local, local_shape
-from .._torch.loss_graph import place_of
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.saved_tensors import (
     Kept,
@@ -81,7 +80,7 @@ def layer_called(
     made_by = output.grad_fn
     assert made_by is not None
     if record.scheduled:
-        mark_calls(attachment, record, layer.name, index, [(made_by, output.output_nr)])
+        mark_calls(attachment, record, layer.name, index, [output])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)
     place, number = lasting_place(output)
     shape = None if place is made_by else output.shape
@@ -162,7 +161,7 @@ def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer,
     arguments = map_tensors(lambda t: torch.empty(0, dtype=t.dtype, device=t.device), start.arguments)
     call = ModuleCall(arguments, start.state, index, gradients=[None] * len(tensors))
     gradient = _ModuleGradient(attachment, record, layer, call, kept)
-    mark_calls(attachment, record, layer.name, index, [place_of(t) for t in tensors if t.requires_grad])
+    mark_calls(attachment, record, layer.name, index, [t for t in tensors if t.requires_grad])
     for position, tensor in enumerate(tensors):
         if tensor.requires_grad:
             node, number = lasting_place(tensor)

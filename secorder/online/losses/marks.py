@@ -13,12 +13,13 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from ..._torch.graph import Node
+from ..._torch.graph import Node, shape_of
 from ..._torch.loss_graph import Place, place_of
-from ...layers.layout import Layout
+from ..._torch.views import lasting_place
+from ...layers.layout import Layout, layouts_of
 from ..record import ForwardRecord
 from ..samples.hypotheses import floating
-from ..samples.relation import whole_call
+from ..samples.relation import Shape, whole_call
 
 #: More nodes than these are not gone through.
 MOST_NODES = 1024
@@ -43,6 +44,7 @@ class _Call(NamedTuple):
     name: str
     call: int
     position: int
+    shapes: tuple[Shape, Shape]  #: of the tensor, and of where it is marked
 
     def output(self) -> Output | None:
         """What is known of it by now."""
@@ -50,7 +52,8 @@ class _Call(NamedTuple):
         layouts = () if record is None else record.layers[self.name].layouts
         if record is None or self.call >= len(layouts) or self.position >= len(layouts[self.call]):
             return None
-        return Output(layouts[self.call][self.position], 1.0, record.num_samples)
+        layout = _seen_as(layouts[self.call][self.position], *self.shapes, record.num_samples)
+        return None if layout is None else Output(layout, 1.0, record.num_samples)
 
 
 #: None for an output of the model of which too little is known.
@@ -63,19 +66,44 @@ def mark_outputs(attachment: object, record: ForwardRecord, output: Any, layouts
     for tensor, layout in itertools.zip_longest(floating(output), layouts):
         if tensor is None or tensor.grad_fn is None:
             continue
-        known = whole_call(tuple(tensor.shape)) if record.num_samples == 1 and tensor.dim() else layout
-        _put(attachment, record, place_of(tensor), _output(tensor, known, record.num_samples))
+        shape, count = tuple(tensor.shape), record.num_samples
+        known = _output(tensor, whole_call(shape) if count == 1 and tensor.dim() else layout, count)
+        for place, seen in _places(tensor):
+            here = None if known is None else _seen_as(known.layout, shape, seen, count)
+            _put(attachment, record, place, None if known is None or here is None else known._replace(layout=here))
         marked = True
     return marked
 
 
-def mark_calls(attachment: object, record: ForwardRecord, name: str, index: int, made: Iterable[Place]) -> None:
+def mark_calls(
+    attachment: object, record: ForwardRecord, name: str, index: int, made: Iterable[Tensor | Place]
+) -> None:
     """Mark what a layer's call has returned, where the loss is to be looked at.
 
     What is known to couple samples beside the model's outputs is told of by itself: see :mod:`.beside`.
     """
-    for position, place in enumerate(made if record.scheduled and not record.attribution.coupling else ()):
-        _put(attachment, record, place, _Call(ref(record), name, index, position))
+    for position, one in enumerate(made if record.scheduled and not record.attribution.coupling else ()):
+        places = _places(one) if isinstance(one, Tensor) else [(one, shape_of(*one))]
+        for place, seen in places:
+            shape = tuple(one.shape) if isinstance(one, Tensor) else seen
+            _put(attachment, record, place, _Call(ref(record), name, index, position, (shape, seen)))
+
+
+def _places(tensor: Tensor) -> list[tuple[Place, Shape]]:
+    """Where gradients on a tensor come, as it is and once it is overwritten in place, and the shapes that they have."""
+    place, lasting = place_of(tensor), lasting_place(tensor)
+    own = [(place, tuple(tensor.shape))]
+    return own if lasting == place else [*own, (lasting, shape_of(*lasting))]
+
+
+def _seen_as(layout: Layout, shape: Shape, other: Shape, count: int) -> Layout | None:
+    """Where samples are in a tensor that is seen in another shape, its elements in the same order."""
+    if other == shape:
+        return layout
+    if count == 1:
+        return whole_call(other)
+    inner = layout.inner_size(shape)
+    return next((x for x in layouts_of(other, count) if x.inner_size(other) == inner), None)
 
 
 def _put(attachment: object, record: ForwardRecord, place: Place, mark: _Mark) -> None:

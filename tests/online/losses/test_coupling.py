@@ -285,3 +285,36 @@ def test_rows_of_positions_and_samples_in_another_dimension() -> None:
                 z = model(torch.randn(7, 6, 4))
                 ((z[1:] - z[:-1]) if not coupled else (z[:, 1:] - z[:, :-1])).square().mean().backward()
             assert bool(unreadable(probe._fisher)) is coupled
+
+
+def centred(z: Tensor) -> Tensor:
+    return z.sub_(z.mean(0, keepdim=True))
+
+
+def cooled(z: Tensor) -> Tensor:
+    z[:, 0].mul_(0.5)
+    return z.div_(2.0)
+
+
+@pytest.mark.parametrize("time_major", [False, True])
+@pytest.mark.parametrize(("change", "coupled"), [(centred, True), (cooled, False)])
+def test_outputs_over_sequences_that_are_overwritten_in_place(
+    change: Callable[[Tensor], Tensor], coupled: bool, time_major: bool
+) -> None:
+    """A linear layer returns a view, whose place an operation in place takes."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        output: Tensor = m.b(torch.tanh(m.a(x)).cumsum(int(not time_major)))
+        return output
+
+    dim = int(time_major)
+    model = Net(forward, a=nn.Linear(4, 4), b=nn.Linear(4, 3))
+    x = torch.randn(6, 5, 4).transpose(0, dim)
+    with CurvatureProbe(model, reduction="mean", sample_dim=dim) as probe, warnings.catch_warnings():
+        warnings.simplefilter("ignore", CurvatureWarning)
+        change(model(x).transpose(0, dim) if time_major else model(x)).logsumexp(2).sin().mean().backward()
+        if coupled:
+            with pytest.raises(AttributionError, match=r"\['a', 'b'\]: the loss couples"):
+                probe.fisher_diagonal()
+        else:
+            assert probe.fisher_diagonal().keys() == {"a", "b"}
