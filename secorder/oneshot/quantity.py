@@ -57,7 +57,8 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
 
     def opened() -> None:
         with closing(operators(task, "hessian")) as blocks:
-            next(blocks, None)
+            for _ in blocks:  # of which the last ones may be on a graph of their own
+                pass
 
     kept = most_bytes(opened)
     start = time.perf_counter()

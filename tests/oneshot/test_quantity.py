@@ -1,9 +1,11 @@
 """What each measurement would take."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from secorder import CurvatureProbe, InvalidArgumentError, Strategy
 from secorder.oneshot.hessian.budget import Budget
@@ -26,15 +28,35 @@ def test_products_are_those_of_what_was_asked() -> None:
     assert cost("trace") == cost("hessian")
 
 
-def test_memory_of_eigenvalues_is_that_which_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+class Recurrent(nn.Module):
+    """Of which products are made on the parameters, on a graph of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.core, self.head = nn.LSTM(2, 32, batch_first=True), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head(self.core(x.unflatten(1, (20, 2)))[0][:, -1])
+        return found
+
+
+def chain() -> nn.Module:
+    return nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize(("make_model", "most", "samples"), [(chain, 200, 32), (Recurrent, 8, 128)])
+def test_memory_of_eigenvalues_is_that_which_is_spent(
+    monkeypatch: pytest.MonkeyPatch, make_model: Callable[[], nn.Module], most: int, samples: int
+) -> None:
     """Of as many vectors as it takes to converge, not as may be made."""
     seed()
     monkeypatch.setattr("secorder.oneshot.quantity.TRIAL_SECONDS", 600.0)  # however slow the machine
-    model = nn.Sequential(nn.Linear(40, 64), nn.Tanh(), nn.Linear(64, 3))
-    batch = torch.randn(32, 40), torch.arange(32) % 3
-    with CurvatureProbe(model) as probe:
-        told = probe.estimate_cost(F.cross_entropy, *batch, quantity="eigenvalues").num_bytes
-        spent = peak_memory(lambda: probe.hessian_eigenvalues(F.cross_entropy, *batch, generator=seeded()))
+    batch = torch.randn(samples, 40), torch.arange(samples) % 3
+    with CurvatureProbe(make_model(), "all") as probe:
+        told = probe.estimate_cost(F.cross_entropy, *batch, quantity="eigenvalues", max_iterations=most).num_bytes
+        spent = peak_memory(
+            lambda: probe.hessian_eigenvalues(F.cross_entropy, *batch, generator=seeded(), max_iterations=most)
+        )
     assert told / 1.5 < spent < 1.5 * told
 
 
