@@ -53,7 +53,8 @@ def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[st
     unknown = count is None and (known is None or scheduled or not known.undecided)
     needed = unknown or (known is not None and known.provisional and count != 0)
     wanted = scheduled and not attributions.certain(known) and count is not None and count > 1
-    scheduled = scheduled or (count is not None and fisher.sizes.wants(count))
+    # Ranks that hold other numbers of samples are not to differ in what they look at.
+    scheduled = scheduled or (fisher.ranks is None and count is not None and fisher.sizes.wants(count))
     if not (needed or wanted or fisher.ranks):
         return _opened(fisher, known, count, shapes, (False, scheduled), (args, kwargs))
     empty = True in [0 in shape[:2] for shape in shapes]
