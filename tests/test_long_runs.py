@@ -161,7 +161,7 @@ PLACES: dict[str, Any] = {
     "add_waiting": closing,
     "_add": waiting,
     "bring_rank_one": capture,
-    "check_together": backward,
+    "_watch": backward,
     "close": backward,
     "_add_record": closing,
     "_audit": closing,
