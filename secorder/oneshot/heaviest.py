@@ -24,7 +24,7 @@ MAX_COLUMNS = 256
 PILOT_COLUMNS = 16
 
 #: And draws at least, however long one takes; and columns at once whose memory tells of that of more.
-LEAST_DRAWS, METERED_COLUMNS = 2, 48
+LEAST_DRAWS, METERED_COLUMNS = 2, 128
 
 #: Draws from which on half of them may be columns: two draws tell of their error.
 MIN_DRAWS = 4
