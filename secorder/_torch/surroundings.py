@@ -5,6 +5,7 @@ parametrizations computed, and a dispatch mode (a counter of operations, a check
 note of each operation. A look at what was accumulated is taken where a user evaluates, too.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,6 @@ from torch.backends import cuda
 from torch.nn.attention import SDPBackend
 from torch.nn.utils import parametrize
 from torch.utils import _python_dispatch
-from torch.utils._device import DeviceContext
 
 #: What runs the innermost ``torch.func`` transform (vmap, grad, …) now; None outside of any.
 inside_transform: Callable[[], object] = torch._C._functorch.peek_interpreter_stack
@@ -71,8 +71,9 @@ def function_modes() -> list[Any]:
 
     Not that of ``torch.set_default_device``, which says where new tensors are made and nothing else.
     """
-    modes: list[Any] = [m for m in overrides._get_current_function_mode_stack() if type(m) is not DeviceContext]
-    return modes
+    modes: list[Any] = overrides._get_current_function_mode_stack()
+    of_device = getattr(sys.modules.get("torch.utils._device"), "DeviceContext", None)  # loaded where one is set
+    return [mode for mode in modes if type(mode) is not of_device]
 
 
 def _put_on(modes: list[Any]) -> None:
