@@ -56,10 +56,15 @@ def seconds_per_product(trial: Callable[[int], object], most: int, allowance: fl
 
 def bytes_of_products(trial: Callable[[int], object], most: int, seconds: float, allowance: float) -> int:
     """Memory of so many products at once, each of which takes these seconds; 0 where there is no time for two."""
-    one = most_bytes(lambda: trial(1))
     count = min(most, int(allowance / max(seconds, 1e-9)))
-    if most == 1 or count < 2:
-        return one if most == 1 else 0
+    return 0 if count < 2 <= most else bytes_at_once(trial, most, count)
+
+
+def bytes_at_once(trial: Callable[[int], object], most: int, count: int) -> int:
+    """Memory of so many at once, by that of one and that of a ``count`` of at least two, if there are."""
+    one = most_bytes(lambda: trial(1))
+    if most == 1:
+        return one
     some = most_bytes(lambda: trial(count))
     return some + (most - count) * max(0, some - one) // (count - 1)
 

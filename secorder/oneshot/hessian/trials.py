@@ -8,7 +8,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
 from ...layers.layout import DIM_ZERO
 from ...layers.selection import Layer
@@ -17,7 +16,15 @@ from ..measurement import Measurement
 from ..recorded_layer import contract_pairs, layout_options
 from ..recording import Recording
 from ..roots import First
-from ..timing import METERED_SECONDS, TRIAL_SECONDS, bytes_of_products, of_nearest, seconds_of, seconds_per_product
+from ..timing import (
+    METERED_SECONDS,
+    TRIAL_SECONDS,
+    bytes_at_once,
+    bytes_of_products,
+    of_nearest,
+    seconds_of,
+    seconds_per_product,
+)
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import AUTO_SECONDS, Budget
 from .chain import seconds_of_chain, shortened
@@ -343,12 +350,7 @@ def _bytes_of_draws(work: _Draws, budget: Budget, size: int, possible: float) ->
     count = min(most, PILOT_DRAWS, int(possible))
     if count < LEAST_DRAWS:
         return 0
-
-    def bytes_of(count: int) -> int:
-        return most_bytes(lambda: work(replace(budget, num_draws=count, rtol=None), math.inf))
-
-    some, few = bytes_of(count), bytes_of(1)
-    return some + (most - count) * max(0, some - few) // (count - 1)
+    return bytes_at_once(lambda draws: work(replace(budget, num_draws=draws, rtol=None), math.inf), most, count)
 
 
 def _in_z(task: Measurement, graph: LayerGraph, facts: Facts) -> _Trial:
