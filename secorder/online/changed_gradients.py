@@ -31,12 +31,16 @@ class WatchedHooks:  # a handle
     """Hooks that are watched in this forward's backward; until :meth:`remove`, a hook of ours is in their places."""
 
     def __init__(self, fisher: "OnlineFisher", factors: Factors, modules: Iterable[nn.Module]) -> None:
-        self._places: list[tuple[dict[int, Any], int, Any, Any]] = []
+        self._places: list[tuple[dict[int, Any], int, Any, partial[Any]]] = []
         for module in modules:
             for table in backward_hook_dicts(module):
                 for key, hook in table.items():
                     watched = partial(_called, hook, ref(fisher), factors, (id(module), key))
                     self._places.append((table, key, hook, watched))
+        here = {watched.args[-1] for *_, watched in self._places}
+        for place in list(factors):  # another thread's backward may enter some
+            if place[:2] not in here:  # of a hook that is gone
+                factors.pop(place, None)
         for table, key, _, watched in self._places:
             table[key] = watched
 

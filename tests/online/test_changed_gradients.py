@@ -95,3 +95,14 @@ def test_two_probes_and_a_forward_that_fails_leave_the_hooks_as_they_were() -> N
         assert list(model[2]._backward_hooks.values()) == [hook]
         assert probe.fisher_diagonal()
     assert traces(model) == hooks
+
+
+def test_what_is_known_of_hooks_that_are_gone_is_let_go() -> None:
+    """Of a hook that is registered anew for each step, as loops that log gradients do."""
+    model = mlp()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for n in (6, 5, 7, 6):
+            handle = model[2].register_full_backward_hook(lambda m, gi, go: (0.5 * gi[0],))
+            loss(model, data(n)).backward()
+            handle.remove()
+        assert len(probe._attachment._factors) == 1
