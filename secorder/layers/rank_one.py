@@ -111,8 +111,8 @@ def squares_by_onednn(one: RankOne, alpha: float) -> Tensor | None:
     """
     a, g = one.factors
     (count, fan_in), width = a.shape, g.shape[1]
-    if not multiplied_by_onednn(g, count * width * fan_in):
-        return None
+    if next(iter(one.layer.parameters)) != "weight" or not multiplied_by_onednn(g, count * width * fan_in):
+        return None  # a weight that was registered anew comes after the bias
     behind = width if "bias" in one.layer.parameters else 0
     squares = g * g
     left = g.new_empty(width + -(-behind // fan_in), count)

@@ -80,3 +80,17 @@ def test_squares_stay_where_they_are_made(width: int, fan_in: int, bias: bool) -
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
     assert found._base is None
     assert squares_by_onednn(one._replace(inputs=one.inputs.double(), cotangents=one.cotangents.double()), 1.0) is None
+
+
+@pytest.mark.skipif(not multiplied_by_onednn(torch.zeros(1, dtype=torch.float32), ALONE), reason="without oneDNN")
+def test_a_bias_before_the_weight_has_its_place() -> None:
+    linear = nn.Linear(200, 300)
+    weight = linear.weight
+    del linear.weight
+    linear.register_parameter("weight", weight)
+    layer = select_layers(nn.Sequential(linear), None)[0]
+    assert list(layer.parameters) == ["bias", "weight"]
+    a, g = (torch.randn(128, 1, 1, size, dtype=torch.float32) for size in (200, 300))
+    one = rank_one(layer, {"weight": Outer(a, g), "bias": Outer(None, g)})
+    assert one is not None
+    assert squares_by_onednn(one, 0.25) is None
