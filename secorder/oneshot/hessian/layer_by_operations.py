@@ -63,6 +63,11 @@ class LayerByOperations(LayerGraph):
         kind = compute_dtype(self.layer)
         return stacked(self._pulled_back, [cast(c, kind) for c in cotangents])
 
+    def gradient(self, cotangents: Sequence[Tensor]) -> dict[str, PerSample]:
+        """Those of one cotangent on each operation."""
+        kind = compute_dtype(self.layer)
+        return self._pulled_back(*[cast(c, kind) for c in cotangents])
+
     def _pulled_back(self, *cotangents: Tensor) -> dict[str, PerSample]:
         uses, brought = self.uses, []
         for use, g, layout in zip(uses.uses, cotangents, self.settled, strict=True):

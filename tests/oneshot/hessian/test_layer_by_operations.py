@@ -106,3 +106,27 @@ def test_the_basis_of_one_sample_is_less_than_that_of_the_parameters(name: str) 
     assert found.info[""].strategy == "output-basis"
     assert found.info[""].num_hvps <= T * W * (1 + (name == "packed")) + 2  # with what checks that it may be
     assert_all_close(found.by_parameter(), hessian_by_element(model, F.cross_entropy, x, targets))
+
+
+class OneOutput(Own):
+    """After its own parameters, the model is linear, and has one output."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.how(self, torch.tanh(self.before(x))).sum(1))[:, :1]
+
+
+@pytest.mark.parametrize("name", [x for x in LINEAR if x not in ONLY_ADDED])
+@pytest.mark.parametrize("method", ["exact", "hutchinson"])
+def test_one_column_gives_all_of_one_output(name: str, method: Any) -> None:
+    seed()
+    how, shapes = LINEAR[name]
+    model, x = OneOutput(how, shapes).double(), torch.randn(N, T, W, dtype=torch.float64)
+    targets = torch.randn(N, 1, dtype=torch.float64)
+    with CurvatureProbe(model, "all") as probe:
+        probe.estimate_cost(F.mse_loss, x, targets, method=method)
+        found = probe.hessian_diagonal(F.mse_loss, x, targets, method=method)
+    expected = hessian_by_element(model, F.mse_loss, x, targets)
+    if found.info[""].strategy == "columns":
+        own = {key: value for key, value in found.by_parameter().items() if key in shapes}
+        assert_all_close(own, {key: expected[key] for key in own})
+    assert method == "exact" or found.info[""].strategy == "columns"
