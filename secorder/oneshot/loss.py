@@ -17,15 +17,22 @@ from ..errors import InvalidArgumentError, InvalidTypeError, NonFiniteError
 from ..layers.selection import parameters_of, select_layers
 from .independence import without_gradients
 from .isolation import IsolatedModel, isolate
+from .output_hessian import filled
 from .overwriting import on_copies
 
 
 class LossAndGradient(NamedTuple):
-    """The loss of a batch, and its gradient in each of the model's parameters."""
+    """The loss of a batch, and its gradient in each of some tensors."""
 
     loss: Tensor
     gradient: list[Tensor]
     kind: torch.dtype  #: the least precise one that they were computed in
+
+    @classmethod
+    def of(cls, loss: Tensor, tensors: Sequence[Tensor]) -> "LossAndGradient":
+        """Those of a loss that was computed, with zeros for what it does not depend on."""
+        found = gradients(loss, tensors) if loss.requires_grad else [None] * len(tensors)
+        return cls(loss.detach(), [g.detach() for g in filled(found, tensors)], least_precise([loss]))
 
 
 def require_loss_function(loss_fn: Any) -> None:
@@ -110,19 +117,15 @@ def losses_and_gradients(
     Without autocast, so that sums of them can be compared.
     """
     require_loss_function(loss_fn)
-    found, parameters = [], parameters_of(model)
+    found = []
     with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
         if evaluation:
             model.eval()
-        replacements = [isolated.replacement(p) for p in parameters]
+        replacements = [isolated.replacement(p) for p in parameters_of(model)]
         for x, t in batches:
             with explains_missing_targets(x, t):
                 loss = check_loss(on_copies(loss_fn)(isolated.forward_in_full_precision(x), t), isolated, x)
-            gradient = gradients(loss, replacements) if loss.requires_grad else [None] * len(replacements)
-            filled = [
-                torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, gradient, strict=True)
-            ]
-            found.append(LossAndGradient(loss.detach(), filled, least_precise([loss])))
+            found.append(LossAndGradient.of(loss, replacements))
     return found
 
 

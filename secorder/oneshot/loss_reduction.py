@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .._caution import caution
-from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import gradients
 from ..batch import batch_size, owned_batch, part_of_batch, sample_dimension, take_samples
@@ -195,7 +194,7 @@ def _by_output(
     with isolate(model, loss_fn, select_layers(model, "all", unchecked=True), direct=True) as isolated:
         replacements = [isolated.replacement(p) for p in parameters_of(model)]
         output = map_tensors(torch.detach, without_gradients(isolated.forward, inputs))
-        points = [t for t in tensors_in(output) if t.is_floating_point()]
+        points = [t.requires_grad_() for t in tensors_in(output) if t.is_floating_point()]
         places = [sample_dimension(t, count, dim) for t in points]
         if not places or None in places:
             return None
@@ -203,25 +202,12 @@ def _by_output(
         for index in (range(count), range(sizes[0]), range(sizes[0], count)):
             (part,) = take_samples([output], index, count, dim)
             (own,) = take_samples([targets], index, count, dim, rows=rows)
-            leaves = [t.requires_grad_() for t in tensors_in(part) if t.is_floating_point()]
             with isolated.loss_once_more() if found else nullcontext():
                 loss = check_loss(on_copies(loss_fn)(part, own), isolated, inputs)
-            if not loss.requires_grad:
+            if not loss.requires_grad or any(g is not None for g in gradients(loss, replacements)):
                 return None
-            by_leaf = gradients(loss, [*leaves, *replacements])
-            if any(g is not None for g in by_leaf[len(leaves) :]):
-                return None
-            chosen = torch.tensor(index, device=loss.device)
-            whose = zip(points, by_leaf, places, strict=False)
-            filled = [torch.zeros_like(t) if g is None else _among(t, g, at, chosen) for t, g, at in whose]
-            found.append(LossAndGradient(loss.detach(), filled, least_precise([loss])))
+            found.append(LossAndGradient.of(loss, points))
     return found
-
-
-def _among(whole: Tensor, part: Tensor, dim: int | None, index: Tensor) -> Tensor:
-    """A part of the samples, and zeros in place of the others."""
-    assert dim is not None
-    return torch.zeros_like(whole).index_copy_(dim, index.to(whole.device), part)
 
 
 def _is_combination(whole: LossAndGradient, parts: Sequence[LossAndGradient], weights: Sequence[float]) -> bool:
