@@ -53,6 +53,14 @@ def refuse_unused_draws(
         )
 
 
+def require_callable(name: str, value: Any, call: str) -> None:
+    """Raise unless an argument can be called, as ``call`` says; a class cannot, whose instances are meant."""
+    if isinstance(value, type):
+        raise InvalidTypeError(f"{name} is the class {value.__name__}, not made yet: pass {value.__name__}().")
+    if not callable(value):
+        raise InvalidTypeError(f"{name} must be callable as {call}, got {shown(value)}.")
+
+
 def require_device(name: str, value: Any) -> None:
     """Raise unless an argument is a device, which holds numbers, or None."""
     if value is None:

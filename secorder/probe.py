@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ._arguments import (
     refuse_given,
+    require_callable,
     require_device,
     require_flag,
     require_floating_dtype,
@@ -22,7 +23,7 @@ from ._caution import caution
 from ._keywords import refuses_renamed_keywords
 from ._torch.random_state import random_state_kept
 from .batch import batch_size
-from .errors import InvalidArgumentError, InvalidTypeError, ProbeStateError
+from .errors import InvalidArgumentError, ProbeStateError
 from .layers.low_precision import Precision
 from .layers.selection import (
     Layer,
@@ -608,8 +609,7 @@ class CurvatureProbe:
             ...     print(probe.verify(loss_fn, torch.randn(8, 4), torch.randint(3, (8,))))
             your loss is a sum: pass reduction="sum".
         """
-        if loss_fn is None:
-            raise InvalidTypeError("loss_fn must be callable as loss_fn(outputs, targets), got NoneType.")
+        require_callable("loss_fn", loss_fn, "loss_fn(outputs, targets)")
         require_one_batch("verify", inputs, targets)
         one_shot = self.fisher_diagonal(loss_fn, inputs, targets)
         count = batch_size(inputs, targets, self._one_shot_dim)
@@ -828,7 +828,7 @@ class CurvatureProbe:
             with random_state_kept(self._model):
                 return eigenvalues_of_data(
                     lambda work, x, t: self._measure(work, loss_fn, x, t, **options),
-                    *(self, loss_fn, inputs),
+                    *(*self._data_context, loss_fn, inputs),
                     **asked,
                     progress=progress,
                 )
@@ -1013,13 +1013,8 @@ class CurvatureProbe:
         return next((dim for dim in known.dims if dim is not None), 0) if known is not None else 0
 
     @property
-    def data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
-        """The model, where samples are in its inputs, and the reduction that was told, for measuring data sets.
-
-        Raises:
-            ProbeStateError: the probe is detached.
-            InvalidArgumentError: samples are not in one dimension.
-        """
+    def _data_context(self) -> tuple[nn.Module, int, Literal["mean", "sum"] | None]:
+        """What measuring a data set takes: the model, where samples are in its inputs, and the reduction if told."""
         self._attached()
         require_one_dimension(self._sample_dim)
         return self._model, self._one_shot_dim, self._reduction

@@ -242,7 +242,7 @@ def _product(left: Tensor, right: Tensor, memory: Tensor | None) -> Tensor:
 
 def alike(count: int, most: int) -> int:
     """Samples a piece, at most so many, of pieces that are about as large, and even: two threads share each."""
-    size = -(-count // max(1, -(-count // most)))
+    size = max(1, -(-count // max(1, -(-count // most))))
     return size + 1 if size % 2 and size < most else size
 
 

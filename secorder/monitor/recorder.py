@@ -151,6 +151,10 @@ class CurvatureRecorder:
         self._samples = probe.num_samples  # that the probe told of at the last point
         self._loss: tuple[Any, int] = (0.0, 0)
 
+    def __repr__(self) -> str:
+        every = ", ".join(f"{part} every {interval}" for part, interval in self._every.items() if interval)
+        return f"CurvatureRecorder({self._steps} steps; {every})"
+
     # ---- steps
 
     def see_gradients(self) -> None:
@@ -207,7 +211,7 @@ class CurvatureRecorder:
         diagonals: dict[str, Any] = {}
         measures: dict[str, Callable[[Observation], Any]] = {
             "fisher": self._see_fisher,
-            "norms": self._see_norms,
+            "norms": lambda point: point.add(self._norms.numbers()),
             "hessian": self._see_hessian,
             "traces": self._see_traces,
             "eigenvalues": self._see_eigenvalues,
@@ -294,9 +298,6 @@ class CurvatureRecorder:
         scales = {shown(name): scale.value for name, scale in noise.items()}
         point.add({"gradient_noise_scale": scales, WHOLE_MODEL: {"gradient_noise_scale": whole.value}})
         point.noise = whole.squared_norm, whole.variance
-
-    def _see_norms(self, point: Observation) -> None:
-        point.add(self._norms.numbers())
 
     def _measure(self, method: str, point: Observation, name: str, **usual: Any) -> Any:
         start = time.perf_counter()

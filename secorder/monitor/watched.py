@@ -6,7 +6,16 @@ from typing import Any, Literal, Protocol, get_args, get_origin
 
 from torch import Tensor
 
-from .._arguments import like, refuse_unused_draws, require_flag, require_integer, require_number, require_one_of, shown
+from .._arguments import (
+    like,
+    refuse_unused_draws,
+    require_callable,
+    require_flag,
+    require_integer,
+    require_number,
+    require_one_of,
+    shown,
+)
 from .._keywords import refuse_renamed
 from ..errors import InvalidArgumentError, InvalidTypeError
 
@@ -112,8 +121,8 @@ def check_measured(every: Mapping[str, int | None], loss_fn: Any, batch: Any) ->
     measured = [name for name in ("hessian", "traces", "eigenvalues") if every[name] is not None]
     if measured and (loss_fn is None or batch is None):
         raise InvalidArgumentError(f"{measured[0]}_every needs loss_fn= and batch=(inputs, targets) to measure on.")
-    if loss_fn is not None and (isinstance(loss_fn, type) or not callable(loss_fn)):
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {shown(loss_fn)}.")
+    if loss_fn is not None:
+        require_callable("loss_fn", loss_fn, "loss_fn(outputs, targets)")
     if batch is not None and not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise InvalidTypeError(f"batch must be a pair (inputs, targets), got {type(batch).__name__}.")
 
@@ -122,5 +131,5 @@ def check_listeners(optimizer: Any, on_finding: Any) -> None:
     """Refuse what is no optimizer, or cannot be called."""
     if optimizer is not None and not hasattr(optimizer, "param_groups"):
         raise InvalidTypeError(f"optimizer must have param_groups, as torch.optim's have, got {shown(optimizer)}.")
-    if on_finding is not None and not callable(on_finding):
-        raise InvalidTypeError(f"on_finding must be callable as on_finding(change), got {shown(on_finding)}.")
+    if on_finding is not None:
+        require_callable("on_finding", on_finding, "on_finding(change)")

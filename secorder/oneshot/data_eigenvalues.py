@@ -5,16 +5,16 @@ from contextlib import closing
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..batch import NO_BATCH, batch_size
 from ..errors import InvalidArgumentError
 from ..layers.dtypes import compute_dtype
 from ..monitor.progress import progress_bar
-from .data_set import MeasuresBatches, batches_of
+from .data_set import batches_of
 from .eigenvalues import Eigenvalues, Which, blocks_of, lanczos_steps, nothing, restricted
 from .hessian.on_parameters import on_parameters
-from .loss_reduction import LossReduction
+from .loss_reduction import Kind, LossReduction
 from .measurement import Measurement
 from .operators import Blocks, Curvature, ProductOnParameters, operators
 from .trace import By
@@ -25,7 +25,9 @@ Measure = Callable[[Callable[[Measurement], Any], Any, Any], Any]
 
 def eigenvalues_of_data(
     measure: Measure,
-    probe: MeasuresBatches,
+    model: nn.Module,
+    sample_dim: int,
+    told: Kind | None,
     loss_fn: Callable[[Any, Any], Tensor],
     data: Iterable[Any],
     *,
@@ -39,15 +41,16 @@ def eigenvalues_of_data(
 ) -> dict[str, Eigenvalues]:
     """Largest and smallest eigenvalues of each block of the whole data set; ``measure`` runs work on a batch.
 
+    ``told`` is the loss's reduction, where it was given.
+
     All blocks go through the data together, once for each product: a forward and a gradient of each batch for all of
     them, and a product for each. What can be iterated over only once is kept in memory.
     """
-    model, dim, told = probe.data_context
-    data = list(batches_of(data, dim)) if isinstance(data, Iterator) else data
-    reduction = LossReduction(model, loss_fn, dim, told, None if of == "hessian" else "mean")
+    data = list(batches_of(data, sample_dim)) if isinstance(data, Iterator) else data
+    reduction = LossReduction(model, loss_fn, sample_dim, told, None if of == "hessian" else "mean")
     sizes, first = [], None
-    for x, t in batches_of(data, dim):
-        sizes.append(batch_size(x, t, dim))
+    for x, t in batches_of(data, sample_dim):
+        sizes.append(batch_size(x, t, sample_dim))
         first = first or (x, t)
         reduction.add_batch(x, t, sizes[-1])
     if first is None:
@@ -64,7 +67,7 @@ def eigenvalues_of_data(
     with progress_bar(progress, "Eigenvalues", max_iterations, unit="passes") as advance:
         while waiting:
             totals = {name: torch.zeros_like(v) for name, v in waiting.items()}
-            for (x, t), weight in zip(batches_of(data, dim), weights, strict=True):
+            for (x, t), weight in zip(batches_of(data, sample_dim), weights, strict=True):
                 products = measure(lambda task: _products(task, of, by, waiting), x, t)
                 for name, product in products.items():
                     totals[name] += weight * product

@@ -31,7 +31,7 @@ class MeasuresBatches(Protocol):
     """What measures one batch, and knows what several need."""
 
     @property
-    def data_context(self) -> tuple[nn.Module, int, Kind | None]:
+    def _data_context(self) -> tuple[nn.Module, int, Kind | None]:
         """The model, where samples are in its inputs, and how the loss reduces them, where that was told."""
 
 
@@ -139,7 +139,7 @@ def takes_data_sets(*, by_sample: Callable[[Mapping[str, Any]], bool]) -> Callab
             probe, loss_fn, data = (given.pop(name) for name in names[:3])
             given.pop("targets", None)
             synchronize = given.pop("synchronize", False)
-            with raised_on_all() if synchronize else nullcontext(), random_state_kept(probe.data_context[0]):
+            with raised_on_all() if synchronize else nullcontext(), random_state_kept(probe._data_context[0]):
                 found, seen = _over(probe, measure, loss_fn, data, by_sample(given), given, errors=synchronize)
             if synchronize:
                 found = mean_over_ranks(found, seen)
@@ -164,7 +164,7 @@ def _over(
     """The measurement of all batches together, with ``errors`` those of one batch too; and how many samples."""
     if options.pop("create_graph", False):
         raise InvalidArgumentError("create_graph=True is for one batch: differentiate batch by batch.")
-    model, dim, told = probe.data_context
+    model, dim, told = probe._data_context
     total = number_of_batches(data)
     running, first = RunningMean([], []), None
     kept: list[Any] = []

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._arguments import require_callable
 from .._torch.graph import least_precise
 from .._torch.pytree import tensors_in
 from .._torch.vjp import gradients
@@ -37,11 +38,7 @@ class LossAndGradient(NamedTuple):
 
 def require_loss_function(loss_fn: Any) -> None:
     """Raise unless a loss can be called: it is a class, a name, or anything else that is no function."""
-    if isinstance(loss_fn, type):
-        name = loss_fn.__name__
-        raise InvalidTypeError(f"loss_fn is the class {name}, not made yet: pass {name}().")
-    if not callable(loss_fn):
-        raise InvalidTypeError(f"loss_fn must be callable as loss_fn(outputs, targets), got {type(loss_fn).__name__}.")
+    require_callable("loss_fn", loss_fn, "loss_fn(outputs, targets)")
     try:
         signature = inspect.signature(loss_fn.forward if isinstance(loss_fn, nn.Module) else loss_fn)
     except (TypeError, ValueError):  # of what is not written in Python

@@ -87,8 +87,8 @@ class Enters:
         if inside_transform():
             return
         troubles, record = self.attachment.fisher.troubles, self.record
-        if record.untold:
-            troubles.guarded(record, (), _tell, self.attachment.fisher, record.untold)
+        if record.unattributed:
+            troubles.guarded(record, (), _tell, self.attachment.fisher, record.unattributed)
             return
         if self.attachment.pauses:
             troubles.guarded(record, (), saves_again, self.attachment, record)

@@ -88,9 +88,9 @@ def _opened(
 ) -> ForwardRecord | None:
     """The record of a batch of which it is known where samples are, or is not."""
     if known is not None and known.coupled and not known.normalised:
-        return _untold(fisher, coupled(fisher.troubles, known, shapes))
+        return _unattributed(fisher, coupled(fisher.troubles, known, shapes))
     if known is None or count is None:
-        return None if known is None or not known.undecided else _untold(fisher, f"{known.undecided}.")
+        return None if known is None or not known.undecided else _unattributed(fisher, f"{known.undecided}.")
     if count == 0 and fisher.ranks is None:
         fisher.troubles.saw("empty")
         return None
@@ -111,12 +111,12 @@ def _opened(
     return record
 
 
-def _untold(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
+def _unattributed(fisher: OnlineFisher, reason: str) -> ForwardRecord | None:
     """A forward of which it is not known where samples are: no harm is done unless a backward comes to it."""
     if fisher.troubles.strict or fisher.ranks is not None:
         fisher.troubles.mark(fisher.sums, reason)
         return None
-    return ForwardRecord(Attribution(), 0, (), verified=False, untold=reason)
+    return ForwardRecord(Attribution(), 0, (), verified=False, unattributed=reason)
 
 
 def _verify(
@@ -205,7 +205,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
         fisher.troubles.saw("no gradient")
         record.closed = record.unreturned = True
         return
-    if record.untold:
+    if record.unattributed:
         return
     watch_losses(attachment, record, output)
     record.slots = {id(p): slot(p) for layer in fisher.layers for p in layer.parameters.values() if p.grad is not None}

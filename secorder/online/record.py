@@ -199,7 +199,7 @@ class ForwardRecord(_Referred):
     create_graph: bool = False
     backward: Backward | None = None  #: the pass that is running through this forward
     closed: bool = False  #: nothing is to be added any more
-    untold: str = ""  #: why it is not known where samples are, which is told once a backward comes; else empty
+    unattributed: str = ""  #: why it is not known where samples are, said once a backward comes; else empty
     unreturned: bool = False  #: whether the forward ended without an output: it returned none, or raised
     eager: EagerSection | None = None  #: the section in which nothing is compiled, while the forward runs
     nested: bool = False  #: whether the model was called again while it runs, as by itself

@@ -10,7 +10,7 @@ from secorder._torch.onednn import multiplied_by_onednn
 from secorder.layers import contraction, per_sample
 from secorder.layers.contraction import contract, contract_basis, contract_sum
 from secorder.layers.patches import Patches
-from secorder.layers.per_sample import Outer, Rows, with_cotangents
+from secorder.layers.per_sample import Outer, PerSample, Rows, with_cotangents
 
 from .forms import NAMES, SIZE, N, form, written_out
 
@@ -30,6 +30,17 @@ def test_every_form_of_a_per_sample_gradient(name: str) -> None:
     torch.testing.assert_close(out, squares)
     stacked = with_cotangents(u, lambda g: torch.stack([g, g.roll(1, -1) * 2]))
     torch.testing.assert_close(contract(stacked, numel=SIZE), squares + (written_out(v) ** 2).sum(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_samples(name: str) -> None:
+    u = form(name)
+    if isinstance(u, Outer):
+        empty: PerSample = Outer(None if u.a is None else u.a[:0], u.g[:0])
+    else:
+        empty = Rows(u.ids[:0], u.g[:0], u.rows) if isinstance(u, Rows) else u[:0]
+    torch.testing.assert_close(contract(empty, numel=SIZE), torch.zeros(SIZE))
+    torch.testing.assert_close(contract(empty, numel=SIZE, out=torch.ones(SIZE), beta=0.5), torch.full((SIZE,), 0.5))
 
 
 @pytest.mark.parametrize("name", ["positions", "groups", "bias"])

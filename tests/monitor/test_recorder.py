@@ -41,7 +41,8 @@ def trained(steps: int, **options: Any) -> tuple[CurvatureRecorder, list[dict[st
 
 
 def test_each_point_is_of_the_time_since_the_last() -> None:
-    recorder, fishers, losses = trained(6, log_every=2, norms_every=3)
+    recorder, fishers, losses = trained(6, log_every=2, norms_every=3, histograms_every=None)
+    assert repr(recorder) == "CurvatureRecorder(6 steps; fisher every 2, norms every 3)"
     table = recorder.history.to_dict()
     assert table["step"] == [2, 3, 4, 6]
     for place, (first, second) in {0: (0, 1), 2: (2, 3), 3: (4, 5)}.items():

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from ..._arguments import require_callable
 from ..._torch.graph import Node, can_be_run, outputs_of, run_node
 from ..._torch.vjp import chunks, default_chunk_size, quiet_vmap
 from ...errors import AttributionError, InvalidArgumentError
@@ -53,6 +54,7 @@ def operation_rule(*nodes: str) -> Callable[[OperationRule], OperationRule]:
     operation saved for its backward.
 
     Raises:
+        InvalidTypeError: the rule is not callable.
         InvalidArgumentError: an operation has a rule already, or none is named.
 
     Example:
@@ -61,15 +63,15 @@ def operation_rule(*nodes: str) -> Callable[[OperationRule], OperationRule]:
         ... def sinh(call, index):
         ...     return call.of_samples(call.g * call.saved("self").cosh(), call.shape(index))
     """
-    return _entered(OPERATIONS, nodes)
+    return _entered(OPERATIONS, nodes, "rule(call, index)")
 
 
 def parameter_map(*nodes: str) -> Callable[[Map], Map]:
     """Enter the decorated function as what carries per-sample gradients from a node's output on to its input."""
-    return _entered(MAPS, nodes)
+    return _entered(MAPS, nodes, "map(node, number, gradient, shape, before)")
 
 
-def _entered(table: dict[str, R], nodes: Sequence[str]) -> Callable[[R], R]:
+def _entered(table: dict[str, R], nodes: Sequence[str], call: str) -> Callable[[R], R]:
     if not nodes:
         raise InvalidArgumentError("name the nodes of the autograd graph that the rule is for.")
     for node in nodes:
@@ -77,6 +79,7 @@ def _entered(table: dict[str, R], nodes: Sequence[str]) -> Callable[[R], R]:
             raise InvalidArgumentError(f"{node} has a rule already ({table[node].__name__}).")
 
     def enter(rule: R) -> R:
+        require_callable("a rule", rule, call)
         table.update(dict.fromkeys(nodes, rule))
         return rule
 

@@ -5,6 +5,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from ..._arguments import require_callable
 from ..._torch.differentiability import can_be_trained
 from ..._torch.modules import computes_as, own_parameters
 from ...errors import AttributionError, InvalidArgumentError, InvalidTypeError
@@ -37,7 +38,7 @@ def rule_of(
         any_leading_dim: whether the layer treats all leading dimensions alike, so that samples may be in dim 1.
 
     Raises:
-        InvalidTypeError: a target is not a module type.
+        InvalidTypeError: a target is not a module type, or the rule not callable.
         InvalidArgumentError: a type has a rule already, or none is named.
 
     Example:
@@ -62,6 +63,7 @@ def rule_of(
             raise InvalidArgumentError(f"{kind.__name__} has a rule already ({RULES[kind].rule.__name__}).")
 
     def enter(rule: R) -> R:
+        require_callable("a rule", rule, "rule(module, inputs, g)")
         entry = Entry(rule, None if parameters is None else frozenset(parameters), any_leading_dim)
         RULES.update(dict.fromkeys(layer_types, entry))
         return rule

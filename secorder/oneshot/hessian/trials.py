@@ -243,7 +243,7 @@ def _seconds_of_columns_beside(
     task: Measurement, found: Findings, budget: Budget, drawn: Sequence[str], reduce: Reduce, limit: float
 ) -> dict[str, float]:
     """What the Gauss-Newton part of drawn layers takes, by columns, or by columns and draws where they are many."""
-    names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_told(found, x, budget)]
+    names = [x for x in gauss_newton_alone(found, budget) if x in drawn and _columns_affordable(found, x, budget)]
     side, seconds = found.output_side, dict[str, float]()
     if side is None:
         return seconds
@@ -269,11 +269,11 @@ def gauss_newton_alone(found: Findings, budget: Budget) -> list[str]:
 
 def _decided_by_draws(found: Findings, name: str, budget: Budget) -> bool:
     """Whether a few draws of all and a few of what the Gauss-Newton part leaves are made first, to take the easier."""
-    possible = name in gauss_newton_alone(found, budget) and _columns_told(found, name, budget)
+    possible = name in gauss_newton_alone(found, budget) and _columns_affordable(found, name, budget)
     return possible and budget.num_draws > 2 * deflation.PILOT_DRAWS
 
 
-def _columns_told(found: Findings, name: str, budget: Budget) -> bool:
+def _columns_affordable(found: Findings, name: str, budget: Budget) -> bool:
     """Whether there are few enough columns for all of them, or they may be drawn."""
     return found.facts[name].columns_drawn or found.facts[name].num_columns <= budget.num_draws
 

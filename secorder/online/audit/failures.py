@@ -28,7 +28,7 @@ class Failures:
         self.known = False
         self._numbers: Tensor | None = None  # both sides and the size of each comparison that waits, one after another
         self._waiting: list[tuple[Sequence[int], Sequence[float]]] = []  # numbers of layers, and tolerances
-        self._told = 0  # comparisons that wait
+        self._num_waiting = 0  # comparisons that wait
         self._constants = Constants()
         self._arrives: Callable[[], Tensor] | None = None  # the numbers, on their way to the host
 
@@ -52,8 +52,8 @@ class Failures:
         return found
 
     def _compare_all(self) -> None:
-        waiting, count = self._waiting, self._told
-        self._waiting, self._told = [], 0
+        waiting, count = self._waiting, self._num_waiting
+        self._waiting, self._num_waiting = [], 0
         if not waiting:
             return
         assert self._numbers is not None
@@ -83,18 +83,18 @@ class Failures:
             memory = self._memory(numbers[0], len(numbers))
             torch.stack(numbers, out=memory)
             self._waiting.append((indices, tolerances))
-            self._told += len(found)
+            self._num_waiting += len(found)
 
     def _memory(self, like: Tensor, size: int) -> Tensor:
         """Where so many numbers are to wait, behind those that do."""
         memory = self._numbers
         fits = memory is not None and memory.dtype is like.dtype and memory.device == like.device
         room = 0 if memory is None or not fits else memory.shape[0]
-        if room < 3 * self._told + size or len(self._waiting) >= MOST_PASSES:
+        if room < 3 * self._num_waiting + size or len(self._waiting) >= MOST_PASSES:
             self._compare_all()
         if memory is None or room < size:
             self._numbers = memory = like.new_empty(max(3 * MOST, size))
-        return memory.narrow(0, 3 * self._told, size)
+        return memory.narrow(0, 3 * self._num_waiting, size)
 
     def to(self, device: torch.device) -> "Failures":
         """The same on another device."""

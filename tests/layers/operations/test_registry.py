@@ -1,12 +1,15 @@
 """The rules by operation, and the way for everything else."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from secorder.errors import AttributionError, InvalidArgumentError
+from secorder.errors import AttributionError, InvalidArgumentError, InvalidTypeError
 from secorder.layers.layout import DIM_ZERO, Layout
 from secorder.layers.operations import OPERATIONS, OperationCall, operation_rule, parameter_map, per_sample_gradient
+from secorder.layers.operations.registry import MAPS
 
 from ...helpers import Doubled
 from .by_sample import assert_exact
@@ -37,6 +40,13 @@ def test_a_rule_is_entered_once(monkeypatch: pytest.MonkeyPatch) -> None:
         operation_rule()
     with pytest.raises(InvalidArgumentError, match="TBackward0 has a rule already"):
         parameter_map("TBackward0")
+
+
+@pytest.mark.parametrize("enter", [operation_rule, parameter_map])
+def test_rules_that_cannot_be_called(enter: Any) -> None:
+    with pytest.raises(InvalidTypeError, match="a rule must be callable as"):
+        enter("ErfinvBackward0")(5)
+    assert "ErfinvBackward0" not in OPERATIONS.keys() | MAPS.keys()
 
 
 def test_a_backward_of_the_users_own_is_not_run() -> None:

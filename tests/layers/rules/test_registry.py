@@ -54,6 +54,15 @@ def test_targets_that_are_no_module_types(target: Any) -> None:
     assert Scale not in RULES
 
 
+@pytest.mark.parametrize("rule", [5, None, {"weight": scale}])
+def test_rules_that_cannot_be_called(rule: Any) -> None:
+    with pytest.raises(InvalidTypeError, match=r"must be callable as rule\(module, inputs, g\)"):
+        rule_of(Scale)(rule)
+    with pytest.raises(InvalidTypeError, match=r"is the class Scale, not made yet: pass Scale\(\)"):
+        rule_of(Scale)(Scale)  # type: ignore[type-var]
+    assert Scale not in RULES
+
+
 def test_no_target() -> None:
     with pytest.raises(InvalidArgumentError, match="needs the layer types"):
         rule_of()
