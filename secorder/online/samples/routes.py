@@ -7,7 +7,7 @@ on data select, and arguments whose rows are not the samples', give rows that no
 module around them whose own rows are told by shape.
 """
 
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,9 @@ _PUT = _named(
     "index_reduce", "index_reduce_",
 ) | {Tensor.__setitem__}  # fmt: skip
 _RANDOM = _named("rand", "randn", "randperm", "randint", "rand_like", "randn_like", "bernoulli", "multinomial")
+_FRESH = _named(
+    "empty_like", "zeros_like", "ones_like", "full_like", "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor"
+)  # fmt: skip
 _PRODUCTS = _named("matmul", "mm", "bmm", "__matmul__") | {F.linear}
 _SELECTING = _SELECT | _FIND | _PACK | {_GET}
 
@@ -156,12 +159,14 @@ class _Routes(TorchFunctionMode):
         if func in _RANDOM:
             return ()
         states = [(t, self.states[t]) for t in given if t in self.states]
-        if not states:
+        if not states or func in _FRESH:
             return None
         source = self.states.get(given[0])
         if func in _PUT and (func is not Tensor.__setitem__ or _tensors(args[1])):
-            selected = any(state for _, state in states if state is not source)
-            return source if source is not None else () if selected else _OPAQUE
+            if source is not None:
+                return source
+            rows = self.states.get(given[-1])
+            return rows[:-1] if rows else () if any(state for _, state in states) else _OPAQUE
         if func is F.embedding_bag and isinstance(offsets := kwargs.get("offsets"), Tensor):
             return self.states.get(offsets, ())
         if func in _PRODUCTS and source is not None and given[0].dim() > 1:
@@ -189,18 +194,23 @@ class _Routes(TorchFunctionMode):
         if place > 0 and self.dim == 0:
             return source
         rows = given[0].shape[0] if given[0].dim() else 0
-        if func is _GET and len(indices) > 1 and index.shape == (rows,) and _is_order(index.tolist(), range(rows)):
+        if func is _GET and len(indices) > 1 and index.shape == (rows,) and index.tolist() == list(range(rows)):
             return source  # one entry of each row
         if index.dim() != 1 or index.dtype is torch.bool or func in _named("gather", "take_along_dim", "take"):
             return (*source, None)
         before = source[-1] if source else None
-        if before is not None and len(before) == len(index) and _is_order(before[index].tolist(), range(len(index))):
+        if before is not None and len(before) == len(index) and _is_regular(before[index]):
             return source[:-1]
         return (*source, index.detach().clone())
 
 
-def _is_order(found: Iterable[int], expected: Iterable[int]) -> bool:
-    return list(found) == list(expected)
+def _is_regular(rows: Tensor) -> bool:
+    """Whether these are all rows in order, each as often as the others: each several times, or all of them again."""
+    count = int(rows.max()) + 1 if len(rows) else 1
+    places = torch.arange(len(rows), device=rows.device)
+    return len(rows) % count == 0 and any(
+        bool((rows == told).all()) for told in (places // (len(rows) // count), places % count)
+    )
 
 
 def _place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

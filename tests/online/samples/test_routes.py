@@ -40,6 +40,50 @@ def within_samples(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
     return forward
 
 
+def two_experts_a_row(back: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """Each row twice, sorted by expert, and ``back``."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = m.gate(x).flatten().argsort()
+        rows = m.expert(x[order // 2])
+        return m.head(back(rows, order).view(len(x), 2, 3).sum(1))
+
+    return forward
+
+
+def by_inverse(rows: Tensor, order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order))
+    return rows[inverse]
+
+
+def into_places(rows: Tensor, order: Tensor) -> Tensor:
+    result = torch.empty_like(rows)
+    result[order] = rows
+    return result
+
+
+def stacked_experts(m: Any, x: Tensor) -> Tensor:
+    order = m.gate(x).t().flatten().argsort()
+    return m.head(by_inverse(m.expert(x[order % len(x)]), order).view(2, len(x), 3).sum(0))
+
+
+def back_elsewhere(m: Any, x: Tensor) -> Tensor:
+    order = m.gate(x).flatten().argsort()
+    return m.head(m.expert(x[order // 2])[order])
+
+
+def within_routed_rows(m: Any, x: Tensor) -> Tensor:
+    order = m.gate(x).argmax(1).nonzero()[:, 0]
+    rows = x[order]
+    some = rows.sum(1).argsort()
+    inner = torch.zeros(len(rows), 3, dtype=x.dtype)
+    inner[some] = m.expert(rows[some])
+    result = torch.zeros(len(x), 2, dtype=x.dtype)
+    result[order] = m.head(inner)
+    return result
+
+
 def across_samples(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(torch.gather(x, index=x.argsort(0), dim=-2)))
 
@@ -54,6 +98,11 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (within_samples(-1), set()),
         (within_samples(dim=1), set()),
         (within_samples(dim=-1), set()),
+        (two_experts_a_row(by_inverse), {"expert"}),
+        (two_experts_a_row(into_places), {"expert"}),
+        (stacked_experts, {"expert"}),
+        (back_elsewhere, {"expert", "head"}),
+        (within_routed_rows, {"expert", "head"}),
         (across_samples, {"expert", "head"}),
     ],
 )
