@@ -3,19 +3,17 @@
 They are, unless a hook or a custom function on the way clamps or normalises them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ..._torch.graph import is_builtin, least_precise
 from ..._torch.random_state import fresh_generator
 from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.dtypes import rounding
-from ...layers.selection import Layer
 from ...oneshot.cotangents import ALIKE
-from ...oneshot.isolation import IsolatedModel
-from ...oneshot.recorded_layer import RecordedLayer
 from .forward_graph import ForwardGraph
 
 NOT_LINEAR = (
@@ -25,22 +23,13 @@ NOT_LINEAR = (
 )
 
 
-def not_linear(
-    graph: ForwardGraph,
-    isolated: IsolatedModel,
-    seen: Sequence[RecordedLayer],
-    operated: Sequence[Layer],
-    unknown: Collection[str],
-) -> frozenset[str]:
-    """The layers whose gradients are not in proportion: of those with a rule, the ones whose calls tell of no samples.
+def not_linear(graph: ForwardGraph, ends: Mapping[str, Sequence[Tensor]]) -> frozenset[str]:
+    """The layers whose gradients are not in proportion, by those at their ends: parameters, or leaves on outputs.
 
-    These have been tried at their outputs; where a module runs again, the hook may be inside of it.
+    Layers whose calls tell of their samples have been tried at their outputs, and are not asked about.
     """
-    if not graph.ends or not (graph.hooked or not all(map(is_builtin, graph.users))):
+    if not (ends and graph.ends) or not (graph.hooked or not all(map(is_builtin, graph.users))):
         return frozenset()
-    ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None and z.layer.name in unknown}
-    whole = [*operated, *(z.layer for z in seen if z.layer.rule is None)]
-    ends |= {layer.name: isolated.replacements(layer) for layer in whole}
     outputs, flat = [f for f, _ in graph.ends], [end for own in ends.values() for end in own]
     generator = fresh_generator(outputs[0].device)
     cotangents = [

@@ -51,6 +51,7 @@ from .relation import Verified
 from .routes import Selections, layers_of_routed_rows, unowned_arguments
 from .rows import Rows, rows_of_layers
 from .sample_dimension import Choice, Question, choose
+from .slower import by_operations, has_slower, parents_of, slower_of
 from .use_rows import UseRows, rows_of_uses
 
 _USED_UP = (
@@ -103,7 +104,7 @@ def _attribution(asked: Question, layers: Sequence[Layer], before: Attribution |
     model = asked.model
     if before is not None:
         return replace(_again(asked, before), ties=before.ties)
-    layers = [_by_operations(asked, x) if x.rule is None else x for x in layers]
+    layers = [by_operations(asked, x) if x.rule is None else x for x in layers]
     together, ties = tied_layers(model, layers)
     if ties:
         found = _escalate(asked, together)
@@ -142,7 +143,7 @@ def _separable(found: Attribution) -> bool:
 def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
     """Attribution of layers or, step by step, of modules that contain them."""
     model = asked.model
-    parents = {id(child): module for module in model.modules() for child in module.children()}
+    parents = parents_of(model)
     first, layers = layers, list(layers)
     found, chosen = _attribute(asked, layers, layers, None)
     while True:
@@ -158,7 +159,7 @@ def _escalate(asked: Question, layers: Sequence[Layer]) -> Attribution:
             return found
         missing = found.unknown | found.outside | found.reached & without_gradient(model, layers, asked.arguments)
         missing -= found.not_linear
-        slower = {x.name: _slower(asked, parents, x) for x in layers if x.name in missing and _has_slower(x, model)}
+        slower = {x.name: slower_of(asked, parents, x) for x in layers if x.name in missing and has_slower(x, model)}
         if not slower:
             return found
         layers = [slower.get(x.name, x) for x in layers]
@@ -180,36 +181,6 @@ def _updated(found: Attribution, again: Attribution, names: set[str]) -> Attribu
         hidden=found.hidden | again.hidden,
         reached=found.reached - names | again.reached,
     )
-
-
-def _by_operations(asked: Question, layer: Layer) -> Layer:
-    """The layer measured by operations, where that may be: its parameters are trained, so that the graph holds them."""
-    trained = all(p.requires_grad for p in layer.parameters.values())
-    if not trained or asked.ranks is not None or layer.name in asked.not_followed:
-        return layer
-    return replace(layer, rule=None, by_operations=True)
-
-
-def _has_slower(layer: Layer, model: nn.Module) -> bool:
-    """Whether there is a slower strategy for a layer than its own: the slowest is by the whole model."""
-    return layer.by_operations or layer.rule is not None or layer.enclosing is not model
-
-
-def _slower(asked: Question, parents: Mapping[int, nn.Module], layer: Layer) -> Layer:
-    """The layer by the next slower strategy: by its rule, by operations, by its module, by one around that."""
-    if layer.by_operations:
-        return replace(layer, by_operations=False)
-    if layer.rule is not None and (followed := _by_operations(asked, layer)) is not layer:
-        return followed
-    return replace(layer, enclosing=_around(parents, layer), rule=None)
-
-
-def _around(parents: Mapping[int, nn.Module], layer: Layer) -> nn.Module:
-    """The module around a layer's enclosing module that is itself called: not a mere list of modules."""
-    module = parents[id(layer.enclosing)]
-    while isinstance(module, (nn.ModuleList, nn.ModuleDict)) and id(module) in parents:
-        module = parents[id(module)]
-    return module
 
 
 #: Nothing known of any layer.
@@ -266,7 +237,7 @@ def _attribute(
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
         attribution = _concluded(asked, every, hypothesis, options, found, uses)
-        bent = not_linear(graph, isolated, seen, operated, attribution.unknown) if ranks is None else frozenset()
+        bent = _not_linear(asked, isolated, forward, graph, seen, operated, attribution.unknown)
     return replace(
         attribution,
         unknown=attribution.unknown | routed | bent,
@@ -276,6 +247,27 @@ def _attribute(
         selections=selections.count,
         coupling=coupled,
     ), choice
+
+
+def _not_linear(
+    asked: Question,
+    isolated: IsolatedModel,
+    forward: Callable[[Any], Any],
+    graph: ForwardGraph,
+    seen: Sequence[RecordedLayer],
+    operated: Sequence[Layer],
+    unknown: frozenset[str],
+) -> frozenset[str]:
+    """The layers whose gradients are not in proportion to those on the model's outputs."""
+    if asked.ranks is not None:
+        return frozenset()
+    ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None and z.layer.name in unknown}
+    bent = not_linear(graph, ends | {layer.name: isolated.replacements(layer) for layer in operated})
+    if again := {z.layer.name: isolated.replacements(z.layer) for z in seen if z.layer.rule is None}:
+        with Hooks() as hooks:  # in the recorded calls, their parameters stood apart from the graph
+            output = forward(asked.arguments)
+        bent |= not_linear(replace(graph, output=output, hooked=graph.hooked or hooks.put, leaves=()), again)
+    return bent
 
 
 def _may_route(asked: Question, every: Sequence[Layer], selections: int, hypothesis: Hypothesis) -> bool:

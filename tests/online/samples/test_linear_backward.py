@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe
 
@@ -61,10 +62,26 @@ class Prompted(nn.Module):
         return self.through(x[:, None] + self.prompt).mean(1)
 
 
+class Chosen(Prompted):
+    """Which rows of the parameter a sample takes depends on its data: the module runs again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * self.through(x + self.prompt[(x[:, 0] > 0).long()])
+
+
+class Recomputed(Prompted):
+    """What uses the parameter is hidden by a checkpoint: the module runs again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
 BEFORE: dict[str, Callable[[Callable[[Tensor], Tensor]], nn.Module]] = {
     "layer": lambda through: nn.Sequential(nn.Linear(4, 4), Fn(through)),
     "recurrent layer": lambda through: Net(lambda m, x: through(m.rnn(x[None])[0][0]), rnn=nn.GRU(4, 4)),
     "own parameter": Prompted,
+    "rows by data": Chosen,
+    "checkpoint": Recomputed,
 }
 
 
