@@ -9,22 +9,34 @@ import torch
 from torch import Tensor
 
 
-def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, alpha: float = 1.0) -> None:
-    """Add to each tensor ``alpha`` times another one of its shape, in place."""
+def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, beta: float = 1.0, alpha: float = 1.0) -> None:
+    """``total ← beta · total + alpha · part`` of each tensor and another one of its shape, in place."""
+    _scale_each(totals, beta)
     torch._foreach_add_(list(totals), list(parts), alpha=alpha)
 
 
 def add_products(
-    totals: Sequence[Tensor], parts: Sequence[Tensor], factors: Sequence[Tensor], *, alpha: float = 1.0
+    totals: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    factors: Sequence[Tensor],
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
 ) -> None:
-    """Add to each tensor ``alpha`` times another one of its shape times a number or a bool, in place."""
+    """``total ← beta · total + alpha · part · factor`` of each, where a factor is a number or a bool, in place."""
+    _scale_each(totals, beta)
     # alpha times a part might be infinite, and that times zero no number
     torch._foreach_addcmul_(list(totals), list(factors), list(parts), value=alpha)
 
 
-def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor] | float) -> None:
-    """Multiply each tensor by one number, or each by a number or a bool of its own, in place."""
-    torch._foreach_mul_(list(tensors), factors if isinstance(factors, float) else list(factors))
+def _scale_each(tensors: Sequence[Tensor], beta: float) -> None:
+    if beta != 1.0:
+        torch._foreach_mul_(list(tensors), beta)
+
+
+def multiply_each(tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> None:
+    """Multiply each tensor by a number or a bool of its own, in place."""
+    torch._foreach_mul_(list(tensors), list(factors))
 
 
 def set_to_zero(tensors: Sequence[Tensor]) -> None:

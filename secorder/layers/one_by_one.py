@@ -120,9 +120,6 @@ class OneByOne:
             multiply_each(of_g, self._goods.to(of_g[0].dtype).unbind())
         biases = [(own["bias"], g.sum(0)) for own, g in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
-            totals, found = zip(*biases, strict=True)
-            if beta != 1.0:
-                multiply_each(totals, beta)
-            add_each(totals, found, alpha=alpha)
+            add_each(*zip(*biases, strict=True), beta=beta, alpha=alpha)
         for own, a, g in zip(outs, of_a, of_g, strict=True):
             own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)

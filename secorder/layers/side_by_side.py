@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.several import add_each, multiply_each
+from .._torch.several import add_each
 from .dtypes import MANY_TERMS, added_up
 
 
@@ -90,10 +90,7 @@ class SideBySide:
         of_g = self._sums.sum(0).split_with_sizes(widths)[layers:-1]
         biases = [(own["bias"], part) for own, part in zip(outs, of_g, strict=True) if "bias" in own]
         if biases:
-            totals, found = zip(*biases, strict=True)
-            if beta != 1.0:
-                multiply_each(totals, beta)
-            add_each(totals, found, alpha=alpha)
+            add_each(*zip(*biases, strict=True), beta=beta, alpha=alpha)
         blocks = self._squares.flatten(0, 1).split_with_sizes(widths, 1)
         for own, a, g in zip(outs, blocks, blocks[layers:], strict=False):
             own["weight"].view(-1, a.shape[1]).addmm_(g.t(), a, beta=beta, alpha=alpha)

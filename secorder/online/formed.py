@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .._torch.several import add_each, add_products, multiply_each
+from .._torch.several import add_each, add_products
 from ..layers.common_factor import contract_each
 from ..layers.contraction import IN_PLACE_ELEMENTS
 from ..layers.dtypes import compute_dtype
@@ -106,12 +106,11 @@ def _add_to(
     """``out ← beta · out + alpha · squares`` of each parameter of the layers that are good; overwrites the squares."""
     totals = [total for own in outs for total in own.values()]
     parts = [part for layer, squares in every for part in squares.split_with_sizes(layer.sizes())]
-    if beta != 1.0:
-        multiply_each(totals, beta)
     if goods is None:
-        add_each(totals, parts, alpha=alpha)
+        add_each(totals, parts, beta=beta, alpha=alpha)
         return
     for _, squares in every:
         squares.nan_to_num_()  # times zero, where it does not count
     factors = zip(every, goods.to(parts[0].dtype).unbind(), strict=True)
-    add_products(totals, parts, [good for (layer, _), good in factors for _ in layer.parameters], alpha=alpha)
+    by_parameter = [good for (layer, _), good in factors for _ in layer.parameters]
+    add_products(totals, parts, by_parameter, beta=beta, alpha=alpha)

@@ -20,10 +20,11 @@ def test_each_tensor_by_itself() -> None:
     assert [t.tolist() for t in totals] == [[0.5, 1.0, 1.5], [3.0, 3.0], 1.0]
     add_products(totals, square_each(totals), [torch.tensor(True), torch.tensor(False), torch.tensor(2.0)])
     assert [t.tolist() for t in totals] == [[0.75, 2.0, 3.75], [3.0, 3.0], 3.0]
-    multiply_each(totals, 2.0)
     multiply_each(totals, [torch.tensor(True), torch.tensor(False), torch.tensor(0.5)])
-    add_each(totals, totals, alpha=0.5)
-    assert [t.tolist() for t in totals] == [[2.25, 6.0, 11.25], [0.0, 0.0], 4.5]
+    add_each(totals, [t.clone() for t in totals], beta=2.0, alpha=0.5)
+    assert [t.tolist() for t in totals] == [[1.875, 5.0, 9.375], [0.0, 0.0], 3.75]
+    add_products(totals, [torch.ones_like(t) for t in totals], [torch.tensor(4.0)] * 3, beta=0.0, alpha=0.5)
+    assert [t.tolist() for t in totals] == [[2.0, 2.0, 2.0], [2.0, 2.0], 2.0]
     set_to_zero(totals)
     assert [t.tolist() for t in totals] == [[0.0, 0.0, 0.0], [0.0, 0.0], 0.0]
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from secorder import CurvatureProbe, ProbeStateError
+from secorder.parallel import all_reduce
 from secorder.parallel.all_reduce import raised_on_all
 
 from ..helpers import data, mlp, run_ranks, step
@@ -32,6 +33,17 @@ def test_an_error_inside_goes_on_as_it_is(mesh: Any) -> None:
         raise KeyError
     with raised_on_all():
         pass
+
+
+@pytest.mark.parametrize("model", [mlp().float(), nn.Linear(3, 2).float()])
+def test_what_is_sent(model: nn.Module, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What docs/scaling.md says: 4 P + 96 L + 16 bytes."""
+    sent: list[int] = []
+    monkeypatch.setattr(all_reduce, "all_reduce", lambda t, **_: sent.append(t.numel() * t.element_size()))
+    probe = CurvatureProbe(model)
+    probe.synchronize()
+    assert sum(sent) == 4 * sum(p.numel() for p in model.parameters()) + 96 * len(probe.layer_names) + 16
+    assert len(sent) == 4
 
 
 def test_without_a_process_group() -> None:
