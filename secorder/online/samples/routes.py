@@ -166,6 +166,8 @@ class _Routes(TorchFunctionMode):
             if source is not None:
                 return source
             rows = self.states.get(given[-1])
+            if _place(func, args, kwargs) > 0 and self.dim == 0:
+                return rows or ()
             return rows[:-1] if rows else () if any(state for _, state in states) else _OPAQUE
         if func is F.embedding_bag and isinstance(offsets := kwargs.get("offsets"), Tensor):
             return self.states.get(offsets, ())
@@ -214,8 +216,8 @@ def _is_regular(rows: Tensor) -> bool:
 
 
 def _place(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """The dimension that is selected from."""
-    if func is not _GET:
+    """The dimension that is selected from, or written into."""
+    if func not in (_GET, Tensor.__setitem__):
         numbers = [a for a in (kwargs.get("dim"), *args[1:]) if isinstance(a, int) and not isinstance(a, bool)]
         return int(numbers[0]) % max(1, (args[0] if args else kwargs["input"]).dim()) if numbers else 0
     keys = args[1] if isinstance(args[1], tuple) else (args[1],)

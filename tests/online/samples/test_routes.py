@@ -30,6 +30,25 @@ def by_constant_places(m: Any, x: Tensor) -> Tensor:
     return m.head(m.expert(x[:, :4]))
 
 
+def added_within_samples(m: Any, x: Tensor) -> Tensor:
+    """Messages along edges of a graph in each row."""
+    target = x.argsort(1)[:, :, None].expand(-1, -1, 3)
+    rows = m.expert(x[:, :, None].expand(-1, -1, 4))
+    return m.head(torch.zeros_like(rows).scatter_add(1, target, rows))
+
+
+def written_within_samples(m: Any, x: Tensor) -> Tensor:
+    result = torch.zeros(len(x), 4, 3, dtype=x.dtype)
+    result[:, x.argsort(1)[0]] = m.expert(x[:, :, None].expand(-1, -1, 4))
+    return m.head(result)
+
+
+def written_across_samples(m: Any, x: Tensor) -> Tensor:
+    result = torch.zeros(len(x), 3, dtype=x.dtype)
+    result[x.argsort(0)[:, 0]] = m.expert(x)
+    return m.head(result)
+
+
 def within_samples(*args: Any, **kwargs: Any) -> Callable[..., Tensor]:
     """The entries of each row in an order of its own."""
 
@@ -103,6 +122,9 @@ def across_samples(m: Any, x: Tensor) -> Tensor:
         (stacked_experts, {"expert"}),
         (back_elsewhere, {"expert", "head"}),
         (within_routed_rows, {"expert", "head"}),
+        (added_within_samples, set()),
+        (written_within_samples, set()),
+        (written_across_samples, {"head"}),
         (across_samples, {"expert", "head"}),
     ],
 )
