@@ -103,10 +103,10 @@ def _as_it_started(module: nn.Module, state: State) -> Iterator[None]:
     now = [(place, place.held()) for place, _ in state.buffers]
     held = None if state.held is None else python_state(module)
     try:
-        for place, before in state.buffers:
-            place.put(before)
         if state.held is not None:
             state.held.restore()
+        for place, before in state.buffers:  # last: the tables of buffers are Python objects, too
+            place.put(before)
         with carried_cut_off(module):
             yield
     finally:

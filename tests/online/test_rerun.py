@@ -49,18 +49,20 @@ def test_an_output_that_the_module_computes_another_one_from() -> None:
 
 
 class Keeps(Cell):
-    """Goes by what it keeps in Python objects, and changes that with each call."""
+    """Goes by what it keeps in Python objects or buffers, and changes that with each call."""
 
     def __init__(self, kept: str) -> None:
         super().__init__()
         self.kept = kept
+        self.register_buffer("scale", torch.ones(4))
         self.reset()
 
     def reset(self) -> None:
         self.calls, self.seen, self.mean, self.state = 0, [1.0], torch.zeros(4), torch.zeros(5)
+        self.scale = torch.ones(4)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x = (x + self.mean) * sum(self.seen, self.calls)
+        x = (x + self.mean) * self.scale * sum(self.seen, self.calls)
         found = super().forward(x + self.state[:4])
         if self.kept == "number":
             self.calls += 1
@@ -70,13 +72,20 @@ class Keeps(Cell):
             self.mean = 0.5 * self.mean + 0.5 * x.detach().mean(0)
         elif self.kept == "tensor in place":
             self.mean += x.detach().mean(0)
+        elif self.kept == "buffer in place":
+            self.scale *= 2.0
+        elif self.kept == "buffer":
+            self.scale = 2.0 * self.scale
         elif self.kept == "tensor with a graph":
             self.state = found[0].mean(0)
         return found
 
 
-@pytest.mark.parametrize("kept", ["number", "list", "tensor", "tensor in place", "tensor with a graph"])
-def test_a_module_runs_again_with_what_it_kept_in_python_objects(kept: str) -> None:
+KEPT = ["number", "list", "tensor", "tensor in place", "tensor with a graph", "buffer", "buffer in place"]
+
+
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_module_runs_again_with_what_it_kept_at_the_call(kept: str) -> None:
     """And keeps afterwards what the user's own forward has left."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
@@ -96,4 +105,5 @@ def test_a_module_runs_again_with_what_it_kept_in_python_objects(kept: str) -> N
     assert (model.cell.calls, model.cell.seen) == (plain.cell.calls, plain.cell.seen)
     assert torch.equal(model.cell.mean, plain.cell.mean)
     assert torch.equal(model.cell.state, plain.cell.state)
+    assert torch.equal(model.cell.scale, plain.cell.scale)
     assert (model.cell.state.grad_fn is None) == (plain.cell.state.grad_fn is None)
