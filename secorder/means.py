@@ -72,6 +72,19 @@ def mean_over_ranks(
 
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised, or measuring failed on another rank.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from secorder import CurvatureProbe
+        >>> from secorder.means import mean_over_ranks
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # one process, alone
+        >>> loss_fn, inputs, targets = torch.nn.functional.mse_loss, torch.randn(8, 3), torch.randn(8, 2)
+        >>> with CurvatureProbe(torch.nn.Sequential(torch.nn.Linear(3, 2))) as probe:
+        ...     hessian = mean_over_ranks(lambda: probe.hessian_diagonal(loss_fn, inputs, targets), len(inputs))
+        >>> hessian["0"].shape
+        torch.Size([8])
+        >>> dist.destroy_process_group()
     """
     require_number("weight", weight, zero=True)
     if not isinstance(diagonals, Diagonals):

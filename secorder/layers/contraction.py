@@ -68,6 +68,15 @@ def contract(
 
     Returns:
         1-D tensor of ``numel`` elements, in the order of the flattened parameter.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.contraction import contract
+        >>> from secorder.layers.per_sample import Outer
+        >>> a, g = torch.randn(8, 1, 1, 3), torch.randn(8, 1, 1, 2)  # of nn.Linear(3, 2), eight samples
+        >>> squares = torch.einsum("no,ni->noi", g[:, 0, 0], a[:, 0, 0]).square().sum(0)
+        >>> torch.allclose(contract(Outer(a, g), numel=6), squares.flatten(), atol=1e-5)
+        True
     """
     if numel == 0:  # a layer without inputs or outputs
         like = u if isinstance(u, Tensor) else u.g
@@ -328,6 +337,18 @@ def contract_sum(
         parts: each layer's per-sample gradients of the parameter.
         numel: number of the parameter's elements.
         out, beta, alpha, keep: as for :func:`contract`.
+
+    Returns:
+        1-D tensor of ``numel`` elements.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.contraction import contract, contract_sum
+        >>> from secorder.layers.per_sample import Outer, Rows
+        >>> head = Outer(torch.randn(8, 1, 4, 3), torch.randn(8, 1, 4, 10))  # ten words, of width three, four tokens
+        >>> embedding = Rows(torch.randint(10, (8, 4)), torch.randn(8, 4, 3), rows=10)
+        >>> contract_sum([head, embedding], numel=30).shape
+        torch.Size([30])
     """
     first, *rest = parts if len(parts) == 1 else sum_in_forms(parts, numel)
     out = contract(first, numel=numel, out=out, beta=beta, alpha=alpha, keep=keep)
@@ -340,40 +361,6 @@ def contract_sum(
     cross = kept(in_rows(first, rows), keep)
     out.view(rows.rows, -1).index_add_(0, rows.ids.flatten(), cross.flatten(0, 1), alpha=2 * alpha)
     return out
-
-
-def contract_basis(u: PerSample, v: PerSample, *, numel: int) -> Tensor:
-    """:func:`contract` of K stacked pairs where every v is a basis vector of the layer's output.
-
-    Where the parameter's factor of a basis vector is one element again, at (group, position p, row o), only that row of
-    the parameter is touched: ``Σ_n (Σ_q u[n, q, o] a[n, q]) ⊙ a[n, p]``, ``out`` times less work. Of an Outer v, one
-    row of the sample dimension will do.
-    """
-    if not (isinstance(u, Outer) and isinstance(v, Outer)):
-        return contract(u, v, numel=numel)
-    count, (groups, positions, width) = u.g.shape[0], v.g.shape[-3:]
-    a = u.g.new_ones(()).expand(u.g.shape[1], groups, positions, 1) if u.a is None else whole_input(u.a)
-    factors = v.g[:, 0].reshape(count, -1)
-    if not bool(((factors != 0).sum(1) == 1).all()):
-        return contract(u, Outer(u.a, v.g.expand_as(u.g)), numel=numel)
-    index = factors.abs().argmax(1)
-    scale = factors.gather(1, index[:, None])  # (K, 1)
-    group, position, column = index // (positions * width), index // width % positions, index % width
-    if positions == 1:  # only the diagonal of each sample's block is asked for, and squares of the input
-        rows = u.g[torch.arange(count, device=index.device), :, group, 0, column] * scale
-        diagonal = a.new_zeros(groups * width, a.shape[0]).index_add(0, group * width + column, rows)
-        squares = (a * a).squeeze(2).transpose(0, 1)
-        return torch.bmm(diagonal.view(groups, width, -1), squares).reshape(numel)
-    total = a.new_zeros(groups * width, a.shape[-1])
-    few = max(1, chunk_elements(a.device) // max(1, a[:, 0].numel()))
-    for chunk in torch.arange(count, device=index.device).split(few):
-        g, p, o = group[chunk], position[chunk], column[chunk]
-        inputs = a.transpose(0, 1)[g]  # (k, N, P, in)
-        weights = u.g[chunk, :, g, :, o]  # (k, N, P)
-        here = inputs.gather(2, p.view(-1, 1, 1, 1).expand(-1, inputs.shape[1], 1, inputs.shape[-1])).squeeze(2)
-        rows = ((weights.unsqueeze(2) @ inputs).squeeze(2) * here).sum(1) * scale[chunk]
-        total = total.index_add(0, g * width + o, rows)
-    return total.reshape(numel)
 
 
 def added(total: Tensor, out: Tensor | None, beta: float, alpha: float) -> Tensor:

@@ -75,6 +75,18 @@ def contract_sum_low(
             they are contracted as they are.
         numel: number of the parameter's elements.
         out, beta, alpha, keep: as for :func:`~secorder.layers.contraction.contract`.
+
+    Returns:
+        1-D tensor of ``numel`` elements, in float32.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.contraction import contract
+        >>> from secorder.layers.low_precision import contract_sum_low
+        >>> from secorder.layers.per_sample import Outer
+        >>> part = Outer(torch.randn(8, 1, 1, 3), torch.randn(8, 1, 1, 2))
+        >>> torch.allclose(contract_sum_low([part], numel=6), contract(part, numel=6), rtol=2**-7)
+        True
     """
     part = parts[0]
     if len(parts) > 1 or not isinstance(part, Outer) or part.a is None or part.g.dtype is not torch.float32:

@@ -53,8 +53,19 @@ FEW_POSITIONS = 128
 def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int], *, low: bool = False) -> Tensor:
     """Σ over parameters of ‖Σ_i u_{i, n}‖², for each sample n: shape ``(N,)``, in the per-sample gradients' dtype.
 
-    Of each parameter there are its per-sample gradients, one or one of each layer that shares it, and its number of
-    elements. With ``low``, factors of matrix products are rounded to bfloat16.
+    Args:
+        parts_of: of each parameter its per-sample gradients, one or one of each layer that shares it.
+        sizes: of each, its number of elements.
+        low: whether factors of matrix products are rounded to bfloat16.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.norms import squared_norms
+        >>> from secorder.layers.per_sample import Outer
+        >>> a, g = torch.randn(8, 1, 1, 3), torch.randn(8, 1, 1, 2)
+        >>> norms = squared_norms([[Outer(a, g)], [Outer(None, g)]], [6, 2])  # of a weight and a bias
+        >>> torch.allclose(norms, g.square().sum((1, 2, 3)) * (a.square().sum((1, 2, 3)) + 1))
+        True
     """
     if len(parts_of) == 2 and len(parts_of[0]) == len(parts_of[1]) == 1:
         weight, bias = parts_of[0][0], parts_of[1][0]
@@ -69,7 +80,15 @@ def squared_norms(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int],
 
 
 def squared_norm_of_sum(parts_of: Sequence[Sequence[PerSample]], sizes: Sequence[int]) -> Tensor:
-    """‖Σ_n u_n‖² over all parameters of a layer, a tensor without dimensions: arguments as of :func:`squared_norms`."""
+    """‖Σ_n u_n‖² over all parameters of a layer, a tensor without dimensions: arguments as of :func:`squared_norms`.
+
+    Example:
+        >>> import torch
+        >>> from secorder.layers.norms import squared_norm_of_sum
+        >>> gradients = torch.randn(8, 6)
+        >>> torch.allclose(squared_norm_of_sum([[gradients]], [6]), gradients.sum(0).square().sum())
+        True
+    """
     ones = [[_one_sample(part, size) for part in parts] for parts, size in zip(parts_of, sizes, strict=True)]
     return squared_norms(ones, sizes)[0]
 

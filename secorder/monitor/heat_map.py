@@ -48,6 +48,12 @@ def heat_map(
 
     Raises:
         InvalidArgumentError: there are not as many rows as names, or not as many columns as steps, or none.
+
+    Example:
+        >>> from secorder.monitor.heat_map import heat_map
+        >>> image = heat_map([[1.0, 0.1], [2.0, 0.5]], ["fc1", "fc2"], [10, 20], "fisher_trace")
+        >>> image.ndim, image.shape[2], image.dtype.name
+        (3, 3, 'uint8')
     """
     if not names or len(values) != len(names) or any(len(row) != len(steps) for row in values) or not steps:
         raise InvalidArgumentError(

@@ -91,6 +91,14 @@ class CurvatureLog:
     Args:
         sinks: as for :func:`log_diagonals`.
         strict: raise what a sink raises.
+
+    Example:
+        >>> import torch
+        >>> from secorder.monitor.log import CurvatureLog
+        >>> log = CurvatureLog([])
+        >>> log.diagonals("fisher", {"fc1": torch.ones(10), "fc2": torch.ones(5)}, step=1)
+        >>> log.history.to_dict()["model/fisher_trace"]
+        [15.0]
     """
 
     def __init__(self, sinks: Any, *, strict: bool = False) -> None:

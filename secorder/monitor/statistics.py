@@ -71,6 +71,13 @@ def layer_statistics(layer_curvatures: Mapping[str, Tensor]) -> dict[str, dict[s
 
     Raises:
         InvalidTypeError: as :func:`get_layer_curvature_stats`.
+
+    Example:
+        >>> import torch
+        >>> from secorder.monitor.statistics import layer_statistics
+        >>> row = layer_statistics({"fc": torch.tensor([1.0, -3.0, 0.0, 4.0])})["fc"]
+        >>> row["trace"], row["negative"], row["zero"]
+        (2.0, 0.25, 0.25)
     """
     return {name: summary.statistics for name, summary in _summaries(layer_curvatures, histograms=False).items()}
 

@@ -26,6 +26,15 @@ def output_root(gradients: Sequence[Tensor | None], points: Sequence[Tensor], ch
 
     Returns:
         the root, of at most C columns; at least one, so that a loss without curvature needs no case of its own.
+
+    Example:
+        >>> import torch
+        >>> from secorder.oneshot.output_root import output_root
+        >>> outputs = torch.randn(8, 3, requires_grad=True)
+        >>> loss = torch.nn.functional.mse_loss(outputs, torch.zeros(8, 3), reduction="sum")
+        >>> root = output_root(torch.autograd.grad(loss, outputs, create_graph=True), [outputs])
+        >>> root.num_columns  # S Sᵀ = 2 I for each sample
+        3
     """
     like = as_samples(points[0].detach())
     sizes = [as_samples(x).shape[1] for x in points]

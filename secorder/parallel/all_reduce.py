@@ -16,8 +16,23 @@ __all__ = ["add_up"]
 def add_up(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None" = None) -> None:
     """Replace each tensor by its sum over the ranks, in place, with one collective for each dtype and device.
 
+    Args:
+        tensors: of any shapes, dtypes and devices; each rank's in one order.
+        group: a process group; the default group if None.
+
     Raises:
         ProbeStateError: ``torch.distributed`` is not initialised.
+
+    Example:
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from secorder.parallel.all_reduce import add_up
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # one process, alone
+        >>> tensors = [torch.ones(2), torch.zeros((), dtype=torch.int64)]
+        >>> add_up(tensors)
+        >>> tensors
+        [tensor([1., 1.]), tensor(0)]
+        >>> dist.destroy_process_group()
     """
     _require_initialised()
     buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}

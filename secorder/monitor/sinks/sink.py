@@ -46,6 +46,13 @@ def sink_of(given: Any) -> Sink:
     Raises:
         InvalidTypeError: it is none of these.
         InvalidArgumentError: a path cannot be written to.
+
+    Example:
+        >>> import tempfile
+        >>> from secorder.monitor.sinks.sink import sink_of
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     sink = sink_of(f"{folder}/run.csv")
+        ...     sink.scalars(10, {"fisher_trace/fc1": 1.5})
     """
     if isinstance(given, (str, PathLike)):
         require_path("a sink", given)

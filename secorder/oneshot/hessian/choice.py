@@ -48,7 +48,16 @@ class Choice:
 
 
 def choose(facts: Sequence[Facts], budget: Budget) -> dict[str, Choice]:
-    """By layer, its strategy; all facts are of one measurement, since columns serve several layers together."""
+    """By layer, its strategy; all facts are of one measurement, since columns serve several layers together.
+
+    Example:
+        >>> from secorder.oneshot.hessian.budget import Budget
+        >>> from secorder.oneshot.hessian.choice import choose
+        >>> from secorder.oneshot.hessian.facts import Facts
+        >>> facts = Facts("fc", numel=50, own_use=True, samples_independent=True, outputs=5)
+        >>> choose([facts], Budget(method="exact"))["fc"].strategy
+        'output-basis'
+    """
     by_chain = {f.layer for f in _chain_pays(facts, budget)}
     rest = [f for f in facts if f.layer not in by_chain]
     pay = _columns_pay(rest, budget)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks
-from ...layers.contraction import contract, contract_basis, contract_one_position
+from ...layers.basis import contract_basis
+from ...layers.contraction import contract, contract_one_position
 from ...layers.dtypes import zeros
 from ...layers.layout import DIM_ZERO
 from ...layers.patches import Patches

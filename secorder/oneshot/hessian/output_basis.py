@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._torch.vjp import chunks, default_chunk_size, stacked_vjp
-from ...layers.contraction import contract_basis
+from ...layers.basis import contract_basis
 from ...layers.dtypes import zeros
 from ...layers.layout import DIM_ZERO, Layout
 from ...results import Strategy
