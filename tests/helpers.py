@@ -58,8 +58,22 @@ class Clamped(torch.autograd.Function):
         return g.clamp(-0.01, 0.01)
 
 
+class Exponential(torch.autograd.Function):
+    """A function of the user's own, that has saved a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(y := x.exp())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        found: Tensor = g * ctx.saved_tensors[0]
+        return found
+
+
 class Doubled(torch.autograd.Function):
-    """A function of the user's own."""
+    """Another one, that has not."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

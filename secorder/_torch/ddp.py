@@ -34,8 +34,3 @@ def _run(wrapper: DistributedDataParallel, *args: Any, **kwargs: Any) -> Any:
 
     args, kwargs = map_tensors(as_given, (args, kwargs)) if device or dtype else (args, kwargs)
     return wrapper.module(*args, **kwargs)
-
-
-def passes_on(node: Any) -> bool:
-    """Whether a node of the autograd graph is a wrapper's own, which hands every gradient on as it is."""
-    return type(node).__name__ == "_DDPSinkBackward" and len(node.next_functions) == len(node._input_metadata)

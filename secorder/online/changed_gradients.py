@@ -1,27 +1,38 @@
-"""Backward hooks of the user's on modules: do they change gradients by more than constant factors?
+"""Backward hooks of the user's, on modules and on tensors: do they change gradients by more than constant factors?
 
 They are for the user's backward, so that passes of our own call none of them: what they do is seen where they do it.
+Those on the model itself, on its outputs, and on what the loss computes from these, change what comes to the outputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from .._torch.compile import never_compiled
+from .._torch.graph import Node, dtypes_of, nodes_behind, of_gradients_alone, run_node
+from .._torch.loss_graph import pull_back
 from .._torch.modules import backward_hook_dicts
+from .._torch.random_state import fresh_generator
+from .._torch.surroundings import inside_transform
 from ..layers.dtypes import rounding
+from ..layers.layout import Layout, layouts_of
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
+    from .losses.seen import SeenLoss
 
-#: By hook and gradient, what the entries of each sample were multiplied by.
+#: By hook, or output of the model, and gradient, what the entries of each sample were multiplied by.
 Factors = dict[tuple[int, int, int], Tensor]
 
+#: In the place of a module and its hook, of what comes to the model's outputs.
+_OUTPUTS = (0, 0)
+
 CHANGED = (
-    "a backward hook on a module of type {} changes gradients by more than constant factors (it clamps or normalises "
+    "{} changes gradients by more than constant factors (it clamps or normalises "
     "them), so that those of a batch do not tell what a sample's own would be: remove it while the probe is attached, "
     "or measure with one-shot calls."
 )
@@ -39,7 +50,7 @@ class WatchedHooks:  # a handle
                     self._places.append((table, key, hook, watched))
         here = {watched.args[-1] for *_, watched in self._places}
         for place in list(factors):  # another thread's backward may enter some
-            if place[:2] not in here:  # of a hook that is gone
+            if place[:2] not in {_OUTPUTS, *here}:  # of a hook that is gone
                 factors.pop(place, None)
         for table, key, _, watched in self._places:
             table[key] = watched
@@ -56,26 +67,122 @@ def _called(hook: Any, of: Any, factors: Factors, place: tuple[int, int], module
     """What the user's hook makes of gradients on the module's inputs, or of those on its outputs before they come."""
     found, fisher = hook(module, *gradients), of()
     if found is not None and fisher is not None:
-        fisher.troubles.guarded(None, fisher.sums, _compare, fisher, factors, place, module, gradients[0], found)
+        where = f"a backward hook on a module of type {type(module).__name__}"
+        before, after = (x if isinstance(x, tuple) else (x,) for x in (gradients[0], found))
+        for index, (g, u) in enumerate(zip(before, after, strict=False)):
+            if isinstance(g, Tensor) and isinstance(u, Tensor) and g is not u and g.shape == u.shape:
+                key = (*place, index)
+                fisher.troubles.guarded(None, fisher.sums, _compare, fisher, factors, key, where, g, u, g.dtype)
     return found
 
 
+def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") -> None:
+    """See in this backward whether custom functions and hooks between a loss and the model's outputs change gradients.
+
+    Raises :class:`UnknownNode`.
+    """
+    for node in filter(of_gradients_alone, loss.order):
+        g = pull_back(loss.roots, {(node, 0)}).get((node, 0))
+        if g is not None and any(_changes(node, g, samples) for samples in set(loss.groups.values())):
+            fisher.troubles.mark(fisher.sums, CHANGED.format(f"the custom function {node.name()}"))
+    gradients = loss.gradients()
+    ends = {node for node, _ in loss.outputs}
+    inside = list(nodes_behind(ends)) if len(ends) > 1 else []  # what computes an output from another one
+    if not set(inside).isdisjoint(loss.order):
+        return
+    kinds = [kind for kind in dtypes_of([*loss.order, *inside]) if kind.is_floating_point]
+    least = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+    for index, (place, g) in enumerate(gradients.items()):
+        brought = [g]
+        for node in inside:
+            for number, source in enumerate(node.next_functions):
+                if source == place:
+                    node.register_hook(partial(gave, brought, number))
+        came = _Came(ref(fisher), factors, (*_OUTPUTS, index), place[1], brought, loss.outputs[place].layout, least)
+        place[0].register_prehook(came)
+
+
+@never_compiled
+def gave(brought: list[Tensor], index: int, gradients: Sequence[Tensor | None], _: Any) -> None:
+    """A hook on an operation: it has brought a gradient to one of the tensors that it was given."""
+    g = gradients[index] if index < len(gradients) else None
+    if g is not None and not inside_transform():
+        brought.append(g.detach())
+
+
+class _Came(NamedTuple):
+    """A hook on what computed an output of the model: the gradient on it has come, behind all hooks of others."""
+
+    of: "ref[OnlineFisher]"
+    factors: Factors
+    key: tuple[int, int, int]
+    number: int
+    brought: list[Tensor]  #: what operations bring to it
+    layout: Layout
+    least: torch.dtype  #: the least precise one that these were computed in
+
+    @never_compiled
+    def __call__(self, gradients: Sequence[Tensor | None]) -> None:
+        fisher, u = self.of(), gradients[self.number]
+        if fisher is None or u is None or not self.brought or inside_transform():
+            return
+        where = "a backward hook on the model, its outputs, or what the loss computes from them,"
+        g, u = (self.layout.split(x) for x in (torch.stack(self.brought).sum(0), u))
+        self.brought.clear()  # this is once
+        fisher.troubles.guarded(None, fisher.sums, _compare, fisher, self.factors, self.key, where, g, u, self.least)
+
+
+def _changes(node: Node, g: Tensor, samples: int) -> bool:
+    """Whether a custom function makes of the gradients of samples in another order, and size, other than the same."""
+    generator = fresh_generator()
+    order = torch.randperm(samples, generator=generator).to(g.device)
+    sizes = (torch.rand(samples, generator=generator) + 0.5).to(g)
+
+    def moved(g: Tensor, layout: Layout | None) -> Tensor:
+        if layout is None:  # where no dimension holds samples
+            return g * sizes[0]
+        rows = layout.split(g)
+        return layout.join((rows * sizes.view(-1, *(1 for _ in rows.shape[1:])))[order])
+
+    u = run_node(node, [g], 0)
+    bound = rounding(g.dtype) * u.abs().amax()
+    layouts: Sequence[Layout | None] = layouts_of(g.shape, samples) or [None]
+    tried = ((moved(u, x), run_node(node, [moved(g, x)], 0)) for x in layouts)
+    return bool(u.isfinite().all()) and not any(bool(((a - b).abs() <= bound).all()) for a, b in tried)
+
+
+@torch.no_grad()
 def _compare(
-    fisher: "OnlineFisher", factors: Factors, place: tuple[int, int], module: nn.Module, before: Any, after: Any
+    fisher: "OnlineFisher",
+    factors: Factors,
+    key: tuple[int, int, int],
+    where: str,
+    g: Tensor,
+    u: Tensor,
+    least: torch.dtype,
 ) -> None:
-    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (before, after)), strict=False)
-    for index, (g, u) in enumerate(pairs):
-        if isinstance(g, Tensor) and isinstance(u, Tensor) and g is not u and g.numel() and g.shape == u.shape:
-            known = factors.get((*place, index))
-            factor = factors[(*place, index)] = _factor(g.detach().double(), u.detach().double())
-            bound = rounding(g.dtype)
-            apart = known is not None and known.shape == factor.shape and not torch.allclose(known, factor, rtol=bound)
-            if apart or bool(((u.double() - factor * g.double()).abs() > bound * u.abs().amax()).any()):
-                fisher.troubles.mark(fisher.sums, CHANGED.format(type(module).__name__))
+    """Mark all layers where gradients ``u`` are not what others are, but for what all samples are multiplied by."""
+    known = factors.pop(key, None)
+    if not u.numel() or not bool(u.isfinite().all()):
+        return
+    bound = rounding(least) * u.abs().amax()
+    same = bool(((u - g).abs() <= bound).all())
+    if same and (known is None or not known.dim()):
+        factors[key] = u.new_ones(())
+        return
+    g, u = g.double(), u.double()
+    factor = now = _factor(g, u)
+    if known is not None and known.shape in ((), now.shape):
+        factor = torch.where(now.isnan(), known, now)
+    else:
+        known = now
+    factors[key] = factor
+    if any(bool(((u - x * g).abs() > bound).any()) for x in (now.nan_to_num(), known)):
+        fisher.troubles.mark(fisher.sums, CHANGED.format(where))
 
 
 def _factor(g: Tensor, u: Tensor) -> Tensor:
-    """By what the entries of all samples alike have to be multiplied to be nearest to others."""
+    """By what the entries of all samples alike have to be multiplied to be nearest to others; nan of zeros."""
     square = (g * g).sum(0) if g.dim() else g * g
     product = (g * u).sum(0) if g.dim() else g * u
-    return torch.where(square > 0, product / square, 0.0)
+    return torch.where(square > 0, product / square, torch.nan)

@@ -67,7 +67,7 @@ class Attachment:
         self._sections: WeakKeyDictionary[Any, ref[ForwardRecord]] = WeakKeyDictionary()  # of checkpoints
         self._handles: list[Any] = []
         self._aside: Aside | None = None
-        self._factors: Factors = {}
+        self.factors: Factors = {}
         self._waiting: set[int] = set()  # threads whose forward has not begun
         self._beginning = threading.RLock()
         self.verifying: int | None = None  # the thread in which the model is verified
@@ -287,7 +287,7 @@ class Attachment:
             record.handles.append(first := FirstHooks())
             first.put(hooks)
         if record.verified:
-            record.handles.append(WatchedHooks(self.fisher, self._factors, self.model.modules()))
+            record.handles.append(WatchedHooks(self.fisher, self.factors, self.model.modules()))
 
 
 def differentiable(model: nn.Module, arguments: Any) -> bool:

@@ -1,6 +1,7 @@
 """A part of the graph, differentiated node by node."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import UnknownNode, elements_of, nodes_between, place_of, pull_back
+
+from ..helpers import Doubled
 
 pytestmark = pytest.mark.skipif(not tells_recomputation(), reason="saved tensors tell nothing")
 
@@ -55,17 +58,25 @@ def test_what_does_not_lead_there_is_left_out() -> None:
     assert nodes_between([loss.grad_fn], [x.sin().grad_fn]) == []
 
 
-def test_a_custom_function_is_not_run() -> None:
-    class Doubled(torch.autograd.Function):
+def test_a_custom_function_that_has_saved_a_tensor_is_not_run() -> None:
+    class Exponential(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return 2 * x
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x.exp()
 
         @staticmethod
         def backward(ctx: object, g: Tensor) -> Tensor:
             pytest.fail("run")
 
     z = torch.randn(3, requires_grad=True).tanh()
-    loss = Doubled.apply(z).sum()
-    with pytest.raises(UnknownNode, match="Doubled"):
+    loss = Exponential.apply(z).sum()
+    with pytest.raises(UnknownNode, match="Exponential"):
         pull_back({place_of(loss): torch.ones_like(loss)}, [place_of(z)])
+
+
+def test_a_custom_function_of_gradients_alone_is_run() -> None:
+    z = torch.randn(3, requires_grad=True).tanh()
+    loss = Doubled.apply(z).sum()
+    (pulled,) = pull_back({place_of(loss): torch.ones_like(loss)}, [place_of(z)]).values()
+    assert torch.equal(pulled, torch.full((3,), 2.0))

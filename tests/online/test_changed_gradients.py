@@ -105,4 +105,153 @@ def test_what_is_known_of_hooks_that_are_gone_is_let_go() -> None:
             handle = model[2].register_full_backward_hook(lambda m, gi, go: (0.5 * gi[0],))
             loss(model, data(n)).backward()
             handle.remove()
-        assert len(probe._attachment._factors) == 1
+        assert len([place for place in probe._attachment.factors if place[0] == id(model[2])]) == 1
+
+
+class Features(nn.Module):
+    """Returns logits, and the features that they are computed from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x))
+        return self.b(h), h
+
+
+class Changed(torch.autograd.Function):
+    """Keeps what it is given, and changes gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, change: str) -> Tensor:
+        ctx.change = change
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        return (BENT | STRAIGHT)[ctx.change](g), None
+
+
+def hooked(z: Tensor, change: str) -> Tensor:
+    z.register_hook((BENT | STRAIGHT)[change])
+    return z
+
+
+def on_the_model(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    model.register_full_backward_pre_hook(lambda m, go: ((BENT | STRAIGHT)[change](go[0]), go[1]))
+    return lambda m, batch: F.cross_entropy(m(batch[0])[0], batch[1])
+
+
+def on_a_wrapper(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    wrapper = nn.Sequential(model)
+    wrapper.register_full_backward_pre_hook(lambda m, go: ((BENT | STRAIGHT)[change](go[0]), go[1]))
+    return lambda _, batch: F.cross_entropy(wrapper(batch[0])[0], batch[1])
+
+
+def on_the_output(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    return lambda m, batch: F.cross_entropy(hooked(m(batch[0])[0], change), batch[1])
+
+
+def overwritten_later(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    return lambda m, batch: F.cross_entropy(hooked(m(batch[0])[0], change).mul_(2), batch[1])
+
+
+def in_the_loss(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    return lambda m, batch: F.cross_entropy(hooked(m(batch[0])[0] * 2, change), batch[1])
+
+
+def on_the_features(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        z, h = model(batch[0])
+        return F.cross_entropy(z, batch[1]) + hooked(h, change).square().mean()
+
+    return loss
+
+
+def by_a_function(model: nn.Module, change: str) -> Callable[[Any, Any], Tensor]:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        changed: Tensor = Changed.apply(model(batch[0])[0], change)
+        return F.cross_entropy(changed, batch[1])
+
+    return loss
+
+
+PLACES = (
+    on_the_model,
+    on_a_wrapper,
+    on_the_output,
+    overwritten_later,
+    in_the_loss,
+    on_the_features,
+    by_a_function,
+)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("change", BENT | STRAIGHT)
+def test_what_changes_gradients_between_the_model_and_its_loss(
+    change: str, place: Callable[[nn.Module, str], Callable[[Any, Any], Tensor]]
+) -> None:
+    torch.manual_seed(0)
+    model = Features().double()
+    loss = place(model, change)
+    if change in STRAIGHT:
+        came = follow(model, [data(n) for n in (6, 5, 7, 6)], loss)
+        assert came.exact
+        assert not came.warned
+        return
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for n in (6, 5, 7, 6):
+            loss(model, data(n)).backward()
+        what = "the custom function ChangedBackward" if place is by_a_function else "a backward hook on the model"
+        with pytest.raises(AttributionError, match=what):
+            probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("weighs", [lambda g: g * torch.arange(1, len(g) + 1)[:, None], lambda g: g - g.mean(0)])
+def test_hooks_that_weigh_or_mix_samples(weighs: Callable[[Tensor], Tensor]) -> None:
+    model = mlp()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        z = model(data()[0])
+        z.register_hook(weighs)
+        F.cross_entropy(z, data()[1]).backward()
+        with pytest.raises(AttributionError, match="a backward hook on the model, its outputs"):
+            probe.fisher_diagonal()
+
+
+class Noisy(torch.autograd.Function):
+    """Adds noise to gradients, and overwrites what it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.add_(torch.randn_like(g))
+
+
+def test_a_function_that_draws_numbers_draws_the_same_ones() -> None:
+    def loop(model: nn.Module) -> Iterator[Any]:
+        torch.manual_seed(0)
+        for n in (6, 5, 7):
+            value = F.cross_entropy(Noisy.apply(model(data(n)[0])), data(n)[1])
+            value.backward()
+            yield value
+
+    bit_for_bit(mlp, loop)
+
+
+def test_an_entry_that_gets_no_gradient_in_some_batches_is_no_change() -> None:
+    model = mlp()
+    model[2].register_full_backward_pre_hook(lambda m, go: (0.5 * go[0],))
+
+    def one_class(model: nn.Module, batch: Any) -> Tensor:
+        z: Tensor = model(batch[0])
+        z.register_hook(lambda g: 0.5 * g)
+        return z[:, batch[1][0]].square().mean()
+
+    came = follow(model, [(data(n)[0], torch.full((n,), n % 3)) for n in (6, 5, 7, 6)], one_class)
+    assert came.exact
+    assert not came.warned

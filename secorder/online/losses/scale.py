@@ -17,6 +17,7 @@ from ..._torch.graph import users_of
 from ..._torch.loss_graph import Place
 from ..._torch.pytree import tensors_in
 from ..._torch.surroundings import inside_transform
+from ..changed_gradients import gave
 from ..fisher import OnlineFisher
 from ..record import ForwardRecord
 from ..troubles import Troubles
@@ -43,16 +44,8 @@ def watch_scale(fisher: OnlineFisher, record: ForwardRecord, output: Any) -> Non
         through: list[Tensor] = []
         for user, index in users.get(tensor.grad_fn, ()) if tensor.dim() else ():
             if user.next_functions[index][1] == tensor.output_nr:
-                user.register_hook(partial(_gave, through, index))
+                user.register_hook(partial(gave, through, index))
         tensor.register_hook(partial(_came, fisher.troubles, record.scales, through))
-
-
-@never_compiled
-def _gave(through: list[Tensor], index: int, gradients: Sequence[Tensor | None], _: Any) -> None:
-    """An operation of the loss has brought a gradient to an output that the loss is computed from."""
-    g = gradients[index] if index < len(gradients) else None
-    if g is not None and not inside_transform():
-        through.append(g.detach())
 
 
 @never_compiled

@@ -4,20 +4,24 @@ It takes the part of the graph between loss and outputs before the user's backwa
 for what each look is for.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
+from ..._torch.random_state import random_state_kept
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
+from ..changed_gradients import watch_gradients
 from ..fisher import OnlineFisher
 from ..record import ForwardRecord
 from ..samples.beside import Beside, is_made, made_beside, tensor_at
@@ -135,7 +139,8 @@ def _look_or_say(
         roots = roots_of(ends, gradients)
         met = outputs_behind([node for node, _ in roots], attachment)
         if id(record) in met:
-            _look(fisher, roots, met)
+            with random_state_kept(fisher.model):  # which a custom function may move
+                _look(attachment, roots, met)
     except Exception as error:
         if fisher.troubles.strict:
             raise
@@ -148,9 +153,10 @@ def _look_or_say(
 
 
 def _look(
-    fisher: OnlineFisher, roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
+    attachment: "Attachment", roots: Mapping[Place, Tensor], met: Mapping[int, Mapping[Place, Output | None]]
 ) -> None:
     """Mark layers whose samples a loss couples, or weights otherwise than told, and see what it is multiplied by."""
+    fisher = attachment.fisher
     if fisher.returned is None:
         tell_scaler(fisher, roots)
         fisher.accumulation.see_division(roots, {node for places in met.values() for node, _ in places})
@@ -161,6 +167,8 @@ def _look(
     def names(places: Iterable[Place]) -> list[str]:
         return _layers_behind(fisher.layers, [node for node, _ in places])
 
+    with contextlib.suppress(UnknownNode), torch.no_grad(), no_autocast():
+        watch_gradients(fisher, attachment.factors, loss)
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
         with no_autocast():
