@@ -84,6 +84,12 @@ def is_traced() -> bool:
     return mode(keys.PROXY) is not None or mode(keys.FAKE) is not None
 
 
+def in_compiled_backward() -> bool:
+    """Whether the backward pass that runs now was compiled as a whole (compiled autograd)."""
+    compiler = sys.modules.get("torch._dynamo.compiled_autograd")
+    return compiler is not None and bool(getattr(compiler, "in_compiled_autograd_region", False))
+
+
 class EagerSection:
     """From now on to :meth:`end` nothing is compiled, and what is compiled may run as it was written.
 

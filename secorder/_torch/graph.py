@@ -167,6 +167,11 @@ def passes_on(node: Node) -> bool:
     return hands and len(node.next_functions) == len(node._input_metadata)
 
 
+def is_compiled(node: Node) -> bool:
+    """Whether a node is that of a function that ``torch.compile`` made, which hides its operations."""
+    return isinstance(node, BackwardCFunction) and type(node).__name__ == "CompiledFunctionBackward"
+
+
 def of_gradients_alone(node: Node) -> bool:
     """Whether a node is a custom function's that hands a tensor on, and changes its gradient by numbers it was told.
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch.collectives import has_ranks
-from .._torch.compile import never_compiled
+from .._torch.compile import in_compiled_backward, never_compiled
 from .._torch.engine import (
     NO_BACKWARD,
     accumulate_node,
@@ -36,6 +36,12 @@ if TYPE_CHECKING:
     from .hooks import Attachment
 
 
+_COMPILED = (
+    "its backward pass is compiled (torch._dynamo.config.compiled_autograd), so that hooks do not run when gradients "
+    "come: call backward outside of compiled autograd while the probe is attached, or measure with one-shot calls."
+)
+
+
 def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     """A gradient has come to a record's forward; False where that is a second backward, through the same graph."""
     number = current_backward()
@@ -53,6 +59,9 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
         return False
     backward = fisher.backwards.get(number)
     if backward is None:
+        if in_compiled_backward():
+            fisher.troubles.mark(fisher.by_layer, _COMPILED)
+            return False
         backward = Backward(number, Audit(fisher.directions))
         fisher.backwards.begin(backward)
         if attachment.verifying is not None:  # in another thread, which may take hooks off parameters

@@ -1,6 +1,7 @@
 """Code that is traced, and sections of it that are not."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from secorder._torch.compile import (
     EagerSection,
     being_compiled,
     hooks_prevent_compiling,
+    in_compiled_backward,
     is_traced,
     may_break_graph,
     never_compiled,
@@ -124,3 +126,18 @@ def test_whether_hooks_that_break_the_graph_prevent_compiling(kind: type[nn.Sequ
     torch.compile(model, backend=backend)(torch.ones(1, 2))
     assert hooks_prevent_compiling(model) is not bool(backend.graphs)
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_backward_that_is_compiled() -> None:
+    from torch._dynamo import compiled_autograd
+
+    seen: list[bool] = []
+    for compiles in (False, True):
+        x = torch.ones(2, requires_grad=True)
+        x.register_hook(lambda g: seen.append(in_compiled_backward()))
+        y = x.sin().sum()
+        with compiled_autograd._enable(torch.compile(backend="eager")) if compiles else nullcontext():
+            y.backward()
+    assert seen == [False, True]
+    assert not in_compiled_backward()
