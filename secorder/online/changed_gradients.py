@@ -72,7 +72,7 @@ def _called(hook: Any, of: Any, factors: Factors, place: tuple[int, int], module
         for index, (g, u) in enumerate(zip(before, after, strict=False)):
             if isinstance(g, Tensor) and isinstance(u, Tensor) and g is not u and g.shape == u.shape:
                 key = (*place, index)
-                fisher.troubles.guarded(None, fisher.sums, _compare, fisher, factors, key, where, g, u, g.dtype)
+                fisher.troubles.guarded(None, fisher.by_layer, _compare, fisher, factors, key, where, g, u, g.dtype)
     return found
 
 
@@ -84,7 +84,7 @@ def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") 
     for node in filter(of_gradients_alone, loss.order):
         g = pull_back(loss.roots, {(node, 0)}).get((node, 0))
         if g is not None and any(_changes(node, g, samples) for samples in set(loss.groups.values())):
-            fisher.troubles.mark(fisher.sums, CHANGED.format(f"the custom function {node.name()}"))
+            fisher.troubles.mark(fisher.by_layer, CHANGED.format(f"the custom function {node.name()}"))
     gradients = loss.gradients()
     ends = {node for node, _ in loss.outputs}
     inside = list(nodes_behind(ends)) if len(ends) > 1 else []  # what computes an output from another one
@@ -129,7 +129,9 @@ class _Came(NamedTuple):
         where = "a backward hook on the model, its outputs, or what the loss computes from them,"
         g, u = (self.layout.split(x) for x in (torch.stack(self.brought).sum(0), u))
         self.brought.clear()  # this is once
-        fisher.troubles.guarded(None, fisher.sums, _compare, fisher, self.factors, self.key, where, g, u, self.least)
+        fisher.troubles.guarded(
+            None, fisher.by_layer, _compare, fisher, self.factors, self.key, where, g, u, self.least
+        )
 
 
 def _changes(node: Node, g: Tensor, samples: int) -> bool:
@@ -178,7 +180,7 @@ def _compare(
         known = now
     factors[key] = factor
     if any(bool(((u - x * g).abs() > bound).any()) for x in (now.nan_to_num(), known)):
-        fisher.troubles.mark(fisher.sums, CHANGED.format(where))
+        fisher.troubles.mark(fisher.by_layer, CHANGED.format(where))
 
 
 def _factor(g: Tensor, u: Tensor) -> Tensor:
