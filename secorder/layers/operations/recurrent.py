@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._torch.graph import saved
 from ..._torch.recurrent import kept_gates
 from ..layout import Layout
 from ..per_sample import Outer, PerSample
@@ -24,6 +25,8 @@ from .registry import TOGETHER, Together, operation_rule
 LSTM = 2
 #: What gates that are computed again may differ by from those that were kept: rounding. They lie between -1 and 1.
 ROUNDING = 1e-4
+#: What outputs are divided by where the last gate is zero, as they are then.
+TINY = torch.finfo(torch.float32).tiny
 #: Elements of gates up to which layers take their steps together: of more, the operations cost more than their calls.
 SMALL_ELEMENTS = 1 << 21
 
@@ -37,6 +40,7 @@ class Pass(NamedTuple):
 
     x: Tensor  #: inputs, shape ``(N, steps, in)``
     before: Tensor  #: outputs of the step before, shape ``(N, steps, width)``
+    outputs: Tensor | None  #: shape ``(steps, N, width)``; None where they are rounded to fewer digits
     gates: Tensor  #: after their activations, shape ``(steps, N, 4, width)``: input, forget, cell, output
     cell: Tensor  #: the first, shape ``(N, width)``
     weight: Tensor  #: on the outputs of the step before, shape ``(4 · width, width)``, as it was in this backward
@@ -88,8 +92,9 @@ def _pass(call: OperationCall, inputs: tuple[int, ...]) -> Pass:
     before[:, 1:] = h[:-1].transpose(0, 1)
     gates = _gates(call, x, before)
     ends = [None if g is None else g.reshape(count, width) for g in (last_h, last_c)]
-    x = x.transpose(0, 1).contiguous()
-    return Pass(x, before, gates, cell, call.saved("weight1"), outside, ends[0], ends[1], inputs)
+    outputs = h if saved(call.node, "result0").dtype is torch.float32 else None
+    x, weight = x.transpose(0, 1), call.saved("weight1")
+    return Pass(x, before, outputs, gates, cell, weight, outside, ends[0], ends[1], inputs)
 
 
 def _gone_through(passes: Sequence[Pass]) -> Iterator[tuple[int, int, PerSample]]:
@@ -108,20 +113,20 @@ TOGETHER["MkldnnRnnLayerBackward0"] = Together(_kept_of, _shaped_alike, _gone_th
 def _gradients_on_gates(passes: Sequence[Pass]) -> Tensor:
     """The gradients on the gates before their activations, of each pass: shape ``(passes, N, steps, 4 · width)``."""
     steps, count, _, width = passes[0].gates.shape
-    forget, on_cells, on_output, through = _derivatives(passes)
+    found = passes[0].cell.new_empty(len(passes), count, steps, 4, width)
+    forget, through = _derivatives(passes, found)
     weights = torch.stack([one.weight for one in passes])
     dh = torch.stack([_or_zeros(one.last_h, one.cell) for one in passes])
     dc = torch.stack([_or_zeros(one.last_c, one.cell) for one in passes])
     outside = torch.stack([_or_zeros(one.outside, one.gates[:, :, 0]) for one in passes], 1).unbind(0)
     dh += outside[-1]
-    found = dh.new_empty(len(passes), count, steps, 4, width)
     of_cells, of_output = found[:, :, :, :3].unbind(2), found[:, :, :, 3].unbind(2)
     of_gates = found.flatten(3)
     rows = of_gates.unbind(2)
     for t in range(steps - 1, -1, -1):
         dc.addcmul_(dh, through[t])
-        torch.mul(on_cells[t], dc.unsqueeze(2), out=of_cells[t])
-        torch.mul(on_output[t], dh, out=of_output[t])
+        of_cells[t].mul_(dc.unsqueeze(2))
+        of_output[t].mul_(dh)
         if t:
             dc *= forget[t]
             torch.baddbmm(outside[t - 1], rows[t], weights, out=dh)
@@ -154,32 +159,37 @@ def _gates(call: OperationCall, x: Tensor, before: Tensor) -> Tensor:
     return gates
 
 
-def _derivatives(passes: Sequence[Pass]) -> tuple[Sequence[Tensor], ...]:
-    """What gradients on cells and outputs are multiplied by, from the gates and the first cell, by step.
+def _derivatives(passes: Sequence[Pass], found: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What gradients on cells and outputs are multiplied by, from the gates and the first cell.
 
-    What the gradient on the cells brings to those before, shape ``(passes, N, width)``, and to the three gates that
-    make them, ``(passes, N, 3, width)``; what that on the outputs brings to the last gate, and to the cells.
+    By step, shape ``(passes, N, width)``: what the gradient on the cells brings to those before, and what that on the
+    outputs brings to the cells. To ``found``, shape ``(passes, N, steps, 4, width)``, is written what the gradient on
+    the cells brings to the three gates that make them, and that on the outputs to the last.
     """
     steps, count, _, width = passes[0].gates.shape
     shape = (steps, len(passes), count, width)
     like = passes[0].cell
-    on_cells = like.new_empty(steps, len(passes), count, 3, width)
-    forget, fresh, on_output, through = (like.new_empty(shape) for _ in range(4))
+    forget, through = like.new_empty(shape), like.new_empty(shape)
     cells = like.new_empty(steps + 1, *shape[1:])
     torch.stack([one.cell for one in passes], out=cells[0])
     every = [one.gates.unbind(2) for one in passes]
     for k, (i, f, c, _) in enumerate(every):
-        torch.mul(i, c, out=fresh[:, k])
+        torch.mul(i, c, out=cells[1:, k])
         forget[:, k] = f
     rows, by_step = cells.unbind(0), forget.unbind(0)
-    for t, new in enumerate(fresh.unbind(0)):
-        torch.addcmul(new, by_step[t], rows[t], out=rows[t + 1])
-    squashed = cells[1:].tanh()
+    for t in range(steps):
+        rows[t + 1].addcmul_(by_step[t], rows[t])
     sigmoid, tanh = torch.ops.aten.sigmoid_backward, torch.ops.aten.tanh_backward
-    for k, (i, f, c, o) in enumerate(every):
-        sigmoid.grad_input(c, i, grad_input=on_cells[:, k, :, 0])
-        sigmoid.grad_input(cells[:-1, k], f, grad_input=on_cells[:, k, :, 1])
-        tanh.grad_input(i, c, grad_input=on_cells[:, k, :, 2])
-        sigmoid.grad_input(squashed[:, k], o, grad_input=on_output[:, k])
-        tanh.grad_input(o, squashed[:, k], grad_input=through[:, k])
-    return by_step, on_cells.unbind(0), on_output.unbind(0), through.unbind(0)
+    for k, (one, (i, f, c, o)) in enumerate(zip(passes, every, strict=True)):
+        squashed = through[:, k]  # the cells' tanh, which an output is the last gate's multiple of
+        if one.outputs is None:
+            torch.tanh(cells[1:, k], out=squashed)
+        else:
+            torch.div(one.outputs, torch.clamp(o, min=TINY, out=squashed), out=squashed)
+        to_i, to_f, to_c, to_o = found[k].transpose(0, 1).unbind(2)
+        sigmoid.grad_input(c, i, grad_input=to_i)
+        sigmoid.grad_input(cells[:-1, k], f, grad_input=to_f)
+        tanh.grad_input(i, c, grad_input=to_c)
+        sigmoid.grad_input(squashed, o, grad_input=to_o)
+        tanh.grad_input(o, squashed, grad_input=squashed)
+    return by_step, through.unbind(0)
