@@ -28,7 +28,7 @@ from .layers.low_precision import Precision
 from .layers.selection import (
     Layer,
     LayerTypes,
-    names_layers,
+    layers_to_measure,
     present,
     ranks_of,
     select_layers,
@@ -190,6 +190,7 @@ class CurvatureProbe:
         accumulator_dtype: torch.dtype | None = None,
     ) -> None:
         require_flag("frozen", frozen)
+        layers = list(layers) if isinstance(layers, Iterator) else layers
         selected = _layers_to_measure(model, layer_types, layers, frozen=frozen)
         require_integer("every", every, 1)
         if decay is not None:
@@ -228,6 +229,7 @@ class CurvatureProbe:
             "dtype": accumulator_dtype,
             "accumulate": accumulate,
             "precision": precision,
+            "select": partial(layers_to_measure, layer_types=layer_types, layers=layers, frozen=frozen, unchecked=True),
         }
         self._attributions = Attributions(model, sample_dim)
         self._attachment: Attachment | None = None
@@ -1059,9 +1061,8 @@ class CurvatureProbe:
 def _layers_to_measure(
     model: nn.Module, layer_types: LayerTypes, layers: str | Iterable[str] | None, *, frozen: bool
 ) -> list[Layer]:
-    """The layers that match, of which something is trained unless frozen ones are asked for."""
-    layers = list(layers) if isinstance(layers, Iterator) else layers
-    selected = select_layers(model, layer_types, layers)
+    """The layers that match; with the default types, a warning where these are not most of what is trained."""
+    selected = layers_to_measure(model, layer_types, layers, frozen=frozen)
     if not selected:
         if next(model.parameters(), None) is None:
             raise NoLayerError("the model has no parameters: there is nothing to measure.")
@@ -1069,8 +1070,6 @@ def _layers_to_measure(
             "no layer of the model matches: pass layer_types= with the types to measure, or layers= with names "
             "from model.named_modules()."
         )
-    if not names_layers(layers) and not frozen:
-        selected = trained(selected)
     if layers is None and layer_types is None:
         _warn_of_share(model, selected)
     return selected

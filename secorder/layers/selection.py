@@ -140,6 +140,19 @@ def select_layers(
     return selected
 
 
+def layers_to_measure(
+    model: nn.Module,
+    layer_types: LayerTypes,
+    layers: str | Iterable[str] | None,
+    *,
+    frozen: bool,
+    unchecked: bool = False,
+) -> list[Layer]:
+    """The layers that match, of which something is trained unless frozen ones are asked for, or named."""
+    selected = select_layers(model, layer_types, layers, unchecked=unchecked)
+    return selected if frozen or names_layers(layers) else trained(selected)
+
+
 def _require_hookable(name: str, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
     """Raise :class:`InvalidArgumentError` for a layer that is not initialised, or that no hook can be put on."""
     held = [t for m in modules_in(module) for t in own_tensors(m)]

@@ -1,8 +1,12 @@
-"""Parameters that were exchanged or moved since the layers were chosen: what is recorded follows the model."""
+"""Parameters that were exchanged or moved since the layers were chosen: what is recorded follows the model.
+
+Layers that are trained only since then are not recorded, which is said.
+"""
 
 from dataclasses import replace
 
 from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
+from ..errors import InvalidArgumentError
 from ..layers.selection import Layer
 from .attributions import Attributions
 from .fisher import OnlineFisher
@@ -54,6 +58,24 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
     else:
         fisher.troubles.mark(meta, "its weights are on the meta device: give them memory (to_empty), and call reset().")
     return len(meta) < len(fisher.layers)
+
+
+def tell_of_new(fisher: OnlineFisher) -> None:
+    """Say which layers would be measured if they were chosen now: they were frozen then, or not there."""
+    try:
+        layers = [] if fisher.select is None else fisher.select(fisher.model)
+    except InvalidArgumentError:  # what a pattern named is gone, or new and not initialised yet
+        return
+    new = [x.name for x in layers if x.name not in fisher.by_layer and _is_trained(x)]
+    if new:
+        fisher.troubles.warn(
+            f"the layers {new} are trained now, and were not when the probe was made (frozen, or not there yet): it "
+            "does not measure them; make a new probe, or one with frozen=True before."
+        )
+
+
+def _is_trained(layer: Layer) -> bool:
+    return any(p.requires_grad for p in layer.parameters.values())
 
 
 def _others_stand_in(layer: Layer) -> bool:

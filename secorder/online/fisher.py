@@ -62,6 +62,7 @@ class OnlineFisher:
         dtype: torch.dtype | None,
         accumulate: Accumulate = "diagonal",
         precision: Precision = "auto",
+        select: Callable[[nn.Module], Sequence[Layer]] | None = None,
     ) -> None:
         self.model = model
         self.layers = list(layers)
@@ -75,6 +76,7 @@ class OnlineFisher:
         self.device, self.dtype = device, dtype
         self.accumulate = accumulate
         self.precision = precision
+        self.select = select  # which layers of the model a probe that is made now would measure
         self.directions = Directions()
         self.backwards = Backwards()
         self._strict = strict

@@ -20,7 +20,7 @@ from .agreement import leave_out_together, opened_together
 from .attributions import Attributions
 from .capture import module_called, module_starts
 from .carried import carried
-from .exchanged import refresh
+from .exchanged import refresh, tell_of_new
 from .finite import finite
 from .fisher import OnlineFisher
 from .layer_record import Start
@@ -100,6 +100,8 @@ def _opened(
         start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
     record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
     record.together = count
+    if any(looked):
+        tell_of_new(fisher)
     record.carried = carried(fisher.model) if known.carries else ()
     weights = weights_of(fisher.reduction, args, kwargs, count) if callable(fisher.reduction) else None
     record.mean = weights is None and fisher.reduction != "sum"

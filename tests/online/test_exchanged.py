@@ -1,5 +1,10 @@
 """What is recorded follows parameters that are exchanged or moved."""
 
+import copy
+import pickle
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -65,6 +70,60 @@ def test_a_forward_with_constants_in_place_of_all_parameters_is_passed_over(
         assert len(looks) == 1
         assert probe.num_samples == 4 * 6
         assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+class Grows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4)])
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = torch.tanh(block(x))
+        return self.head(self.norm(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, ["blocks.1"]),
+        ({"layer_types": "all"}, ["blocks.1"]),
+        ({"layers": "blocks.*"}, ["blocks.1"]),
+        ({"layers": "head"}, []),
+        ({"layer_types": nn.LayerNorm}, []),
+    ],
+)
+def test_layers_that_a_model_grows_are_told_not_to_be_measured(options: dict[str, Any], told: list[str]) -> None:
+    model, batch = Grows(), data()
+    with warnings.catch_warnings(record=True) as caught, CurvatureProbe(model, reduction="mean", **options) as probe:
+        warnings.simplefilter("always")
+        step(model, batch)
+        assert not caught
+        model.blocks.append(nn.Linear(4, 4))
+        for _ in range(4):
+            step(model, batch)
+        assert [f"the layers {told} are trained now" in str(w.message) for w in caught] == [True] * len(told)
+        found = probe.fisher_diagonal()
+        assert set(found) == set(probe.layer_names)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_layers_that_are_trained_only_later_are_told_not_to_be_measured(frozen: bool) -> None:
+    model, batch = mlp(), data()
+    model[0].requires_grad_(False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with CurvatureProbe(model, reduction="mean", frozen=frozen) as probe:
+            step(model, batch)
+            model.requires_grad_(False)  # nothing is trained: none is new
+            step(model, (batch[0].clone().requires_grad_(), batch[1]))
+            model.requires_grad_(True)
+            for _ in range(4):
+                step(model, batch)
+            copy.deepcopy(probe), pickle.dumps(probe)
+    said = [str(w.message) for w in caught if "are trained now" in str(w.message)]
+    assert [message.startswith("the layers ['0'] ") for message in said] == [True] * (not frozen)
 
 
 def test_a_parameter_that_comes_back_is_told_again() -> None:
