@@ -222,6 +222,32 @@ def over_samples(values: Tensor, like: Tensor, layout: Layout) -> Tensor:
     return stacked if layout == DIM_ZERO else torch.stack([layout.join(v) for v in stacked])
 
 
+def rows_weighted(
+    plain: Tensor, weighted: Tensor, weights: Tensor, layout: Layout, noise: Tensor | None = None
+) -> Tensor:
+    """Of each of K stacked gradients, whether weighting the samples has weighted their rows, to rounding: ``(K,)``.
+
+    Relative to each sample's largest entry, and up to ``noise`` where the rounding was measured.
+    """
+    inner = layout._replace(dim=layout.dim + 1)
+
+    def split(stacked: Tensor) -> Tensor:
+        by_sample = inner.split(stacked.detach()).movedim(1 if layout.rows == 1 else 2, 0)
+        return by_sample.reshape(*by_sample.shape[:2], -1)
+
+    if not plain.numel():
+        return plain.new_ones(len(plain), dtype=torch.bool)
+    before, after = split(plain), split(weighted)
+    expected = before * weights.to(before)[:, None]
+    bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
+    return ((after - expected).abs() <= (bound if noise is None else bound + noise)).flatten(1).all(1)
+
+
+def weight_draws(tensors: Sequence[Tensor]) -> int:
+    """How often to check with random weights: in half precision two may be the same to rounding, by chance."""
+    return 3 if any(torch.finfo(t.dtype).bits < 32 for t in tensors) else 1
+
+
 def sample_bits(count: int, device: torch.device | None = None) -> Tensor:
     """Masks (B, N) of the samples whose index has bit b set: any two samples differ in at least one of them."""
     index = torch.arange(count, device=device)

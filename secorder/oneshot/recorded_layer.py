@@ -11,15 +11,14 @@ from .._torch.sample_graph import inner_size, samples_in_graph
 from .._torch.vjp import chunks, default_chunk_size
 from ..errors import AttributionError
 from ..layers.contraction import contract
-from ..layers.dtypes import cast, compute_dtype, rounding
+from ..layers.dtypes import cast, compute_dtype
 from ..layers.layout import DIM_ZERO, Layout, candidate_layouts
 from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_gradients, with_cotangents
 from ..layers.rank_one import rank_one, squares_by_onednn
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
 from .cotangents import pull_back, random_numbers, require_sum
-from .independence import over_samples
-from .output_hessian import as_samples
+from .independence import rows_weighted, weight_draws
 from .roots import Columns
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
@@ -263,11 +262,11 @@ def settle_layouts(
     count = model_outputs[0].shape[0]
     plain = pull_back(model_outputs, leaves, mixture, create_graph)
     options = [layout_options(z, count) for z in layers]
-    for _ in range(scale_draws(leaves)):
+    for _ in range(weight_draws(leaves)):
         weights = 0.5 + random_numbers(count, generator, mixture).abs()
         scaled = pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
         options = [
-            [c for c in choices if scales(z.leaves, c, plain, scaled, weights)]
+            [c for c in choices if _weighted(z.leaves, c, plain, scaled, weights)]
             for z, choices in zip(layers, options, strict=True)
         ]
     if linear:
@@ -283,34 +282,18 @@ def settle_layouts(
     return plain
 
 
-def scales(
+def _weighted(
     leaves: Sequence[Tensor],
     layouts: Sequence[Layout],
     plain: dict[int, Tensor],
     weighted: dict[int, Tensor],
     weights: Tensor,
-    noise: Mapping[int, Tensor] | None = None,
 ) -> bool:
-    """Whether weighting the samples weighted their rows of every leaf's gradient, to rounding.
-
-    Gradients are by ``id(leaf)``, of shape ``(1, *leaf.shape)``; so is ``noise``, their rounding where it was measured.
-    """
-    for leaf, layout in zip(leaves, layouts, strict=True):
-        expected = plain[id(leaf)].detach()[0] * over_samples(weights[None].to(leaf.dtype), leaf, layout)[0]
-        expected, found = (as_samples(layout.split(t)) for t in (expected, weighted[id(leaf)][0]))
-        if not found.numel():
-            continue
-        bound = rounding(leaf.dtype) * expected.abs().amax(1, keepdim=True)  # each sample's own
-        if noise is not None:
-            bound = bound + noise[id(leaf)]
-        if not bool(((found - expected).abs() <= bound).all()):
-            return False
-    return True
-
-
-def scale_draws(leaves: Sequence[Tensor]) -> int:
-    """How often to check with random weights: in half precision two weights may be the same to rounding, by chance."""
-    return 3 if any(torch.finfo(leaf.dtype).bits < 32 for leaf in leaves) else 1
+    """Whether weighting the samples has weighted their rows in the gradient of every leaf."""
+    return all(
+        bool(rows_weighted(plain[id(leaf)], weighted[id(leaf)], weights, layout))
+        for leaf, layout in zip(leaves, layouts, strict=True)
+    )
 
 
 def _signed(gradient: PerSample, sign: Tensor | None) -> PerSample | None:

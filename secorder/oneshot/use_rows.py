@@ -15,10 +15,9 @@ from torch.autograd.graph import GradientEdge
 from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
-from ..layers.dtypes import rounding
 from ..layers.layout import Layout, layouts_of
 from ..layers.uses import Route, Uses, find_uses
-from .independence import over_samples
+from .independence import over_samples, rows_weighted, weight_draws
 
 #: How often further operations are looked at.
 ROUNDS = 24
@@ -147,8 +146,7 @@ class ByCotangents(Evidence):
     @cached_property
     def weights(self) -> list[Tensor]:
         """Random weights of the samples."""
-        draws = 3 if any(torch.finfo(f.dtype).bits < 32 for f in self.outputs) else 1
-        own = self.generator
+        own, draws = self.generator, weight_draws(self.outputs)
         return [0.5 + torch.randn(self.count, generator=own, device=own.device).abs() for _ in range(draws)]
 
     @cached_property
@@ -192,7 +190,7 @@ class ByCotangents(Evidence):
             for shape, ids in alike.items():
                 after = torch.stack([scaled[i] for i in ids])  # type: ignore[misc]
                 for layout in layouts_of(shape, self.count):
-                    holds = _scale(before[shape], after, weights, layout)
+                    holds = rows_weighted(before[shape], after, weights, layout)
                     for i, held in zip(ids, holds.tolist(), strict=True):
                         if not held and layout in options[i]:
                             options[i].remove(layout)
@@ -205,19 +203,3 @@ class ByCotangents(Evidence):
 def _of_leaves(node: Node) -> bool:
     """Whether an operation takes leaves alone: where the graph tells no samples, it is followed without a look."""
     return all(hasattr(before, "variable") for before, _ in node.next_functions if before is not None)
-
-
-def _scale(plain: Tensor, scaled: Tensor, weights: Tensor, layout: Layout) -> Tensor:
-    """Of each of stacked gradients, whether weighting the samples has weighted their rows, to rounding."""
-    inner = layout._replace(dim=layout.dim + 1)
-
-    def split(stacked: Tensor) -> Tensor:
-        by_sample = inner.split(stacked).movedim(1 if layout.rows == 1 else 2, 0)
-        return by_sample.reshape(*by_sample.shape[:2], -1)
-
-    before, after = split(plain), split(scaled)
-    if not before.numel():
-        return plain.new_ones(len(plain), dtype=torch.bool)
-    expected = before * weights.to(before)[:, None]
-    bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
-    return ((after - expected).abs() <= bound).flatten(1).all(1)

@@ -13,8 +13,10 @@ from secorder.oneshot.independence import (
     outputs_independent,
     over_samples,
     rounding_in,
+    rows_weighted,
     sample_bits,
     separating_masks,
+    weight_draws,
     with_neighbours,
     without_gradients,
 )
@@ -98,6 +100,24 @@ def test_samples_that_may_not_change_their_order() -> None:
 
 def test_values_are_spread_over_samples() -> None:
     assert over_samples(torch.arange(6.0).view(2, 3), torch.zeros(3, 4), DIM_ZERO)[1, :, 3].tolist() == [3, 4, 5]
+
+
+@pytest.mark.parametrize("layout", [Layout(0), Layout(1), Layout(0, 2, True), Layout(0, 2, False), Layout(1, 2)])
+def test_rows_are_weighted_as_their_samples_are(layout: Layout) -> None:
+    plain, weights = torch.randn(3, 6, 6), torch.rand(6 // layout.rows) + 0.5
+    weighted = plain * over_samples(weights[None], plain[0], layout)
+    assert rows_weighted(plain, weighted, weights, layout).tolist() == [True] * 3
+    weighted[1, 4, 4] += 1e-3
+    assert rows_weighted(plain, weighted, weights, layout).tolist() == [True, False, True]
+    assert rows_weighted(plain, weighted, weights, layout, torch.tensor(1e-2)).all()
+    other = layout._replace(sample_major=not layout.sample_major) if layout.rows > 1 else Layout(1 - layout.dim)
+    assert not rows_weighted(plain, weighted, weights, other).any()
+    assert rows_weighted(plain[:, :0, :0], plain[:, :0, :0], weights[:0], layout).all()
+
+
+def test_half_precision_is_looked_at_more_often() -> None:
+    assert weight_draws([torch.zeros(1)]) == 1
+    assert weight_draws([torch.zeros(1, dtype=torch.bfloat16)]) == 3
 
 
 def test_a_run_without_gradients_unless_it_needs_them() -> None:

@@ -11,7 +11,6 @@ from secorder.oneshot.recorded_layer import (
     RecordedLayer,
     contract_pairs,
     layout_options,
-    scale_draws,
     settle_layouts,
 )
 from secorder.oneshot.recording import recorded
@@ -68,8 +67,3 @@ def test_rows_that_are_no_samples_have_no_layout() -> None:
 
     assert measured(work, make(), data()) == [True, True]
     assert measured(work, make(Fn(mixes)), data()) == [False, True]
-
-
-def test_half_precision_is_looked_at_more_often() -> None:
-    assert scale_draws([torch.zeros(1)]) == 1
-    assert scale_draws([torch.zeros(1, dtype=torch.bfloat16)]) == 3

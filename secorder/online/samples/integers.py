@@ -156,8 +156,7 @@ class ChangedIntegers(TorchFunctionMode):
 
 def mixed(tensor: Tensor, dim: int, mask: Tensor, *, alike: bool) -> Tensor:
     """A tensor with other numbers in some rows: those of their neighbours, a little scaled, or of the first one."""
-    here = mask.to(tensor.device).view(*(-1 if d == dim else 1 for d in range(tensor.dim())))
-    return torch.where(here, _others(tensor, dim, alike=alike), tensor)
+    return torch.where(_along(mask, tensor, dim), _others(tensor, dim, alike=alike), tensor)
 
 
 def _others(tensor: Tensor, dim: int, *, alike: bool) -> Tensor:

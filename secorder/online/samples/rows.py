@@ -16,8 +16,8 @@ from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
 from ...oneshot.cotangents import measured_rounding
-from ...oneshot.independence import changed_entries, over_samples, separating_masks
-from ...oneshot.recorded_layer import RecordedLayer, layout_options, scale_draws, scales
+from ...oneshot.independence import changed_entries, over_samples, rows_weighted, separating_masks, weight_draws
+from ...oneshot.recorded_layer import RecordedLayer, layout_options
 from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
 from .hypotheses import Hypothesis, any_layout, floating, run_changed
@@ -107,7 +107,7 @@ def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], gr
     cotangents = [random(f.shape, f) for f in outputs]
     plain = pull_back(cotangents)
     draws = []
-    for _ in range(scale_draws(leaves)):
+    for _ in range(weight_draws(leaves)):
         weights = 0.5 + random((count,), outputs[0]).abs()
         spread = [over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
         draws.append((weights, pull_back([c * w for c, w in zip(cotangents, spread, strict=True)])))
@@ -138,10 +138,12 @@ def _that_scale(
     noise: Mapping[int, Tensor] | None = None,
 ) -> list[list[Layout]]:
     """For each output of a layer the layouts of which weighting the samples weights the rows."""
-    return [
-        [o for o in choices if all(scales([leaf], [o], plain, scaled, weights, noise) for weights, scaled in draws)]
-        for leaf, choices in zip(z.leaves, candidates, strict=True)
-    ]
+
+    def holds(layout: Layout, key: int) -> bool:
+        own = None if noise is None else noise[key]
+        return all(bool(rows_weighted(plain[key], found[key], weights, layout, own)) for weights, found in draws)
+
+    return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
 
 
 def _none_yet() -> Rows:
