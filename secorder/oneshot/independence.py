@@ -223,11 +223,18 @@ def over_samples(values: Tensor, like: Tensor, layout: Layout) -> Tensor:
 
 
 def rows_weighted(
-    plain: Tensor, weighted: Tensor, weights: Tensor, layout: Layout, noise: Tensor | None = None
+    plain: Tensor,
+    weighted: Tensor,
+    weights: Tensor,
+    layout: Layout,
+    *,
+    kind: torch.dtype | None = None,
+    noise: Tensor | None = None,
 ) -> Tensor:
     """Of each of K stacked gradients, whether weighting the samples has weighted their rows, to rounding: ``(K,)``.
 
-    Relative to each sample's largest entry, and up to ``noise`` where the rounding was measured.
+    That of their dtype, or of a ``kind`` on the way, relative to each sample's largest entry; and up to ``noise`` where
+    it was measured.
     """
     inner = layout._replace(dim=layout.dim + 1)
 
@@ -239,12 +246,20 @@ def rows_weighted(
         return plain.new_ones(len(plain), dtype=torch.bool)
     before, after = split(plain), split(weighted)
     expected = before * weights.to(before)[:, None]
-    bound = rounding(plain.dtype) * expected.abs().amax(2, keepdim=True)
+    bound = rounding(kind or plain.dtype) * expected.abs().amax(2, keepdim=True)
     return ((after - expected).abs() <= (bound if noise is None else bound + noise)).flatten(1).all(1)
 
 
+def sample_weights(count: int, generator: torch.Generator) -> Tensor:
+    """Random weights of the samples, shape ``(N,)``, from 0.5 to 2: of few samples far apart, to any rounding."""
+    place = generator.device
+    order = torch.randperm(count, generator=generator, device=place)
+    beside = torch.rand(count, generator=generator, dtype=torch.float64, device=place)
+    return 0.5 + 1.5 * (order + beside / 2) / count
+
+
 def weight_draws(tensors: Sequence[Tensor]) -> int:
-    """How often to check with random weights: in half precision two may be the same to rounding, by chance."""
+    """How often to check with random weights: in half precision some are the same to rounding, by chance."""
     return 3 if any(torch.finfo(t.dtype).bits < 32 for t in tensors) else 1
 
 

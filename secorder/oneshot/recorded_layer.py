@@ -17,8 +17,8 @@ from ..layers.per_sample import PerSample, Rule, per_sample_gradients, stacked_g
 from ..layers.rank_one import rank_one, squares_by_onednn
 from ..layers.rules import takes_any_leading_dim
 from ..layers.selection import Layer
-from .cotangents import pull_back, random_numbers, require_sum
-from .independence import rows_weighted, weight_draws
+from .cotangents import pull_back, require_sum
+from .independence import rows_weighted, sample_weights, weight_draws
 from .roots import Columns
 
 Recorded = TypeVar("Recorded", bound="RecordedLayer")
@@ -263,7 +263,7 @@ def settle_layouts(
     plain = pull_back(model_outputs, leaves, mixture, create_graph)
     options = [layout_options(z, count) for z in layers]
     for _ in range(weight_draws(leaves)):
-        weights = 0.5 + random_numbers(count, generator, mixture).abs()
+        weights = sample_weights(count, generator).to(mixture)
         scaled = pull_back(model_outputs, leaves, mixture.detach() * weights[:, None], False)
         options = [
             [c for c in choices if _weighted(z.leaves, c, plain, scaled, weights)]

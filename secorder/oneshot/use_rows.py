@@ -17,7 +17,7 @@ from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
 from ..layers.layout import Layout, layouts_of
 from ..layers.uses import Route, Uses, find_uses
-from .independence import over_samples, rows_weighted, weight_draws
+from .independence import over_samples, rows_weighted, sample_weights, weight_draws
 
 #: How often further operations are looked at.
 ROUNDS = 24
@@ -130,6 +130,7 @@ class ByCotangents(Evidence):
         super().__init__()
         self.inner_sizes = inner_sizes or {}
         self.ends, self.count, self.generator = ends, count, generator
+        self._weighted: list[tuple[Tensor, list[Tensor]]] = []
 
     @cached_property
     def outputs(self) -> list[Tensor]:
@@ -139,23 +140,16 @@ class ByCotangents(Evidence):
     @cached_property
     def plain(self) -> list[Tensor]:
         """Random cotangents on them."""
-        return [
-            torch.randn(f.shape, generator=self.generator, device=self.generator.device).to(f) for f in self.outputs
-        ]
+        own, kind = self.generator, torch.float32
+        return [torch.randn(f.shape, generator=own, dtype=kind, device=own.device).to(f) for f in self.outputs]
 
-    @cached_property
-    def weights(self) -> list[Tensor]:
-        """Random weights of the samples."""
-        own, draws = self.generator, weight_draws(self.outputs)
-        return [0.5 + torch.randn(self.count, generator=own, device=own.device).abs() for _ in range(draws)]
-
-    @cached_property
-    def scaled(self) -> list[list[Tensor]]:
-        """The cotangents, weighted sample by sample."""
-        return [
-            [c * over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, self.ends, strict=True)]
-            for w in self.weights
-        ]
+    def weighted(self, draws: int) -> list[tuple[Tensor, list[Tensor]]]:
+        """So many times, random weights of the samples, and the cotangents weighted by them."""
+        while len(self._weighted) < draws:
+            w = sample_weights(self.count, self.generator)
+            spread = [over_samples(w[None].to(c), c, o)[0] for c, (_, o) in zip(self.plain, self.ends, strict=True)]
+            self._weighted.append((w, [c * s for c, s in zip(self.plain, spread, strict=True)]))
+        return self._weighted[:draws]
 
     def _judge(self, outputs: Sequence[tuple[Node, Output]]) -> list[Layout | None]:
         by_graph = [self._by_graph(node, output) for node, output in outputs]
@@ -185,12 +179,14 @@ class ByCotangents(Evidence):
                 alike.setdefault(output.shape, []).append(i)
         options = [layouts_of(output.shape, self.count) for _, output in outputs]
         before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
-        for weights, cotangents in zip(self.weights, self.scaled, strict=True):
+        seen = [*self.outputs, *before.values()]  # few digits at either end are what is rounded to
+        kind = max((t.dtype.to_real() for t in seen), key=lambda kind: torch.finfo(kind).eps)
+        for weights, cotangents in self.weighted(weight_draws(seen)):
             scaled = gradients_at(self.outputs, outputs, cotangents)
             for shape, ids in alike.items():
                 after = torch.stack([scaled[i] for i in ids])  # type: ignore[misc]
                 for layout in layouts_of(shape, self.count):
-                    holds = rows_weighted(before[shape], after, weights, layout)
+                    holds = rows_weighted(before[shape], after, weights, layout, kind=kind)
                     for i, held in zip(ids, holds.tolist(), strict=True):
                         if not held and layout in options[i]:
                             options[i].remove(layout)

@@ -15,6 +15,7 @@ from secorder.oneshot.independence import (
     rounding_in,
     rows_weighted,
     sample_bits,
+    sample_weights,
     separating_masks,
     weight_draws,
     with_neighbours,
@@ -109,10 +110,19 @@ def test_rows_are_weighted_as_their_samples_are(layout: Layout) -> None:
     assert rows_weighted(plain, weighted, weights, layout).tolist() == [True] * 3
     weighted[1, 4, 4] += 1e-3
     assert rows_weighted(plain, weighted, weights, layout).tolist() == [True, False, True]
-    assert rows_weighted(plain, weighted, weights, layout, torch.tensor(1e-2)).all()
+    assert rows_weighted(plain, weighted, weights, layout, noise=torch.tensor(1e-2)).all()
+    assert rows_weighted(plain, weighted, weights, layout, kind=torch.bfloat16).all()
     other = layout._replace(sample_major=not layout.sample_major) if layout.rows > 1 else Layout(1 - layout.dim)
     assert not rows_weighted(plain, weighted, weights, other).any()
     assert rows_weighted(plain[:, :0, :0], plain[:, :0, :0], weights[:0], layout).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 64])
+def test_weights_of_few_samples_are_far_apart(count: int) -> None:
+    for seed in range(50):
+        weights = sample_weights(count, torch.Generator().manual_seed(seed)).sort().values
+        assert ((weights >= 0.5) & (weights < 2)).all()
+        assert (weights.diff() > 0.75 / count * 0.99).all()
 
 
 def test_half_precision_is_looked_at_more_often() -> None:

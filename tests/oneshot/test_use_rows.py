@@ -28,6 +28,18 @@ def test_layouts_of_uses(by_graph: bool) -> None:
     assert routes["table"] == {("table", "ExpBackward0 0"), ("table", "ExpBackward0 0", "MulBackward0 0")}
 
 
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32])
+def test_few_digits_inside_or_at_the_end_hide_no_order_of_rows(seed: int, kind: torch.dtype) -> None:
+    """Two random weights are often the same to the rounding of bfloat16, and then do for both orders."""
+    x, w = torch.randn(2 * 2, 5, dtype=torch.float32), torch.randn(5, 2, dtype=torch.float32, requires_grad=True)
+    z = (x.to(kind) @ w.to(kind)).view(2, 2, 2).sum(0).to(torch.float32 if kind is torch.bfloat16 else torch.bfloat16)
+    generator = torch.Generator().manual_seed(seed)
+    evidence = ByCotangents([(z, DIM_ZERO)], 2, generator)
+    (use,) = follow_uses(users_of([z]), {"w": {"w": w}}, evidence, {"w": frozenset()}, known=False)["w"].uses
+    assert evidence.layouts[use.node] == [Layout(0, 2, sample_major=False)]
+
+
 def test_outputs_that_nothing_depends_on_do_not_hide_where_samples_are() -> None:
     """The states behind the last step of a recurrent layer: it would be followed, and run once a sample."""
     core, x = torch.nn.LSTM(3, 2, batch_first=True), torch.randn(N, T, 3)

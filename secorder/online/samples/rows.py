@@ -16,8 +16,9 @@ from ...errors import DoubleBackwardError
 from ...layers.layout import Layout
 from ...layers.selection import Layer
 from ...oneshot.cotangents import measured_rounding
-from ...oneshot.independence import changed_entries, over_samples, rows_weighted, separating_masks, weight_draws
+from ...oneshot.independence import changed_entries, rows_weighted, separating_masks, weight_draws
 from ...oneshot.recorded_layer import RecordedLayer, layout_options
+from ...oneshot.use_rows import ByCotangents
 from ...parallel.ranks import Ranks
 from .forward_graph import ForwardGraph
 from .hypotheses import Hypothesis, any_layout, floating, run_changed
@@ -91,30 +92,21 @@ def _by_graph(z: RecordedLayer, candidates: list[list[Layout]], inner_sizes: Inn
 def _by_cotangents(asked: Sequence[tuple[RecordedLayer, list[list[Layout]]]], graph: ForwardGraph) -> Rows:
     ends, count = graph.ends, graph.count
     layers, candidates = [z for z, _ in asked], [choices for _, choices in asked]
-    generator = fresh_generator(ends[0][0].device)
     leaves = [leaf for z in layers for leaf in z.leaves]
-    outputs = [f for f, _ in ends]
-
-    def random(shape: Sequence[int], like: Tensor) -> Tensor:
-        return torch.randn(tuple(shape), generator=generator, dtype=torch.float32, device=generator.device).to(like)
+    cotangents = ByCotangents(ends, count, fresh_generator(ends[0][0].device))
 
     def pull_back(stack: list[Tensor]) -> dict[int, Tensor]:
-        pulled = gradients(outputs, leaves, stack)
+        pulled = gradients(cotangents.outputs, leaves, stack)
         return {
             id(leaf): (torch.zeros_like(leaf) if g is None else g)[None] for leaf, g in zip(leaves, pulled, strict=True)
         }
 
-    cotangents = [random(f.shape, f) for f in outputs]
-    plain = pull_back(cotangents)
-    draws = []
-    for _ in range(weight_draws(leaves)):
-        weights = 0.5 + random((count,), outputs[0]).abs()
-        spread = [over_samples(weights[None].to(c), c, o)[0] for c, (_, o) in zip(cotangents, ends, strict=True)]
-        draws.append((weights, pull_back([c * w for c, w in zip(cotangents, spread, strict=True)])))
+    plain = pull_back(cotangents.plain)
+    draws = [(weights, pull_back(weighted)) for weights, weighted in cotangents.weighted(weight_draws(leaves))]
     options = [_that_scale(z, c, plain, draws) for z, c in zip(layers, candidates, strict=True)]
     unsettled = [i for i, (o, c) in enumerate(zip(options, candidates, strict=True)) if all(c) and not all(o)]
     if unsettled:
-        noise = measured_rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents]))
+        noise = measured_rounding(leaves, plain, lambda number: pull_back([number * c for c in cotangents.plain]))
         for i in unsettled:
             options[i] = _that_scale(layers[i], candidates[i], plain, draws, noise)
     known, unknown, reached = _none_yet()
@@ -141,7 +133,7 @@ def _that_scale(
 
     def holds(layout: Layout, key: int) -> bool:
         own = None if noise is None else noise[key]
-        return all(bool(rows_weighted(plain[key], found[key], weights, layout, own)) for weights, found in draws)
+        return all(bool(rows_weighted(plain[key], found[key], weights, layout, noise=own)) for weights, found in draws)
 
     return [[o for o in choices if holds(o, id(leaf))] for leaf, choices in zip(z.leaves, candidates, strict=True)]
 
