@@ -81,10 +81,9 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     if found.coupling or found.unreduced:
         _watch_beside(fisher, output, found.coupling, found.unreduced)
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
-    if record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers):
-        told = not found.provisional and found.alternative is None
-        if mark_outputs(attachment, record, output, found.outputs if told else ()):
-            before_backward(record, partial(_begins, ref(attachment), eager_as_long_as(record)), attachment)
+    looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
+    if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
+        before_backward(record, partial(_begins, ref(attachment), eager_as_long_as(record)), attachment)
 
 
 def _watch_beside(
@@ -188,18 +187,20 @@ def _look(
 
     with contextlib.suppress(UnknownNode), torch.no_grad(), no_autocast():
         watch_gradients(fisher, attachment.factors, loss)
+    also = f" Also, {fisher.assumed}" if fisher.assumed else ""  # perhaps wrongly
     coupled = _seen(fisher, loss, chooses, couples)
     if not coupled:
         with no_autocast():
             reason = _otherwise(fisher, loss)
         if reason:
-            fisher.troubles.mark(names(loss.outputs), reason)
+            fisher.troubles.mark(names(loss.outputs), reason + also)
         return
     if any(map(normalises, loss.order)):
         tell_normalised(fisher.troubles, names(coupled))
         coupled = _seen(fisher, loss, partial(couples, statistics_fixed=True))  # and besides
     if coupled:
-        fisher.troubles.mark(names(coupled), _COUPLED.format(_OF_SEVERAL if len(loss.groups) > 1 else ""))
+        reason = _COUPLED.format(_OF_SEVERAL if len(loss.groups) > 1 else "")
+        fisher.troubles.mark(names(coupled), reason + also)
 
 
 def _seen(fisher: OnlineFisher, loss: SeenLoss, *ways: Callable[[SeenLoss], list[Place]]) -> list[Place]:

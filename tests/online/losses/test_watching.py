@@ -118,3 +118,27 @@ def test_a_loss_of_several_forwards_is_looked_at_once(
             loss.backward(retain_graph=True)
         assert looks == expected
         assert torch.autograd._engine_run_backward is entry
+
+
+#: Losses of the logits of sequences, shape (N, 5, 3), and why they are not told; empty of one that is.
+OF_SEQUENCES: dict[str, tuple[Criterion, str]] = {
+    "a mean": (lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten()), ""),
+    "of means in time": (lambda z, t: F.cross_entropy(z.mean(1), t[:, 0]), ""),
+    "a sum": (lambda z, t: F.cross_entropy(z.flatten(0, 1), t.flatten(), reduction="sum"), "is the sum of"),
+    "contrastive": (lambda z, t: F.cross_entropy(z.mean(1) @ z.mean(1).T, torch.arange(len(z))), "couples the samples"),
+    "hardest": (lambda z, t: torch.cdist(z.mean(1), z.mean(1)).amax(1).mean(), "couples the samples"),
+    "of samples in dim 1": (lambda z, t: F.cross_entropy(z.mean(0), t[0]), "couples the samples"),
+}
+
+
+@pytest.mark.parametrize("name", OF_SEQUENCES)
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (5, 5, 5), (4, 7, 4)])
+def test_where_samples_may_lie_elsewhere_the_loss_is_looked_at_where_they_are_taken_to_be(
+    name: str, sizes: tuple[int, ...]
+) -> None:
+    loss, reason = OF_SEQUENCES[name]
+    batches = [(torch.randn(n, 5, 4, dtype=torch.float64), torch.randint(3, (n, 5))) for n in sizes]
+    came = follow(mlp(), batches, lambda m, b: loss(m(b[0]), b[1]))
+    assert came.exact is not bool(reason)
+    assert all("pass sample_dim=0 or sample_dim=1" in told for told in (*came.refused.values(), *came.warned[:1]))
+    assert all(reason in told for told in came.refused.values())
