@@ -284,7 +284,9 @@ def _rerun(
     ]
     at = 0
     for chunk in rerun_gradients(layers, calls, record.num_samples, direct=direct):
+        digits = [call.computed_in for call in calls if call.computed_in is not None]
         for layer, (sums, norms), gradients in zip(layers, found, chunk, strict=True):
+            record.note_digits(compute_dtype(layer), digits)
             _tell(fisher, record, layer, dict(zip(layer.parameters, gradients, strict=True)))
             parts: Sequence[PerSample] = gradients
             if record.weights is not None:

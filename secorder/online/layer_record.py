@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .._torch.autocast import AutocastState, autocast_state
@@ -86,6 +87,8 @@ class ModuleCall:
     #: dL/d(output tensor), None where the loss does not depend on it
     gradients: list[Tensor | None] = field(default_factory=list)
     layouts: list[Layout] = field(default_factory=list)  #: where each output tensor's samples are
+    #: the dtype of the fewest digits in which it computed when it ran again
+    computed_in: torch.dtype | None = None
 
 
 @dataclass(eq=False, slots=True)

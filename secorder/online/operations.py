@@ -76,20 +76,13 @@ def hook_uses(attachment: "Attachment", record: ForwardRecord) -> None:
         if found is None or not own.layouts or own.replaced or own.troubled:
             continue
         kind = compute_dtype(layer)
-        _note_digits(record, kind, dtypes_of(found.followed))
+        record.note_digits(kind, dtypes_of(found.followed))
         every = _LayerUses(attachment, record, layer, own, found.leaves, found.followed, kind)
         for index, use in enumerate(found.uses):
             own.hooked.add(index)
             use.node.register_prehook(_UseGradient(every, index, use))
             if record.scheduled:
                 mark_calls(attachment, record, layer.name, index, [(use.node, output.number) for output in use.outputs])
-
-
-def _note_digits(record: ForwardRecord, kind: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
-    """A part of a model may compute with fewer digits than its parameters have."""
-    for dtype in dtypes:
-        if dtype is not kind and dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(kind).eps:
-            record.autocast_dtype = record.autocast_dtype or dtype
 
 
 def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: Sequence[Tensor]) -> None:
@@ -164,7 +157,7 @@ class _UseGradient:
         if self.came or not own.layouts or own.troubled:
             return
         self.came = True
-        _note_digits(record, every.kind, [g.dtype for g in given])
+        record.note_digits(every.kind, [g.dtype for g in given])
         call = OperationCall(current_node(), cotangents, own.layouts[self.index], record.num_samples, every.kind)
         several = len(own.calls) > 1
         found = brought(call, self.sources, every.leaves, every.followed, self.targets if several else None)

@@ -212,6 +212,12 @@ class ForwardRecord(_Referred):
             handle.remove()
         self.handles.clear()
 
+    def note_digits(self, kind: torch.dtype, dtypes: Iterable[torch.dtype]) -> None:
+        """A part of the model may compute in fewer digits than its parameters have."""
+        for dtype in dtypes:
+            if dtype is not kind and dtype.is_floating_point and torch.finfo(dtype).eps > torch.finfo(kind).eps:
+                self.autocast_dtype = self.autocast_dtype or dtype
+
     @property
     def called(self) -> list[str]:
         """The names of the layers that were called."""

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .._torch.graph import least_precise
 from .._torch.pytree import map_tensors, tensors_in
 from .._torch.vjp import chunks, default_chunk_size, gradients, stacked_vjp
 from ..layers.dtypes import compute_dtype
@@ -71,6 +72,7 @@ def _run_again(isolated: IsolatedModel, layer: Layer, call: ModuleCall) -> list[
         for i, (f, g, layout) in enumerate(zip(tensors, call.gradients, call.layouts, strict=True))
         if g is not None and f.requires_grad and not any(f is other for other in tensors[:i])  # what is returned twice
     ]
+    call.computed_in = least_precise([f for f, _, _ in ends]) if ends else None
     return _from_outside(ends) if len(ends) > 1 else ends
 
 

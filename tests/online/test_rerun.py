@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, CurvatureWarning
 
-from ..helpers import Net, data, make, reference, step
+from ..helpers import Doubled, Net, data, make, reference, step
 from ..reference import assert_all_close
 
 
@@ -21,6 +21,25 @@ def test_frozen_layer_without_gradient_is_measured_by_the_module_around_it() -> 
         step(model, batch)
     step(model, batch)  # warns once
     assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch))
+
+
+class Coarse(nn.Module):
+    """Computes in fewer digits than its parameters have, in a function that operations do not tell of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (Doubled.apply(self.weight.float()).T @ x.float().T).T.double()
+
+
+def test_a_module_that_computes_in_fewer_digits_than_its_parameters_have() -> None:
+    model, batch = nn.Sequential(nn.Linear(4, 4), Coarse(), nn.Tanh(), nn.Linear(5, 3)), data(50)
+    with CurvatureProbe(model, "all", reduction="mean") as probe:
+        for _ in range(6):
+            step(model, batch)
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, batch), tolerance=1e-6)
 
 
 class Cell(nn.Module):
