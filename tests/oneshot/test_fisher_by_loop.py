@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from secorder import CouplingError, InvalidArgumentError, per_layer_fisher_diagonal
+from secorder import CouplingError, InvalidArgumentError, NonFiniteError, per_layer_fisher_diagonal
 from secorder.oneshot.fisher_by_loop import by_loop
 from secorder.oneshot.measurement import Measurement
 
@@ -39,15 +39,20 @@ def test_a_batch_that_is_not_made_of_its_samples_is_refused() -> None:
     def coupled(f: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(f - f.mean(0), t)
 
-    weights = torch.rand(6)
+    weights = torch.rand(7)
 
     def held(f: Tensor, t: Tensor) -> Tensor:
         return (F.cross_entropy(f, t, reduction="none") * weights[: len(f)]).mean()
 
     with pytest.raises(CouplingError, match="is not made of the losses"):
         loop(loss_fn=coupled)
+    with pytest.raises(CouplingError, match="in another order, inputs and targets together"):
+        loop(loss_fn=held)
+    weights = weights[:6]
     with pytest.raises(CouplingError, match="fail on another one of 7"):
         loop(loss_fn=held)
+    with pytest.raises(NonFiniteError, match=r"the loss of sample 0 alone is inf, though that of the batch is finite"):
+        loop(loss_fn=lambda f, t: F.cross_entropy(f, t) / (len(f) - 1))
 
 
 def test_second_order_needs_a_loss_of_the_output() -> None:

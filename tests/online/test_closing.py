@@ -1,5 +1,6 @@
 """The end of a backward: several forwards, second backwards, layers that nothing reaches, tied layers."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,25 @@ def test_a_second_backward_through_one_forward(same: bool, frozen: bool) -> None
     else:
         with pytest.raises(AttributionError, match="second backward"):
             probe.fisher_diagonal()
+
+
+@pytest.mark.parametrize("decay", [None, 0.75])
+def test_a_layer_that_the_loss_does_not_depend_on_has_zeros_of_its_batch(decay: float | None) -> None:
+    model = Net(lambda m, x: (m.a(x), m.b(x)), a=nn.Linear(4, 3), b=nn.Linear(4, 3))
+    batches = [data(), data(), data(4)]
+    squares = [gradients.square().mean(0) for gradients in map(partial(of_bias, model.b), batches)]
+    with CurvatureProbe(model, reduction="mean", decay=decay) as probe:
+        for which, (x, t) in zip((1, 0, 1), batches, strict=True):
+            F.cross_entropy(model(x)[which], t).backward()
+        found = probe.fisher_diagonal().by_parameter()["b.bias"]
+    weights = [6 / 16, 6 / 16, 4 / 16] if decay is None else [0.75**2, 0.75, 1.0]
+    expected = (weights[0] * squares[0] + weights[2] * squares[2]) / sum(weights)
+    torch.testing.assert_close(found, expected)
+
+
+def of_bias(layer: nn.Linear, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Cross entropy's gradient on the bias of the last layer, sample by sample."""
+    return (layer(batch[0]).softmax(1) - F.one_hot(batch[1], 3)).detach()
 
 
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU, nn.LeakyReLU])

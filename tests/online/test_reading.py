@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe, ProbeStateError
+from secorder import AttributionError, CurvatureProbe, NonFiniteError, ProbeStateError
 from secorder.online.reading import diagonals, num_samples, num_skipped, unreadable
 
 from ..helpers import Net, data, make, reference
@@ -36,6 +36,21 @@ def test_gradients_none_of_which_was_a_number_are_named(accumulate: Any) -> None
         (F.cross_entropy(model(batch[0]), batch[1]) * torch.nan).backward()
         with pytest.raises(ProbeStateError, match="every gradient so far held nan or inf"):
             probe.fisher_trace()
+
+
+def test_one_layer_of_which_no_gradient_was_a_number() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        z = m.a(x)
+        if z.requires_grad:
+            z.register_hook(lambda g: g * torch.nan)
+        return m.b(z.tanh())
+
+    model, batch = Net(forward, a=nn.Linear(4, 5), b=nn.Linear(5, 3)), data()
+    with CurvatureProbe(model, reduction="mean") as probe:
+        F.cross_entropy(model(batch[0]), batch[1]).backward()
+        with pytest.raises(NonFiniteError, match="every gradient of layer 'a' so far held nan or inf"):
+            probe.fisher_diagonal()
+        assert probe.fisher_diagonal(missing="skip").keys() == {"b"}
 
 
 def test_layers_that_cannot_be_told_are_raised_for_or_left_out() -> None:
