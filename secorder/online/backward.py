@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +79,6 @@ def enter(attachment: "Attachment", record: ForwardRecord) -> bool:
     if record.verified and not backward.partial:
         backward.partial = not executes_all(current_node())
     if len(backward.records) == 1 and norms_due(fisher):
-        backward.takes_norms = True
         watch_squares(fisher, backward, record, _fresh(fisher))
     if record.recomputes and not record.handles:
         attachment.register(record)
@@ -147,7 +147,8 @@ def _fresh(fisher: OnlineFisher) -> set[int]:
     """By ``id``, the parameters whose ``.grad`` will be this backward's gradient at its end, and nothing else."""
     if has_ranks():
         return set()  # .grad may be all ranks' then
-    return untouched([p for layer in fisher.layers if not layer.sharded for p in layer.parameters.values()])
+    every = [layer.parameters.values() for layer in fisher.layers if not layer.sharded]
+    return untouched(chain.from_iterable(every))
 
 
 def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> None:
@@ -160,8 +161,10 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> N
         every = record.verified or record.scheduled or fisher.failures.known
         layers = [layer for layer in fisher.layers if layer.name in captured]
         backward.audited = fisher.audited.draw(record, layers, every=every)
+    if not backward.audited and captured.issuperset(fisher.by_layer):
+        return
     watched = [x for x in fisher.layers if x.name in backward.audited or x.name not in captured]
-    ties, fresh = record.attribution.ties, _fresh(fisher) if watched else set()
+    ties, fresh = record.attribution.ties, _fresh(fisher)
     for layer in watched:
         graph = record.parameters(layer)
         apart = bool(ties) and (layer.name in ties or bool(record.attribution.sharing(layer.name)))

@@ -52,10 +52,16 @@ if TYPE_CHECKING:
 
 
 def layer_called(
-    attachment: "Attachment", record: ForwardRecord, layer: Layer, inputs: tuple[Tensor, ...], output: Tensor
+    attachment: "Attachment",
+    record: ForwardRecord,
+    layer: Layer,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Tensor,
 ) -> None:
     """A layer with a rule ran."""
     ends, own, usual = None, record.layers[layer.name], surrounded_as_usual()
+    inputs = tuple(tensors_in((args, kwargs) if kwargs else args))
     if layer.spread is not None and layer.split:
         ends = layouts(layer.module, next(iter(layer.parameters.values())), layer.spread)
         inputs = tuple(own_part(x, ends[0], "its input") for x in inputs)
@@ -83,27 +89,33 @@ def layer_called(
         mark_calls(attachment, record, layer.name, index, [output])
     node = accumulates_into((own.gathered or layer.parameters).values(), made_by)
     place, number = lasting_place(output)
-    shape = None if place is made_by else output.shape
-    place.register_prehook(_LayerGradient(attachment, record, layer, index, number, shape, kept, node, ends))
+    gradient = _LayerGradient(attachment, record, layer, index, number, kept, node)
+    if place is not made_by:
+        gradient.shape = output.shape
+    if ends is not None:
+        gradient.ends = ends
+    place.register_prehook(gradient)
 
 
-def keeps_as_many(model: Any, layer: Layer, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+def keeps_as_many(
+    attachment: "Attachment", record: ForwardRecord, layer: Layer, args: Any, kwargs: Any, output: Any
+) -> None:
     """A checkpoint computes a call again in a backward that is not recorded: as many tensors are kept as at first.
 
     It refuses a computation that keeps fewer.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in outputs):
-        keep(inputs, here=layer.rule is None and layer.enclosing is model)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in floating(output)):
+        keep(tensors_in((args, kwargs)), here=layer.rule is None and layer.enclosing is attachment.model)
 
 
 def _call(record: ForwardRecord, own: LayerRecord, shapes: tuple[Shape, ...]) -> int:
     """Count a call of a layer: its number in the forward, the same where it is computed again in backward."""
-    calls, again = own.calls, own.recomputed
+    calls = own.calls
     if record.backward is None or not in_backward():
         calls.append(shapes)
         return len(calls) - 1
-    index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in again), len(calls) - 1)
-    again.add(index)
+    index = next((i for i, seen in enumerate(calls) if seen == shapes and i not in own.recomputed), len(calls) - 1)
+    own.recomputed |= {index}
     return max(index, 0)
 
 
@@ -128,17 +140,23 @@ def _recordable(record: ForwardRecord, layer: Layer, outputs: Sequence[Tensor]) 
     return False
 
 
-def module_starts(record: ForwardRecord, layer: Layer, start: Start) -> None:
+def module_starts(
+    attachment: "Attachment", record: ForwardRecord, layer: Layer, args: Any, kwargs: Any, output: Any
+) -> None:
     """An enclosing module without a rule is about to run."""
-    record.layers[layer.name].starts.append(start)
+    start = Start(layer.enclosing, args, kwargs, record.attribution.changing, held=True)
+    record.layers[layer.name].starts += (start,)
 
 
-def module_called(attachment: "Attachment", record: ForwardRecord, layer: Layer, output: Any) -> None:
+def module_called(
+    attachment: "Attachment", record: ForwardRecord, layer: Layer, args: Any, kwargs: Any, output: Any
+) -> None:
     """An enclosing module ran whose parts are layers without a rule of their own."""
     own = record.layers[layer.name]
     if not own.starts:
         return
-    start = own.starts.pop()
+    *before, start = own.starts
+    own.starts = tuple(before)
     tensors = floating(output)
     parts = record.parts_of(layer)
     index = _call(record, own, tuple(tuple(t.shape) for t in tensors))
@@ -174,6 +192,11 @@ class _LayerGradient:
     A prehook on the output's node of the graph.
     """
 
+    shape: torch.Size | None = None  #: of the output, where its gradient comes in another
+    ends: Layouts | None = None  #: of a layer that lies in parts over the ranks: how its input and the gradient do
+    total: Tensor | None = None  #: the sum of the gradient's elements, when it has come
+    freed = False  #: whether no second gradient can come, since the graph is not kept
+
     def __init__(
         self,
         attachment: "Attachment",
@@ -181,18 +204,12 @@ class _LayerGradient:
         layer: Layer,
         index: int,
         number: int,
-        shape: torch.Size | None,
         kept: Kept,
         node: Any,
-        ends: Layouts | None,
     ) -> None:
         self.attachment, self.record, self.layer = attachment, record, layer
         self.index, self.number, self.node = index, number, node
-        self.shape = shape  # of the output, where its gradient comes in another
-        self.ends = ends  # of a layer that lies in parts over the ranks: how its input and the gradient do
         self.kept: Kept | None = kept
-        self.total: Tensor | None = None  # the sum of the gradient's elements, when it has come
-        self.freed = False  # whether no second gradient can come, since the graph is not kept
 
     @never_compiled
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -271,7 +288,7 @@ class _ModuleGradient:
         kept, self.kept = self.kept, None
         if kept is not None:
             self.call.tensors = _unpacked(kept)
-            record.layers[self.layer.name].modules.append(self.call)
+            record.layers[self.layer.name].modules += (self.call,)
         if self.call.gradients[position] is None:
             self.call.gradients[position] = g.detach()
 

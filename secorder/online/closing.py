@@ -19,7 +19,7 @@ from .audit.penalty import add_shared, explains_all, keep_early
 from .delivery import deliver, deliver_module
 from .fisher import OnlineFisher
 from .losses.scale import tell_scale
-from .norms import add_norms, take_norms, takes_norms
+from .norms import add_norms, bring_zeros, take_norms, takes_norms
 from .record import Backward, ForwardRecord
 from .sums import ADDING, count_samples
 from .waiting import add_waiting
@@ -156,7 +156,6 @@ def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
     record.closed = True
     fisher.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
     _add_tied(fisher, record)
-    zeros = []
     nothing_early = record.backward is not None and not record.backward.early
     for index, layer in enumerate(fisher.layers):
         name, own = layer.name, record.layers[layer.name]
@@ -170,7 +169,8 @@ def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
         sums = fisher.by_layer[name]
         _audit_early(fisher, record, index)
         _audit_trained(fisher, record, index)
-        zeros.append(name)
+        if takes_norms(record):
+            bring_zeros(fisher, record, name)
         if fisher.accumulate == "diagonal":
             with ADDING:
                 if fisher.decay is not None:
@@ -181,18 +181,19 @@ def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
         audit_uncalled(fisher)
     with ADDING:
         fisher.batches += 1
-        if not (record.stacked or (takes_norms(record) and _add_norms(fisher, record, zeros))):
+        if not (record.stacked or (takes_norms(record) and _add_norms(fisher, record))):
             count_samples(fisher.counted, fisher.count_of(record), record.goods, len(fisher.layers))
 
 
-def _add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str]) -> bool:
+def _add_norms(fisher: OnlineFisher, record: ForwardRecord) -> bool:
     """Add what the norms tell; whether it is they that count the samples, where nothing else is accumulated."""
     if fisher.accumulate != "trace":
-        add_norms(fisher, record, zeros, None)
+        add_norms(fisher, record, None)
         return False
-    counted = add_norms(fisher, record, zeros, fisher.counted)
-    for name in (*[name for name, own in record.layers.items() if own.norms is not None], *zeros):
-        fisher.by_layer[name].batches += 1
+    counted = add_norms(fisher, record, fisher.counted)
+    for name, own in record.layers.items():
+        if own.norms is not None:
+            fisher.by_layer[name].batches += 1
     return counted
 
 

@@ -70,7 +70,7 @@ def bring_rank_one(
         return False
     if fisher.accumulate == "trace" and record.backward is not None and record.backward.audit.idle:
         own.received = True
-        keep_norms(fisher, record, RankOne(layer, a, g, []))  # nothing else is asked of its factors, nor later
+        keep_norms(record, RankOne(layer, a, g, []))  # nothing else is asked of its factors, nor later
     else:
         g = g.detach()
         wait(fisher, record, RankOne(layer, a, g, versions((a, g))))
@@ -255,7 +255,7 @@ def deliver_module(fisher: OnlineFisher, records: Sequence[ForwardRecord], key: 
         for call in own.modules:
             call.layouts = list(own.layouts[call.index]) if layers else []
             calls.append(call)
-        own.modules = []
+        own.modules = ()
     if not layers or not calls:
         return
     totals = [total_of(g) for call in calls for g in call.gradients if g is not None] + _multiplied_by(record)

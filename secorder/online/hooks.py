@@ -14,13 +14,13 @@ What they rely on, and why:
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._torch.beginning import wait_no_more
 from .._torch.compile import (
@@ -44,10 +44,8 @@ from .backward import Enters, EntersUnrecorded, let_go
 from .capture import keeps_as_many, layer_called, module_called, module_starts
 from .changed_gradients import Factors, WatchedHooks
 from .fisher import OnlineFisher
-from .layer_record import Start
 from .opening import open_record, settle
 from .record import ForwardRecord
-from .samples.hypotheses import floating
 
 
 class Attachment:
@@ -231,7 +229,7 @@ class Attachment:
             return
         for root in roots[:1]:
             if root.rule is None and record.start is not None:
-                module_starts(record, root, record.start)
+                record.layers[root.name].starts += (record.start,)
             hook: _LayerHook = _LayerCalled(self, record, root) if root.rule else _ModuleCalled(self, record, root)
             hook(self.model, args, kwargs, output)
         settle(self, record, (args, kwargs), output)
@@ -337,45 +335,32 @@ class _End(OwnHook):
 class _LayerHook(OwnHook):
     """A hook that holds the record it fills."""
 
+    work: Callable[..., None]  #: what it does
+
     def __init__(self, owner: Attachment, record: ForwardRecord, layer: Layer) -> None:
         self.owner, self.record, self.layer = owner, record, layer
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        owner, record = self.owner, self.record
+        owner, record, work = self.owner, self.record, self.work
         if owner.suspensions or inside_transform():
             return
         if current_backward() != NO_BACKWARD:  # a checkpoint computes the layer again, perhaps another forward's
             if record.of_another():
                 return
+            if owner.pauses:
+                work = keeps_as_many
         elif owner.pauses or threading.get_ident() != record.thread:
             return
-        run = self.save if owner.pauses else self.run
-        owner.fisher.troubles.guarded(record, (self.layer.name,), run, module, args, kwargs, output)
-
-    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        raise NotImplementedError
-
-    def save(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """While the probe is paused, a checkpoint that computes the call again is to find as many tensors saved."""
-        keeps_as_many(self.owner.model, self.layer, list(tensors_in((args, kwargs))), floating(output))
+        owner.fisher.troubles.guarded(record, (self.layer.name,), work, owner, record, self.layer, args, kwargs, output)
 
 
 class _LayerCalled(_LayerHook):
-    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        plain = not kwargs and len(args) == 1 and isinstance(args[0], Tensor)
-        inputs = args if plain else tuple(tensors_in((args, kwargs)))
-        layer_called(self.owner, self.record, self.layer, inputs, output)
+    work = staticmethod(layer_called)
 
 
 class _ModuleStarts(_LayerHook):
-    def save(self, *_: Any) -> None:
-        pass  # the hook at the end of the call does
-
-    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        start = Start(module, args, kwargs, self.record.attribution.changing, held=True)
-        module_starts(self.record, self.layer, start)
+    work = staticmethod(module_starts)
 
 
 class _ModuleCalled(_LayerHook):
-    def run(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        module_called(self.owner, self.record, self.layer, output)
+    work = staticmethod(module_called)

@@ -9,9 +9,10 @@ The phases of a call, and what ends it::
                   └─ it is not known where its samples are: troubled, or measured by running the model again, replaced
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -91,14 +92,11 @@ class ModuleCall:
     computed_in: torch.dtype | None = None
 
 
-@dataclass(eq=False, slots=True)
 class LayerRecord:
-    """What a forward, and the backward through it, tell of a layer."""
+    """What a forward, and the backward through it, tell of a layer; what only some tell is the class's until then."""
 
-    calls: list[tuple[Shape, ...]] = field(default_factory=list)  #: the shapes of the outputs of each of its calls
-    hooked: set[int] = field(default_factory=set)  #: the numbers of those whose gradient will come
-    recomputed: set[int] = field(default_factory=set)  #: of those that were computed again in backward
-    starts: list[Start] = field(default_factory=list)  #: how the enclosing module's calls that are running were started
+    recomputed: frozenset[int] = frozenset()  #: the numbers of calls that were computed again in backward
+    starts: tuple[Start, ...] = ()  #: how the enclosing module's calls that are running were started
     uses: Uses | None = None  #: the operations that its parameters meet the samples in, until they are hooked
     unfollowed: bool = False  #: whether these could not be followed in this forward
     #: where the samples are in each call's outputs; decided when the forward has ended, none where unknown
@@ -108,10 +106,7 @@ class LayerRecord:
     without_gradient: bool = False  #: whether it ran with nothing to differentiate
     #: of a sharded layer, the whole parameters that FSDP2 puts into the module while it runs
     gathered: dict[str, Any] | None = None
-    #: the calls whose gradient has come: number, call, sum of the gradient's elements if known
-    captured: list[tuple[int, Any, Tensor | None]] = field(default_factory=list)
-    #: the calls of the enclosing module whose gradient has come
-    modules: list[ModuleCall] = field(default_factory=list)
+    modules: tuple[ModuleCall, ...] = ()  #: the calls of the enclosing module whose gradient has come
     #: where it is measured by operations, the latest backward that is a training step of it
     counting: int | None = None
     passed: int | None = None  #: the latest backward in which a gradient passed by that was not accumulated
@@ -123,7 +118,13 @@ class LayerRecord:
     squares: Tensor | None = None  #: the squared norm of their sum, where the whole gradient does not tell it
     #: where it is measured by operations, by parameter that the audit looks at the square of the size of what its per-
     #: sample gradients are sums of
-    sizes: dict[str, Tensor] = field(default_factory=dict)
+    sizes: Mapping[str, Tensor] = MappingProxyType({})
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Shape, ...]] = []  #: the shapes of the outputs of each of its calls
+        self.hooked: set[int] = set()  #: the numbers of those whose gradient will come
+        #: the calls whose gradient has come: number, call, sum of the gradient's elements if known
+        self.captured: list[tuple[int, Any, Tensor | None]] = []
 
     @property
     def elements(self) -> int:

@@ -46,15 +46,18 @@ def norms_due(fisher: OnlineFisher) -> bool:
 # ---- the norm of the batch's gradient
 
 
-def _by_factors(fisher: OnlineFisher, record: ForwardRecord, layer: Layer) -> bool:
-    """Whether the batch gradient's norm is that of the calls' own sum, since the parameters' is not that of the mean.
+def _by_factors(fisher: OnlineFisher, record: ForwardRecord) -> set[str]:
+    """The layers of which the batch gradient's norm is that of the calls' own sum: the parameters' is not the mean's.
 
     Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
     the layer's gradients are formed anyway.
     """
-    if layer.rule is None or layer.sparse or record.weights is not None or fisher.forwards == "separate":
-        return True
-    return not all(map(_REQUIRES_GRAD, layer.parameters.values()))
+    every = record.weights is not None or fisher.forwards == "separate"
+    return {
+        layer.name
+        for layer in fisher.layers
+        if every or layer.rule is None or layer.sparse or not all(map(_REQUIRES_GRAD, layer.parameters.values()))
+    }
 
 
 def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
@@ -62,19 +65,17 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
     """
-    hooked: set[int] = set()
+    backward.takes_norms, backward.by_factors = True, _by_factors(fisher, record)
     for layer in fisher.layers:
-        if _by_factors(fisher, record, layer):
+        if layer.name in backward.by_factors:
+            continue
+        if fresh.issuperset(map(id, layer.parameters.values())):
+            backward.unread += layer.parameters.values()
             continue
         for name, parameter in layer.parameters.items():
-            key = id(parameter)
-            if key in fresh:
-                backward.unread[key] = parameter
-            elif key not in hooked:
-                hooked.add(key)
-                leaf = record.parameters(layer)[name]
-                saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
-                backward.on_gradient(leaf, saw, gathered=layer.sharded)
+            leaf = record.parameters(layer)[name]
+            saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
+            backward.on_gradient(leaf, saw, gathered=layer.sharded)
 
 
 @never_compiled
@@ -90,15 +91,11 @@ def _saw(backward: Backward, layer: Layer, parameter: Tensor, node: Any, gradien
 
 def read_squares(backward: Backward) -> None:
     """The norms of gradients that were not there when the backward began, now that it has ended."""
-    found: dict[int, Tensor] = {}
-    for key, p in backward.unread.items():
-        grad = p.grad
-        if grad is not None and grad.layout is torch.strided:
-            found[key] = grad
+    grads = {id(p): g for p in backward.unread if (g := p.grad) is not None and g.layout is torch.strided}
     backward.unread.clear()
-    norms = norms_of(list(found.values())) if found and backward.alone else []
+    norms = norms_of(list(grads.values())) if grads and backward.alone else []
     if backward.alone:  # still: what was read is this pass's
-        backward.norms.update(zip(found, norms, strict=True))
+        backward.norms.update(zip(grads, norms, strict=True))
 
 
 # ---- what a record brings
@@ -126,8 +123,16 @@ def take_norms(
     own = record.layers[layer.name]
     norms = record.layers[known].norms if known else none
     own.norms = squared_norms(parts_of, sizes, low=low) if norms is None else norms
-    if _by_factors(fisher, record, layer):
+    if record.backward is not None and layer.name in record.backward.by_factors:
         own.squares = squared_norm_of_sum(parts_of, sizes) if none is None else none.new_zeros(())
+
+
+def bring_zeros(fisher: OnlineFisher, record: ForwardRecord, name: str) -> None:
+    """The loss does not depend on a layer."""
+    own = record.layers[name]
+    if own.norms is None:
+        own.norms = torch.zeros(record.num_samples, dtype=torch.float64, device=fisher.norms.device)
+        own.squares = own.norms.new_zeros(())
 
 
 def _answered_for(layer: Layer) -> list[int]:
@@ -136,33 +141,33 @@ def _answered_for(layer: Layer) -> list[int]:
     return [i for i, p in enumerate(parameters) if layer.spread is None or layer.spread.answers_for(p)]
 
 
-def keep_norms(fisher: OnlineFisher, record: ForwardRecord, one: RankOne) -> FactorNorms:
+def keep_norms(record: ForwardRecord, one: RankOne) -> FactorNorms:
     """Keep what the norms of a layer's per-sample gradients are products of, until the backward has ended."""
     own, norms = record.layers[one.layer.name], one.norms()
     own.norms = norms
-    if _by_factors(fisher, record, one.layer):
+    if record.backward is not None and one.layer.name in record.backward.by_factors:
         own.squares = squared_norm_of_sum([[part] for part in one.gradients.values()], one.layer.sizes())
     return norms
 
 
-def add_norms(fisher: OnlineFisher, record: ForwardRecord, zeros: Sequence[str], seen: Tensor | None) -> bool:
+def add_norms(fisher: OnlineFisher, record: ForwardRecord, seen: Tensor | None) -> bool:
     """Add what a record's layers have brought; whether its samples were counted, or will be.
 
-    They are counted in ``seen``, unless no layer was finite or they are counted elsewhere; the loss does not depend on
-    ``zeros``.
+    They are counted in ``seen``, unless no layer was finite or they are counted elsewhere.
     """
-    here = [record.layers[x.name].norms is not None or x.name in zeros for x in fisher.layers]
+    norms: list[Any] = [record.layers[layer.name].norms for layer in fisher.layers]
+    here = [own is not None for own in norms]
     if fisher.ranks is not None:  # what one rank has not, is left out by all
         here = [not missing for missing in fisher.ranks.largest([not x for x in here])]
-    places = tuple(i for i, present in enumerate(here) if present)
-    if not places:
-        return False
-    sums, layers = fisher.norms, [fisher.layers[i] for i in places]
+    places, layers = tuple(range(len(norms))), fisher.layers
+    if False in here:
+        places = tuple(i for i in places if here[i])
+        layers, norms = [layers[i] for i in places], [norms[i] for i in places]
+        if not places:
+            return False
+    sums = fisher.norms
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / fisher.of_all(record)
     count = record.num_samples if record.counted is None else record.counted
-    none = torch.zeros(record.num_samples, dtype=torch.float64, device=sums.device) if zeros else None
-    brought = [record.layers[layer.name].norms for layer in layers]
-    norms: Any = [none if norm is None else norm for norm in brought]
     totals, told = _totals(fisher, record, layers, sums.device)
     terms, keep = Terms(count, weight, fisher.factor(record)), fisher.on_nonfinite == "keep"
     batch, kind = Batch(norms, totals), Kind(places, told, record.num_samples, terms, fisher.decay, keep)
@@ -215,24 +220,20 @@ def _totals(
     """Of each layer numbers whose squares' sum is ‖Σ_n g_n‖², and whether it is known; zeros where it is not."""
     backward = record.backward
     assert backward is not None
-    alone = fisher.forwards == "joined" or len(backward.records) == 1
-    rows: list[list[Any]] = []
+    whole = fisher.penalty is None and (fisher.forwards == "joined" or len(backward.records) == 1)
+    rows: list[list[Tensor]] = []
     told = []
     for layer in layers:
-        own, known = record.layers[layer.name], True
-        norms: list[Any] = []
-        if own.squares is not None:
-            norms.append(own.squares.sqrt())
-        elif own.norms is not None:  # else the loss does not depend on it
-            for p in layer.parameters.values():
-                norm = backward.norms.get(id(p))
-                known = known and norm is not None
-                norms.append(norm)
-            known = known and alone and fisher.penalty is None
-            if layer.split and known:
-                norms = [norms[i] for i in _answered_for(layer)]
+        squares, known = record.layers[layer.name].squares, True
+        if squares is not None:
+            row = [squares.sqrt()]
+        else:
+            keys = list(map(id, layer.parameters.values()))
+            keys = [keys[i] for i in _answered_for(layer)] if layer.split else keys
+            row = [norm for norm in map(backward.norms.get, keys) if norm is not None]
+            known = whole and len(row) == len(keys)
         told.append(known)
-        rows.append(norms if known else [])
+        rows.append(row if known else [])
     widths = set(map(len, rows))
     if len(widths) > 1 or 0 in widths:
         width = max(1, *widths)

@@ -18,7 +18,7 @@ from ..oneshot.recording import RecordingFailed
 from ..parallel.ranks import Ranks
 from .agreement import leave_out_together, opened_together
 from .attributions import Attributions
-from .capture import module_called, module_starts
+from .capture import module_called
 from .carried import carried
 from .exchanged import refresh, tell_of_new
 from .finite import finite
@@ -95,10 +95,10 @@ def _opened(
         fisher.troubles.saw("empty")
         return None
     args, kwargs = arguments
-    start = None
+    verified, scheduled = looked
+    record = ForwardRecord(known, count, shapes, verified=verified, scheduled=scheduled)
     if not known.certain:  # what is run again, if any
-        start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
-    record = ForwardRecord(known, count, shapes, looked[0], looked[1], start)
+        record.start = Start(fisher.model, args, kwargs, known.changing, held=known.reruns(fisher.model))
     record.together = count
     if any(looked):
         tell_of_new(fisher)
@@ -333,8 +333,8 @@ def _fall_back(
     for own in [record.layers[x.name] for x in able]:
         own.calls, own.hooked, own.replaced = [], set(), True
     record.fallback = [replace(x, enclosing=model, rule=None, by_operations=False) for x in able]
-    module_starts(record, record.fallback[0], start)
-    module_called(attachment, record, record.fallback[0], output)
+    record.layers[able[0].name].starts += (start,)
+    module_called(attachment, record, record.fallback[0], (), {}, output)
     calls = record.layers[record.fallback[0].name].calls
     outputs = calls[0] if calls else ()
     layouts = [_output_layout(found, i, shape, record) for i, shape in enumerate(outputs)]

@@ -92,8 +92,8 @@ def _note_sizes(record: ForwardRecord, layer: Layer, found: Piece, cotangents: S
         if isinstance(part, Tensor) and record.backward.audit.covers(layer.parameters[name]):
             size = before_sums(cotangents, part)
             if size is not None:
-                sizes = record.layers[layer.name].sizes
-                sizes[name] = size + sizes[name] if name in sizes else size
+                own = record.layers[layer.name]
+                own.sizes = {**own.sizes, name: size + own.sizes[name] if name in own.sizes else size}
 
 
 def _total(gradients: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,6 @@ hook holds the record that it was made for. What several forwards share that one
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from weakref import WeakSet
@@ -64,8 +63,9 @@ class Backward:
             gradient: where no more comes, they are used in the loss alone.
         whole: gradients of parameters, by ``id``, where a penalty is to be found in them.
         takes_norms: whether the norms of its per-sample gradients are taken.
+        by_factors: of these, the layers of which the norm of the batch's gradient is that of the calls' own sum.
         norms: of whole gradients, by ``id`` of the parameter; None where it came in parts.
-        unread: by ``id``, parameters without a gradient when it began, whose norm is to be read at its end.
+        unread: parameters without a gradient when it began, whose norm is to be read at its end.
         audit: of the parameters' whole gradients.
         audited: the layers that it looks at, of those that the first of its forwards has called.
         loss_scale: what the loss was multiplied by; None until it is needed.
@@ -83,8 +83,9 @@ class Backward:
         self.early: set[int] = set()
         self.whole: dict[int, Tensor] = {}
         self.takes_norms = False
+        self.by_factors: set[str] = set()
         self.norms: dict[int, Tensor | None] = {}
-        self.unread: dict[int, Tensor] = {}
+        self.unread: list[Tensor] = []
         self.audit = audit
         self.audited: set[str] = set()
         self.loss_scale: float | None = None
@@ -146,44 +147,20 @@ def slot(parameter: Tensor) -> Slot:
     return None if parameter.grad is None else (id(parameter.grad), version(parameter.grad))
 
 
-class _Referred:
-    """What weak references refer to, however it holds its attributes."""
+class ForwardRecord:
+    """One forward; see the module's text for its phases. What only some come to is the class's until then."""
 
-    __slots__ = ("__weakref__",)
-
-
-@dataclass(eq=False, slots=True)
-class ForwardRecord(_Referred):
-    """One forward; see the module's text for its phases."""
-
-    attribution: Attribution  #: where samples are in the layers, as it was known when the forward began
-    num_samples: int  #: of the batch
-    shapes: tuple[Shape, ...]  #: of the tensors among the model's arguments
-    verified: bool  #: whether this very batch was looked at
-    scheduled: bool = False  #: whether it is one of those of which the loss is looked at
     #: how the model was called; forgotten at the forward's end unless the model is to run again
     start: Start | None = None
     carried: Sequence[Tensor] = ()  #: what modules carry from the forward before, while this one runs
-    thread: int = field(default_factory=threading.get_ident)
-    #: of the layers' hooks, while the forward runs
-    handles: list[RemovableHandle | FirstHooks | WatchedHooks] = field(default_factory=list)
-    #: by name, what is known of each
-    layers: dict[str, LayerRecord] = field(default_factory=partial(defaultdict, LayerRecord))
     #: layers whose own calls do not tell their samples in this batch: the whole model runs again for them
-    fallback: list[Layer] = field(default_factory=list)
-    waiting: list[RankOne] = field(default_factory=list)  #: layers that are to be added together
-    elements_waiting: int = 0  #: of their factors
-    #: layers' squares that are to be added together, those of a layer's parameters one after the other
-    formed: list[tuple[Layer, Tensor]] = field(default_factory=list)
-    elements_formed: int = 0  #: of these
-    #: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of
-    totals: dict[int, Tensor] = field(default_factory=dict)
+    fallback: Sequence[Layer] = ()
+    elements_waiting: int = 0  #: of the factors of layers that wait
+    elements_formed: int = 0  #: of squares that do
     autocast_dtype: torch.dtype | None = None  #: of the latest call, or that of FSDP2's policy of mixed precision
     mean: bool = True  #: whether the loss is a mean over the samples
     weights: Tensor | None = None  #: 1 / c_n for L = Σ_n c_n ℓ_n, shape (N,), where the reduction tells them
     counted: Tensor | None = None  #: how many samples have a loss at all, where the reduction tells
-    #: of layers that were added, one by one or together, whether their gradients are finite
-    goods: list[Tensor] = field(default_factory=list)
     #: whether it waits to be added, and its samples to be counted, with those of later backward passes
     stacked: bool = False
     together: int = 0  #: samples on all ranks that parameters lie over
@@ -193,18 +170,45 @@ class ForwardRecord(_Referred):
     sections: WeakSet[Any] | None = None  #: the parts of the forward that do, where checkpoints tell
     #: what ``.grad`` of parameters was when the forward had ended, by ``id``; None where that was not seen
     slots: dict[int, Slot] | None = None
-    #: the sizes of what came to scalars that the model returned, where they are watched; None for another output
-    scales: list[float | None] = field(default_factory=list)
     #: whether the latest backward that came to the model's output is to be differentiated itself
     create_graph: bool = False
     backward: Backward | None = None  #: the pass that is running through this forward
     closed: bool = False  #: nothing is to be added any more
-    unattributed: str = ""  #: why it is not known where samples are, said once a backward comes; else empty
     unreturned: bool = False  #: whether the forward ended without an output: it returned none, or raised
     eager: EagerSection | None = None  #: the section in which nothing is compiled, while the forward runs
     nested: bool = False  #: whether the model was called again while it runs, as by itself
     #: the engine's number of the latest backward that came once it was closed, and which layers it reaches
     again: tuple[int, Tensor] | None = None
+
+    def __init__(
+        self,
+        attribution: Attribution,
+        num_samples: int,
+        shapes: tuple[Shape, ...],
+        *,
+        verified: bool,
+        scheduled: bool = False,
+        unattributed: str = "",
+    ) -> None:
+        self.attribution = attribution  #: where samples are in the layers, as it was known when the forward began
+        self.num_samples = num_samples  #: of the batch
+        self.shapes = shapes  #: of the tensors among the model's arguments
+        self.verified = verified  #: whether this very batch was looked at
+        self.scheduled = scheduled  #: whether it is one of those of which the loss is looked at
+        self.unattributed = unattributed  #: why it is not known where samples are, said once a backward comes; else empty
+        self.thread = threading.get_ident()
+        #: of the layers' hooks, while the forward runs
+        self.handles: list[RemovableHandle | FirstHooks | WatchedHooks] = []
+        self.layers: defaultdict[str, LayerRecord] = defaultdict(LayerRecord)  #: by name, what is known of each
+        self.waiting: list[RankOne] = []  #: layers that are to be added together
+        #: layers' squares that are to be added together, those of a layer's parameters one after the other
+        self.formed: list[tuple[Layer, Tensor]] = []
+        #: of layers that were added, one by one or together, whether their gradients are finite
+        self.goods: list[Tensor] = []
+        #: by ``id`` of a parameter, what calls bring of its whole gradient, where a penalty is told of
+        self.totals: dict[int, Tensor] = {}
+        #: the sizes of what came to scalars that the model returned, where they are watched; None for another output
+        self.scales: list[float | None] = []
 
     def unhook(self) -> None:
         """The layers' hooks go."""
@@ -239,7 +243,7 @@ class ForwardRecord(_Referred):
         section = checkpoint_section()
         return section is not None and (self.sections is None or section not in self.sections)
 
-    def parts_of(self, layer: Layer) -> list[Layer]:
+    def parts_of(self, layer: Layer) -> Sequence[Layer]:
         """The layers that are measured by the calls of a layer's enclosing module, those of which it stands for."""
         if any(x is layer for x in self.fallback):
             return self.fallback

@@ -72,7 +72,7 @@ def _add(fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[RankOne],
         with ADDING:
             fisher.stacked.wait(layers, frame, record.num_samples, alpha, fisher.settle)
         return
-    norms = [keep_norms(fisher, record, one) for one in layers] if takes_norms(record) else None
+    norms = [keep_norms(record, one) for one in layers] if takes_norms(record) else None
     seen = () if vectors is None else layers
     goods: Tensor | None = None
     together: SideBySide | OneByOne

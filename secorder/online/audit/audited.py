@@ -31,18 +31,25 @@ class Audited:
         self._random = random.Random(0)
         self._passes = 0
         self._times: dict[str, int] = {}
+        self._old: set[str] = set()  # those that were looked at so often that they are drawn
         self._shares: dict[object, float] = {}
 
     def draw(self, record: ForwardRecord, layers: Sequence[Layer], *, every: bool) -> set[str]:
         """The names of those that a backward's audit covers."""
         self._passes += 1
-        times, names = self._times, [layer.name for layer in layers]
+        names = [layer.name for layer in layers]
         chosen = set(names) if every else self._some(record, layers, names)
-        for name in names:
-            if times.get(name, 0) < FIRST:
-                times[name] = times.get(name, 0) + 1
-                chosen.add(name)
+        if not self._old.issuperset(names):
+            chosen |= self._young(names)
         return chosen
+
+    def _young(self, names: Sequence[str]) -> set[str]:
+        young = set(names) - self._old
+        for name in young:
+            self._times[name] = self._times.get(name, 0) + 1
+            if self._times[name] == FIRST:
+                self._old.add(name)
+        return young
 
     def _some(self, record: ForwardRecord, layers: Sequence[Layer], names: Sequence[str]) -> set[str]:
         if self._passes > EACH and self._random.random() >= self._share(record, layers):
