@@ -4,9 +4,12 @@ None of them takes an empty list; whatever is added or multiplied is of the dtyp
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
+
+_DTYPE, _HALF = attrgetter("dtype"), frozenset((torch.float16, torch.bfloat16))
 
 
 def add_each(totals: Sequence[Tensor], parts: Sequence[Tensor], *, beta: float = 1.0, alpha: float = 1.0) -> None:
@@ -56,7 +59,7 @@ def divide_each(tensors: Sequence[Tensor], numbers: Sequence[float]) -> None:
 
 def norms_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     """The norm of each tensor, of half precision in float32."""
-    if not {t.dtype for t in tensors}.isdisjoint((torch.float16, torch.bfloat16)):
+    if not _HALF.isdisjoint(map(_DTYPE, tensors)):
         wide = [torch.promote_types(t.dtype, torch.float32) for t in tensors]
         return [torch.linalg.vector_norm(t, dtype=dtype) for t, dtype in zip(tensors, wide, strict=True)]
     return list(torch._foreach_norm(list(tensors)))

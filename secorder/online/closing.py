@@ -113,8 +113,8 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
             "one backward runs through several forwards of the model of which some are not recorded (every=), so "
             "that their gradients cannot be separated: pass every=1, or call backward for each forward.",
         )
-    for record in records:
-        fisher.called.update(record.called)
+    if not fisher.called.issuperset(fisher.by_layer):
+        fisher.called.update([name for record in records for name in record.called])
     tell_scale(fisher, records)
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
@@ -134,14 +134,15 @@ def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[Forward
     first, *others = group
     if others:
         _leave_out_unlike(fisher, group)
-    captured = {name for record in group for name, own in record.layers.items() if own.captured}
+    brought = [(name, own) for record in group for name, own in record.layers.items() if own.captured or own.modules]
+    captured = {name for name, own in brought if own.captured}
     for layer in first.attribution.layers if captured else ():
         if layer.name in captured:
             fisher.troubles.guarded(first, (layer.name,), deliver, fisher, group, layer)
     for record in group:
         if record.waiting or record.formed:
             add_waiting(fisher, record)
-    for key in dict.fromkeys(name for record in group for name, own in record.layers.items() if own.modules):
+    for key in dict.fromkeys([name for name, own in brought if own.modules]):
         layer = next(x for x in (*first.fallback, *first.attribution.layers) if x.name == key)
         names = [x.name for x in first.parts_of(layer)]
         fisher.troubles.guarded(first, names, deliver_module, fisher, group, layer)
@@ -177,7 +178,7 @@ def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
                     for total in sums.sums:
                         total.mul_(fisher.decay)
                 sums.count(fisher.count_of(record), None, fisher.decay, fisher.of_all(record))
-    if len(fisher.called) < len(fisher.layers):
+    if not fisher.called.issuperset(fisher.by_layer):
         audit_uncalled(fisher)
     with ADDING:
         fisher.batches += 1

@@ -4,6 +4,7 @@ Layers that are trained only since then are not recorded, which is said.
 """
 
 from dataclasses import replace
+from operator import attrgetter
 
 from .._torch.modules import constant_in_place_of, held_parameter, parameter_table
 from ..errors import InvalidArgumentError
@@ -11,6 +12,8 @@ from ..layers.selection import Layer
 from .attributions import Attributions
 from .fisher import OnlineFisher
 from .sums import Held
+
+_DEVICE = attrgetter("device")
 
 
 def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
@@ -20,7 +23,7 @@ def refresh(fisher: OnlineFisher, attributions: Attributions) -> bool:
     if all(_others_stand_in(layer) for layer in fisher.layers):
         fisher.troubles.saw("no gradient")
         return False
-    fisher.places, changed = [], False
+    fisher.held, changed = None, False
     meta, computed = [], []
     for index, layer in enumerate(fisher.layers):
         same, on_meta = True, False
@@ -86,12 +89,13 @@ def _others_stand_in(layer: Layer) -> bool:
 
 def _as_they_were(fisher: OnlineFisher) -> bool:
     """Whether the modules hold the parameters that the layers have, where these are counted."""
-    fisher.places = fisher.places or [
-        Held(layer.module, name, p, fisher.by_layer[layer.name])
-        for layer in fisher.layers
-        for name, p in layer.parameters.items()
-    ]
-    for module, name, p, sums in fisher.places:
-        if parameter_table(module).get(name) is not p or p.is_meta or p.device != sums.counts.device:
-            return False
-    return fisher.counted.device == fisher.places[0].sums.counts.device
+    if fisher.held is None:
+        every = [(layer, name, p) for layer in fisher.layers for name, p in layer.parameters.items()]
+        counted = [None if p.is_meta else fisher.by_layer[layer.name].counts.device for layer, _, p in every]
+        places = [(layer.module, name) for layer, name, _ in every]
+        fisher.held = Held(places, [id(p) for *_, p in every], counted)
+    places, parameters, devices = fisher.held
+    found = [parameter_table(module).get(name) for module, name in places]
+    if list(map(id, found)) != parameters or list(map(_DEVICE, found)) != devices:
+        return False
+    return fisher.counted.device == devices[0]

@@ -105,7 +105,7 @@ class OnlineFisher:
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**vars(self), "backwards": Backwards(), "plans": {}, "places": []}
+        return {**vars(self), "backwards": Backwards(), "plans": {}, "held": None}
 
     @property
     def seen(self) -> Tensor:
@@ -123,7 +123,7 @@ class OnlineFisher:
     def sums(self, sums: dict[str, LayerSums]) -> None:
         self.by_layer, self.stacked = sums, Stacked()
         self.plans: dict[Layer, Plan | None] = {}
-        self.places: list[Held] = []
+        self.held: Held | None = None
 
     def settle(self) -> None:
         """Add the batches that wait to be added together with later ones."""

@@ -223,7 +223,8 @@ class Attachment:
             sections.append(record.eager)
             record.eager = None
         self._drop(thread)
-        roots = [x for x in record.attribution.layers if x.enclosing is self.model and not x.by_operations]
+        found = record.attribution
+        roots = [x for x in (*found.by_rule, *found.by_module) if x.enclosing is self.model]
         if output is None or self.pauses:
             record.closed, record.unreturned = True, output is None
             return
@@ -268,22 +269,16 @@ class Attachment:
 
     def register(self, record: ForwardRecord) -> None:
         """Put the hooks of a record on the layers; those of the model itself are called by the hooks that it has."""
-        modules: set[int] = set()
-        hooks: list[tuple[nn.Module, OwnHook]] = []
-        for layer in record.attribution.layers:
-            module = layer.enclosing
-            if module is self.model or layer.by_operations:
-                continue
-            if layer.rule is not None:
-                hooks.append((module, _LayerCalled(self, record, layer)))
-            elif id(module) not in modules:
-                modules.add(id(module))
+        found, model = record.attribution, self.model
+        hooks: list[_LayerHook] = [_LayerCalled(self, record, x) for x in found.by_rule if x.enclosing is not model]
+        for layer in found.by_module:
+            if layer.enclosing is not model:
                 starts = _ModuleStarts(self, record, layer)
-                record.handles.append(module.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
-                hooks.append((module, _ModuleCalled(self, record, layer)))
+                record.handles.append(layer.enclosing.register_forward_pre_hook(starts, prepend=True, with_kwargs=True))
+                hooks.append(_ModuleCalled(self, record, layer))
         if hooks:
             record.handles.append(first := FirstHooks())
-            first.put(hooks)
+            first.put([(hook.layer.enclosing, hook) for hook in hooks])
         if record.verified:
             record.handles.append(WatchedHooks(self.fisher, self.factors, self.model.modules()))
 

@@ -7,6 +7,7 @@ is read on the host.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from ..layers.rank_one import FactorNorms
 from .constants import Constants
 from .finite import finite
 from .sums import ADDING
+
+_KIND = attrgetter("dtype", "device")
 
 #: Batches that wait at most, and elements of their norms.
 MOST, MOST_ELEMENTS = 64, 1 << 16
@@ -244,6 +247,6 @@ def _squares(norms: Sequence[Tensor | FactorNorms], like: Tensor) -> Tensor:
 
 def _stack(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     """Of several dtypes and devices, in float64."""
-    if len({(t.dtype, t.device) for t in tensors}) == 1:
+    if len(set(map(_KIND, tensors))) == 1:
         return torch.stack(list(tensors)).to(like)
     return torch.stack([t.to(like) for t in tensors])

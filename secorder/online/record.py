@@ -195,7 +195,8 @@ class ForwardRecord:
         self.shapes = shapes  #: of the tensors among the model's arguments
         self.verified = verified  #: whether this very batch was looked at
         self.scheduled = scheduled  #: whether it is one of those of which the loss is looked at
-        self.unattributed = unattributed  #: why it is not known where samples are, said once a backward comes; else empty
+        #: why it is not known where samples are, said once a backward comes; else empty
+        self.unattributed = unattributed
         self.thread = threading.get_ident()
         #: of the layers' hooks, while the forward runs
         self.handles: list[RemovableHandle | FirstHooks | WatchedHooks] = []

@@ -166,12 +166,11 @@ class LayerSums:
 
 
 class Held(NamedTuple):
-    """Where a parameter of a layer is held as long as nobody exchanges or moves it."""
+    """Where parameters of layers are held as long as nobody exchanges or moves them."""
 
-    module: nn.Module  #: that holds it
-    name: str  #: under which it does
-    parameter: Tensor  #: that is to be there
-    sums: LayerSums  #: of its layer, which are counted where it is
+    places: list[tuple[nn.Module, str]]  #: the modules that hold them, and under which names they do
+    parameters: list[int]  #: that are to be there, by ``id``
+    devices: list[torch.device | None]  #: where their layers are counted; None for one without memory
 
 
 def add_whole(every: Mapping[str, LayerSums], add: Callable[[], None], marks: dict[str, str]) -> None:

@@ -70,9 +70,20 @@ class Attribution:
         """Whether any layer is measured by operations, so that a forward's graph is gone through."""
         return any(layer.by_operations for layer in self.layers)
 
+    @cached_property
+    def by_rule(self) -> tuple[Layer, ...]:
+        """The layers whose calls are seen."""
+        return tuple(x for x in self.layers if x.rule is not None and not x.by_operations)
+
+    @cached_property
+    def by_module(self) -> tuple[Layer, ...]:
+        """Of each module that runs again the first of the layers that are measured so."""
+        found = {id(x.enclosing): x for x in reversed(self.layers) if x.rule is None and not x.by_operations}
+        return tuple(reversed(found.values()))
+
     def reruns(self, model: nn.Module) -> bool:
         """Whether a layer is measured by running the model again."""
-        return any(x.rule is None and not x.by_operations and x.enclosing is model for x in self.layers)
+        return any(x.enclosing is model for x in self.by_module)
 
     def holders(self, name: str) -> set[str]:
         """The layers that hold a parameter of a layer whose gradient is put together."""
