@@ -1,12 +1,15 @@
 """Products of each position of a sample with each: of rows, and of patches of images without copies of the patches.
 
 What two positions of a convolution see has the product ``Σ_o x_{p+o} · x_{q+o}`` over the places o of the kernel, a
-sum of products of *pixels*. With pixels counted along the padded image, a place is one step along the diagonal of the
-matrix of these, and the sum goes by one spatial dimension after the other::
+sum of products of *pixels*. With pixels counted along the image, a place is some steps along the diagonal of the matrix
+of these, and the sum goes by one spatial dimension after the other::
 
-    K ← Σ_{i<k} K[i·t:, i·t:]        for each dimension, with kernel k and neighbours t pixels apart.
+    K[i, j] ← Σ_o K[i + o, j + o]        for each dimension, over the offsets o of its places, zero beyond the ends.
+
+Lines have the zeros that are seen beyond their ends behind them alone: they are before the next line, too.
 """
 
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -35,41 +38,61 @@ def row_grams(rows: Tensor) -> Tensor:
 
 
 def pixels(a: Patches) -> tuple[int, int] | None:
-    """How many pixels a padded image has, and how many positions as :func:`pixel_grams` counts them.
+    """How many pixels and positions :func:`pixel_grams` counts, zeros between lines among them.
 
     None where a position is more than one pixel from the next.
     """
     if any(step > 1 for step in a.stride):
         return None
-    size = [pixel + 2 * pad for pixel, pad in zip(a.image.shape[2:], a.padding or (0,) * len(a.kernel), strict=True)]
-    return prod(size), a.sizes[0] * prod(size[1:])
+    lines = _lines(a)
+    return a.image.shape[2] * prod(lines), a.sizes[0] * prod(lines)
+
+
+def _lines(a: Patches) -> list[int]:
+    """Pixels of each spatial dimension but the first, with the zeros behind them; not fewer than positions."""
+    of_lines = zip(a.image.shape[3:], _padding(a)[1:], a.sizes[1:], strict=True)
+    return [max(own + pad, positions) for own, pad, positions in of_lines]
+
+
+def _padding(a: Patches) -> tuple[int, ...]:
+    return a.padding or (0,) * len(a.kernel)
 
 
 def pixel_grams(a: Patches, g: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """What some samples' positions see with one another, and their cotangents: ``(n · groups, P, P)`` each.
 
-    Positions are counted as pixels of the padded image are, so that there are some beyond the end of each line: of
-    those the products of cotangents are zero. Patches are one pixel from each other.
+    Positions are counted as pixels are, so that there are some beyond the end of each line: of those the products of
+    cotangents are zero. For patches of which :func:`pixels` tells.
     """
-    images = a.with_zeros(a.image[rows])
-    size = images.shape[2:]
-    columns = images.reshape(len(images) * a.groups, -1, prod(size))
-    seen = row_grams(columns.transpose(1, 2))
-    for dim, (kernel, gap) in enumerate(zip(a.kernel, a.dilation, strict=True)):
-        seen = _along_the_diagonal(seen, kernel, gap * prod(size[dim + 1 :]))
+    lines = _lines(a)
+    columns = _with_zeros_behind(a.image[rows].unflatten(1, (a.groups, -1)).flatten(0, 1), lines).flatten(2)
+    seen, length = row_grams(columns.transpose(1, 2)), a.sizes[0] * prod(lines)
+    for dim, (kernel, gap, pad) in enumerate(zip(a.kernel, a.dilation, _padding(a), strict=True)):
+        step = prod(lines[dim:])
+        seen = _along_the_diagonal(seen, length, [(place * gap - pad) * step for place in range(kernel)])
     cotangents = g[rows].transpose(2, 3).flatten(0, 1).unflatten(2, a.sizes)
-    beyond = [(0, whole - own) for whole, own in zip(size[1:], a.sizes[1:], strict=True)]
-    cotangents = F.pad(cotangents, [side for sides in reversed(beyond) for side in sides]).flatten(2)
-    return seen, row_grams(cotangents[:, :, : seen.shape[1]].transpose(1, 2))
+    return seen, row_grams(_with_zeros_behind(cotangents, lines).flatten(2).transpose(1, 2))
 
 
-def _along_the_diagonal(matrices: Tensor, count: int, step: int) -> Tensor:
-    """Σ_{i < count} M[i · step:, i · step:] of each, as far as all of them reach."""
-    if count == 1:
-        return matrices
-    length = matrices.shape[1] - (count - 1) * step
-    shifted = [matrices[:, i : i + length, i : i + length] for i in range(0, count * step, step)]
-    total = shifted[0] + shifted[1]
-    for other in shifted[2:]:
-        total += other
+def _with_zeros_behind(images: Tensor, lines: Sequence[int]) -> Tensor:
+    """Images whose spatial dimensions but the first are as long as lines."""
+    behind = [line - own for own, line in zip(images.shape[3:], lines, strict=True)]
+    return F.pad(images, [side for zeros in reversed(behind) for side in (0, zeros)]) if any(behind) else images
+
+
+def _along_the_diagonal(matrices: Tensor, length: int, offsets: Sequence[int]) -> Tensor:
+    """Σ_o M[i + o, j + o] of each for i and j below a length, over offsets that differ; M is zero beyond its ends."""
+    before = matrices.shape[1]
+    first = next((o for o in offsets if 0 <= o <= before - length), None)  # which reaches all of them
+    if first is None:
+        total = matrices.new_zeros(len(matrices), length, length)
+    elif len(offsets) == 1:
+        return matrices[:, first : first + length, first : first + length]
+    else:
+        total = matrices[:, first : first + length, first : first + length].clone()
+    for offset in offsets:
+        start, stop = max(0, -offset), min(length, before - offset)
+        if offset != first and start < stop:
+            here = slice(start + offset, stop + offset)
+            total[:, start:stop, start:stop] += matrices[:, here, here]
     return total

@@ -181,9 +181,10 @@ def _cheaper_form(a: Tensor | Patches, g: Tensor) -> tuple[Callable[[Any, Tensor
     if isinstance(a, Patches) and (of_image := pixels(a)) is not None:
         pixel, position = of_image
         passes = 2 + sum([size - 1 for size in a.kernel])
-        if pixel**2 * (a.image.shape[1] // groups + passes * TRAFFIC) + position**2 * width < gradients:
-            return _by_pixels, most // pixel**2
-    elif positions**2 * (_gram_cost(g, fan_in) + _gram_cost(g, width) + TRAFFIC) < gradients:
+        of_pixels = pixel**2 * (_gram_cost(g, pixel, a.image.shape[1] // groups) + passes * TRAFFIC)
+        if of_pixels + position**2 * _gram_cost(g, position, width) < gradients:
+            return _by_pixels, most // (3 * pixel**2)  # so many matrices are there at once
+    elif positions**2 * (_gram_cost(g, positions, fan_in) + _gram_cost(g, positions, width) + TRAFFIC) < gradients:
         return _by_products, most // (positions**2 + copied)
     if convolved:
         return _by_gradients, min(CONVOLUTION_ELEMENTS, most) // max(1, width * fan_in)
@@ -231,9 +232,9 @@ def _formed_by_onednn(a: Tensor | Patches, g: Tensor) -> bool:
     return groups == 1 and multiplied_by_onednn(g, positions * width * a.shape[-1])
 
 
-def _gram_cost(g: Tensor, width: int) -> float:
-    """What a product of two positions costs, of so many numbers each."""
-    return width * (BY_ONEDNN if gram_by_onednn(g, g.shape[2], width) else 1.0)
+def _gram_cost(like: Tensor, positions: int, width: int) -> float:
+    """What a product of two of so many positions costs, of so many numbers each."""
+    return width * (BY_ONEDNN if gram_by_onednn(like, positions, width) else 1.0)
 
 
 def _of_rows(part: Rows) -> Tensor:

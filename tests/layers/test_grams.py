@@ -17,7 +17,10 @@ N = 4
 
 SETTINGS = {  # arguments of the layer, and the size of images
     "1d": (nn.Conv1d, (4, 6, 3), {"padding": 1}, (5,)),
+    "1d_pixel": (nn.Conv1d, (4, 6, 1), {"padding": 2}, (5,)),
     "2d": (nn.Conv2d, (4, 6, 3), {"padding": 1}, (4, 5)),
+    "2d_inside": (nn.Conv2d, (4, 6, (3, 2)), {}, (5, 4)),
+    "2d_far": (nn.Conv2d, (4, 6, 2), {"padding": 4, "dilation": (3, 5)}, (3, 2)),
     "2d_flat": (nn.Conv2d, (4, 6, (1, 2)), {"padding": (1, 0)}, (3, 5)),
     "2d_wide": (nn.Conv2d, (4, 6, (4, 3)), {"padding": (2, 3), "dilation": (1, 2)}, (5, 6)),
     "2d_groups": (nn.Conv2d, (4, 6, 3), {"padding": 1, "groups": 2}, (4, 4)),
