@@ -44,6 +44,11 @@ TOGETHER_ELEMENTS = 1 << 19
 CONVOLUTION_ELEMENTS = 5 << 16
 
 
+#: Elements of a parameter from which on, on a CPU, each sample's squares are added to the sum at once: one pass over
+#: them in place of three, for a call (measured from 2,000 to 150,000 elements).
+APART_ELEMENTS = 1 << 13
+
+
 def contract(
     u: PerSample,
     v: PerSample | None = None,
@@ -200,9 +205,9 @@ def _add_sample_by_sample(
         _add_turned(turned, a, gu, gv)
         target[0].add_(turned.t(), alpha=alpha)
         return
-    rows = min(width, max(1, (ONEDNN_ELEMENTS if onednn else CACHED_ELEMENTS) // (groups * fan_in)))
-    # Patches are copied out, of as many samples as stay in the cache.
-    few = max(1, CACHED_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
+    rows = alike(width, max(1, (ONEDNN_ELEMENTS if onednn else CACHED_ELEMENTS) // (groups * fan_in)))
+    # Patches are copied out, of more samples than one step forms elsewhere: the sum stays in the cache between them.
+    few = max(1, CHUNK_ELEMENTS // max(1, math.prod(a.shape[1:]))) if isinstance(a, Patches) else len(gu)
     memory = [None if onednn else target.new_empty(groups, rows, fan_in) for _ in range(1 if gv is None else 2)]
     for n in chunks(len(gu), few):
         inputs = a[n.start : n.stop]
@@ -279,8 +284,11 @@ def _add_matrix_products(
 
 def _add_products(target: Tensor, left: Tensor, right: Tensor, alpha: float, keep: Tensor | None) -> None:
     """Add α Σ_n left_n ⊙ right_n to ``target`` (groups, …), for both of shape (N · groups, …)."""
-    if len(left) == 1 and keep is None:
-        target[0].addcmul_(left[0], right[0], value=alpha)
+    if keep is None and target.device.type == "cpu" and target.numel() >= APART_ELEMENTS:
+        of_samples = left.view(-1, *target.shape).unbind()
+        others = of_samples if right is left else right.view(-1, *target.shape).unbind()
+        for one, other in zip(of_samples, others, strict=True):
+            target.addcmul_(one, other, value=alpha)
     elif right is left and left.is_cuda and not left.requires_grad:
         _add_squares(target, left.unflatten(0, (-1, len(target))), alpha, keep)
     else:  # in place where it may be: ``left`` was formed for this, and another copy would double the peak of memory

@@ -7,7 +7,6 @@ from math import prod
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from .._torch.float32 import products_as_convolutions
 from .._torch.onednn import multiplied_by_onednn
@@ -89,17 +88,23 @@ class Patches:
         image, spatial = self.image[rows], len(self.kernel)
         factor = g[rows].transpose(2, 3)
         count, groups, width, _ = factor.shape
-        backward = (conv1d_weight, conv2d_weight, conv3d_weight)[spatial - 1]
-        gradients: Tensor = backward(  # type: ignore[no-untyped-call]
-            image.reshape(1, -1, *image.shape[2:]),
-            (count * groups * width, image.shape[1] // groups, *self.kernel),
+        shape = (count * groups * width, image.shape[1] // groups, *self.kernel)
+        zeros = [0] * spatial
+        _, gradients, _ = torch.ops.aten.convolution_backward(
             factor.reshape(1, -1, *self.sizes),
-            stride=self.stride,
-            padding=self.padding or 0,
-            dilation=self.dilation,
-            groups=count * groups,
+            image.reshape(1, -1, *image.shape[2:]),
+            factor.new_empty(shape),  # whose shape alone matters; one number expanded to it would be copied
+            None,
+            self.stride,
+            self.padding or zeros,
+            self.dilation,
+            False,
+            zeros,
+            count * groups,
+            [False, True, False],
         )
-        return gradients.view(count * groups, width, -1)
+        formed: Tensor = gradients.view(count * groups, width, -1)
+        return formed
 
     def __getitem__(self, rows: slice) -> Tensor:
         """The patches of some samples (a slice), copied out."""

@@ -72,11 +72,30 @@ def test_one_sample_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) 
     assert found.requires_grad
 
 
+@pytest.mark.parametrize("name", ["positions", "groups"])
+def test_samples_that_are_added_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass over what was formed of several; also where that is differentiated, and where it may not count."""
+    monkeypatch.setattr(contraction, "APART_ELEMENTS", 1)
+    u = form(name)
+    v = with_cotangents(u, lambda g: g.roll(1, -1) * 2)
+    expected, squares = ((written_out(u) * written_out(other)).sum(0) for other in (v, u))
+    for keep in (None, torch.tensor(True)):
+        out = torch.ones(SIZE)
+        contract(u, v, numel=SIZE, out=out, beta=0.5, alpha=3.0, keep=keep)
+        torch.testing.assert_close(out, 0.5 + 3 * expected)
+        torch.testing.assert_close(contract(u, numel=SIZE, out=out, beta=0.0, alpha=2.0, keep=keep), 2 * squares)
+    factor = u.g.clone().requires_grad_()
+    (found,) = torch.autograd.grad(contract(u._replace(g=factor), numel=SIZE).sum(), factor)
+    again = u.g.clone().requires_grad_()
+    (of_written,) = torch.autograd.grad((written_out(u._replace(g=again)) ** 2).sum(), again)
+    torch.testing.assert_close(found, of_written)
+
+
 @pytest.mark.parametrize("cached", [1, 2 * 2 * 9 * 18, 1 << 18])
 def test_patches_of_some_samples_at_a_time(cached: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one, of two, of all."""
     monkeypatch.setattr(contraction, "ALONE_ELEMENTS", 1)
-    monkeypatch.setattr(contraction, "CACHED_ELEMENTS", cached)
+    monkeypatch.setattr(contraction, "CHUNK_ELEMENTS", cached)
     a = Patches(torch.randn(5, 4, 6, 6), (3, 3), (2, 2), (1, 1), 2, (5, 2, 9, 18), (1, 1))
     u, v = (Outer(a, torch.randn(5, 2, 9, 3)) for _ in range(2))
     each = [torch.matmul(part.g.transpose(2, 3), a[:]).flatten(1) for part in (u, v)]
