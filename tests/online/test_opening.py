@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from secorder import AttributionError, CurvatureProbe, CurvatureWarning
+from secorder import AttributionError, CurvatureProbe, CurvatureWarning, NonFiniteError
 from secorder.online.attributions import Attributions
 from secorder.online.opening import open_record
 from secorder.online.reading import unreadable
@@ -123,3 +123,12 @@ def test_a_loop_that_calls_its_model_in_two_ways_in_turn_is_looked_at_no_more_of
             model(*[data()[0]] * (1 + index % 2)).sum().backward()
         assert probe.num_samples == 16 * 6
     assert looked == [1, 2, 4, 8, 16]
+
+
+def test_a_verification_batch_that_ends_in_nan_raises_where_that_is_asked_for() -> None:
+    model, (inputs, targets) = mlp(), data()
+    with CurvatureProbe(model, reduction="mean", on_nonfinite="raise") as probe:
+        with pytest.raises(NonFiniteError, match="the model's output holds nan or inf"):
+            model(inputs * torch.nan)
+        step(model, (inputs, targets))
+        assert_all_close(probe.fisher_diagonal().by_parameter(), reference(model, (inputs, targets)))

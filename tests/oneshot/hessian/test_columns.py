@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from secorder import CurvatureProbe
 from secorder.oneshot.hessian import columns
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.facts import Facts
 
-from ...helpers import Clamped, Fn, data, make
-from ...reference import assert_close
+from ...helpers import Clamped, Doubled, Fn, data, make
+from ...reference import assert_all_close, assert_close, hessian_by_element
 from .strategies import exact, in_z
 
 
@@ -41,6 +42,17 @@ def test_they_are_exact_where_the_model_is_piecewise_linear(middle: nn.Module) -
 @pytest.mark.parametrize("middle", [Guided.apply, Clamped.apply])
 def test_columns_that_do_not_explain_the_hessian_serve_none(middle: Any) -> None:
     assert served(make(Fn(torch.relu), Fn(middle)), data()) is None
+
+
+def test_columns_of_either_sign_explain_the_hessian() -> None:
+    def loss_fn(f: Tensor, t: Tensor) -> Tensor:
+        return (f[:, 0].square() - f[:, 1].exp() + f[:, 2] * t).mean()
+
+    model, batch = make(nn.ReLU(), Fn(Doubled.apply)), data()
+    with CurvatureProbe(model) as probe:
+        hessian = probe.hessian_diagonal(loss_fn, *batch, method="exact")
+    assert hessian.info["0"].strategy == "columns"
+    assert_all_close(hessian.by_parameter(), hessian_by_element(model, loss_fn, *batch))
 
 
 def test_it_applies_where_all_of_it_is_known() -> None:
