@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, CurvatureWarning
 
@@ -180,3 +181,48 @@ def test_states_of_tied_layers_resume() -> None:
         language_loss(model(x), y).backward()
         for name, diagonal in resumed.fisher_diagonal().items():
             assert torch.equal(diagonal, whole[name])
+
+
+class Scaled(nn.Embedding):
+    """An embedding that no rule is for, since its forward is its own."""
+
+    def forward(self, words: Tensor) -> Tensor:
+        return super().forward(words) * 3.0
+
+
+class Backbone(nn.Module):
+    def __init__(self, table: type[nn.Embedding], reentrant: bool) -> None:
+        super().__init__()
+        self.embedding, self.body = table(WORDS, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.reentrant = reentrant
+
+    def forward(self, words: Tensor) -> Tensor:
+        hidden = self.embedding(words)
+        return hidden + checkpoint(self.body, hidden, use_reentrant=self.reentrant)
+
+
+class LanguageModel(nn.Module):
+    def __init__(self, table: type[nn.Embedding], reentrant: bool) -> None:
+        super().__init__()
+        self.backbone, self.head = Backbone(table, reentrant), nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.backbone.embedding.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(self.backbone(words))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("table", [nn.Embedding, Scaled])
+def test_a_table_in_a_backbone_with_checkpoints_tied_to_a_head_outside(
+    table: type[nn.Embedding], reentrant: bool
+) -> None:
+    model = LanguageModel(table, reentrant)
+    batches = [batch() for _ in range(3)]
+    with CurvatureProbe(model, "all", reduction="mean", sample_dim=0) as probe:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurvatureWarning)  # exact and slow
+            for words, targets in batches:
+                language_loss(model(words), targets).backward()
+        found = probe.fisher_diagonal()
+    for name, value in expected(model, probe, batches).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)

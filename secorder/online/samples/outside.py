@@ -1,7 +1,7 @@
 """Layers whose own calls are not enough: parameters used elsewhere, or no gradient on the output."""
 
 from collections.abc import Callable, Sequence
-from itertools import combinations
+from itertools import permutations
 from typing import Any
 
 from torch import nn
@@ -40,13 +40,12 @@ def without_gradient(model: nn.Module, layers: Sequence[Layer], arguments: Any) 
 def uses_outside(isolated: IsolatedModel, layers: Sequence[Layer], users: Users) -> set[str]:
     """Layers whose parameters the output depends on other than through their calls."""
     outside: set[str] = set()
-    for one, other in combinations(layers, 2):  # tied weights: each layer's calls are another's outside
+    for one, other in permutations(layers, 2):  # tied weights: each layer's calls are another's outside
         together = one.rule is not None and other.rule is not None  # see tied_layers
-        if not together and _apart(one.enclosing, other.enclosing) and share_parameters(one, other):
-            outside |= {one.name, other.name}
-    return outside | {
-        layer.name for layer in layers if any(accumulate_node(s) in users for s in isolated.replacements(layer))
-    }
+        if not together and not _holds(one.enclosing, other.enclosing) and share_parameters(one, other):
+            outside.add(one.name)
+    inside = [x for x in layers if x.enclosing is not isolated.model]
+    return outside | {x.name for x in inside if any(accumulate_node(s) in users for s in isolated.replacements(x))}
 
 
 def share_parameters(one: Layer, other: Layer) -> bool:
@@ -54,5 +53,5 @@ def share_parameters(one: Layer, other: Layer) -> bool:
     return not {id(p) for p in one.parameters.values()}.isdisjoint(id(p) for p in other.parameters.values())
 
 
-def _apart(one: nn.Module, other: nn.Module) -> bool:
-    return all(m is not other for m in one.modules()) and all(m is not one for m in other.modules())
+def _holds(module: nn.Module, other: nn.Module) -> bool:
+    return any(m is other for m in module.modules())

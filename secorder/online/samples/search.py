@@ -226,7 +226,7 @@ def _attribute(
             hooked = hooks.put or any(map(is_scripted, model.modules()))
             graph = ForwardGraph(output, options, hypothesis.num_samples, hooked, leaves)
             inside = [x for x in layers if x.enclosing is not model]
-            outside = set() if ranks is not None else uses_outside(isolated, inside, graph.users)
+            outside = set() if ranks is not None else uses_outside(isolated, layers, graph.users)
             outside |= {x.name for x in inside if x.name in recording.differentiated}
             given = (seen, layers, asked.arguments, forward, hypothesis, graph, ranks)
             found = rows_of_layers(*given) if layers else _NONE

@@ -1,5 +1,6 @@
 """Layers whose own calls do not tell all."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,3 +45,18 @@ def test_layers_that_share_a_parameter() -> None:
     one, other, third = select_layers(nn.Sequential(a, b, c))
     assert share_parameters(one, other)
     assert not share_parameters(one, third)
+
+
+def test_of_layers_that_share_a_parameter_the_one_whose_module_holds_the_other_is_whole() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4))
+    model = nn.Sequential(inner, nn.Linear(4, 4))
+    model[1].weight = inner[0].weight
+    one, other = (replace(x, rule=None) for x in select_layers(model, "all"))
+    for enclosing, found in (
+        ((inner[0], model[1]), {"0.0", "1"}),
+        ((inner, model), {"0.0"}),
+        ((model, model), set()),
+    ):
+        layers = [replace(x, enclosing=m) for x, m in zip((one, other), enclosing, strict=True)]
+        with isolate(model, None, layers) as isolated:
+            assert uses_outside(isolated, layers, users_of([])) == found
