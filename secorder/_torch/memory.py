@@ -1,14 +1,15 @@
 """How much memory a device has left, and how much work takes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode_temporarily
 
 from .pytree import tensors_in
 
@@ -42,8 +43,20 @@ def most_bytes(work: Callable[[], object]) -> int:
     return most
 
 
+@contextmanager
+def unmetered() -> Iterator[None]:
+    """Inside, operations are as fast as they are, and :func:`most_bytes` does not see what they return."""
+    with _pop_mode_temporarily() if isinstance(_get_current_dispatch_mode(), _Alive) else nullcontext():
+        yield
+
+
 class _Alive(TorchDispatchMode):
     """Follows the memory of what operations return, by references that keep nothing alive."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled inside, and to be skipped loads all of the compiler, which takes a second."""
+        return False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

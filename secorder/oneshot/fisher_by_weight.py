@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from .._torch.memory import unmetered
 from ..layers.selection import Layer
 from ..monitor.progress import progress_bar
 from ..results import LayerInfo, Strategy
@@ -67,7 +68,8 @@ def heaviest_columns(
         return [[v[0] for v in weighted.reduce([p.detach().flatten()[None] for p in values[x.name]])] for x in layers]
 
     if weighted.forecast:
-        weighted.told = forecast(root, weighted.budget, contract, task.generator)
+        with unmetered():
+            weighted.told = forecast(root, weighted.budget, contract, task.generator)
         return {layer.name: ([], LayerInfo(strategies[layer.name])) for layer in layers}
     with progress_bar(task.progress, "Fisher by weight", root.num_columns, unit="columns") as advance:
         estimates = by_weight(root, weighted.budget, contract, task.generator, advance)

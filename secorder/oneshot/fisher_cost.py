@@ -28,7 +28,7 @@ from .timing import TRIAL_SECONDS, least_seconds_of, seconds_of
 SOME = 33
 
 #: Seconds from which on a trial is run once: what happens the first time alone takes less.
-LONG = 3.0
+LONG = 1.0
 
 #: How often a Fisher by batches of one runs all samples together: as they are, in another order, with one twice.
 WHOLE_BATCHES = 3
@@ -126,17 +126,21 @@ def _timed(task: Measurement, fisher_type: FisherType, num_draws: int) -> _Timed
 
 def _timed_by_weight(task: Measurement, budget: Budget) -> _Timed:
     """By a few columns and draws."""
-    weighted, found = ByWeight(budget, forecast=True), Found()
-    with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
-        found = in_batches(task, "type-2", 1, weighted=weighted)
-    made: list[int] = []
-    start = seconds_of(lambda: made.append(most_bytes(lambda: _tried(task, "type-2", 1, Trial(1)))))
+    weighted, found, made = ByWeight(budget, forecast=True), Found(), list[int]()
+
+    def tried() -> None:
+        with suppress(DoubleBackwardError):  # of the checks; the definition needs one derivative
+            found.update(in_batches(task, "type-2", 1, weighted=weighted))
+
+    start = seconds_of(lambda: made.append(most_bytes(tried)))
     if not found:
         return _Timed({}, 0, 0.0, 0.0, {1: made[0]})
     told = weighted.told
     num_bytes = {count: made[0] + own for count, own in told.num_bytes.items()}
     strategies = {name: info.strategy for name, (_, info) in found.items()}
-    first = start if start > LONG else least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
+    first = start - told.spent
+    if first < LONG:
+        first = least_seconds_of(lambda: _tried(task, "type-2", 1, Trial(1)))
     return _Timed(strategies, told.columns, first, told.seconds / max(1, told.columns), num_bytes, _heads(found))
 
 

@@ -12,7 +12,7 @@ from .._torch.memory import most_bytes
 from .hessian.budget import Budget
 from .hessian.estimate import Estimate, average
 from .roots import Columns, Draws, First, Pairs, Root
-from .timing import TRIAL_SECONDS, least_seconds_of, seconds_per_product
+from .timing import TRIAL_SECONDS, now, seconds_of, seconds_per_product
 
 #: Of some columns, layer by layer what is asked for: Σ_k contract(u_k, v_k) by parameter, or what is made of that.
 Contraction = Callable[[Columns], list[list[Tensor]]]
@@ -111,6 +111,7 @@ class Forecast:
     columns: int = 0  #: columns and draws
     seconds: float = 0.0  #: of all of them
     num_bytes: dict[int, int] = field(default_factory=dict)  #: memory of some at once, by their number
+    spent: float = 0.0  #: seconds that it took to tell
 
 
 def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch.Generator) -> Forecast:
@@ -119,6 +120,7 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
     By a few of the columns, a few draws of the rest, which tell how its error falls, and as many of all of it, which
     tell what the error is relative to.
     """
+    start = now()
     some = _exactly(root, budget) if budget.num_draws < root.num_columns else None
     columns: Columns = root if some is None else some
     enough = columns.num_columns + budget.num_draws >= root.num_columns
@@ -130,20 +132,22 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
         by_column = seconds_per_product(lambda k: contract(trial(k)), few, TRIAL_SECONDS)
         seconds = exact * by_column
         most = max(1, min(METERED_COLUMNS, exact, int(TRIAL_SECONDS / max(by_column, 1e-9))))
-        for count in {max(1, most // 2), most}:
+        for count in {min(2, most), most}:
             num_bytes[count] = most_bytes(lambda: contract(trial(count)))  # noqa: B023
     if enough:
-        return Forecast(exact, seconds, num_bytes)
+        return Forecast(exact, seconds, num_bytes, now() - start)
     without = None if some is None else some.order
 
     def drawn(number: int, without: Tensor | None) -> list[list[Tensor]]:
         return [_joined(contract(Draws.of(root, 1, generator, without=without))) for _ in range(number)]
 
     made: list[list[list[Tensor]]] = []
-    first = most_bytes(lambda: made.append(contract(Draws.of(root, 1, generator, without=without))))
-    num_bytes[1] = max(num_bytes.get(1, 0), first)
-    by_draw = least_seconds_of(lambda: drawn(1, without))
-    tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(2 * TRIAL_SECONDS / max(by_draw, 1e-9))))
+
+    def first() -> None:
+        made.append(contract(Draws.of(root, 1, generator, without=without)))
+
+    one = seconds_of(lambda: num_bytes.update({1: max(num_bytes.get(1, 0), most_bytes(first))}))
+    tried = max(LEAST_DRAWS, min(PILOT_COLUMNS, int(TRIAL_SECONDS / max(one, 1e-9))))
     pilot = replace(budget, num_draws=tried, rtol=None)
     zero, sizes = [torch.zeros_like(v) for v in _joined(made[0])], [len(parts) for parts in made[0]]
 
@@ -153,14 +157,16 @@ def forecast(root: Root, budget: Budget, contract: Contraction, generator: torch
 
         return average(draw, zero, pilot, 1, lambda _: None).split(sizes, pilot)
 
+    rests: list[Estimate] = []
+    by_draw = seconds_of(lambda: rests.extend(spread(without))) / tried
     wanted = float(budget.num_draws)
-    for rest, whole in zip(spread(without), spread(None), strict=True):
+    for rest, whole in zip(rests, spread(None), strict=True):
         error, own, norm = (_norm(parts) for parts in (rest.errors, whole.errors, whole.values))
         known = norm**2 - own**2  # the errors of what was drawn are in it
         if error and budget.rtol is not None:
             wanted = max(wanted, tried * error**2 / known / budget.rtol**2 if known > 0 else math.inf)
     draws = math.ceil(min(wanted, budget.max_draws))
-    return Forecast(exact + draws, seconds + draws * by_draw, num_bytes)
+    return Forecast(exact + draws, seconds + draws * by_draw, num_bytes, now() - start)
 
 
 def _norm(parts: Sequence[Tensor]) -> float:

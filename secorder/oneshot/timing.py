@@ -14,13 +14,16 @@ from .._torch.vjp import chunks
 TRIAL_SECONDS = 0.5
 
 #: What the trials of all layers may take together where single products are long.
-MOST_SECONDS = 0.5
+MOST_SECONDS = 0.25
 
 #: And what it may take to look at their memory.
-METERED_SECONDS = 0.25
+METERED_SECONDS = 0.1
 
 #: How often a short trial is run, and what runs may take together before there is another one.
 RUNS, SHORT_SECONDS = 4, 0.05
+
+#: What a product takes from which on it is made once: what happens the first time alone is little beside it.
+WARM_SECONDS = 0.01
 
 Told = TypeVar("Told")
 
@@ -50,7 +53,9 @@ class Rehearsal:
 
 def seconds_per_product(trial: Callable[[int], object], most: int, allowance: float) -> float:
     """Seconds of one of many products, at most so many at once, by a trial in about the seconds that are allowed."""
-    trial(1)  # what happens the first time alone
+    first = seconds_of(lambda: trial(1))
+    if first > max(allowance, WARM_SECONDS):
+        return first
     return _seconds_of_some(trial, most, allowance)[0]
 
 

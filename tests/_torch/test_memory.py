@@ -1,10 +1,13 @@
 """What is free on a device."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from secorder._torch import memory
-from secorder._torch.memory import free_memory, most_bytes
+from secorder._torch.memory import free_memory, most_bytes, unmetered
 
 
 def test_of_the_cpu_it_is_not_told() -> None:
@@ -35,6 +38,25 @@ def test_the_most_that_is_alive_at_once() -> None:
     assert most_bytes(work) == 2 * 4000
     assert most_bytes(lambda: x.view(10, 100).add_(1)) == 0
     assert most_bytes(lambda: [x.exp() for _ in range(5)]) == 5 * 4000
+
+
+def test_what_is_not_to_be_seen() -> None:
+    """By the innermost meter; without one nothing changes."""
+    x = torch.randn(1000, dtype=torch.float32)
+
+    def work() -> None:
+        with unmetered():
+            assert most_bytes(x.exp) == 4000
+            _kept = x.exp()
+        x[:10].exp()
+
+    assert most_bytes(work) == 40
+    work()
+
+
+def test_a_meter_loads_no_compiler() -> None:
+    script = "from secorder._torch.memory import most_bytes; import sys, torch; most_bytes(torch.ones(1).exp)"
+    subprocess.run([sys.executable, "-c", f"{script}; assert 'torch._dynamo' not in sys.modules"], check=True)
 
 
 def test_what_backward_keeps_and_frees_counts() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
@@ -10,12 +10,12 @@ from ...layers.selection import Layer
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import Recording, recorded
-from ..timing import least_seconds_of, now, seconds_of
+from ..timing import seconds_of
 from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose, seconds_of_exact
 from .facts import Facts
-from .investigate import Findings, give_up_chain, investigate
+from .investigate import Findings, attached, give_up_chain, investigate
 from .output_draws import Reduce, whole
 from .trials import learn_seconds, matters
 
@@ -75,8 +75,8 @@ class Cost(dict[str, LayerCost]):
         return f"Cost({self.seconds:.3g} s, {self.num_bytes / 1e6:.3g} MB, {super().__repr__()})"
 
 
-#: Seconds from which on an investigation is not made again to be timed.
-LONG = 1.0
+#: Seconds from which on an investigation is not made again.
+LONG = 0.2
 
 #: Strategies whose products end in z.
 _IN_Z = (
@@ -122,30 +122,31 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
 def _investigated(task: Measurement, budget: Budget, opened: ExitStack) -> tuple[Findings, Recording, float, int]:
     """What an investigation finds, in a recording that stays open; its seconds, and the memory that it takes.
 
-    It is made twice, metered and timed; one that takes long is made once, and forwards tell what metering adds.
+    One that is short is made again, which tells both; of one that takes long, memory is that of what it begins with.
     """
-    made: list[Findings] = []
 
-    def investigated() -> Recording:
+    def investigated() -> tuple[Findings, Recording]:
         recording = opened.enter_context(recorded(task.isolated, task.ruled, own_parameters=False))
-        made.append(investigate(task, recording, budget, columns=True))
-        return recording
+        return investigate(task, recording, budget, columns=True), recording
 
-    found: list[Recording] = []
-    start = now()
-    kept = most_bytes(lambda: found.append(investigated()))  # with what happens the first time alone
-    seconds = now() - start
+    kept, made = 0, list[tuple[Findings, Recording]]()
+    seconds = seconds_of(lambda: made.append(investigated()))  # with what happens the first time alone
     if seconds < LONG:
-        made.clear()
         opened.close()
-        seconds = seconds_of(lambda: found.append(investigated()))
+        kept = most_bytes(investigated)
+        opened.close()
+        seconds = seconds_of(lambda: made.append(investigated()))
     else:
-        with found[-1].paused():
-            metered = seconds_of(lambda: most_bytes(task.loss))
-            plain = least_seconds_of(task.loss)
-        seconds = max(plain, (seconds - made[-1].seconds + metered) * min(1.0, plain / metered))
-        made[-1].seconds = plain
-    return made[-1], found[-1], seconds, kept
+        kept = most_bytes(lambda: _kept(task, made[-1][0]))
+    return *made[-1], seconds, kept
+
+
+def _kept(task: Measurement, found: Findings) -> None:
+    """What an investigation keeps."""
+    with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
+        _ = attached(task, recording, with_gradients=found.put_off is None)
+        if found.output_side is not None and found.output_side.root is not None:
+            replace(found.output_side, root=None).find_root(task.chunk_size)
 
 
 def result_bytes(layers: Sequence[Layer]) -> int:

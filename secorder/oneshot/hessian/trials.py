@@ -18,6 +18,7 @@ from ..recording import Recording
 from ..roots import First
 from ..timing import (
     METERED_SECONDS,
+    SHORT_SECONDS,
     TRIAL_SECONDS,
     bytes_at_once,
     bytes_of_products,
@@ -108,6 +109,8 @@ def learn_seconds(
         verify_samples(task, found, budget)  # where columns take too long
     chosen = choose(list(found.facts.values()), budget)
     asked = [x for x in asked if chosen[x].strategy not in (Strategy.COLUMNS, Strategy.COLUMN_DRAWS)]
+    if budget.method == "hutchinson":  # the rest is drawn
+        asked = []
     if draws is None and budget.max_seconds == math.inf:
         asked = [x for x in asked if x in compared or len(_alike(found.facts[x])) > 1]
     in_z = [x for x in asked if output_basis in _ways(found.facts[x], budget, draws)]
@@ -169,6 +172,8 @@ def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered:
         name = names[place]
         return bytes_of_products(*trials[name], getattr(found.facts[name], fact), TRIAL_SECONDS * shares[name])
 
+    if unknown:
+        trials[unknown[0]][0](1)  # what happens the first time alone
     of_each = of_nearest([kinds[names.index(name)] for name in unknown], seconds)
     for name, (told, _) in zip(unknown, of_each, strict=True):
         found.learn(name, **{fact: told})
@@ -200,26 +205,20 @@ def _draw_some(
         _, seconds = _seconds_of_draws(work, budget, len(together) * limit, TRIAL_SECONDS)
         expected |= {graph.layer.name: seconds / len(together) for graph in together}
 
-    part = TRIAL_SECONDS / max(1, len(alone))
+    part = max(SHORT_SECONDS, TRIAL_SECONDS / max(1, len(alone)))
     works: dict[str, _Draws] = {}
     sizes: dict[str, int] = {}
     for name in alone:
-        facts = found.facts[name]
-        if chosen[name].strategy == Strategy.OUTPUT_DRAWS:
-            elements = facts.output_elements + facts.numel
-            works[name] = partial(_drawn_in_z, task, found.graphs[name], elements, reduce)
-        else:
-            elements = facts.parameter_elements
-            works[name] = partial(
-                _drawn_on_parameters, task, recording, layers[name], gradients[name], elements, reduce
-            )
-        sizes[name] = default_chunk_size(elements, next(iter(layers[name].parameters.values())), task.chunk_size)
+        own = None if chosen[name].strategy == Strategy.OUTPUT_DRAWS else gradients[name]
+        works[name], sizes[name] = _drawn_alone(task, found, recording, layers[name], own, reduce)
     budgets = {name: budget.within(limit, found.facts[name].seconds_by_draw) for name in alone}
     told: dict[str, tuple[float, float]] = {}  # of one, and of all
     few = [x for x in alone if budgets[x].max_draws < budget.num_draws]  # so few that there is nothing to decide
     many = [x for x in alone if x not in few]
     expected |= {x: budgets[x].max_draws * found.facts[x].seconds_by_draw for x in few}
-    kinds = [(found.facts[x].outputs, found.facts[x].numel) for x in many]
+    kinds = [chosen[x].strategy for x in many]  # beside which it is what comes after a layer that counts
+    if many:
+        works[many[0]](replace(budget, num_draws=LEAST_DRAWS, rtol=None), limit)  # what happens the first time alone
     of_each = of_nearest(kinds, lambda place: _seconds_of_draws(works[many[place]], budgets[many[place]], limit, part))
     for name, ((by_draw, seconds), place) in zip(many, of_each, strict=True):
         mine, other = (found.facts[x].seconds_by_draw for x in (name, many[place]))
@@ -282,24 +281,26 @@ def _columns_affordable(found: Findings, name: str, budget: Budget) -> bool:
 _Draws = Callable[[Budget, float], list[Estimate]]
 
 
-def _drawn_in_z(
-    task: Measurement, graph: LayerGraph, elements: int, reduce: Reduce, budget: Budget, seconds: float
-) -> list[Estimate]:
-    return [output_draws.run(task, graph, budget, elements, _nothing, reduce, None, seconds)[1]]
-
-
-def _drawn_on_parameters(
+def _drawn_alone(
     task: Measurement,
+    found: Findings,
     recording: Recording,
     layer: Layer,
-    own: list[Tensor | None],
-    elements: int,
+    own: Sequence[Tensor | None] | None,
     reduce: Reduce,
-    budget: Budget,
-    seconds: float,
-) -> list[Estimate]:
-    with recording.paused():
-        return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
+) -> tuple[_Draws, int]:
+    """Draws of one layer, and how many are made at a time: on its parameters where their gradients are given."""
+    facts = found.facts[layer.name]
+    elements = facts.output_elements + facts.numel if own is None else facts.parameter_elements
+
+    def draws(budget: Budget, seconds: float) -> list[Estimate]:
+        if own is None:
+            graph = found.graphs[layer.name]
+            return [output_draws.run(task, graph, budget, elements, _nothing, reduce, None, seconds)[1]]
+        with recording.paused():
+            return [parameter_draws.run(task, layer, own, budget, elements, _nothing, reduce, seconds)]
+
+    return draws, default_chunk_size(elements, next(iter(layer.parameters.values())), task.chunk_size)
 
 
 def _drawn_columns(
@@ -309,29 +310,27 @@ def _drawn_columns(
 
 
 def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: float) -> tuple[float, float]:
-    """Of one draw, and of all that the budget asks for in a limit; the first ones, in an allowance, tell how many."""
+    """Of one draw, and of all that the budget asks for in a limit; the first ones, in an allowance, tell how many.
+
+    Each run does something besides.
+    """
 
     def seconds_of_some(count: int) -> float:
         return seconds_of(lambda: work(replace(budget, num_draws=count, rtol=None), limit))
 
-    one = seconds_of_some(1)  # with what happens the first time alone
+    one = seconds_of_some(1)
     count = min(budget.num_draws, PILOT_DRAWS, max(LEAST_DRAWS, int(allowance / max(one, 1e-9))))
     told: list[Estimate] = []
 
     def tried() -> None:
         told.extend(work(replace(budget, num_draws=count), min(limit, allowance)))
 
-    if count == LEAST_DRAWS:  # so long that they are most of it
-        seconds = seconds_of(tried) if budget.rtol is not None else seconds_of_some(count)
-        made = max(count, max((estimate.num_draws for estimate in told), default=0))
-        by_draw = seconds / made
-    else:
-        few = -(-count // 4)
-        some, seconds = seconds_of_some(few), seconds_of_some(count)
-        # Each run does something besides.
-        by_draw = seconds / count if seconds <= some else (seconds - some) / (count - few)
-        if budget.rtol is not None:
-            seconds = seconds_of(tried)
+    at_once = budget.rtol is not None and count == LEAST_DRAWS  # so long that they are most of it
+    seconds = seconds_of(tried) if at_once else seconds_of_some(count)
+    made = max(count, max((estimate.num_draws for estimate in told), default=0))
+    by_draw = min(seconds, (seconds - one) * made / (made - 1) if seconds > one and made > 1 else seconds) / made
+    if budget.rtol is not None and not at_once:
+        seconds = seconds_of(tried)
     if budget.rtol is None:
         return by_draw, seconds + (budget.num_draws - count) * by_draw
     worst = max(told, key=lambda estimate: estimate.relative_error)
