@@ -201,7 +201,7 @@ def _add_norms(fisher: OnlineFisher, record: ForwardRecord) -> bool:
 def _leave_out_unlike(fisher: OnlineFisher, group: Sequence[ForwardRecord]) -> None:
     """Leave the batch out of layers that the forwards are not measured alike at."""
     names = dict.fromkeys(name for record in group for name in record.called)
-    unlike = [x for x in names if len({record.way(x) for record in group if record.layers[x].calls}) > 1]
+    unlike = [x for x in names if len({record.strategy(x) for record in group if record.layers[x].calls}) > 1]
     owners = dict.fromkeys(own for name in unlike for record in group for own in record.attribution.owners(name))
     fisher.troubles.leave_out(group[0], owners, _UNLIKE)
     group[0].leave_out(unlike)

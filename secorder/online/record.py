@@ -254,7 +254,7 @@ class ForwardRecord:
             if x.rule is None and not x.by_operations and x.enclosing is layer.enclosing
         ]
 
-    def way(self, name: str) -> tuple[Any, ...]:
+    def strategy(self, name: str) -> tuple[Any, ...]:
         """How a layer is measured in this forward."""
         layer = next(x for x in (*self.fallback, *self.attribution.layers) if x.name == name)
         return layer.rule, layer.by_operations, layer.enclosing

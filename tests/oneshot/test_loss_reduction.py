@@ -1,5 +1,6 @@
 """Batches make up a data set as the loss reduces samples: found of each batch, whatever its loss is worth."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +52,21 @@ def test_a_mean_over_tokens_is_none_over_samples(loss_fn: Any, row: int) -> None
     with pytest.raises(InvalidArgumentError, match="neither a mean nor a sum"):
         diagnose(Tagger(), loss_fn, batches(padded))
     assert diagnose(Tagger(), loss_fn, batches(padded), reduction="mean").num_samples == 17
+
+
+def test_a_loss_that_reduces_a_later_batch_otherwise() -> None:
+    kinds = ["mean"]
+
+    def changing(f: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(f, t, reduction=kinds[-1])
+
+    def data() -> Iterator[Any]:
+        yield from batches(LABELS)[:2]
+        kinds.append("sum")
+        yield from batches(LABELS)[2:]
+
+    with CurvatureProbe(Tagger()) as probe, pytest.raises(InvalidArgumentError, match="neither a mean nor a sum"):
+        probe.hessian_trace(changing, data())
 
 
 @pytest.mark.parametrize("loss_fn", [own, own_sum], ids=["mean", "sum"])
