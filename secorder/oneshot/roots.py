@@ -163,8 +163,6 @@ def joined(parts: Sequence[tuple[Root, Tensor]], like: Tensor, total: int) -> Ro
     sizes = [root.num_columns for root, _ in parts]
 
     def placed(values: Tensor, where: Tensor) -> Tensor:
-        if len(where) == total:
-            return values
         return values.new_zeros(*values.shape[:-1], total).index_copy(-1, where, values)
 
     def by_part(maps: Sequence[Map]) -> Map:
