@@ -157,11 +157,12 @@ def _watch(fisher: OnlineFisher, backward: Backward, record: ForwardRecord) -> N
         watch(backward, fisher.layers)
         return
     captured = {name for one in backward.records for name, own in one.layers.items() if own.hooked}
+    complete = captured.issuperset(fisher.by_layer)
     if len(backward.records) == 1:  # what an earlier forward has brought of another layer is not known any more
         every = record.verified or record.scheduled or fisher.failures.known
-        layers = [layer for layer in fisher.layers if layer.name in captured]
+        layers = fisher.layers if complete else [layer for layer in fisher.layers if layer.name in captured]
         backward.audited = fisher.audited.draw(record, layers, every=every)
-    if not backward.audited and captured.issuperset(fisher.by_layer):
+    if complete and not backward.audited:
         return
     watched = [x for x in fisher.layers if x.name in backward.audited or x.name not in captured]
     ties, fresh = record.attribution.ties, _fresh(fisher)

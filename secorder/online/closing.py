@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ from .norms import add_norms, bring_zeros, take_norms, takes_norms
 from .record import Backward, ForwardRecord
 from .sums import ADDING, count_samples
 from .waiting import add_waiting
+
+_MEASURED_BY = attrgetter("name", "measured_by")
 
 _SECOND = (
     "it got its gradient in a second backward through one forward, after its samples were counted without it: add the "
@@ -115,7 +118,8 @@ def close(fisher: OnlineFisher, backward: Backward, records: Sequence[ForwardRec
         )
     if not fisher.called.issuperset(fisher.by_layer):
         fisher.called.update([name for record in records for name in record.called])
-    tell_scale(fisher, records)
+    if len(records) == 1 and records[0].scales:
+        tell_scale(fisher, records[0].scales)
     if fisher.penalty is not None and len(records) == 1:
         keep_early(backward, records[0], fisher.layers)
     groups = [list(records)] if fisher.forwards == "joined" and records else [[record] for record in records]
@@ -155,8 +159,9 @@ def _add_group(fisher: OnlineFisher, backward: Backward, group: Sequence[Forward
 def _add_record(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Close a record whose backward has ended: tied layers, zeros, counts."""
     record.closed = True
-    fisher.measured_by.update([(x.name, x.measured_by) for x in (*record.attribution.layers, *record.fallback)])
-    _add_tied(fisher, record)
+    fisher.measured_by.update(map(_MEASURED_BY, (*record.attribution.layers, *record.fallback)))
+    if record.attribution.ties:
+        _add_tied(fisher, record)
     nothing_early = record.backward is not None and not record.backward.early
     for index, layer in enumerate(fisher.layers):
         name, own = layer.name, record.layers[layer.name]
@@ -295,8 +300,6 @@ def _leave_out_unasked(fisher: OnlineFisher, backward: Backward, record: Forward
 
 def _add_tied(fisher: OnlineFisher, record: ForwardRecord) -> None:
     """Add what the layers that share a parameter brought in this backward."""
-    if not record.attribution.ties:
-        return
     parts = {name: own.parts for name, own in record.layers.items() if own.parts is not None}
     for own in record.layers.values():
         own.parts = None

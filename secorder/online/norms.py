@@ -46,31 +46,23 @@ def norms_due(fisher: OnlineFisher) -> bool:
 # ---- the norm of the batch's gradient
 
 
-def _by_factors(fisher: OnlineFisher, record: ForwardRecord) -> set[str]:
-    """The layers of which the batch gradient's norm is that of the calls' own sum: the parameters' is not the mean's.
-
-    Samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
-    the layer's gradients are formed anyway.
-    """
-    every = record.weights is not None or fisher.forwards == "separate"
-    return {
-        layer.name
-        for layer in fisher.layers
-        if every or layer.rule is None or layer.sparse or not all(map(_REQUIRES_GRAD, layer.parameters.values()))
-    }
-
-
 def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecord, fresh: set[int]) -> None:
     """See the norms of the whole gradients, as soon as a backward begins; ``fresh`` parameters have no gradient yet.
 
     What passes for the gradient of the mean is what the audit looks at: where something else is in it, it tells.
+    Of some layers the norm is that of the calls' own sum, since the parameters' gradient is not that of the mean:
+    samples weigh differently, a backward may hold several batches, a parameter is frozen or has a sparse gradient, or
+    the layer's gradients are formed anyway.
     """
-    backward.takes_norms, backward.by_factors = True, _by_factors(fisher, record)
+    backward.takes_norms = True
+    every = record.weights is not None or fisher.forwards == "separate"
     for layer in fisher.layers:
-        if layer.name in backward.by_factors:
+        parameters = layer.parameters.values()
+        if every or layer.rule is None or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
+            backward.by_factors.add(layer.name)
             continue
-        if fresh.issuperset(map(id, layer.parameters.values())):
-            backward.unread += layer.parameters.values()
+        if fresh.issuperset(map(id, parameters)):
+            backward.unread += parameters
             continue
         for name, parameter in layer.parameters.items():
             leaf = record.parameters(layer)[name]
@@ -168,7 +160,7 @@ def add_norms(fisher: OnlineFisher, record: ForwardRecord, seen: Tensor | None) 
     sums = fisher.norms
     weight = 1.0 if fisher.decay is None else (1 - fisher.decay) / fisher.of_all(record)
     count = record.num_samples if record.counted is None else record.counted
-    totals, told = _totals(fisher, record, layers, sums.device)
+    totals, told = _totals(fisher, record, layers)
     terms, keep = Terms(count, weight, fisher.factor(record)), fisher.on_nonfinite == "keep"
     batch, kind = Batch(norms, totals), Kind(places, told, record.num_samples, terms, fisher.decay, keep)
     if seen is not None and fisher.ranks is None and fisher.on_nonfinite != "raise" and record.counted is None:
@@ -215,7 +207,7 @@ def _of_all_ranks(ranks: Ranks, increments: Tensor, good: Tensor | None) -> tupl
 
 
 def _totals(
-    fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[Layer], device: torch.device
+    fisher: OnlineFisher, record: ForwardRecord, layers: Sequence[Layer]
 ) -> tuple[list[Tensor], tuple[bool, ...]]:
     """Of each layer numbers whose squares' sum is ‖Σ_n g_n‖², and whether it is known; zeros where it is not."""
     backward = record.backward
@@ -237,6 +229,7 @@ def _totals(
     widths = set(map(len, rows))
     if len(widths) > 1 or 0 in widths:
         width = max(1, *widths)
-        zero = next((row[0] for row in rows if row), torch.zeros((), dtype=torch.float64, device=device)).new_zeros(())
+        none = torch.zeros((), dtype=torch.float64, device=fisher.norms.device)
+        zero = next((row[0] for row in rows if row), none).new_zeros(())
         rows = [[*row, *[zero] * (width - len(row))] for row in rows]
     return list(chain.from_iterable(rows)), tuple(told)

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Shapes of calls of which an attribution remembers where their samples are, and what stands for others.
 REMEMBERED, UNSEEN = 4096, cast(Any, object())
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def open_record(attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardRecord | None:
@@ -203,7 +206,7 @@ def settle(attachment: "Attachment", record: ForwardRecord, arguments: Any, outp
     fisher = attachment.fisher
     start, record.start = record.start, None
     carried, record.carried = record.carried, ()
-    if True not in [t.requires_grad for t in tensors_in(output)]:
+    if True not in map(_REQUIRES_GRAD, tensors_in(output)):
         fisher.troubles.saw("no gradient")
         record.closed = record.unreturned = True
         return

@@ -7,6 +7,7 @@ time by random numbers of its own, since penalties may be periodic. Once a layer
 
 import random
 from collections.abc import Sequence
+from operator import attrgetter
 
 from ...layers.selection import Layer
 from ..record import ForwardRecord
@@ -23,6 +24,8 @@ EACH = 256
 #: smallest layers, an audit is a quarter of a step.
 WORK, SHARE = 3 << 25, 0.125
 
+_NAME = attrgetter("name")
+
 
 class Audited:
     """Draws the layers that are looked at; every run of a program draws alike, and so does each rank."""
@@ -37,7 +40,7 @@ class Audited:
     def draw(self, record: ForwardRecord, layers: Sequence[Layer], *, every: bool) -> set[str]:
         """The names of those that a backward's audit covers."""
         self._passes += 1
-        names = [layer.name for layer in layers]
+        names = list(map(_NAME, layers))
         chosen = set(names) if every else self._some(record, layers, names)
         if not self._old.issuperset(names):
             chosen |= self._young(names)

@@ -66,10 +66,9 @@ def _see(scales: list[float | None], through: list[Tensor], gradient: Tensor) ->
         scales.append(None)
 
 
-def tell_scale(fisher: OnlineFisher, records: Sequence[ForwardRecord]) -> None:
+def tell_scale(fisher: OnlineFisher, scales: Sequence[float | None]) -> None:
     """Mark all layers where the loss of the one forward of a backward is multiplied, or divided, by a whole number."""
-    scales = records[0].scales if len(records) == 1 else []
-    first = scales[0] if scales else None
+    first = scales[0]
     if first is not None and scales.count(first) == len(scales) and _by_whole_number(first):
         fisher.troubles.mark(
             fisher.sums,
