@@ -112,6 +112,14 @@ def multiplier(node: Node, index: int, leads: Collection[Node]) -> Tensor | None
     return run_node(node, [ones], index)
 
 
+def divides_by_tensor(node: Node) -> bool:
+    """Whether a node divides by one number that a tensor held, such as a count of targets, and no Python number."""
+    if operation_of(node) != "Div" or recomputed(node) is not False or not isinstance(by := node._saved_other, Tensor):
+        return False
+    least = torch.float16 if by.dtype.is_floating_point else torch.int16  # of which numbers make no other kind
+    return by.numel() == 1 and torch.result_type(by, torch.ones((), dtype=least)) != least
+
+
 def weights_within(node: Node) -> Tensor | None:
     """What a binary cross entropy multiplies its losses by, number by number; None where it has no weights."""
     if not operation_of(node).startswith("BinaryCrossEntropy") or (weight := saved(node, "weight")) is None:

@@ -13,6 +13,7 @@ from secorder._torch.graph import nodes_behind, tells_recomputation
 from secorder._torch.loss_terms import (
     MOST,
     averaged,
+    divides_by_tensor,
     factors_between,
     hides,
     is_mean,
@@ -174,3 +175,12 @@ def test_what_is_a_mean() -> None:
 
 def nodes(loss: Tensor) -> list[Any]:
     return list(nodes_behind([loss.grad_fn]))
+
+
+def test_what_divides_is_a_number_or_was_counted() -> None:
+    z = torch.ones(3, requires_grad=True).exp().sum()
+    for number in (5, 5.0, torch.tensor(5).item()):
+        assert not divides_by_tensor((z / number).grad_fn)
+    for count in (torch.tensor(5), torch.tensor(5.0), torch.ones(5).sum().double(), (torch.ones(5) > 0).sum()):
+        assert divides_by_tensor((z / count).grad_fn)
+    assert not divides_by_tensor((z * torch.tensor(5)).grad_fn)

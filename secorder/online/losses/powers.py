@@ -17,7 +17,7 @@ import torch
 
 from ..._torch.graph import Node, operation_of, shape_of
 from ..._torch.loss_graph import UnknownNode
-from ..._torch.loss_terms import averaged, hides, multiplier, ones_for, selected, summed, uniform
+from ..._torch.loss_terms import averaged, divides_by_tensor, hides, multiplier, ones_for, selected, summed, uniform
 from ..._torch.random_state import fresh_generator
 from .choices import samples_behind
 from .seen import SeenLoss
@@ -127,7 +127,8 @@ def _through(walk: _Walk, paths: Collection[Path], node: Node, index: int) -> li
         # Of outputs that may be squared later nothing is known; a temperature's square outside is no number of samples.
         paths = [path._replace(likely=0) for path in paths if path.inside]
     whole = prod(shape_of(node, 0)) == 1
-    return [_scaled(walk, path, factor, divides=operation_of(node) == "Div", whole=whole) for path in paths]
+    divides, counted = operation_of(node) == "Div", divides_by_tensor(node)
+    return [_scaled(walk, path, factor, divides=divides, whole=whole, counted=counted) for path in paths]
 
 
 def _whole(walk: _Walk, number: float) -> int:
@@ -136,15 +137,18 @@ def _whole(walk: _Walk, number: float) -> int:
     return near if near and not near % walk.samples and abs(number / near - 1) < 1e-5 else 0
 
 
-def _scaled(walk: _Walk, path: Path, factor: float, *, divides: bool, whole: bool) -> Path:
-    """Behind a constant factor: one over the number of samples, or a multiple of it, or a number of its own."""
+def _scaled(walk: _Walk, path: Path, factor: float, *, divides: bool, whole: bool, counted: bool = False) -> Path:
+    """Behind a constant factor: one over the number of samples, or a multiple of it, or a number of its own.
+
+    Of a divisor that was ``counted``, it is told also where it is less than the number of samples.
+    """
     if path.inside or not TINY < factor < 1 / TINY:
         return path
     if whole or not path.mean:
         path = path._replace(scale=float(f"{path.scale * factor:.6g}"))  # without rounding that makes kinds of its own
     under, over, near = _whole(walk, 1 / factor), _whole(walk, factor), round(1 / factor)
     mean, known = walk.told == "mean", walk.sizes | {2 * walk.samples}
-    if divides and whole and near >= (2 if mean else max(walk.samples, 3)) and abs(factor * near - 1) < 1e-5:
+    if divides and whole and near >= (2 if mean or counted else max(walk.samples, 3)) and abs(factor * near - 1) < 1e-5:
         path = path._replace(why=f"a sum that is divided by {near} for {walk.samples} samples", number=near)
     if mean and under and (divides or under in known):
         return path._replace(power=path.power - 1, number=under, why="" if under in known else path.why)

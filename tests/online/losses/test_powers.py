@@ -1,5 +1,6 @@
 """A loss is a mean over samples where 1/N comes in on each path from it to the outputs, and a sum where on none."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from secorder import CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 from secorder._torch.loss_graph import place_of
 from secorder.layers.layout import DIM_ZERO
@@ -294,3 +296,21 @@ def test_what_is_sure_and_what_is_not() -> None:
     said, sure = told(lambda z: z.square().sum() / 11, "sum")
     assert "divided by 11" in said
     assert not sure
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_sum_that_is_divided_by_what_was_counted_may_be_no_sum(counted: bool) -> None:
+    """Also by less than there are samples: a Python number is a constant then."""
+
+    def criterion(z: Tensor, t: Tensor) -> Tensor:
+        count = (t < 3).sum().clamp(max=2)
+        total: Tensor = F.cross_entropy(z, t, reduction="sum") / (count if counted else 2)
+        return total
+
+    model, (x, t) = make(), data(8)
+    with CurvatureProbe(model, reduction="sum") as probe:
+        criterion(model(x), t).backward()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            probe.fisher_diagonal()
+    assert any("divided by 2 for 8 samples" in str(w.message) for w in caught) is counted
