@@ -56,9 +56,10 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
     """
     backward.takes_norms = True
     every = record.weights is not None or fisher.forwards == "separate"
+    without = {x.name for x in (*record.attribution.layers, *record.fallback) if x.rule is None}
     for layer in fisher.layers:
         parameters = layer.parameters.values()
-        if every or layer.rule is None or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
+        if every or layer.name in without or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
             backward.by_factors.add(layer.name)
             continue
         if fresh.issuperset(map(id, parameters)):
