@@ -319,6 +319,8 @@ def _seconds_of_draws(work: _Draws, budget: Budget, limit: float, allowance: flo
         return seconds_of(lambda: work(replace(budget, num_draws=count, rtol=None), limit))
 
     one = seconds_of_some(1)
+    if one < SHORT_SECONDS:
+        one = min(one, seconds_of_some(1))  # what happens the first time alone is no part of it
     count = min(budget.num_draws, PILOT_DRAWS, max(LEAST_DRAWS, int(allowance / max(one, 1e-9))))
     told: list[Estimate] = []
 
