@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning
 
-from ..helpers import Net, refused_where_nothing_tells
+from ..helpers import Doubled, Net, refused_where_nothing_tells
 from ..reference import assert_all_close, fisher_by_sample
 from .loops import follow, rows
 
@@ -661,3 +661,27 @@ def test_what_is_refused_is_refused_again_after_a_reset() -> None:
         with pytest.raises(AttributionError, match="no dimension"):
             probe.fisher_diagonal()
         probe.reset()
+
+
+class Router(nn.Linear):
+    """A layer that no rule is for, since its forward is its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("router", [nn.Linear, Router])
+def test_a_look_in_which_no_gradient_comes_to_a_layer_tells_nothing_of_it(router: type[nn.Linear]) -> None:
+    """With as many samples as the rows have entries, zeros would do for samples in either dimension."""
+
+    def forward(m: Any, x: Tensor, switch: Tensor) -> Tensor:
+        rows = Doubled.apply(m.router(x.flatten(0, 1)))
+        return m.head(x.mean(1) + switch * rows.view(x.shape).mean(1))
+
+    model = Net(forward, router=router(4, 4), head=nn.Linear(4, 3))
+    batches = [
+        (torch.randn(n, 5, 4), torch.full((n, 1), switch), torch.randint(3, (n,)))
+        for n, switch in ((3, 1.0), (2, 1.0), (3, 1.0), (4, 0.0), (4, 1.0))
+    ]
+    came = follow(model, batches, lambda m, b: F.cross_entropy(m(b[0], b[1]), b[2]), layer_types="all")
+    assert came.exact, came

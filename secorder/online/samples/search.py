@@ -337,6 +337,10 @@ def _concluded(
         name: tuple(dict.fromkeys(Verified(layout, place, shape, shapes, count) for layout, place, shape in calls))
         for name, calls in uses.known.items()
     }
+    reached = reached | uses.reached
+    before = {} if asked.before is None else asked.before.known
+    if before:  # where no gradient comes, zeros would do for samples anywhere: what was verified before still holds
+        verified = {name: calls for name, calls in verified.items() if name in reached or name not in before}
     by_rules = all(x.rule is not None for x in every)
     return Attribution(
         dims=hypothesis.dims,
@@ -345,7 +349,7 @@ def _concluded(
         known=verified if count > 1 else {},
         outputs=tuple(o[0] if o else None for o in options),
         unknown=frozenset(unknown | uses.unknown),
-        reached=frozenset(reached | uses.reached),
+        reached=frozenset(reached),
         routes=uses.routes,
         hidden=frozenset(uses.hidden),
         provisional=count == 1 or hypothesis.untested,
