@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from secorder import CurvatureProbe
+from secorder import AttributionError, CurvatureProbe
 from secorder._torch.graph import tells_recomputation
 from secorder.online import operations
 
@@ -138,7 +138,7 @@ def test_low_precision_passes_the_audit() -> None:
 
 
 class Clamped(nn.Module):
-    """A table of places whose scaled rows have their gradient clamped, sample by sample as for all of them."""
+    """A table of places whose scaled rows have their gradient, which is that of all samples, masked."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +157,9 @@ def test_hooks_of_the_model_on_what_is_followed() -> None:
     with CurvatureProbe(model, "all", reduction="mean") as probe, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         step(model, examples)
-        assert measured(probe) == {"": False}
+        with pytest.raises(AttributionError, match=r"layer ''"):
+            probe.fisher_diagonal()
+        assert probe.fisher_diagonal(missing="skip").keys() == {"head"}
 
 
 @run_again_where_nothing_tells

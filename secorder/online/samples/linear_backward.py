@@ -1,9 +1,9 @@
 """Whether gradients of layers are in proportion to those on the outputs, as those of a mean over samples are.
 
-They are, unless a hook or a custom function on the way clamps or normalises them.
+They are, unless a hook or a custom function on the way clamps or normalises them, or chooses among those of samples.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,37 +14,48 @@ from ..._torch.vjp import gradients
 from ...errors import DoubleBackwardError
 from ...layers.dtypes import rounding
 from ...oneshot.cotangents import ALIKE
+from ...oneshot.independence import over_samples
 from .forward_graph import ForwardGraph
 
 NOT_LINEAR = (
     "gradients do not come back to it in proportion to those on the model's outputs (a hook or a custom "
-    "autograd.Function clamps or normalises them), so that those of a batch do not tell what a sample's own would be: "
-    "remove it, leave the layer out with layers=, or measure it with a one-shot call."
+    "autograd.Function clamps or normalises them, or chooses among those of samples), so that those of a batch do not "
+    "tell what a sample's own would be: remove it, leave the layer out with layers=, or measure it with one-shot calls."
 )
 
 
 def not_linear(graph: ForwardGraph, ends: Mapping[str, Sequence[Tensor]]) -> frozenset[str]:
-    """The layers whose gradients are not in proportion, by those at their ends: parameters, or leaves on outputs.
-
-    Layers whose calls tell of their samples have been tried at their outputs, and are not asked about.
-    """
+    """The layers whose gradients are not in proportion, by those at their ends: parameters, or leaves on outputs."""
     if not (ends and graph.ends) or not (graph.hooked or not all(map(is_builtin, graph.users))):
         return frozenset()
     outputs, flat = [f for f, _ in graph.ends], [end for own in ends.values() for end in own]
-    generator = fresh_generator(outputs[0].device)
-    cotangents = [
-        torch.randn(f.shape, generator=generator, dtype=torch.float32, device=generator.device).to(f) for f in outputs
-    ]
     try:
-        once, more = (gradients(outputs, flat, [number * c for c in cotangents]) for number in (1.0, ALIKE))
+        whole, part, rest = (gradients(outputs, flat, cotangents) for cotangents in _parts(graph))
     except DoubleBackwardError:  # reentrant checkpoints do not go with torch.autograd.grad
         return frozenset()
     bound = rounding(least_precise(outputs))
-    pairs = {id(end): (g, u) for end, g, u in zip(flat, once, more, strict=True) if g is not None and u is not None}
-    found = set()
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for end, g, *halves in zip(flat, whole, part, rest, strict=True):
+        if g is not None:
+            a, b = (torch.zeros_like(g) if half is None else half for half in halves)
+            found[id(end)] = g, (b - ALIKE * (g - a)).abs()
+    bent = set()
     for name, own in ends.items():
-        reached = [pairs[id(end)] for end in own if id(end) in pairs]
+        reached = [found[id(end)] for end in own if id(end) in found]
         size = max((float(g.abs().amax()) for g, _ in reached if g.numel()), default=0.0)
-        if any(bool(((u - ALIKE * g).abs() > bound * ALIKE * size).any()) for g, u in reached):
-            found.add(name)
-    return frozenset(found)
+        if any(bool((g.isfinite() & ~(error <= bound * ALIKE * size)).any()) for g, error in reached):
+            bent.add(name)
+    return frozenset(bent)
+
+
+def _parts(graph: ForwardGraph) -> Iterator[list[Tensor]]:
+    """Random cotangents on the outputs; those of some of the samples alone; those of the others, multiplied."""
+    place = graph.ends[0][0].device
+    generator = fresh_generator(place)
+    order = torch.randperm(graph.count, generator=generator, device=generator.device)
+    some = order < graph.count // 2
+    drawn = [torch.randn(f.shape, generator=generator, dtype=torch.float32, device=some.device) for f, _ in graph.ends]
+    whole = [(c.to(f), layout) for c, (f, layout) in zip(drawn, graph.ends, strict=True)]
+    yield [c for c, _ in whole]
+    for weights in (some, ALIKE * ~some):
+        yield [c * over_samples(weights[None].to(c), c, layout)[0] for c, layout in whole]

@@ -237,7 +237,7 @@ def _attribute(
         uses = _uses(asked, operated, layers, isolated, forward, hypothesis, graph, routable)
         coupled = _coupling(asked, forward, hypothesis, graph, beside) if chosen is None else frozenset()
         attribution = _concluded(asked, every, hypothesis, options, found, uses)
-        bent = _not_linear(asked, isolated, forward, graph, seen, operated, attribution.unknown)
+        bent = _not_linear(asked, isolated, forward, graph, seen, operated)
     return replace(
         attribution,
         unknown=attribution.unknown | routed | bent,
@@ -256,12 +256,11 @@ def _not_linear(
     graph: ForwardGraph,
     seen: Sequence[RecordedLayer],
     operated: Sequence[Layer],
-    unknown: frozenset[str],
 ) -> frozenset[str]:
     """The layers whose gradients are not in proportion to those on the model's outputs."""
     if asked.ranks is not None:
         return frozenset()
-    ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None and z.layer.name in unknown}
+    ends = {z.layer.name: z.leaves for z in seen if z.layer.rule is not None}
     bent = not_linear(graph, ends | {layer.name: isolated.replacements(layer) for layer in operated})
     if again := {z.layer.name: isolated.replacements(z.layer) for z in seen if z.layer.rule is None}:
         with Hooks() as hooks:  # in the recorded calls, their parameters stood apart from the graph

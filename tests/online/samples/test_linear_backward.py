@@ -42,6 +42,9 @@ BENT = {
     "normalised by a hook": hooked(lambda g: g / g.norm()),
     "clamped by a function": Clamped.apply,
     "normalised by a function": Normalised.apply,
+    "chosen by their mean": hooked(lambda g: g * (g.abs() > g.abs().mean())),
+    "chosen among samples": hooked(lambda g: g * (g == g.amax(0))),
+    "ranked among samples": hooked(lambda g: g * g.argsort(0)),
 }
 STRAIGHT = {
     "scaled by a hook": hooked(lambda g: 0.5 * g),
