@@ -5,12 +5,10 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction
 
 #: A node of the graph, as ``tensor.grad_fn`` is one.
 Node = Any
@@ -167,31 +165,6 @@ def passes_on(node: Node) -> bool:
     return hands and len(node.next_functions) == len(node._input_metadata)
 
 
-def is_compiled(node: Node) -> bool:
-    """Whether a node is that of a function that ``torch.compile`` made, which hides its operations."""
-    return isinstance(node, BackwardCFunction) and type(node).__name__ == "CompiledFunctionBackward"
-
-
-def of_gradients_alone(node: Node) -> bool:
-    """Whether a node is a custom function's that hands a tensor on, and changes its gradient by numbers it was told.
-
-    Such as one that reverses gradients: it has kept no tensor, so that its backward may run once more.
-    """
-    if not isinstance(node, BackwardCFunction) or node._raw_saved_tensors or len(node._input_metadata) != 1:
-        return False
-    if len(node.next_functions) != 1 or node.next_functions[0][0] is None or passes_on(node):
-        return False
-    alike = shape_of(node, 0) == shape_of(*node.next_functions[0])
-    return alike and not node._forward_cls.__module__.startswith("torch.") and all(map(_plain, vars(node).values()))
-
-
-def _plain(value: Any) -> bool:
-    """Whether what a function keeps is a number, or alike, or a few of these."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_plain, value))
-    return isinstance(value, (int, float, str, torch.dtype, torch.device, NoneType))
-
-
 def is_complex(node: Node) -> bool:
     """Whether any of a node's outputs holds complex numbers."""
     return True in [seen.dtype.is_complex for seen in node._input_metadata]
@@ -209,15 +182,10 @@ def run_node_once(node: Node, gradients: Sequence[Tensor | None], indices: Seque
     """:func:`run_node` for several inputs at once."""
     # What has no elements, such as the second state of cuDNN's layers that have one, some nodes take only as None.
     real = [None if g is None or not g.numel() else g for g in gradients]
-    real = list(gradients) if all(g is None for g in real) else real
-    if of_gradients_alone(node):  # it may overwrite what it gets, and returns None for what is no tensor
-        assert real[0] is not None
-        found = next((x for x in _as_tuple(node.apply(real[0].clone())) if x is not None), torch.zeros_like(real[0]))
-    else:
-        found = node(*real)
+    found = node(*(gradients if all(g is None for g in real) else real))
     result = []
     for index in indices:
-        g = _as_tuple(found)[index]
+        g = found[index] if isinstance(found, tuple) else found
         shape = shape_of(*node.next_functions[index])
         assert isinstance(g, Tensor)
         if g.shape != shape:
@@ -226,10 +194,6 @@ def run_node_once(node: Node, gradients: Sequence[Tensor | None], indices: Seque
             g = (g.sum(summed) if summed else g).reshape(shape)
         result.append(g)
     return result
-
-
-def _as_tuple(found: Any) -> tuple[Any, ...]:
-    return found if isinstance(found, tuple) else (found,)
 
 
 def tells_recomputation() -> bool:

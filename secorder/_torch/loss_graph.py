@@ -13,7 +13,6 @@ from .graph import (
     Node,
     collection_paused,
     is_complex,
-    of_gradients_alone,
     operation_of,
     passes_on,
     recomputed,
@@ -91,9 +90,7 @@ def pull_back(
         if all(g is None for g in own):
             continue
         on = passes_on(node)
-        if not (on or of_gradients_alone(node)) and (
-            not callable(node) or is_complex(node) or recomputed(node) is not False
-        ):
+        if not on and (not callable(node) or is_complex(node) or recomputed(node) is not False):
             raise UnknownNode(node.name())
         wanted = [k for k, (before, _) in enumerate(node.next_functions) if before in leads]
         if statistics_fixed and wanted == [0] and own[0] is not None and normalises(node):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .graph import Node, of_gradients_alone, operation_of, passes_on, recomputed, run_node, saved, shape_of, signed
+from .graph import Node, operation_of, passes_on, recomputed, run_node, saved, shape_of, signed
 
 #: How nodes of PyTorch's losses have saved ``reduction="mean"`` and ``"sum"``.
 MEAN, SUM = 1, 2
@@ -95,7 +95,7 @@ def ones_for(node: Node) -> Tensor:
 
 def hides(node: Node) -> bool:
     """Whether a node does not tell what it does: a custom function's, or of what a checkpoint computes again."""
-    if passes_on(node) or of_gradients_alone(node):
+    if passes_on(node):
         return False
     return not operation_of(node) or recomputed(node) is not False
 
@@ -103,8 +103,7 @@ def hides(node: Node) -> bool:
 def multiplier(node: Node, index: int, leads: Collection[Node]) -> Tensor | None:
     """What a node multiplies an input by, number by number; None where that is no constant, as ``leads`` are none."""
     others = [before for k, (before, _) in enumerate(node.next_functions) if k != index and before in leads]
-    multiplies = operation_of(node) in PRODUCTS or of_gradients_alone(node)
-    if not multiplies or others or (operation_of(node) == "Div" and index):
+    if operation_of(node) not in PRODUCTS or others or (operation_of(node) == "Div" and index):
         return None
     ones = ones_for(node)
     if operation_of(node) in ("Div", "Mul") and not ones.is_complex():  # a twelfth is none in half precision

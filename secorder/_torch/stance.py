@@ -2,7 +2,7 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -96,13 +96,3 @@ def eager() -> Iterator[None]:
         yield
     finally:
         leave_eager()
-
-
-def eager_as_long_as(owner: Any) -> Callable[[], object]:
-    """From now on compiled functions run as they were written, until the result is called, or the owner is gone."""
-    if "torch._dynamo" not in sys.modules:
-        return bool
-    enter_eager()
-    end = finalize(owner, leave_eager)
-    end.atexit = False
-    return end

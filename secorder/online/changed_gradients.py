@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.compile import never_compiled
-from .._torch.graph import Node, dtypes_of, nodes_behind, of_gradients_alone, run_node
-from .._torch.loss_graph import pull_back
+from .._torch.graph import dtypes_of, nodes_behind
 from .._torch.modules import backward_hook_dicts
-from .._torch.random_state import fresh_generator
 from .._torch.surroundings import inside_transform
 from ..layers.dtypes import rounding
-from ..layers.layout import Layout, layouts_of
+from ..layers.layout import Layout
 
 if TYPE_CHECKING:
     from .fisher import OnlineFisher
@@ -77,28 +75,25 @@ def _called(hook: Any, of: Any, factors: Factors, place: tuple[int, int], module
 
 
 def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") -> None:
-    """See in this backward whether custom functions and hooks between a loss and the model's outputs change gradients.
+    """See in this backward whether hooks between a loss and the model's outputs change gradients.
 
     Raises :class:`UnknownNode`.
     """
-    for node in filter(of_gradients_alone, loss.order):
-        g = pull_back(loss.roots, {(node, 0)}).get((node, 0))
-        if g is not None and any(_changes(node, g, samples) for samples in set(loss.groups.values())):
-            fisher.troubles.mark(fisher.by_layer, CHANGED.format(f"the custom function {node.name()}"))
     gradients = loss.gradients()
     ends = {node for node, _ in loss.outputs}
     inside = list(nodes_behind(ends)) if len(ends) > 1 else []  # what computes an output from another one
     if not set(inside).isdisjoint(loss.order):
         return
     kinds = [kind for kind in dtypes_of([*loss.order, *inside]) if kind.is_floating_point]
-    least = max(kinds, key=lambda kind: torch.finfo(kind).eps)
+    least = max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
     for index, (place, g) in enumerate(gradients.items()):
         brought = [g]
         for node in inside:
             for number, source in enumerate(node.next_functions):
                 if source == place:
-                    node.register_hook(partial(gave, brought, number))
-        came = _Came(ref(fisher), factors, (*_OUTPUTS, index), place[1], brought, loss.outputs[place].layout, least)
+                    node.register_hook(partial(_gave_besides, brought, number))
+        key, layout = (*_OUTPUTS, index), loss.outputs[place].layout
+        came = _Came(ref(fisher), factors, key, place[1], brought, layout, least)
         place[0].register_prehook(came)
 
 
@@ -108,6 +103,13 @@ def gave(brought: list[Tensor], index: int, gradients: Sequence[Tensor | None], 
     g = gradients[index] if index < len(gradients) else None
     if g is not None and not inside_transform():
         brought.append(g.detach())
+
+
+@never_compiled
+def _gave_besides(brought: list[Tensor], index: int, gradients: Sequence[Tensor | None], node: Any) -> None:
+    """:func:`gave` besides what the loss has brought, until that has come."""
+    if brought:
+        gave(brought, index, gradients, node)
 
 
 class _Came(NamedTuple):
@@ -124,33 +126,14 @@ class _Came(NamedTuple):
     @never_compiled
     def __call__(self, gradients: Sequence[Tensor | None]) -> None:
         fisher, u = self.of(), gradients[self.number]
-        if fisher is None or u is None or not self.brought or inside_transform():
-            return
+        if fisher is not None and u is not None and self.brought and not inside_transform():
+            fisher.troubles.guarded(None, fisher.by_layer, self._compare, fisher, [*self.brought], u)
+        self.brought.clear()  # in one backward pass alone
+
+    def _compare(self, fisher: "OnlineFisher", brought: list[Tensor], u: Tensor) -> None:
         where = "a backward hook on the model, its outputs, or what the loss computes from them,"
-        g, u = (self.layout.split(x) for x in (torch.stack(self.brought).sum(0), u))
-        self.brought.clear()  # this is once
-        fisher.troubles.guarded(
-            None, fisher.by_layer, _compare, fisher, self.factors, self.key, where, g, u, self.least
-        )
-
-
-def _changes(node: Node, g: Tensor, samples: int) -> bool:
-    """Whether a custom function makes of the gradients of samples in another order, and size, other than the same."""
-    generator = fresh_generator()
-    order = torch.randperm(samples, generator=generator).to(g.device)
-    sizes = (torch.rand(samples, generator=generator) + 0.5).to(g)
-
-    def moved(g: Tensor, layout: Layout | None) -> Tensor:
-        if layout is None:  # where no dimension holds samples
-            return g * sizes[0]
-        rows = layout.split(g)
-        return layout.join((rows * sizes.view(-1, *(1 for _ in rows.shape[1:])))[order])
-
-    u = run_node(node, [g], 0)
-    bound = rounding(g.dtype) * u.abs().amax()
-    layouts: Sequence[Layout | None] = layouts_of(g.shape, samples) or [None]
-    tried = ((moved(u, x), run_node(node, [moved(g, x)], 0)) for x in layouts)
-    return bool(u.isfinite().all()) and not any(bool(((a - b).abs() <= bound).all()) for a, b in tried)
+        g, u = (self.layout.split(x) for x in (torch.stack(brought).sum(0), u))
+        _compare(fisher, self.factors, self.key, where, g, u, self.least)
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
     backward.takes_norms = True
     every = record.weights is not None or fisher.forwards == "separate"
     without = {x.name for x in (*record.attribution.layers, *record.fallback) if x.rule is None}
+    hooked: set[int] = set()  # tied layers hold one
     for layer in fisher.layers:
         parameters = layer.parameters.values()
         if every or layer.name in without or layer.sparse or not all(map(_REQUIRES_GRAD, parameters)):
@@ -66,6 +67,9 @@ def watch_squares(fisher: OnlineFisher, backward: Backward, record: ForwardRecor
             backward.unread += parameters
             continue
         for name, parameter in layer.parameters.items():
+            if id(parameter) in hooked:
+                continue
+            hooked.add(id(parameter))
             leaf = record.parameters(layer)[name]
             saw = partial(_saw, backward, layer, parameter, accumulate_node(leaf))
             backward.on_gradient(leaf, saw, gathered=layer.sharded)

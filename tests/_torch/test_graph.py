@@ -19,7 +19,6 @@ from secorder._torch.graph import (
     least_precise,
     leaves_of,
     nodes_behind,
-    of_gradients_alone,
     operation_of,
     outputs_of,
     passes_on,
@@ -30,8 +29,6 @@ from secorder._torch.graph import (
     tells_recomputation,
     users_of,
 )
-
-from ..helpers import Doubled, Exponential
 
 
 def test_users_of_a_leaf_are_the_operations_that_take_it() -> None:
@@ -165,37 +162,9 @@ def test_the_least_precise_dtype_of_a_graph() -> None:
     assert least_precise([torch.view_as_real(weight.to(torch.complex64))]) is torch.float32
 
 
-class Kept(torch.autograd.Function):
-    """A function that keeps what it is told."""
-
-    @staticmethod
-    def forward(ctx: Any, kept: Any, x: Tensor) -> Tensor:
-        ctx.kept = kept
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> Any:
-        return None, g.mul_(-2)
-
-
-def test_custom_functions_of_gradients_alone() -> None:
-    x = torch.randn(3, requires_grad=True).exp()
-    node = Kept.apply((0.5, "all", None), x).grad_fn
-    g = torch.ones(3)
-    assert of_gradients_alone(node)
-    assert torch.equal(run_node(node, [g], 0), -2 * g)
-    assert g.sum() == 3  # though the function overwrites what it gets
-    for kept in (x.detach(), [x.detach()], nn.Identity(), {"a": 1}):
-        assert not of_gradients_alone(Kept.apply(kept, x).grad_fn)
-    assert of_gradients_alone(Doubled.apply(x).grad_fn)
-    assert not of_gradients_alone(Exponential.apply(x).grad_fn)
-    assert not of_gradients_alone(x.exp().grad_fn)
-
-
 def test_where_a_module_has_backward_hooks_gradients_are_handed_on() -> None:
     module = nn.Linear(3, 2)
     module.register_full_backward_hook(lambda *_: None)
     node = module(torch.randn(1, 3)).grad_fn
     assert passes_on(node)
-    assert not of_gradients_alone(node)
     assert not passes_on(node.next_functions[0][0])

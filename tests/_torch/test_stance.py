@@ -7,7 +7,7 @@ import torch
 from torch._dynamo import eval_frame
 from torch.utils.checkpoint import checkpoint
 
-from secorder._torch.stance import eager, eager_as_long_as
+from secorder._torch.stance import eager
 
 
 def test_compiled_functions_run_as_they_were_written() -> None:
@@ -65,19 +65,4 @@ def test_a_backward_that_never_comes_leaves_the_compiler_as_it_was() -> None:
         pass
     assert eval_frame._stance.stance == before.stance
     del output
-    assert eval_frame._stance is before
-
-
-def test_until_it_is_called_or_the_owner_is_gone() -> None:
-    class Owner:
-        pass
-
-    before, owner = eval_frame._stance, Owner()
-    for end in (eager_as_long_as(owner), eager_as_long_as(owner)):
-        assert eval_frame._stance.stance == "force_eager"
-        end()
-        end()
-    assert eval_frame._stance is before
-    eager_as_long_as(owner)
-    del owner
     assert eval_frame._stance is before

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from secorder import CurvatureProbe, NonFiniteError
 
-from ..helpers import data, make, mlp, step
+from ..helpers import Net, data, make, mlp, seed, step
 from ..reference import assert_close, gradients_by_sample
 
 
@@ -86,3 +86,18 @@ def test_a_moving_average_of_samples_that_do_not_count() -> None:
                 (losses * reduction(batch[0])).sum().backward()
                 total = sum(trace.value for trace in probe.fisher_trace().values())
                 assert_close(torch.tensor(total), expected)
+
+
+def test_the_norm_of_a_tied_layer_is_seen_once_a_batch() -> None:
+    """Also where gradients are zeroed in place, so that they are not read at the end."""
+    found = []
+    for none in (True, False):
+        seed()
+        model = Net(lambda m, x: m.b(torch.relu(m.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+        model.b.weight = model.a.weight
+        with CurvatureProbe(model, accumulate="trace", reduction="mean") as probe:
+            for _ in range(6):
+                model.zero_grad(set_to_none=none)
+                F.cross_entropy(model(torch.randn(8, 4)), torch.randint(4, (8,))).backward()
+            found.append({name: scale.value for name, scale in probe.gradient_noise_scale().items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-12)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from ..._torch.memory import most_bytes
 from ..._torch.vjp import default_chunk_size
@@ -137,16 +138,23 @@ def _investigated(task: Measurement, budget: Budget, opened: ExitStack) -> tuple
         opened.close()
         seconds = seconds_of(lambda: made.append(investigated()))
     else:
-        kept = most_bytes(lambda: _kept(task, made[-1][0]))
+        found, recording = made[-1]
+        with recording.paused():  # a checkpoint runs forwards again
+            kept = most_bytes(lambda: _kept(task, found))
+            plain = min(found.seconds, _kept(task, found))
+        seconds -= found.seconds - plain
+        found.seconds = plain
     return *made[-1], seconds, kept
 
 
-def _kept(task: Measurement, found: Findings) -> None:
-    """What an investigation keeps."""
+def _kept(task: Measurement, found: Findings) -> float:
+    """What an investigation keeps; how many seconds its forward and gradient take."""
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
-        _ = attached(task, recording, with_gradients=found.put_off is None)
+        kept: list[Any] = []
+        seconds = seconds_of(lambda: kept.append(attached(task, recording, with_gradients=found.put_off is None)))
         if found.output_side is not None and found.output_side.root is not None:
             replace(found.output_side, root=None).find_root(task.chunk_size)
+    return seconds
 
 
 def result_bytes(layers: Sequence[Layer]) -> int:

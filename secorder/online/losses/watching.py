@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more
-from ..._torch.graph import Node, current_node, is_builtin, is_compiled, nodes_behind, tells_recomputation
+from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
 from ..._torch.random_state import random_state_kept
-from ..._torch.stance import eager_as_long_as
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
 from ..changed_gradients import watch_gradients
@@ -58,17 +57,12 @@ _NO_SAMPLES = (
 )
 
 _UNSEEN = (
-    "it cannot be seen whether the loss couples the samples of a batch, since {}: it was taken to be a mean or a sum "
-    "over samples; let probe.verify(loss_fn, inputs, targets) find out."
+    "it cannot be seen whether the loss couples the samples of a batch, nor how it reduces them, since {}: it was "
+    "taken to be the mean or the sum over samples that is specified; let probe.verify(loss_fn, inputs, targets) find "
+    "out."
 )
 
-_THROUGH = "it runs through {} (a custom function, a checkpoint, or complex numbers)"
-
-_COMPILED = (
-    "the loss is compiled together with what is around it, so that it cannot be seen whether it is the mean or the sum "
-    "of samples' losses: compute it in a function that is compiled by itself, or not, or pass loss_scale=1 where it is "
-    "what reduction= specifies."
-)
+_THROUGH = "it runs through {} (a custom function, a compiled one, a checkpoint, or complex numbers)"
 
 _OF_SEVERAL = 'pass forwards="joined" if row n of one forward is combined with row n of another only, '
 
@@ -83,7 +77,7 @@ def watch_losses(attachment: "Attachment", record: ForwardRecord, output: Any) -
     # Of layers that lie in parts, operations of the loss, too, may speak with other ranks.
     looks = record.scheduled and tells_recomputation() and not any(layer.split for layer in fisher.layers)
     if looks and mark_outputs(attachment, record, output, () if found.provisional else found.outputs):
-        before_backward(record, partial(_begins, ref(attachment), eager_as_long_as(record)), attachment)
+        before_backward(record, partial(_begins, ref(attachment)), attachment)
 
 
 def _watch_beside(
@@ -124,21 +118,9 @@ def _layers_behind(layers: Sequence[Layer], roots: Sequence[Node]) -> list[str]:
 
 
 def _begins(
-    attachment: "ref[Attachment]",
-    compiled_again: Callable[[], object],
-    record: ForwardRecord,
-    ends: Sequence[Tensor],
-    gradients: Sequence[Tensor | None],
-) -> bool:
-    """A backward pass begins; whether this forward is watched no more."""
-    if done := _looked(attachment, record, ends, gradients):
-        compiled_again()
-    return done
-
-
-def _looked(
     attachment: "ref[Attachment]", record: ForwardRecord, ends: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> bool:
+    """A backward pass begins; whether this forward is watched no more."""
     own = attachment()
     if own is None or own.pauses or record.closed or own.fisher.troubles.has_seen("computed"):
         return True  # what adapted parameters are computed from is told of as that
@@ -224,8 +206,6 @@ def _otherwise(fisher: OnlineFisher, loss: SeenLoss) -> str:
     told = fisher.reduction
     if callable(told):
         return ""
-    if fisher.returned is None and any(map(is_compiled, loss.order)):
-        return _COMPILED
     if len(loss.groups) > 1:
         untold = fisher.returned is None and (fisher.forwards is not None or len(set(loss.groups.values())) > 1)
         return MEAN_OF_SEVERAL if told == "mean" and untold and takes_mean_of_several(loss) else ""

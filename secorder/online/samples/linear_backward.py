@@ -3,7 +3,7 @@
 They are, unless a hook or a custom function on the way clamps or normalises them, or chooses among those of samples.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -39,13 +39,19 @@ def not_linear(graph: ForwardGraph, ends: Mapping[str, Sequence[Tensor]]) -> fro
         if g is not None:
             a, b = (torch.zeros_like(g) if half is None else half for half in halves)
             found[id(end)] = g, (b - ALIKE * (g - a)).abs()
+    # What cancels, as of a shift before a normalisation, leaves rounding of what it is made of.
+    least = 16 * torch.finfo(least_precise(outputs)).eps * ALIKE * _largest([g for g, _ in found.values()])
     bent = set()
     for name, own in ends.items():
         reached = [found[id(end)] for end in own if id(end) in found]
-        size = max((float(g.abs().amax()) for g, _ in reached if g.numel()), default=0.0)
-        if any(bool((g.isfinite() & ~(error <= bound * ALIKE * size)).any()) for g, error in reached):
+        passes = max(bound * ALIKE * _largest([g for g, _ in reached]), least)
+        if any(bool((g.isfinite() & ~(error <= passes)).any()) for g, error in reached):
             bent.add(name)
     return frozenset(bent)
+
+
+def _largest(gradients: Iterable[Tensor]) -> float:
+    return max((float(g.abs().amax()) for g in gradients if g.numel()), default=0.0)
 
 
 def _parts(graph: ForwardGraph) -> Iterator[list[Tensor]]:

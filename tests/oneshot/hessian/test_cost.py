@@ -1,13 +1,16 @@
 """What a Hessian will take is what it then takes."""
 
 import dataclasses
+import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, DoubleBackwardError
 from secorder.oneshot.hessian import cost as cost_module
@@ -92,3 +95,25 @@ def test_the_trials_that_a_measurement_makes_are_told(monkeypatch: pytest.Monkey
         monkeypatch.setattr(cost_module, "matters", lambda found, budget: timed)  # noqa: B023
         told = measured(lambda task: estimate_cost(task, Budget("exact")), mlp(), data())
         assert (told.overhead >= 0.2) == timed
+
+
+class Recomputed(nn.Module):
+    """The first forward takes long, and a checkpoint runs a part of each once more."""
+
+    def __init__(self, seconds: Callable[[], float]) -> None:
+        super().__init__()
+        self.a, self.b, self.seconds = nn.Linear(4, 6), nn.Linear(6, 3), seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds())
+        found: Tensor = self.b(checkpoint(lambda x: self.a(x).tanh(), x, use_reentrant=False))
+        return found
+
+
+def test_what_happens_the_first_time_alone_is_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for long in (cost_module.LONG, 0.0):
+        monkeypatch.setattr(cost_module, "LONG", long)
+        seconds = itertools.chain([0.5], itertools.repeat(0.0)).__next__
+        with CurvatureProbe(Recomputed(seconds), "all", reduction="mean") as probe:
+            told = probe.estimate_cost(F.cross_entropy, *data())
+        assert told.overhead < 0.4

@@ -116,3 +116,17 @@ def test_a_hook_that_comes_later() -> None:
         with pytest.raises(AttributionError, match=r"layer '0'.*clamps"):
             probe.fisher_diagonal()
         assert probe.fisher_diagonal(missing="skip").keys() == {"2"}
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32])
+def test_a_shift_that_a_normalisation_takes_out_has_no_gradient_to_be_in_proportion(kind: torch.dtype) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        output: Tensor = m.head(F.layer_norm(Doubled.apply(m.a(x)) + m.shift(x), (6,)))
+        return output
+
+    model = Net(forward, a=nn.Linear(4, 6), shift=nn.Linear(4, 1), head=nn.Linear(6, 3)).to(kind)
+    with CurvatureProbe(model, reduction="mean") as probe:
+        for _ in range(4):
+            x, y = data()
+            F.cross_entropy(model(x.to(kind)), y).backward()
+        probe.fisher_diagonal()
