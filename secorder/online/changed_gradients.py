@@ -79,7 +79,7 @@ def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") 
 
     Raises :class:`UnknownNode`.
     """
-    gradients = loss.gradients()
+    gradients = loss.gradients
     ends = {node for node, _ in loss.outputs}
     inside = list(nodes_behind(ends)) if len(ends) > 1 else []  # what computes an output from another one
     if not set(inside).isdisjoint(loss.order):
@@ -87,7 +87,7 @@ def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") 
     kinds = [kind for kind in dtypes_of([*loss.order, *inside]) if kind.is_floating_point]
     least = max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
     for index, (place, g) in enumerate(gradients.items()):
-        brought = [g]
+        brought = [g.detach()]
         for node in inside:
             for number, source in enumerate(node.next_functions):
                 if source == place:

@@ -30,7 +30,7 @@ def couples(loss: SeenLoss, *, statistics_fixed: bool = False) -> list[Place]:
         for number, (group, count) in enumerate(loss.groups.items())
     }
     with torch.enable_grad():
-        gradients = loss.gradients(statistics_fixed=statistics_fixed)
+        gradients = pull_back(loss.roots, loss.outputs, statistics_fixed=True) if statistics_fixed else loss.gradients
         terms = []
         for place, g in gradients.items():
             if g.requires_grad:

@@ -216,10 +216,10 @@ def _joins(walk: _Walk, node: Node) -> bool:
 def differ(loss: SeenLoss, classes: int) -> bool:
     """Whether samples have different numbers of targets: the gradient on the classes of one that is ignored is zero."""
     try:
-        gradients = loss.gradients()
+        gradients = loss.gradients
     except UnknownNode:
         return False
-    counts = [(loss.outputs[place].layout.split(g) != 0).flatten(1).sum(1) for place, g in gradients.items()]
+    counts = [(loss.outputs[place].layout.split(g.detach()) != 0).flatten(1).sum(1) for place, g in gradients.items()]
     return any(bool(2 * (own.amax() - own.amin()) >= classes) for own in counts)
 
 

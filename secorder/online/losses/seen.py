@@ -1,8 +1,9 @@
 """What is seen of a loss as a backward pass begins: the graph between it and the outputs that it is made of."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from math import prod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ from .marks import Output
 MOST_ELEMENTS, TIMES_OUTPUTS = 1 << 22, 16
 
 
-class SeenLoss(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class SeenLoss:
     """A loss."""
 
     roots: Mapping[Place, Tensor]  #: the gradients that the backward pass begins with
@@ -23,9 +25,11 @@ class SeenLoss(NamedTuple):
     outputs: Mapping[Place, Output]  #: of the model, or of layers, by where the graph has them
     groups: Mapping[int, int]  #: by number of a group of outputs whose row n is one sample, how many samples these hold
 
-    def gradients(self, *, statistics_fixed: bool = False) -> dict[Place, Tensor]:
-        """Those on the outputs, see :func:`secorder._torch.loss_graph.pull_back`."""
-        return pull_back(self.roots, self.outputs, statistics_fixed=statistics_fixed)
+    @cached_property
+    def gradients(self) -> dict[Place, Tensor]:
+        """Those on the outputs, with their graph: see :func:`secorder._torch.loss_graph.pull_back`."""
+        with torch.enable_grad():
+            return pull_back(self.roots, self.outputs)
 
 
 def roots_of(ends: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> dict[Place, Tensor]:

@@ -41,7 +41,7 @@ def test_it_is_what_is_between_with_the_gradients_that_the_pass_begins_with() ->
     loss = see(roots_of([whole, torch.ones(()), other], [None, None, torch.arange(4.0)]), met(f), joined=False)
     assert loss is not None
     assert {node.name() for node in loss.order} == {"SumBackward0", "PowBackward0", "SumBackward1"}
-    (gradient,) = loss.gradients().values()
+    (gradient,) = loss.gradients.values()
     torch.testing.assert_close(gradient, 2 * f + torch.arange(4.0)[:, None])
 
 
