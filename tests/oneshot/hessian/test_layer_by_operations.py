@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from secorder import CurvatureProbe
+from secorder._torch.graph import tells_recomputation
 
 from ...helpers import run_again_where_nothing_tells, seed, seeded
 from ...reference import assert_all_close, hessian_by_element
@@ -129,4 +130,4 @@ def test_one_column_gives_all_of_one_output(name: str, method: Any) -> None:
     if found.info[""].strategy == "columns":
         own = {key: value for key, value in found.by_parameter().items() if key in shapes}
         assert_all_close(own, {key: expected[key] for key in own})
-    assert method == "exact" or found.info[""].strategy == "columns"
+    assert method == "exact" or found.info[""].strategy == "columns" or not tells_recomputation()

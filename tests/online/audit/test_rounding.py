@@ -11,7 +11,6 @@ from secorder import AttributionError, CurvatureProbe
 from secorder.online.audit.rounding import UNITS, tolerance_of
 from secorder.online.reading import unreadable
 
-from ...helpers import refused_where_nothing_tells
 from ...reference import relative_error
 
 
@@ -140,7 +139,6 @@ def test_a_penalty_on_directions_alone_is_seen() -> None:
             probe.fisher_diagonal()
 
 
-@refused_where_nothing_tells  # a module that runs again does not tell what it computes in
 @pytest.mark.parametrize(
     ("dtype", "inside"), [(torch.float64, torch.float32), (torch.float32, torch.bfloat16)], ids=str
 )
