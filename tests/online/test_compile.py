@@ -434,5 +434,8 @@ def test_backward_passes_that_are_compiled_are_told(first: int) -> None:
             compiles = compiled_autograd._enable(torch.compile(backend="eager"))
             with compiles if number >= first else nullcontext():
                 loss.backward()
+        if "2.9" <= torch.__version__ < "2.12":  # no hook runs in a compiled backward
+            assert probe.num_samples == 6 * first
+            return
         with pytest.raises(AttributionError, match="its backward pass is compiled"):
             probe.fisher_diagonal()
