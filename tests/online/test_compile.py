@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import AttributionError, CurvatureProbe, CurvatureWarning, ProbeStateError
 from secorder._torch.compile import hooks_prevent_compiling
+from secorder._torch.graph import tells_recomputation
 
 from ..helpers import data, mlp, reference, seed
 from ..reference import assert_all_close
@@ -405,6 +406,7 @@ COMPILED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.skipif(not tells_recomputation(), reason="losses are not looked at")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_loss_that_is_compiled_stays_so_and_is_warned_of(name: str) -> None:
@@ -434,7 +436,7 @@ def test_backward_passes_that_are_compiled_are_told(first: int) -> None:
             compiles = compiled_autograd._enable(torch.compile(backend="eager"))
             with compiles if number >= first else nullcontext():
                 loss.backward()
-        if "2.9" <= torch.__version__ < "2.12":  # no hook runs in a compiled backward
+        if torch.__version__ < "2.12":  # no hook runs in a compiled backward
             assert probe.num_samples == 6 * first
             return
         with pytest.raises(AttributionError, match="its backward pass is compiled"):
