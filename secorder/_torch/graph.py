@@ -113,7 +113,12 @@ def dtypes_of(nodes: Iterable[Node]) -> set[torch.dtype]:
 def least_precise(tensors: Sequence[Tensor]) -> torch.dtype:
     """The floating-point dtype of the fewest digits in which anything in the graph of tensors was computed."""
     kinds = dtypes_of(nodes_behind(t.grad_fn for t in tensors if t.grad_fn is not None))
-    kinds = {kind.to_real() for kind in {*kinds, *(t.dtype for t in tensors)}}
+    return fewest_digits({*kinds, *(t.dtype for t in tensors)})
+
+
+def fewest_digits(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The one of the fewest digits among those that are floating-point, or whose parts are."""
+    kinds = (kind.to_real() for kind in dtypes)
     return max((kind for kind in kinds if kind.is_floating_point), key=lambda kind: torch.finfo(kind).eps)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from .._torch.graph import Node, Output, Users, collection_paused, outputs_of
+from .._torch.graph import Node, Output, Users, collection_paused, fewest_digits, outputs_of
 from .._torch.sample_graph import SHARED, InnerSizes
 from .._torch.vjp import gradients
 from ..layers.layout import Layout, layouts_of
@@ -180,7 +180,7 @@ class ByCotangents(Evidence):
         options = [layouts_of(output.shape, self.count) for _, output in outputs]
         before = {shape: torch.stack([plain[i] for i in ids]) for shape, ids in alike.items()}  # type: ignore[misc]
         seen = [*self.outputs, *before.values()]  # few digits at either end are what is rounded to
-        kind = max((t.dtype.to_real() for t in seen), key=lambda kind: torch.finfo(kind).eps)
+        kind = fewest_digits(t.dtype for t in seen)
         for weights, cotangents in self.weighted(weight_draws(seen)):
             scaled = gradients_at(self.outputs, outputs, cotangents)
             for shape, ids in alike.items():

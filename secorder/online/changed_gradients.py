@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.compile import never_compiled
-from .._torch.graph import dtypes_of, nodes_behind
+from .._torch.graph import dtypes_of, fewest_digits, nodes_behind
 from .._torch.modules import backward_hook_dicts
 from .._torch.surroundings import inside_transform
 from ..layers.dtypes import rounding
@@ -46,9 +46,9 @@ class WatchedHooks:  # a handle
                 for key, hook in table.items():
                     watched = partial(_called, hook, ref(fisher), factors, (id(module), key))
                     self._places.append((table, key, hook, watched))
-        here = {watched.args[-1] for *_, watched in self._places}
+        here = {_OUTPUTS, *(watched.args[-1] for *_, watched in self._places)}
         for place in list(factors):  # another thread's backward may enter some
-            if place[:2] not in {_OUTPUTS, *here}:  # of a hook that is gone
+            if place[:2] not in here:  # of a hook that is gone
                 factors.pop(place, None)
         for table, key, _, watched in self._places:
             table[key] = watched
@@ -84,8 +84,7 @@ def watch_gradients(fisher: "OnlineFisher", factors: Factors, loss: "SeenLoss") 
     inside = list(nodes_behind(ends)) if len(ends) > 1 else []  # what computes an output from another one
     if not set(inside).isdisjoint(loss.order):
         return
-    kinds = [kind for kind in dtypes_of([*loss.order, *inside]) if kind.is_floating_point]
-    least = max(kinds, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
+    least = fewest_digits(dtypes_of([*loss.order, *inside]))
     for index, (place, g) in enumerate(gradients.items()):
         brought = [g.detach()]
         for node in inside:

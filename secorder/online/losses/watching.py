@@ -18,7 +18,6 @@ from ..._torch.autocast import no_autocast
 from ..._torch.beginning import before_backward, wait_no_more
 from ..._torch.graph import Node, current_node, is_builtin, nodes_behind, tells_recomputation
 from ..._torch.loss_graph import Place, UnknownNode, normalises
-from ..._torch.random_state import random_state_kept
 from ..._torch.surroundings import inside_transform
 from ...layers.selection import Layer
 from ..changed_gradients import watch_gradients
@@ -139,8 +138,7 @@ def _look_or_say(
         roots = roots_of(ends, gradients)
         met = outputs_behind([node for node, _ in roots], attachment)
         if id(record) in met:
-            with random_state_kept(fisher.model):  # which a custom function may move
-                _look(attachment, roots, met)
+            _look(attachment, roots, met)
     except Exception as error:
         if fisher.troubles.strict:
             raise

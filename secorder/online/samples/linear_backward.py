@@ -15,6 +15,7 @@ from ...errors import DoubleBackwardError
 from ...layers.dtypes import rounding
 from ...oneshot.cotangents import ALIKE
 from ...oneshot.independence import over_samples
+from ...oneshot.use_rows import ByCotangents
 from .forward_graph import ForwardGraph
 
 NOT_LINEAR = (
@@ -56,12 +57,10 @@ def _largest(gradients: Iterable[Tensor]) -> float:
 
 def _parts(graph: ForwardGraph) -> Iterator[list[Tensor]]:
     """Random cotangents on the outputs; those of some of the samples alone; those of the others, multiplied."""
-    place = graph.ends[0][0].device
-    generator = fresh_generator(place)
-    order = torch.randperm(graph.count, generator=generator, device=generator.device)
-    some = order < graph.count // 2
-    drawn = [torch.randn(f.shape, generator=generator, dtype=torch.float32, device=some.device) for f, _ in graph.ends]
-    whole = [(c.to(f), layout) for c, (f, layout) in zip(drawn, graph.ends, strict=True)]
-    yield [c for c, _ in whole]
+    generator = fresh_generator(graph.ends[0][0].device)
+    cotangents = ByCotangents(graph.ends, graph.count, generator).plain
+    some = torch.randperm(graph.count, generator=generator, device=generator.device) < graph.count // 2
+    yield cotangents
     for weights in (some, ALIKE * ~some):
-        yield [c * over_samples(weights[None].to(c), c, layout)[0] for c, layout in whole]
+        pairs = zip(cotangents, graph.ends, strict=True)
+        yield [c * over_samples(weights[None].to(c), c, layout)[0] for c, (_, layout) in pairs]
