@@ -51,7 +51,7 @@ from .oneshot.measurement import Measurement, measure, whole_layers
 from .oneshot.operators import Curvature
 from .oneshot.overwriting import on_copies
 from .oneshot.quantity import Quantity, quantity_cost
-from .oneshot.timing import seconds_of
+from .oneshot.timing import Told, seconds_of
 from .oneshot.trace import By, Trace, traces
 from .oneshot.warn import warn_if_estimated, warn_if_inexact, warn_if_not_finite
 from .online.attributions import Attributions
@@ -236,6 +236,7 @@ class CurvatureProbe:
         self._verified = reduction is not None  # told, or found to be right
         self._reduction: Literal["mean", "sum"] | None = None if reduction is None or callable(kind) else kind
         self._log: CurvatureLog | None = None
+        self._told = Told()  # by trials of one-shot measurements
         self.attach()
 
     # ---- life
@@ -940,9 +941,8 @@ class CurvatureProbe:
             require_one_dimension(self._sample_dim)
         batch = loss_fn, with_shared_ones_hidden(self._model, inputs, self._sample_dim), targets
         with whole_layers(self._model, self._layers, self._ranks) as layers:
-            return measure(
-                work, self._model, layers, *batch, by_sample=by_sample, sample_dim=self._one_shot_dim, **options
-            )
+            options |= {"by_sample": by_sample, "sample_dim": self._one_shot_dim, "told": self._told}
+            return measure(work, self._model, layers, *batch, **options)
 
     # ---- watching
 

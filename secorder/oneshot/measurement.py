@@ -36,6 +36,7 @@ from .loss import check_loss, explains_missing_targets, require_loss_function
 from .overwriting import LossOverwrites, on_copies, versions
 from .provenance import Traced
 from .recording import RecordingFailed
+from .timing import Told
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -62,6 +63,7 @@ class Measurement:
     mismatch: InvalidArgumentError | None = field(default=None, repr=False)
     owned: Owned | None = field(default=None, repr=False)  #: whose the inputs are, where no dimension holds the samples
     recordable: bool = True  #: whether the model runs with detached parameters in the layers' calls
+    told: Told = field(default_factory=Told, repr=False)  #: by trials, of this measurement or one before
 
     @property
     def model(self) -> nn.Module:
@@ -174,10 +176,12 @@ def measure(
     chunk_size: int | None = None,
     progress: bool = False,
     sample_dim: int = 0,
+    told: Told | None = None,
 ) -> Result:
     """Run ``work`` on an isolated model.
 
-    With ``by_sample`` the quantity is made of samples, so that inputs and targets must agree on them.
+    With ``by_sample`` the quantity is made of samples, so that inputs and targets must agree on them. What trials tell
+    is kept in ``told``, for measurements to come.
     """
     require_loss_function(loss_fn)
     check_chunk_size(chunk_size)
@@ -210,7 +214,7 @@ def measure(
             batch = inputs, targets, count, sample_dim
             how = generator, create_graph, chunk_size, progress
             task = Measurement(isolated, layers, under, *batch, *how, certain, known, autocast, mismatch, owned)
-            task.recordable = recordable
+            task.recordable, task.told = recordable, told or task.told
             return work(task)
 
     kept = [] if known else [(t, t.clone()) for t in tensors_in(targets)]

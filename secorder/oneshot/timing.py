@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,13 +26,26 @@ RUNS, SHORT_SECONDS = 4, 0.05
 #: What a product takes from which on it is made once: what happens the first time alone is little beside it.
 WARM_SECONDS = 0.01
 
-Told = TypeVar("Told")
+Value = TypeVar("Value")
 
 #: What :func:`~secorder._torch.vjp.chunks` makes of a total and a size.
 Pieces = Callable[[int, int], Iterable[range]]
 
 #: Pieces that are run of many alike: of the first one, some happens the first time alone.
 PIECES_RUN = 2
+
+
+@dataclass
+class Told:
+    """What the last trials told: where all is as it was for them, others would only tell the same with other noise."""
+
+    of: Hashable = None  #: what they were made for
+    facts: Mapping[str, Any] = field(default_factory=dict)  #: what was known of each layer after them
+    by_chain: float | None = None  #: seconds of the layers that are finished first; None where they were not told of
+
+    def keep(self, of: Hashable, facts: Mapping[str, Any], by_chain: float | None = None) -> None:
+        """Enter what was told last."""
+        self.of, self.facts, self.by_chain = of, dict(facts), by_chain
 
 
 class Rehearsal:
@@ -82,8 +96,8 @@ def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float
 
 
 def of_nearest(
-    kinds: Sequence[Hashable], tell: Callable[[int], Told], most: float = MOST_SECONDS
-) -> list[tuple[Told, int]]:
+    kinds: Sequence[Hashable], tell: Callable[[int], Value], most: float = MOST_SECONDS
+) -> list[tuple[Value, int]]:
     """What is told of each of many, and of which it was told: of the nearest of its kind that there were seconds for.
 
     Args:
@@ -91,7 +105,7 @@ def of_nearest(
         tell: of one, by its place.
         most: seconds after which no other one is begun, beside the first, with which much may happen that one time.
     """
-    told: dict[int, Told] = {}
+    told: dict[int, Value] = {}
     start = math.inf
     spread = sorted(range(len(kinds)), key=lambda place: f"{place:032b}"[::-1])  # every 16th, 8th, 4th, …
     first = {kinds[place]: place for place in reversed(spread)}

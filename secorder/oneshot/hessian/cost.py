@@ -15,10 +15,11 @@ from ..timing import seconds_of
 from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import Choice, choose, seconds_of_exact
+from .decision import circumstances, matters
 from .facts import Facts
 from .investigate import Findings, attached, give_up_chain, investigate
 from .output_draws import Reduce, whole
-from .trials import learn_seconds, matters
+from .trials import learn_seconds
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,13 @@ def estimate_cost(task: Measurement, budget: Budget, reduce: Reduce = whole) -> 
 
     with ExitStack() as opened:
         found, recording, overhead, kept = _investigated(task, budget, opened)
-        if matters(found, budget):  # as it is found out when it is measured
-            overhead += seconds_of(lambda: learn_seconds(task, found, budget, recording))
+        of = circumstances(task, found, budget)
+        if matters(found, budget):
+            learn_seconds(task, found, budget, recording)
         by_chain = _seconds_by_chain(task, found, budget)
         budget = budget.after(sum(by_chain.values()))
         drawn = learn_seconds(task, found, budget, recording, draws=reduce)
+        task.told.keep(of, found.facts, sum(by_chain.values()))
         chosen = choose(list(found.facts.values()), budget)
     served = max(1, sum(c.strategy == Strategy.COLUMNS and c.products > 0 for c in chosen.values()))
     costs = {}

@@ -13,12 +13,13 @@ from ..timing import seconds_of
 from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
+from .decision import decide
 from .estimate import Estimate
 from .investigate import Findings, give_up_chain, investigate, verify_samples
 from .layer_graph import LayerGraph
 from .on_parameters import on_parameters
 from .output_draws import Reduce
-from .trials import gauss_newton_alone, learn_seconds, matters
+from .trials import gauss_newton_alone
 
 
 @dataclass
@@ -39,10 +40,11 @@ def carry_out(task: Measurement, budget: Budget, reduce: Reduce) -> dict[str, Ou
     outcomes: dict[str, Outcome] = {}
     with recorded(task.isolated, task.ruled, own_parameters=False) as recording:
         found = investigate(task, recording, budget, columns=True)
-        if matters(found, budget):
-            learn_seconds(task, found, budget, recording)
+        by_chain = decide(task, found, budget, recording)
         seconds = seconds_of(lambda: _chain(task, found, budget, reduce, outcomes))
-        budget = budget.after(seconds) if outcomes else budget
+        if outcomes:
+            budget = budget.after(seconds if by_chain is None else by_chain)
+            verify_samples(task, found, budget)  # of those that there is not enough time for now
         known = _columns(task, found, budget, reduce, outcomes)
         chosen = choose(list(found.facts.values()), budget)
         _in_z(task, found, chosen, budget, reduce, known, outcomes)

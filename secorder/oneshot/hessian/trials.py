@@ -27,7 +27,7 @@ from ..timing import (
     seconds_per_product,
 )
 from . import column_draws, columns, deflation, output_basis, output_draws, parameter_basis, parameter_draws
-from .budget import AUTO_SECONDS, Budget
+from .budget import Budget
 from .chain import seconds_of_chain, shortened
 from .choice import EXACT, ExactModule, cheapest, choose, seconds_of_draws
 from .estimate import Estimate
@@ -43,9 +43,6 @@ PILOT_DRAWS = 16
 #: And at least, however long one takes: fewer have no spread.
 LEAST_DRAWS = 2
 
-#: Forwards that a Hessian-vector product takes as long as, about.
-FORWARDS = 5
-
 #: By how much the numbers of products may differ of which one may yet be the faster, each being of another kind.
 ALIKE = 4
 
@@ -57,27 +54,22 @@ LONG_WORK = 10_000_000_000
 _Trial = tuple[Callable[[int], None], int]
 
 
-def matters(found: Findings, budget: Budget) -> bool:
-    """Whether there is so much to do that the choice may depend on how long a product takes."""
-    if budget.method == "hutchinson":
-        return False
-    chosen = choose(list(found.facts.values()), budget)
-    rest = [f for f in found.facts.values() if f.used and not f.last]
-    if sum(f.chain_work for f in rest if chosen[f.layer].strategy == Strategy.CHAIN) > LONG_WORK:
-        return True
-    by_columns = {chosen[f.layer].exact_products for f in rest if chosen[f.layer].strategy == Strategy.COLUMNS}
-    others = [f for f in rest if chosen[f.layer].strategy not in (Strategy.CHAIN, Strategy.COLUMNS)]
-    enough = budget.max_seconds / 10
-    if budget.max_seconds == math.inf:  # where there is no choice, nothing depends on it
-        by_columns, others, enough = set(), [f for f in others if len(_alike(f)) > 1], AUTO_SECONDS
-    products = max(by_columns, default=0) + sum(chosen[f.layer].exact_products for f in others)
-    return products * FORWARDS * found.seconds > enough  # columns are those of all
-
-
-def _alike(facts: Facts) -> list[ExactModule]:
+def alike(facts: Facts) -> list[ExactModule]:
     """The strategies for a layer alone of which one may be the fastest: those with no many times as many products."""
     counts = {s.NAME: s.products(facts, Budget()) for s in EXACT if s.applies(facts)}
     return [s for s in EXACT if s.NAME in counts and counts[s.NAME] <= ALIKE * min(counts.values())]
+
+
+def get_ready(task: Measurement, found: Findings, budget: Budget, carried: Sequence[str]) -> None:
+    """Layers that the chain serves, for the strategies that may take its place."""
+    depths = {name: found.facts[name].chain_depth for name in carried}
+    for name in carried:
+        found.learn(name, chain_depth=0)
+    if carried:
+        differentiate(task, found)
+        verify_samples(task, found, budget)
+    for name in carried:
+        found.learn(name, chain_depth=depths[name])
 
 
 def learn_seconds(
@@ -102,7 +94,9 @@ def learn_seconds(
     by_columns = [found.graphs[name] for name in asked if columns.applies(found.facts[name])]
     if found.output_side is not None and by_columns and (draws or budget.max_seconds < math.inf):
         trial, most = _of_columns(task, found.output_side, by_columns)
-        seconds = seconds_per_product(trial, most, TRIAL_SECONDS) if most else 0.0
+        seconds = max(found.facts[graph.layer.name].seconds_by_column for graph in by_columns)
+        if most and not seconds:
+            seconds = seconds_per_product(trial, most, TRIAL_SECONDS)
         num_bytes = bytes_of_products(trial, most, seconds, TRIAL_SECONDS) if most and draws else 0
         for graph in by_columns:
             found.learn(graph.layer.name, seconds_by_column=seconds, num_bytes=num_bytes)
@@ -112,7 +106,7 @@ def learn_seconds(
     if budget.method == "hutchinson":  # the rest is drawn
         asked = []
     if draws is None and budget.max_seconds == math.inf:
-        asked = [x for x in asked if x in compared or len(_alike(found.facts[x])) > 1]
+        asked = [x for x in asked if x in compared or len(alike(found.facts[x])) > 1]
     in_z = [x for x in asked if output_basis in _ways(found.facts[x], budget, draws)]
     of_z = {x: _in_z(task, found.graphs[x], found.facts[x]) for x in in_z}
     _learn(found, "seconds", of_z, metered=draws is not None)
@@ -129,7 +123,7 @@ def learn_seconds(
 
 def _ways(facts: Facts, budget: Budget, draws: Reduce | None) -> list[ExactModule]:
     """What is timed: all that may be the fastest, or what it was found to be."""
-    return _alike(facts) if draws is None else [cheapest(facts, budget)]
+    return alike(facts) if draws is None else [cheapest(facts, budget)]
 
 
 def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
@@ -145,13 +139,9 @@ def _learn_chain(task: Measurement, found: Findings, budget: Budget) -> None:
         return
     if sum(seconds.values()) < TRIAL_SECONDS:  # that of the others would take as long
         return
-    depths = {name: found.facts[name].chain_depth for name in names}
+    get_ready(task, found, budget, names)
     for name in names:
-        found.learn(name, chain_depth=0)
-    differentiate(task, found)
-    verify_samples(task, found, budget)
-    for name in names:
-        found.learn(name, chain_depth=depths[name], chain_seconds=seconds[name])
+        found.learn(name, chain_seconds=seconds[name])
 
 
 def _learn(found: Findings, fact: str, trials: Mapping[str, _Trial], *, metered: bool) -> None:

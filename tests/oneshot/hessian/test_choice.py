@@ -156,7 +156,7 @@ OPTIONS: list[dict[str, Any]] = [{}, {"method": "hutchinson", "num_draws": 4}, {
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore::secorder.CurvatureWarning")
 def test_the_cost_is_that_of_what_runs(name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("run", "cost"):  # by numbers of products, however slow the machine
+    for module in ("decision", "cost"):  # by numbers of products, however slow the machine
         monkeypatch.setattr(f"secorder.oneshot.hessian.{module}.matters", lambda found, budget: False)
     model, x, y = MODELS[name](), torch.randn(6, 4), torch.randint(3, (6,))
     with CurvatureProbe(model, "all") as probe:
@@ -229,8 +229,7 @@ def test_what_takes_long_is_timed_and_drawn(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         "secorder.oneshot.hessian.trials.seconds_per_product", lambda trial, most, allowance: trial(1) or 1.0
     )
-    monkeypatch.setattr("secorder.oneshot.hessian.trials.matters", lambda found, budget: True)
-    monkeypatch.setattr("secorder.oneshot.hessian.run.matters", lambda found, budget: True)
+    monkeypatch.setattr("secorder.oneshot.hessian.decision.matters", lambda found, budget: True)
     model, x, y = mlp(), torch.randn(6, 4), torch.randint(3, (6,))
     exact = hessian_by_element(model, F.cross_entropy, x, y)
     with CurvatureProbe(model, "all") as probe, pytest.warns(CurvatureWarning, match="1 of 3"):

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe, DoubleBackwardError
 from secorder.oneshot.hessian import cost as cost_module
+from secorder.oneshot.hessian import decision
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import Choice
 from secorder.oneshot.hessian.cost import estimate_cost, layer_cost
@@ -85,16 +86,28 @@ def test_memory_that_is_told_is_that_which_is_spent(
     assert told / 1.5 < spent < 1.5 * told
 
 
-def test_the_trials_that_a_measurement_makes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def learn(*args: Any, draws: Any = None) -> Any:
-        time.sleep(0 if draws else 0.2)
-        return learn_seconds(*args, draws=draws)
+def test_trials_that_were_made_to_tell_are_neither_told_nor_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
 
-    monkeypatch.setattr(cost_module, "learn_seconds", learn)
-    for timed in (False, True):
-        monkeypatch.setattr(cost_module, "matters", lambda found, budget: timed)  # noqa: B023
-        told = measured(lambda task: estimate_cost(task, Budget("exact")), mlp(), data())
-        assert (told.overhead >= 0.2) == timed
+    def learn(*args: Any, **how: Any) -> Any:
+        made.append(how)
+        time.sleep(0.2)
+        return learn_seconds(*args, **how)
+
+    for module in (cost_module, decision):
+        monkeypatch.setattr(module, "learn_seconds", learn)
+        monkeypatch.setattr(module, "matters", lambda found, budget: True)
+    model, batch = mlp(), data()
+    with CurvatureProbe(model) as probe:
+        assert probe.estimate_cost(F.cross_entropy, *batch, method="exact").overhead < 0.2
+        assert len(made) == 2  # to choose, and how long that takes
+        probe.hessian_diagonal(F.cross_entropy, *batch, method="exact")
+        assert len(made) == 2
+        for other in ({"method": "auto"}, {"method": "exact", "chunk_size": 3}):  # of which nothing was told
+            made.clear()
+            for _ in range(2):
+                probe.hessian_diagonal(F.cross_entropy, *batch, **other)
+            assert len(made) == 1
 
 
 class Recomputed(nn.Module):

@@ -1,6 +1,5 @@
 """Which layers are timed, and what is learnt of them."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,47 +13,19 @@ from torch.utils.checkpoint import checkpoint
 
 from secorder import CurvatureProbe
 from secorder.layers.selection import select_layers
-from secorder.oneshot.hessian import deflation, output_draws, trials
+from secorder.oneshot.hessian import decision, deflation, output_draws, trials
 from secorder.oneshot.hessian.budget import Budget
 from secorder.oneshot.hessian.choice import DRAWN, choose
 from secorder.oneshot.hessian.estimate import Estimate
 from secorder.oneshot.hessian.facts import Facts
-from secorder.oneshot.hessian.investigate import Findings, investigate
+from secorder.oneshot.hessian.investigate import investigate
 from secorder.oneshot.hessian.output_draws import whole
-from secorder.oneshot.hessian.trials import learn_seconds, matters
+from secorder.oneshot.hessian.trials import learn_seconds
 from secorder.oneshot.measurement import Measurement, measure
 from secorder.oneshot.recording import recorded
 
 from ...helpers import data, make, mlp
 from ...reference import assert_all_close, hessian_by_element
-
-
-def test_little_work_is_not_timed() -> None:
-    facts = Facts("a", numel=1000, outputs=100)
-    found = Findings({"a": facts}, {})
-    found.seconds = 1.0
-    auto = Budget.checked("auto", None, None, None, None)
-    assert matters(found, auto)
-    assert not matters(found, Budget("hutchinson"))
-    assert not matters(found, Budget())  # the basis of the parameters is all that there is
-    independent = dataclasses.replace(facts, own_use=True, samples_independent=True, outputs=500)
-    found.facts["a"] = independent
-    assert matters(found, Budget())
-    found.facts["a"] = dataclasses.replace(independent, outputs=100)
-    assert not matters(found, Budget())
-    found.facts["a"] = dataclasses.replace(facts, last=True)
-    assert not matters(found, auto)
-
-
-def test_columns_are_those_of_all_layers_together() -> None:
-    """Two columns for a hundred layers are little work, however many outputs z has."""
-    facts = [Facts(str(k), 1000, True, True, 100, True, True, num_columns=2, seconds_by_column=0.1) for k in range(100)]
-    found = Findings({f.layer: f for f in facts}, {})
-    found.seconds = 0.01
-    auto = Budget.checked("auto", None, None, None, None)
-    assert not matters(found, auto)
-    found.seconds = 1.0
-    assert matters(found, auto)
 
 
 @pytest.mark.usefixtures("no_chain")
@@ -217,7 +188,8 @@ def test_a_chain_that_takes_long_is_held_against_what_may_take_its_place(monkeyp
     """By clocks on which it takes a second to each layer, or none at all."""
     model, x, y = mlp(), *data()
     exact = hessian_by_element(model, F.cross_entropy, x, y)
-    monkeypatch.setattr(trials, "LONG_WORK", 0)
+    for module in (decision, trials):
+        monkeypatch.setattr(module, "LONG_WORK", 0)
     for seconds, strategy in ((1e3, "output-basis"), (0.5, "chain")):
         monkeypatch.setattr(trials, "seconds_of_chain", lambda task, chain: dict.fromkeys("024", seconds))  # noqa: B023
         monkeypatch.setattr(trials, "seconds_per_product", lambda trial, most, allowance: trial(1) or 1.0)
@@ -234,7 +206,8 @@ def test_a_chain_that_fails_when_it_is_timed_is_given_up(monkeypatch: pytest.Mon
         return torch.ones(2) @ torch.ones(3)
 
     model, x, y = mlp(), *data()
-    monkeypatch.setattr(trials, "LONG_WORK", 0)
+    for module in (decision, trials):
+        monkeypatch.setattr(module, "LONG_WORK", 0)
     monkeypatch.setattr(trials, "seconds_of_chain", fails)
     with CurvatureProbe(model) as probe:
         found = probe.hessian_diagonal(F.cross_entropy, x, y, method="exact")
