@@ -3,7 +3,6 @@
 import math
 import time
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import Literal, get_args
 
@@ -16,9 +15,7 @@ from .eigenvalues import TOLERANCE, Eigenvalues, lanczos, rows_of_basis, start_o
 from .fisher_cost import fisher_cost
 from .fisher_pairs import FisherType
 from .hessian.budget import Budget
-from .hessian.choice import Choice
-from .hessian.cost import Cost, LayerCost, estimate_cost, layer_cost
-from .hessian.facts import Facts
+from .hessian.cost import Cost, LayerCost, estimate_cost
 from .hessian.output_draws import whole
 from .measurement import Measurement
 from .operators import Operator, ProductInZ, operators
@@ -51,9 +48,7 @@ def quantity_cost(
 
 def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     """Of the iterations that a short trial tells of, for one eigenvalue at each end to the usual tolerance."""
-    sizes: dict[str, Facts] = {}
-    timed: dict[str, tuple[Strategy, float]] = {}
-    bytes_of: dict[str, int] = {}
+    costs: dict[str, LayerCost] = {}
 
     def opened() -> None:
         with closing(operators(task, "hessian")) as blocks:
@@ -66,32 +61,21 @@ def _krylov_cost(task: Measurement, max_iterations: int) -> Cost:
     with closing(operators(task, "hessian")) as blocks:
         for layer, product in blocks:
             numel = sum(layer.sizes())
-            sizes[layer.name] = Facts(layer.name, numel, output_elements=numel, parameter_elements=numel)
             if product is None:
-                timed[layer.name] = Strategy.UNUSED, 0.0
+                costs[layer.name] = LayerCost(Strategy.UNUSED, 0, 0, 0)
                 continue
             vector = start_of(task, layer, product, slice(0, numel))
             before = time.perf_counter()
             allowance = TRIAL_SECONDS / len(task.layers)
             of_product = most_bytes(partial(product, vector))  # with what happens the first time alone
             seconds, wanted = _cost_of_lanczos(product, vector, max_iterations, allowance)
-            bytes_of[layer.name] = of_product + rows_of_basis(wanted) * vector.numel() * vector.element_size()
+            num_bytes = of_product + rows_of_basis(wanted) * vector.numel() * vector.element_size()
             inside += time.perf_counter() - before
-            timed[layer.name] = Strategy.PARAMETER_PRODUCTS, seconds
-            if isinstance(product, ProductInZ):
-                z = sum(leaf.numel() for leaf in product.graph.leaves)
-                sizes[layer.name] = replace(sizes[layer.name], output_elements=2 * z)
-                timed[layer.name] = Strategy.OUTPUT_PRODUCTS, seconds
+            in_z = isinstance(product, ProductInZ)
+            strategy = Strategy.OUTPUT_PRODUCTS if in_z else Strategy.PARAMETER_PRODUCTS
+            costs[layer.name] = LayerCost(strategy, min(max_iterations, numel), numel, num_bytes, seconds)
     overhead = time.perf_counter() - start - inside
-
-    def cost(name: str) -> LayerCost:
-        strategy, seconds = timed[name]
-        products = 0 if strategy == Strategy.UNUSED else min(max_iterations, sizes[name].numel)
-        exact = 0 if strategy == Strategy.UNUSED else sizes[name].numel
-        found = layer_cost(task, sizes[name], Choice(strategy, products, exact), seconds)
-        return replace(found, num_bytes=bytes_of.get(name, 0))
-
-    return Cost({layer.name: cost(layer.name) for layer in task.layers}, overhead, kept)
+    return Cost({layer.name: costs[layer.name] for layer in task.layers}, overhead, kept)
 
 
 def _cost_of_lanczos(product: Operator, start: Tensor, most: int, allowance: float) -> tuple[float, int]:

@@ -70,7 +70,9 @@ def seconds_per_product(trial: Callable[[int], object], most: int, allowance: fl
     first = seconds_of(lambda: trial(1))
     if first > max(allowance, WARM_SECONDS):
         return first
-    return _seconds_of_some(trial, most, allowance)[0]
+    one = seconds_of(lambda: trial(1))
+    count = max(1, min(most, int(allowance / max(one, 1e-9))))
+    return one if count == 1 else seconds_of(lambda: trial(count)) / count
 
 
 def bytes_of_products(trial: Callable[[int], object], most: int, seconds: float, allowance: float) -> int:
@@ -86,13 +88,6 @@ def bytes_at_once(trial: Callable[[int], object], most: int, count: int) -> int:
         return one
     some = most_bytes(lambda: trial(count))
     return some + (most - count) * max(0, some - one) // (count - 1)
-
-
-def _seconds_of_some(trial: Callable[[int], object], most: int, allowance: float) -> tuple[float, int]:
-    """Seconds of a product, and how many of them told."""
-    one = seconds_of(lambda: trial(1))
-    count = max(1, min(most, int(allowance / max(one, 1e-9))))
-    return (one if count == 1 else seconds_of(lambda: trial(count)) / count), count
 
 
 def of_nearest(

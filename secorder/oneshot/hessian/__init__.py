@@ -5,7 +5,7 @@ z_n, a layer that is linear in its parameters has the Hessian Σ_{n,m} J_nᵀ H_
 found out at run time (:mod:`.facts`); each *strategy* is a module that says where it applies, what it costs, and how it
 is run; :func:`.choice.choose` is a pure function from facts and a budget to strategies.
 
-- :mod:`.unused`: the loss does not depend on the layer.
+- The loss does not depend on the layer: its curvature is zero.
 - :mod:`.columns`: the model is piecewise linear after the layer, so that H_z = Jᵀ H_out J with H_out the loss's Hessian
   in the model's output. C columns of a root of H_out, C the outputs of one sample, serve all layers together.
 - :mod:`.column_draws`: where columns are too many, the heaviest ones of each sample, and the others mixed by signs.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ...results import Strategy
-from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
 from .facts import Facts
 
@@ -86,8 +86,8 @@ def _too_long(facts: Sequence[Facts], budget: Budget, chosen: dict[str, Choice])
 
 
 def _choose(facts: Facts, budget: Budget, by_columns: bool, by_chain: bool) -> Choice:
-    if unused.applies(facts):
-        return Choice(unused.NAME, 0, 0)
+    if not facts.used:
+        return Choice(Strategy.UNUSED, 0, 0)
     if by_chain:
         products = chain.products(facts, budget)
         return Choice(chain.NAME, products, products)

@@ -87,7 +87,6 @@ _IN_Z = (
     Strategy.CHAIN,
     Strategy.OUTPUT_BASIS,
     Strategy.OUTPUT_DRAWS,
-    Strategy.OUTPUT_PRODUCTS,
     Strategy.RULE,
 )
 

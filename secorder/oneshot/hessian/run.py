@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ...layers.dtypes import zeros
 from ...monitor.progress import progress_bar
 from ...results import Strategy
 from ..measurement import Measurement
 from ..recording import recorded
 from ..timing import seconds_of
-from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws, unused
+from . import chain, column_draws, columns, output_basis, output_draws, parameter_basis, parameter_draws
 from .budget import Budget
 from .choice import Choice, choose, seconds_of_draws
 from .decision import decide
@@ -163,15 +164,11 @@ def _on_parameters(
     outcomes: dict[str, Outcome],
 ) -> None:
     """The layers that go by the parameters, on a graph of their own, and those that are not used."""
-    todo = []
     for layer in task.layers:
-        if layer.name in outcomes:
-            continue
-        if chosen[layer.name].strategy == unused.NAME:
-            nothing = Estimate(_whole(reduce, unused.run(layer)))
-            outcomes[layer.name] = Outcome(unused.NAME, nothing, found.facts[layer.name].checks, 0)
-        else:
-            todo.append(layer)
+        if layer.name not in outcomes and chosen[layer.name].strategy == Strategy.UNUSED:
+            nothing = Estimate(_whole(reduce, zeros(layer)))
+            outcomes[layer.name] = Outcome(Strategy.UNUSED, nothing, found.facts[layer.name].checks, 0)
+    todo = [layer for layer in task.layers if layer.name not in outcomes]
     total = sum(chosen[layer.name].products for layer in todo)
     with progress_bar(task.progress and bool(total), "Hessian on parameters", total) as bar:
         for layer, own in on_parameters(task, todo):
@@ -180,7 +177,7 @@ def _on_parameters(
             spent: list[int] = [graph.num_hvps if graph else 0]
             advance = _counted(bar, spent)
             if all(g is None for g in own):
-                result = unused.NAME, Estimate(_whole(reduce, unused.run(layer)))
+                result = Strategy.UNUSED, Estimate(_whole(reduce, zeros(layer)))
             elif chosen[layer.name].strategy == parameter_basis.NAME:
                 values = parameter_basis.run(task, layer, own, facts.parameter_elements, advance)
                 result = parameter_basis.NAME, Estimate(_whole(reduce, values))
